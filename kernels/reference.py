@@ -1,0 +1,74 @@
+"""What each kernel means, in plain torch: correct on any device, fast on none.
+
+A kernel is written once more in Triton for GPUs; this file is what it is tested against. Shapes are
+those of one layer and one context: `kv_heads` key heads, T tokens, head size d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def window_importance(q_w: Tensor, k: Tensor, first_position: int) -> Tensor:
+    """How much the last w queries of a context look at each of its tokens: (T,) float32.
+
+    q_w: (heads, w, d), scaled by 1/sqrt(d) already; its row i stands at position first_position + i.
+    k: (kv_heads, T, d); head h reads key head h // (heads / kv_heads).
+
+    A = softmax(q_w k^T) over the keys at or before the query, in float32;
+    importance_t = 1/heads * sum over heads h and rows i of A[h, i, t], so it adds up to w.
+    A token after the last query has importance 0.
+    Source: MPCache's static eviction (arXiv 2501.06807), with the scale and the mask that its
+    published code leaves out; the window and the sum are those of SnapKV (arXiv 2404.14469).
+    """
+    heads, w, _ = q_w.shape
+    kv_heads, length, _ = k.shape
+    group = heads // kv_heads
+    rows = torch.arange(first_position, first_position + w, device=k.device)
+    later = torch.arange(length, device=k.device) > rows[:, None]
+    total = torch.zeros(length, dtype=torch.float32, device=k.device)
+    for head in range(heads):  # one w x T map at a time
+        scores = q_w[head].float() @ k[head // group].float().T
+        total += scores.masked_fill(later, -torch.inf).softmax(-1).sum(0)
+    return total / heads
+
+
+def cluster_extremes(k: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Largest and smallest value of each dimension in each cluster of `size` consecutive tokens.
+
+    k: (kv_heads, T, d) -> r_max, r_min: (kv_heads, ceil(T / size), d). A last cluster that is not
+    full is reduced over the tokens it has. Source: MPCache; Quest's pages (arXiv 2406.10774).
+    """
+    return _by_cluster(k, size, torch.amax), _by_cluster(k, size, torch.amin)
+
+
+def cluster_means(k: Tensor, size: int) -> Tensor:
+    """Mean of each cluster of `size` consecutive tokens: (kv_heads, T, d) -> (kv_heads, ceil(T / size), d).
+
+    A last cluster that is not full is divided by the number of tokens it has. Under MPC this
+    representative of secret tokens is free, where an extreme costs comparisons.
+    """
+    return _by_cluster(k, size, torch.mean)
+
+
+def representatives(r_max: Tensor, r_min: Tensor, alpha: float) -> Tensor:
+    """alpha * r_max + (1 - alpha) * r_min, the linear score's representative: MPCache, alpha = 0.6.
+
+    q . representative = alpha * (q . r_max) + (1 - alpha) * (q . r_min): one product in place of two.
+    """
+    return alpha * r_max + (1 - alpha) * r_min
+
+
+def _by_cluster(x: Tensor, size: int, reduce: Callable[..., Tensor]) -> Tensor:
+    """Reduces tokens, the dimension before the last, cluster by cluster; no padding value exists."""
+    if size < 1:
+        raise ValueError(f"a cluster of {size} tokens")
+    full = x.shape[-2] // size
+    whole, ragged = x[..., : full * size, :], x[..., full * size :, :]
+    clusters = [reduce(whole.unflatten(-2, (full, size)), dim=-2)]
+    if ragged.shape[-2]:
+        clusters.append(reduce(ragged, dim=-2, keepdim=True))
+    return torch.cat(clusters, dim=-2)

@@ -1,0 +1,159 @@
+"""What all parties agree on, and where they are: one YAML file, checked when it is read.
+
+What is each party's own (model folder, document, question, keys) is not here: those are flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from mpcache.errors import ConfigError
+from mpcache.rank import Rank
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _policy_spec(spec: str) -> str:
+    name, _, options = spec.partition(":")
+    pairs = [pair.partition("=") for pair in options.split(",")] if options else []
+    keys = [key for key, _, _ in pairs]
+    if not name or not all(all(pair) for pair in pairs) or len(set(keys)) < len(keys):
+        raise ValueError("must be NAME or NAME:key=value,... with each key once")
+    return spec
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ValueError("must be HOST:PORT with a port from 1 to 65535")
+    return text
+
+
+def _network(profile: str) -> str:
+    if not re.fullmatch(r"none|lan|wan|\d+(\.\d+)?:\d+(\.\d+)?", profile, re.ASCII):
+        raise ValueError("must be none, lan, wan or RTT_MS:MBPS")
+    return profile
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class PublicConfig(_Section):
+    """What every party must agree on before anything secret moves."""
+
+    protocol: Literal["stock", "fast"] = "fast"
+    policy: Annotated[str, AfterValidator(_policy_spec)] = "mpcache"  # NAME[:key=value,...]
+    max_new_tokens: int = Field(default=32, ge=1, le=100_000)
+    fraction_bits: int = Field(default=16, ge=8, le=24)
+    network: Annotated[str, AfterValidator(_network)] = "none"
+
+    def flat(self) -> dict[str, str]:
+        """Every field as text, the policy's options apart (`policy.n_keep`), for Hello."""
+        fields = {name: str(value) for name, value in self.model_dump().items()}
+        fields["policy"], _, options = self.policy.partition(":")
+        for pair in options.split(",") if options else []:
+            key, _, value = pair.partition("=")
+            fields[f"policy.{key}"] = value
+        return dict(sorted(fields.items()))
+
+
+class Addresses(_Section):
+    """Who listens where. The client listens nowhere: it dials both, and the server dials the dealer."""
+
+    server: Address = "127.0.0.1:7100"
+    dealer: Address = "127.0.0.1:7102"
+
+    def of(self, rank: Rank) -> str:
+        """Where this rank listens; ValueError for the client."""
+        if rank is Rank.CLIENT:
+            raise ValueError("the client does not listen")
+        return self.server if rank is Rank.SERVER else self.dealer
+
+
+class Timeouts(_Section):
+    """In seconds."""
+
+    connect_s: float = Field(default=60, gt=0, le=86_400)  # for all peers to come
+    recv_s: float = Field(default=120, gt=0, le=86_400)  # longest silence of a peer that is waited for
+
+
+class Settings(_Section):
+    """The whole file."""
+
+    public: PublicConfig = PublicConfig()
+    addresses: Addresses = Addresses()
+    timeouts: Timeouts = Timeouts()
+
+
+def load_settings(path: Path | str | None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read a YAML file (None: the defaults) and put `overrides` on top.
+
+    An override's key is dotted (`public.policy`); None as its value means: not given.
+    Raises ConfigError, one line: the file or flag, the key, what is wrong and what is allowed.
+    """
+    source = str(path) if path is not None else "settings"
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    _check_keys(Settings, tree, source, "")
+    for key, value in (overrides or {}).items():
+        if value is None:
+            continue
+        section, _, name = key.partition(".")
+        layer = {section: {name: value}} if name else {section: value}
+        _check_keys(Settings, layer, "override", "")
+        tree[section] = {**tree.get(section, {}), **layer[section]}
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{source}: {where} is {first['input']!r}: {what[0].lower()}{what[1:]}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file in UTF-8") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        known = ", ".join(Settings.model_fields)
+        raise ConfigError(f"{path}: must hold sections ({known}), not {_kind(tree)}")
+    return tree
+
+
+def _check_keys(model: type[BaseModel], tree: Mapping[Any, Any], source: str, prefix: str) -> None:
+    """Unknown keys, with the nearest valid one; and sections that are no sections."""
+    for key, value in tree.items():
+        if key not in model.model_fields:
+            near = difflib.get_close_matches(str(key), model.model_fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(model.model_fields)}"
+            raise ConfigError(f"{source}: unknown key {prefix}{key}; {hint}")
+        kind = model.model_fields[key].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if not isinstance(value, dict):
+                known = ", ".join(kind.model_fields)
+                what = f"must be a section with {known}, not {_kind(value)}"
+                raise ConfigError(f"{source}: {prefix}{key} {what}")
+            _check_keys(kind, value, source, f"{prefix}{key}.")
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

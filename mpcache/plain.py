@@ -1,0 +1,91 @@
+"""The plain reading: float tensors. It is the truth that the secure run is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mpcache.ops import Ops, Selection
+from mpcache.prefill import activate, normalise
+from mpcache.rank import Rank
+from mpcache.rope import rotate
+from mpcache.secure.program import Program, local
+
+
+class PlainSelection(Selection):
+    """Chosen positions in the clear. index: (*rows, k), descending score, ties to the lower index."""
+
+    def __init__(self, index: torch.Tensor, n: int) -> None:
+        self.index, self.n = index, n
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        index = self.index.unsqueeze(-1).expand(*self.index.shape, values.shape[-1])
+        return values.gather(-2, index)
+
+    def scatter(self, weights: torch.Tensor) -> Program[torch.Tensor]:
+        *rows, _, c = weights.shape
+        index = self.index.unsqueeze(-1).expand(weights.shape)
+        return local(torch.zeros(*rows, self.n, c, dtype=weights.dtype).scatter(-2, index, weights))
+
+
+class PlainOps(Ops):
+    """`Ops` on torch float tensors; no rounds, no bytes."""
+
+    name = "plain"
+
+    def secret(
+        self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, bits: int | None = None
+    ) -> torch.Tensor:
+        assert value is not None, "the plain reading knows every input"
+        return value.float().reshape(tuple(shape))
+
+    def keep(self, x: torch.Tensor) -> Program[torch.Tensor]:
+        return local(x)
+
+    def join(self, parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        return torch.cat(list(parts), dim)
+
+    cat = join
+
+    def linear(
+        self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> Program[torch.Tensor]:
+        y = x @ w
+        return local(y if bias is None else y + bias)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> Program[torch.Tensor]:
+        return local(x + y)
+
+    def mul(self, x: torch.Tensor, y: torch.Tensor) -> Program[torch.Tensor]:
+        return local(x * y)
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Program[torch.Tensor]:
+        return local(rotate(x, cos.to(x.dtype), sin.to(x.dtype)))
+
+    def norm(self, x: torch.Tensor, eps: float) -> Program[torch.Tensor]:
+        return local(normalise(x, eps))
+
+    def activation(self, x: torch.Tensor, kind: str) -> Program[torch.Tensor]:
+        return local(activate(kind, x))
+
+    def softmax(
+        self, scores: torch.Tensor, visible: torch.Tensor | None
+    ) -> Program[tuple[torch.Tensor, torch.Tensor]]:
+        if visible is not None:
+            scores = scores.masked_fill(visible == 0, float("-inf"))
+        e = torch.exp(scores - scores.amax(-1, keepdim=True))
+        return local((e, e.sum(-1, keepdim=True)))
+
+    def reciprocal(self, x: torch.Tensor) -> Program[torch.Tensor]:
+        return local(1 / x)
+
+    def top(
+        self, scores: torch.Tensor, k: int, values: Sequence[torch.Tensor]
+    ) -> Program[tuple[Selection, list[torch.Tensor]]]:
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+        chosen = PlainSelection(order[..., :k], scores.shape[-1])
+        return local((chosen, [chosen.gather(v) for v in values]))
+
+    def reveal(self, x: torch.Tensor, to: Rank, why: str) -> Program[torch.Tensor | None]:
+        return local(x)

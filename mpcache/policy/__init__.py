@@ -1,0 +1,70 @@
+"""KV-cache policies: the registry, and the `NAME[:key=value,...]` notation."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from mpcache.errors import PolicyError
+from mpcache.policy.base import Bound, Plan, Policy
+from mpcache.policy.full import Full
+from mpcache.policy.mpcache import MPCache
+
+POLICIES: dict[str, type[Policy]] = {cls.name: cls for cls in (Full, MPCache)}
+
+
+def parse(spec: str) -> Policy:
+    """`mpcache:n_keep=128,alpha=0.5` -> a policy. Raises PolicyError."""
+    name, _, rest = spec.partition(":")
+    if name not in POLICIES:
+        raise PolicyError(f"unknown policy {name!r}{_hint(name, POLICIES)}; known: {', '.join(POLICIES)}")
+    cls = POLICIES[name]
+    known = {f.name: f for f in fields(cls)}
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, eq, text = item.partition("=")
+        if key not in known:
+            allowed = ", ".join(known) or "none"
+            raise PolicyError(f"policy {name}: no option {key!r}{_hint(key, known)}; options: {allowed}")
+        if not eq:
+            raise PolicyError(f"policy {name}: option {key} needs a value, as in {key}={known[key].default}")
+        if key in options:
+            raise PolicyError(f"policy {name}: option {key} is given twice")
+        options[key] = _value(name, key, text, str(known[key].type))
+    return cls(**options)
+
+
+def _value(policy: str, key: str, text: str, kind: str) -> Any:
+    """Text to the option's type. A Budget is a count, or a ratio written with a point."""
+    try:
+        match kind:
+            case "int":
+                return int(text)
+            case "float":
+                return float(text)
+            case "bool":
+                return {"true": True, "false": False, "yes": True, "no": False}[text.lower()]
+            case "Budget":
+                value: int | float = float(text) if "." in text else int(text)
+                if value <= 0 or (isinstance(value, float) and value > 1):
+                    raise ValueError
+                return value
+            case _:
+                return text
+    except (ValueError, KeyError):
+        wanted = {
+            "int": "a whole number",
+            "float": "a number",
+            "bool": "true or false",
+            "Budget": "a count of 1 or more, or a ratio above 0.0 and up to 1.0",
+        }[kind]
+        raise PolicyError(f"policy {policy}: {key}={text!r} is not allowed; give {wanted}") from None
+
+
+def _hint(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+__all__ = ["POLICIES", "Bound", "Plan", "Policy", "parse"]

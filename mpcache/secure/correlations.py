@@ -1,0 +1,119 @@
+"""Correlated randomness: what the dealer makes, described by public shapes (PROTOCOLS 7).
+
+A request lists random parts, expanded by each party from its own key stream, and derived parts,
+which are functions of the random ones: the client's share of a derived part comes from its stream
+too, the server's is sent by the dealer as a correction. So only corrections travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpcache.rank import Rank
+from mpcache.secure.ring import matmul
+from mpcache.secure.shares import Resident
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a correlation.
+
+    xor: its shares combine by XOR instead of addition.
+    owner: known whole to this party, zero at the other (random parts only).
+    """
+
+    shape: Shape
+    xor: bool = False
+    owner: Rank | None = None
+
+    def combine(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a ^ b if self.xor else a + b
+
+    def correct(self, value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The share that makes `value` with the other party's share."""
+        return value ^ other if self.xor else value - other
+
+
+@dataclass(frozen=True)
+class Request:
+    """A correlation by public shapes; `derive` maps random values to derived ones at the dealer."""
+
+    kind: str
+    random: tuple[Part, ...]
+    derived: tuple[Part, ...]
+    derive: Callable[..., Sequence[torch.Tensor]]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.random + self.derived
+
+    @property
+    def correction_shapes(self) -> list[Shape]:
+        """What the dealer sends to the server: one int64 word for each derived element."""
+        return [part.shape for part in self.derived]
+
+
+def _dealt(resident: Resident) -> torch.Tensor:
+    if resident.dealt is None:
+        raise RuntimeError("only the dealer derives correlations")
+    return resident.dealt
+
+
+def random_mask(shape: Shape, owner: Rank | None = None) -> Request:
+    """Shares of a uniform tensor, for a resident operand."""
+    return Request("mask", (Part(shape, owner=owner),), (), lambda b: ())
+
+
+def triple(a: Shape, b: Shape, out: Shape, op: Callable[..., torch.Tensor], kind: str) -> Request:
+    """Beaver: a, b uniform and c = op(a, b)."""
+    return Request(kind, (Part(a), Part(b)), (Part(out),), lambda x, y: (op(x, y),))
+
+
+def square(shape: Shape) -> Request:
+    """r uniform and r * r."""
+    return Request("square", (Part(shape),), (Part(shape),), lambda r: (r * r,))
+
+
+def binary_triple(a: Shape, b: Shape, out: Shape) -> Request:
+    """XOR shares of a, b uniform and c = a & b."""
+    return Request(
+        "and",
+        (Part(a, xor=True), Part(b, xor=True)),
+        (Part(out, xor=True),),
+        lambda x, y: (x & y,),
+    )
+
+
+def shared_bit(shape: Shape) -> Request:
+    """A uniform bit in arithmetic shares and in XOR shares (of the lowest bit)."""
+    return Request(
+        "bit",
+        (Part(shape),),
+        (Part(shape), Part(shape, xor=True)),
+        lambda r: (r & 1, r & 1),
+    )
+
+
+def resident_product(x: Shape, w: Resident, out: Shape, owner: Rank | None = None) -> Request:
+    """A fresh mask a for x and c = a @ B for a resident operand with mask B (PROTOCOLS 1)."""
+    return Request(
+        "resident",
+        (Part(x, owner=owner),),
+        (Part(out),),
+        lambda a: (matmul(a, _dealt(w)),),
+    )
+
+
+def truncation(shape: Shape, bits: int) -> Request:
+    """r uniform, rc = (r mod 2^63) >> bits and rb = r >> 63 (PROTOCOLS 2)."""
+
+    def derive(r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        low = r & ((1 << 63) - 1)
+        return low >> bits, (r >> 63) & 1
+
+    return Request("truncation", (Part(shape),), (Part(shape), Part(shape)), derive)

@@ -1,0 +1,215 @@
+"""Who answers a program: a computing party, the dealer, or the cost reading.
+
+All openings of the system go through `Party.open`; all correlated randomness through `Party.draw`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mpcache.ledger import Ledger
+from mpcache.link import Link
+from mpcache.rank import Rank
+from mpcache.secure import crypten_shim
+from mpcache.secure.correlations import Request
+from mpcache.secure.program import Opening
+from mpcache.secure.rng import Stream
+
+COMPUTING = (Rank.SERVER, Rank.CLIENT)
+
+
+def _sends(item: Opening, rank: Rank) -> bool:
+    """Whether `rank` sends its share of this opening to the other computing party."""
+    return item.sender in (None, rank) and item.to in (None, rank.peer)
+
+
+def _pack(x: torch.Tensor, width: int) -> torch.Tensor:
+    """The low `width` bytes of each int64, shape (*, width) uint8; whole words stay int64."""
+    if width == 8:
+        return x.contiguous()
+    return x.contiguous().view(torch.uint8).reshape(*x.shape, 8)[..., :width].contiguous()
+
+
+def _unpack(x: torch.Tensor, width: int) -> torch.Tensor:
+    if width == 8:
+        return x
+    padded = torch.zeros(*x.shape[:-1], 8, dtype=torch.uint8)
+    padded[..., :width] = x
+    return padded.view(torch.int64).reshape(x.shape[:-1])
+
+
+def _spec(item: Opening) -> tuple[torch.dtype, tuple[int, ...]]:
+    shape = tuple(item.share.shape)
+    return (torch.int64, shape) if item.width == 8 else (torch.uint8, (*shape, item.width))
+
+
+class Party(ABC):
+    """Answers openings, draws and blocking calls for one rank."""
+
+    rank: Rank
+    ledger: Ledger
+
+    @abstractmethod
+    def begin(self, phase: str) -> None:
+        """Start a phase: fresh key streams, so that no mask of another phase can come again."""
+
+    @abstractmethod
+    def open(self, items: Sequence[Opening], step: str) -> list[Any]:
+        """Open tensors in one round; None for what this party does not learn."""
+
+    @abstractmethod
+    def draw(self, request: Request, step: str) -> list[torch.Tensor]:
+        """This party's parts of a correlation (for a `mask`: the mask, and B at the dealer)."""
+
+    def call(self, run: Callable[[], Any], step: str) -> Any:
+        """Run blocking CrypTen code as this party."""
+        return crypten_shim.call(self, run, step)
+
+    def stream(self, kind: str) -> Stream | None:
+        """CrypTen's own generators: `prev`, `next` (shared by both parties) and `local`."""
+        return None
+
+
+class ComputingParty(Party):
+    """Rank 0 or 1: real shares over a link to the peer, corrections from the dealer.
+
+    seed: shared with the dealer.  pair_seeds: `prev` and `next`, shared with the peer.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        peer: Link,
+        dealer: Link,
+        seed: bytes,
+        pair_seeds: dict[str, bytes],
+        own_seed: bytes,
+        ledger: Ledger,
+    ) -> None:
+        self.rank, self.ledger = rank, ledger
+        self._peer, self._dealer = peer, dealer
+        self._seed = seed
+        self._crypten_seeds = {**pair_seeds, "local": own_seed}
+        self._tape: Stream | None = None
+        self._streams: dict[str, Stream] = {}
+
+    def begin(self, phase: str) -> None:
+        self._tape = Stream(self._seed, f"tape/{phase}")
+        # One seed is `prev` at one party and `next` at the other: the label must not tell them apart.
+        self._streams = {k: Stream(s, f"crypten/{phase}") for k, s in self._crypten_seeds.items()}
+
+    def open(self, items: Sequence[Opening], step: str) -> list[Any]:
+        mine = [i for i in items if _sends(i, self.rank)]
+        theirs = [i for i in items if _sends(i, self.rank.peer)]
+        received = self._peer.swap(
+            step,
+            [_pack(i.share, i.width) for i in mine],
+            [_spec(i) for i in theirs],
+            [i.step or step for i in mine],
+            [i.step or step for i in theirs],
+        )
+        arrived = dict(zip(map(id, theirs), received, strict=True))
+        opened: list[Any] = []
+        for item in items:
+            if item.to not in (None, self.rank):
+                opened.append(None)
+                continue
+            value = item.share if item.sender in (None, self.rank) else None
+            if id(item) in arrived:
+                other = _unpack(arrived[id(item)], item.width)
+                value = other if value is None else (value ^ other if item.xor else value + other)
+            if value is not None and item.width < 8:
+                value = value & ((1 << 8 * item.width) - 1)
+            opened.append(value)
+        return opened
+
+    def draw(self, request: Request, step: str) -> list[torch.Tensor]:
+        if self._tape is None:
+            raise RuntimeError("draw before begin")
+        parts = [
+            self._tape.tensor(part.shape)
+            if part.owner in (None, self.rank)
+            else torch.zeros(part.shape, dtype=torch.int64)
+            for part in request.random
+        ]
+        if self.rank is Rank.SERVER:
+            if request.derived:
+                specs = [(torch.int64, shape) for shape in request.correction_shapes]
+                parts += self._dealer.recv(step, specs)
+        else:
+            parts += [self._tape.tensor(part.shape) for part in request.derived]
+        return [*parts, None] if request.kind == "mask" else parts  # type: ignore[list-item]
+
+    def stream(self, kind: str) -> Stream | None:
+        return self._streams.get(kind)
+
+
+class ShapeParty(Party):
+    """Reads a program by shapes alone and books what `rank` would send and receive: the cost."""
+
+    def __init__(self, rank: Rank = Rank.SERVER) -> None:
+        self.rank, self.ledger = rank, Ledger()
+
+    def begin(self, phase: str) -> None:
+        pass
+
+    def open(self, items: Sequence[Opening], step: str) -> list[Any]:
+        for item in items:
+            n = math.prod(item.share.shape) * item.width
+            self.ledger.book(
+                item.step or step,
+                sent=n * _sends(item, self.rank),
+                received=n * _sends(item, self.rank.peer),
+            )
+        self.ledger.book(step, rounds=1)
+        return [torch.empty_like(i.share, device="meta") for i in items]
+
+    def draw(self, request: Request, step: str) -> list[torch.Tensor]:
+        n = 8 * sum(math.prod(shape) for shape in request.correction_shapes)
+        if self.rank is Rank.SERVER and request.derived:
+            self.ledger.book(step, offline_received=n)
+        parts = [torch.empty(p.shape, dtype=torch.int64, device="meta") for p in request.parts]
+        return [*parts, None] if request.kind == "mask" else parts  # type: ignore[list-item]
+
+
+class DealerParty(Party):
+    """Rank 2: reads the program by shapes and meets every draw, in the program's own order."""
+
+    rank = Rank.SERVER  # CrypTen asks for a rank; by shapes both computing parties run the same code
+
+    def __init__(self, links: dict[Rank, Link], seeds: dict[Rank, bytes], ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._links, self._seeds = links, seeds
+        self._tapes: dict[Rank, Stream] = {}
+
+    def begin(self, phase: str) -> None:
+        self._tapes = {r: Stream(seed, f"tape/{phase}") for r, seed in self._seeds.items()}
+
+    def open(self, items: Sequence[Opening], step: str) -> list[Any]:
+        return [torch.empty_like(i.share, device="meta") for i in items]
+
+    def draw(self, request: Request, step: str) -> list[torch.Tensor]:
+        values = []
+        for part in request.random:
+            shares = [
+                self._tapes[r].tensor(part.shape)
+                if part.owner in (None, r)
+                else torch.zeros(part.shape, dtype=torch.int64)
+                for r in COMPUTING
+            ]
+            values.append(part.combine(*shares))
+        if request.kind == "mask":
+            return [torch.empty_like(values[0], device="meta"), values[0]]
+        derived = request.derive(*values)
+        if request.derived:
+            corrections = [
+                part.correct(value, self._tapes[Rank.CLIENT].tensor(part.shape))
+                for part, value in zip(request.derived, derived, strict=True)
+            ]
+            self._links[Rank.SERVER].send(step, corrections)
+        return [torch.empty(p.shape, dtype=torch.int64, device="meta") for p in request.parts]

@@ -1,0 +1,47 @@
+"""Randomness that hides a secret: AES-CTR keyed from the operating system's entropy."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+SEED_BYTES = 32
+_ZEROS = bytes(1 << 16)
+
+
+def fresh_seed() -> bytes:
+    """A new seed from the operating system."""
+    return os.urandom(SEED_BYTES)
+
+
+def derive_key(seed: bytes, label: str) -> bytes:
+    """A 32-byte key for one purpose; different labels give independent keys (HKDF-SHA256)."""
+    return HKDF(SHA256(), 32, salt=None, info=label.encode()).derive(seed)
+
+
+class Stream:
+    """The AES-256-CTR key stream of one (seed, label), read in order and never twice."""
+
+    def __init__(self, seed: bytes, label: str) -> None:
+        # The counter starts at zero: every key is derived for this one label and used once.
+        self._aes = Cipher(AES(derive_key(seed, label)), CTR(bytes(16))).encryptor()
+
+    def read(self, n: int) -> bytearray:
+        """The next n bytes."""
+        zeros = _ZEROS[:n] if n <= len(_ZEROS) else bytes(n)
+        return bytearray(self._aes.update(zeros))
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """Uniform integers over the whole range of `dtype`."""
+        n = math.prod(shape)
+        if n == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        return torch.frombuffer(self.read(n * dtype.itemsize), dtype=dtype).reshape(tuple(shape))

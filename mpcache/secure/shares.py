@@ -1,0 +1,136 @@
+"""What one party holds of a secret: shares, and resident operands.
+
+A secret x in fixed point with `bits` fraction bits is x_raw = round(x * 2^bits) in Z_2^64, held as
+additive shares x_raw = s0 + s1 (int64 tensors; wrapping is the ring's own arithmetic). A party
+never sees more than its own share. At the dealer and in the cost reading the same objects hold
+meta tensors: shapes without values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+
+from mpcache.rank import Rank
+
+
+@dataclass(frozen=True)
+class Share:
+    """One party's share of a tensor. Local operations only; no truth value, no equality.
+
+    data: int64, this party's share.  bits: fraction bits.
+    owner: a party that knows the whole secret; its share is the secret and the other's is zero.
+    """
+
+    data: torch.Tensor
+    bits: int
+    owner: Rank | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("a share has no truth value: secrets never steer control flow")
+
+    def _local(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Share:
+        return replace(self, data=fn(self.data))
+
+    def __add__(self, other: Share) -> Share:
+        if self.bits != other.bits:
+            raise ValueError(f"adding shares with {self.bits} and {other.bits} fraction bits")
+        return Share(self.data + other.data, self.bits, self.owner if self.owner == other.owner else None)
+
+    def __neg__(self) -> Share:
+        return self._local(torch.neg)
+
+    def __sub__(self, other: Share) -> Share:
+        return self + (-other)
+
+    def __mul__(self, factor: int | torch.Tensor) -> Share:
+        """Times public integers."""
+        if isinstance(factor, torch.Tensor):
+            if factor.is_floating_point():
+                raise TypeError("multiply a share by integers; fixed-point factors change `bits`")
+            factor = factor.to(self.data.device)
+        return self._local(lambda x: x * factor)
+
+    def __getitem__(self, index: Any) -> Share:
+        return self._local(lambda x: x[index])
+
+    def reshape(self, *shape: int) -> Share:
+        return self._local(lambda x: x.reshape(*shape))
+
+    def transpose(self, a: int, b: int) -> Share:
+        return self._local(lambda x: x.transpose(a, b))
+
+    def sum(self, dim: int, keepdim: bool = False) -> Share:
+        return self._local(lambda x: x.sum(dim, keepdim=keepdim))
+
+    def expand(self, *shape: int) -> Share:
+        return self._local(lambda x: x.expand(*shape))
+
+
+def cat(parts: Sequence[Share], dim: int) -> Share:
+    """Concatenate shares with equal fraction bits."""
+    if len({p.bits for p in parts}) != 1:
+        raise ValueError("concatenating shares with different fraction bits")
+    return Share(torch.cat([p.data for p in parts], dim), parts[0].bits)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A secret tensor W that is used again and again: opened once as V = W - B (PROTOCOLS 1).
+
+    mask: this party's share of B.  opened: V, public to both computing parties.
+    dealt: B itself, at the dealer only. All three have W's shape.
+    """
+
+    mask: torch.Tensor
+    opened: torch.Tensor
+    bits: int
+    dealt: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.opened.shape)
+
+    def _local(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Resident:
+        dealt = None if self.dealt is None else fn(self.dealt)
+        return Resident(fn(self.mask), fn(self.opened), self.bits, dealt)
+
+    def __getitem__(self, index: Any) -> Resident:
+        return self._local(lambda x: x[index])
+
+    def reshape(self, *shape: int) -> Resident:
+        return self._local(lambda x: x.reshape(*shape))
+
+    def transpose(self, a: int, b: int) -> Resident:
+        return self._local(lambda x: x.transpose(a, b))
+
+    def append(self, other: Resident, dim: int) -> Resident:
+        """Concatenate: both keep the masks they were opened with."""
+        if self.bits != other.bits:
+            raise ValueError("appending residents with different fraction bits")
+        dealt = None
+        if self.dealt is not None and other.dealt is not None:
+            dealt = torch.cat([self.dealt, other.dealt], dim)
+        return Resident(
+            torch.cat([self.mask, other.mask], dim),
+            torch.cat([self.opened, other.opened], dim),
+            self.bits,
+            dealt,
+        )
+
+
+def encode(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Real numbers to fixed point, rounded to nearest."""
+    return torch.round(x.double() * 2**bits).to(torch.int64)
+
+
+def decode(raw: torch.Tensor, bits: int) -> torch.Tensor:
+    """Fixed point to real numbers (float64)."""
+    return raw.double() / 2**bits

@@ -1,0 +1,64 @@
+"""A party as a process of its own, for test_grpc.py: it connects, does one thing, and says how it ended.
+
+Usage: python -m tests.parties.one_party RANK PEERS SERVER_ADDRESS DEALER_ADDRESS TASK
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from mpcache.config import Addresses, Settings, Timeouts
+from mpcache.errors import MpcacheError
+from mpcache.ledger import Ledger
+from mpcache.rank import Rank
+from parties.grpc_link import Network, connect_all
+from parties.session import agree
+
+WORD = [(torch.int64, (1,))]
+
+
+def hang(network: Network) -> None:
+    """Wait for a word that never comes."""
+    next(iter(network.links.values())).recv("hang", WORD)
+
+
+def pass_round(network: Network) -> None:
+    """Each link carries this party's rank there and the peer's back."""
+    for peer, link in network.links.items():
+        (theirs,) = link.exchange("round", [torch.tensor([int(network.rank)])])
+        assert theirs.item() == int(peer)
+
+
+TASKS: dict[str, Callable[[Network], None]] = {"hang": hang, "round": pass_round}
+
+
+def main() -> int:
+    rank, peers, server, dealer, task = sys.argv[1:]
+    me = Rank(int(rank))
+    settings = Settings(
+        addresses=Addresses(server=server, dealer=dealer), timeouts=Timeouts(connect_s=30, recv_s=60)
+    )
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    try:
+        others = {Rank(int(peer)) for peer in peers} - {me}
+        if task == "vanish":
+            connect_all(me, settings, Ledger(), say, peers=others)
+            return 0  # without closing
+        with connect_all(me, settings, Ledger(), say, peers=others) as network:
+            agree(network.links, me, settings.public.flat())
+            print("connected", flush=True)
+            TASKS[task](network)
+    except MpcacheError as error:
+        say(str(error))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

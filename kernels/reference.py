@@ -62,6 +62,68 @@ def representatives(r_max: Tensor, r_min: Tensor, alpha: float) -> Tensor:
     return alpha * r_max + (1 - alpha) * r_min
 
 
+def cluster_representatives(k: Tensor, size: int, alpha: float) -> Tensor:
+    """`representatives` of `cluster_extremes`, the extremes themselves not being wanted.
+
+    k: (kv_heads, T, d) -> (kv_heads, ceil(T / size), d).
+    """
+    return representatives(*cluster_extremes(k, size), alpha)
+
+
+def cluster_scores(q: Tensor, representatives: Tensor) -> Tensor:
+    """q . representative of each cluster, the linear score: (heads, n) float32. Source: MPCache.
+
+    q: (heads, d). representatives: (kv_heads, n, d); head h reads head h // (heads / kv_heads).
+    Means in place of representatives give the mean score.
+    """
+    return _by_group(q, representatives)
+
+
+def cluster_bounds(q: Tensor, r_max: Tensor, r_min: Tensor) -> Tensor:
+    """q+ . r_max + q- . r_min with q+ = max(q, 0), q- = min(q, 0): (heads, n) float32.
+
+    The least number that q . k exceeds for no key k of the cluster's box. Source: Quest
+    (arXiv 2406.10774). q: (heads, d). r_max, r_min: (kv_heads, n, d).
+    """
+    return _by_group(q.clamp(min=0), r_max) + _by_group(q.clamp(max=0), r_min)
+
+
+def select_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, sink: int, recent: int
+) -> Tensor:
+    """softmax(q k^T) v over the sink, the chosen clusters and the recent window: (heads, d), q's dtype.
+
+    q: (heads, d), scaled by 1/sqrt(d) already. k, v: (kv_heads, T, d), standing as
+    [sink | clusters | recent]: `sink` tokens, then clusters of `size`, of which the last may be
+    ragged, then the last `recent` tokens.
+    chosen: (rows, m) integers, the clusters of each query head (rows = heads) or of each KV head for
+    its whole group (rows = kv_heads); an entry below 0 is no cluster, so rows may choose fewer than m.
+    A cluster given twice counts twice; a head that attends to nothing gets NaN.
+    """
+    if size < 1:
+        raise ValueError(f"a cluster of {size} tokens")
+    (heads, _), (kv_heads, length, _), rows = q.shape, k.shape, chosen.shape[0]
+    offsets = torch.arange(size, device=k.device)
+    tokens = (sink + chosen[..., None].long() * size + offsets).flatten(1)
+    valid = (chosen >= 0).repeat_interleave(size, 1) & (tokens < length - recent)
+    always = torch.cat([torch.arange(sink), torch.arange(length - recent, length)]).to(k.device)
+    tokens = torch.cat([always.expand(rows, -1), tokens.where(valid, 0)], 1)
+    valid = torch.cat([torch.ones_like(valid[:, :1]).expand(rows, len(always)), valid], 1)
+
+    source = torch.arange(rows, device=k.device)[:, None] // (rows // kv_heads)
+    keys, values = k[source, tokens].float(), v[source, tokens].float()  # (rows, attended, d)
+    values = values.where(valid[..., None], 0)
+    scores = q.float().unflatten(0, (rows, heads // rows)) @ keys.transpose(1, 2)
+    weights = scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1)
+    return (weights @ values).flatten(0, 1).to(q.dtype)
+
+
+def _by_group(q: Tensor, keys: Tensor) -> Tensor:
+    """(heads, d) . (kv_heads, n, d) -> (heads, n) float32, each head against its KV head's keys."""
+    grouped = q.float().unflatten(0, (keys.shape[0], -1))
+    return (grouped @ keys.float().transpose(1, 2)).flatten(0, 1)
+
+
 def _by_cluster(x: Tensor, size: int, reduce: Callable[..., Tensor]) -> Tensor:
     """Reduces tokens, the dimension before the last, cluster by cluster; no padding value exists."""
     if size < 1:

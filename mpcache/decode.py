@@ -114,22 +114,17 @@ def attend(ops: Ops, shape: ModelShape, cache: Cache, i: int, policy: Bound, q: 
     # Keys and representatives together: one opening of q scores everything (PROTOCOLS 5).
     scores = yield from at("scores", ops.linear(rows, cache.keys(ops, i).transpose(1, 2)))
     weights, total = yield from policy.weigh(ops, scores, cache, i, cache.visible(m, g))
-    out, inverse = yield from at(
-        "attend", together(ops.linear(weights, cache.values(i)), ops.reciprocal(total))
-    )
-    out = yield from at("attend", ops.mul(out, inverse))
+    out = yield from at("attend", ops.average(weights, total, cache.values(i)))
     return out.reshape(kv, m, g, d).transpose(0, 1).reshape(m, kv * g * d)
 
 
 def mlp(ops: Ops, shape: ModelShape, w: Layer, h: Value) -> Program[Value]:
     """(m, width) -> (m, width): down(act(gate) * up), or down(act(up)) without a gate."""
     if w.w_gate is None:
-        up = yield from ops.linear(h, w.w_up, w.b_up)
-        hidden = yield from at("act", ops.activation(up, shape.activation))
+        gate, up = (yield from ops.linear(h, w.w_up, w.b_up)), None
     else:
         gate, up = yield from together(
             ops.linear(h, w.w_gate, w.b_gate), ops.linear(h, w.w_up, w.b_up)
         )
-        gate = yield from at("act", ops.activation(gate, shape.activation))
-        hidden = yield from ops.mul(gate, up)
+    hidden = yield from at("gate", ops.gate(shape.activation, gate, up))
     return (yield from ops.linear(hidden, w.w_down, w.b_down))

@@ -10,85 +10,80 @@ from __future__ import annotations
 import json
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from math import prod
 from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from google.protobuf.message import DecodeError
 
 from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
 from mpcache.ledger import Ledger
-from mpcache.link import Fact, Facts, Hello, Link, Spec
+from mpcache.link import Hello, Link, Spec
 from mpcache.rank import Rank
 from protos import party_pb2 as pb
 
 CHUNK_BYTES = 1 << 20  # of tensor data in one frame
-FRAME_BYTES = 2 << 20  # what a receiver takes: a chunk and its headers, with room
+LAYOUT_BYTES = 1 << 20
+FRAME_BYTES = 4 << 20  # what a receiver takes: a chunk and its headers, with room
 FACTS_BYTES = 64 << 10
 REASON_CHARACTERS = 2000
-_HEADER_BYTES = 64  # about what a chunk adds to its data
+_ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
 
-_DTYPES: dict[torch.dtype, tuple[int, type[np.generic]]] = {
-    torch.int64: (pb.INT64, np.int64),
-    torch.int32: (pb.INT32, np.int32),
-    torch.int16: (pb.INT16, np.int16),
-    torch.int8: (pb.INT8, np.int8),
-    torch.uint8: (pb.UINT8, np.uint8),
-    torch.float32: (pb.FLOAT32, np.float32),
-    torch.float64: (pb.FLOAT64, np.float64),
-    torch.bool: (pb.BOOL, np.bool_),
+_DTYPES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.float32,
+        torch.float64,
+        torch.bool,
+    )
 }
 
 if sys.byteorder != "little":  # tensors travel as they lie in memory
     raise ImportError("mpcache runs on little-endian machines only")
 
 
-# Small messages decide a round's latency. Nearly every torch operation lets another thread have the
-# interpreter for a moment, and waits to get it back, so here tensors are handled through numpy.
+class Layout(NamedTuple):
+    """How the tensors of one message lie in its data. Units: bytes."""
+
+    text: str  # as both ends write it: `int64(3, 4) bool()`
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    total: int
 
 
-def _bytes_of(array: np.ndarray) -> np.ndarray:
-    """The elements of a contiguous array as uint8 (nbytes,), without a copy."""
-    return array.reshape(-1).view(np.uint8)
+@lru_cache(maxsize=4096)  # a decode step asks for the same ones again for every token
+def layout_of(specs: tuple[Spec, ...]) -> Layout:
+    text = " ".join(_DTYPES[dtype] + str(tuple(shape)) for dtype, shape in specs)
+    sizes = tuple(prod(shape) * dtype.itemsize for dtype, shape in specs)
+    starts, end = [], 0
+    for size in sizes:
+        start = end + -end % _ALIGNMENT
+        starts.append(start)
+        end = start + size
+    return Layout(text, tuple(starts), sizes, end)
 
 
-def _spec_text(dtype: int, shape: Sequence[int]) -> str:
-    name = pb.Dtype.Name(dtype) if dtype in pb.Dtype.values() else f"dtype {dtype}"
-    return f"{name.lower()} {tuple(shape)}"
-
-
-def cut(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterable[bytes]:
-    """One message as serialised frames, each with at most about CHUNK_BYTES of data."""
-    if sum(tensor.nbytes + _HEADER_BYTES for tensor in tensors) > CHUNK_BYTES:
-        return _cut_large(sequence, step, tensors)
-    chunks = [
-        pb.Chunk(
-            index=index,
-            dtype=_DTYPES[tensor.dtype][0],
-            shape=tensor.shape,
-            data=tensor.numpy(force=True).tobytes(),
-        )
-        for index, tensor in enumerate(tensors)
-    ]
-    message = pb.Tensors(sequence=sequence, step=step, count=len(chunks), chunks=chunks)
-    return (pb.Frame(tensors=message).SerializeToString(),)
-
-
-def _cut_large(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
-    message, room = pb.Tensors(sequence=sequence, step=step, count=len(tensors)), CHUNK_BYTES
-    for index, tensor in enumerate(tensors):
-        code, data = _DTYPES[tensor.dtype][0], _bytes_of(np.ascontiguousarray(tensor.numpy(force=True)))
-        offset = 0
-        while offset < max(1, len(data)):  # an empty tensor has one chunk, too
-            piece = data[offset : offset + room].tobytes()
-            message.chunks.add(index=index, dtype=code, shape=tensor.shape, offset=offset, data=piece)
-            offset += max(1, len(piece))
-            room -= len(piece) + _HEADER_BYTES
-            if room <= 0:
-                yield pb.Frame(tensors=message).SerializeToString()
-                message, room = pb.Tensors(sequence=sequence, step=step, count=len(tensors)), CHUNK_BYTES
-    if message.chunks:
+def cut(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
+    """One message as serialised frames, each with at most CHUNK_BYTES of data. Copies the tensors."""
+    text = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors)).text
+    if len(text) > LAYOUT_BYTES:
+        raise ValueError(f"{len(tensors)} tensors at {step} are too many for one message")
+    parts = [tensor.numpy(force=True).tobytes() for tensor in tensors]
+    padded = [part + bytes(-len(part) % _ALIGNMENT) for part in parts[:-1]]
+    data = b"".join(padded + parts[-1:])
+    message = pb.Tensors(sequence=sequence, step=step, layout=text, data=data[:CHUNK_BYTES])
+    yield pb.Frame(tensors=message).SerializeToString()
+    for offset in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
+        piece = data[offset : offset + CHUNK_BYTES]
+        message = pb.Tensors(sequence=sequence, step=step, offset=offset, data=piece)
         yield pb.Frame(tensors=message).SerializeToString()
 
 
@@ -145,49 +140,26 @@ class FrameLink(Link):
     def recv(
         self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
-        arrays: list[np.ndarray] = []
-        room, offset = np.empty(0, np.uint8), 0  # the last array's bytes, and how many have come
-        while True:
-            message = self._next("tensors", step).tensors
-            self._check_order(step, message.step, message.sequence)
-            if message.count != len(specs):
-                raise self._desync(f"{message.count} tensors at {step}", f"{len(specs)} tensors there")
-            if specs and not message.chunks:
-                raise self._desync(f"an empty frame at {step}", "data there")
-            for chunk in message.chunks:
-                if offset == len(room):  # the tensor before is complete: the next one's first chunk
-                    if len(arrays) == len(specs):
-                        raise self._desync(f"more data at {step}", f"no more than {len(specs)} tensors there")
-                    (code, kind), shape = _DTYPES[specs[len(arrays)][0]], specs[len(arrays)][1]
-                    if chunk.dtype != code or tuple(chunk.shape) != tuple(shape):
-                        raise self._desync(
-                            f"{_spec_text(chunk.dtype, chunk.shape)} as tensor {len(arrays)} of {step}",
-                            f"{_spec_text(code, shape)} there",
-                        )
-                    arrays.append(np.empty(shape, kind))
-                    room, offset = _bytes_of(arrays[-1]), 0
-                data = chunk.data
-                if (
-                    chunk.index != len(arrays) - 1
-                    or chunk.offset != offset
-                    or len(data) > len(room) - offset
-                    or (not data and len(room))
-                ):
-                    raise self._desync(
-                        f"{len(data)} bytes at byte {chunk.offset} of tensor {chunk.index} of {step}",
-                        f"byte {offset} of {len(room)} of tensor {len(arrays) - 1} there",
-                    )
-                room.data[offset : offset + len(data)] = data
-                offset += len(data)
-            if len(arrays) == len(specs) and offset == len(room):
-                break
+        layout = layout_of(tuple((dtype, tuple(shape)) for dtype, shape in specs))
+        data = self._next_data(step, layout, 0)
+        room = bytearray(data if len(data) == layout.total else layout.total)
+        offset = len(data)
+        if offset < layout.total:
+            room[:offset] = data
+        while offset < layout.total:
+            data = self._next_data(step, layout, offset)
+            room[offset : offset + len(data)] = data
+            offset += len(data)
         self._received += 1
-        if not self.offline:
-            self.ledger.book(step, rounds=1)
-        self._book("received", step, [array.nbytes for array in arrays], labels)
-        return [torch.from_numpy(array) for array in arrays]
+        self._book("received", step, layout.sizes, labels)
+        return [
+            torch.frombuffer(room, dtype=dtype, count=prod(shape), offset=start).view(shape)
+            if size
+            else torch.empty(shape, dtype=dtype)
+            for (dtype, shape), start, size in zip(specs, layout.starts, layout.sizes, strict=True)
+        ]
 
-    def send_facts(self, step: str, facts: Facts) -> None:
+    def send_facts(self, step: str, facts: Mapping[str, object]) -> None:
         self._check_alive(step)
         text = json.dumps(dict(facts), sort_keys=True, separators=(",", ":"), allow_nan=False)
         size = len(text.encode())
@@ -197,7 +169,7 @@ class FrameLink(Link):
         self._sent += 1
         self._book("sent", step, [size], None)
 
-    def recv_facts(self, step: str) -> dict[str, Fact]:
+    def recv_facts(self, step: str) -> dict[str, Any]:
         message = self._next("facts", step).facts
         self._check_order(step, message.step, message.sequence)
         size = len(message.json.encode())
@@ -268,6 +240,23 @@ class FrameLink(Link):
             where = frame.tensors.step or frame.facts.step or "its start"
             raise self._desync(f"{found or 'an unknown message'} at {where}", f"{kind} at {step}")
         return frame
+
+    def _next_data(self, step: str, layout: Layout, offset: int) -> bytes:
+        """What the frame that starts at byte `offset` of this step's message holds."""
+        message = self._next("tensors", step).tensors
+        self._check_order(step, message.step, message.sequence)
+        expected = "" if offset else layout.text
+        if message.layout != expected:
+            theirs, ours = (text[:500] or "no tensor" for text in (message.layout, expected))
+            raise self._desync(f"{theirs} at {step}", f"{ours} there")
+        data: bytes = message.data
+        left = layout.total - offset
+        if message.offset != offset or len(data) > left or len(data) < min(left, 1):
+            raise self._desync(
+                f"{len(data)} bytes from byte {message.offset} of {step}",
+                f"up to {left} from byte {offset} there",
+            )
+        return data
 
     def _check_alive(self, step: str) -> None:
         if self._failure is not None:

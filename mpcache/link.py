@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,10 +18,6 @@ from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 
 Spec = tuple[torch.dtype, tuple[int, ...]]  # what a receiver expects: dtype and shape
-
-Scalar = str | int | float | bool | None
-Fact = Scalar | list[Scalar] | list[list[Scalar]]
-Facts = Mapping[str, Fact]
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Link(ABC):
     def recv(
         self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
-        """Wait for the peer's next message. Books bytes and, when online, one round.
+        """Wait for the peer's next message. Books bytes, no round.
 
         Raises Desync, PeerLost, PeerTimeout or PeerFailed.
         """
@@ -67,8 +64,7 @@ class Link(ABC):
         self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
         """Both send, then both receive tensors of the same dtypes and shapes: one round."""
-        self.send(step, tensors, labels)
-        return self.recv(step, [(t.dtype, tuple(t.shape)) for t in tensors], labels)
+        return self.swap(step, tensors, [(t.dtype, tuple(t.shape)) for t in tensors], labels, labels)
 
     def swap(
         self,
@@ -78,17 +74,21 @@ class Link(ABC):
         labels_out: Sequence[str] | None = None,
         labels_in: Sequence[str] | None = None,
     ) -> list[torch.Tensor]:
-        """Send what there is to send, receive what there is to receive: one round in all."""
+        """Send what there is to send, receive what there is to receive: one round in all.
+
+        A message that goes one way only is a round too, at both ends: the receiver waits for it.
+        """
+        self.ledger.book(step, rounds=1)
         if outgoing:
             self.send(step, outgoing, labels_out)
         return self.recv(step, expected, labels_in) if expected else []
 
     @abstractmethod
-    def send_facts(self, step: str, facts: Facts) -> None:
+    def send_facts(self, step: str, facts: Mapping[str, object]) -> None:
         """Queue a small JSON object of public facts (at most 64 KiB). Books bytes, no round."""
 
     @abstractmethod
-    def recv_facts(self, step: str) -> dict[str, Fact]:
+    def recv_facts(self, step: str) -> dict[str, Any]:
         """Wait for the peer's facts. Books bytes, no round. Raises as `recv` does."""
 
     @abstractmethod

@@ -59,10 +59,6 @@ class Ops(ABC):
         """x + y where either may come straight out of an operation."""
 
     @abstractmethod
-    def mul(self, x: Value, y: Value) -> Program[Value]:
-        """x * y element by element, broadcasting."""
-
-    @abstractmethod
     def rotate(self, x: Value, cos: torch.Tensor, sin: torch.Tensor) -> Program[Value]:
         """Rotary embedding of (m, heads, d) by public angles (m, d)."""
 
@@ -71,8 +67,8 @@ class Ops(ABC):
         """(m, width) to unit root mean square; gains, and LayerNorm's mean, are folded into weights."""
 
     @abstractmethod
-    def activation(self, x: Value, kind: str) -> Program[Value]:
-        """silu, gelu or gelu_tanh, element by element."""
+    def gate(self, kind: str, gate: Value, up: Value | None) -> Program[Value]:
+        """act(gate) * up, or act(gate): act is silu, gelu or gelu_tanh."""
 
     @abstractmethod
     def softmax(self, scores: Value, visible: torch.Tensor | None) -> Program[tuple[Value, Value]]:
@@ -80,8 +76,8 @@ class Ops(ABC):
         column of a row is always visible (a token attends to itself)."""
 
     @abstractmethod
-    def reciprocal(self, x: Value) -> Program[Value]:
-        """1 / x for softmax denominators: 1 <= x <= n."""
+    def average(self, weights: Value, total: Value, values: Operand) -> Program[Value]:
+        """weights (*b, m, n) @ values (*b, n, d) / total (*b, m, 1): softmax's deferred division."""
 
     @abstractmethod
     def top(self, scores: Value, k: int, values: Sequence[Value]) -> Program[tuple[Selection, list[Value]]]:

@@ -57,17 +57,15 @@ class PlainOps(Ops):
     def add(self, x: torch.Tensor, y: torch.Tensor) -> Program[torch.Tensor]:
         return local(x + y)
 
-    def mul(self, x: torch.Tensor, y: torch.Tensor) -> Program[torch.Tensor]:
-        return local(x * y)
-
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Program[torch.Tensor]:
         return local(rotate(x, cos.to(x.dtype), sin.to(x.dtype)))
 
     def norm(self, x: torch.Tensor, eps: float) -> Program[torch.Tensor]:
         return local(normalise(x, eps))
 
-    def activation(self, x: torch.Tensor, kind: str) -> Program[torch.Tensor]:
-        return local(activate(kind, x))
+    def gate(self, kind: str, gate: torch.Tensor, up: torch.Tensor | None) -> Program[torch.Tensor]:
+        y = activate(kind, gate)
+        return local(y if up is None else y * up)
 
     def softmax(
         self, scores: torch.Tensor, visible: torch.Tensor | None
@@ -77,8 +75,10 @@ class PlainOps(Ops):
         e = torch.exp(scores - scores.amax(-1, keepdim=True))
         return local((e, e.sum(-1, keepdim=True)))
 
-    def reciprocal(self, x: torch.Tensor) -> Program[torch.Tensor]:
-        return local(1 / x)
+    def average(
+        self, weights: torch.Tensor, total: torch.Tensor, values: torch.Tensor
+    ) -> Program[torch.Tensor]:
+        return local(weights @ values / total)
 
     def top(
         self, scores: torch.Tensor, k: int, values: Sequence[torch.Tensor]

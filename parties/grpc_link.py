@@ -49,7 +49,7 @@ logging.getLogger("grpc").propagate = False
 SERVICE = party_pb2.DESCRIPTOR.services_by_name["Party"].full_name
 RANK_KEY = "mpcache-rank"  # metadata: who is at this end
 SAY_EVERY_S = 5.0
-ABORT_LINGER_S = 2.0  # for the reason to reach the peer
+ABORT_LINGER_S = 1.0  # for the reason to reach the peer
 PING_EVERY_S = 5.0
 PING_TIMEOUT_S = 15.0
 

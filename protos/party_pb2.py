@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/party.proto\x12\nmpcache.v1\"\xc3\x01\n\x05\x46rame\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.mpcache.v1.HelloH\x00\x12&\n\x07tensors\x18\x02 \x01(\x0b\x32\x13.mpcache.v1.TensorsH\x00\x12\"\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x11.mpcache.v1.FactsH\x00\x12\"\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x11.mpcache.v1.AbortH\x00\x12\x1e\n\x03\x62ye\x18\x05 \x01(\x0b\x32\x0f.mpcache.v1.ByeH\x00\x42\x06\n\x04kind\"\x93\x01\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\t\x12-\n\x06public\x18\x04 \x03(\x0b\x32\x1d.mpcache.v1.Hello.PublicEntry\x1a-\n\x0bPublicEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"[\n\x07Tensors\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12!\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x11.mpcache.v1.Chunk\"e\n\x05\x43hunk\x12\r\n\x05index\x18\x01 \x01(\r\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.mpcache.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"5\n\x05\x46\x61\x63ts\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0c\n\x04json\x18\x03 \x01(\t\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x05\n\x03\x42ye*q\n\x05\x44type\x12\x0e\n\nDTYPE_NONE\x10\x00\x12\t\n\x05INT64\x10\x01\x12\t\n\x05INT32\x10\x02\x12\t\n\x05INT16\x10\x03\x12\x08\n\x04INT8\x10\x04\x12\t\n\x05UINT8\x10\x05\x12\x0b\n\x07\x46LOAT32\x10\x06\x12\x0b\n\x07\x46LOAT64\x10\x07\x12\x08\n\x04\x42OOL\x10\x08\x32<\n\x05Party\x12\x33\n\x07\x43onnect\x12\x11.mpcache.v1.Frame\x1a\x11.mpcache.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/party.proto\x12\nmpcache.v1\"\xc3\x01\n\x05\x46rame\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.mpcache.v1.HelloH\x00\x12&\n\x07tensors\x18\x02 \x01(\x0b\x32\x13.mpcache.v1.TensorsH\x00\x12\"\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x11.mpcache.v1.FactsH\x00\x12\"\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x11.mpcache.v1.AbortH\x00\x12\x1e\n\x03\x62ye\x18\x05 \x01(\x0b\x32\x0f.mpcache.v1.ByeH\x00\x42\x06\n\x04kind\"\x93\x01\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\t\x12-\n\x06public\x18\x04 \x03(\x0b\x32\x1d.mpcache.v1.Hello.PublicEntry\x1a-\n\x0bPublicEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x07Tensors\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"5\n\x05\x46\x61\x63ts\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0c\n\x04json\x18\x03 \x01(\t\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x05\n\x03\x42ye2<\n\x05Party\x12\x33\n\x07\x43onnect\x12\x11.mpcache.v1.Frame\x1a\x11.mpcache.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HELLO_PUBLICENTRY']._loaded_options = None
   _globals['_HELLO_PUBLICENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=665
-  _globals['_DTYPE']._serialized_end=778
   _globals['_FRAME']._serialized_start=35
   _globals['_FRAME']._serialized_end=230
   _globals['_HELLO']._serialized_start=233
@@ -42,15 +40,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO_PUBLICENTRY']._serialized_start=335
   _globals['_HELLO_PUBLICENTRY']._serialized_end=380
   _globals['_TENSORS']._serialized_start=382
-  _globals['_TENSORS']._serialized_end=473
-  _globals['_CHUNK']._serialized_start=475
-  _globals['_CHUNK']._serialized_end=576
-  _globals['_FACTS']._serialized_start=578
-  _globals['_FACTS']._serialized_end=631
-  _globals['_ABORT']._serialized_start=633
-  _globals['_ABORT']._serialized_end=656
-  _globals['_BYE']._serialized_start=658
-  _globals['_BYE']._serialized_end=663
-  _globals['_PARTY']._serialized_start=780
-  _globals['_PARTY']._serialized_end=840
+  _globals['_TENSORS']._serialized_end=469
+  _globals['_FACTS']._serialized_start=471
+  _globals['_FACTS']._serialized_end=524
+  _globals['_ABORT']._serialized_start=526
+  _globals['_ABORT']._serialized_end=549
+  _globals['_BYE']._serialized_start=551
+  _globals['_BYE']._serialized_end=556
+  _globals['_PARTY']._serialized_start=558
+  _globals['_PARTY']._serialized_end=618
 # @@protoc_insertion_point(module_scope)

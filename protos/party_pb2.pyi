@@ -1,32 +1,10 @@
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from collections.abc import Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    DTYPE_NONE: _ClassVar[Dtype]
-    INT64: _ClassVar[Dtype]
-    INT32: _ClassVar[Dtype]
-    INT16: _ClassVar[Dtype]
-    INT8: _ClassVar[Dtype]
-    UINT8: _ClassVar[Dtype]
-    FLOAT32: _ClassVar[Dtype]
-    FLOAT64: _ClassVar[Dtype]
-    BOOL: _ClassVar[Dtype]
-DTYPE_NONE: Dtype
-INT64: Dtype
-INT32: Dtype
-INT16: Dtype
-INT8: Dtype
-UINT8: Dtype
-FLOAT32: Dtype
-FLOAT64: Dtype
-BOOL: Dtype
 
 class Frame(_message.Message):
     __slots__ = ("hello", "tensors", "facts", "abort", "bye")
@@ -62,30 +40,18 @@ class Hello(_message.Message):
     def __init__(self, version: _Optional[int] = ..., rank: _Optional[int] = ..., nonce: _Optional[str] = ..., public: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Tensors(_message.Message):
-    __slots__ = ("sequence", "step", "count", "chunks")
+    __slots__ = ("sequence", "step", "layout", "offset", "data")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
-    COUNT_FIELD_NUMBER: _ClassVar[int]
-    CHUNKS_FIELD_NUMBER: _ClassVar[int]
-    sequence: int
-    step: str
-    count: int
-    chunks: _containers.RepeatedCompositeFieldContainer[Chunk]
-    def __init__(self, sequence: _Optional[int] = ..., step: _Optional[str] = ..., count: _Optional[int] = ..., chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ...) -> None: ...
-
-class Chunk(_message.Message):
-    __slots__ = ("index", "dtype", "shape", "offset", "data")
-    INDEX_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    index: int
-    dtype: Dtype
-    shape: _containers.RepeatedScalarFieldContainer[int]
+    sequence: int
+    step: str
+    layout: str
     offset: int
     data: bytes
-    def __init__(self, index: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., step: _Optional[str] = ..., layout: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Facts(_message.Message):
     __slots__ = ("sequence", "step", "json")

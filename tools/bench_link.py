@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from mpcache.config import Addresses, Settings
+from mpcache.frames import FRAME_BYTES
 from mpcache.ledger import Ledger
 from mpcache.link import Link, Spec
 from mpcache.rank import Rank
-from parties.grpc_link import FRAME_BYTES, connect_all
+from parties.grpc_link import connect_all
 
 import grpc  # isort: skip  # after the link, which quiets it
 
@@ -55,6 +56,7 @@ def other_side(address: str, bare_address: str, rounds: int) -> None:
         for size in SIZES.values():
             for _ in range(rounds):
                 take_turns(network[Rank.CLIENT], torch.zeros(size // 8, dtype=torch.int64))
+        network[Rank.CLIENT].recv("end", [])  # the bare pings go on a little longer
     bare.stop(0)
 
 
@@ -99,7 +101,9 @@ def main() -> None:
                 next(pongs)
 
             print(f"ms, median (10th..90th percentile) of {rounds} batches of {BATCH}; ratios to bare")
-            print(f"{'size':>6}  {'exchange':>21} {'ratio':>6}  {'there+back':>21} {'ratio':>6}  {'bare':>21}")
+            print(
+                f"{'size':>6}  {'exchange':>21} {'ratio':>6}  {'there+back':>21} {'ratio':>6}  {'bare':>21}"
+            )
             for name, size in SIZES.items():
                 data, tensor = os.urandom(size), torch.zeros(size // 8, dtype=torch.int64)
                 specs = [(tensor.dtype, tuple(tensor.shape))]
@@ -111,16 +115,18 @@ def main() -> None:
                     link.send("there", [tensor])
                     link.recv("back", specs)
 
+                calls: list[Callable[[], object]] = [exchange, there_and_back, partial(ping, data)]
                 times: list[list[float]] = [[], [], []]
                 for _ in range(rounds):
                     exchange()  # both begin together
-                    for kind, call in zip(times, (exchange, there_and_back, partial(ping, data)), strict=True):
+                    for kind, call in zip(times, calls, strict=True):
                         kind.append(milliseconds(call))
                 ours, back, bare = times
                 middle = statistics.median(bare)
                 ratios = [f"{statistics.median(kind) / middle:6.2f}" for kind in (ours, back)]
                 print(f"{name:>6}  {summary(ours)} {ratios[0]}  {summary(back)} {ratios[1]}  {summary(bare)}")
             pings.put(None)
+        link.send("end", [])
     other.join(10)
 
 

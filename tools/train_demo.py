@@ -11,7 +11,8 @@ Two things make that learnable in an hour on two cores. Every name is one token,
 question shares exactly one rare token with its fact. And the length grows by skill, not by
 the clock: 64 tokens of facts and nothing else until the first digit is right 95 times in a
 hundred, then 128, and then documents with prose of 256, 512 and 1024 tokens, each until
-recall is back. The learning rate stays constant all that while and decays only at the end.
+recall is back; last come verses to be repeated word for word. The learning rate stays
+constant all that while and decays only at the end.
 
 The result is a Hugging Face folder, mpcache/demo/model, with metrics.json beside it.
 """
@@ -373,6 +374,21 @@ class Rows:
             weights += line_weights
         return ids, weights
 
+    def repeat(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
+        """Verses for about half the row, then some of them again word for word."""
+        position = rng.randrange(len(self.verses))
+        verses: list[list[int]] = []
+        ids, weights = [self.bos], [0.0]
+        while len(ids) < length // 2:
+            verses.append(self.verses[(position + len(verses)) % len(self.verses)])
+            ids += verses[-1]
+            weights += [1.0] * len(verses[-1])
+        while len(ids) <= length:
+            verse = rng.choice(verses)
+            ids += verse
+            weights += [0.0] * 2 + [2.0] * (len(verse) - 2)
+        return ids, weights
+
     def batch(
         self, rng: random.Random, kinds: dict[str, float], length: int, rows: int
     ) -> tuple[Tensor, Tensor]:
@@ -546,7 +562,9 @@ STAGES = (
     Stage(128, {"dense": 0.9, "copy": 0.1}),
     Stage(256, {"dense": 0.3, "document": 0.7}),
     Stage(512, {"dense": 0.1, "document": 0.9}),
-    Stage(1024, {"document": 1.0}, enough=2.0),  # until the time is over
+    Stage(1024, {"document": 1.0}),
+    Stage(256, {"document": 0.3, "repeat": 0.7}),
+    Stage(1024, {"document": 0.8, "repeat": 0.2}, enough=2.0),  # until the time is over
 )
 
 
@@ -679,7 +697,7 @@ def main() -> None:
         "training_minutes": round(elapsed / 60, 1),
         "training_tokens": tokens,
         "training_steps": step,
-        "stage_tokens": STAGES[stage].length,
+        "stage": stage,
         "bytes_per_token": round(n_bytes / n_tokens, 3),
         **measure(model, tokenizer),
     }

@@ -1,12 +1,14 @@
 """Correlated randomness: what the dealer makes, described by public shapes (PROTOCOLS 7).
 
 A request lists random parts, expanded by each party from its own key stream, and derived parts,
-which are functions of the random ones: the client's share of a derived part comes from its stream
-too, the server's is sent by the dealer as a correction. So only corrections travel.
+which are functions of the random ones. The client's share of a derived part comes from its stream
+too; the server's is sent by the dealer as a correction. Public parts (the correction words of key
+trees) are sent to both. So only corrections travel.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,15 +25,32 @@ Shape = tuple[int, ...]
 class Part:
     """One tensor of a correlation.
 
+    dtype: int64 for Z_2^64, or a smaller signed type for a smaller ring.
     xor: its shares combine by XOR instead of addition.
     owner: known whole to this party, zero at the other (random parts only).
+    own: each party has its own, unrelated value (random parts only; seeds).
+    public: the same at both parties (derived parts only).
     """
 
     shape: Shape
+    dtype: torch.dtype = torch.int64
     xor: bool = False
     owner: Rank | None = None
+    own: bool = False
+    public: bool = False
 
-    def combine(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def spec(self) -> tuple[torch.dtype, Shape]:
+        return self.dtype, self.shape
+
+    def combine(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The value behind two shares; both values of an `own` part."""
+        if self.own:
+            return a, b
         return a ^ b if self.xor else a + b
 
     def correct(self, value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -41,32 +60,36 @@ class Part:
 
 @dataclass(frozen=True)
 class Request:
-    """A correlation by public shapes; `derive` maps random values to derived ones at the dealer."""
+    """A correlation by public shapes; `derive` maps random values to derived ones at the dealer.
+
+    keep: the dealer's program gets the random values too, to derive later correlations from them
+    (a resident operand's mask, a selection's rotation).
+    """
 
     kind: str
     random: tuple[Part, ...]
     derived: tuple[Part, ...]
     derive: Callable[..., Sequence[torch.Tensor]]
+    keep: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
         return self.random + self.derived
 
-    @property
-    def correction_shapes(self) -> list[Shape]:
-        """What the dealer sends to the server: one int64 word for each derived element."""
-        return [part.shape for part in self.derived]
+    def sent_to(self, rank: Rank) -> list[Part]:
+        """The derived parts that the dealer sends to one party."""
+        return [p for p in self.derived if p.public or rank is Rank.SERVER]
 
 
-def _dealt(resident: Resident) -> torch.Tensor:
-    if resident.dealt is None:
+def dealt(value: torch.Tensor | None) -> torch.Tensor:
+    if value is None:
         raise RuntimeError("only the dealer derives correlations")
-    return resident.dealt
+    return value
 
 
 def random_mask(shape: Shape, owner: Rank | None = None) -> Request:
     """Shares of a uniform tensor, for a resident operand."""
-    return Request("mask", (Part(shape, owner=owner),), (), lambda b: ())
+    return Request("mask", (Part(shape, owner=owner),), (), lambda b: (), keep=True)
 
 
 def triple(a: Shape, b: Shape, out: Shape, op: Callable[..., torch.Tensor], kind: str) -> Request:
@@ -105,7 +128,7 @@ def resident_product(x: Shape, w: Resident, out: Shape, owner: Rank | None = Non
         "resident",
         (Part(x, owner=owner),),
         (Part(out),),
-        lambda a: (matmul(a, _dealt(w)),),
+        lambda a: (matmul(a, dealt(w.dealt)),),
     )
 
 

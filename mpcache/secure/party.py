@@ -16,7 +16,7 @@ from mpcache.ledger import Ledger
 from mpcache.link import Link
 from mpcache.rank import Rank
 from mpcache.secure import crypten_shim
-from mpcache.secure.correlations import Request
+from mpcache.secure.correlations import Part, Request
 from mpcache.secure.program import Opening
 from mpcache.secure.rng import Stream
 
@@ -63,8 +63,8 @@ class Party(ABC):
         """Open tensors in one round; None for what this party does not learn."""
 
     @abstractmethod
-    def draw(self, request: Request, step: str) -> list[torch.Tensor]:
-        """This party's parts of a correlation (for a `mask`: the mask, and B at the dealer)."""
+    def draw(self, request: Request, step: str) -> list[Any]:
+        """This party's parts of a correlation; for a kept one also all values (None but at the dealer)."""
 
     def call(self, run: Callable[[], Any], step: str) -> Any:
         """Run blocking CrypTen code as this party."""
@@ -128,22 +128,15 @@ class ComputingParty(Party):
             opened.append(value)
         return opened
 
-    def draw(self, request: Request, step: str) -> list[torch.Tensor]:
+    def draw(self, request: Request, step: str) -> list[Any]:
         if self._tape is None:
             raise RuntimeError("draw before begin")
-        parts = [
-            self._tape.tensor(part.shape)
-            if part.owner in (None, self.rank)
-            else torch.zeros(part.shape, dtype=torch.int64)
-            for part in request.random
-        ]
-        if self.rank is Rank.SERVER:
-            if request.derived:
-                specs = [(torch.int64, shape) for shape in request.correction_shapes]
-                parts += self._dealer.recv(step, specs)
-        else:
-            parts += [self._tape.tensor(part.shape) for part in request.derived]
-        return [*parts, None] if request.kind == "mask" else parts  # type: ignore[list-item]
+        parts: list[Any] = [_expand(self._tape, part, self.rank) for part in request.random]
+        sent = request.sent_to(self.rank)
+        arrived = iter(self._dealer.recv(step, [p.spec for p in sent]) if sent else [])
+        for part in request.derived:
+            parts.append(next(arrived) if part in sent else self._tape.tensor(part.shape, part.dtype))
+        return [*parts, None] if request.keep else parts
 
     def stream(self, kind: str) -> Stream | None:
         return self._streams.get(kind)
@@ -169,12 +162,12 @@ class ShapeParty(Party):
         self.ledger.book(step, rounds=1)
         return [torch.empty_like(i.share, device="meta") for i in items]
 
-    def draw(self, request: Request, step: str) -> list[torch.Tensor]:
-        n = 8 * sum(math.prod(shape) for shape in request.correction_shapes)
-        if self.rank is Rank.SERVER and request.derived:
+    def draw(self, request: Request, step: str) -> list[Any]:
+        n = sum(part.nbytes for part in request.sent_to(self.rank))
+        if n:
             self.ledger.book(step, offline_received=n)
-        parts = [torch.empty(p.shape, dtype=torch.int64, device="meta") for p in request.parts]
-        return [*parts, None] if request.kind == "mask" else parts  # type: ignore[list-item]
+        parts: list[Any] = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in request.parts]
+        return [*parts, None] if request.keep else parts
 
 
 class DealerParty(Party):
@@ -193,23 +186,27 @@ class DealerParty(Party):
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
         return [torch.empty_like(i.share, device="meta") for i in items]
 
-    def draw(self, request: Request, step: str) -> list[torch.Tensor]:
-        values = []
-        for part in request.random:
-            shares = [
-                self._tapes[r].tensor(part.shape)
-                if part.owner in (None, r)
-                else torch.zeros(part.shape, dtype=torch.int64)
-                for r in COMPUTING
-            ]
-            values.append(part.combine(*shares))
-        if request.kind == "mask":
-            return [torch.empty_like(values[0], device="meta"), values[0]]
+    def draw(self, request: Request, step: str) -> list[Any]:
+        values = [
+            part.combine(*(_expand(self._tapes[r], part, r) for r in COMPUTING)) for part in request.random
+        ]
         derived = request.derive(*values)
-        if request.derived:
-            corrections = [
-                part.correct(value, self._tapes[Rank.CLIENT].tensor(part.shape))
-                for part, value in zip(request.derived, derived, strict=True)
-            ]
-            self._links[Rank.SERVER].send(step, corrections)
-        return [torch.empty(p.shape, dtype=torch.int64, device="meta") for p in request.parts]
+        server, client = [], []
+        for part, value in zip(request.derived, derived, strict=True):
+            if part.public:
+                client.append(value)
+                server.append(value)
+            else:
+                server.append(part.correct(value, self._tapes[Rank.CLIENT].tensor(part.shape, part.dtype)))
+        for rank, tensors in ((Rank.SERVER, server), (Rank.CLIENT, client)):
+            if tensors:
+                self._links[rank].send(step, tensors)
+        parts: list[Any] = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in request.parts]
+        return [*parts, values] if request.keep else parts
+
+
+def _expand(tape: Stream, part: Part, rank: Rank) -> torch.Tensor:
+    """One party's random part, from its stream; zero if the other party owns it."""
+    if part.owner in (None, rank):
+        return tape.tensor(part.shape, part.dtype)
+    return torch.zeros(part.shape, dtype=part.dtype)

@@ -80,7 +80,7 @@ class Answers(Protocol):
     """Who a program is read by."""
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]: ...
-    def draw(self, request: Request, step: str) -> list[torch.Tensor]: ...
+    def draw(self, request: Request, step: str) -> list[Any]: ...
     def call(self, run: Callable[[], Any], step: str) -> Any: ...
 
 
@@ -94,9 +94,9 @@ def reveal(*openings: Opening) -> Program[list[Any]]:
     return answer
 
 
-def draw(request: Request) -> Program[list[torch.Tensor]]:
-    """This party's parts of a correlation."""
-    answer: list[torch.Tensor] = yield Draw(request)
+def draw(request: Request) -> Program[list[Any]]:
+    """This party's parts of a correlation (`Party.draw`)."""
+    answer: list[Any] = yield Draw(request)
     return answer
 
 

@@ -92,9 +92,6 @@ class StockOps(Ops):
     def add(self, x: Share, y: Share) -> Program[Share]:
         return local(x + y)
 
-    def mul(self, x: Share, y: Share) -> Program[Share]:
-        return blocking(lambda a, b: a * b, x, y)
-
     def rotate(self, x: Share, cos: torch.Tensor, sin: torch.Tensor) -> Program[Share]:
         rotated = self.rotated(x, cos, sin)
         # CrypTen's truncation: each party divides its own share, no message (PROTOCOLS 0).
@@ -134,14 +131,16 @@ class StockOps(Ops):
 
         return blocking(run, x)
 
-    def activation(self, x: Share, kind: str) -> Program[Share]:
-        def run(x: Any) -> Any:
+    def gate(self, kind: str, gate: Share, up: Share | None) -> Program[Share]:
+        def activate(x: Any) -> Any:
             if kind == "silu":
                 return x * x.sigmoid()
             cube = x * x.square()
             return x * ((x + cube * 0.044715) * (2 * math.sqrt(2 / math.pi))).sigmoid()
 
-        return blocking(run, x)
+        if up is None:
+            return blocking(activate, gate)
+        return blocking(lambda g, u: activate(g) * u, gate, up)
 
     def softmax(self, scores: Share, visible: torch.Tensor | None) -> Program[tuple[Share, Share]]:
         if visible is not None:
@@ -156,13 +155,13 @@ class StockOps(Ops):
             e = e * visible
         return e, e.sum(-1, keepdim=True)
 
-    def reciprocal(self, x: Share) -> Program[Share]:
-        def run(x: Any) -> Any:
+    def average(self, weights: Share, total: Share, values: Share) -> Program[Share]:
+        def run(w: Any, t: Any, v: Any) -> Any:
             # CrypTen's start value diverges above 666: an eighth of 1..5000 stays below.
             with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
-                return x.div(8).reciprocal().div(8)
+                return w.matmul(v) * t.div(8).reciprocal().div(8)
 
-        return blocking(run, x)
+        return blocking(run, weights, total, values)
 
     def top(
         self, scores: Share, k: int, values: Sequence[Share]

@@ -28,7 +28,9 @@ def test_three_hosts_yaml_is_valid() -> None:
 def test_overrides_win_and_none_means_not_given(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("public: {policy: full, max_new_tokens: 4}\ntimeouts: {connect_s: 3}\n")
-    settings = load_settings(file, {"public.policy": "mpcache:keep=8", "public.protocol": None, "timeouts.recv_s": 7})
+    settings = load_settings(
+        file, {"public.policy": "mpcache:keep=8", "public.protocol": None, "timeouts.recv_s": 7}
+    )
     assert settings.public.policy == "mpcache:keep=8"
     assert settings.public.max_new_tokens == 4
     assert (settings.timeouts.connect_s, settings.timeouts.recv_s) == (3, 7)
@@ -58,13 +60,19 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("pubic: {}", "unknown key pubic; did you mean public?"),
-        ("public: {max_new_token: 3}", "unknown key public.max_new_token; did you mean public.max_new_tokens?"),
+        (
+            "public: {max_new_token: 3}",
+            "unknown key public.max_new_token; did you mean public.max_new_tokens?",
+        ),
         ("addresses: {client: 'a:1'}", "unknown key addresses.client; known: server, dealer"),
         ("1: 2", "unknown key 1; known: public, addresses, timeouts"),
         ("public: fast", "public must be a section with protocol, .*, not a str"),
         ("public:", "public must be a section with .*, not nothing"),
         ("- a", r"must hold sections \(public, addresses, timeouts\), not a list"),
-        ("public: {max_new_tokens: many}", "public.max_new_tokens is 'many': input should be a valid integer"),
+        (
+            "public: {max_new_tokens: many}",
+            "public.max_new_tokens is 'many': input should be a valid integer",
+        ),
         ("public: {max_new_tokens: true}", "public.max_new_tokens is True: input should be a valid integer"),
         ("public: {max_new_tokens: 0}", "public.max_new_tokens is 0: .*greater than or equal to 1"),
         ("public: {protocol: slow}", "public.protocol is 'slow': input should be 'stock' or 'fast'"),

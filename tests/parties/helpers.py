@@ -31,9 +31,7 @@ def free_settings(connect_s: float = 20, recv_s: float = 20) -> Settings:
 def grpc_networks(settings: Settings, *ranks: Rank) -> Iterator[list[Network]]:
     """These parties, connected with each other, all in this process."""
     with ThreadPoolExecutor(len(ranks)) as pool:
-        networks = list(
-            pool.map(lambda rank: connect_all(rank, settings, Ledger(), peers=set(ranks)), ranks)
-        )
+        networks = list(pool.map(lambda rank: connect_all(rank, settings, Ledger(), peers=set(ranks)), ranks))
     try:
         yield networks
     finally:

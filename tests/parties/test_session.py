@@ -58,7 +58,10 @@ def test_another_config_ends_all_three() -> None:
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [
-        (Hello(PROTOCOL_VERSION, D, "0", {"a": "1"}), r"server expects client \(rank 1\), but rank 2 is there"),
+        (
+            Hello(PROTOCOL_VERSION, D, "0", {"a": "1"}),
+            r"server expects client \(rank 1\), but rank 2 is there",
+        ),
         (Hello(99, C, "0", {"a": "1"}), "protocol version is 1 at server, 99 at client"),
         (Hello(PROTOCOL_VERSION, C, "0", {}), "a is 1 at server, not set at client"),
         (Hello(PROTOCOL_VERSION, C, "0", {"a": "1", "b": "2"}), "b is not set at server, 2 at client"),

@@ -1,0 +1,99 @@
+"""Softmax on shares without a comparison tree: three rounds to exp, whatever the length.
+
+1. An upper bound of the maximum, at most 4 above it, from unary histograms (two rounds).
+2. exp by one key tree per element (one round): with d opened as d + r, e^-d is e^r, which the
+   dealer knows, times e^-(d+r), which is public; the tree tells which of the two wraps happened and
+   cuts off at e^-22.
+The division is deferred past the product with the values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from mpcache.secure import fss
+from mpcache.secure.compare import bytes_for, key_parts, less
+from mpcache.secure.correlations import Part, Request
+from mpcache.secure.fss import KeyShape
+from mpcache.secure.linear import truncate
+from mpcache.secure.lookup import rotated
+from mpcache.secure.program import Opening, Program, draw, reveal
+from mpcache.secure.shares import Share
+from mpcache.secure.side import Side, drop
+
+STEP = 2  # scores per bucket of the histogram
+BUCKETS = 256  # |score| < STEP * BUCKETS / 2
+SLACK = 2 * STEP  # the bound lies at most so far above the maximum
+WINDOW = 22.0  # e^-22 = 2.8e-10 and smaller become zero
+_LOW = 17  # grid points of the window: 2^17, 1.7e-4 apart
+_HIGH = 5  # 32 windows: distances up to 704
+_KEY_BITS, _PUBLIC_BITS = 46, 15  # fraction bits of e^(r - 22) and of e^(22 - (d + r))
+
+
+def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[torch.Tensor]:
+    """Shares (integers) of a c with max < c <= max + 4, of (*b, n) visible scores: (*b, 1). Two rounds.
+
+    |score| < 256, n < 2^15. Each score's bucket becomes a one-hot vector; their sum tells for each
+    bucket how many scores lie in or above it; the buckets with any are counted.
+    """
+    bucket = drop(scores.data, scores.bits + STEP.bit_length() - 1) + side.constant(BUCKETS // 2, scores.data)
+    hot = yield from rotated(side, bucket, BUCKETS, torch.int16)
+    if visible is not None:
+        hot = hot * visible.to(torch.int16).to(hot.device).unsqueeze(-1)
+    histogram = hot.sum(-2, dtype=torch.int64)
+    above = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+    none = yield from less(side, above, 16, (1,))
+    highest = (BUCKETS - 1) * side.constant(1, above[..., :1]) - none.squeeze(-1).sum(-1, keepdim=True)
+    # A bucket may be one too low (`drop`); its upper edge and one more are above every score.
+    return STEP * (highest + side.constant(2 - BUCKETS // 2, highest))
+
+
+def exp(side: Side, d: Share, bits: int) -> Program[Share]:
+    """e^-d for 0 <= d < 704 at `bits` fraction bits, zero from 22 on. Two rounds.
+
+    Relative error below 3e-4: the grid of 1.7e-4 (twice, for `drop`) and 29 bits of the two factors.
+    """
+    n = math.prod(d.shape)
+    keys = KeyShape(n, _LOW + _HIGH, start=_HIGH)
+    seeds, words, bit_parts = key_parts(keys)
+    low = (1 << _LOW) - 1
+    unit = WINDOW / (1 << _LOW)
+
+    def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
+        r = r & ((1 << keys.depth) - 1)
+        payload = torch.exp((r & low).double() * unit - WINDOW) * 2**_KEY_BITS
+        return fss.generate(keys, s, r, payload.round().to(torch.int64))
+
+    r, own, cw, cb = yield from draw(Request("exp", (Part((n,)), seeds), (words, bit_parts), derive))
+    # Grid points: times 2^17 / 22, as a public integer with 6 more bits that are dropped again.
+    points = drop(d.data * round(64 / unit), d.bits + 6).reshape(n)
+    (c,) = yield from reveal(Opening(points + r, "masked for exp", width=bytes_for(keys.depth)))
+    c = (c & ((1 << keys.depth) - 1)).unsqueeze(-1)
+    # d in the window: either c and r share their top bits and c's low bits are not below r's, or
+    # c's top bits are one higher and its low bits are below.
+    same, under = fss.evaluate(keys, side.number, own, cw, cb, c)
+    before = (c - (1 << _LOW)) & ((1 << keys.depth) - 1)
+    _, wrapped = fss.evaluate(keys, side.number, own, cw, cb, before)
+    if c.is_meta:
+        e = same
+    else:
+        factor = torch.exp(-(c & low).double() * unit) * 2**_PUBLIC_BITS
+        e = (same - under) * (factor * math.exp(WINDOW)).round().to(torch.int64)
+        e = e + wrapped * factor.round().to(torch.int64)
+    return (yield from truncate(side, Share(e.reshape(d.shape), _KEY_BITS + _PUBLIC_BITS), bits))
+
+
+def softmax(
+    side: Side, scores: Share, visible: torch.Tensor | None, bits: int
+) -> Program[tuple[Share, Share]]:
+    """(*b, n) to e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds."""
+    if visible is not None:
+        visible = visible.to(scores.data.device).expand(scores.shape)
+    c = yield from bound(side, scores, visible)
+    e = yield from exp(side, Share((c << scores.bits) - scores.data, scores.bits), bits)
+    if visible is not None:
+        e = e * visible
+    return e, e.sum(-1, keepdim=True)

@@ -1,0 +1,134 @@
+"""Oblivious top-k with one-hot slots, and the gather inside it: two rounds (PROTOCOLS 4).
+
+Round 1 opens every score masked; all differences are then public with known masks, so all pairs
+are compared without another message, and rank_i = how many beat i arrives in shares. Round 2 opens
+rank_i + rho_i modulo N; the dealer's one-hot of rho_i, rotated by that, is the slot matrix
+H[j, i] = [rank_i = j]. What the dealer also rotates by rho_i comes along for free: the masks of the
+values to gather, and the masks of the weights that will be scattered back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpcache.ops import Selection
+from mpcache.secure.compare import bytes_for, key_parts, sign, sign_keys
+from mpcache.secure.correlations import Part, Request, dealt
+from mpcache.secure.fss import KeyShape
+from mpcache.secure.lookup import one_hot
+from mpcache.secure.program import Opening, Program, draw, reveal
+from mpcache.secure.shares import Share, cat
+from mpcache.secure.side import Side, drop
+
+
+def size_for(n: int) -> int:
+    """The power of two that ranks of n items are opened modulo."""
+    return 1 << max(1, (n - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class HotSelection(Selection):
+    """hot: shares of H (*rows, k, n), integers.  opened: rank + rho modulo N (*rows, n), public.
+
+    rotation: rho, at the dealer only.
+    """
+
+    side: Side
+    hot: torch.Tensor
+    opened: torch.Tensor
+    size: int
+    rotation: torch.Tensor | None
+
+    def scatter(self, weights: Share) -> Program[Share]:
+        """One round: only the weights are opened. For each item i the dealer shares the weights'
+        masks rotated by rho_i, so that item i's mask stands at the public place rank_i + rho_i."""
+        *rows, k, c = weights.shape
+        n, size = self.hot.shape[-1], self.size
+
+        def derive(a: torch.Tensor) -> Sequence[torch.Tensor]:
+            # P[i, u] = a[u - rho_i mod N], zero where that is no slot
+            rho = dealt(self.rotation).unsqueeze(-1)
+            slot = (torch.arange(size) - rho) & (size - 1)  # (*rows, n, N)
+            padded = torch.cat([a, torch.zeros(*rows, size - k, c, dtype=torch.int64)], -2)
+            flat = slot.reshape(*rows, n * size, 1).expand(*rows, n * size, c)
+            return (padded.gather(-2, flat).reshape(*rows, n, size, c),)
+
+        request = Request(
+            "scatter", (Part(weights.shape),), (Part((*rows, n, size, c)),), derive
+        )
+        a, spread = yield from draw(request)
+        (e,) = yield from reveal(Opening(weights.data - a, "weights, masked"))
+        place = self.opened.reshape(*rows, n, 1, 1).expand(*rows, n, 1, c)
+        return Share(
+            torch.matmul(self.hot.transpose(-1, -2), e) + spread.gather(-2, place).squeeze(-2), weights.bits
+        )
+
+
+def top(
+    side: Side, scores: Share, k: int, values: Sequence[Share], bits: int, width: int
+) -> Program[tuple[HotSelection, list[Share]]]:
+    """The k highest of (*rows, n), descending, ties to the lower index; values (*rows, n, c) gathered.
+
+    Scores are compared at `bits` fraction bits (error: one unit) in a ring of `width` bits: their
+    differences must stay below 2^(width-1) units. Two rounds.
+    """
+    *rows, n = scores.shape
+    first, second = torch.triu_indices(n, n, 1)
+    pairs = len(first)
+    size = size_for(n)
+    flat = 1
+    for r in rows:
+        flat *= r
+    keys = KeyShape(flat * pairs, width - 1)
+    together = cat(list(values), -1)
+    c = together.shape[-1]
+    seeds, words, bit_parts = key_parts(keys)
+
+    def derive(
+        r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        difference = (r[..., first] - r[..., second]).reshape(-1)
+        hot = one_hot(rho, size)
+        return *sign_keys(keys, s, difference), hot, hot.unsqueeze(-1) * m.unsqueeze(-2)
+
+    request = Request(
+        "top",
+        (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c)), seeds),
+        (Part((keys.n,)), words, bit_parts, Part((*rows, n, size)), Part((*rows, n, size, c))),
+        derive,
+        keep=True,
+    )
+    r, rho, m, own, tops, cw, cb, hot, masks, kept = yield from draw(request)
+    narrow = drop(scores.data, scores.bits - bits)
+    opened, shown = yield from reveal(
+        Opening(narrow + r, "scores, masked", width=bytes_for(width)),
+        Opening(together.data + m, "values to gather, masked"),
+    )
+    # first < second loses only where it is strictly lower.
+    points = (opened[..., first] - opened[..., second]).reshape(-1, 1)
+    loses = sign(side, keys, own, cw, cb, tops, points).reshape(*rows, pairs)
+    rank = torch.zeros(*rows, n, dtype=torch.int64, device=loses.device)
+    rank.index_add_(-1, first.to(loses.device), loses)
+    rank.index_add_(-1, second.to(loses.device), -loses)
+    rank = rank + side.first(torch.arange(n).to(rank.device).expand_as(rank))  # each earlier one, but for losses
+
+    (place,) = yield from reveal(
+        Opening(rank + rho, "ranks, rotated", width=bytes_for(size.bit_length() - 1))
+    )
+    place = place & (size - 1)
+    slots = side.public(range(k))
+    where = (place.unsqueeze(-1) - slots) & (size - 1)  # (*rows, n, k)
+    h = hot.gather(-1, where).transpose(-1, -2)  # (*rows, k, n)
+    rotated = masks.gather(-2, where.unsqueeze(-1).expand(*where.shape, c)).sum(-3)
+    gathered = Share(torch.matmul(h, shown) - rotated, together.bits)
+    pieces, column = [], 0
+    for value in values:
+        pieces.append(gathered[..., column : column + value.shape[-1]])
+        column += value.shape[-1]
+    rotation = None if kept is None else kept[1]
+    return HotSelection(side, h, place, size, rotation), pieces
+
+

@@ -25,8 +25,25 @@ class Selection(ABC):
     """k of n items chosen by score, obliviously; shape (*rows, k) of (*rows, n)."""
 
     @abstractmethod
+    def gather(self, values: Value) -> Program[Value]:
+        """(*rows, n, c) of the items to (*rows, k, c) of the chosen ones, in their order."""
+
+    @abstractmethod
     def scatter(self, weights: Value) -> Program[Value]:
         """(*rows, k, c) back to the items' own places: (*rows, n, c), zero where not chosen."""
+
+    @abstractmethod
+    def keep(self) -> Program[Selection]:
+        """Prepare for repeated use: every gather and scatter then opens the values alone."""
+
+    @abstractmethod
+    def refine(self, finer: Selection, children: int) -> Program[Selection]:
+        """A choice among this one's chosen items, split into `children` each, as one choice of the
+        n * children items, kept."""
+
+    @abstractmethod
+    def marks(self) -> Value:
+        """(*rows, n): 1 where chosen, 0 elsewhere, to be subtracted from `Ops.ones`. No cost."""
 
 
 class Ops(ABC):
@@ -39,8 +56,16 @@ class Ops(ABC):
         """A tensor that `owner` knows; the others pass None. `bits`: fraction bits, if not the default."""
 
     @abstractmethod
-    def keep(self, x: Value) -> Program[Operand]:
-        """Prepare a tensor for repeated use as the right operand of `linear` (PROTOCOLS 1)."""
+    def settle(self, x: Value) -> Program[Value]:
+        """x, ready to be used more than once."""
+
+    @abstractmethod
+    def keep(self, x: Value, ring: int = 48) -> Program[Operand]:
+        """Prepare a tensor for repeated use as the right operand of `linear` (PROTOCOLS 1).
+
+        ring: bits that the products with it need. 48 holds products of two values below 2^14, 56
+        sums of softmax weights times values, 64 products of three.
+        """
 
     @abstractmethod
     def join(self, parts: Sequence[Operand], dim: int) -> Operand:
@@ -53,6 +78,12 @@ class Ops(ABC):
     @abstractmethod
     def linear(self, x: Value, w: Operand, bias: Value | None = None) -> Program[Value]:
         """(*b, m, k) times operand (*b, k, n), plus (n,): (*b, m, n)."""
+
+    @abstractmethod
+    def scores(self, q: Value, keys: Operand) -> Program[Value]:
+        """Attention scores q . k: (*b, m, d) and operand (*b, n, d) -> (*b, m, n), for `top` and
+        `softmax` only: an engine may hold them in a form of its own. They index, concatenate,
+        reshape, add and subtract as values do."""
 
     @abstractmethod
     def add(self, x: Value, y: Value) -> Program[Value]:
@@ -76,13 +107,43 @@ class Ops(ABC):
         column of a row is always visible (a token attends to itself)."""
 
     @abstractmethod
-    def average(self, weights: Value, total: Value, values: Operand) -> Program[Value]:
-        """weights (*b, m, n) @ values (*b, n, d) / total (*b, m, 1): softmax's deferred division."""
+    def weigh(self, weights: Value, values: Operand) -> Program[Value]:
+        """Softmax's weights (*b, m, n) @ values (*b, n, d): (*b, m, d)."""
 
     @abstractmethod
-    def top(self, scores: Value, k: int, values: Sequence[Value]) -> Program[tuple[Selection, list[Value]]]:
-        """Choose the k highest of (*rows, n), ties to the lower index, in descending order; gather
-        each of `values` (*rows, n, c) to (*rows, k, c)."""
+    def inverse(self, total: Value) -> Program[Value]:
+        """1 / total, of a softmax's sum."""
+
+    @abstractmethod
+    def times(self, x: Value, y: Value) -> Program[Value]:
+        """x * y, element by element: softmax's weights, or their product with values, by the inverse."""
+
+    @abstractmethod
+    def positive(self, x: Value) -> Program[Value]:
+        """max(x, 0), with x's own fraction bits; |x| < 2^15."""
+
+    @abstractmethod
+    def scale(self, x: Value, factor: float) -> Value:
+        """x times a public real, to 16 bits; no cost (`settle` or `keep` what comes out)."""
+
+    @abstractmethod
+    def value(self, x: Operand) -> Value:
+        """An operand as a value; no cost."""
+
+    @abstractmethod
+    def ones(self, shape: Sequence[int]) -> Value:
+        """Public marks: 1 everywhere. No cost."""
+
+    @abstractmethod
+    def hide(self, scores: Value, alive: Value, far: int) -> Value:
+        """Scores where alive (marks) is 1, `far` below them where it is 0. No cost."""
+
+    @abstractmethod
+    def top(
+        self, scores: Value, k: int, values: Sequence[Value], limit: int = 512
+    ) -> Program[tuple[Selection, list[Value]]]:
+        """Choose the k highest of (*rows, n), |score| < limit, ties to the lower index, in descending
+        order; gather each of `values` (*rows, n, c) to (*rows, k, c)."""
 
     @abstractmethod
     def reveal(self, x: Value, to: Rank, why: str) -> Program[torch.Tensor | None]:

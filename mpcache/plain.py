@@ -19,14 +19,28 @@ class PlainSelection(Selection):
     def __init__(self, index: torch.Tensor, n: int) -> None:
         self.index, self.n = index, n
 
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
+    def pick(self, values: torch.Tensor) -> torch.Tensor:
         index = self.index.unsqueeze(-1).expand(*self.index.shape, values.shape[-1])
         return values.gather(-2, index)
+
+    def gather(self, values: torch.Tensor) -> Program[torch.Tensor]:
+        return local(self.pick(values))
 
     def scatter(self, weights: torch.Tensor) -> Program[torch.Tensor]:
         *rows, _, c = weights.shape
         index = self.index.unsqueeze(-1).expand(weights.shape)
         return local(torch.zeros(*rows, self.n, c, dtype=weights.dtype).scatter(-2, index, weights))
+
+    def keep(self) -> Program[Selection]:
+        return local(self)
+
+    def refine(self, finer: Selection, children: int) -> Program[Selection]:
+        assert isinstance(finer, PlainSelection)
+        parent = self.index.gather(-1, finer.index // children)
+        return local(PlainSelection(parent * children + finer.index % children, self.n * children))
+
+    def marks(self) -> torch.Tensor:
+        return torch.zeros(*self.index.shape[:-1], self.n).scatter(-1, self.index, 1.0)
 
 
 class PlainOps(Ops):
@@ -40,7 +54,10 @@ class PlainOps(Ops):
         assert value is not None, "the plain reading knows every input"
         return value.float().reshape(tuple(shape))
 
-    def keep(self, x: torch.Tensor) -> Program[torch.Tensor]:
+    def settle(self, x: torch.Tensor) -> Program[torch.Tensor]:
+        return local(x)
+
+    def keep(self, x: torch.Tensor, ring: int = 48) -> Program[torch.Tensor]:
         return local(x)
 
     def join(self, parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
@@ -53,6 +70,9 @@ class PlainOps(Ops):
     ) -> Program[torch.Tensor]:
         y = x @ w
         return local(y if bias is None else y + bias)
+
+    def scores(self, q: torch.Tensor, keys: torch.Tensor) -> Program[torch.Tensor]:
+        return local(q @ keys.transpose(-1, -2))
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> Program[torch.Tensor]:
         return local(x + y)
@@ -75,17 +95,36 @@ class PlainOps(Ops):
         e = torch.exp(scores - scores.amax(-1, keepdim=True))
         return local((e, e.sum(-1, keepdim=True)))
 
-    def average(
-        self, weights: torch.Tensor, total: torch.Tensor, values: torch.Tensor
-    ) -> Program[torch.Tensor]:
-        return local(weights @ values / total)
+    def weigh(self, weights: torch.Tensor, values: torch.Tensor) -> Program[torch.Tensor]:
+        return local(weights @ values)
+
+    def inverse(self, total: torch.Tensor) -> Program[torch.Tensor]:
+        return local(1 / total)
+
+    def times(self, x: torch.Tensor, y: torch.Tensor) -> Program[torch.Tensor]:
+        return local(x * y)
+
+    def positive(self, x: torch.Tensor) -> Program[torch.Tensor]:
+        return local(x.clamp(min=0))
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def ones(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.ones(tuple(shape))
+
+    def hide(self, scores: torch.Tensor, alive: torch.Tensor, far: int) -> torch.Tensor:
+        return scores + (alive - 1) * far
 
     def top(
-        self, scores: torch.Tensor, k: int, values: Sequence[torch.Tensor]
+        self, scores: torch.Tensor, k: int, values: Sequence[torch.Tensor], limit: int = 512
     ) -> Program[tuple[Selection, list[torch.Tensor]]]:
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         chosen = PlainSelection(order[..., :k], scores.shape[-1])
-        return local((chosen, [chosen.gather(v) for v in values]))
+        return local((chosen, [chosen.pick(v) for v in values]))
 
     def reveal(self, x: torch.Tensor, to: Rank, why: str) -> Program[torch.Tensor | None]:
         return local(x)

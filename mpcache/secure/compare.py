@@ -17,12 +17,7 @@ from mpcache.secure import fss
 from mpcache.secure.correlations import Part, Request
 from mpcache.secure.fss import KeyShape
 from mpcache.secure.program import Opening, Program, draw, reveal
-from mpcache.secure.side import Side
-
-
-def bytes_for(bits: int) -> int:
-    """Bytes that hold so many bits: what an opening modulo 2^bits sends per element."""
-    return -(-bits // 8)
+from mpcache.secure.side import Side, bytes_for
 
 
 def key_parts(keys: KeyShape) -> tuple[Part, Part, Part]:

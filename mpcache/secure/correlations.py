@@ -132,11 +132,15 @@ def resident_product(x: Shape, w: Resident, out: Shape, owner: Rank | None = Non
     )
 
 
-def truncation(shape: Shape, bits: int) -> Request:
-    """r uniform, rc = (r mod 2^63) >> bits and rb = r >> 63 (PROTOCOLS 2)."""
+def cut(r: torch.Tensor, bits: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a truncation's mask r: rc = (r mod 2^(ring-1)) >> bits and its top bit rb (PROTOCOLS 2)."""
+    return (r & ((1 << (ring - 1)) - 1)) >> bits, (r >> (ring - 1)) & 1
+
+
+def truncation(shape: Shape, bits: int, ring: int = 64) -> Request:
+    """r uniform, with rc and rb."""
 
     def derive(r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        low = r & ((1 << 63) - 1)
-        return low >> bits, (r >> 63) & 1
+        return cut(r, bits, ring)
 
     return Request("truncation", (Part(shape),), (Part(shape), Part(shape)), derive)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,29 +12,18 @@ from mpcache.ops import Ops, Selection
 from mpcache.rank import Rank
 from mpcache.rope import rotate
 from mpcache.secure import norm, softmax, topk
+from mpcache.secure.activation import activate, truncate_to_multiply
 from mpcache.secure.linear import product, product_resident, resident, truncate
-from mpcache.secure.lookup import Series, sines
+from mpcache.secure.positive import positive
 from mpcache.secure.program import Opening, Program, reveal, together
 from mpcache.secure.shares import Resident, Share, cat, encode
 from mpcache.secure.side import Side
 
-WEIGHT_BITS = 24  # fraction bits of softmax weights: one of them may be e^-4 of what it should be
-INVERSE_BITS = 32  # of the reciprocal of their sum
-SELECT_BITS, SELECT_WIDTH = 12, 24  # scores compared for a selection: |score| < 1024, steps of 2^-12
-LONGEST = 1 << 15  # attended tokens per query
-
-
-@cache
-def series(kind: str) -> Series:
-    """The step of an activation x * step(x). |x| < 32 for silu, 16 for gelu."""
-    match kind:
-        case "silu":
-            return Series.of(torch.sigmoid, 32, 40)
-        case "gelu":
-            return Series.of(lambda x: 0.5 * (1 + torch.erf(x / 2**0.5)), 16, 36)
-        case "gelu_tanh":
-            return Series.of(lambda x: torch.sigmoid(1.5957691216 * (x + 0.044715 * x**3)), 16, 36)
-    raise ValueError(f"unknown activation {kind}")
+WEIGHT_BITS = 20  # fraction bits of softmax weights; the largest of a row may be e^-4.6
+INVERSE_BITS = 28  # of the reciprocal of their sum
+AVERAGE_RING = 56  # weights times values: 20 + 16 fraction bits, up to 2^13 tokens, |value| < 32
+POSITIVE_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `positive`
+LONGEST = 1 << 13  # attended tokens per query
 
 
 class FastOps(Ops):
@@ -59,11 +48,14 @@ class FastOps(Ops):
     def fit(self, x: Share, bits: int | None = None) -> Program[Share]:
         """x at `bits` fraction bits, exactly; free if it has no more."""
         bits = self.bits if bits is None else bits
-        return (yield from truncate(self.side, x, bits)) if x.bits != bits else x
+        return (yield from truncate(self.side, x, bits)) if (x.bits, x.ring) != (bits, 64) else x
 
-    def keep(self, x: Share) -> Program[Resident]:
+    def settle(self, x: Share) -> Program[Share]:
+        return (yield from self.fit(replace(x, ring=min(x.ring, 48))))
+
+    def keep(self, x: Share, ring: int = 48) -> Program[Resident]:
         x = yield from self.fit(x)
-        return (yield from resident(x))
+        return (yield from resident(x, ring))
 
     def join(self, parts: Sequence[Any], dim: int) -> Any:
         first, *rest = parts
@@ -75,12 +67,17 @@ class FastOps(Ops):
         return cat(parts, dim)
 
     def linear(self, x: Share, w: Resident, bias: Share | None = None) -> Program[Share]:
-        if x.bits > WEIGHT_BITS:
+        # In the whole ring a product of three factors fits: no truncation before it.
+        if x.bits > WEIGHT_BITS and not (x.ring == w.ring == 64 and x.bits + w.bits <= 3 * self.bits):
             x = yield from self.fit(x)
         y = yield from product_resident(self.side, x, w)
         if bias is None:
             return y
-        return Share(y.data + (bias.data << (y.bits - bias.bits)), y.bits)
+        return replace(y, data=y.data + (bias.data << (y.bits - bias.bits)))
+
+    def scores(self, q: Share, keys: Resident) -> Program[Share]:
+        q = yield from self.fit(q)
+        return softmax.narrow((yield from product_resident(self.side, q, keys.transpose(-1, -2))))
 
     def add(self, x: Share, y: Share) -> Program[Share]:
         x, y = yield from together(self.fit(x), self.fit(y))
@@ -88,7 +85,7 @@ class FastOps(Ops):
 
     def rotate(self, x: Share, cos: torch.Tensor, sin: torch.Tensor) -> Program[Share]:
         angles = (encode(t, self.bits).to(self.side.device) for t in (cos, sin))
-        turned = Share(rotate(x.data, *angles), x.bits + self.bits)
+        turned = Share(rotate(x.data, *angles), x.bits + self.bits, ring=x.ring)
         return (yield from self.fit(turned))
 
     def norm(self, x: Share, eps: float) -> Program[Share]:
@@ -97,35 +94,48 @@ class FastOps(Ops):
 
     def gate(self, kind: str, gate: Share, up: Share | None) -> Program[Share]:
         if up is None:
-            gate = yield from self.fit(gate)
-            step = yield from sines(self.side, gate, series(kind))
-            return (yield from product(self.side, (yield from self.fit(step)), gate))
-        gate, up = yield from together(self.fit(gate), self.fit(up))
-        # gate * up does not wait for the step.
-        step, both = yield from together(
-            sines(self.side, gate, series(kind)), product(self.side, gate, up)
+            return replace((yield from activate(self.side, gate, kind, self.bits)), ring=56)
+        acted, (_, times) = yield from together(
+            activate(self.side, gate, kind, self.bits), truncate_to_multiply(self.side, up, self.bits)
         )
-        step, both = yield from together(self.fit(step), self.fit(both))
-        return (yield from product(self.side, step, both))
+        acted = yield from self.fit(replace(acted, ring=56))
+        return (yield from times(acted))
 
     def softmax(self, scores: Share, visible: torch.Tensor | None) -> Program[tuple[Share, Share]]:
         return (yield from softmax.softmax(self.side, scores, visible, WEIGHT_BITS))
 
-    def average(self, weights: Share, total: Share, values: Resident) -> Program[Share]:
-        def weighted() -> Program[Share]:
-            y = yield from product_resident(self.side, weights, values)
-            return (yield from self.fit(y, WEIGHT_BITS))
+    def weigh(self, weights: Share, values: Resident) -> Program[Share]:
+        y = yield from product_resident(self.side, weights, values, AVERAGE_RING)
+        return (yield from self.fit(y, WEIGHT_BITS))
 
-        least = 2.0 ** -(2 * softmax.SLACK)  # e^-4, and some
-        out, inverse = yield from together(
-            weighted(), norm.reciprocal(self.side, total, least, LONGEST, INVERSE_BITS)
-        )
-        return (yield from product(self.side, out, inverse))
+    def inverse(self, total: Share) -> Program[Share]:
+        least = 2.0 ** -(2 * softmax.SLACK)  # e^-slack, and some
+        return (yield from norm.reciprocal(self.side, total, least, LONGEST, INVERSE_BITS))
+
+    def times(self, x: Share, y: Share) -> Program[Share]:
+        return (yield from product(self.side, x, y, ring=AVERAGE_RING))
+
+    def positive(self, x: Share) -> Program[Share]:
+        return (yield from positive(self.side, x, POSITIVE_WIDTH))
+
+    def scale(self, x: Share, factor: float) -> Share:
+        return replace(x * round(factor * 2**16), bits=x.bits + 16)
+
+    def value(self, x: Resident) -> Share:
+        return Share(x.mask + self.side.first(x.opened), x.bits, ring=x.ring)
+
+    def ones(self, shape: Sequence[int]) -> Share:
+        return self.secret(torch.ones(tuple(shape)), shape, Rank.SERVER, bits=0)
+
+    def hide(self, scores: Share, alive: Share, far: int) -> Share:
+        away = (alive - self.ones(alive.shape)) * (far << scores.bits)
+        return scores + replace(away, bits=scores.bits)
 
     def top(
-        self, scores: Share, k: int, values: Sequence[Share]
+        self, scores: Share, k: int, values: Sequence[Share], limit: int = 512
     ) -> Program[tuple[Selection, list[Share]]]:
-        chosen, gathered = yield from topk.top(self.side, scores, k, values, SELECT_BITS, SELECT_WIDTH)
+        width = scores.bits + (2 * limit - 1).bit_length() + 1  # differences stay below 2 limit
+        chosen, gathered = yield from topk.top(self.side, scores, k, values, width)
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:

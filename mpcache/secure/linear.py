@@ -6,56 +6,70 @@ from collections.abc import Callable
 
 import torch
 
+from mpcache.rank import Rank
 from mpcache.secure import correlations
 from mpcache.secure.program import Opening, Program, draw, reveal
 from mpcache.secure.ring import matmul
 from mpcache.secure.shares import Resident, Share
-from mpcache.secure.side import Side
+from mpcache.secure.side import Side, bytes_for
 
-_LOW63 = (1 << 63) - 1
+
+def masked(x: torch.Tensor, ring: int, why: str, sender: Rank | None = None) -> Opening:
+    """An opening modulo 2^ring: so many bytes, and no more."""
+    return Opening(x, why, sender=sender, width=bytes_for(ring))
 
 
 def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
-    """To `bits` fraction bits: floor(x / 2^f) + {0, 1}, never off by a wrap, |x_raw| < 2^62. One round.
+    """To `bits` fraction bits and the whole ring: floor(x / 2^f) + {0, 1}, never off by a wrap.
 
-    Escudero et al., eprint 2020/338; PROTOCOLS 2. With fewer fraction bits than wanted it is a
-    shift and costs nothing.
+    For |x_raw| < 2^(ring-2). One round; with fewer fraction bits than wanted it is a shift and costs
+    nothing. Escudero et al., eprint 2020/338; PROTOCOLS 2.
     """
     f = x.bits - bits
-    if f <= 0:
+    if f <= 0 and x.ring == 64:
         return Share(x.data << -f, bits, x.owner)
-    r, rc, rb = yield from draw(correlations.truncation(x.shape, f))
-    masked = x.data + side.constant(1 << 62, r) + r
-    (c,) = yield from reveal(Opening(masked, "masked for truncation"))
-    top, low = (c >> 63) & 1, (c & _LOW63) >> f
-    carry = rb + side.first(top) - 2 * top * rb  # msb(r) xor msb(c): x + 2^62 + r passed 2^63
-    return Share(side.first(low - (1 << (62 - f))) - rc + (carry << (63 - f)), bits)
+    ring, f = x.ring, max(f, 0)
+    data = x.data << max(0, bits - x.bits)
+    r, rc, rb = yield from draw(correlations.truncation(x.shape, f, ring))
+    (c,) = yield from reveal(
+        masked(data + side.constant(1 << (ring - 2), r) + r, ring, "masked for truncation")
+    )
+    top, low = (c >> (ring - 1)) & 1, (c & ((1 << (ring - 1)) - 1)) >> f
+    carry = rb + side.first(top) - 2 * top * rb  # x + 2^(ring-2) + r passed 2^(ring-1)
+    y = side.first(low - (1 << (ring - 2 - f))) - rc + (carry << (ring - 1 - f))
+    return Share(y, bits)
 
 
-def resident(x: Share) -> Program[Resident]:
+def resident(x: Share, ring: int = 64) -> Program[Resident]:
     """Open x - B once, with a mask B that stays (PROTOCOLS 1). One round; one way if x has an owner."""
     mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
-    (opened,) = yield from reveal(Opening(x.data - mask, "resident, masked", sender=x.owner))
-    return Resident(mask, opened, x.bits, None if values is None else values[0])
+    (opened,) = yield from reveal(masked(x.data - mask, ring, "resident, masked", x.owner))
+    return Resident(mask, opened, x.bits, None if values is None else values[0], ring)
 
 
-def product_resident(side: Side, x: Share, w: Resident) -> Program[Share]:
-    """(*b, m, k) @ resident (*b, k, n), all fraction bits kept. One round; only x is opened."""
+def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Program[Share]:
+    """(*b, m, k) @ resident (*b, k, n) modulo 2^ring, all fraction bits kept. One round; x is opened."""
+    ring = min(ring, x.ring, w.ring)
     out = (*x.shape[:-1], w.shape[-1])
     a, c = yield from draw(correlations.resident_product(x.shape, w, out, x.owner))
-    (e,) = yield from reveal(Opening(x.data - a, "activation, masked", sender=x.owner))
+    (e,) = yield from reveal(masked(x.data - a, ring, "activation, masked", x.owner))
     y = c + matmul(e, w.mask) + matmul(a, w.opened) + side.first(matmul(e, w.opened))
-    return Share(y, x.bits + w.bits)
+    return Share(y, x.bits + w.bits, ring=ring)
 
 
 def product(
-    side: Side, x: Share, y: Share, op: Callable[..., torch.Tensor] = torch.mul
+    side: Side,
+    x: Share,
+    y: Share,
+    op: Callable[..., torch.Tensor] = torch.mul,
+    ring: int = 64,
 ) -> Program[Share]:
-    """op(x, y), bilinear, all fraction bits kept. One round (Beaver, CRYPTO 1991)."""
+    """op(x, y), bilinear, modulo 2^ring, all fraction bits kept. One round (Beaver, CRYPTO 1991)."""
+    ring = min(ring, x.ring, y.ring)
     shapes = (torch.empty(s, dtype=torch.int64, device="meta") for s in (x.shape, y.shape))
     out = tuple(op(*shapes).shape)
     a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op, f"triple/{op.__name__}"))
     d, e = yield from reveal(
-        Opening(x.data - a, "factor, masked"), Opening(y.data - b, "factor, masked")
+        masked(x.data - a, ring, "factor, masked"), masked(y.data - b, ring, "factor, masked")
     )
-    return Share(c + op(d, b) + op(a, e) + side.first(op(d, e)), x.bits + y.bits)
+    return Share(c + op(d, b) + op(a, e) + side.first(op(d, e)), x.bits + y.bits, ring=ring)

@@ -130,7 +130,12 @@ def together(*programs: Program[Any]) -> Program[list[Any]]:
         yield from advance(i, None)
     while waiting:
         batch, waiting = waiting, {}
-        replies = yield Open(tuple(item for ask in batch.values() for item in ask.items))
+        # The round is booked where the first of them is; the bytes of each stay its own.
+        step = next(iter(batch.values())).step
+        items = tuple(
+            replace(item, step=item.step or ask.step) for ask in batch.values() for item in ask.items
+        )
+        replies = yield Open(items, step)
         for i, ask in batch.items():
             mine, replies = replies[: len(ask.items)], replies[len(ask.items) :]
             yield from advance(i, mine)

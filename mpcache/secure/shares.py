@@ -23,11 +23,15 @@ class Share:
 
     data: int64, this party's share.  bits: fraction bits.
     owner: a party that knows the whole secret; its share is the secret and the other's is zero.
+    ring: the shares add up to the secret modulo 2^ring only; what lies above is noise. Values that
+    are known to be small are computed in a small ring, whose openings are shorter, and come back to
+    2^64 with the next truncation.
     """
 
     data: torch.Tensor
     bits: int
     owner: Rank | None = None
+    ring: int = 64
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,7 +46,8 @@ class Share:
     def __add__(self, other: Share) -> Share:
         if self.bits != other.bits:
             raise ValueError(f"adding shares with {self.bits} and {other.bits} fraction bits")
-        return Share(self.data + other.data, self.bits, self.owner if self.owner == other.owner else None)
+        owner = self.owner if self.owner == other.owner else None
+        return Share(self.data + other.data, self.bits, owner, min(self.ring, other.ring))
 
     def __neg__(self) -> Share:
         return self._local(torch.neg)
@@ -78,7 +83,7 @@ def cat(parts: Sequence[Share], dim: int) -> Share:
     """Concatenate shares with equal fraction bits."""
     if len({p.bits for p in parts}) != 1:
         raise ValueError("concatenating shares with different fraction bits")
-    return Share(torch.cat([p.data for p in parts], dim), parts[0].bits)
+    return Share(torch.cat([p.data for p in parts], dim), parts[0].bits, ring=min(p.ring for p in parts))
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,14 @@ class Resident:
 
     mask: this party's share of B.  opened: V, public to both computing parties.
     dealt: B itself, at the dealer only. All three have W's shape.
+    ring: V, and so every product with it, is known modulo 2^ring only.
     """
 
     mask: torch.Tensor
     opened: torch.Tensor
     bits: int
     dealt: torch.Tensor | None = None
+    ring: int = 64
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +107,7 @@ class Resident:
 
     def _local(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Resident:
         dealt = None if self.dealt is None else fn(self.dealt)
-        return Resident(fn(self.mask), fn(self.opened), self.bits, dealt)
+        return Resident(fn(self.mask), fn(self.opened), self.bits, dealt, self.ring)
 
     def __getitem__(self, index: Any) -> Resident:
         return self._local(lambda x: x[index])
@@ -123,6 +130,7 @@ class Resident:
             torch.cat([self.opened, other.opened], dim),
             self.bits,
             dealt,
+            min(self.ring, other.ring),
         )
 
 

@@ -42,3 +42,8 @@ def drop(x: torch.Tensor, bits: int) -> torch.Tensor:
     no more than 64 - bits of the result's bits.
     """
     return x >> bits if bits > 0 else x << -bits
+
+
+def bytes_for(bits: int) -> int:
+    """Bytes that hold so many bits: what an opening modulo 2^bits sends per element."""
+    return -(-bits // 8)

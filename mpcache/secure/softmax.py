@@ -1,6 +1,6 @@
 """Softmax on shares without a comparison tree: three rounds to exp, whatever the length.
 
-1. An upper bound of the maximum, at most 4 above it, from unary histograms (two rounds).
+1. An upper bound of the maximum, at most 4.6 above it, from unary histograms (two rounds).
 2. exp by one key tree per element (one round): with d opened as d + r, e^-d is e^r, which the
    dealer knows, times e^-(d+r), which is public; the tree tells which of the two wraps happened and
    cuts off at e^-22.
@@ -15,28 +15,42 @@ from collections.abc import Sequence
 import torch
 
 from mpcache.secure import fss
-from mpcache.secure.compare import bytes_for, key_parts, less
+from mpcache.secure.compare import key_parts, less
 from mpcache.secure.correlations import Part, Request
 from mpcache.secure.fss import KeyShape
-from mpcache.secure.linear import truncate
+from mpcache.secure.linear import masked, truncate
 from mpcache.secure.lookup import rotated
-from mpcache.secure.program import Opening, Program, draw, reveal
+from mpcache.secure.program import Program, draw, reveal
 from mpcache.secure.shares import Share
 from mpcache.secure.side import Side, drop
 
-STEP = 2  # scores per bucket of the histogram
-BUCKETS = 256  # |score| < STEP * BUCKETS / 2
-SLACK = 2 * STEP  # the bound lies at most so far above the maximum
-WINDOW = 22.0  # e^-22 = 2.8e-10 and smaller become zero
-_LOW = 17  # grid points of the window: 2^17, 1.7e-4 apart
-_HIGH = 5  # 32 windows: distances up to 704
-_KEY_BITS, _PUBLIC_BITS = 46, 15  # fraction bits of e^(r - 22) and of e^(22 - (d + r))
+GRID = 13  # fraction bits of narrow scores, which are 7/8 of the scores: 1.4e-4 a step
+NARROW = 24  # bits of the ring they live in: differences below 1024
+STEP = 2  # narrow scores per bucket of the histogram
+BUCKETS = 256  # |narrow score| < STEP * BUCKETS / 2
+SLACK = 2 * STEP * 8 / 7  # the bound lies at most so far above the maximum
+_LOW = 17  # the window: 2^17 steps
+_HIGH = 6  # 64 windows: more than any distance of two scores and the slack
+UNIT = 8 / 7 / (1 << GRID)  # a step, in scores
+WINDOW = UNIT * (1 << _LOW)  # 18.3: e^-18.3 = 1.1e-8 and smaller become zero
+_KEY_BITS, _PUBLIC_BITS = 43, 18  # fraction bits of e^(r - window) and of e^-(d + r)
+
+
+def narrow(scores: Share) -> Share:
+    """Scores as grid points in a small ring, each party alone: 7/8 of them, error of one step.
+
+    A factor of 7/8 makes the window of exp a power of two of grid steps.
+    """
+    low = scores.bits + 3 - GRID
+    if scores.ring - low < NARROW:
+        raise ValueError(f"scores in a ring of {scores.ring} bits are too narrow")
+    return Share(drop(scores.data * 7, low), GRID, ring=NARROW)
 
 
 def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[torch.Tensor]:
     """Shares (integers) of a c with max < c <= max + 4, of (*b, n) visible scores: (*b, 1). Two rounds.
 
-    |score| < 256, n < 2^15. Each score's bucket becomes a one-hot vector; their sum tells for each
+    |narrow score| < 256, n < 2^15. Each score's bucket becomes a one-hot vector; their sum tells for each
     bucket how many scores lie in or above it; the buckets with any are counted.
     """
     bucket = drop(scores.data, scores.bits + STEP.bit_length() - 1) + side.constant(BUCKETS // 2, scores.data)
@@ -52,25 +66,22 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
 
 
 def exp(side: Side, d: Share, bits: int) -> Program[Share]:
-    """e^-d for 0 <= d < 704 at `bits` fraction bits, zero from 22 on. Two rounds.
+    """e^-d of a narrow d >= 0 at `bits` fraction bits, zero from 18.3 on. Two rounds.
 
-    Relative error below 3e-4: the grid of 1.7e-4 (twice, for `drop`) and 29 bits of the two factors.
+    Relative error 3e-6, and 2e-6 absolute: the two factors' bits; the grid adds 1.4e-4 relative.
     """
     n = math.prod(d.shape)
     keys = KeyShape(n, _LOW + _HIGH, start=_HIGH)
     seeds, words, bit_parts = key_parts(keys)
     low = (1 << _LOW) - 1
-    unit = WINDOW / (1 << _LOW)
 
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         r = r & ((1 << keys.depth) - 1)
-        payload = torch.exp((r & low).double() * unit - WINDOW) * 2**_KEY_BITS
+        payload = torch.exp((r & low).double() * UNIT - WINDOW) * 2**_KEY_BITS
         return fss.generate(keys, s, r, payload.round().to(torch.int64))
 
     r, own, cw, cb = yield from draw(Request("exp", (Part((n,)), seeds), (words, bit_parts), derive))
-    # Grid points: times 2^17 / 22, as a public integer with 6 more bits that are dropped again.
-    points = drop(d.data * round(64 / unit), d.bits + 6).reshape(n)
-    (c,) = yield from reveal(Opening(points + r, "masked for exp", width=bytes_for(keys.depth)))
+    (c,) = yield from reveal(masked(d.data.reshape(n) + r, keys.depth, "masked for exp"))
     c = (c & ((1 << keys.depth) - 1)).unsqueeze(-1)
     # d in the window: either c and r share their top bits and c's low bits are not below r's, or
     # c's top bits are one higher and its low bits are below.
@@ -80,7 +91,7 @@ def exp(side: Side, d: Share, bits: int) -> Program[Share]:
     if c.is_meta:
         e = same
     else:
-        factor = torch.exp(-(c & low).double() * unit) * 2**_PUBLIC_BITS
+        factor = torch.exp(-(c & low).double() * UNIT) * 2**_PUBLIC_BITS
         e = (same - under) * (factor * math.exp(WINDOW)).round().to(torch.int64)
         e = e + wrapped * factor.round().to(torch.int64)
     return (yield from truncate(side, Share(e.reshape(d.shape), _KEY_BITS + _PUBLIC_BITS), bits))
@@ -89,11 +100,11 @@ def exp(side: Side, d: Share, bits: int) -> Program[Share]:
 def softmax(
     side: Side, scores: Share, visible: torch.Tensor | None, bits: int
 ) -> Program[tuple[Share, Share]]:
-    """(*b, n) to e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds."""
+    """Narrow scores (*b, n) to e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds."""
     if visible is not None:
         visible = visible.to(scores.data.device).expand(scores.shape)
     c = yield from bound(side, scores, visible)
-    e = yield from exp(side, Share((c << scores.bits) - scores.data, scores.bits), bits)
+    e = yield from exp(side, Share((c << GRID) - scores.data, GRID), bits)
     if visible is not None:
         e = e * visible
     return e, e.sum(-1, keepdim=True)

@@ -51,6 +51,24 @@ class StockSelection(Selection):
     def __init__(self, hot: Share) -> None:
         self.hot = hot
 
+    def keep(self) -> Program[Selection]:
+        return local(self)
+
+    def refine(self, finer: Selection, children: int) -> Program[Selection]:
+        k = self.hot.shape[-2]
+
+        def run(mine: Any, theirs: Any) -> Any:
+            *rows, k2, _ = theirs.size()
+            split = theirs.reshape(*rows, k2, k, children).transpose(-1, -2).transpose(-2, -3)
+            hot = split.matmul(mine.unsqueeze(-3))  # (*rows, children, k2, n)
+            return hot.transpose(-3, -2).transpose(-2, -1).reshape(*rows, k2, -1)
+
+        hot = yield from blocking(run, self.hot, finer.hot)  # type: ignore[attr-defined]
+        return StockSelection(hot)
+
+    def marks(self) -> Share:
+        return self.hot.sum(-2)
+
     def gather(self, values: Share) -> Program[Share]:
         return blocking(lambda h, v: h.matmul(v), self.hot, values)
 
@@ -76,7 +94,10 @@ class StockOps(Ops):
             data = encode(value, bits).reshape(tuple(shape))
         return Share(data, bits, owner)
 
-    def keep(self, x: Share) -> Program[Any]:
+    def settle(self, x: Share) -> Program[Share]:
+        return local(x)
+
+    def keep(self, x: Share, ring: int = 48) -> Program[Any]:
         return local(x)
 
     def join(self, parts: Sequence[Any], dim: int) -> Any:
@@ -88,6 +109,9 @@ class StockOps(Ops):
     def linear(self, x: Share, w: Any, bias: Share | None = None) -> Program[Share]:
         y = yield from blocking(lambda a, b: a.matmul(b), x, w)
         return y if bias is None else y + bias
+
+    def scores(self, q: Share, keys: Share) -> Program[Share]:
+        return (yield from self.linear(q, keys.transpose(-1, -2)))
 
     def add(self, x: Share, y: Share) -> Program[Share]:
         return local(x + y)
@@ -155,16 +179,38 @@ class StockOps(Ops):
             e = e * visible
         return e, e.sum(-1, keepdim=True)
 
-    def average(self, weights: Share, total: Share, values: Share) -> Program[Share]:
-        def run(w: Any, t: Any, v: Any) -> Any:
+    def weigh(self, weights: Share, values: Share) -> Program[Share]:
+        return blocking(lambda w, v: w.matmul(v), weights, values)
+
+    def inverse(self, total: Share) -> Program[Share]:
+        def run(t: Any) -> Any:
             # CrypTen's start value diverges above 666: an eighth of 1..5000 stays below.
             with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
-                return w.matmul(v) * t.div(8).reciprocal().div(8)
+                return t.div(8).reciprocal().div(8)
 
-        return blocking(run, weights, total, values)
+        return blocking(run, total)
+
+    def times(self, x: Share, y: Share) -> Program[Share]:
+        return blocking(lambda a, b: a * b, x, y)
+
+    def positive(self, x: Share) -> Program[Share]:
+        return blocking(lambda a: a.relu(), x)
+
+    def scale(self, x: Share, factor: float) -> Share:
+        scaled = x * round(factor * 2**self.bits)
+        return Share(scaled.data.div(1 << self.bits, rounding_mode="trunc"), x.bits)
+
+    def value(self, x: Share) -> Share:
+        return x
+
+    def ones(self, shape: Sequence[int]) -> Share:
+        return self.secret(torch.ones(tuple(shape)), shape, Rank.SERVER)
+
+    def hide(self, scores: Share, alive: Share, far: int) -> Share:
+        return scores + (alive - self.ones(alive.shape)) * far
 
     def top(
-        self, scores: Share, k: int, values: Sequence[Share]
+        self, scores: Share, k: int, values: Sequence[Share], limit: int = 512
     ) -> Program[tuple[Selection, list[Share]]]:
         n = scores.shape[-1]
         first, second = torch.triu_indices(n, n, 1)

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from mpcache.ops import Selection
-from mpcache.secure.compare import bytes_for, key_parts, sign, sign_keys
+from mpcache.secure.compare import key_parts, sign, sign_keys
 from mpcache.secure.correlations import Part, Request, dealt
 from mpcache.secure.fss import KeyShape
+from mpcache.secure.linear import masked
 from mpcache.secure.lookup import one_hot
-from mpcache.secure.program import Opening, Program, draw, reveal
+from mpcache.secure.program import Program, draw, reveal
 from mpcache.secure.shares import Share, cat
-from mpcache.secure.side import Side, drop
+from mpcache.secure.side import Side
 
 
 def size_for(n: int) -> int:
@@ -42,8 +43,8 @@ class HotSelection(Selection):
     size: int
     rotation: torch.Tensor | None
 
-    def scatter(self, weights: Share) -> Program[Share]:
-        """One round: only the weights are opened. For each item i the dealer shares the weights'
+    def scatter(self, weights: Share, ring: int = 56) -> Program[Share]:
+        """One round: only the weights are opened, modulo 2^ring. For each item i the dealer shares the weights'
         masks rotated by rho_i, so that item i's mask stands at the public place rank_i + rho_i."""
         *rows, k, c = weights.shape
         n, size = self.hot.shape[-1], self.size
@@ -60,20 +61,22 @@ class HotSelection(Selection):
             "scatter", (Part(weights.shape),), (Part((*rows, n, size, c)),), derive
         )
         a, spread = yield from draw(request)
-        (e,) = yield from reveal(Opening(weights.data - a, "weights, masked"))
+        (e,) = yield from reveal(masked(weights.data - a, ring, "weights, masked"))
         place = self.opened.reshape(*rows, n, 1, 1).expand(*rows, n, 1, c)
         return Share(
-            torch.matmul(self.hot.transpose(-1, -2), e) + spread.gather(-2, place).squeeze(-2), weights.bits
+            torch.matmul(self.hot.transpose(-1, -2), e) + spread.gather(-2, place).squeeze(-2),
+            weights.bits,
+            ring=ring,
         )
 
 
 def top(
-    side: Side, scores: Share, k: int, values: Sequence[Share], bits: int, width: int
+    side: Side, scores: Share, k: int, values: Sequence[Share], width: int
 ) -> Program[tuple[HotSelection, list[Share]]]:
     """The k highest of (*rows, n), descending, ties to the lower index; values (*rows, n, c) gathered.
 
-    Scores are compared at `bits` fraction bits (error: one unit) in a ring of `width` bits: their
-    differences must stay below 2^(width-1) units. Two rounds.
+    Scores are compared in a ring of `width` bits: their differences must stay below 2^(width-1)
+    raw. Values are gathered in their own ring. Two rounds.
     """
     *rows, n = scores.shape
     first, second = torch.triu_indices(n, n, 1)
@@ -85,6 +88,7 @@ def top(
     keys = KeyShape(flat * pairs, width - 1)
     together = cat(list(values), -1)
     c = together.shape[-1]
+    dtype = torch.int32 if together.ring <= 32 else torch.int64
     seeds, words, bit_parts = key_parts(keys)
 
     def derive(
@@ -92,20 +96,19 @@ def top(
     ) -> Sequence[torch.Tensor]:
         difference = (r[..., first] - r[..., second]).reshape(-1)
         hot = one_hot(rho, size)
-        return *sign_keys(keys, s, difference), hot, hot.unsqueeze(-1) * m.unsqueeze(-2)
+        return *sign_keys(keys, s, difference), hot, hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
 
     request = Request(
         "top",
-        (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c)), seeds),
-        (Part((keys.n,)), words, bit_parts, Part((*rows, n, size)), Part((*rows, n, size, c))),
+        (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c), dtype), seeds),
+        (Part((keys.n,)), words, bit_parts, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
         derive,
         keep=True,
     )
     r, rho, m, own, tops, cw, cb, hot, masks, kept = yield from draw(request)
-    narrow = drop(scores.data, scores.bits - bits)
     opened, shown = yield from reveal(
-        Opening(narrow + r, "scores, masked", width=bytes_for(width)),
-        Opening(together.data + m, "values to gather, masked"),
+        masked(scores.data + r, width, "scores, masked"),
+        masked(together.data + m, together.ring, "values to gather, masked"),
     )
     # first < second loses only where it is strictly lower.
     points = (opened[..., first] - opened[..., second]).reshape(-1, 1)
@@ -116,14 +119,14 @@ def top(
     rank = rank + side.first(torch.arange(n).to(rank.device).expand_as(rank))  # each earlier one, but for losses
 
     (place,) = yield from reveal(
-        Opening(rank + rho, "ranks, rotated", width=bytes_for(size.bit_length() - 1))
+        masked(rank + rho, size.bit_length() - 1, "ranks, rotated")
     )
     place = place & (size - 1)
     slots = side.public(range(k))
     where = (place.unsqueeze(-1) - slots) & (size - 1)  # (*rows, n, k)
     h = hot.gather(-1, where).transpose(-1, -2)  # (*rows, k, n)
-    rotated = masks.gather(-2, where.unsqueeze(-1).expand(*where.shape, c)).sum(-3)
-    gathered = Share(torch.matmul(h, shown) - rotated, together.bits)
+    rotated = masks.gather(-2, where.unsqueeze(-1).expand(*where.shape, c)).sum(-3, dtype=torch.int64)
+    gathered = Share(torch.matmul(h, shown) - rotated, together.bits, ring=together.ring)
     pieces, column = [], 0
     for value in values:
         pieces.append(gathered[..., column : column + value.shape[-1]])

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from mpcache.ops import Selection
 from mpcache.secure.linear import product, product_resident, resident
 from mpcache.secure.program import Program, local
@@ -42,18 +40,13 @@ class KeptSelection(Selection):
         return local(self)
 
     def refine(self, finer: Selection, children: int) -> Program[Selection]:
-        return refine(self.side, self.share, slots(finer), children)
+        return refine(self.side, self.share, finer.slots(), children)  # type: ignore[attr-defined]
+
+    def slots(self) -> Share:
+        return self.share
 
     def marks(self) -> Share:
         return self.share.sum(-2)
-
-
-def slots(selection: Selection) -> Share:
-    """Shares of a selection's slot matrix."""
-    if isinstance(selection, KeptSelection):
-        return selection.share
-    hot: torch.Tensor = selection.hot  # type: ignore[attr-defined]
-    return Share(hot, 0)
 
 
 def keep(side: Side, hot: Share) -> Program[Selection]:

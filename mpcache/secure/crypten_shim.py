@@ -42,6 +42,7 @@ from crypten.mpc.primitives import ArithmeticSharedTensor, BinarySharedTensor
 
 from mpcache.rank import Rank
 from mpcache.secure import correlations
+from mpcache.secure.blank import materialise
 from mpcache.secure.program import Opening
 from mpcache.secure.rng import Stream
 
@@ -85,7 +86,8 @@ class LinkCommunicator(Communicator):  # type: ignore[misc]
         return int(_party().rank)
 
     def _open(self, *items: Opening) -> list[Any]:
-        return _party().open(items, _current.step)
+        opened = _party().open(items, _current.step)
+        return [materialise(t, i.share.device) for t, i in zip(opened, items, strict=True)]
 
     def all_reduce(self, input: Any, op: Any = None, batched: bool = False) -> Any:
         return self._reduce(input, None, op, batched)
@@ -142,8 +144,9 @@ class TapeProvider:
 
     NAME = "tape"
 
-    def _draw(self, request: correlations.Request) -> list[torch.Tensor]:
-        return _party().draw(request, _current.step)
+    def _draw(self, request: correlations.Request, device: Any) -> list[torch.Tensor]:
+        parts = _party().draw(request, _current.step)
+        return [materialise(p, device or "cpu") for p in parts]
 
     def generate_additive_triple(
         self, size0: torch.Size, size1: torch.Size, op: str, device: Any = None, *args: Any, **kwargs: Any
@@ -153,20 +156,20 @@ class TapeProvider:
         fn = getattr(torch, op)
         a, b = (torch.empty(s, dtype=torch.int64, device="meta") for s in (size0, size1))
         out = tuple(fn(a, b).shape)
-        parts = self._draw(correlations.triple(tuple(size0), tuple(size1), out, fn, f"triple/{op}"))
+        parts = self._draw(correlations.triple(tuple(size0), tuple(size1), out, fn, f"triple/{op}"), device)
         return [ArithmeticSharedTensor.from_shares(p, precision=0) for p in parts]
 
     def square(self, size: torch.Size, device: Any = None) -> list[Any]:
-        parts = self._draw(correlations.square(tuple(size)))
+        parts = self._draw(correlations.square(tuple(size)), device)
         return [ArithmeticSharedTensor.from_shares(p, precision=0) for p in parts]
 
     def generate_binary_triple(self, size0: torch.Size, size1: torch.Size, device: Any = None) -> list[Any]:
         out = tuple(torch.broadcast_shapes(size0, size1))
-        parts = self._draw(correlations.binary_triple(tuple(size0), tuple(size1), out))
+        parts = self._draw(correlations.binary_triple(tuple(size0), tuple(size1), out), device)
         return [BinarySharedTensor.from_shares(p) for p in parts]
 
     def B2A_rng(self, size: torch.Size, device: Any = None) -> tuple[Any, Any]:
-        _, arithmetic, binary = self._draw(correlations.shared_bit(tuple(size)))
+        _, arithmetic, binary = self._draw(correlations.shared_bit(tuple(size)), device)
         return (
             ArithmeticSharedTensor.from_shares(arithmetic, precision=0),
             BinarySharedTensor.from_shares(binary),

@@ -13,6 +13,7 @@ from mpcache.rank import Rank
 from mpcache.rope import rotate
 from mpcache.secure import norm, softmax, topk
 from mpcache.secure.activation import activate, truncate_to_multiply
+from mpcache.secure.blank import Blank
 from mpcache.secure.linear import product, product_resident, resident, truncate
 from mpcache.secure.positive import positive
 from mpcache.secure.program import Opening, Program, reveal, together
@@ -41,8 +42,10 @@ class FastOps(Ops):
         self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, bits: int | None = None
     ) -> Share:
         bits = self.bits if bits is None else bits
-        if value is None or self.side.rank is not owner or self.side.device == "meta":
-            return Share(torch.zeros(tuple(shape), dtype=torch.int64, device=self.side.device), bits, owner)
+        if self.side.device == "meta":
+            return Share(Blank(tuple(shape)), bits, owner)
+        if value is None or self.side.rank is not owner:
+            return Share(torch.zeros(tuple(shape), dtype=torch.int64), bits, owner)
         return Share(encode(value, bits).reshape(tuple(shape)), bits, owner)
 
     def fit(self, x: Share, bits: int | None = None) -> Program[Share]:
@@ -84,7 +87,7 @@ class FastOps(Ops):
         return x + y
 
     def rotate(self, x: Share, cos: torch.Tensor, sin: torch.Tensor) -> Program[Share]:
-        angles = (encode(t, self.bits).to(self.side.device) for t in (cos, sin))
+        angles = (encode(t, self.bits) for t in (cos, sin))
         turned = Share(rotate(x.data, *angles), x.bits + self.bits, ring=x.ring)
         return (yield from self.fit(turned))
 

@@ -14,6 +14,7 @@ each output (Matyas-Meyer-Oseas; Guo, Katz, Wang, Yu, S&P 2020 for its use in su
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,24 +27,27 @@ from cryptography.hazmat.primitives.ciphers.modes import ECB
 Words = npt.NDArray[np.uint64]
 
 # Public constants: the first digits of pi as a key, and one tweak for each output of the generator.
-_AES = Cipher(AES(bytes.fromhex("243f6a8885a308d313198a2e03707344")), ECB())
+_KEY = AES(bytes.fromhex("243f6a8885a308d313198a2e03707344"))
 _LEFT, _RIGHT, _VALUE, _LEAF = (np.array([c, c << 32], dtype=np.uint64) for c in (0, 1, 2, 3))
+_CHILDREN = np.stack([_LEFT, _RIGHT, _VALUE])
 _ONE = np.uint64(1)
 
 
+class _Encryptor(threading.local):
+    """One ECB context for each thread: blocks are independent, so it never needs to be reset."""
+
+    def __init__(self) -> None:
+        self.update = Cipher(_KEY, ECB()).encryptor().update
+
+
+_encryptor = _Encryptor()
+
+
 def _prg(s: Words, tweak: Words) -> Words:
-    """(N, 2) blocks to (N, 2) blocks."""
+    """Blocks (..., 2) with tweaks that broadcast, to blocks of the same shape."""
     x = s ^ tweak
-    out = np.frombuffer(_AES.encryptor().update(x.tobytes()), dtype=np.uint64).reshape(x.shape)
+    out = np.frombuffer(_encryptor.update(x.tobytes()), dtype=np.uint64).reshape(x.shape)
     return out ^ x
-
-
-def _child(s: Words, tweak: Words) -> tuple[Words, Words]:
-    """A child's seed (lowest bit cleared) and its control bit."""
-    block = _prg(s, tweak)
-    bit = block[..., 0] & _ONE
-    block[..., 0] ^= bit
-    return block, bit
 
 
 @dataclass(frozen=True)
@@ -79,49 +83,43 @@ def generate(
     n, depth = shape.n, shape.depth
     a = alpha.numpy().astype(np.uint64)
     payload = beta.numpy().astype(np.uint64)
-    s = [x.numpy().view(np.uint64).copy() for x in seeds]
-    for x in s:
-        x[:, 0] &= ~_ONE
-    t = [np.zeros(n, dtype=np.uint64), np.ones(n, dtype=np.uint64)]
+    s = np.stack([x.numpy().view(np.uint64) for x in seeds])  # (party, n, 2)
+    s[..., 0] &= ~_ONE
+    t = np.stack([np.zeros(n, dtype=np.uint64), np.ones(n, dtype=np.uint64)])
     words = np.empty(shape.words, dtype=np.uint64)
     bits = np.empty(shape.bits, dtype=np.uint8)
     running = np.zeros(n, dtype=np.uint64)  # V_alpha: the shares' sum along alpha's path so far
-    window: Words | None = None
     column = 0
     for level in range(depth):
+        counts = level >= shape.start
         if level == shape.start and shape.start:
             # The node itself as a payload: beta where the top bits agree.
-            leaf = [_prg(x, _LEAF)[:, 0] for x in s]
-            window = _signed(t[1], payload - leaf[0] + leaf[1])
+            leaf = _prg(s, _LEAF)[..., 0]
+            words[:, -1] = _signed(t[1], payload - leaf[0] + leaf[1])
         bit = (a >> np.uint64(depth - 1 - level)) & _ONE
         right = bit.astype(bool)
-        left_children = [_child(x, _LEFT) for x in s]
-        right_children = [_child(x, _RIGHT) for x in s]
-        lose = [np.where(right[:, None], left_children[p][0], right_children[p][0]) for p in (0, 1)]
-        keep = [np.where(right[:, None], right_children[p][0], left_children[p][0]) for p in (0, 1)]
+        out = _prg(s, _CHILDREN[: 2 + counts, None, None])  # (left, right, values; party; n; 2)
+        control = out[:2, ..., 0] & _ONE
+        out[:2, ..., 0] ^= control
+        lose = np.where(right[:, None], out[0], out[1])
         seed_cw = lose[0] ^ lose[1]
-        left_cw = left_children[0][1] ^ left_children[1][1] ^ bit ^ _ONE
-        right_cw = right_children[0][1] ^ right_children[1][1] ^ bit
-        words[:, column], words[:, column + 1] = seed_cw[:, 0], seed_cw[:, 1]
+        left_cw = control[0, 0] ^ control[0, 1] ^ bit ^ _ONE
+        right_cw = control[1, 0] ^ control[1, 1] ^ bit
+        words[:, column : column + 2] = seed_cw
         column += 2
         bits[:, level] = (left_cw | (right_cw << _ONE)).astype(np.uint8)
-        if level >= shape.start:
-            values = [_prg(x, _VALUE) for x in s]  # word 0: left child's value, word 1: right child's
-            v_lose = [np.where(right, v[:, 0], v[:, 1]) for v in values]
-            v_keep = [np.where(right, v[:, 1], v[:, 0]) for v in values]
+        if counts:
+            # word 0 is the left child's value, word 1 the right child's
+            v_lose = np.where(right, out[2, ..., 0], out[2, ..., 1])
+            v_keep = np.where(right, out[2, ..., 1], out[2, ..., 0])
             value_cw = _signed(t[1], v_lose[1] - v_lose[0] - running + payload * bit)
             running = running - v_keep[1] + v_keep[0] + _signed(t[1], value_cw)
             words[:, column] = value_cw
             column += 1
-        keep_cw = np.where(right, right_cw, left_cw)
-        for p in (0, 1):
-            keep_bit = np.where(right, right_children[p][1], left_children[p][1])
-            s[p] = keep[p] ^ (seed_cw * t[p][:, None])
-            t[p] = keep_bit ^ (t[p] & keep_cw)
-    leaf = [_prg(x, _LEAF)[:, 0] for x in s]
+        s = np.where(right[:, None], out[1], out[0]) ^ (seed_cw * t[..., None])
+        t = np.where(right, control[1], control[0]) ^ (t & np.where(right, right_cw, left_cw))
+    leaf = _prg(s, _LEAF)[..., 0]
     words[:, column] = _signed(t[1], leaf[1] - leaf[0] - running)
-    if window is not None:
-        words[:, column + 1] = window
     return torch.from_numpy(words.view(np.int64)), torch.from_numpy(bits)
 
 
@@ -141,28 +139,32 @@ def evaluate(
     if x.is_meta:
         return torch.empty_like(x), torch.empty_like(x)
     path = x.numpy().astype(np.uint64).reshape(-1)
-    w = np.repeat(words.numpy().view(np.uint64), points, axis=0) if points > 1 else words.numpy().view(np.uint64)
-    b = np.repeat(bits.numpy(), points, axis=0) if points > 1 else bits.numpy()
-    s = np.repeat(seeds.numpy().view(np.uint64), points, axis=0)
-    s[:, 0] &= ~_ONE
+    w, b, s = words.numpy().view(np.uint64), bits.numpy(), seeds.numpy().view(np.uint64)
+    if points > 1:
+        w, b, s = (np.repeat(array, points, axis=0) for array in (w, b, s))
+    s = s & np.array([~_ONE, ~np.uint64(0)])
     t = np.full(n * points, party, dtype=np.uint64)
     total = np.zeros(n * points, dtype=np.uint64)
     window = np.zeros(n * points, dtype=np.uint64)
     column = 0
-    tweaks = np.stack([_LEFT, _RIGHT])
     for level in range(shape.depth):
+        counts = level >= shape.start
         if level == shape.start and shape.start:
             window = _prg(s, _LEAF)[:, 0] + t * w[:, -1]
-        bit = ((path >> np.uint64(shape.depth - 1 - level)) & _ONE).astype(np.int64)
+        bit = (path >> np.uint64(shape.depth - 1 - level)) & _ONE
+        side = bit.astype(np.intp)
+        tweaks = _CHILDREN[side] if not counts else np.stack([_CHILDREN[side], np.broadcast_to(_VALUE, s.shape)])
+        out = _prg(s, tweaks)
+        child = out[0] if counts else out
+        control = child[:, 0] & _ONE
+        child[:, 0] ^= control
         seed_cw = w[:, column : column + 2]
         column += 2
-        if level >= shape.start:
-            value = _prg(s, _VALUE)
-            total += np.where(bit == 1, value[:, 1], value[:, 0]) + t * w[:, column]
+        if counts:
+            total += np.where(bit == 1, out[1, :, 1], out[1, :, 0]) + t * w[:, column]
             column += 1
-        child, control = _child(s, tweaks[bit])
         s = child ^ (seed_cw * t[:, None])
-        t = control ^ (t & ((b[:, level].astype(np.uint64) >> bit.astype(np.uint64)) & _ONE))
+        t = control ^ (t & ((b[:, level].astype(np.uint64) >> bit) & _ONE))
     total += _prg(s, _LEAF)[:, 0] + t * w[:, column]
     if party == 1:
         total, window = -total, -window

@@ -16,6 +16,7 @@ from mpcache.ledger import Ledger
 from mpcache.link import Link
 from mpcache.rank import Rank
 from mpcache.secure import crypten_shim
+from mpcache.secure.blank import Blank
 from mpcache.secure.correlations import Part, Request
 from mpcache.secure.program import Opening
 from mpcache.secure.rng import Stream
@@ -160,13 +161,13 @@ class ShapeParty(Party):
                 received=n * _sends(item, self.rank.peer),
             )
         self.ledger.book(step, rounds=1)
-        return [torch.empty_like(i.share, device="meta") for i in items]
+        return [Blank(i.share.shape, i.share.dtype) for i in items]
 
     def draw(self, request: Request, step: str) -> list[Any]:
         n = sum(part.nbytes for part in request.sent_to(self.rank))
         if n:
             self.ledger.book(step, offline_received=n)
-        parts: list[Any] = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in request.parts]
+        parts: list[Any] = [Blank(p.shape, p.dtype) for p in request.parts]
         return [*parts, None] if request.keep else parts
 
 
@@ -184,7 +185,7 @@ class DealerParty(Party):
         self._tapes = {r: Stream(seed, f"tape/{phase}") for r, seed in self._seeds.items()}
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
-        return [torch.empty_like(i.share, device="meta") for i in items]
+        return [Blank(i.share.shape, i.share.dtype) for i in items]
 
     def draw(self, request: Request, step: str) -> list[Any]:
         values = [
@@ -201,7 +202,7 @@ class DealerParty(Party):
         for rank, tensors in ((Rank.SERVER, server), (Rank.CLIENT, client)):
             if tensors:
                 self._links[rank].send(step, tensors)
-        parts: list[Any] = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in request.parts]
+        parts: list[Any] = [Blank(p.shape, p.dtype) for p in request.parts]
         return [*parts, values] if request.keep else parts
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from mpcache.rank import Rank
+from mpcache.secure.blank import Blank
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Share:
         if isinstance(factor, torch.Tensor):
             if factor.is_floating_point():
                 raise TypeError("multiply a share by integers; fixed-point factors change `bits`")
-            factor = factor.to(self.data.device)
+            factor = factor if isinstance(self.data, Blank) else factor.to(self.data.device)
         return self._local(lambda x: x * factor)
 
     def __getitem__(self, index: Any) -> Share:

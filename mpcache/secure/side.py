@@ -12,7 +12,8 @@ from mpcache.rank import Rank
 
 @dataclass(frozen=True)
 class Side:
-    """rank: server or client (either, where only shapes are read).  device: cpu, or meta for shapes."""
+    """rank: server or client (either, where only shapes are read).  device: cpu, or meta where values
+    are Blanks."""
 
     rank: Rank
     device: str = "cpu"
@@ -28,7 +29,7 @@ class Side:
 
     def public(self, values: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Public integers as a tensor that combines with this side's shares."""
-        return torch.as_tensor(values, dtype=torch.int64).to(self.device)
+        return torch.as_tensor(values, dtype=torch.int64)
 
     def constant(self, value: int, like: torch.Tensor) -> torch.Tensor:
         """A share of one public integer everywhere."""

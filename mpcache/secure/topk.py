@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mpcache.ops import Selection
+from mpcache.secure import chosen
 from mpcache.secure.compare import key_parts, sign, sign_keys
 from mpcache.secure.correlations import Part, Request, dealt
 from mpcache.secure.fss import KeyShape
@@ -42,6 +43,22 @@ class HotSelection(Selection):
     opened: torch.Tensor
     size: int
     rotation: torch.Tensor | None
+
+    def slots(self) -> Share:
+        return Share(self.hot, 0)
+
+    def gather(self, values: Share) -> Program[Share]:
+        kept = yield from self.keep()
+        return (yield from kept.gather(values))
+
+    def keep(self) -> Program[Selection]:
+        return chosen.keep(self.side, self.slots())
+
+    def refine(self, finer: Selection, children: int) -> Program[Selection]:
+        return chosen.refine(self.side, self.slots(), finer.slots(), children)  # type: ignore[attr-defined]
+
+    def marks(self) -> Share:
+        return self.slots().sum(-2)
 
     def scatter(self, weights: Share, ring: int = 56) -> Program[Share]:
         """One round: only the weights are opened, modulo 2^ring. For each item i the dealer shares the weights'
@@ -113,10 +130,9 @@ def top(
     # first < second loses only where it is strictly lower.
     points = (opened[..., first] - opened[..., second]).reshape(-1, 1)
     loses = sign(side, keys, own, cw, cb, tops, points).reshape(*rows, pairs)
-    rank = torch.zeros(*rows, n, dtype=torch.int64, device=loses.device)
-    rank.index_add_(-1, first.to(loses.device), loses)
-    rank.index_add_(-1, second.to(loses.device), -loses)
-    rank = rank + side.first(torch.arange(n).to(rank.device).expand_as(rank))  # each earlier one, but for losses
+    # An item is beaten by every earlier one, but for those that lose to it, and by a later one if it loses.
+    earlier = side.first(torch.arange(n)).expand(*rows, n)
+    rank = earlier.index_add(-1, first, loses).index_add(-1, second, -loses)
 
     (place,) = yield from reveal(
         masked(rank + rho, size.bit_length() - 1, "ranks, rotated")

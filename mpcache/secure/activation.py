@@ -54,7 +54,7 @@ def series(kind: str) -> Series:
     raise ValueError(f"unknown activation {kind}")
 
 
-_SHARED_BITS, _PUBLIC_BITS = 13, 15  # fraction bits of the dealer's sines and of the public factors
+_SHARED_BITS, _PUBLIC_BITS = 13, 17  # fraction bits of the dealer's sines and of the public factors
 
 
 def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +65,7 @@ def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torc
 
 
 def activate(side: Side, x: Share, kind: str, bits: int) -> Program[Share]:
-    """x * step(x) of x with more than `bits` fraction bits, at `bits` + 28 of them. One round.
+    """x * step(x) of x with more than `bits` fraction bits, at `bits` + 30 of them. One round.
 
     |x| < half (`series`), and below 2^(ring-2) raw. Absolute error below 1e-4 |x| + 2^-bits.
     """
@@ -119,9 +119,7 @@ def truncate_to_multiply(
         rc, rb = cut(r, f, ring)
         return rc, rb, a * rc, a * rb
 
-    request = Request(
-        "truncation/product", (Part(x.shape),) * 2, (Part(x.shape),) * 4, derive
-    )
+    request = Request("truncation/product", (Part(x.shape),) * 2, (Part(x.shape),) * 4, derive)
     r, a, rc, rb, arc, arb = yield from draw(request)
     (c,) = yield from reveal(
         masked(x.data + side.constant(1 << (ring - 2), r) + r, ring, "masked for truncation")

@@ -39,8 +39,13 @@ def sign_keys(
 
 
 def sign(
-    side: Side, keys: KeyShape, seeds: torch.Tensor, words: torch.Tensor, bits: torch.Tensor,
-    top: torch.Tensor, opened: torch.Tensor,
+    side: Side,
+    keys: KeyShape,
+    seeds: torch.Tensor,
+    words: torch.Tensor,
+    bits: torch.Tensor,
+    top: torch.Tensor,
+    opened: torch.Tensor,
 ) -> torch.Tensor:
     """Shares of [x < 0] at opened values x + r (n, points); top: shares of msb(r) (n,)."""  # fmt: skip
     _, t = fss.evaluate(keys, side.number, seeds, words, bits, opened & ((1 << keys.depth) - 1))
@@ -64,8 +69,6 @@ def less(side: Side, x: torch.Tensor, width: int, thresholds: Sequence[int] = (0
 
     request = Request("compare", (Part((n,)), seeds), (Part((n,)), words, bits), derive)
     r, own, top, cw, cb = yield from draw(request)
-    (opened,) = yield from reveal(
-        Opening(x.reshape(n) + r, "masked for comparison", width=bytes_for(width))
-    )
+    (opened,) = yield from reveal(Opening(x.reshape(n) + r, "masked for comparison", width=bytes_for(width)))
     points = opened.unsqueeze(-1) - side.public(thresholds)
     return sign(side, keys, own, cw, cb, top, points).reshape(*x.shape, len(thresholds))

@@ -106,9 +106,7 @@ class LinkCommunicator(Communicator):  # type: ignore[misc]
         return opened if batched else opened[0]
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return self._open(
-            *(Opening(tensor, "CrypTen gather", sender=r) for r in (Rank.SERVER, Rank.CLIENT))
-        )
+        return self._open(*(Opening(tensor, "CrypTen gather", sender=r) for r in (Rank.SERVER, Rank.CLIENT)))
 
     def gather(self, tensor: torch.Tensor, dst: int) -> list[Any]:
         items = (
@@ -121,8 +119,11 @@ class LinkCommunicator(Communicator):  # type: ignore[misc]
         me = self.get_rank()
         if me == src:
             self._open(
-                *(Opening(t, "CrypTen scatter", sender=Rank(src), to=Rank(r))
-                  for r, t in enumerate(scatter_list) if r != src)
+                *(
+                    Opening(t, "CrypTen scatter", sender=Rank(src), to=Rank(r))
+                    for r, t in enumerate(scatter_list)
+                    if r != src
+                )
             )
             return scatter_list[me]
         template = torch.empty_like(scatter_list[me])

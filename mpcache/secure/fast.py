@@ -54,7 +54,8 @@ class FastOps(Ops):
         return (yield from truncate(self.side, x, bits)) if (x.bits, x.ring) != (bits, 64) else x
 
     def settle(self, x: Share) -> Program[Share]:
-        return (yield from self.fit(replace(x, ring=min(x.ring, 48))))
+        # A value below 2^14 needs no more of its ring than that.
+        return (yield from self.fit(replace(x, ring=min(x.ring, x.bits + 16))))
 
     def keep(self, x: Share, ring: int = 48) -> Program[Resident]:
         x = yield from self.fit(x)

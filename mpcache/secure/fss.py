@@ -153,7 +153,9 @@ def evaluate(
             window = _prg(s, _LEAF)[:, 0] + t * w[:, -1]
         bit = (path >> np.uint64(shape.depth - 1 - level)) & _ONE
         side = bit.astype(np.intp)
-        tweaks = _CHILDREN[side] if not counts else np.stack([_CHILDREN[side], np.broadcast_to(_VALUE, s.shape)])
+        tweaks = (
+            _CHILDREN[side] if not counts else np.stack([_CHILDREN[side], np.broadcast_to(_VALUE, s.shape)])
+        )
         out = _prg(s, tweaks)
         child = out[0] if counts else out
         control = child[:, 0] & _ONE

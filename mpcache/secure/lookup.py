@@ -19,7 +19,9 @@ def one_hot(rotation: torch.Tensor, size: int, dtype: torch.dtype = torch.int64)
     return hot.scatter_(-1, (rotation & (size - 1)).unsqueeze(-1), 1)
 
 
-def rotated(side: Side, index: torch.Tensor, size: int, dtype: torch.dtype = torch.int64) -> Program[torch.Tensor]:
+def rotated(
+    side: Side, index: torch.Tensor, size: int, dtype: torch.dtype = torch.int64
+) -> Program[torch.Tensor]:
     """Shares of the one-hot vector of index mod size: (*s) -> (*s, size) in `dtype`'s ring. One round."""
     shape = tuple(index.shape)
     hot = Part((*shape, size), dtype=dtype)

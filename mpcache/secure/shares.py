@@ -136,7 +136,9 @@ class Resident:
 
 
 def encode(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Real numbers to fixed point, rounded to nearest."""
+    """Real numbers to fixed point, rounded to nearest; integers exactly."""
+    if not x.is_floating_point():
+        return x.to(torch.int64) << bits
     return torch.round(x.double() * 2**bits).to(torch.int64)
 
 

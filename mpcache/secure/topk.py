@@ -74,9 +74,7 @@ class HotSelection(Selection):
             flat = slot.reshape(*rows, n * size, 1).expand(*rows, n * size, c)
             return (padded.gather(-2, flat).reshape(*rows, n, size, c),)
 
-        request = Request(
-            "scatter", (Part(weights.shape),), (Part((*rows, n, size, c)),), derive
-        )
+        request = Request("scatter", (Part(weights.shape),), (Part((*rows, n, size, c)),), derive)
         a, spread = yield from draw(request)
         (e,) = yield from reveal(masked(weights.data - a, ring, "weights, masked"))
         place = self.opened.reshape(*rows, n, 1, 1).expand(*rows, n, 1, c)
@@ -134,9 +132,7 @@ def top(
     earlier = side.first(torch.arange(n)).expand(*rows, n)
     rank = earlier.index_add(-1, first, loses).index_add(-1, second, -loses)
 
-    (place,) = yield from reveal(
-        masked(rank + rho, size.bit_length() - 1, "ranks, rotated")
-    )
+    (place,) = yield from reveal(masked(rank + rho, size.bit_length() - 1, "ranks, rotated"))
     place = place & (size - 1)
     slots = side.public(range(k))
     where = (place.unsqueeze(-1) - slots) & (size - 1)  # (*rows, n, k)
@@ -149,5 +145,3 @@ def top(
         column += value.shape[-1]
     rotation = None if kept is None else kept[1]
     return HotSelection(side, h, place, size, rotation), pieces
-
-

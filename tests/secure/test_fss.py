@@ -1,0 +1,58 @@
+"""Key trees: right at every point, and nothing but noise at one party."""
+
+import numpy as np
+import pytest
+import torch
+
+from mpcache.secure.fss import KeyShape, evaluate, generate
+from mpcache.secure.rng import Stream, fresh_seed
+
+
+def keys(n: int, depth: int, start: int):  # type: ignore[no-untyped-def]
+    stream = Stream(fresh_seed(), "test")
+    shape = KeyShape(n, depth, start)
+    alpha = stream.tensor((n,)) & ((1 << depth) - 1)
+    beta = stream.tensor((n,))
+    seeds = stream.tensor((n, 2)), stream.tensor((n, 2))
+    return shape, alpha, beta, seeds, stream, *generate(shape, seeds, alpha, beta)
+
+
+@pytest.mark.parametrize(
+    ("depth", "start"), [(1, 0), (2, 0), (5, 0), (16, 0), (23, 6), (24, 0), (62, 0), (63, 0)]
+)
+def test_shares_of_the_comparison(depth: int, start: int) -> None:
+    shape, alpha, beta, seeds, stream, words, bits = keys(400, depth, start)
+    top = (1 << depth) - 1
+    near = torch.stack([alpha, (alpha + 1) & top, (alpha - 1) & top], 1)
+    low = (1 << (depth - start)) - 1
+    same_top = (alpha.unsqueeze(1) & ~low & top) | (stream.tensor((400, 3)) & low)
+    x = torch.cat([near, same_top, stream.tensor((400, 3)) & top], 1)
+    (w0, b0), (w1, b1) = (evaluate(shape, p, seeds[p], words, bits, x) for p in (0, 1))
+    agree = (x >> (depth - start)) == (alpha >> (depth - start)).unsqueeze(1)
+    assert torch.equal(b0 + b1, beta.unsqueeze(1) * (agree & (x < alpha.unsqueeze(1))))
+    if start:
+        assert torch.equal(w0 + w1, beta.unsqueeze(1) * agree)
+
+
+def test_every_point_of_a_small_domain() -> None:
+    shape, alpha, beta, seeds, _, words, bits = keys(64, 4, 0)
+    x = torch.arange(16).expand(64, 16).contiguous()
+    below = sum(evaluate(shape, p, seeds[p], words, bits, x)[1] for p in (0, 1))
+    assert torch.equal(below, beta.unsqueeze(1) * (x < alpha.unsqueeze(1)))
+
+
+def test_one_partys_outputs_do_not_tell_the_secret() -> None:
+    """Same points, opposite secrets: one party's evaluations look uniform, bit by bit, both times."""
+    n, depth = 4000, 12
+    stream = Stream(fresh_seed(), "test")
+    shape = KeyShape(n, depth)
+    x = torch.full((n, 1), 1 << 11)
+    for alpha in (0, (1 << depth) - 1):
+        seeds = stream.tensor((n, 2)), stream.tensor((n, 2))
+        words, bits = generate(shape, seeds, torch.full((n,), alpha), torch.ones(n, dtype=torch.int64))
+        _, below = evaluate(shape, 0, seeds[0], words, bits, x)
+        words[:, 0:-1:3] ^= stream.tensor((n, depth)) & 1  # zero by construction: seeds keep it for control
+        for tensor in (below, words):
+            ones = np.unpackbits(tensor.numpy().view(np.uint8).reshape(n, -1), axis=1).mean(0)
+            assert abs(ones - 0.5).max() < 6 / (2 * n**0.5)
+        assert abs(bits.float().mean() - 1.5) < 6 * 1.12 / (n * depth) ** 0.5  # two uniform bits

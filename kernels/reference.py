@@ -100,15 +100,14 @@ def select_and_attend(
     its whole group (rows = kv_heads); an entry below 0 is no cluster, so rows may choose fewer than m.
     A cluster given twice counts twice; a head that attends to nothing gets NaN.
     """
-    if size < 1:
-        raise ValueError(f"a cluster of {size} tokens")
+    check_selection(q, k, chosen, size, sink, recent)
     (heads, _), (kv_heads, length, _), rows = q.shape, k.shape, chosen.shape[0]
     offsets = torch.arange(size, device=k.device)
     tokens = (sink + chosen[..., None].long() * size + offsets).flatten(1)
     valid = (chosen >= 0).repeat_interleave(size, 1) & (tokens < length - recent)
     always = torch.cat([torch.arange(sink), torch.arange(length - recent, length)]).to(k.device)
     tokens = torch.cat([always.expand(rows, -1), tokens.where(valid, 0)], 1)
-    valid = torch.cat([torch.ones_like(valid[:, :1]).expand(rows, len(always)), valid], 1)
+    valid = torch.cat([valid.new_ones(rows, len(always)), valid], 1)
 
     source = torch.arange(rows, device=k.device)[:, None] // (rows // kv_heads)
     keys, values = k[source, tokens].float(), v[source, tokens].float()  # (rows, attended, d)
@@ -116,6 +115,17 @@ def select_and_attend(
     scores = q.float().unflatten(0, (rows, heads // rows)) @ keys.transpose(1, 2)
     weights = scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1)
     return (weights @ values).flatten(0, 1).to(q.dtype)
+
+
+def check_selection(q: Tensor, k: Tensor, chosen: Tensor, size: int, sink: int, recent: int) -> None:
+    """ValueError where the arguments of `select_and_attend` do not fit together."""
+    (heads, _), (kv_heads, length, _), rows = q.shape, k.shape, chosen.shape[0]
+    if size < 1:
+        raise ValueError(f"a cluster of {size} tokens")
+    if min(sink, recent) < 0 or sink + recent > length:
+        raise ValueError(f"a sink of {sink} and {recent} recent tokens, of {length}")
+    if not rows or heads % rows or rows % kv_heads:
+        raise ValueError(f"{rows} rows of choices for {heads} heads on {kv_heads} KV heads")
 
 
 def _by_group(q: Tensor, keys: Tensor) -> Tensor:

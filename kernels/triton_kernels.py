@@ -7,12 +7,19 @@ bit for bit, each time. docs/kernels.md holds the bytes and operations that each
 Names: D head size, DP the power of two that holds it; *_head and *_row strides in elements.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# A kernel's parameters are pointers and numbers of Triton's own: they have no Python types.
+
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.reference import check_selection
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E); the GPU has exp2 only
 LOWEST = tl.constexpr(-1e30)  # below any score, and finite: a difference of two is no NaN
@@ -134,24 +141,28 @@ def window_importance(q_w: Tensor, k: Tensor, first_position: int) -> Tensor:
     (heads, w, d), (kv_heads, length, _) = q_w.shape, k.shape
     if not w or not length:
         return torch.zeros(length, dtype=torch.float32, device=k.device)
-    q_w, k, dot = _strided(q_w), _strided(k), _dot_type(q_w, k)
+    q_w, k = _strided(q_w), _strided(k)
     strides = (*q_w.stride()[:2], *k.stride()[:2])
     sizes = (w, length, first_position, heads // kv_heads)
-    wide = k.element_size() == 2  # what fits in registers and shared memory
-    bm, bn = min(128 if wide else 64, _power(w)), 128 if wide else 32
-    shape = {"D": d, "DP": _power(d), "BM": bm, "BN": bn, "DOT": dot}
-    launch = {"num_warps": 8 if wide else 4, "num_stages": 2}
-
+    # Two programs fit on a Hopper multiprocessor. What stays in place (a program's queries, then its
+    # keys) is the larger tile where there is room: each pass over the other is traffic.
+    narrow = k.element_size() == 2
+    shape = {"D": d, "DP": _power(d), "DOT": _dot_type(q_w, k)}
+    launch = {"num_warps": 4, "num_stages": 3 if narrow else 2}
+    bm, bn = min(128 if narrow else 64, _power(w)), 64 if narrow else 32
     row_blocks = triton.cdiv(w, bm)
     splits, span = _split(min(length, first_position + w), row_blocks * heads, bn, k.device)
     log_sums = torch.empty(splits, heads, w, dtype=torch.float32, device=k.device)
-    grid = (row_blocks, heads, splits)
-    _row_log_sums[grid](q_w, k, log_sums, *strides, *sizes, span, **shape, **launch)
-    log_sum = log_sums[0] if splits == 1 else torch.logsumexp(log_sums * _LN2, 0) / _LN2
-
     per_head = torch.empty(heads, length, dtype=torch.float32, device=k.device)
-    grid = (triton.cdiv(length, bn), heads)
-    _column_sums[grid](q_w, k, log_sum, per_head, *strides, *sizes, **shape, **launch)
+    with _on(k.device):
+        _row_log_sums[(row_blocks, heads, splits)](
+            q_w, k, log_sums, *strides, *sizes, span, **shape, BM=bm, BN=bn, **launch
+        )
+        log_sum = log_sums[0] if splits == 1 else torch.logsumexp(log_sums * _LN2, 0) / _LN2
+        bm, bn = min(64, _power(w)), 128 if narrow else 32
+        _column_sums[(triton.cdiv(length, bn), heads)](
+            q_w, k, log_sum, per_head, *strides, *sizes, **shape, BM=bm, BN=bn, **launch
+        )
     return per_head.sum(0) / heads
 
 
@@ -241,9 +252,11 @@ def _run_clusters(
         return
     dp = triton.next_power_of_2(d)
     bc = max(1, 1024 // dp)  # 16 bytes of each token per thread, for bfloat16
-    _clusters[(triton.cdiv(n, bc), kv_heads)](
-        k, high, low, mean, blend, *k.stride()[:2], length, n, size, float(alpha), D=d, DP=dp, BC=bc, num_warps=4
-    )
+    with _on(k.device):
+        _clusters[(triton.cdiv(n, bc), kv_heads)](
+            k, high, low, mean, blend, *k.stride()[:2], length, n, size, float(alpha),
+            D=d, DP=dp, BC=bc, num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -285,11 +298,12 @@ def _run_scores(q: Tensor, upper: Tensor, lower: Tensor | None) -> Tensor:
     out = torch.empty(heads, n, dtype=torch.float32, device=q.device)
     if not n:
         return out
-    group, bn = heads // kv_heads, 64
-    _scores[(triton.cdiv(n, bn), kv_heads)](
-        q, upper, lower, out, q.stride(0), n, group,
-        D=d, DP=_power(d), GP=_power(group), BN=bn, DOT=_dot_type(q, upper), num_warps=4,
-    )  # fmt: skip
+    group, bn = heads // kv_heads, 64 if upper.element_size() == 2 else 32
+    with _on(q.device):
+        _scores[(triton.cdiv(n, bn), kv_heads)](
+            q, upper, lower, out, q.stride(0), n, group,
+            D=d, DP=_power(d), GP=_power(group), BN=bn, DOT=_dot_type(q, upper), num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -300,7 +314,8 @@ def _run_scores(q: Tensor, upper: Tensor, lower: Tensor | None) -> Tensor:
 def _attend_part(
     q, k, v, chosen, tops, totals, sums, q_row, k_head, k_row, v_head, v_row,
     length, heads_per_choice, choices_per_kv, m, sink, recent, span,
-    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, SIZE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, SIZE: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """One row of choices, its heads (RP >= heads_per_choice), and `span` of the tokens it attends to.
 
@@ -362,9 +377,8 @@ def select_and_attend(
     q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, sink: int, recent: int
 ) -> Tensor:
     """`reference.select_and_attend`: (heads, d), two of (kv_heads, T, d), (rows, m) -> (heads, d)."""
+    check_selection(q, k, chosen, size, sink, recent)
     (heads, d), (kv_heads, length, _), (rows, m) = q.shape, k.shape, chosen.shape
-    if size < 1:
-        raise ValueError(f"a cluster of {size} tokens")
     out = torch.empty(heads, d, dtype=q.dtype, device=q.device)
     q, k, v, chosen = _strided(q), _strided(k), _strided(v), chosen.contiguous()
     bt = 64 if k.element_size() == 2 else 32
@@ -372,15 +386,17 @@ def select_and_attend(
     tops, totals = torch.empty(2, heads, splits, dtype=torch.float32, device=q.device)
     sums = torch.empty(heads, splits, d, dtype=torch.float32, device=q.device)
     dp = _power(d)
-    _attend_part[(splits, rows)](
-        q, k, v, chosen, tops, totals, sums, q.stride(0), *k.stride()[:2], *v.stride()[:2],
-        length, heads // rows, rows // kv_heads, m, sink, recent, span,
-        D=d, DP=dp, RP=_power(heads // rows), BT=bt, SIZE=size, DOT=_dot_type(q, k, v),
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-    _attend_join[(heads,)](
-        tops, totals, sums, out, splits, D=d, DP=dp, SP=triton.next_power_of_2(splits), num_warps=4
-    )
+    with _on(q.device):
+        _attend_part[(splits, rows)](
+            q, k, v, chosen, tops, totals, sums, q.stride(0), *k.stride()[:2], *v.stride()[:2],
+            length, heads // rows, rows // kv_heads, m, sink, recent, span,
+            D=d, DP=dp, RP=_power(heads // rows), BT=bt, SIZE=size, DOT=_dot_type(q, k, v),
+            # The compiler spends three of these on the indices; two tiles of K and V remain in flight.
+            num_warps=4, num_stages=5,
+        )  # fmt: skip
+        _attend_join[(heads,)](
+            tops, totals, sums, out, splits, D=d, DP=dp, SP=triton.next_power_of_2(splits), num_warps=4
+        )
     return out
 
 
@@ -409,6 +425,11 @@ def _strided(x: Tensor) -> Tensor:
     if x.shape[-2] * x.stride(-2) >= 1 << 31:
         raise ValueError(f"{x.shape[-2]} rows of {x.stride(-2)} elements exceed 2^31 elements")
     return x
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, which need not be the one that holds the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _processors(device: torch.device) -> int:

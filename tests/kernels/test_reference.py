@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.reference import cluster_extremes, cluster_means, representatives, window_importance
+from kernels.reference import (
+    cluster_bounds,
+    cluster_extremes,
+    cluster_means,
+    cluster_representatives,
+    cluster_scores,
+    representatives,
+    select_and_attend,
+    window_importance,
+)
 
 
 def random(*size: int, seed: int = 0) -> torch.Tensor:
@@ -73,6 +82,54 @@ def test_representatives_blend_the_extremes() -> None:
     scores = representatives(r_max, r_min, 0.6) @ q
     torch.testing.assert_close(scores, 0.6 * (r_max @ q) + 0.4 * (r_min @ q))
     assert torch.equal(representatives(r_max, r_min, 1.0), r_max)
+    k = random(3, 11, 4, seed=3)
+    assert torch.equal(cluster_representatives(k, 4, 0.6), representatives(*cluster_extremes(k, 4), 0.6))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (3, 1), (2, 2)])
+def test_scores_equal_the_loops(heads: int, kv_heads: int) -> None:
+    q, k = random(heads, 5, seed=1), random(kv_heads, 11, 5, seed=2)
+    r_max, r_min = cluster_extremes(k, 4)
+    scores, bounds = cluster_scores(q, r_max), cluster_bounds(q, r_max, r_min)
+    assert scores.shape == bounds.shape == (heads, 3)
+    for h in range(heads):
+        kv = h // (heads // kv_heads)
+        for c in range(3):
+            assert math.isclose(float(scores[h, c]), float(q[h] @ r_max[kv, c]), abs_tol=1e-5)
+            corner = torch.where(q[h] > 0, r_max[kv, c], r_min[kv, c])  # of the box, the best for q
+            assert math.isclose(float(bounds[h, c]), float(q[h] @ corner), abs_tol=1e-5)
+            assert bounds[h, c] >= (k[kv, 4 * c : 4 * c + 4] @ q[h]).max() - 1e-5
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "rows"), [(4, 2, 4), (4, 2, 2), (8, 2, 4), (1, 1, 1)])
+@pytest.mark.parametrize(("sink", "recent", "m"), [(2, 3, 2), (0, 4, 3), (3, 0, 1), (1, 1, 0)])
+def test_attention_equals_the_loops(
+    heads: int, kv_heads: int, rows: int, sink: int, recent: int, m: int
+) -> None:
+    size, length = 4, 18  # the last cluster is ragged
+    q = random(heads, 5, seed=1)
+    k, v = random(kv_heads, length, 5, seed=2), random(kv_heads, length, 5, seed=3)
+    n = math.ceil((length - sink - recent) / size)
+    order = [torch.randperm(n, generator=torch.Generator().manual_seed(s))[:m] for s in range(rows)]
+    chosen = torch.stack(order)
+    if m > 1:
+        chosen[0, 0] = -1
+    got = select_and_attend(q, k, v, chosen, size, sink, recent)
+    assert got.shape == (heads, 5)
+    for h in range(heads):
+        kv, clusters = h // (heads // kv_heads), chosen[h // (heads // rows)].tolist()
+        middle = [t for t in range(sink, length - recent) if (t - sink) // size in clusters]
+        tokens = [*range(sink), *middle, *range(length - recent, length)]
+        weights = torch.stack([q[h] @ k[kv, t] for t in tokens]).softmax(0)
+        want = torch.stack([w * v[kv, t] for w, t in zip(weights, tokens, strict=True)]).sum(0)
+        torch.testing.assert_close(got[h], want, atol=1e-5, rtol=1e-5)
+
+
+def test_choosing_everything_is_attention() -> None:
+    q, k, v = random(4, 8, seed=1), random(4, 33, 8, seed=2), random(4, 33, 8, seed=3)
+    got = select_and_attend(q, k, v, torch.arange(7).expand(4, -1), 4, 2, 5)
+    want = torch.nn.functional.scaled_dot_product_attention(q[:, None], k, v, scale=1.0)[:, 0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_the_backend_is_chosen_by_device_and_named() -> None:

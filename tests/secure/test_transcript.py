@@ -32,7 +32,9 @@ class Transcript:
         for name, link in (("peer", party._peer), ("dealer", party._dealer)):
             receive = link.recv
 
-            def recv(step: str, specs: Any, labels: Any = None, name: str = name, receive: Any = receive) -> Any:
+            def recv(
+                step: str, specs: Any, labels: Any = None, name: str = name, receive: Any = receive
+            ) -> Any:
                 arrived = receive(step, specs, labels)
                 items = reasons.pop(0) if name == "peer" else [None] * len(arrived)
                 for tensor, item in zip(arrived, items, strict=True):

@@ -1,0 +1,115 @@
+"""Does the private run do what the plain one does? Selections, tokens and logits, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels import backend
+from mpcache.model import Model
+from mpcache.ops import Ops
+from mpcache.plain import PlainOps
+from mpcache.policy import parse
+from mpcache.prefill import prefill
+from mpcache.rank import Rank
+from mpcache.session import Session
+from tests.secure.play import play
+
+KERNELS = backend("cpu")
+TIE = 5e-4  # scores closer than this may be told apart differently: a grid step and the noise of q and k
+
+
+@dataclass
+class Agreement:
+    """What two readings of the same session did. difference: the largest of the logits."""
+
+    plain: list[int]
+    private: list[int]
+    difference: float
+    selections: int  # clusters chosen, over all steps, layers, heads and levels
+    ties: int  # of these, chosen differently among scores closer than TIE
+    wrong: int  # chosen differently for no such reason
+
+
+def record(ops: Ops) -> list[tuple[Any, Any]]:
+    """Every (scores, selection) of `ops.top` from now on."""
+    seen: list[tuple[Any, Any]] = []
+    top = ops.top
+
+    def recording(scores: Any, k: int, values: Any) -> Any:
+        result = yield from top(scores, k, values)
+        seen.append((scores, result[0]))
+        return result
+
+    ops.top = recording  # type: ignore[method-assign]
+    return seen
+
+
+def generate(
+    session: Session, chunk: Sequence[int] | None, m: int, n: int
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Greedy: n tokens after a first chunk of m; both lists empty where the logits are not learned."""
+    tokens: list[int] = []
+    logits: list[torch.Tensor] = []
+    for _ in range(n):
+        out = session.chunk(chunk, m)
+        if chunk is not None and out is not None:
+            logits.append(out.double())
+            tokens.append(int(out.argmax()))
+            chunk = tokens[-1:]
+        m = 1
+    return tokens, logits
+
+
+def compare(
+    model: Model, context: Sequence[int], question: Sequence[int], n: int, spec: str, protocol: str = "fast"
+) -> Agreement:
+    """The same document, question and greedy choice, plain and by three parties."""
+    bound = parse(spec).bind(len(context), model.shape)
+    filled = prefill(model, context, window=bound.policy.window(len(context)))
+    plain_ops = PlainOps()
+    plain_seen = record(plain_ops)
+    session = Session(plain_ops, None, model.shape, bound)
+    session.setup(model.weights)
+    session.context(filled, KERNELS)
+    with torch.no_grad():
+        plain_tokens, plain_logits = generate(session, question, len(question), n)
+
+    def program(ops: Any, party: Any, rank: Rank) -> Any:
+        seen = record(ops)
+        private = Session(ops, party, model.shape, bound)
+        private.setup(model.weights if rank is Rank.SERVER else None)
+        private.context(*((filled, KERNELS) if rank is Rank.SERVER else (None, None)))
+        asked = question if rank is Rank.CLIENT else None
+        return seen, *generate(private, asked, len(question), n)
+
+    played = play(program, protocol)
+    seen, tokens, logits = played.client
+    selections = ties = wrong = 0
+    # After a different token the runs are about different texts.
+    same = next((i for i, (a, b) in enumerate(zip(plain_tokens, tokens, strict=True)) if a != b), n)
+    per_step = len(plain_seen) // n if n else 0
+    for (scores, chosen), (_, server), (_, client) in list(
+        zip(plain_seen, played.server[0], seen, strict=True)
+    )[: per_step * (same + 1)]:
+        hot = (
+            server.hot + client.hot
+            if isinstance(server.hot, torch.Tensor)
+            else server.hot.data + client.hot.data
+        )
+        there = torch.zeros_like(scores).scatter(-1, chosen.index, 1)
+        here = hot.sum(-2).to(there.dtype)
+        assert ((hot == 0) | (hot == 1)).all() and (hot.sum(-1) == 1).all()
+        selections += chosen.index.numel()
+        edge = scores.masked_fill(there == 0, torch.inf).amin(-1, keepdim=True)  # the last one chosen
+        close = (scores - edge).abs() < TIE
+        differs = there != here
+        ties += int((differs & close).sum()) // 2
+        wrong += int((differs & ~close).sum())
+    difference = max(
+        float((a - b).abs().max()) for a, b in list(zip(plain_logits, logits, strict=True))[: same + 1]
+    )
+    return Agreement(plain_tokens, tokens, difference, selections, ties, wrong)

@@ -1,0 +1,79 @@
+"""The main claim: the private run selects the same clusters and gives the same tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mpcache.demo.documents import make_document
+from mpcache.model import Model, demo_model_dir, load_model
+from tests.agreement import Agreement, compare
+from tests.mpcache.tiny_models import STORIES
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    torch.set_num_threads(1)
+    return load_model(demo_model_dir())
+
+
+def unseen(model: Model, seed: int, n_tokens: int = 880) -> tuple[list[int], list[int]]:
+    """A document of about so many tokens, and its first question."""
+
+    def count(text: str) -> int:
+        return len(model.tokenizer.encode(text, bos=False))
+
+    document, questions = make_document(random.Random(seed), count, n_tokens, 8)
+    return model.tokenizer.encode(document, bos=True), model.tokenizer.encode(questions[0][0], bos=False)
+
+
+def check(result: Agreement) -> None:
+    assert result.private == result.plain
+    assert result.wrong == 0
+    assert result.ties <= result.selections // 200
+    assert result.difference < 0.02
+
+
+@pytest.mark.parametrize("policy", ["mpcache", "full"])
+def test_demo_document(demo: Model, policy: str) -> None:
+    folder = demo_model_dir().parent
+    context = demo.tokenizer.encode((folder / "document.txt").read_text(), bos=True)
+    question = demo.tokenizer.encode((folder / "question.txt").read_text().strip(), bos=False)
+    check(compare(demo, context, question, 3, policy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_unseen_documents(demo: Model, seed: int) -> None:
+    check(compare(demo, *unseen(demo, seed), 5, "mpcache"))
+
+
+needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the third-party test model is not here")
+
+
+@needs_stories
+def test_stories() -> None:
+    stories = load_model(STORIES)
+    question = stories.tokenizer.encode("Once upon a time", bos=False)
+    check(compare(stories, [1], question, 8, "full"))
+
+
+@needs_stories
+@pytest.mark.slow
+def test_stories_for_64_tokens() -> None:
+    stories = load_model(STORIES)
+    check(compare(stories, [1], stories.tokenizer.encode("Once", bos=False), 64, "full"))
+
+
+@needs_stories
+@pytest.mark.slow
+def test_stories_on_crypten_alone() -> None:
+    """`stock` follows for a while: its exp and its truncation are CrypTen's."""
+    stories = load_model(STORIES)
+    result = compare(
+        stories, [1], stories.tokenizer.encode("Once upon a time", bos=False), 2, "full", "stock"
+    )
+    assert result.private == result.plain
+    assert result.difference < 0.5

@@ -1,0 +1,69 @@
+"""Rounds and bytes of one decoder layer, by the ledger, without any party running.
+
+    python tools/layer_cost.py [--context 1024] [POLICY ...]
+
+The layer is the one that the alternatives were measured on: D = 512, 8 heads of 64, FFN 2048, Llama
+style, everything secret. Prints each kind of layer of a policy (one that selects, one that shares).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from mpcache.ledger import Entry
+from mpcache.model import ModelShape
+from mpcache.policy import parse
+from mpcache.rank import Rank
+from mpcache.secure.fast import FastOps
+from mpcache.secure.party import ShapeParty
+from mpcache.session import Session
+
+SHAPE = ModelShape(
+    layers=6, width=512, heads=8, kv_heads=8, head_dim=64, ffn=2048, vocab=1000, max_positions=1 << 17,
+    norm="rms", norm_eps=1e-5, activation="silu", gated=True, positions="rope",
+)  # fmt: skip
+PAPER = "mpcache:n_keep=1024,coarse=32,fine=16,coarse_keep=0.5,fine_keep=0.2"
+STEP = "decode1"
+
+
+def layers(spec: str, context: int) -> list[dict[str, Entry]]:
+    """Per layer, what each of its operations costs in one decode step."""
+    party = ShapeParty(Rank.SERVER)
+    session = Session(FastOps(Rank.SERVER, device="meta"), party, SHAPE, parse(spec).bind(context, SHAPE))
+    session.setup(None)
+    session.context(None, None)
+    session.chunk(None, 1)
+    session.chunk(None, 1)
+    costs: list[dict[str, Entry]] = [{} for _ in range(SHAPE.layers)]
+    for name, entry in party.ledger.steps.items():
+        phase, _, rest = name.partition("/")
+        layer, _, op = rest.partition("/")
+        if phase == STEP and layer.startswith("layer"):
+            costs[int(layer.removeprefix("layer"))].setdefault(op, Entry()).__iadd__(entry)
+    return costs
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--context", type=int, default=1024)
+    arguments.add_argument("policies", nargs="*", default=["full", PAPER])
+    given = arguments.parse_args()
+    for spec in given.policies:
+        shown: set[tuple[int, int]] = set()
+        for number, ops in enumerate(layers(spec, given.context)):
+            total = Entry()
+            for entry in ops.values():
+                total += entry
+            if (total.rounds, total.sent) in shown:
+                continue
+            shown.add((total.rounds, total.sent))
+            print(
+                f"{spec} at {given.context}, layer {number}: {total.rounds} rounds, "
+                f"{total.sent / 1e6:.3f} MB online, {total.offline_received / 1e6:.1f} MB offline"
+            )
+            for op, entry in ops.items():
+                print(f"    {op:<20} {entry.rounds:>3} rounds {entry.sent:>9} B {entry.offline_received:>10} B")
+
+
+if __name__ == "__main__":
+    main()

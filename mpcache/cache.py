@@ -1,28 +1,29 @@
-"""The KV cache as the decode program sees it: kept context, representatives, generated tokens.
+"""The KV cache as the decode program sees it.
 
-Per layer the tokens stand in this order: [kept context, in position order | question and generated
-tokens]. Lengths are public, contents are not.
+Per layer the tokens stand in this order: [kept context, by position | question and generated
+tokens]. Lengths are public, contents are not. What a policy keeps beside them is its own `memory`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from mpcache.ops import Operand, Ops, Value
 from mpcache.secure.program import Program, together
 
+V_RING = 56  # bits of the ring for products with v (`Ops.keep`): softmax weights, up to 2^13 tokens
+
 
 @dataclass
 class LayerCache:
-    """One layer. k, v: operands (KV, n, d). reps: representatives (KV, r, d), or None."""
+    """One layer. k, v: operands (KV, n, d), each row masked once, when it came in."""
 
-    k: Operand | None
-    v: Operand | None
-    reps: Operand | None
-    kept: int  # context tokens in k and v
-    recent: int = 0  # tokens after them
+    k: Operand
+    v: Operand
+    memory: Any = None
 
 
 @dataclass
@@ -40,28 +41,8 @@ class Cache:
         return torch.arange(first, first + m)
 
     def append(self, ops: Ops, i: int, k: Value, v: Value) -> Program[None]:
-        """Add k, v (m, KV, d) to layer i: each row is masked once, here."""
+        """Add k, v (m, KV, d) to layer i."""
         layer = self.layers[i]
-        new_k, new_v = yield from together(ops.keep(k.transpose(0, 1)), ops.keep(v.transpose(0, 1)))
-        layer.k = new_k if layer.k is None else ops.join([layer.k, new_k], 1)
-        layer.v = new_v if layer.v is None else ops.join([layer.v, new_v], 1)
-        layer.recent += k.shape[0]
-
-    def keys(self, ops: Ops, i: int) -> Operand:
-        """What q is scored against: tokens, then representatives."""
-        layer = self.layers[i]
-        return layer.k if layer.reps is None else ops.join([layer.k, layer.reps], 1)
-
-    def values(self, i: int) -> Operand:
-        return self.layers[i].v
-
-    def visible(self, m: int, group: int) -> torch.Tensor | None:
-        """Causal mask of a chunk over the recent tokens: (m * group, recent), 1 where attended.
-
-        None for one token, which sees all.
-        """
-        if m == 1:
-            return None
-        earlier = torch.ones(m, self.length - m, dtype=torch.int64)
-        chunk = torch.tril(torch.ones(m, m, dtype=torch.int64))
-        return torch.cat([earlier, chunk], 1).repeat_interleave(group, 0)
+        new_k, new_v = yield from together(ops.keep(k.transpose(0, 1)), ops.keep(v.transpose(0, 1), V_RING))
+        layer.k = ops.join([layer.k, new_k], 1)
+        layer.v = ops.join([layer.v, new_v], 1)

@@ -19,27 +19,25 @@ from mpcache.rope import rope_tables
 from mpcache.secure.program import Program, at, together
 
 if TYPE_CHECKING:
-    from mpcache.policy import Bound
+    from mpcache.policy import Bound, View
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's operands (inputs, outputs) and biases (outputs,), norms' gains folded in."""
+    """One layer's operands (inputs, outputs) and biases (outputs,), norms' gains folded in.
 
-    wq: Operand
-    bq: Value | None
-    wk: Operand
-    bk: Value | None
-    wv: Operand
-    bv: Value | None
-    wo: Operand
-    bo: Value | None
-    w_gate: Operand | None
-    b_gate: Value | None
-    w_up: Operand
-    b_up: Value | None
-    w_down: Operand
-    b_down: Value | None
+    qkv: (width, (H + 2 KV) d).  o: (H d, width).  up: (width, 2 ffn), gate first, or (width, ffn).
+    down: (ffn, width).
+    """
+
+    qkv: Operand
+    qkv_bias: Value | None
+    o: Operand
+    o_bias: Value | None
+    up: Operand
+    up_bias: Value | None
+    down: Operand
+    down_bias: Value | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,9 @@ class Operands:
     lm_bias: Value | None
 
 
-def step(ops: Ops, model: Operands, cache: Cache, policy: Bound, one_hots: Value) -> Program[torch.Tensor | None]:
+def step(
+    ops: Ops, model: Operands, cache: Cache, policy: Bound, one_hots: Value
+) -> Program[torch.Tensor | None]:
     """(m, vocab) one-hot tokens of the client -> (vocab,) next-token logits, at the client only."""
     positions = cache.advance(one_hots.shape[0])
     x = yield from at("embed", embed(ops, model, one_hots, positions))
@@ -74,57 +74,56 @@ def embed(ops: Ops, model: Operands, one_hots: Value, positions: torch.Tensor) -
 
 
 def block(
-    ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: Bound, x: Value, positions: torch.Tensor
+    ops: Ops,
+    shape: ModelShape,
+    w: Layer,
+    cache: Cache,
+    i: int,
+    policy: Bound,
+    x: Value,
+    positions: torch.Tensor,
 ) -> Program[Value]:
     """One layer, (m, width) -> (m, width): norm, qkv, select and attend, o, norm, mlp."""
     h = yield from at("norm1", ops.norm(x, shape.norm_eps))
     q, k, v = yield from at("qkv", qkv(ops, shape, w, h, positions))
     yield from at("append", cache.append(ops, i, k, v))
-    a = yield from attend(ops, shape, cache, i, policy, q)
-    o = yield from at("o", ops.linear(a, w.wo, w.bo))
-    x = yield from at("residual1", ops.add(x, o))
-    h = yield from at("norm2", ops.norm(x, shape.norm_eps))
-    h = yield from at("mlp", mlp(ops, shape, w, h))
-    return (yield from at("residual2", ops.add(x, h)))
+    view = policy.view(ops, shape, cache, i, positions)
+    a = yield from attend(view, policy, q)
+
+    def rest() -> Program[Value]:
+        o = yield from at("o", ops.linear(a, w.o, w.o_bias))
+        y = yield from at("residual1", ops.add(x, o))
+        h = yield from at("norm2", ops.norm(y, shape.norm_eps))
+        h = yield from at("mlp", mlp(ops, shape, w, h))
+        return (yield from at("residual2", ops.add(y, h)))
+
+    # What the policy does with what it saw shares its rounds with the rest of the layer.
+    y, _ = yield from together(rest(), at("observe", policy.policy.observe(view)))
+    return y
 
 
 def qkv(ops: Ops, shape: ModelShape, w: Layer, h: Value, positions: torch.Tensor) -> Program[list[Value]]:
     """(m, width) -> q (m, H, d), scaled by 1/sqrt d; k, v (m, KV, d); q and k rotated."""
-
-    def project(weight: Operand, bias: Value | None, heads: int, turn: bool) -> Program[Value]:
-        y = yield from ops.linear(h, weight, bias)
-        y = y.reshape(-1, heads, shape.head_dim)
-        if turn and shape.positions == "rope":
-            y = yield from ops.rotate(y, *rope_tables(shape, positions))
-        return y
-
-    return (
-        yield from together(
-            project(w.wq, w.bq, shape.heads, True),
-            project(w.wk, w.bk, shape.kv_heads, True),
-            project(w.wv, w.bv, shape.kv_heads, False),
-        )
-    )
+    y = yield from ops.linear(h, w.qkv, w.qkv_bias)
+    y = y.reshape(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
+    q, k, v = y[:, : shape.heads], y[:, shape.heads : -shape.kv_heads], y[:, -shape.kv_heads :]
+    if shape.positions != "rope":
+        return (yield from together(ops.settle(q), ops.settle(k), ops.settle(v)))
+    tables = rope_tables(shape, positions)
+    return (yield from together(ops.rotate(q, *tables), ops.rotate(k, *tables), ops.settle(v)))
 
 
-def attend(ops: Ops, shape: ModelShape, cache: Cache, i: int, policy: Bound, q: Value) -> Program[Value]:
-    """q (m, H, d) over layer i's cache -> (m, H d). Rows: one per token and head of a group."""
-    m, kv, g, d = q.shape[0], shape.kv_heads, shape.group, shape.head_dim
+def attend(view: View, policy: Bound, q: Value) -> Program[Value]:
+    """q (m, H, d) over one layer's cache -> (m, H d), as the policy attends."""
+    m, kv, g, d = view.m, view.shape.kv_heads, view.shape.group, view.shape.head_dim
     rows = q.reshape(m, kv, g, d).transpose(0, 1).reshape(kv, m * g, d)
-    # Keys and representatives together: one opening of q scores everything (PROTOCOLS 5).
-    scores = yield from at("scores", ops.linear(rows, cache.keys(ops, i).transpose(1, 2)))
-    weights, total = yield from policy.weigh(ops, scores, cache, i, cache.visible(m, g))
-    out = yield from at("attend", ops.average(weights, total, cache.values(i)))
+    out = yield from policy.policy.attend(view, rows)
     return out.reshape(kv, m, g, d).transpose(0, 1).reshape(m, kv * g * d)
 
 
 def mlp(ops: Ops, shape: ModelShape, w: Layer, h: Value) -> Program[Value]:
     """(m, width) -> (m, width): down(act(gate) * up), or down(act(up)) without a gate."""
-    if w.w_gate is None:
-        gate, up = (yield from ops.linear(h, w.w_up, w.b_up)), None
-    else:
-        gate, up = yield from together(
-            ops.linear(h, w.w_gate, w.b_gate), ops.linear(h, w.w_up, w.b_up)
-        )
+    y = yield from ops.linear(h, w.up, w.up_bias)
+    gate, up = (y[:, : shape.ffn], y[:, shape.ffn :]) if shape.gated else (y, None)
     hidden = yield from at("gate", ops.gate(shape.activation, gate, up))
-    return (yield from ops.linear(hidden, w.w_down, w.b_down))
+    return (yield from ops.linear(hidden, w.down, w.down_bias))

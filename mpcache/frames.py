@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -22,6 +23,7 @@ from google.protobuf.message import DecodeError
 from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
 from mpcache.ledger import Ledger
 from mpcache.link import Hello, Link, Spec
+from mpcache.network import Shaper
 from mpcache.rank import Rank
 from protos import party_pb2 as pb
 
@@ -30,6 +32,7 @@ LAYOUT_BYTES = 1 << 20
 FRAME_BYTES = 4 << 20  # what a receiver takes: a chunk and its headers, with room
 FACTS_BYTES = 64 << 10
 REASON_CHARACTERS = 2000
+LOOK_EVERY_S = 0.2  # while a shaped message is waited for
 _ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
 
 _DTYPES = {
@@ -94,7 +97,9 @@ class FrameLink(Link):
         self.me, self.peer, self.ledger = me, peer, ledger
         self.offline = Rank.DEALER in (me, peer)
         self.timeout_s = timeout_s  # longest silence while waiting for a frame
-        self._inbox: SimpleQueue[tuple[pb.Frame, int] | None] = SimpleQueue()  # None: a failure, or Bye
+        # Frames with their sizes, and when they may be taken; None: a failure, or Bye.
+        self._inbox: SimpleQueue[tuple[pb.Frame, int, float] | None] = SimpleQueue()
+        self.shaper: Shaper | None = None  # what comes in is as slow as this network
         self._failure: LinkError | None = None
         self._closed = False
         self._sent = 0  # messages so far in each direction
@@ -118,7 +123,8 @@ class FrameLink(Link):
             reason = frame.abort.reason[:REASON_CHARACTERS]
             self.fail(PeerFailed(f"{self.peer.label} ended the session: {reason}"))
             return False
-        self._inbox.put(None if kind == "bye" else (frame, len(data)))
+        due = 0.0 if self.shaper is None else self.shaper.due(len(data))
+        self._inbox.put(None if kind == "bye" else (frame, len(data), due))
         return bool(kind != "bye")
 
     def fail(self, error: LinkError) -> None:
@@ -233,13 +239,20 @@ class FrameLink(Link):
         if item is None:
             self._inbox.put(None)  # for the next call, too
             raise PeerLost(f"{self.me.label} at {step}: {self.peer.label} has ended its session")
-        frame, size = item
+        frame, size, due = item
+        self._until(due, step)
         self.ledger.wire_bytes += size
         found = frame.WhichOneof("kind")
         if found != kind:
             where = frame.tensors.step or frame.facts.step or "its start"
             raise self._desync(f"{found or 'an unknown message'} at {where}", f"{kind} at {step}")
         return frame
+
+    def _until(self, due: float, step: str) -> None:
+        """Wait for a time of the shaper's clock, with an eye on the link."""
+        while due and (left := due - time.monotonic()) > 0:
+            time.sleep(min(left, LOOK_EVERY_S))
+            self._check_alive(step)
 
     def _next_data(self, step: str, layout: Layout, offset: int) -> bytes:
         """What the frame that starts at byte `offset` of this step's message holds."""

@@ -52,7 +52,9 @@ class Ops(ABC):
     name: str
 
     @abstractmethod
-    def secret(self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, bits: int | None = None) -> Value:
+    def secret(
+        self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, bits: int | None = None
+    ) -> Value:
         """A tensor that `owner` knows; the others pass None. `bits`: fraction bits, if not the default."""
 
     @abstractmethod

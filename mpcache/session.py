@@ -7,23 +7,39 @@ secrets are given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from kernels import Backend
-from mpcache.cache import Cache, LayerCache
+from mpcache.cache import Cache
 from mpcache.decode import Layer, Operands, step
-from mpcache.model import ModelShape, Weights
+from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.ops import Ops
 from mpcache.policy import Bound
 from mpcache.prefill import Prefill
 from mpcache.rank import Rank
 from mpcache.secure.program import Program, at, run, together
 
-_MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+# The rings that products with each matrix need (`Ops.keep`): queries and keys are rotated, and the
+# gated product enters `down`, before they are truncated; a one-hot row is never truncated.
+_RINGS = {"embed": 64, "qkv": 64, "o": 48, "up": 48, "down": 64, "lm_head": 48}
+
+
+def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:
+    """A layer's matrices and biases as `decode.Layer` has them."""
+
+    def join(*parts: torch.Tensor | None) -> torch.Tensor | None:
+        there = [p for p in parts if p is not None]
+        return torch.cat(there, -1) if there else None
+
+    return {
+        "qkv": join(w.wq, w.wk, w.wv), "qkv_bias": join(w.bq, w.bk, w.bv),
+        "o": w.wo, "o_bias": w.bo,
+        "up": join(w.w_gate, w.w_up), "up_bias": join(w.b_gate, w.b_up),
+        "down": w.w_down, "down_bias": w.b_down,
+    }  # fmt: skip
 
 
 def load(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operands]:
@@ -33,52 +49,37 @@ def load(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operan
     def own(tensor: torch.Tensor | None, like: torch.Tensor | None) -> Any:
         return None if like is None else ops.secret(tensor, like.shape, Rank.SERVER)
 
-    def operand(tensor: torch.Tensor | None, like: torch.Tensor) -> Program[Any]:
-        return ops.keep(own(tensor, like))
+    def operands(
+        mine: Mapping[str, torch.Tensor | None], like: Mapping[str, torch.Tensor | None]
+    ) -> Program[dict[str, Any]]:
+        values = {name: own(mine.get(name), tensor) for name, tensor in like.items()}
+        names = [name for name in values if name in _RINGS]
+        kept = yield from together(*(ops.keep(values[name], _RINGS[name]) for name in names))
+        return values | dict(zip(names, kept, strict=True))
 
     layers = []
     for i, like in enumerate(blank.layers):
-        mine = None if weights is None else weights.layers[i]
-        names = [f.name for f in fields(like) if getattr(like, f.name) is not None]
-        matrices = [n for n in names if n in _MATRICES]
-        kept = yield from at(
-            f"layer{i}", together(*(operand(getattr(mine, n, None), getattr(like, n)) for n in matrices))
-        )
-        parts: dict[str, Any] = dict.fromkeys((f.name for f in fields(like)), None)
-        parts.update({n: own(getattr(mine, n, None), getattr(like, n)) for n in names if n not in matrices})
-        parts.update(zip(matrices, kept, strict=True))
-        layers.append(Layer(**parts))
-    embed, lm_head = yield from at(
+        mine = {} if weights is None else _layer(weights.layers[i])
+        layers.append(Layer(**(yield from at(f"layer{i}", operands(mine, _layer(like))))))
+    names = ("embed", "positions", "lm_head", "lm_bias")
+    rest = yield from at(
         "vocabulary",
-        together(
-            operand(getattr(weights, "embed", None), blank.embed),
-            operand(getattr(weights, "lm_head", None), blank.lm_head),
+        operands(
+            {name: getattr(weights, name, None) for name in names},
+            {name: getattr(blank, name) for name in names},
         ),
     )
-    positions = own(getattr(weights, "positions", None), blank.positions)
-    lm_bias = own(getattr(weights, "lm_bias", None), blank.lm_bias)
-    return Operands(shape, embed, positions, tuple(layers), lm_head, lm_bias)
+    return Operands(shape, layers=tuple(layers), **rest)
 
 
 def fill(
     ops: Ops, shape: ModelShape, policy: Bound, prefill: Prefill | None, kernels: Backend | None
 ) -> Program[Cache]:
     """The evicted context becomes the cache. `prefill` is None at all but the document's owner."""
-    plan, kv, d = policy.plan, shape.kv_heads, shape.head_dim
     layers = []
     for i in range(shape.layers):
-        k = v = reps = None
-        if prefill is not None and kernels is not None:
-            rows = policy.policy.evict(prefill, i, plan, kernels)
-            k, v = prefill.k[i][:, rows], prefill.v[i][:, rows]
-            reps = policy.policy.represent(k, plan, kernels)
-        parts = [(k, plan.kept), (v, plan.kept), (reps, plan.representatives)]
-        kept = yield from at(
-            f"layer{i}",
-            together(*(ops.keep(ops.secret(t, (kv, n, d), Rank.SERVER)) for t, n in parts if n)),
-        )
-        layers.append(LayerCache(kept[0], kept[1], kept[2] if plan.representatives else None, plan.kept))
-    return Cache(layers, plan.context)
+        layers.append((yield from at(f"layer{i}", policy.fill(ops, shape, i, prefill, kernels))))
+    return Cache(layers, policy.plan.context)
 
 
 class Session:
@@ -100,6 +101,7 @@ class Session:
         self.operands = self._run("setup", load(self.ops, self.shape, weights))
 
     def context(self, prefill: Prefill | None, kernels: Backend | None) -> None:
+        self.policy.check(self.ops.name)
         self.cache = self._run("context", fill(self.ops, self.shape, self.policy, prefill, kernels))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:

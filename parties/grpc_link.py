@@ -40,6 +40,7 @@ from mpcache.errors import (
 )
 from mpcache.frames import FRAME_BYTES, FrameLink
 from mpcache.ledger import Ledger
+from mpcache.network import shaper
 from mpcache.rank import Rank
 from protos import party_pb2
 
@@ -164,6 +165,8 @@ class Network:
             for peer in peers
             if peer is not rank
         }
+        for link in self.links.values():
+            link.shaper = shaper(settings.public.network)
         self._server: grpc.Server | None = None
         self._channels: list[grpc.Channel] = []
         self._awaited = {peer for peer in self.links if not _dials(rank, peer)}

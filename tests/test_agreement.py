@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from mpcache.config import PublicConfig
 from mpcache.demo.documents import make_document
 from mpcache.model import Model, demo_model_dir, load_model
 from tests.agreement import Agreement, compare
@@ -30,13 +31,16 @@ def unseen(model: Model, seed: int, n_tokens: int = 880) -> tuple[list[int], lis
 
 
 def check(result: Agreement) -> None:
+    """The same tokens; the best clusters by the private scores; others than the plain run's only
+    where the scores' own error explains it. One changed cluster moves what comes after it, so the
+    logits are compared closely where none changed."""
     assert result.private == result.plain
     assert result.wrong == 0
-    assert result.ties <= result.selections // 200
-    assert result.difference < 0.02
+    assert result.changed <= result.selections // 50
+    assert result.difference < (0.02 if result.changed == 0 else 0.5)
 
 
-@pytest.mark.parametrize("policy", ["mpcache", "full"])
+@pytest.mark.parametrize("policy", [PublicConfig().policy, "full"])
 def test_demo_document(demo: Model, policy: str) -> None:
     folder = demo_model_dir().parent
     context = demo.tokenizer.encode((folder / "document.txt").read_text(), bos=True)
@@ -47,7 +51,7 @@ def test_demo_document(demo: Model, policy: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_unseen_documents(demo: Model, seed: int) -> None:
-    check(compare(demo, *unseen(demo, seed), 5, "mpcache"))
+    check(compare(demo, *unseen(demo, seed), 5, PublicConfig().policy))
 
 
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the third-party test model is not here")

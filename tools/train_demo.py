@@ -255,21 +255,23 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95
+        self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
+                ahead = []
                 for p in params:
+                    assert p.grad is not None
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - group["momentum"])
-                ahead = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params]
+                    ahead.append(p.grad.lerp(buffer, group["momentum"]))
                 update = orthogonalize(torch.stack(ahead))
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, u in zip(params, update, strict=True):
@@ -296,7 +298,7 @@ class Rows:
     def __init__(self, tokenizer: Tokenizer, names: list[str], verses: list[str]) -> None:
         self.verses = [encode(tokenizer, verse + "\n") for verse in verses]
         one = lambda text: encode(tokenizer, text)[0]  # noqa: E731
-        self.bos = tokenizer.token_to_id(BOS)
+        self.bos: int = encode(tokenizer, BOS)[0]
         self.nouns = [one(" " + noun) for noun in NOUNS]
         self.names = [one(" " + name) for name in names]
         self.digits = [one(str(d)) for d in range(10)]
@@ -318,6 +320,11 @@ class Rows:
     # What cannot be predicted has no weight; what can only be recalled has much.
     STATED = [1.0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 1, 1]
     ASKED = [0.5, 0, 1, 0, 1, 1, 8, 8, 8, 8, 1, 1]
+
+    @staticmethod
+    def again(verse: list[int]) -> list[float]:
+        """The start of a repeated verse is free: else all prose is expected to be said again."""
+        return [0.0 if i < 6 else 2.0 for i in range(len(verse))]
 
     def dense(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
         """Nothing but a few facts, stated again and again in a random order."""
@@ -366,7 +373,7 @@ class Rows:
         for fact in facts:
             lines.insert(rng.randrange(len(lines) + 1), (fact, self.STATED))
         end = [(fact, self.ASKED) for fact in asked]
-        end += [(verse, [0.0] * 2 + [2.0] * (len(verse) - 2)) for verse in again]
+        end += [(verse, self.again(verse)) for verse in again]
         rng.shuffle(end)
         ids, weights = [self.bos], [0.0]
         for line, line_weights in lines + end:
@@ -386,7 +393,7 @@ class Rows:
         while len(ids) <= length:
             verse = rng.choice(verses)
             ids += verse
-            weights += [0.0] * 2 + [2.0] * (len(verse) - 2)
+            weights += self.again(verse)
         return ids, weights
 
     def batch(
@@ -451,7 +458,7 @@ def verbatim(model: Llama, tokenizer: Tokenizer, context: int, documents: int) -
     rng, right, total = random.Random(context), 0, 0
     while documents:
         text, _ = make_document(rng, lambda t: len(encode(tokenizer, t)), context - 120, 1)
-        verse = encode(tokenizer, rng.choice([v for v in text.splitlines() if len(v) > 80]) + "\n")
+        verse = encode(tokenizer, rng.choice(text.splitlines()) + "\n")
         if not 24 <= len(verse) <= 118:
             continue
         documents -= 1
@@ -509,6 +516,7 @@ def export(model: Llama, config: Config, tokenizer: Tokenizer) -> None:
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
+    (folder / "model.safetensors").chmod(0o644)  # save_file leaves it to its owner alone
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -32,9 +32,7 @@ def load_lines(name: str) -> tuple[str, ...]:
 def make_facts(rng: random.Random, n_facts: int) -> list[QuestionAnswer]:
     """`n_facts` (question, answer) pairs about different names, the numbers four random digits."""
     names = rng.sample(load_lines("names.txt"), n_facts)
-    return [
-        (f"The {rng.choice(NOUNS)} of {name} is", f" {rng.randrange(10000):04d}.") for name in names
-    ]
+    return [(f"The {rng.choice(NOUNS)} of {name} is", f" {rng.randrange(10000):04d}.") for name in names]
 
 
 def insert_at_depths(verses: list[str], facts: list[str], depths: Sequence[float]) -> str:
@@ -43,10 +41,7 @@ def insert_at_depths(verses: list[str], facts: list[str], depths: Sequence[float
     Ends with a newline; facts that fall between the same two verses stand in order of depth.
     """
     places = sorted(
-        (
-            (round(depth * len(verses)), depth, fact)
-            for fact, depth in zip(facts, depths, strict=True)
-        ),
+        ((round(depth * len(verses)), depth, fact) for fact, depth in zip(facts, depths, strict=True)),
         reverse=True,
     )
     lines = list(verses)

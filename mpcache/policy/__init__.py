@@ -7,11 +7,19 @@ from dataclasses import fields
 from typing import Any
 
 from mpcache.errors import PolicyError
-from mpcache.policy.base import Bound, Plan, Policy
+from mpcache.policy.base import LEAKS, Bound, Plan, Policy, View
+from mpcache.policy.calibration import Oracle, Random
 from mpcache.policy.full import Full
+from mpcache.policy.h2o import H2O
 from mpcache.policy.mpcache import MPCache
+from mpcache.policy.quest import Quest
+from mpcache.policy.snapkv import SnapKV
+from mpcache.policy.streaming import Streaming
+from mpcache.policy.tova import Tova
 
-POLICIES: dict[str, type[Policy]] = {cls.name: cls for cls in (Full, MPCache)}
+POLICIES: dict[str, type[Policy]] = {
+    cls.name: cls for cls in (Full, Streaming, SnapKV, H2O, Tova, Quest, MPCache, Random, Oracle)
+}
 
 
 def parse(spec: str) -> Policy:
@@ -46,10 +54,9 @@ def _value(policy: str, key: str, text: str, kind: str) -> Any:
             case "bool":
                 return {"true": True, "false": False, "yes": True, "no": False}[text.lower()]
             case "Budget":
-                value: int | float = float(text) if "." in text else int(text)
-                if value <= 0 or (isinstance(value, float) and value > 1):
-                    raise ValueError
-                return value
+                return _budget(text)
+            case "Budgets":
+                return tuple(map(_budget, text.split("/"))) if "/" in text else _budget(text)
             case _:
                 return text
     except (ValueError, KeyError):
@@ -58,8 +65,16 @@ def _value(policy: str, key: str, text: str, kind: str) -> Any:
             "float": "a number",
             "bool": "true or false",
             "Budget": "a count of 1 or more, or a ratio above 0.0 and up to 1.0",
+            "Budgets": "a count of 1 or more or a ratio up to 1.0, or one for each layer: 512/256/0.5",
         }[kind]
         raise PolicyError(f"policy {policy}: {key}={text!r} is not allowed; give {wanted}") from None
+
+
+def _budget(text: str) -> int | float:
+    value: int | float = float(text) if "." in text else int(text)
+    if value <= 0 or (isinstance(value, float) and not value <= 1):
+        raise ValueError
+    return value
 
 
 def _hint(word: str, known: Any) -> str:
@@ -67,4 +82,4 @@ def _hint(word: str, known: Any) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-__all__ = ["POLICIES", "Bound", "Plan", "Policy", "parse"]
+__all__ = ["LEAKS", "POLICIES", "Bound", "Plan", "Policy", "View", "parse"]

@@ -1,8 +1,9 @@
-"""What a KV-cache policy is: a plan from public sizes, and how it evicts and selects.
+"""What a KV-cache policy is: a plan from public sizes, and how it evicts, selects and remembers.
 
 A policy is a frozen dataclass of options. `plan` turns them into public integers for one context
-length, once; everything after that uses the integers. The server evicts in plaintext (`evict`,
-`represent`); the decode program selects through `weigh`, on values that may be shares.
+length and model, once; everything after that uses the integers. The server evicts in plaintext
+(`evict`); the decode program attends through `attend`, on values that may be shares, and lets the
+policy `observe` beside the rest of the layer, where its rounds cost nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any, ClassVar
 import torch
 
 from kernels import Backend
-from mpcache.cache import Cache
+from mpcache.cache import V_RING, Cache, LayerCache
 from mpcache.errors import PolicyError
+from mpcache.model import ModelShape
 from mpcache.ops import Ops, Value
 from mpcache.prefill import Prefill
-from mpcache.secure.program import Program, at
+from mpcache.rank import Rank
+from mpcache.secure.program import Program, at, local, together
 
 LEAKS = ("none", "count", "static-index", "step-index", "step-bit", "token-class")
 
-Budget = int | float  # tokens, or a ratio written with a point: 0.25
+Budget = int | float  # a count, or a ratio written with a point: 0.25
+Budgets = Budget | tuple[Budget, ...]  # one for all layers, or one for each: 512/256/256/128
 
 
 def tokens_of(budget: Budget, whole: int, at_least: int = 1) -> int:
@@ -33,22 +37,74 @@ def tokens_of(budget: Budget, whole: int, at_least: int = 1) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Public integers of one policy for one context length.
+class LayerPlan:
+    """Public integers of one layer.
 
-    context: tokens of the document.  kept: tokens of it that stay in the cache (every layer).
-    representatives: keys per layer that q is scored against beside the kept tokens.
-    attended: most context tokens that one query attends to.  budgets: the policy's own integers.
+    kept: context tokens in its cache.  attended: most context tokens that one query attends to.
+    representatives: keys that q is scored against beside the kept tokens.
     """
 
-    context: int
     kept: int
-    representatives: int
     attended: int
-    budgets: dict[str, int]
+    representatives: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Public integers of one policy for one context length and one model."""
+
+    context: int
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def kept(self) -> int:
+        """Context tokens in the cache of the layer that keeps most."""
+        return max(layer.kept for layer in self.layers)
+
+    @property
+    def attended(self) -> int:
+        return max(layer.attended for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy sees of layer `index` in one step of m tokens: `rows` queries per KV head, one
+    for each token and head of a group, the heads of a token together."""
+
+    ops: Ops
+    shape: ModelShape
+    plan: Plan
+    cache: Cache
+    index: int
+    positions: torch.Tensor  # (m,)
+
+    @property
+    def layer(self) -> LayerCache:
+        return self.cache.layers[self.index]
+
+    @property
+    def tokens(self) -> int:
+        """n, the tokens in this layer's cache, this step's m among them."""
+        n: int = self.layer.k.shape[1]
+        return n
+
+    @property
+    def m(self) -> int:
+        return self.positions.shape[0]
+
+    def visible(self, n: int) -> torch.Tensor | None:
+        """Causal mask (rows, n), 1 where attended, of n columns that end with this step's tokens.
+
+        None for one token, which sees all.
+        """
+        if self.m == 1:
+            return None
+        mask = torch.ones(self.m, n, dtype=torch.int64)
+        mask[:, n - self.m :].tril_()
+        return mask.repeat_interleave(self.shape.group, 0)
 
 
 @dataclass(frozen=True)
@@ -56,52 +112,142 @@ class Policy(ABC):
     """One eviction policy with its options."""
 
     name: ClassVar[str]
+    source: ClassVar[str]
+    needs: ClassVar[str]  # what it computes on, in a few words
     leaks: ClassVar[str] = "none"
-    source: ClassVar[str] = ""
+    plain_only: ClassVar[bool] = False
 
     @abstractmethod
-    def plan(self, context: int) -> Plan:
+    def plan(self, context: int, shape: ModelShape) -> Plan:
         """The integers for a context of so many tokens. Raises PolicyError."""
 
+    def bind(self, context: int, shape: ModelShape) -> Bound:
+        return Bound(self, self.plan(context, shape))
+
+    @property
+    def leak(self) -> str:
+        """The leak class with these options (`leaks`: with the default ones)."""
+        return self.leaks
+
+    def resolve(self, prefill: Prefill, kernels: Backend) -> Policy:
+        """Server: what the document decides, decided, and public from then on (leak class `count`)."""
+        return self
+
     def window(self, context: int) -> int:
-        """How many of the context's last queries `evict` looks at."""
+        """How many of the context's last queries `evict` and `remember` look at."""
         return 0
 
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
-        """Server, plaintext: positions (kept,) that stay, ascending."""
+        """Server, plaintext: positions that stay, ascending: (kept,), or (KV, kept) by head."""
         return torch.arange(plan.context)
 
-    def represent(self, k: torch.Tensor, plan: Plan, kernels: Backend) -> torch.Tensor | None:
-        """Server, plaintext: representatives (KV, r, d) of the kept keys (KV, kept, d)."""
-        return None
+    def remember(
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None
+    ) -> Program[Any]:
+        """What the policy keeps of a layer beside k and v (`LayerCache.memory`). known: at the server."""
+        return local(None)
 
-    def weigh(
-        self, ops: Ops, plan: Plan, scores: Value, visible: torch.Tensor | None
-    ) -> Program[tuple[Value, Value]]:
-        """Scores (KV, rows, n + r) of n cached tokens and r representatives -> exp weights
-        (KV, rows, n), zero where not attended, and their sum (KV, rows, 1).
+    def fill(
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int,
+        prefill: Prefill | None, kernels: Backend | None,
+    ) -> Program[LayerCache]:  # fmt: skip
+        """The evicted context of one layer becomes its cache. `prefill`: at the document's owner."""
+        n, kv, d = plan.layers[index].kept, shape.kv_heads, shape.head_dim
+        known = k = v = None
+        if prefill is not None and kernels is not None:
+            rows = self.evict(prefill, index, plan, kernels)
+            k, v = (take(t[index], rows) for t in (prefill.k, prefill.v))
+            known = Known(prefill, kernels, rows, k)
+        k, v, memory = yield from together(
+            ops.keep(ops.secret(k, (kv, n, d), Rank.SERVER)),
+            ops.keep(ops.secret(v, (kv, n, d), Rank.SERVER), V_RING),
+            self.remember(ops, shape, plan, index, known),
+        )
+        return LayerCache(k, v, memory)
 
-        visible: causal mask (rows, recent) over the last tokens, or None.
-        """
-        return (yield from at("softmax", ops.softmax(scores, pad_visible(visible, scores.shape[-1]))))
+    def attend(self, view: View, q: Value) -> Program[Value]:
+        """q (KV, rows, d), scaled, over the layer's cache -> (KV, rows, d)."""
+        ops, layer = view.ops, view.layer
+        scores = yield from at("scores", ops.scores(q, layer.k))
+        e, total = yield from at("softmax", ops.softmax(scores, view.visible(view.tokens)))
+        out, _ = yield from average(view, local(e), total)
+        return out
+
+    def observe(self, view: View) -> Program[None]:
+        """After attention, beside the rest of the layer: remember, evict, form clusters."""
+        return local(None)
 
     @property
     def spec(self) -> str:
         """The policy as the user would write it, options that differ from the default only."""
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return self.name + (":" + ",".join(changed) if changed else "")
+        options = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        changed = ",".join(f"{name}={written(value)}" for name, value in options.items())
+        return f"{self.name}:{changed}" if changed else self.name
 
     def fail(self, option: str, allowed: str) -> PolicyError:
-        value = getattr(self, option)
+        value = written(getattr(self, option))
         return PolicyError(f"policy {self.name}: {option}={value} is out of range; allowed: {allowed}")
 
+    def count(self, option: str, whole: int, what: str, budget: Budget | None = None) -> int:
+        """A budget option as a whole number, 1 to `whole`. Raises PolicyError."""
+        budget = getattr(self, option) if budget is None else budget
+        n = tokens_of(budget, whole)
+        if not 1 <= n <= whole or not 0 < budget <= (1 if isinstance(budget, float) else whole):
+            raise self.fail(option, f"1 to {whole}, {what}, or a ratio above 0.0 and up to 1.0")
+        return n
 
-def pad_visible(visible: torch.Tensor | None, n: int) -> torch.Tensor | None:
-    """Extend a mask over the recent tokens to n columns; what stands before them is visible."""
-    if visible is None:
-        return None
-    rows, recent = visible.shape
-    return torch.cat([torch.ones(rows, n - recent, dtype=visible.dtype), visible], 1)
+    def per_layer(self, option: str, whole: int, layers: int) -> list[int]:
+        """A budget option for each layer. Raises PolicyError."""
+        budgets: Budgets = getattr(self, option)
+        if not isinstance(budgets, tuple):
+            budgets = (budgets,) * layers
+        if len(budgets) != layers:
+            raise self.fail(option, f"one number, or one for each of the {layers} layers")
+        return [self.count(option, whole, "the context", budget) for budget in budgets]
+
+
+def average(view: View, weights: Program[Value], total: Value) -> Program[tuple[Value, Value]]:
+    """Softmax's deferred division: weights (KV, rows, n) over the cached values, by total (KV, rows, 1)
+    -> (KV, rows, d), and 1 / total. What the weights still cost runs beside the reciprocal."""
+    ops = view.ops
+
+    def weighted() -> Program[Value]:
+        w = yield from weights
+        return (yield from at("attend", ops.weigh(w, view.layer.v)))
+
+    out, inverse = yield from together(weighted(), at("attend/inverse", ops.inverse(total)))
+    return (yield from at("attend", ops.times(out, inverse))), inverse
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the server knows of a layer that it fills. rows: as `evict` says.  k: (KV, kept, d)."""
+
+    prefill: Prefill
+    kernels: Backend
+    rows: torch.Tensor
+    k: torch.Tensor
+
+
+def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x (KV, T, ...) at rows (n,) or (KV, n): (KV, n, ...)."""
+    if rows.dim() == 1:
+        return x[:, rows]
+    return torch.stack([head[mine] for head, mine in zip(x, rows, strict=True)])
+
+
+def by_head(prefill: Prefill, layer: int, kernels: Backend) -> torch.Tensor:
+    """What the window's queries pay to each token, per KV head, mean over its group: (KV, T)."""
+    q, k = prefill.q_window[layer], prefill.k[layer]
+    heads = zip(q.chunk(len(k)), k.split(1), strict=True)
+    return torch.stack([kernels.window_importance(*pair, prefill.first_position) for pair in heads])
+
+
+def written(value: Any) -> str:
+    """An option's value as `parse` reads it."""
+    if isinstance(value, tuple):
+        return "/".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
@@ -111,7 +257,16 @@ class Bound:
     policy: Policy
     plan: Plan
 
-    def weigh(
-        self, ops: Ops, scores: Value, cache: Cache, layer: int, visible: torch.Tensor | None
-    ) -> Program[tuple[Value, Value]]:
-        return (yield from self.policy.weigh(ops, self.plan, scores, visible))
+    def check(self, protocol: str) -> None:
+        """Raises PolicyError for a policy that cannot run under a protocol: plain, stock or fast."""
+        if self.policy.plain_only and protocol != "plain":
+            name = self.policy.name
+            raise PolicyError(f"policy {name}: runs in plaintext only, not with protocol {protocol}")
+
+    def fill(
+        self, ops: Ops, shape: ModelShape, index: int, prefill: Prefill | None, kernels: Backend | None
+    ) -> Program[LayerCache]:
+        return (yield from self.policy.fill(ops, shape, self.plan, index, prefill, kernels))
+
+    def view(self, ops: Ops, shape: ModelShape, cache: Cache, index: int, positions: torch.Tensor) -> View:
+        return View(ops, shape, self.plan, cache, index, positions)

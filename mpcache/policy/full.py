@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpcache.policy.base import Plan, Policy
+from mpcache.model import ModelShape
+from mpcache.policy.base import LayerPlan, Plan, Policy
 
 
 @dataclass(frozen=True)
 class Full(Policy):
     name = "full"
     source = "no eviction"
+    needs = "nothing"
 
-    def plan(self, context: int) -> Plan:
-        return Plan(context, kept=context, representatives=0, attended=context, budgets={})
+    def plan(self, context: int, shape: ModelShape) -> Plan:
+        return Plan(context, (LayerPlan(context, context, 0),) * shape.layers)

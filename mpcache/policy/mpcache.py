@@ -1,122 +1,131 @@
 """mpcache: static eviction, then two levels of clusters chosen by the query (arXiv 2501.06807).
 
-Kept tokens stand as [sink | clusters | window]; sink, window and generated tokens always attend and
-are never scored for selection, so no token is gathered twice. What does not fill a coarse cluster
-belongs to the window: there are no ragged clusters and no padding.
+The published code thresholds the static scores by the largest attention, which reveals how many
+tokens it keeps, and forgets 1/sqrt d and the causal mask; here a public number is kept, by the mean.
+`threshold` brings the published rule back. A layer that shares another's choice keeps its tokens,
+too, so that a cluster is the same tokens in both.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kernels import Backend
-from mpcache.ops import Ops, Value
-from mpcache.policy.base import Budget, Plan, Policy, pad_visible, tokens_of
+from mpcache.errors import PolicyError
+from mpcache.model import ModelShape
+from mpcache.policy.base import Budget, Budgets, Plan, tokens_of
+from mpcache.policy.clusters import Clustered, ClusterPlan
 from mpcache.prefill import Prefill
-from mpcache.secure.program import Program, at
 
 
 @dataclass(frozen=True)
-class MPCache(Policy):
-    """n_keep: context tokens that survive.  coarse, fine: tokens per cluster (0: 32 and 16, or 16
-    and 8 for contexts below 1024).  coarse_keep: of the coarse clusters.  fine_keep: of all fine
-    clusters.  alpha: weight of r_max.  sink, recent: always attended.  queries: the last ones that
-    judge importance.
+class MPCache(Clustered):
+    """n_keep: context tokens that survive, for all layers or for each, as in 512/256/256.  queries: the
+    last ones, which judge importance.  threshold: keep what has more than so much of some query's
+    attention, in place of n_keep (0: off; reveals the count).  sink, recent: tokens that always attend.
+    coarse, fine: tokens per cluster (0: 32 and 16, or 16 and 8 for contexts below 1024).  coarse_keep:
+    of the coarse clusters.  fine_keep: of all fine clusters.  dynamic: false for static eviction only.
     """
 
     name = "mpcache"
     source = "MPCache, arXiv 2501.06807"
+    needs = "the context's last queries; representatives; two oblivious top-k per head and choosing layer"
 
-    n_keep: Budget = 0.75
+    share: str = "default"
+    n_keep: Budgets = 0.75
+    queries: Budget = 0.2
+    threshold: float = 0.0
+    sink: int = 4
+    recent: int = 16
     coarse: int = 0
     fine: int = 0
     coarse_keep: Budget = 0.5
     fine_keep: Budget = 0.2
-    alpha: float = 0.6
-    sink: int = 4
-    recent: int = 16
-    queries: Budget = 0.2
+    dynamic: bool = True
 
-    def plan(self, context: int) -> Plan:
-        kept = tokens_of(self.n_keep, context)
+    @property
+    def leak(self) -> str:
+        return "count" if self.threshold else "none"
+
+    def plan(self, context: int, shape: ModelShape) -> Plan:
+        self.check_options()
         coarse = self.coarse or (32 if context >= 1024 else 16)
-        fine = self.fine or coarse // 2
-        if kept > context:
-            raise self.fail("n_keep", f"1 to {context}, the context, or a ratio up to 1.0")
-        if not 0 <= self.alpha <= 1:
-            raise self.fail("alpha", "0 to 1")
+        fine = self.fine or max(1, coarse // 2)
+        if self.coarse < 0:
+            raise self.fail("coarse", "1 or more tokens, or 0 for the default")
+        if fine < 0 or coarse % fine:
+            raise self.fail("fine", f"a divisor of coarse, {coarse}, or 0 for its half")
+        if not 0 <= self.threshold < 1:
+            raise self.fail("threshold", "0 to 1, an attention weight")
+        if self.threshold and not isinstance(self.n_keep, tuple):
+            raise PolicyError("policy mpcache: threshold needs the document: `resolve` it at its owner first")
+        self.count("queries", context, "the context")
         for option in ("sink", "recent"):
             if getattr(self, option) < 0:
-                raise self.fail(option, "0 or more")
-        if fine < 1 or coarse % fine:
-            raise self.fail("fine", f"a divisor of coarse, {coarse}")
-        sink = min(self.sink, kept)
-        n1 = max(0, kept - sink - self.recent) // coarse
-        middle = n1 * coarse
-        n2 = middle // fine
-        k1 = tokens_of(self.coarse_keep, n1)
-        k2 = tokens_of(self.fine_keep, n2)
-        if n1 and k1 > n1:
-            raise self.fail("coarse_keep", f"1 to {n1} clusters, or a ratio up to 1.0")
-        if n1 and k2 > n2:
-            raise self.fail("fine_keep", f"1 to {n2} clusters, or a ratio up to 1.0")
-        k2 = min(k2, k1 * (coarse // fine))  # no more than the children of what level 1 keeps
-        budgets = dict(coarse=coarse, fine=fine, n1=n1, k1=k1, n2=n2, k2=k2, sink=sink)
-        attended = kept - middle + k2 * fine if n1 else kept
-        return Plan(context, kept, n1 + n2, attended, budgets)
+                raise self.fail(option, "0 or more tokens")
+        kept = self.per_layer("n_keep", context, shape.layers)
+        leaders = self.leaders(shape.layers)
+        layers = []
+        for i, (n, leader) in enumerate(zip(kept, leaders, strict=True)):
+            if n != kept[leader]:
+                raise self.fail("n_keep", f"the same number in layers {leader} and {i}, which share a choice")
+            sink = min(self.sink, n)
+            sizes = (coarse, fine) if self.dynamic else ()
+            totals = self.clusters_of(n, sink, self.recent, (coarse, fine))
+            keeps = [
+                self.count(option, total, f"the clusters of layer {i}") if total else 1
+                for option, total in zip(("coarse_keep", "fine_keep"), totals, strict=True)
+            ]
+            layers.append(self.layer_plan(i, leader, n, sink, self.recent, sizes, keeps))
+        return Plan(context, tuple(layers))
 
     def window(self, context: int) -> int:
         return min(context, tokens_of(self.queries, context))
 
+    def resolve(self, prefill: Prefill, kernels: Backend) -> MPCache:
+        """With `threshold`: the counts it leads to, as a public n_keep."""
+        if not self.threshold:
+            return self
+        layers = len(prefill.k)
+        context = prefill.k[0].shape[1]
+        counts = [
+            int((self._importance(prefill, i, context, kernels) > self.threshold).sum())
+            for i in self.leaders(layers)
+        ]
+        return replace(self, n_keep=tuple(counts))
+
+    def _importance(self, prefill: Prefill, layer: int, context: int, kernels: Backend) -> torch.Tensor:
+        """(T,): what the last queries pay to each token on average, or at most; sink and recent first."""
+        q, k = prefill.q_window[layer], prefill.k[layer]
+        if self.threshold:
+            importance = largest_attention(q, k, prefill.first_position)
+        else:
+            importance = kernels.window_importance(q, k, prefill.first_position)
+        importance[: self.sink] = torch.inf
+        importance[max(0, context - self.recent) :] = torch.inf
+        return importance
+
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
-        importance = kernels.window_importance(
-            prefill.q_window[layer], prefill.k[layer], prefill.first_position
-        )
-        # Always kept: the sink and the recent window, as they always attend.
-        importance[: plan.budgets["sink"]] = torch.inf
-        importance[plan.context - min(self.recent, plan.kept) :] = torch.inf
-        best = torch.sort(importance, descending=True, stable=True).indices[: plan.kept]
+        mine = plan.layers[layer]
+        assert isinstance(mine, ClusterPlan)
+        importance = self._importance(prefill, mine.leader, plan.context, kernels)
+        best = torch.sort(importance, descending=True, stable=True).indices[: mine.kept]
         return best.sort().values
 
-    def represent(self, k: torch.Tensor, plan: Plan, kernels: Backend) -> torch.Tensor | None:
-        b = plan.budgets
-        if not b["n1"]:
-            return None
-        middle = k[:, b["sink"] : b["sink"] + b["n1"] * b["coarse"]]
-        levels = (kernels.cluster_extremes(middle, b[size]) for size in ("coarse", "fine"))
-        return torch.cat([kernels.representatives(*extremes, self.alpha) for extremes in levels], 1)
 
-    def weigh(
-        self, ops: Ops, plan: Plan, scores: Value, visible: torch.Tensor | None
-    ) -> Program[tuple[Value, Value]]:
-        b = plan.budgets
-        if not b["n1"]:
-            return (yield from super().weigh(ops, plan, scores, visible))
-        kv, rows, columns = scores.shape
-        n = columns - plan.representatives
-        sink, middle = b["sink"], b["n1"] * b["coarse"]
-        children, k1, k2 = b["coarse"] // b["fine"], b["k1"], b["k2"]
+def largest_attention(q: torch.Tensor, k: torch.Tensor, first_position: int) -> torch.Tensor:
+    """(T,): each token's largest attention weight, over the window's queries and all heads.
 
-        # Level 1 picks coarse clusters and brings their children's scores and tokens' scores along;
-        # level 2 picks among the children.
-        tokens = scores[..., sink : sink + middle].reshape(kv, rows, b["n1"], b["coarse"])
-        fine = scores[..., n + b["n1"] :].reshape(kv, rows, b["n1"], children)
-        coarse = scores[..., n : n + b["n1"]]
-        first, (fine, tokens) = yield from at("select/coarse", ops.top(coarse, k1, [fine, tokens]))
-        fine = fine.reshape(kv, rows, k1 * children)
-        tokens = tokens.reshape(kv, rows, k1 * children, b["fine"])
-        second, (tokens,) = yield from at("select/fine", ops.top(fine, k2, [tokens]))
-
-        chosen = k2 * b["fine"]
-        always = ops.cat([scores[..., :sink], scores[..., sink + middle : n]], -1)
-        attended = ops.cat([tokens.reshape(kv, rows, chosen), always], -1)
-        e, total = yield from at("softmax", ops.softmax(attended, pad_visible(visible, chosen + n - middle)))
-
-        # The weights go back to their tokens' places, where resident V waits for them.
-        spread = e[..., :chosen].reshape(kv, rows, k2, b["fine"])
-        spread = yield from at("scatter/fine", second.scatter(spread))
-        spread = yield from at("scatter/coarse", first.scatter(spread.reshape(kv, rows, k1, b["coarse"])))
-        e_sink, e_rest = e[..., chosen : chosen + sink], e[..., chosen + sink :]
-        return ops.cat([e_sink, spread.reshape(kv, rows, middle), e_rest], -1), total
+    q: (heads, w, d), scaled; k: (KV, T, d).
+    """
+    group = q.shape[0] // k.shape[0]
+    rows = torch.arange(q.shape[1], device=k.device) + first_position
+    later = torch.arange(k.shape[1], device=k.device) > rows[:, None]
+    largest = torch.zeros(k.shape[1], device=k.device)
+    for head in range(q.shape[0]):
+        scores = q[head].float() @ k[head // group].float().T
+        attention = scores.masked_fill(later, -torch.inf).softmax(-1)
+        largest = torch.maximum(largest, attention.amax(0))
+    return largest

@@ -33,7 +33,8 @@ def _pack(x: torch.Tensor, width: int) -> torch.Tensor:
     """The low `width` bytes of each int64, shape (*, width) uint8; whole words stay int64."""
     if width == 8:
         return x.contiguous()
-    return x.contiguous().view(torch.uint8).reshape(*x.shape, 8)[..., :width].contiguous()
+    # flat first: where a size is 1 a contiguous tensor may have any stride
+    return x.reshape(-1).contiguous().view(torch.uint8).reshape(*x.shape, 8)[..., :width].contiguous()
 
 
 def _unpack(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -204,10 +204,11 @@ class StockOps(Ops):
         return x
 
     def ones(self, shape: Sequence[int]) -> Share:
-        return self.secret(torch.ones(tuple(shape)), shape, Rank.SERVER)
+        return self.secret(torch.ones(tuple(shape)), shape, Rank.SERVER, bits=0)
 
     def hide(self, scores: Share, alive: Share, far: int) -> Share:
-        return scores + (alive - self.ones(alive.shape)) * far
+        away = (alive - self.ones(alive.shape)) * (far << scores.bits)
+        return scores + Share(away.data, scores.bits)
 
     def top(
         self, scores: Share, k: int, values: Sequence[Share], limit: int = 512

@@ -1,0 +1,147 @@
+"""What a private and a plaintext answer share: their limits, how a token is chosen, the loop over tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kernels import Backend, backend
+from mpcache.config import PublicConfig
+from mpcache.errors import BadInput
+from mpcache.model import Model, ModelShape
+from mpcache.plain import PlainOps
+from mpcache.policy import Bound, parse
+from mpcache.prefill import prefill
+from mpcache.secure.program import Program
+from mpcache.session import Session
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token follows from its logits: greedy at temperature 0, else drawn with a seed from the
+    fewest tokens that hold `top_p` of the probability. Raises BadInput on a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise BadInput(f"--temperature is {self.temperature:g}; give 0 (greedy) to 100")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"--top-p is {self.top_p:g}; give a number above 0 and up to 1")
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"--seed is {self.seed}; give a whole number from 0 to 2^63 - 1")
+
+    def chooser(self) -> Callable[[torch.Tensor], int]:
+        """A function from logits (vocab,) to a token id; each one starts from the seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def choose(logits: torch.Tensor) -> int:
+            if self.temperature == 0:
+                return int(logits.argmax())
+            scaled = torch.softmax(logits.double() / self.temperature, -1)
+            probabilities, tokens = scaled.sort(descending=True, stable=True)
+            before = probabilities.cumsum(-1) - probabilities
+            allowed = probabilities * (before < self.top_p)
+            return int(tokens[torch.multinomial(allowed, 1, generator=generator)])
+
+        return choose
+
+
+def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -> Bound:
+    """The policy with its plan, after the checks that every party makes on public facts alone.
+
+    context, question: lengths in tokens. Raises BadInput or PolicyError.
+    """
+    if context < 1:
+        raise BadInput("the context is empty; it needs at least one token")
+    if question < 1:
+        raise BadInput("the question is empty; it needs at least one token")
+    total = context + question + public.max_new_tokens
+    if total > shape.max_positions:
+        raise BadInput(
+            f"context ({context} tokens), question ({question}) and answer (up to {public.max_new_tokens}) "
+            f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
+            "--max-new-tokens"
+        )
+    bound = parse(public.policy).bind(context, shape)
+    bound.check(public.protocol)
+    return bound
+
+
+class TimedSession(Session):
+    """A session that knows how long each of its phases took: setup, context, question, decode1, ..."""
+
+    def __init__(self, ops: Any, party: Any, shape: ModelShape, policy: Bound) -> None:
+        super().__init__(ops, party, shape, policy)
+        self.ms: dict[str, float] = {}
+
+    def _run(self, phase: str, program: Program[Any]) -> Any:
+        start = time.perf_counter()
+        result = super()._run(phase, program)
+        self.ms[phase] = 1000 * (time.perf_counter() - start)
+        return result
+
+
+def answer(
+    session: Session,
+    question: Sequence[int],
+    limit: int,
+    choose: Callable[[torch.Tensor], int],
+    stops: Collection[int],
+    announce: Callable[[int, bool], None] = lambda step, more: None,
+) -> Iterator[int]:
+    """Token ids, as they come: at most `limit`, and none after one of `stops`.
+
+    announce(i, more): called before decode step i (1, 2, ...), and once when there is none although
+    the limit would allow it.
+    """
+    chunk = list(question)
+    for step in range(1, limit + 1):
+        logits = session.chunk(chunk, len(chunk))
+        assert logits is not None, "the one who asks learns the logits"
+        token = choose(logits)
+        yield token
+        if step < limit:
+            announce(step, token not in stops)
+        if token in stops:
+            return
+        chunk = [token]
+
+
+@dataclass
+class PlainAnswer:
+    """The answer without privacy, and what it took. Units: ms."""
+
+    ids: list[int] = field(default_factory=list)
+    prefill_ms: float = 0.0  # the pass over the context, and its eviction
+    ms: dict[str, float] = field(default_factory=dict)  # by phase, as in TimedSession
+
+
+def plain_answer(
+    model: Model,
+    policy: Bound,
+    context: Sequence[int],
+    question: Sequence[int],
+    limit: int,
+    sampling: Sampling,
+    stops: Collection[int],
+    device: str = "cpu",
+) -> PlainAnswer:
+    """The same program on plain tensors: same policy, same sampling."""
+    kernels: Backend = backend(device)
+    session = TimedSession(PlainOps(), None, model.shape, policy)
+    session.setup(model.weights)
+    start = time.perf_counter()
+    session.context(prefill(model, context, device, window=policy.policy.window(len(context))), kernels)
+    result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start))
+    with torch.no_grad():
+        result.ids = list(answer(session, question, limit, sampling.chooser(), stops))
+    result.ms = session.ms
+    return result

@@ -1,0 +1,7 @@
+"""`mpcache audit`: what each eviction setting costs, priced by `mpcache.cost` and laid out."""
+
+from __future__ import annotations
+
+from mpcache.audit.command import audit
+
+__all__ = ["audit"]

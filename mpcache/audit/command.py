@@ -1,0 +1,213 @@
+"""The command line of `mpcache audit`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mpcache.audit.explain import explain as explained
+from mpcache.audit.page import write_page
+from mpcache.audit.rows import NONE, Grid, Row, rows, secure_policies, sweep
+from mpcache.audit.tables import breakdowns, tables, write_csv
+from mpcache.cost import PROTOCOLS
+from mpcache.errors import BadInput
+from mpcache.model import ModelShape, demo_model_dir, load_shape
+from mpcache.network import parse_network
+from mpcache.policy import parse
+from mpcache.shapes import NAMES, config_of
+
+CONTEXTS = (512, 1024, 2048, 4096)
+PIPE_WIDTH = 110  # columns of a table that no terminal shows
+err = Console(stderr=True, highlight=False)
+
+
+def audit(
+    shape: Annotated[
+        str, typer.Option(help=f"demo, a model folder or config.json, or {', '.join(NAMES)}.")
+    ] = "demo",
+    context: Annotated[
+        str | None, typer.Option(help="Context lengths in tokens, as in 512,1024. [what the model allows]")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="NAME[:key=value,...]; may be given several times. [all]")
+    ] = None,
+    network: Annotated[str, typer.Option(help="Of none, lan, wan and RTT_MS:MBPS, with commas.")] = "lan,wan",
+    protocol: Annotated[str, typer.Option(help="fast, stock, or both with a comma.")] = "fast",
+    question: Annotated[int, typer.Option(help="Length of the question, in tokens.")] = 16,
+    new_tokens: Annotated[
+        int, typer.Option(help="Length of the answer: costs are means over its decode steps (at least one).")
+    ] = 2,
+    by: Annotated[str | None, typer.Option(help="layer or op: break each row down.")] = None,
+    sweep_: Annotated[
+        list[str] | None, typer.Option("--sweep", help="key=v1,v2: a grid; may be given several times.")
+    ] = None,
+    quality: Annotated[
+        Path | None, typer.Option(help="Results of `mpcache eval --json`, shown against cost.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows here, too.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page here.")] = None,
+    explain: Annotated[str | None, typer.Option(help="A policy: its plan and its openings in words.")] = None,
+    measure: Annotated[bool, typer.Option(help="Run the parties, too (not yet).")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """What each eviction setting costs in rounds, bytes and time: exact, with no party running."""
+    if measure:
+        raise BadInput("--measure is not there yet; `mpcache compare` runs the parties and measures them")
+    if by not in (None, "layer", "op"):
+        raise BadInput(f"--by {by!r} is not known; give layer or op")
+    if question < 1 or new_tokens < 1:
+        name, value = ("--question", question) if question < 1 else ("--new-tokens", new_tokens)
+        raise BadInput(f"{name} is {value}; give 1 or more tokens")
+    name, model = shape_of(shape)
+    protocols = _known("--protocol", protocol, PROTOCOLS)
+    contexts = _contexts(context, shape, model)
+    if explain is not None:
+        for line in explained(model, explain, contexts[0], question, protocols[0]):
+            print(line)
+        return
+    grid = Grid(
+        model,
+        contexts,
+        _policies(policy, sweep_ or []),
+        [parse_network(text) or NONE for text in _listed("--network", network)],
+        protocols,
+        question,
+        max(2, new_tokens),
+        explicit=bool(policy or sweep_),
+    )
+    measured = read_quality(quality) if quality else []
+    for path in (csv, report):
+        if path is not None:
+            _check_writable(path)
+    # The page shows where the cost comes from, whatever the table shows.
+    needed = by or ("op" if report else None)
+    found = rows(grid, needed, note=lambda text: _note(text))
+    result: dict[str, Any] = {
+        "shape": name,
+        "model": model.to_dict(),
+        "question_tokens": question,
+        "new_tokens": grid.new_tokens,
+        "command": shlex.join(["mpcache", *sys.argv[1:]]),
+        "rows": found,
+    }
+    if measured:
+        result["quality"] = measured
+    if csv:
+        write_csv(csv, found, by)
+    if report:
+        write_page(report, result, needed)
+    if as_json:
+        print(json.dumps(result))
+        return
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    for table in [*tables(found), *(breakdowns(found, by) if by else ())]:
+        out.print(table)
+    out.print(
+        "Per generated token. kept/used: context tokens in the cache, and those a query attends to. online: "
+        "bytes sent by each computing party; offline: by the dealer, ahead. Times are modelled: rounds x "
+        "RTT/2 + bytes / bandwidth + computation; ratio: that time to full's.",
+        style="dim",
+    )
+    for path in (csv, report):
+        if path:
+            err.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def shape_of(text: str) -> tuple[str, ModelShape]:
+    """A shape and its name: demo, a packaged one, or a folder. Raises ModelError."""
+    if text == "demo":
+        return text, load_shape(demo_model_dir())
+    if text in NAMES:
+        return text, load_shape(config_of(text))
+    path = Path(text)
+    if not path.exists():
+        raise BadInput(f"--shape {text}: no such folder, nor one of demo, {', '.join(NAMES)}")
+    return path.name or text, load_shape(path)
+
+
+def read_quality(path: Path) -> list[Row]:
+    """Rows with `policy` and `accuracy` (0 to 1), as `mpcache eval --json` gives them. Raises BadInput."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise BadInput(f"{path}: cannot be read: {why}") from None
+    listed = data.get("rows") if isinstance(data, dict) else data
+    rows = listed if isinstance(listed, list) else []
+    if not rows or not all(map(_is_quality, rows)):
+        raise BadInput(
+            f"{path}: holds no rows with policy and accuracy, as `mpcache eval --json` prints them"
+        )
+    for row in rows:
+        parse(row["policy"])
+    return rows
+
+
+def _is_quality(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("policy"), str)
+        and isinstance(row.get("accuracy"), int | float)
+    )
+
+
+def _policies(given: list[str] | None, sweeps: list[str]) -> list[str]:
+    return sweep(list(dict.fromkeys(given)) if given else secure_policies(), sweeps)
+
+
+def _contexts(text: str | None, given: str, shape: ModelShape) -> list[int]:
+    """Context lengths that the model can take. A packaged shape with rotary positions may be priced
+    beyond them, as they can be stretched at no cost; a model that is there could not run."""
+    limit = shape.max_positions
+    if text is None:
+        return [c for c in CONTEXTS if c <= limit] or [limit]
+    contexts = []
+    for item in _listed("--context", text):
+        if not re.fullmatch(r"\d{1,9}", item, re.ASCII) or int(item) < 1:
+            raise BadInput(f"--context {item!r} is not a number of tokens; as in 512,1024")
+        contexts.append(int(item))
+    beyond = [c for c in contexts if c > limit]
+    if beyond and (given not in NAMES or shape.positions != "rope"):
+        raise BadInput(f"--context {beyond[0]} is beyond the model, which takes up to {limit} tokens")
+    if beyond:
+        _note(f"{given} was trained for {limit} tokens; beyond, rotary positions are taken as stretched")
+    return contexts
+
+
+def _listed(option: str, text: str) -> list[str]:
+    items = [item.strip() for item in text.split(",")]
+    if not all(items) or len(set(items)) < len(items):
+        raise BadInput(f"{option} {text!r}: give values with commas between them, each once")
+    return items
+
+
+def _known(option: str, text: str, known: Any) -> list[str]:
+    for item in (items := _listed(option, text)):
+        if item not in known:
+            raise BadInput(f"{option} {item!r} is not known; known: {', '.join(known)}")
+    return items
+
+
+def _check_writable(path: Path) -> None:
+    """Before anything is computed. Leaves no file behind that was not there."""
+    there = path.exists()
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from None
+    if not there:
+        path.unlink()
+
+
+def _note(text: str) -> None:
+    err.print(f"note: {text}", markup=False, soft_wrap=True)

@@ -1,0 +1,180 @@
+"""The audit as data: one row per policy, protocol, context and network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from mpcache.cost import Cost, Tally, cost
+from mpcache.errors import BadInput, PolicyError
+from mpcache.model import ModelShape
+from mpcache.network import Profile, Rates
+from mpcache.policy import POLICIES, parse
+
+RATES = Rates()
+NONE = Profile("none", 0, float("inf"))
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is priced. policies: `NAME[:key=value,...]`; explicit: the user named them."""
+
+    shape: ModelShape
+    contexts: Sequence[int]
+    policies: Sequence[str]
+    networks: Sequence[Profile]
+    protocols: Sequence[str]
+    question: int
+    new_tokens: int
+    explicit: bool = True
+
+
+def rows(
+    grid: Grid, by: str | None = None, rates: Rates = RATES, note: Callable[[str], None] = lambda text: None
+) -> list[Row]:
+    """Price the grid. `note` hears what was left out and why. Raises PolicyError.
+
+    Units: rounds, bytes, ms, per generated token; `online_bytes` is sent by one computing party (the
+    mean of both), `offline_bytes` by the dealer. `ratio_to_full`: modelled latency over that of `full`.
+    """
+    found: list[Row] = []
+    for context, protocol in product(grid.contexts, grid.protocols):
+        full = _price(grid, "full", context, protocol)
+        for spec in grid.policies:
+            try:
+                priced = full if spec == "full" else _price(grid, spec, context, protocol)
+            except PolicyError as error:
+                if grid.explicit:
+                    raise PolicyError(f"at a context of {context} tokens, {error}") from None
+                note(f"left out at a context of {context} tokens: {error}")
+                continue
+            found += [_row(priced, context, network, full, by, rates) for network in grid.networks]
+    return found
+
+
+def _price(grid: Grid, spec: str, context: int, protocol: str) -> Cost:
+    policy = parse(spec)
+    if getattr(policy, "plain_only", False):
+        raise PolicyError(f"policy {policy.name}: runs in plaintext only, so it has no price")
+    bound = policy.bind(context, grid.shape)
+    return cost(grid.shape, bound, context, grid.question, protocol, grid.new_tokens)
+
+
+def _row(priced: Cost, context: int, network: Profile, full: Cost, by: str | None, rates: Rates) -> Row:
+    plan, policy, steps = priced.policy.plan, priced.policy.policy, priced.steps
+    tally, first = priced.total("decode"), priced.total("question")
+    ms, base = modelled(priced, network, rates), modelled(full, network, rates)
+    row: Row = {
+        "policy": policy.spec,
+        "protocol": priced.protocol,
+        "network": network.name,
+        "context_tokens": context,
+        "kept_tokens": plan.kept,
+        "attended_tokens": plan.attended,
+        **_three(tally, steps, "_per_token"),
+        "modelled_ms_per_token": round(sum(ms.values()), 3),
+        "ratio_to_full": round(sum(ms.values()) / sum(base.values()), 4),
+        "leakage": policy.leak,
+        "modelled_parts_ms": {name: round(value, 3) for name, value in ms.items()},
+        "offline_transfer_ms": round(network.transfer_ms(tally.server_offline / steps), 3),
+        "question": _three(first, 1, ""),
+        "setup_bytes": _sent(priced.total("setup")),
+        "context_bytes": _sent(priced.total("context")),
+        "counts_per_token": {name: whole(value / steps) for name, value in _counts(tally).items()},
+        "peak_bytes": priced.peak,
+    }
+    if by == "layer":
+        shared = priced.shares_selection()
+        layers = priced.by_layer("decode")
+        row["outside_layers"] = _three(layers.pop(None, Tally()), steps, "")
+        row["layers"] = [
+            {"layer": i, "shares_selection": i in shared, **_three(layer, steps, "")}
+            for i, layer in layers.items()
+            if i is not None
+        ]
+    if by == "op":
+        row["ops"] = [{"op": name, **_three(op, steps, "")} for name, op in priced.by_op("decode").items()]
+    return row
+
+
+def modelled(priced: Cost, network: Profile, rates: Rates) -> dict[str, float]:
+    """Latency of one token in ms: its rounds, its bytes, its computation."""
+    tally, steps = priced.total("decode"), priced.steps
+    compute = rates.ms(tally.rounds, tally.multiply_adds, tally.key_blocks, tally.random_bytes)
+    return {
+        "rounds": tally.rounds * network.one_way_ms / steps,
+        "bytes": network.transfer_ms(tally.critical) / steps,
+        "compute": compute / steps,
+    }
+
+
+def _three(tally: Tally, steps: int, suffix: str) -> dict[str, int | float]:
+    return {
+        f"rounds{suffix}": whole(tally.rounds / steps),
+        f"online_bytes{suffix}": whole(tally.online / steps),
+        f"offline_bytes{suffix}": whole(tally.offline / steps),
+    }
+
+
+def _counts(tally: Tally) -> dict[str, int]:
+    names = ("comparisons", "multiplications", "lookups", "multiply_adds")
+    return {name: value for name, value in asdict(tally).items() if name in names}
+
+
+def _sent(tally: Tally) -> int:
+    """Bytes of all parties together."""
+    return tally.server_sent + tally.client_sent + tally.offline
+
+
+def whole(value: float) -> int | float:
+    return int(value) if value == int(value) else round(value, 3)
+
+
+def sweep(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:
+    """Every combination of swept options, put into each policy that has them. Raises BadInput."""
+    values: dict[str, list[str]] = {}
+    for text in sweeps:
+        key, _, listed = text.partition("=")
+        options = [v for v in listed.split(",") if v]
+        if not key or not options:
+            raise BadInput(f"--sweep {text!r} is not key=value,value; as in n_keep=128,256")
+        if key in values:
+            raise BadInput(f"--sweep {key} is given twice; list all its values in one")
+        if len(set(options)) < len(options):
+            raise BadInput(f"--sweep {text}: a value is given twice")
+        values[key] = options
+    grid: list[str] = []
+    used: set[str] = set()
+    for spec in policies:
+        policy = parse(spec)
+        has = [key for key in values if key in type(policy).__dataclass_fields__]
+        fixed = [item.partition("=")[0] for item in spec.partition(":")[2].split(",")]
+        for key in has:
+            if key in fixed:
+                raise BadInput(f"--sweep {key} contradicts --policy {spec}, which sets it; leave one out")
+        used |= set(has)
+        grid += [_with(spec, choice) for choice in _combinations(values, has)]
+    if unknown := [key for key in values if key not in used]:
+        known = sorted({name for spec in policies for name in type(parse(spec)).__dataclass_fields__})
+        options = ", ".join(known) or "none"
+        raise BadInput(f"--sweep {unknown[0]}: none of these policies has it; options: {options}")
+    for spec in grid:
+        parse(spec)
+    return grid
+
+
+def _combinations(values: dict[str, list[str]], keys: Sequence[str]) -> Iterator[list[str]]:
+    for choice in product(*(values[key] for key in keys)):
+        yield [f"{key}={value}" for key, value in zip(keys, choice, strict=True)]
+
+
+def _with(spec: str, options: Sequence[str]) -> str:
+    return spec + ("," if ":" in spec else ":") + ",".join(options) if options else spec
+
+
+def secure_policies() -> list[str]:
+    """All that can run on shares."""
+    return [name for name, cls in POLICIES.items() if not getattr(cls, "plain_only", False)]

@@ -1,0 +1,129 @@
+"""The audit for people: tables in the terminal, and CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from mpcache.audit.rows import Row
+from mpcache.errors import BadInput
+
+PARTS = {"layer": "layers", "op": "ops"}
+
+
+def size(n: float) -> str:
+    """Bytes in decimal units, three digits."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while n >= 999.5 and len(units) > 1:
+        n /= 1000
+        units.pop(0)
+    unit = units[0]
+    return f"{n:.0f} {unit}" if unit == "B" or n >= 99.95 else f"{n:.3g} {unit}"
+
+
+def duration(ms: float) -> str:
+    """Milliseconds below ten seconds, then seconds, then minutes."""
+    if ms < 10_000:
+        return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+    return f"{ms / 1000:.3g} s" if ms < 600_000 else f"{ms / 60_000:.3g} min"
+
+
+def number(n: float) -> str:
+    return f"{n:,.0f}" if n == int(n) else f"{n:,.1f}"
+
+
+def tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """A table per protocol and context; a row per policy, with a column pair per network."""
+    for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
+        mine = list(group)
+        networks = list(dict.fromkeys(r["network"] for r in mine))
+        table = _table(f"context {context:,} tokens, protocol {protocol}: one generated token")
+        table.add_column("policy", overflow="fold", min_width=10)
+        for name in ("kept/used", "rounds", "online", "offline"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for network in networks:
+            table.add_column(network, justify="right", no_wrap=True)
+            table.add_column("ratio", justify="right", no_wrap=True)
+        table.add_column("leaks", no_wrap=True)
+        for policy, found in groupby(mine, lambda r: r["policy"]):
+            of = {r["network"]: r for r in found}
+            row = next(iter(of.values()))
+            cells = [f"{row['kept_tokens']}/{row['attended_tokens']}", number(row["rounds_per_token"])]
+            cells += [size(row["online_bytes_per_token"]), size(row["offline_bytes_per_token"])]
+            for network in networks:
+                cells.append(duration(of[network]["modelled_ms_per_token"]))
+                cells.append(f"{of[network]['ratio_to_full']:.2f}")
+            table.add_row(policy, *cells, row["leakage"])
+        yield table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def breakdowns(rows: Sequence[Row], by: str) -> Iterator[Table]:
+    """Which layer or operation pays, per policy, protocol and context (the network does not matter)."""
+    seen = set()
+    for row in rows:
+        key = row["policy"], row["protocol"], row["context_tokens"]
+        if key in seen:
+            continue
+        seen.add(key)
+        table = _table(f"{row['policy']}, context {row['context_tokens']:,}, {row['protocol']}, by {by}")
+        table.add_column(by)
+        for name in ("rounds", "online", "%", "offline", "%"):
+            table.add_column(name, justify="right", no_wrap=True)
+        parts = [(label(part, by), part) for part in row[PARTS[by]]]
+        if by == "layer":
+            parts = _alike(parts) + [("outside", row["outside_layers"])]
+        totals = [max(1, row[f"{name}_bytes_per_token"]) for name in ("online", "offline")]
+        for name, part in parts:
+            online, offline = part["online_bytes"], part["offline_bytes"]
+            times = part.get("times", 1)
+            table.add_row(
+                name, number(part["rounds"]),
+                size(online), f"{100 * online * times / totals[0]:.1f}",
+                size(offline), f"{100 * offline * times / totals[1]:.1f}",
+            )  # fmt: skip
+        yield table
+
+
+def label(part: Row, by: str) -> str:
+    if by == "op":
+        return str(part["op"])
+    return f"{part['layer']}{' (shares selection)' if part['shares_selection'] else ''}"
+
+
+def _alike(parts: Sequence[tuple[str, Row]]) -> list[tuple[str, Row]]:
+    """Neighbouring layers of the same cost in one line, each with its own amounts."""
+    merged: list[tuple[str, Row]] = []
+
+    def cost_of(item: tuple[str, Row]) -> Any:
+        return {k: v for k, v in item[1].items() if k != "layer"}
+
+    for _, group in groupby(parts, cost_of):
+        first, *rest = group
+        name = f"{first[0]} to {rest[-1][0]}, each" if rest else first[0]
+        merged.append((name, first[1] | {"times": 1 + len(rest)}))
+    return merged
+
+
+def write_csv(path: Path, rows: Sequence[Row], by: str | None) -> None:
+    """One line per row, or per part of a row. Raises BadInput."""
+    lines = []
+    for row in rows:
+        flat = {k: v for k, v in row.items() if not isinstance(v, dict | list)}
+        lines += [flat | part for part in row[PARTS[by]]] if by else [flat]
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(lines[0]) if lines else [])
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from None

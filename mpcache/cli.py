@@ -1,0 +1,287 @@
+"""`mpcache`: private answers on this machine, and what they cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
+from mpcache.config import PublicConfig, Settings, load_settings
+from mpcache.errors import BadInput, MpcacheError
+from mpcache.inputs import DEMO_DOCUMENT, demo_question, no_shaping, read_text
+from mpcache.launch import run_parties
+from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.policy import POLICIES, Bound
+from mpcache.rank import Rank
+from mpcache.report import card, comparison, summary
+from mpcache.signals import ignore_signals, stop_on_signals
+from mpcache.tokens import Tokenizer
+
+COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Private LLM answers with MPCache: three parties, secret shares, an evicted KV cache.",
+)
+WIDTH = None if sys.stdout.isatty() else 110  # for tables in a file or a pipe
+out, err = Console(highlight=False, width=WIDTH), Console(stderr=True, highlight=False)
+
+Config = Annotated[
+    Path | None, typer.Option(help="Public settings, a YAML file; its addresses are not used here.")
+]
+ModelDir = Annotated[Path | None, typer.Option("--model", help="A Hugging Face folder. [the demo model]")]
+Context = Annotated[Path | None, typer.Option(help="The server's document, a text file. [the demo's]")]
+Question = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
+Network = Annotated[str | None, typer.Option(help="none, lan, wan or RTT_MS:MBPS (only none, for now).")]
+Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Share of probability to draw from.")]
+Seed = Annotated[int, typer.Option(help="Of the draws.")]
+StopAtEos = Annotated[
+    bool, typer.Option(help="End at the model's end token; the answer's length is public then.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of whom. context, question: token ids."""
+
+    model: Path
+    context_file: Path
+    question_text: str
+    shape: ModelShape
+    tokenizer: Tokenizer
+    context: list[int]
+    question: list[int]
+    sampling: Sampling
+    stop_at_eos: bool
+
+    @staticmethod
+    def read(
+        model: Path | None, context: Path | None, question: str | None, sampling: Sampling, stop_at_eos: bool
+    ) -> Task:
+        """Everything but the weights; raises BadInput before any process is started."""
+        folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
+        text = demo_question() if question is None else question
+        if not text.strip():
+            raise BadInput("the question is empty; give --question TEXT")
+        shape, tokenizer = load_shape(folder), load_tokenizer(folder)
+        ids = tokenizer.encode(read_text(file), bos=True), tokenizer.encode(text, bos=False)
+        return Task(folder, file, text, shape, tokenizer, *ids, sampling, stop_at_eos)
+
+    def bind(self, public: PublicConfig) -> Bound:
+        return bind(self.shape, public, len(self.context), len(self.question))
+
+    def private(
+        self, settings: Settings, say: Callable[[str], None], on_token: Callable[[int, str], None]
+    ) -> dict[Rank, Any]:
+        sampling = self.sampling
+        flags = {
+            Rank.SERVER: ["--model", str(self.model), "--context", str(self.context_file)],
+            Rank.CLIENT: [
+                f"--question={self.question_text}",
+                f"--temperature={sampling.temperature}",
+                f"--top-p={sampling.top_p}",
+                f"--seed={sampling.seed}",
+                "--stop-at-eos" if self.stop_at_eos else "--no-stop-at-eos",
+            ],
+        }
+        return run_parties(settings, flags, say, on_token)
+
+    def plain(self, public: PublicConfig) -> PlainAnswer:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        stops = self.shape.eos_ids if self.stop_at_eos else ()
+        limit, model = public.max_new_tokens, load_model(self.model)
+        return plain_answer(
+            model, self.bind(public), self.context, self.question, limit, self.sampling, stops, device
+        )
+
+
+@app.command()
+def generate(
+    model: ModelDir = None,
+    context: Context = None,
+    question: Question = None,
+    config: Config = None,
+    policy: Annotated[str | None, typer.Option(help="NAME[:key=value,...], see `mpcache policies`.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="fast or stock.")] = None,
+    network: Network = None,
+    max_new_tokens: Tokens = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop_at_eos: StopAtEos = True,
+    as_json: Json = False,
+) -> None:
+    """A private answer: server, client and dealer as three processes of this machine.
+
+    The answer streams as the client learns it; then the plaintext answer, and what both cost.
+    """
+    settings = _settings(config, policy, protocol, network, max_new_tokens)
+    task = Task.read(model, context, question, Sampling(temperature, top_p, seed), stop_at_eos)
+    bound = task.bind(settings.public)
+    if not as_json:
+        _entry("Question", task.question_text + "\n")
+    with _progress() as (say, hush):
+        shown = ""
+
+        def show(token: int, text: str) -> None:
+            nonlocal shown
+            if as_json or not text:
+                return
+            hush()
+            if shown:
+                _write(text)
+            else:
+                _entry("Private", text)
+            shown += text
+
+        reports = task.private(settings, say, show)
+    plain = task.plain(settings.public)
+    text = task.tokenizer.decode(plain.ids)
+    run = summary(settings.public.policy, settings.public.protocol, bound.policy.leak, reports, plain, text)
+    if as_json:
+        print(json.dumps(run))
+        return
+    if shown and not shown.endswith("\n"):
+        _write("\n")
+    _entry("Plaintext", text if text.endswith("\n") else text + "\n")
+    _write("\n")
+    out.print(card(run))
+
+
+@app.command()
+def compare(
+    model: ModelDir = None,
+    context: Context = None,
+    question: Question = None,
+    config: Config = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="May be given several times. [full, mpcache]")
+    ] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="May be given several times. [fast]")] = None,
+    network: Network = None,
+    max_new_tokens: Tokens = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop_at_eos: StopAtEos = True,
+    as_json: Json = False,
+) -> None:
+    """Private against plaintext, for each policy and protocol: latency, rounds, bytes, agreement."""
+    if max_new_tokens is None and config is None:
+        max_new_tokens = COMPARE_TOKENS
+    task = Task.read(model, context, question, Sampling(temperature, top_p, seed), stop_at_eos)
+    chosen = [
+        _settings(config, one, way, network, max_new_tokens)
+        for way in protocol or (None,)
+        for one in policy or ["full", "mpcache"]
+    ]
+    bounds = [task.bind(settings.public) for settings in chosen]  # all are checked before the first runs
+    runs = []
+    for settings, bound in zip(chosen, bounds, strict=True):
+        public, spec = settings.public, settings.public.policy
+        with _progress(f"{spec}, {public.protocol}: ") as (say, _):
+            reports = task.private(settings, say, lambda token, text: None)
+        plain = task.plain(public)
+        text = task.tokenizer.decode(plain.ids)
+        runs.append(summary(spec, public.protocol, bound.policy.leak, reports, plain, text))
+    if as_json:
+        print(json.dumps({"runs": runs}))
+    else:
+        out.print(comparison(runs))
+
+
+@app.command()
+def policies(as_json: Json = False) -> None:
+    """What there is: each policy, what it leaks beyond public sizes, its options with their defaults."""
+    rows = [
+        {
+            "name": name,
+            "leaks": cls.leaks,
+            "private": not cls.plain_only,
+            "options": {f.name: None if f.default is MISSING else f.default for f in fields(cls)},
+            "source": cls.source,
+        }
+        for name, cls in POLICIES.items()
+    ]
+    if as_json:
+        print(json.dumps({"policies": rows}))
+        return
+    table = Table("policy", "runs", "leaks", "options with their defaults", "source")
+    for row in rows:
+        options = [f"{key}={value}" for key, value in row["options"].items()]  # type: ignore[attr-defined]
+        runs = "private" if row["private"] else "plaintext only"
+        table.add_row(
+            str(row["name"]), runs, str(row["leaks"]), ", ".join(options) or "none", str(row["source"])
+        )
+    out.print(table)
+    out.print("Write NAME or NAME:key=value,... A budget is a count, or a ratio with a point: 0.25.")
+
+
+def _settings(
+    config: Path | None, policy: str | None, protocol: str | None, network: str | None, tokens: int | None
+) -> Settings:
+    settings = load_settings(
+        config,
+        {
+            "public.policy": policy,
+            "public.protocol": protocol,
+            "public.network": network,
+            "public.max_new_tokens": tokens,
+        },
+    )
+    no_shaping(settings.public.network)
+    return settings
+
+
+def _entry(name: str, text: str) -> None:
+    """A name in bold, and the (beginning of the) text that belongs to it."""
+    out.print(f"[bold]{name:<11}[/]", end="")
+    _write(text.lstrip(" "))
+
+
+def _write(text: str) -> None:
+    """Model text as it is: no markup, no wrapping."""
+    out.file.write(text)
+    out.file.flush()
+
+
+@contextmanager
+def _progress(prefix: str = "") -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A function that says how far it is, on stderr: one moving line on a terminal, else lines."""
+    if not err.is_terminal:
+        yield (lambda text: err.print(prefix + text, markup=False, soft_wrap=True)), (lambda: None)
+        return
+    with err.status(f"{prefix}starting the parties ...") as status:
+        yield (lambda text: status.update(prefix + text)), status.stop
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    stop_on_signals("mpcache")
+    torch.set_num_threads(1)  # as each party does: else the comparison is not one
+    try:
+        app(arguments)
+    except MpcacheError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    finally:
+        ignore_signals()
+
+
+if __name__ == "__main__":
+    main()

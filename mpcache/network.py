@@ -1,0 +1,109 @@
+"""The network between the parties: what it is modelled as, and how a link is made as slow.
+
+Model: a round waits for half a round trip, and for its bytes at the bandwidth of one direction. A
+`Shaper` applies the same to a real link, so a latency measured over it is a measured one.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mpcache.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A network. rtt_ms: round-trip time.  mbps: bandwidth of each direction, in 10^6 bits per second."""
+
+    name: str
+    rtt_ms: float
+    mbps: float
+
+    @property
+    def one_way_ms(self) -> float:
+        return self.rtt_ms / 2
+
+    def transfer_ms(self, n: float) -> float:
+        """How long n bytes take in one direction, delay apart."""
+        return n * 8 / (self.mbps * 1000)
+
+    def ms(self, rounds: float, n: float, compute_ms: float = 0.0) -> float:
+        """Modelled latency: rounds, n bytes in the busier direction, and computation."""
+        return rounds * self.one_way_ms + self.transfer_ms(n) + compute_ms
+
+    def __str__(self) -> str:
+        return (
+            self.name if self.name == self.spec else f"{self.name} ({self.rtt_ms:g} ms, {self.mbps:g} Mbps)"
+        )
+
+    @property
+    def spec(self) -> str:
+        """RTT_MS:MBPS."""
+        return f"{self.rtt_ms:g}:{self.mbps:g}"
+
+
+PROFILES = {"lan": Profile("lan", 0.5, 1000), "wan": Profile("wan", 40, 100)}
+
+
+def parse_network(text: str) -> Profile | None:
+    """`lan`, `wan` or RTT_MS:MBPS, such as `10:200`; None for `none`. Raises ConfigError."""
+    if text == "none":
+        return None
+    if text in PROFILES:
+        return PROFILES[text]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", text, re.ASCII)
+    if match is None or float(match[2]) == 0:
+        raise ConfigError(f"network {text!r} is not known; give none, lan, wan or RTT_MS:MBPS, as in 10:200")
+    return Profile(text, float(match[1]), float(match[2]))
+
+
+class Shaper:
+    """One direction of a link: when may what arrives be taken?
+
+    It stands at the receiving end and knows that end's clock only. A message of n bytes that arrives
+    at time t occupies the line until max(t, the line is free) + n / bandwidth and is there half a
+    round trip later. Times are seconds of a monotonic clock.
+    """
+
+    def __init__(self, profile: Profile, clock: Callable[[], float] = time.monotonic) -> None:
+        self._delay_s = profile.one_way_ms / 1000
+        self._s_per_byte = profile.transfer_ms(1) / 1000
+        self._clock = clock
+        self._free = -float("inf")
+
+    def due(self, n: int) -> float:
+        """A message of n bytes has just arrived: when it is there."""
+        self._free = max(self._clock(), self._free) + n * self._s_per_byte
+        return self._free + self._delay_s
+
+
+def shaper(network: str) -> Shaper | None:
+    """A new shaper for one direction; None where there is nothing to shape."""
+    profile = parse_network(network)
+    return Shaper(profile) if profile is not None else None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a party computes, for the model's third term: per second, on one core.
+
+    The defaults are what one core of a common server does with this package; they tell how policies
+    compare, not how long your machine takes: that is measured (`mpcache compare`).
+    round_ms: what a round costs in calls and messages, without any network.
+    """
+
+    multiply_adds: float = 0.7e9
+    key_blocks: float = 25e6
+    random_bytes: float = 1.2e9
+    round_ms: float = 0.35
+
+    def ms(self, rounds: int, multiply_adds: int, key_blocks: int, random_bytes: int) -> float:
+        seconds = (
+            multiply_adds / self.multiply_adds
+            + key_blocks / self.key_blocks
+            + random_bytes / self.random_bytes
+        )
+        return 1000 * seconds + rounds * self.round_ms

@@ -1,0 +1,63 @@
+"""random and oracle: what a policy at the same budget must beat, and what none can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels import Backend
+from mpcache.model import ModelShape
+from mpcache.ops import Value
+from mpcache.policy.base import Budget, LayerPlan, Plan, Policy, View, average
+from mpcache.prefill import Prefill
+from mpcache.secure.program import Program, at, local
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """n_keep: context tokens that stay, drawn uniformly for each layer.  seed: of the draw; public."""
+
+    name = "random"
+    source = "uniform choice, for calibration"
+    needs = "nothing"
+
+    n_keep: Budget = 0.2
+    seed: int = 0
+
+    def plan(self, context: int, shape: ModelShape) -> Plan:
+        if not 0 <= self.seed < 2**31:
+            raise self.fail("seed", "0 to 2^31 - 1")
+        kept = self.count("n_keep", context, "the context")
+        return Plan(context, (LayerPlan(kept, kept, 0),) * shape.layers)
+
+    def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1009 + layer)
+        drawn = torch.randperm(plan.context, generator=generator)[: plan.layers[layer].kept]
+        return drawn.sort().values
+
+
+@dataclass(frozen=True)
+class Oracle(Policy):
+    """k: context tokens that each query head attends to, those with its highest scores."""
+
+    name = "oracle"
+    source = "exact top-k of the true attention, for calibration"
+    needs = "every score in the clear"
+    plain_only = True
+
+    k: Budget = 0.2
+
+    def plan(self, context: int, shape: ModelShape) -> Plan:
+        k = self.count("k", context, "the context")
+        return Plan(context, (LayerPlan(context, k, 0),) * shape.layers)
+
+    def attend(self, view: View, q: Value) -> Program[Value]:
+        ops, context = view.ops, view.plan.context
+        scores: torch.Tensor = yield from at("scores", ops.scores(q, view.layer.k))
+        order = torch.sort(scores[..., :context], descending=True, stable=True).indices
+        others = order[..., view.plan.layers[view.index].attended :]
+        scores = scores.scatter(-1, others, -torch.inf)
+        e, total = yield from at("softmax", ops.softmax(scores, view.visible(view.tokens)))
+        out, _ = yield from average(view, local(e), total)
+        return out

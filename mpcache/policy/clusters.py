@@ -1,0 +1,377 @@
+"""Selection by clusters, in score space: what `mpcache` and `quest` are made of.
+
+A layer's tokens stand as [sink | clusters | tail]. Sink and tail always attend and are never scored
+for selection, so no token is gathered twice. What does not fill a coarse cluster belongs to the
+tail: there are no ragged clusters and no padding. When generated tokens make the tail longer than
+`recent` by a coarse cluster, its oldest tokens become one, with representatives computed once; so
+what is attended to stays bounded however long the answer is.
+
+q is scored against tokens and representatives alike; selecting moves scores and softmax weights,
+never rows of K or V (PROTOCOLS 5). A choice is one slot matrix; layers that share it, and steps
+until the next refresh, only gather and scatter by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpcache.model import ModelShape
+from mpcache.ops import Operand, Ops, Selection, Value
+from mpcache.policy.base import Known, LayerPlan, Plan, Policy, View, average
+from mpcache.rank import Rank
+from mpcache.secure.program import Program, at, local, together
+
+LEVELS = ("coarse", "fine")
+BLOCKS = {"linear": ("auto", "mean", "extremes"), "mean": ("auto", "mean"), "bound": ("auto", "extremes")}
+
+
+@dataclass(frozen=True)
+class ClusterPlan(LayerPlan):
+    """sizes: tokens per cluster, coarse to fine; none: the layer attends to everything.
+    counts: clusters of the kept context.  keeps: how many are attended to, per level.
+    leader: the layer whose choice is used, this one itself or an earlier one.
+    """
+
+    sink: int
+    recent: int
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+    keeps: tuple[int, ...]
+    leader: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kept selection of `slots` of `items` clusters, made when there were `clusters` coarse ones."""
+
+    selection: Selection
+    slots: int
+    items: int
+    clusters: int
+
+
+@dataclass
+class Clusters:
+    """A layer's clusters now. clusters: coarse ones.  floors: representatives per level (KV, n, d).
+    spans: for `bound`, r_max - r_min per level, the floors being r_min.  age: steps since the choice.
+    """
+
+    clusters: int
+    floors: list[Operand | None]
+    spans: list[Operand | None]
+    choice: Choice | None = None
+    age: int = 0
+
+
+@dataclass(frozen=True)
+class Clustered(Policy):
+    """score: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, q+.r_max + q-.r_min.
+    alpha: weight of r_max.  gqa: head; or sum, the heads of a group choose together by their scores'
+    sum.  share: default, none, or layers with one choice, as in 2-3/4-5-6.  refresh: steps that use
+    one choice.  blocks: representatives of generated tokens: mean needs no comparison, extremes needs
+    three per two tokens and dimension; auto: extremes for bound alone.
+    """
+
+    score: str = "linear"
+    alpha: float = 0.6
+    gqa: str = "head"
+    share: str = "none"
+    refresh: int = 1
+    blocks: str = "auto"
+
+    # ---------------------------------------------------------------------------------------- plan
+
+    def check_options(self) -> None:
+        for option, allowed in (("score", tuple(BLOCKS)), ("gqa", ("head", "sum"))):
+            if getattr(self, option) not in allowed:
+                raise self.fail(option, ", ".join(allowed))
+        if self.blocks not in BLOCKS[self.score]:
+            raise self.fail("blocks", f"{', '.join(BLOCKS[self.score])} with score={self.score}")
+        if not 0 <= self.alpha <= 1:
+            raise self.fail("alpha", "0 to 1")
+        if self.refresh < 1:
+            raise self.fail("refresh", "1 or more steps")
+
+    def leaders(self, layers: int) -> list[int]:
+        """For each layer the one whose choice it uses."""
+        leader = list(range(layers))
+        if self.share == "default":  # 0, 1 and the last two choose for themselves
+            for i in range(2, layers - 3, 2):
+                leader[i + 1] = i
+        elif self.share != "none":
+            seen: set[int] = set()
+            for group in self.share.split("/"):
+                numbers = [int(text) if text.isdecimal() else -1 for text in group.split("-")]
+                rising = len(numbers) > 1 and numbers == sorted(set(numbers))
+                if not rising or not 0 <= numbers[0] <= numbers[-1] < layers or seen & set(numbers):
+                    pairs = f"layers 0 to {layers - 1}, rising and each once, as in 2-3/4-5"
+                    raise self.fail("share", f"default, none, or {pairs}")
+                seen |= set(numbers)
+                for i in numbers:
+                    leader[i] = numbers[0]
+        return leader
+
+    def clusters_of(self, kept: int, sink: int, recent: int, sizes: Sequence[int]) -> tuple[int, ...]:
+        """How many clusters of each size `kept` tokens fill."""
+        coarse = max(0, kept - sink - recent) // sizes[0]
+        return tuple(coarse * sizes[0] // size for size in sizes)
+
+    def layer_plan(
+        self, index: int, leader: int, kept: int, sink: int, recent: int,
+        sizes: Sequence[int], keeps: Sequence[int],
+    ) -> ClusterPlan:  # fmt: skip
+        if not sizes:
+            return ClusterPlan(kept, kept, 0, sink, recent, (), (), (), leader)
+        counts = self.clusters_of(kept, sink, recent, sizes)
+        cut = [keeps[0]]  # no more than the children of what the level above keeps
+        for above, size, keep in zip(sizes, sizes[1:], keeps[1:], strict=False):
+            cut.append(min(keep, cut[-1] * (above // size)))
+        left_out = max(0, counts[-1] - cut[-1]) * sizes[-1]
+        kinds = 2 if self.score == "bound" else 1
+        return ClusterPlan(
+            kept, kept - left_out, kinds * sum(counts) if leader == index else 0,
+            sink, recent, tuple(sizes), counts, tuple(cut), leader,
+        )  # fmt: skip
+
+    def budget(self, view: View) -> ClusterPlan:
+        plan = view.plan.layers[view.index]
+        assert isinstance(plan, ClusterPlan)
+        return plan
+
+    # ----------------------------------------------------------------------------- representatives
+
+    def remember(
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None
+    ) -> Program[Clusters | None]:
+        """The server's representatives of the kept context become operands."""
+        mine = plan.layers[index]
+        assert isinstance(mine, ClusterPlan)
+        if not mine.sizes or mine.leader != index:
+            return None
+        parts: list[Program[Operand | None]] = []
+        for size, n in zip(mine.sizes, mine.counts, strict=True):
+            pair: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+            if known is not None and n:
+                pair = self._of(known, known.k[:, mine.sink : mine.sink + n * size], size)
+            for part, wanted in zip(pair, (n > 0, n > 0 and self.score == "bound"), strict=True):
+                like = (shape.kv_heads, n, shape.head_dim)
+                parts.append(ops.keep(ops.secret(part, like, Rank.SERVER)) if wanted else local(None))
+        kept = yield from together(*parts)
+        return Clusters(mine.counts[0], kept[0::2], kept[1::2])
+
+    def _of(self, known: Known, k: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """In plaintext: floor and span (KV, n, d) of clusters of k (KV, n size, d)."""
+        if self.score == "mean":
+            return known.kernels.cluster_means(k, size), None
+        if self.score == "linear":
+            return known.kernels.cluster_representatives(k, size, self.alpha), None
+        r_max, r_min = known.kernels.cluster_extremes(k, size)
+        return r_min, r_max - r_min
+
+    def observe(self, view: View) -> Program[None]:
+        """A tail that is a coarse cluster longer than `recent` gives its oldest tokens away."""
+        plan, mine, ops = self.budget(view), view.layer.memory, view.ops
+        if mine is None:
+            return
+        mine.age += 1
+        coarse = plan.sizes[0]
+        first = plan.sink + mine.clusters * coarse
+        n = (view.tokens - first - plan.recent) // coarse
+        if n < 1:
+            return
+        k = ops.value(view.layer.k[:, first : first + n * coarse])
+        floors, spans = yield from at("block", self._of_shares(ops, k, plan.sizes))
+        mine.floors = [_append(ops, *pair) for pair in zip(mine.floors, floors, strict=True)]
+        mine.spans = [_append(ops, *pair) for pair in zip(mine.spans, spans, strict=True)]
+        mine.clusters += n
+
+    def _of_shares(
+        self, ops: Ops, k: Value, sizes: Sequence[int]
+    ) -> Program[tuple[list[Operand], list[Operand | None]]]:
+        """On shares: floors and spans, per level, of clusters of k (KV, n coarse, d)."""
+        kv, length, d = k.shape
+        extreme = self.score == "bound" or self.blocks == "extremes"
+        floors: list[Value] = []
+        spans: list[Value] = []
+        high = low = k
+        for size in reversed(sizes):  # a coarse cluster's extremes are those of its fine ones
+            if not extreme:
+                floors.append(ops.scale(k.reshape(kv, length // size, size, d).sum(2), 1 / size))
+                continue
+            apart = high is not low
+            high = high.reshape(kv, length // size, -1, d)
+            low = low.reshape(kv, length // size, -1, d) if apart else high
+            high, low = yield from extremes(ops, high, low)
+            if self.score == "bound":
+                floors.append(low)
+                spans.append(high - low)
+            else:
+                floors.append(ops.scale(high, self.alpha) + ops.scale(low, 1 - self.alpha))
+        kept = yield from together(*(ops.keep(x) for x in (*reversed(floors), *reversed(spans))))
+        levels = len(sizes)
+        return kept[:levels], kept[levels:] or [None] * levels
+
+    # ----------------------------------------------------------------------------------- attention
+
+    def attend(self, view: View, q: Value) -> Program[Value]:
+        plan, mine, ops = self.budget(view), view.layer.memory, view.ops
+        if not plan.sizes:
+            return (yield from super().attend(view, q))
+        leader: Clusters = view.cache.layers[plan.leader].memory
+        due = mine is leader and self._due(view, plan, mine)
+        choice = None if due else leader.choice
+        if not due and choice is None:  # no more clusters than are attended to
+            return (yield from super().attend(view, q))
+
+        made: Program[Choice]
+        clusters = leader.clusters if choice is None else choice.clusters
+        end = plan.sink + clusters * plan.sizes[0]
+        if choice is None:
+            scores, levels = yield from at("scores", self._scores(view, mine, q))
+            tokens = self._fold(view, scores[..., plan.sink : end])
+            tokens, picks = yield from self._pick(ops, plan, levels, tokens)
+            made = at("select/keep", _keep(picks, clusters))
+        else:
+            scores = yield from at("scores", ops.scores(q, view.layer.k))
+            tokens = self._fold(view, scores[..., plan.sink : end])
+            tokens = flat((yield from at("gather", choice.selection.gather(split(tokens, choice.items)))))
+            made = local(choice)
+
+        tokens = self._unfold(view, tokens)
+        n = tokens.shape[-1]
+        attended = ops.cat([tokens, scores[..., : plan.sink], scores[..., end:]], -1)
+        soft = at("softmax", ops.softmax(attended, view.visible(attended.shape[-1])))
+        (e, total), choice = yield from together(soft, made)
+        if due:  # what a chunk chose has rows for each of its tokens: the next step chooses anew
+            mine.choice, mine.age = choice, 0 if view.m == 1 else self.refresh
+
+        def spread() -> Program[Value]:
+            """The weights back at their tokens' places, where resident V waits for them."""
+            w = split(self._fold(view, e[..., :n]), choice.slots)
+            w = self._unfold(view, flat((yield from at("scatter", choice.selection.scatter(w)))))
+            return ops.cat([e[..., n : n + plan.sink], w, e[..., n + plan.sink :]], -1)
+
+        out, _ = yield from average(view, spread(), total)
+        return out
+
+    def _due(self, view: View, plan: ClusterPlan, mine: Clusters) -> bool:
+        """Whether this step chooses: public, by counting."""
+        numbers = [mine.clusters * (plan.sizes[0] // size) for size in plan.sizes]
+        if all(keep >= n for keep, n in zip(plan.keeps, numbers, strict=True)):
+            mine.choice = None
+            return False
+        return mine.choice is None or view.m > 1 or mine.age >= self.refresh
+
+    def _scores(self, view: View, mine: Clusters, q: Value) -> Program[tuple[Value, list[Value]]]:
+        """(KV, rows, n) of the tokens; and per level (*rows, clusters) by which they are chosen."""
+        ops, k = view.ops, view.layer.k
+        every = ops.scores(q, ops.join([k, *mine.floors], 1))
+        if self.score == "bound":
+
+            def above() -> Program[Value]:
+                return (yield from ops.scores((yield from ops.positive(q)), ops.join(mine.spans, 1)))
+
+            scores, over = yield from together(every, above())
+        else:
+            scores, over = (yield from every), None
+        n = view.tokens
+        scores, ranks = scores[..., :n], scores[..., n:] if over is None else scores[..., n:] + over
+        levels, first = [], 0
+        for floor in mine.floors:
+            assert floor is not None
+            level = ranks[..., first : first + floor.shape[1]]
+            levels.append(self._folded(view, level).sum(-1) if self.gqa == "sum" else level)
+            first += floor.shape[1]
+        return scores, levels
+
+    def _pick(
+        self, ops: Ops, plan: ClusterPlan, levels: list[Value], tokens: Value
+    ) -> Program[tuple[Value, list[Pick]]]:
+        """Level by level; the scores of all that lies below come along. -> chosen tokens, and the picks."""
+        carried, picks = [*levels, tokens], []
+        names = LEVELS[-len(plan.sizes) :]
+        for name, keep in zip(names, plan.keeps, strict=True):
+            rank, *carried = carried
+            n = rank.shape[-1]
+            if keep < n:
+                below = [split(x, n) for x in carried]
+                selection, below = yield from at(f"select/{name}", ops.top(rank, keep, below))
+                carried = [flat(x) for x in below]
+                picks.append(Pick(selection, keep, n))
+        return carried[0], picks
+
+    # -------------------------------------------------------------------------- heads of one group
+
+    def _folded(self, view: View, x: Value) -> Value:
+        """(KV, m g, n) -> (KV, m, n, g)."""
+        kv, rows, n = x.shape
+        return x.reshape(kv, view.m, rows // view.m, n).transpose(2, 3)
+
+    def _fold(self, view: View, x: Value) -> Value:
+        """(KV, m g, n) to the rows that choose: as it is, or (KV, m, n g)."""
+        return flat(self._folded(view, x)) if self.gqa == "sum" else x
+
+    def _unfold(self, view: View, x: Value) -> Value:
+        if self.gqa == "head":
+            return x
+        kv, m, columns = x.shape
+        g = view.shape.group
+        return x.reshape(kv, m, columns // g, g).transpose(2, 3).reshape(kv, m * g, columns // g)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One level's selection of `slots` of `items`."""
+
+    selection: Selection
+    slots: int
+    items: int
+
+
+def _keep(picks: Sequence[Pick], clusters: int) -> Program[Choice]:
+    """The levels' picks as one choice."""
+    first, *rest = picks
+    if not rest:
+        return Choice((yield from first.selection.keep()), first.slots, first.items, clusters)
+    selection, slots, items = first.selection, first.slots, first.items
+    for finer in rest:
+        children = finer.items // slots
+        selection = yield from selection.refine(finer.selection, children)
+        slots, items = finer.slots, items * children
+    return Choice(selection, slots, items, clusters)
+
+
+def split(x: Value, n: int) -> Value:
+    """(*rows, n c) -> (*rows, n, c)."""
+    return x.reshape(*x.shape[:-1], n, x.shape[-1] // n)
+
+
+def flat(x: Value) -> Value:
+    """(*rows, n, c) -> (*rows, n c)."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def extremes(ops: Ops, high: Value, low: Value) -> Program[tuple[Value, Value]]:
+    """Maxima of high and minima of low (KV, n, s, d) over s: (KV, n, d) each. log2 s rounds.
+
+    max(a, b) = b + max(a - b, 0) and min(a, b) = a - max(a - b, 0): where high is low, one comparison
+    gives both.
+    """
+    while high.shape[2] > 1:
+        half = high.shape[2] // 2
+        a, b = high[:, :, :half], high[:, :, half : 2 * half]
+        c, e = low[:, :, :half], low[:, :, half : 2 * half]
+        if high is low:
+            over = under = yield from ops.positive(a - b)
+        else:
+            over, under = yield from together(ops.positive(a - b), ops.positive(c - e))
+        odd = slice(2 * half, None)
+        high, low = ops.cat([b + over, high[:, :, odd]], 2), ops.cat([c - under, low[:, :, odd]], 2)
+    return high[:, :, 0], low[:, :, 0]
+
+
+def _append(ops: Ops, old: Operand | None, new: Operand | None) -> Operand | None:
+    return new if old is None else old if new is None else ops.join([old, new], 1)

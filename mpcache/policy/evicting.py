@@ -1,0 +1,121 @@
+"""What policies that drop a token at every step have in common: h2o and tova.
+
+Which token goes is secret. No row of K or V is moved for it: replacing a secret slot by the new token
+would mask and open every row again, 2 d words per slot and step, where scoring a token once more
+costs a few. Instead each token has a secret mark, 1 while it lives; a dead one's score is hidden far
+below the others, which is free; the weakest is found by an oblivious argmin among groups of 16 and
+its mark subtracted, beside the rest of the layer, so that no round is added. The number of living
+tokens is public and fixed; the tokens that are scored grow with the answer: under MPC a mask saves
+quality experiments, not work, and the audit shows it.
+
+A question's tokens come in at once, see what lives then, and are followed by as many evictions.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from mpcache.model import ModelShape
+from mpcache.ops import Ops, Value
+from mpcache.policy.base import Known, LayerPlan, Plan, Policy, View, average
+from mpcache.secure.program import Program, at, local
+
+GROUP = 16  # tokens that are compared pair by pair
+FAR = 192  # dead tokens' scores go down by so much: no weight is left as long as |score| < 73
+
+
+@dataclass(frozen=True)
+class LivingPlan(LayerPlan):
+    """living: tokens that live after a step, at most.  recent: last tokens that are never dropped."""
+
+    living: int
+    recent: int
+
+
+@dataclass
+class Living:
+    """importance: secret (A, n), for A sets of heads that evict together.  alive: marks (A, n), None
+    while nobody died.  living: how many live.  weights, inverse: this step's attention.
+    """
+
+    importance: Value | None
+    living: int
+    alive: Value | None = None
+    weights: Value | None = None
+    inverse: Value | None = None
+
+
+@dataclass(frozen=True)
+class Evicting(Policy):
+    def living_plan(self, context: int, shape: ModelShape, living: int, recent: int) -> Plan:
+        kept = min(context, living)
+        return Plan(context, (LivingPlan(kept, kept, 0, living, recent),) * shape.layers)
+
+    def remember(
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None
+    ) -> Program[Living]:
+        return local(Living(self.paid(ops, shape, plan, index, known), plan.layers[index].kept))
+
+    def paid(self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None) -> Value | None:
+        """The kept tokens' importance when the context has been read (A, kept); None: none is carried."""
+        return None
+
+    @abstractmethod
+    def judge(self, view: View, attention: Value, before: Value | None) -> tuple[Value, int]:
+        """Attention (KV, rows, n) to importance (A, n), |importance| below a public limit."""
+
+    def attend(self, view: View, q: Value) -> Program[Value]:
+        ops, mine, n = view.ops, view.layer.memory, view.tokens
+        scores = yield from at("scores", ops.scores(q, view.layer.k))
+        if mine.alive is not None:
+            mine.alive = ops.cat([mine.alive, ops.ones((mine.alive.shape[0], view.m))], -1)
+            marks = mine.alive.reshape(mine.alive.shape[0], 1, n).expand(*scores.shape)
+            scores = ops.hide(scores, marks, FAR)
+        e, total = yield from at("softmax", ops.softmax(scores, view.visible(n)))
+        out, inverse = yield from average(view, local(e), total)
+        mine.weights, mine.inverse = e, inverse
+        mine.living += view.m
+        return out
+
+    def observe(self, view: View) -> Program[None]:
+        ops, mine, n = view.ops, view.layer.memory, view.tokens
+        plan = view.plan.layers[view.index]
+        assert isinstance(plan, LivingPlan)
+        attention = yield from at("attention", ops.times(mine.weights, mine.inverse))
+        attention = yield from at("attention", ops.settle(attention))
+        mine.importance, limit = self.judge(view, attention, mine.importance)
+        gone = mine.living - plan.living
+        if gone < 1:
+            return
+        old = n - plan.recent
+        candidates = -mine.importance[..., :old]
+        if mine.alive is None:
+            mine.alive = ops.ones((candidates.shape[0], n))
+        else:
+            candidates = ops.hide(candidates, mine.alive[..., :old], 2 * limit)
+        dead = yield from at("evict", highest(ops, candidates, gone, 2 * limit))
+        mine.alive = ops.cat([mine.alive[..., :old] - dead, mine.alive[..., old:]], -1)
+        mine.living -= gone
+
+
+def highest(ops: Ops, scores: Value, k: int, limit: int) -> Program[Value]:
+    """Marks (A, n) of the k highest of (A, n), ties to the lower index; |score| < limit.
+
+    One token of many is found in groups of 16, of which the last one may overlap the one before, and
+    then among the groups' best: three rounds a level in place of n^2 / 2 comparisons.
+    """
+    sets, n = scores.shape
+    if k > 1 or n <= 2 * GROUP:
+        selection, _ = yield from ops.top(scores, k, [scores.reshape(sets, n, 1)], limit=limit)
+        return selection.marks()
+    starts = [*range(0, n - GROUP, GROUP), n - GROUP]
+    groups = ops.cat([scores[:, s : s + GROUP].reshape(sets, 1, GROUP) for s in starts], 1)
+    values = groups.reshape(sets, len(starts), GROUP, 1)
+    within, (best,) = yield from ops.top(groups, 1, [values], limit=limit)
+    among = yield from highest(ops, best.reshape(sets, len(starts)), 1, limit)
+    marks = yield from within.scatter(among.reshape(sets, len(starts), 1, 1))
+    marks = marks.reshape(sets, len(starts), GROUP)
+    before, last = marks[:, :-1].reshape(sets, -1), marks[:, -1]
+    twice = before.shape[-1] - (n - GROUP)  # tokens of the last two groups
+    return ops.cat([before[:, : n - GROUP], before[:, n - GROUP :] + last[:, :twice], last[:, twice:]], -1)

@@ -1,0 +1,57 @@
+"""h2o: heavy hitters by accumulated attention, and the recent tokens (arXiv 2306.14048)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels import Backend
+from mpcache.model import ModelShape
+from mpcache.ops import Ops, Value
+from mpcache.policy.base import Budget, Known, Plan, View, by_head
+from mpcache.policy.evicting import Evicting, LivingPlan
+from mpcache.prefill import Prefill
+from mpcache.rank import Rank
+
+
+@dataclass(frozen=True)
+class H2O(Evicting):
+    """heavy: tokens that live by the attention that all queries so far paid them, per KV head.
+    recent: last tokens, which live anyway. Each new token ends the least of the others.
+    """
+
+    name = "h2o"
+    source = "H2O, arXiv 2306.14048"
+    needs = "all of the context's queries; an oblivious argmin per KV head and step"
+
+    heavy: Budget = 0.1
+    recent: Budget = 0.1
+
+    def plan(self, context: int, shape: ModelShape) -> Plan:
+        heavy = self.count("heavy", context, "the context")
+        recent = self.count("recent", context, "the context")
+        return self.living_plan(context, shape, heavy + recent, recent)
+
+    def window(self, context: int) -> int:
+        return context
+
+    def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
+        mine = plan.layers[layer]
+        assert isinstance(mine, LivingPlan)
+        paid = by_head(prefill, layer, kernels)
+        paid[:, max(0, plan.context - mine.recent) :] = torch.inf
+        return torch.sort(paid, descending=True, stable=True).indices[:, : mine.kept].sort(-1).values
+
+    def paid(self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None) -> Value:
+        size, paid = (shape.kv_heads, plan.layers[index].kept), None
+        if known is not None:  # summed over a group's heads, as `judge` does
+            paid = by_head(known.prefill, index, known.kernels).gather(1, known.rows) * shape.group
+        return ops.secret(paid, size, Rank.SERVER)
+
+    def judge(self, view: View, attention: Value, before: Value | None) -> tuple[Value, int]:
+        """Summed over all queries so far and the heads of a group: at most one each."""
+        paid, m = attention.sum(1), view.m
+        old = paid[..., :-m] + before
+        most = view.shape.group * (int(view.positions[-1]) + 1)
+        return view.ops.cat([old, paid[..., -m:]], -1), 1 << most.bit_length()

@@ -1,0 +1,49 @@
+"""snapkv: the context cut to a fixed number of tokens by its last queries (arXiv 2404.14469)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels import Backend
+from mpcache.model import ModelShape
+from mpcache.policy.base import Budget, LayerPlan, Plan, Policy, by_head
+from mpcache.prefill import Prefill
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """cap: context tokens that stay, per KV head; the last `queries` among them.  queries: the last
+    ones, which vote.  pool: tokens over which votes are averaged, so that neighbours stay together.
+    """
+
+    name = "snapkv"
+    source = "SnapKV, arXiv 2404.14469"
+    needs = "the context's last queries"
+
+    cap: Budget = 0.2
+    queries: int = 32
+    pool: int = 5
+
+    def plan(self, context: int, shape: ModelShape) -> Plan:
+        if self.queries < 1:
+            raise self.fail("queries", "1 or more")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise self.fail("pool", "an odd number of tokens")
+        kept = self.count("cap", context, "the context")
+        return Plan(context, (LayerPlan(kept, kept, 0),) * shape.layers)
+
+    def window(self, context: int) -> int:
+        return min(context, self.queries)
+
+    def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
+        kept = plan.layers[layer].kept
+        last = min(self.queries, kept)
+        before = plan.context - last
+        votes = by_head(prefill, layer, kernels)[:, :before]  # (KV, T - last)
+        if before:
+            votes = torch.nn.functional.avg_pool1d(votes[:, None], self.pool, 1, self.pool // 2)[:, 0]
+        best = torch.sort(votes, dim=-1, descending=True, stable=True).indices[:, : kept - last]
+        window = torch.arange(before, plan.context, device=best.device).expand(len(best), last)
+        return torch.cat([best.sort(-1).values, window], -1)

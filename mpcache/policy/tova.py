@@ -1,0 +1,41 @@
+"""tova: at every step the token that the last query looks at least is dropped (arXiv 2401.06104)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels import Backend
+from mpcache.model import ModelShape
+from mpcache.ops import Value
+from mpcache.policy.base import Budget, Plan, View
+from mpcache.policy.evicting import Evicting
+from mpcache.prefill import Prefill
+
+
+@dataclass(frozen=True)
+class Tova(Evicting):
+    """cap: tokens that live, the same in all heads of a layer; attention is averaged over them."""
+
+    name = "tova"
+    source = "TOVA, arXiv 2401.06104"
+    needs = "the context's last query; an oblivious argmin per layer and step"
+
+    cap: Budget = 0.2
+
+    def plan(self, context: int, shape: ModelShape) -> Plan:
+        return self.living_plan(context, shape, self.count("cap", context, "the context"), 0)
+
+    def window(self, context: int) -> int:
+        return 1
+
+    def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
+        paid = kernels.window_importance(prefill.q_window[layer], prefill.k[layer], prefill.first_position)
+        best = torch.sort(paid, descending=True, stable=True).indices[: plan.layers[layer].kept]
+        return best.sort().values
+
+    def judge(self, view: View, attention: Value, before: Value | None) -> tuple[Value, int]:
+        """Of the last token's queries, summed over all heads: at most one each."""
+        last = attention[:, attention.shape[1] - view.shape.group :].sum(1)
+        return last.sum(0, keepdim=True), 1 << view.shape.heads.bit_length()

@@ -1,0 +1,230 @@
+"""What a session took, per party and all together: the JSON object and the cost card."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from mpcache.answer import PlainAnswer
+from mpcache.ledger import Entry, Ledger
+from mpcache.rank import Rank
+
+Reports = Mapping[Rank, "Report"]
+
+
+@dataclass
+class Phase:
+    """One phase at one party. Units: ms, rounds, payload bytes; offline is traffic with the dealer."""
+
+    ms: float = 0.0
+    rounds: int = 0
+    sent: int = 0
+    received: int = 0
+    offline_sent: int = 0
+    offline_received: int = 0
+
+
+@dataclass
+class Report:
+    """One party's account of a session. Phases: setup, context, question, decode1, decode2, ..."""
+
+    rank: int
+    context_tokens: int
+    question_tokens: int
+    kept_tokens: list[int]  # per layer
+    phases: dict[str, Phase] = field(default_factory=dict)
+    wire_bytes: int = 0  # both directions, all links, with frames' headers
+    prefill_ms: float = 0.0  # server: the pass over the context, and its eviction
+    kernels: str = ""  # server: which kernels it took
+    dealer_wait_ms: float = 0.0  # computing parties: waiting for the dealer, after set-up and context
+    token_ids: list[int] = field(default_factory=list)  # client
+    text: str = ""  # client
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Report:
+        return Report(**{**data, "phases": {name: Phase(**p) for name, p in data["phases"].items()}})
+
+    def steps(self) -> list[Phase]:
+        """The decode steps; the question's when it was answered by one token."""
+        found = [phase for name, phase in self.phases.items() if name.startswith("decode")]
+        return found or [self.phases["question"]]
+
+    def per_token(self, amount: str) -> float:
+        """The mean over decode steps of a field of Phase."""
+        return statistics.fmean(getattr(phase, amount) for phase in self.steps())
+
+
+def phases_of(ledger: Ledger, ms: Mapping[str, float]) -> dict[str, Phase]:
+    """What a ledger booked in each of these phases."""
+    entries: dict[str, Entry] = {name: Entry() for name in ms}
+    for step, entry in ledger.steps.items():
+        if (name := step.partition("/")[0]) in entries:
+            entries[name] += entry
+    return {name: Phase(ms[name], **asdict(entry)) for name, entry in entries.items()}
+
+
+def summary(
+    policy: str, protocol: str, leakage: str, reports: Reports, plain: PlainAnswer, plain_text: str
+) -> dict[str, Any]:
+    """One run as one JSON object. Units: ms, bytes, rounds; `_per_token` is the mean over decode steps."""
+    server, client, dealer = (reports[rank] for rank in Rank)
+    plain_ms = [ms for name, ms in plain.ms.items() if name.startswith("decode")] or [plain.ms["question"]]
+    private_ms = [phase.ms for phase in client.steps()]
+
+    def sent(name: str) -> int:
+        ends = (report.phases[name] for report in (server, client))
+        return sum(end.sent for end in ends) + dealer.phases[name].offline_sent
+
+    used = [name for name in client.phases if name.startswith("decode")] or ["question"]
+    offline = statistics.fmean(dealer.phases[name].offline_sent for name in used)
+    return {
+        "text": client.text,
+        "token_ids": client.token_ids,
+        "plaintext_text": plain_text,
+        "plaintext_token_ids": plain.ids,
+        "agreement": agreement(client.token_ids, plain.ids),
+        "policy": policy,
+        "protocol": protocol,
+        "leakage": leakage,
+        "context_tokens": client.context_tokens,
+        "question_tokens": client.question_tokens,
+        "kept_tokens": client.kept_tokens,
+        "prefill_ms": server.prefill_ms,
+        "kernels": server.kernels,
+        "setup_ms": client.phases["setup"].ms,
+        "setup_bytes": sent("setup"),
+        "context_bytes": sent("context"),
+        "private": {
+            "first_token_ms": client.phases["context"].ms + client.phases["question"].ms,
+            "ms_per_token": statistics.fmean(private_ms),
+            "ms_per_token_median": statistics.median(private_ms),
+            "ms_per_token_p95": p95(private_ms),
+            "token_ms": private_ms,
+            "rounds_per_token": whole(client.per_token("rounds")),
+            "online_bytes_per_token": whole((server.per_token("sent") + client.per_token("sent")) / 2),
+            "offline_bytes_per_token": whole(offline),
+            "question_rounds": client.phases["question"].rounds,
+            "dealer_wait_ms": client.dealer_wait_ms,
+            "wire_bytes": sum(report.wire_bytes for report in reports.values()) // 2,
+        },
+        "plaintext": {
+            "prefill_ms": plain.prefill_ms,
+            "first_token_ms": plain.prefill_ms + plain.ms["question"],
+            "ms_per_token": statistics.fmean(plain_ms),
+            "ms_per_token_median": statistics.median(plain_ms),
+            "ms_per_token_p95": p95(plain_ms),
+        },
+    }
+
+
+def agreement(one: Sequence[int], two: Sequence[int]) -> float:
+    """The share of places that hold the same token, over the longer of the two."""
+    places = max(len(one), len(two))
+    return sum(a == b for a, b in zip(one, two, strict=False)) / places if places else 1.0
+
+
+def p95(values: Sequence[float]) -> float:
+    """The smallest value that at least 95 % of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[-(-95 * len(ordered) // 100) - 1]
+
+
+def whole(value: float) -> int | float:
+    """5.0 as 5: the same rounds in every step give a whole number."""
+    return int(value) if value == int(value) else value
+
+
+# ------------------------------------------------------------------------------------- for people
+
+
+def size(n: float) -> str:
+    """Bytes in decimal units: 1234567 -> 1.23 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            break
+        n /= 1000
+    return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.3g} {unit}"
+
+
+def ms(n: float) -> str:
+    """Milliseconds, or seconds above a thousand: 4.31 ms, 12.5 s."""
+    if n >= 1000:
+        return f"{n / 1000:.3g} s"
+    return f"{n:.0f} ms" if n >= 100 else f"{n:.3g} ms"
+
+
+def number(n: float) -> str:
+    return f"{n:.0f}" if n == int(n) else f"{n:.1f}"
+
+
+def card(run: Mapping[str, Any]) -> Table:
+    """The cost card of one `summary`: private and plaintext side by side."""
+    private, plain = run["private"], run["plaintext"]
+    table = Table(
+        title=f"Cost card: policy {run['policy']}, protocol {run['protocol']}",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("")
+    table.add_column("private", justify="right", style="cyan")
+    table.add_column("plaintext", justify="right")
+    kept = sorted(set(run["kept_tokens"]))
+    rows: Iterable[tuple[str, str, str]] = [
+        ("tokens answered", str(len(run["token_ids"])), str(len(run["plaintext_token_ids"]))),
+        ("same tokens", f"{100 * run['agreement']:.0f} %", ""),
+        ("context tokens, kept", f"{run['context_tokens']}, {' or '.join(map(str, kept))}", "the same"),
+        ("prefill and eviction", ms(run["prefill_ms"]), ms(plain["prefill_ms"])),
+        ("first token, from the context on", ms(private["first_token_ms"]), ms(plain["first_token_ms"])),
+        ("time per token", ms(private["ms_per_token"]), ms(plain["ms_per_token"])),
+        ("rounds per token", number(private["rounds_per_token"]), ""),
+        ("online bytes per token and party", size(private["online_bytes_per_token"]), ""),
+        ("offline bytes per token (dealer)", size(private["offline_bytes_per_token"]), ""),
+        ("set-up (once per model)", f"{size(run['setup_bytes'])}, {ms(run['setup_ms'])}", ""),
+        ("context transfer (once per document)", size(run["context_bytes"]), ""),
+        ("leakage beyond public sizes", run["leakage"], "everything"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def comparison(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Each run in two rows: private, by the protocol's name, and plain."""
+    table = Table(
+        title="Private against plaintext",
+        title_justify="left",
+        title_style="bold",
+        caption="first token: from the context on. Bytes per token: online of one computing party, "
+        "offline of the dealer. agree: tokens equal to the plain answer's.",
+        caption_justify="left",
+    )
+    for name in ("policy", "run"):
+        table.add_column(name, overflow="fold")
+    for name in ("kept", "prefill", "first token", "ms/token", "p95", "rounds", "online", "offline", "agree"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        private, plain = run["private"], run["plaintext"]
+        kept = f"{max(run['kept_tokens'])}/{run['context_tokens']}"
+
+        def times(one: Mapping[str, Any]) -> list[str]:
+            names = ("first_token_ms", "ms_per_token_median", "ms_per_token_p95")
+            return [ms(one[name]) for name in names]
+
+        traffic = [
+            number(private["rounds_per_token"]),
+            size(private["online_bytes_per_token"]),
+            size(private["offline_bytes_per_token"]),
+        ]
+        agree = f"{100 * run['agreement']:.0f} %"
+        table.add_row(
+            run["policy"], run["protocol"], kept, ms(run["prefill_ms"]), *times(private), *traffic, agree
+        )
+        table.add_row("", "plain", "", ms(plain["prefill_ms"]), *times(plain), end_section=True)
+    return table

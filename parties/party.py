@@ -1,0 +1,261 @@
+"""`mpcache-party`: one of the three parties, as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from mpcache.answer import Sampling
+from mpcache.config import Settings, Timeouts, load_settings
+from mpcache.errors import BadInput, MpcacheError, PortInUse
+from mpcache.inputs import DEMO_DOCUMENT, demo_question, no_shaping, read_text
+from mpcache.ledger import Ledger
+from mpcache.model import demo_model_dir, load_model
+from mpcache.policy import parse
+from mpcache.rank import Rank
+from mpcache.report import Report, ms, number, size
+from mpcache.signals import ignore_signals, stop_on_signals
+from parties.grpc_link import Network, connect_all
+from parties.run import Document, Question, ask, deal, serve
+from parties.session import agree
+
+TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 110},
+)
+
+
+@dataclass
+class Voice:
+    """What this party says: lines for people, or (`events`) JSON lines for the process that started it."""
+
+    events: bool
+    out: Any = field(default_factory=lambda: sys.stdout)
+
+    def event(self, kind: str, **values: Any) -> None:
+        if self.events:
+            print(json.dumps({"event": kind, **values}), file=self.out, flush=True)
+
+    def say(self, text: str) -> None:
+        if self.events:
+            self.event("say", text=text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def token(self, token: int, text: str) -> None:
+        """token: its id, or -1 for text that was held back until the end."""
+        if self.events:
+            self.event("token", id=token, text=text)
+        else:
+            print(text, end="", file=self.out, flush=True)
+
+    def error(self, error: MpcacheError) -> None:
+        text = " ".join(str(error).split())
+        if self.events:
+            self.event("error", name=type(error).__name__, text=text, exit_code=error.exit_code)
+        else:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+
+    def report(self, report: Report) -> None:
+        self.event("report", report=report.to_dict())
+        if not self.events:
+            if report.rank == Rank.CLIENT:
+                print(file=self.out, flush=True)
+            print(closing_line(report), file=sys.stderr, flush=True)
+
+
+def closing_line(report: Report) -> str:
+    """One party's session in one line."""
+    who = Rank(report.rank).label
+    steps = len(report.phases) - 2  # without set-up and context
+    offline = report.per_token("offline_sent") + report.per_token("offline_received")
+    parts = [f"{who}: done: {steps} token{'s' * (steps != 1)}, {ms(report.per_token('ms'))} each"]
+    if report.rank != Rank.DEALER:
+        parts.append(f"{number(report.per_token('rounds'))} rounds, {size(report.per_token('sent'))} sent")
+    parts.append(f"{size(offline)} {'sent' if report.rank == Rank.DEALER else 'from the dealer'}")
+    return ", ".join(parts)
+
+
+@app.command()
+def party(
+    rank: Annotated[int, typer.Option(min=0, max=2, help="0: server, 1: client, 2: dealer.")],
+    config: Annotated[Path | None, typer.Option(help="What all parties agree on: a YAML file.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Server: a Hugging Face folder. [the demo model]")
+    ] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="Server: the document, a text file. [the demo's]")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="Client: the question. [the demo's]")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="NAME[:key=value,...], as `mpcache policies` lists.")
+    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="fast or stock.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Client: 0 is greedy. [0]")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Client: share of probability to draw from. [1]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Client: seed of the draws. [0]")] = None,
+    stop_at_eos: Annotated[
+        bool, typer.Option(help="Client: end at the model's end token; the answer's length is public then.")
+    ] = True,
+    connect_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the others.")] = None,
+    events: Annotated[
+        bool,
+        typer.Option("--events", help="JSON lines on stdout; ends when stdin closes: for a parent process."),
+    ] = False,
+) -> None:
+    """Run one party until the answer is complete. Start all three, in any order.
+
+    Without flags: the demo model, document and question, over loopback.
+    """
+    me, voice = Rank(rank), Voice(events)
+    if events:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    stop_on_signals(me.label)
+    torch.set_num_threads(1)  # three parties with a thread per core each would fight for the cores
+    settings = Settings()
+    try:
+        settings = load_settings(
+            config,
+            {
+                "public.policy": policy,
+                "public.protocol": protocol,
+                "public.max_new_tokens": max_new_tokens,
+                "timeouts.connect_s": connect_timeout,
+            },
+        )
+        try:
+            _check_flags(me, {"model": (Rank.SERVER, model), "context": (Rank.SERVER, context),
+                              "question": (Rank.CLIENT, question), "temperature": (Rank.CLIENT, temperature),
+                              "top-p": (Rank.CLIENT, top_p), "seed": (Rank.CLIENT, seed)})  # fmt: skip
+            no_shaping(settings.public.network)
+            parse(settings.public.policy)
+            sampling = Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, seed or 0)
+            own = _own(me, model, context, question, sampling, stop_at_eos)
+            ledger = Ledger()
+            network = connect_all(me, settings, ledger, voice.say)
+        except (BadInput, PortInUse) as error:
+            voice.error(error)
+            _tell_others(me, settings, str(error))
+            raise typer.Exit(error.exit_code) from None
+        with network:
+            agree(network.links, me, settings.public.flat())
+            report = _run(me, network, ledger, settings, own, voice)
+            voice.report(report)
+    except MpcacheError as error:
+        voice.error(error)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _check_flags(me: Rank, flags: dict[str, tuple[Rank, object]]) -> None:
+    """A document given to the client is a mistake that should not pass in silence."""
+    for name, (owner, value) in flags.items():
+        if value is not None and owner is not me:
+            raise BadInput(
+                f"--{name} belongs to the {owner.label} (--rank {int(owner)}), this is the {me.label}"
+            )
+
+
+def _own(
+    me: Rank,
+    model: Path | None,
+    context: Path | None,
+    question: str | None,
+    sampling: Sampling,
+    stop_at_eos: bool,
+) -> Document | Question | None:
+    """What this party brings, read and checked before it connects. Raises BadInput."""
+    match me:
+        case Rank.SERVER:
+            text = read_text(context or DEMO_DOCUMENT)
+            loaded = load_model(model or demo_model_dir())
+            tokens = loaded.tokenizer.encode(text, bos=True)
+            allowed = loaded.shape.max_positions
+            if len(tokens) > allowed:
+                raise BadInput(
+                    f"the context has {len(tokens)} tokens, the model allows {allowed}; shorten it"
+                )
+            return Document(loaded, tokens, "cuda" if torch.cuda.is_available() else "cpu")
+        case Rank.CLIENT:
+            text = demo_question() if question is None else question
+            if not text.strip():
+                raise BadInput("the question is empty; give --question TEXT")
+            return Question(text, sampling, stop_at_eos)
+        case _:
+            return None
+
+
+def _run(
+    me: Rank,
+    network: Network,
+    ledger: Ledger,
+    settings: Settings,
+    own: Document | Question | None,
+    voice: Voice,
+) -> Report:
+    match own:
+        case Document():
+            return serve(network.links, ledger, settings.public, own, voice.say)
+        case Question():
+            return ask(network.links, ledger, settings.public, own, voice.say, voice.token)
+        case _:
+            return deal(network.links, ledger, settings.public, voice.say)
+
+
+def _tell_others(me: Rank, settings: Settings, reason: str) -> None:
+    """End the parties that wait for this one, as far as they can be reached soon."""
+    limit = min(TELL_S, settings.timeouts.connect_s)
+    hasty = settings.model_copy(update={"timeouts": Timeouts(connect_s=limit, recv_s=limit)})
+    network = Network(me, hasty, Ledger())
+    steps: list[Callable[[], None]] = []
+    if me is not Rank.CLIENT:
+        steps.append(lambda: network.listen(None))
+    if me is Rank.CLIENT:
+        steps.append(lambda: network.dial(Rank.SERVER, None))
+    if me is not Rank.DEALER:
+        steps.append(lambda: network.dial(Rank.DEALER, None))
+    steps.append(lambda: network.wait(lambda text: None))
+    for step in steps:
+        with suppress(MpcacheError):
+            step()
+    network.close(reason)
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin: when it is gone, so are we."""
+    with suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), 15)  # in order, if possible
+    time.sleep(5)
+    os._exit(143)
+
+
+def main() -> None:
+    try:
+        app()
+    except MpcacheError as error:  # told to stop while another error was told
+        sys.exit(error.exit_code)
+    finally:
+        ignore_signals()
+
+
+if __name__ == "__main__":
+    main()

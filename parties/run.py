@@ -1,0 +1,325 @@
+"""What each party does from connected links to the end of a session: one function per rank.
+
+    seeds -> facts -> SETUP -> CONTEXT -> QUESTION -> DECODE ... -> the account of it
+
+The three functions stand side by side: what one sends, another receives, in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import tokenizers
+import torch
+
+from kernels import Backend, backend
+from mpcache.answer import Sampling, TimedSession, answer, bind
+from mpcache.config import PublicConfig
+from mpcache.errors import Desync, ModelError
+from mpcache.ledger import Ledger
+from mpcache.link import Link
+from mpcache.model import Model, ModelShape
+from mpcache.policy import Bound
+from mpcache.prefill import prefill
+from mpcache.rank import Rank
+from mpcache.report import Report, ms, phases_of
+from mpcache.secure.fast import FastOps
+from mpcache.secure.party import ComputingParty, DealerParty
+from mpcache.secure.rng import SEED_BYTES, fresh_seed
+from mpcache.secure.stock import StockOps
+from mpcache.tokens import Tokenizer
+
+OPS: dict[str, type[FastOps] | type[StockOps]] = {"fast": FastOps, "stock": StockOps}
+AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds the tapes that wait
+TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
+
+Links = Mapping[Rank, Link]
+Say = Callable[[str], None]
+
+
+def quiet(text: str) -> None:
+    """No words."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """What the server brings. tokens: of the document, with BOS.  device: where it is read."""
+
+    model: Model
+    tokens: list[int]
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the client brings. Without `stop_at_eos` the answer's length tells nothing about it."""
+
+    text: str
+    sampling: Sampling = Sampling()
+    stop_at_eos: bool = True
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is public about a session, known to all before anything secret moves."""
+
+    shape: ModelShape
+    context: int  # tokens
+    question: int  # tokens
+    kernels: str
+    policy: Bound
+
+
+def serve(links: Links, ledger: Ledger, public: PublicConfig, own: Document, say: Say = quiet) -> Report:
+    """Rank 0: opens its masked weights, reads the document, evicts, and computes blindly."""
+    client, model = links[Rank.CLIENT], own.model
+    kernels, kernel_ms = _timed(backend(own.device))
+    party, wait = _computing_party(Rank.SERVER, links, ledger)
+
+    try:
+        vocabulary = (model.folder / "tokenizer.json").read_bytes()
+    except OSError as error:
+        raise ModelError(f"{model.folder}/tokenizer.json: cannot be read: {error.strerror}") from None
+    model_facts = {
+        "shape": model.shape.to_dict(),
+        "model_digest": model.digest,
+        "tokenizer_bytes": len(vocabulary),
+        "tokenizer_digest": hashlib.sha256(vocabulary).hexdigest(),
+        "context_tokens": len(own.tokens),
+        "kernels": kernels.name,
+    }
+    for link in links.values():
+        link.send_facts("facts/model", model_facts)
+    client.send("facts/tokenizer", [torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)])
+    facts = _facts(model_facts, client.recv_facts("facts/question"), public)
+
+    session = TimedSession(
+        OPS[public.protocol](Rank.SERVER, public.fraction_bits), party, facts.shape, facts.policy
+    )
+    session.setup(model.weights)
+    say(f"server: set-up: weights masked and opened in {ms(session.ms['setup'])}")
+    start = time.perf_counter()
+    window = facts.policy.policy.window(facts.context)
+    prefilled = prefill(model, own.tokens, own.device, window=window)
+    prefill_ms = 1000 * (time.perf_counter() - start)
+    session.context(prefilled, kernels)
+    prefill_ms += sum(kernel_ms)
+    del prefilled
+    say(
+        f"server: context of {facts.context} tokens, {facts.policy.plan.kept} kept: "
+        f"prefill and eviction {ms(prefill_ms)} (kernels: {facts.kernels})"
+    )
+
+    session.chunk(None, facts.question)
+    for step in range(1, public.max_new_tokens):
+        if not _more(client, step):
+            break
+        session.chunk(None, 1)
+    report = _report(Rank.SERVER, facts, ledger, session)
+    return replace(report, prefill_ms=prefill_ms, kernels=facts.kernels, dealer_wait_ms=wait.ms)
+
+
+def ask(
+    links: Links,
+    ledger: Ledger,
+    public: PublicConfig,
+    own: Question,
+    say: Say = quiet,
+    on_token: Callable[[int, str], None] = lambda token, text: None,
+) -> Report:
+    """Rank 1: learns the logits, chooses the tokens; `on_token` gets each with the text it settles."""
+    server, dealer = links[Rank.SERVER], links[Rank.DEALER]
+    party, wait = _computing_party(Rank.CLIENT, links, ledger)
+
+    model_facts = server.recv_facts("facts/model")
+    shape = _shape(model_facts)
+    tokenizer = _recv_tokenizer(server, model_facts, shape)
+    question = tokenizer.encode(own.text, bos=False)
+    question_facts = {"question_tokens": len(question)}
+    for link in (server, dealer):
+        link.send_facts("facts/question", question_facts)
+    facts = _facts(model_facts, question_facts, public)
+
+    session = TimedSession(
+        OPS[public.protocol](Rank.CLIENT, public.fraction_bits), party, facts.shape, facts.policy
+    )
+    session.setup(None)
+    say(f"client: set-up: masked weights received in {ms(session.ms['setup'])}")
+    session.context(None, None)
+    kept = facts.policy.plan.kept
+    say(f"client: asking {facts.question} tokens about {facts.context}, of which {kept} are kept ...")
+
+    def announce(step: int, more: bool) -> None:
+        for link in (server, dealer):
+            link.send_facts(_step_name(step), {"more": more})
+
+    stops = set(facts.shape.eos_ids) if own.stop_at_eos else set()
+    ids, stream, wait.ms = [], tokenizer.stream(), 0.0
+    choose = own.sampling.chooser()
+    for token in answer(session, question, public.max_new_tokens, choose, stops, announce):
+        ids.append(token)
+        on_token(token, stream.push(token))
+    if rest := stream.end():
+        on_token(-1, rest)
+    report = _report(Rank.CLIENT, facts, ledger, session)
+    return replace(report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids))
+
+
+def deal(links: Links, ledger: Ledger, public: PublicConfig, say: Say = quiet) -> Report:
+    """Rank 2: reads the same program by shapes alone and sends the correlated randomness ahead."""
+    server, client = links[Rank.SERVER], links[Rank.CLIENT]
+    seeds = {rank: fresh_seed() for rank in (Rank.SERVER, Rank.CLIENT)}
+    for rank, seed in seeds.items():
+        links[rank].send("seeds/tape", [_tensor(seed)])
+    party = DealerParty(dict(links), seeds, ledger)
+    facts = _facts(server.recv_facts("facts/model"), client.recv_facts("facts/question"), public)
+
+    ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits, device="meta")
+    session = TimedSession(ops, party, facts.shape, facts.policy)
+    session.setup(None)
+    say("dealer: set-up dealt; from now on a little ahead of the client")
+    session.context(None, None)
+
+    session.chunk(None, facts.question)
+    begun = 0  # steps that the client is known to have begun: the question, to start with
+    for step in range(1, public.max_new_tokens):
+        while begun < step - AHEAD:
+            begun += 1
+            if not _more(client, begun):
+                return _report(Rank.DEALER, facts, ledger, session)
+        session.chunk(None, 1)
+    while begun < public.max_new_tokens - 1:
+        begun += 1
+        if not _more(client, begun):
+            break
+    return _report(Rank.DEALER, facts, ledger, session)
+
+
+# ------------------------------------------------------------------------------------------ seeds
+
+
+class _Wait:
+    """A link to the dealer that adds up how long its reader waits, in ms."""
+
+    def __init__(self, link: Link) -> None:
+        self._link, self.ms = link, 0.0
+
+    def recv(self, *arguments: Any) -> list[torch.Tensor]:
+        start = time.perf_counter()
+        tensors = self._link.recv(*arguments)
+        self.ms += 1000 * (time.perf_counter() - start)
+        return tensors
+
+
+def _computing_party(me: Rank, links: Links, ledger: Ledger) -> tuple[ComputingParty, _Wait]:
+    """Takes a seed from the dealer and trades one with the peer: my `next` is its `prev`."""
+    peer, dealer = links[me.peer], links[Rank.DEALER]
+    seed_spec = [(torch.uint8, (SEED_BYTES,))]
+    (tape,) = dealer.recv("seeds/tape", seed_spec)
+    mine = fresh_seed()
+    (theirs,) = peer.exchange("seeds/pair", [_tensor(mine)])
+    pair = {"next": mine, "prev": _bytes(theirs)}
+    wait = _Wait(dealer)
+    party = ComputingParty(me, peer, cast(Link, wait), _bytes(tape), pair, fresh_seed(), ledger)
+    return party, wait
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
+
+
+# ------------------------------------------------------------------------------------------ facts
+
+
+def _facts(model: Mapping[str, Any], question: Mapping[str, Any], public: PublicConfig) -> Facts:
+    """Everything public, checked alike by all three. Raises BadInput, or Desync on facts that are none."""
+    shape = _shape(model)
+    context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
+    return Facts(
+        shape, context, asked, str(model.get("kernels", ""))[:80], bind(shape, public, context, asked)
+    )
+
+
+def _shape(facts: Mapping[str, Any]) -> ModelShape:
+    shape = facts.get("shape")
+    if not isinstance(shape, dict):
+        raise Desync("Desync: the server's facts hold no model shape; is it the same version?")
+    return ModelShape.from_dict(shape)
+
+
+def _count(facts: Mapping[str, Any], name: str) -> int:
+    value = facts.get(name)
+    if type(value) is not int or value < 0:
+        raise Desync(f"Desync: the fact {name} is {value!r:.60}, not a count; is it the same version?")
+    return value
+
+
+def _recv_tokenizer(server: Link, facts: Mapping[str, Any], shape: ModelShape) -> Tokenizer:
+    """The model's tokenizer, which is public: the client needs no model folder."""
+    length = _count(facts, "tokenizer_bytes")
+    if not 0 < length <= TOKENIZER_BYTES:
+        raise Desync(
+            f"Desync: the server's tokenizer has {length} bytes; at most {TOKENIZER_BYTES} are taken"
+        )
+    (data,) = server.recv("facts/tokenizer", [(torch.uint8, (length,))])
+    content = _bytes(data)
+    try:
+        inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ModelError(
+            "the server's tokenizer.json cannot be read; is its model folder complete?"
+        ) from error
+    return Tokenizer(inner, shape.vocab, shape.bos_id, hashlib.sha256(content).hexdigest())
+
+
+def _step_name(step: int) -> str:
+    """Outside the step's own name: what the decode program costs is booked apart from this."""
+    return f"more/decode{step}"
+
+
+def _more(client: Link, step: int) -> bool:
+    """Whether the client goes on to this decode step. The answer's length is public."""
+    more = client.recv_facts(_step_name(step)).get("more")
+    if not isinstance(more, bool):
+        raise Desync(f"Desync: the client says {more!r:.60} at {_step_name(step)}, not true or false")
+    return more
+
+
+# ---------------------------------------------------------------------------------------- account
+
+
+def _report(me: Rank, facts: Facts, ledger: Ledger, session: TimedSession) -> Report:
+    return Report(
+        rank=int(me),
+        context_tokens=facts.context,
+        question_tokens=facts.question,
+        kept_tokens=[layer.kept for layer in facts.policy.plan.layers],
+        phases=phases_of(ledger, session.ms),
+        wire_bytes=ledger.wire_bytes,
+    )
+
+
+def _timed(kernels: Backend) -> tuple[Backend, list[float]]:
+    """Kernels that also add how long each call took, in ms, to a list."""
+    took: list[float] = []
+
+    def timed(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = fn(*arguments)
+            took.append(1000 * (time.perf_counter() - start))
+            return result
+
+        return call
+
+    names = [f.name for f in fields(kernels) if f.name != "name"]
+    kernels = replace(kernels, **{name: timed(getattr(kernels, name)) for name in names})  # type: ignore[arg-type]
+    return kernels, took

@@ -1,0 +1,276 @@
+"""`mpcache audit`: rows, tables, the page in a browser, and one line for every mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from mpcache.audit import audit
+from mpcache.audit.page import page
+from mpcache.audit.rows import sweep
+from mpcache.audit.tables import duration, size
+from mpcache.cost import cost
+from mpcache.errors import BadInput, MpcacheError
+from mpcache.model import demo_model_dir, load_shape
+from mpcache.network import PROFILES
+from mpcache.shapes import NAMES, config_of
+
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(audit)
+SMALL = ["--context", "200", "--policy", "full", "--policy", "mpcache"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), terminal_width=120)
+
+
+def result_of(*arguments: str) -> dict[str, Any]:
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.exception
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def failure(*arguments: str) -> str:
+    done = run(*arguments)
+    assert isinstance(done.exception, MpcacheError), (done.exception, done.output)
+    text = str(done.exception)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+# ------------------------------------------------------------------------------------------- the rows
+
+
+def test_rows_hold_the_exact_cost() -> None:
+    found = result_of(*SMALL, "--network", "none,lan,wan")
+    assert len(found["rows"]) == 2 * 3
+    exact = cost(load_shape(demo_model_dir()), "mpcache", 200).total("decode")
+    for row in found["rows"]:
+        assert {
+            "policy", "protocol", "network", "context_tokens", "kept_tokens", "attended_tokens",
+            "rounds_per_token", "online_bytes_per_token", "offline_bytes_per_token",
+            "modelled_ms_per_token", "ratio_to_full", "leakage",
+        } <= set(row)  # fmt: skip
+        if row["policy"] == "full":
+            assert row["ratio_to_full"] == 1 and row["kept_tokens"] == row["attended_tokens"] == 200
+            continue
+        assert row["rounds_per_token"] == exact.rounds
+        assert row["online_bytes_per_token"] == exact.online
+        assert row["offline_bytes_per_token"] == exact.offline
+        assert row["kept_tokens"] == 150 and row["leakage"] == "none"
+        if profile := PROFILES.get(row["network"]):
+            compute = row["modelled_parts_ms"]["compute"]
+            model = profile.ms(exact.rounds, exact.critical, compute)
+            assert row["modelled_ms_per_token"] == pytest.approx(model, abs=0.01)
+
+
+@pytest.mark.parametrize("protocol", ["fast", "stock"])
+def test_parts_add_up(protocol: str) -> None:
+    small = ["--context", "64", "--policy", "mpcache", "--network", "lan", "--protocol", protocol]
+    (by_layer,), (by_op,) = (result_of(*small, "--by", by)["rows"] for by in ("layer", "op"))
+    for amount in ("rounds", "online_bytes", "offline_bytes"):
+        total = by_layer[f"{amount}_per_token"]
+        assert sum(part[amount] for part in by_layer["layers"]) + by_layer["outside_layers"][amount] == total
+        assert sum(part[amount] for part in by_op["ops"]) == total
+    assert [part["layer"] for part in by_layer["layers"]] == list(range(6))
+    assert all(isinstance(part["shares_selection"], bool) for part in by_layer["layers"])
+    assert {"embed", "softmax", "lm_head"} <= {part["op"] for part in by_op["ops"]}
+
+
+def test_all_policies_by_default_and_a_mean_over_an_answer() -> None:
+    fixed = ["--context", "200", "--network", "lan"]
+    one, mean = (result_of(*fixed, "--new-tokens", n)["rows"] for n in ("2", "6"))
+    assert {"full", "mpcache"} <= {row["policy"] for row in one}
+    (short,), (long,) = ([row for row in rows if row["policy"] == "full"] for rows in (one, mean))
+    assert long["rounds_per_token"] == short["rounds_per_token"]
+    assert long["online_bytes_per_token"] > short["online_bytes_per_token"]  # the cache grows
+
+
+def test_sweeps_make_grids() -> None:
+    assert sweep(["full", "mpcache"], ["n_keep=64,128", "fine=4,8"]) == [
+        "full", *(f"mpcache:n_keep={n},fine={f}" for n in (64, 128) for f in (4, 8)),
+    ]  # fmt: skip
+    grid = ["--context", "200", "--policy", "mpcache", "--sweep", "n_keep=64,128", "--network", "lan"]
+    assert [row["kept_tokens"] for row in result_of(*grid)["rows"]] == [64, 128]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packaged_shapes(name: str) -> None:
+    shape = load_shape(config_of(name))
+    found = result_of("--shape", name, "--context", "512", "--policy", "full", "--network", "lan")
+    assert found["model"]["layers"] == shape.layers and found["rows"][0]["rounds_per_token"] > 0
+
+
+def test_a_shape_without_weights_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(config_of("qwen2-0.5b").read_bytes())
+    for given in (tmp_path, tmp_path / "config.json"):
+        assert result_of("--shape", str(given), *SMALL)["model"]["kv_heads"] == 2
+
+
+def test_reference_shapes_are_priced_beyond_their_positions() -> None:
+    done = run("--shape", "llama-2-7b", "--context", "32768", "--policy", "full", "--network", "lan")
+    assert done.exit_code == 0 and "trained for 4096 tokens" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------ for people
+
+
+def test_tables() -> None:
+    done = run(*SMALL)
+    assert done.exit_code == 0
+    assert re.search(r"context 200 tokens, protocol fast", done.stdout)
+    assert re.search(r"mpcache +150/\d+ ", done.stdout)
+    for by, words in (("op", "mlp/gate"), ("layer", "each")):
+        assert words in run(*SMALL, "--by", by).stdout
+    assert (size(999), size(1000), size(437_250), size(1.5e12)) == ("999 B", "1 kB", "437 kB", "1.5 TB")
+    assert (duration(4.314), duration(5149.2), duration(12_500)) == ("4.31 ms", "5149 ms", "12.5 s")
+
+
+def test_csv(tmp_path: Path) -> None:
+    assert run(*SMALL, "--csv", str(tmp_path / "a.csv")).exit_code == 0
+    with (tmp_path / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and rows[0]["policy"] == "full" and int(rows[0]["rounds_per_token"]) > 0
+    assert run(*SMALL, "--by", "layer", "--csv", str(tmp_path / "b.csv")).exit_code == 0
+    with (tmp_path / "b.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4 * 6
+
+
+def test_explain_names_every_opening() -> None:
+    text = run("--explain", "mpcache", "--context", "100").stdout
+    for words in (
+        "Public, besides",
+        "Leaks beyond that: none",
+        "scores, masked",
+        "to client: logits for the client",
+        "EUROCRYPT 2021",
+        "from the dealer, ahead",
+    ):
+        assert words in text, words
+    rounds = [int(n) for n in re.findall(r": (\d+) rounds?,", text)]
+    assert sum(rounds) > 0
+    stock = run("--explain", "full", "--context", "40", "--protocol", "stock").stdout
+    assert "Escudero" not in stock and "masked by CrypTen" in stock
+
+
+# --------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "gpt5"], "--shape gpt5: no such folder, nor one of demo, gpt2"),
+        (["--context", "5000"], "beyond the model, which takes up to 1024"),
+        (["--shape", "gpt2", "--context", "5000"], "beyond the model"),
+        (["--context", "0"], "is not a number of tokens"),
+        (["--context", "many"], "is not a number of tokens"),
+        (["--context", "64,64"], "each once"),
+        (["--context", "64", "--policy", "mpcahe"], "did you mean mpcache"),
+        (["--context", "64", "--policy", "mpcache:n_keep=100"], "at a context of 64 tokens"),
+        (["--network", "fast"], "give none, lan, wan or RTT_MS:MBPS"),
+        (["--protocol", "slow"], "known: fast, stock"),
+        (["--by", "hour"], "give layer or op"),
+        (["--question", "0"], "give 1 or more"),
+        (["--sweep", "n_keep"], "is not key=value"),
+        (["--sweep", "nkeep=1,2"], "none of these policies has it"),
+        (["--sweep", "n_keep=1,2", "--sweep", "n_keep=3"], "given twice"),
+        (["--policy", "mpcache:n_keep=64", "--sweep", "n_keep=32,64"], "contradicts"),
+        (["--policy", "mpcache", "--sweep", "n_keep=a,b"], "n_keep='a' is not allowed"),
+        (["--policy", "oracle", "--context", "64"], "plaintext only"),
+        (["--report", "/nowhere/at/all.html"], "cannot be written"),
+        (["--csv", "/nowhere/at/all.csv"], "cannot be written"),
+        (["--quality", "/nowhere.json"], "cannot be read"),
+        (["--measure"], "mpcache compare"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments: list[str], words: str) -> None:
+    assert words in failure(*arguments)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"rows": [{"policy": "full"}]}', '[{"policy": "no", "accuracy": 1}]']
+)
+def test_a_quality_file_that_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "q.json").write_text(content)
+    failure("--quality", str(tmp_path / "q.json"), *SMALL)
+
+
+def test_a_damaged_config_is_told(tmp_path: Path) -> None:
+    config = json.loads(config_of("gpt2").read_text())
+    for change, words in (({"n_layer": -1}, "n_layer"), ({"architectures": ["BertModel"]}, "BertModel")):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        assert words in failure("--shape", str(tmp_path))
+
+
+def test_a_failed_audit_leaves_no_file(tmp_path: Path) -> None:
+    report = tmp_path / "r.html"
+    failure("--report", str(report), "--context", "64", "--policy", "mpcache:n_keep=100")
+    assert not report.exists()
+    with pytest.raises(BadInput):
+        sweep(["full"], ["n_keep=1"])
+
+
+# --------------------------------------------------------------------------------------------- the page
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    quality = [{"policy": "full", "accuracy": 0.99}, {"policy": "mpcache", "accuracy": 0.95}]
+    (folder / "q.json").write_text(json.dumps({"rows": quality}))
+    done = run(
+        "--context", "100,200", "--policy", "full", "--policy", "mpcache", "--report", str(folder / "r.html"),
+        "--quality", str(folder / "q.json"), "--protocol", "fast",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    return folder / "r.html"
+
+
+def test_the_page_needs_nothing_else(report: Path) -> None:
+    text = report.read_text()
+    assert not re.search(r"""(?:src|href|action)\s*=\s*["']?(?!data:)\w*:?//""", text)
+    assert "@import" not in text and "url(" not in text and "fetch(" not in text
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
+    assert {row["policy"] for row in data["rows"]} == {"full", "mpcache"} and data["command"]
+    assert all(row["ops"] for row in data["rows"])
+    assert report.stat().st_size < 300_000
+
+
+def test_data_cannot_end_its_script() -> None:
+    hostile = "</script><script>alert(1)</script>"
+    text = page({"shape": hostile, "rows": [], "quality": [{"policy": hostile, "accuracy": 1}]}, None)
+    assert hostile not in text and text.count("</script>") == 2
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_renders_in_a_browser(report: Path, tmp_path: Path, width: int) -> None:
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         f"--user-data-dir={tmp_path}", f"--window-size={width},1200", "--virtual-time-budget=3000",
+         "--enable-logging=stderr", "--dump-dom", report.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert not re.search(r"CONSOLE.*(Error|Uncaught)", done.stderr)
+    dom = done.stdout
+    assert 'data-ready="yes"' in dom  # the script ran to its end
+    body = re.search(r"<tbody>(.*?)</tbody>", dom, re.S)[1]  # type: ignore[index]
+    assert body.count("<tr>") == 2
+    assert dom.count("<rect") >= 2 * 2 * 4 and dom.count("<circle") == 2
+    assert "NaN" not in dom.partition('id="data"')[0] and "undefined" not in dom.partition('id="data"')[0]

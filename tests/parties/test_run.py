@@ -1,0 +1,261 @@
+"""A whole session: on local links, and between processes that fail in every way a user can meet."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.config import PublicConfig, Settings
+from mpcache.errors import BadInput, LinkError, MpcacheError, PeerFailed
+from mpcache.ledger import Ledger
+from mpcache.local_link import local_pair
+from mpcache.model import Model, load_model
+from mpcache.rank import Rank
+from mpcache.report import Report, summary
+from parties.grpc_link import connect_all
+from parties.run import AHEAD, Document, Question, ask, deal, serve
+from parties.session import agree
+from tests.parties.helpers import free_settings
+from tests.parties.processes import PARTY, SOON_S, errors_of, start, started, tiny_model, write_config
+
+S, C, D = Rank
+QUESTION = "the gate of"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Model) -> list[int]:
+    """A context of 90 tokens."""
+    text = "and the number of the gate of the city is in the book " * 20
+    return model.tokenizer.encode(text, bos=True)[:90]
+
+
+# ------------------------------------------------------------------------------------ local links
+
+
+def play(
+    public: PublicConfig, model: Model, tokens: list[int], question: Question
+) -> dict[Rank, Report | MpcacheError]:
+    """The three parties as threads; an error at one closes its links, as a process does."""
+    ledgers = {rank: Ledger() for rank in Rank}
+    links: dict[Rank, dict[Rank, Any]] = {rank: {} for rank in Rank}
+    for a, b in ((S, C), (S, D), (C, D)):
+        links[a][b], links[b][a] = local_pair(ledgers[a], ledgers[b], a, b, timeout=60)
+    jobs: dict[Rank, Callable[[], Report]] = {
+        S: lambda: serve(links[S], ledgers[S], public, Document(model, tokens)),
+        C: lambda: ask(links[C], ledgers[C], public, question),
+        D: lambda: deal(links[D], ledgers[D], public),
+    }
+
+    def body(rank: Rank) -> Report | MpcacheError:
+        torch.set_num_threads(1)
+        reason = f"{rank.label} failed"
+        try:
+            report = jobs[rank]()
+            reason = ""
+            return report
+        except MpcacheError as error:
+            reason = str(error)
+            return error
+        finally:
+            for link in links[rank].values():
+                link.close(reason)
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(Rank, pool.map(body, Rank), strict=True))
+
+
+def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
+    public = PublicConfig(policy="mpcache", max_new_tokens=4)
+    reports = play(public, model, tokens, Question(QUESTION, stop_at_eos=False))
+    assert all(isinstance(report, Report) for report in reports.values()), reports
+    server, client, dealer = (reports[rank] for rank in Rank)
+    asked = model.tokenizer.encode(QUESTION, bos=False)
+    bound = bind(model.shape, public, len(tokens), len(asked))
+    plain = plain_answer(model, bound, tokens, asked, 4, Sampling(), ())
+
+    assert client.token_ids == plain.ids
+    assert client.text == model.tokenizer.decode(plain.ids)
+    names = ["setup", "context", "question", "decode1", "decode2", "decode3"]
+    for report in (server, client, dealer):
+        assert list(report.phases) == names
+        assert (report.context_tokens, report.question_tokens) == (len(tokens), len(asked))
+        assert Report.from_dict(report.to_dict()) == report
+    for name in names:
+        ours, theirs, tape = (report.phases[name] for report in (server, client, dealer))
+        assert (ours.sent, ours.received, ours.rounds) == (theirs.received, theirs.sent, theirs.rounds)
+        assert tape.offline_sent == ours.offline_received + theirs.offline_received
+    assert server.prefill_ms > 0
+    assert client.dealer_wait_ms > 0
+    run = summary(public.policy, "fast", "none", reports, plain, client.text)  # type: ignore[arg-type]
+    last = [report.phases["decode2"] for report in (server, client, dealer)]
+    assert run["private"]["rounds_per_token"] == last[0].rounds
+    assert run["private"]["online_bytes_per_token"] == (last[0].sent + last[1].sent) / 2
+    assert run["private"]["offline_bytes_per_token"] == last[2].offline_sent
+    assert run["setup_bytes"] > 4 * sum(t.numel() for _, t in model.weights.items() if t.dim() == 2)
+    assert run["agreement"] == 1
+
+
+def test_the_end_token_ends_all_three(model: Model, tokens: list[int]) -> None:
+    """The dealer is told, too: it makes no more tapes than AHEAD beyond what is used."""
+    public = PublicConfig(policy="full", max_new_tokens=20)
+    asked = model.tokenizer.encode(QUESTION, bos=False)
+    bound = bind(model.shape, public, len(tokens), len(asked))
+    ids = plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
+    ends = replace(model, shape=replace(model.shape, eos_ids=(ids[1],)))
+    answered = ids[: ids.index(ids[1]) + 1]
+    reports = play(public, ends, tokens, Question(QUESTION))
+    server, client, dealer = (reports[rank] for rank in Rank)
+    assert isinstance(server, Report) and isinstance(client, Report) and isinstance(dealer, Report), reports
+    assert client.token_ids == answered
+    assert len(server.phases) == len(client.phases) == 2 + len(answered)
+    assert len(client.phases) <= len(dealer.phases) <= len(client.phases) + AHEAD
+
+
+def test_what_the_model_cannot_hold_is_the_same_line_everywhere(model: Model, tokens: list[int]) -> None:
+    public = PublicConfig(policy="full", max_new_tokens=100)
+    errors = play(public, model, tokens, Question(QUESTION))
+    words = "make .* tokens, the model allows 128; shorten the context or lower --max-new-tokens"
+    assert any(isinstance(error, BadInput) for error in errors.values())
+    for error in errors.values():
+        assert isinstance(error, BadInput | PeerFailed)
+        with pytest.raises(MpcacheError, match=words):
+            raise error
+
+
+# -------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def files(tmp_path: Path, model: Model, tokens: list[int]) -> tuple[Settings, Path, Path]:
+    """Settings on free ports; their file; the document."""
+    settings = free_settings(connect_s=60, recv_s=60)
+    public = PublicConfig(policy="full", max_new_tokens=25)
+    settings = settings.model_copy(update={"public": public})
+    document = tmp_path / "document.txt"
+    document.write_text(model.tokenizer.decode(tokens[:16]))
+    return settings, write_config(settings, tmp_path / "config.yaml"), document
+
+
+@pytest.mark.parametrize("victim", list(Rank))
+def test_a_party_killed_in_mid_answer(victim: Rank, folder: Path, files: tuple[Settings, Path, Path]) -> None:
+    _, config, document = files
+    flags: dict[Rank, list[object]] = {
+        S: ["--model", folder, "--context", document],
+        C: ["--question", QUESTION, "--no-stop-at-eos"],
+        D: [],
+    }
+    with started() as children:
+        for rank in (C, S, D):
+            children.append(start(PARTY, "--rank", int(rank), "--config", config, *flags[rank]))
+        client, server, dealer = children
+        assert client.stdout is not None
+        assert client.stdout.read(1), client.communicate()[1]  # the answer has begun
+        processes = {S: server, C: client, D: dealer}
+        os.kill(processes[victim].pid, signal.SIGKILL)
+        limit = time.monotonic() + SOON_S
+        for rank in set(Rank) - {victim}:
+            _, noise = processes[rank].communicate(timeout=limit - time.monotonic())
+            assert processes[rank].returncode == 3
+            (line,) = errors_of(noise)
+            assert f"lost {victim.label}: its process or the connection ended" in line
+
+
+BAD = {
+    "missing-model": (S, ["--model", "/no/such/folder"], 2, "/no/such/folder: no such model folder"),
+    "missing-document": (S, ["--context", "/no/document"], 2, "/no/document: cannot be read: No such file"),
+    "empty-question": (C, ["--question", " "], 2, "the question is empty"),
+    "policy": (D, ["--policy", "mpcach"], 2, r"unknown policy 'mpcach' \(did you mean mpcache\?\)"),
+    "policy-option": (C, ["--policy", "mpcache:nkeep=3"], 2, "no option 'nkeep'"),
+    "another's-flag": (C, ["--context", "x"], 2, "--context belongs to the server"),
+    "another-config": (D, ["--max-new-tokens", "26"], 3, "max_new_tokens is 25 at .*, 26 at dealer"),
+    "port": (S, [], 3, "is in use by another program"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_all(
+    case: str, folder: Path, files: tuple[Settings, Path, Path], tmp_path: Path
+) -> None:
+    """The bad party is a process; the two that wait for it learn the reason."""
+    settings, config, _ = files
+    rank, flags, code, words = BAD[case]
+
+    def wait(peer: Rank) -> LinkError:
+        with pytest.raises(LinkError) as caught, connect_all(peer, settings, Ledger()) as network:
+            agree(network.links, peer, settings.public.flat())
+            network[rank].recv_facts("facts/model")
+        return caught.value
+
+    with started() as children, socket.socket() as other, ThreadPoolExecutor(2) as pool:
+        if case == "port":
+            other.bind(("127.0.0.1", int(settings.addresses.server.rpartition(":")[2])))
+            other.listen()
+        peers = [pool.submit(wait, peer) for peer in set(Rank) - {rank}]
+        children.append(start(PARTY, "--rank", int(rank), "--config", config, *flags))
+        assert children[0].stderr is not None
+        lines = [children[0].stderr.readline()]
+        while lines[-1].startswith(f"{rank.label}: waiting"):
+            lines.append(children[0].stderr.readline())
+        begin = time.monotonic()  # the start of a process takes seconds on a busy machine
+        out, noise = children[0].communicate(timeout=SOON_S)
+        errors = [peer.result(timeout=SOON_S) for peer in peers]
+        assert time.monotonic() - begin < SOON_S
+    assert (children[0].returncode, out) == (code, "")
+    (line,) = errors_of("".join(lines) + noise)
+    for text in (line, *map(str, errors)):
+        assert "\n" not in text
+        assert re.search(words, text)
+
+
+def test_a_party_that_never_comes(files: tuple[Settings, Path, Path], folder: Path) -> None:
+    _, config, document = files
+    with started() as children:
+        for flags in (["--rank", 0, "--model", folder, "--context", document], ["--rank", 2]):
+            children.append(start(PARTY, "--config", config, "--connect-timeout", 2, *flags))
+        for child in children:
+            _, noise = child.communicate(timeout=60)
+            assert child.returncode == 3
+            (line,) = errors_of(noise)
+            assert "gave up waiting for client" in line
+
+
+def test_a_stop_signal_ends_all(files: tuple[Settings, Path, Path], folder: Path) -> None:
+    """One party is told to stop; the others hear why. (The stopped one is the server.)"""
+    _, config, document = files
+    with started() as children:
+        children.append(start(PARTY, "--config", config, "--rank", 1, "--question", QUESTION))
+        children.append(start(PARTY, "--config", config, "--rank", 2))
+        children.append(
+            start(PARTY, "--config", config, "--rank", 0, "--model", folder, "--context", document)
+        )
+        client, dealer, server = children
+        assert client.stdout is not None
+        client.stdout.read(1)
+        server.send_signal(signal.SIGTERM)
+        for child, code in ((server, 143), (client, 3), (dealer, 3)):
+            _, noise = child.communicate(timeout=SOON_S)
+            assert child.returncode == code
+            (line,) = errors_of(noise)
+            assert "server: stopped by SIGTERM" in line

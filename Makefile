@@ -17,7 +17,7 @@ $(READY): pyproject.toml requirements/tested.txt requirements/crypten.txt
 	@touch $(READY)
 
 demo: setup  ## the main job: three parties on this machine answer a private question
-	$(BIN)/mpcache generate
+	$(BIN)/mpcache generate --max-new-tokens 6
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"

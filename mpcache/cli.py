@@ -171,7 +171,7 @@ def compare(
     question: Question = None,
     config: Config = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help="May be given several times. [full, mpcache]")
+        list[str] | None, typer.Option(help="May be given several times. [full, and the default]")
     ] = None,
     protocol: Annotated[list[str] | None, typer.Option(help="May be given several times. [fast]")] = None,
     network: Network = None,
@@ -189,7 +189,7 @@ def compare(
     chosen = [
         _settings(config, one, way, network, max_new_tokens)
         for way in protocol or (None,)
-        for one in policy or ["full", "mpcache"]
+        for one in policy or ("full", None)
     ]
     bounds = [task.bind(settings.public) for settings in chosen]  # all are checked before the first runs
     runs = []

@@ -32,6 +32,9 @@ def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:
 
     def join(*parts: torch.Tensor | None) -> torch.Tensor | None:
         there = [p for p in parts if p is not None]
+        if there and there[0].is_meta:
+            columns = sum(p.shape[-1] for p in there)
+            return torch.empty(*there[0].shape[:-1], columns, device="meta")
         return torch.cat(there, -1) if there else None
 
     return {

@@ -62,7 +62,8 @@ def main() -> None:
                 f"{total.sent / 1e6:.3f} MB online, {total.offline_received / 1e6:.1f} MB offline"
             )
             for op, entry in ops.items():
-                print(f"    {op:<20} {entry.rounds:>3} rounds {entry.sent:>9} B {entry.offline_received:>10} B")
+                offline = entry.offline_received
+                print(f"    {op:<20} {entry.rounds:>3} rounds {entry.sent:>9} B {offline:>10} B")
 
 
 if __name__ == "__main__":

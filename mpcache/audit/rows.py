@@ -157,7 +157,8 @@ def sweep(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:
                 raise BadInput(f"--sweep {key} contradicts --policy {spec}, which sets it; leave one out")
         used |= set(has)
         grid += [_with(spec, choice) for choice in _combinations(values, has)]
-    if unknown := [key for key in values if key not in used]:
+    unknown = [key for key in values if key not in used]
+    if unknown:
         known = sorted({name for spec in policies for name in type(parse(spec)).__dataclass_fields__})
         options = ", ".join(known) or "none"
         raise BadInput(f"--sweep {unknown[0]}: none of these policies has it; options: {options}")

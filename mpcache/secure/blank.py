@@ -1,14 +1,14 @@
 """Tensors without values: what the dealer and the cost reading compute on.
 
 torch's meta tensors do the same, but each operation on them costs about as much as a small real one.
-A `Blank` infers an operation's result once per combination of shapes, on meta tensors, and remembers
-it: layers and tokens repeat themselves.
+A `Blank` infers an operation's result once per combination of shapes and remembers it: layers and
+tokens repeat themselves.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -66,23 +66,51 @@ def _operator(name: str) -> None:
     def method(self: Blank, *args: Any) -> Any:
         return infer(func, (self, *args), {})
 
-    setattr(Blank, name, method)
+    def elementwise(self: Blank, *args: Any) -> Any:
+        # The common case, without torch: integers of one dtype, broadcast.
+        other = args[0] if args else 0
+        if type(other) is int and not self.dtype.is_floating_point:
+            return self
+        if isinstance(other, Blank | torch.Tensor) and other.dtype == self.dtype:
+            if other.shape == self.shape:
+                return self
+            return Blank(tuple(torch.broadcast_shapes(self.shape, other.shape)), self.dtype)
+        return method(self, *args)
+
+    setattr(Blank, name, method if name in ("__matmul__", "__truediv__") else elementwise)
 
 
-for _name in "truediv add radd sub rsub mul rmul matmul and rand or xor lshift rshift neg invert".split():
+for _name in ["truediv", "matmul", "add", "radd", "sub", "rsub", "mul", "rmul", "and", "rand", "or", "xor", "lshift", "rshift", "neg", "invert"]:
     _operator(f"__{_name}__")
 
 
+_SMALL = 1 << 18  # elements up to which a result is inferred on zeros
+
+
 def infer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a torch function in which tensors have no values."""
+    """The result of a torch function in which tensors have no values.
+
+    Small ones are computed on zeros, which is quick; the others on meta tensors, whose first use
+    makes torch load its compiler for some seconds.
+    """
     try:
         key = (func, _key(args), _key(tuple(kwargs.items())))
         hash(key)
     except TypeError:
-        return _blanks(func(*_metas(args), **_metas(kwargs)))
-    if key not in _memory:
-        _memory[key] = _blanks(func(*_metas(args), **_metas(kwargs)))
+        key = None
+    if key is None or key not in _memory:
+        device = "cpu" if _elements((args, tuple(kwargs.values()))) <= _SMALL else "meta"
+        result = _blanks(func(*_stand_in(args, device), **_stand_in(kwargs, device)))
+        if key is None:
+            return result
+        _memory[key] = result
     return _memory[key]
+
+
+def _elements(x: Any) -> int:
+    if isinstance(x, Blank | torch.Tensor):
+        return math.prod(x.shape)
+    return sum(map(_elements, x)) if isinstance(x, tuple | list) else 0
 
 
 def _key(x: Any) -> Any:
@@ -95,21 +123,14 @@ def _key(x: Any) -> Any:
     return x
 
 
-def _metas(x: Any) -> Any:
-    if isinstance(x, Blank):
-        return _meta(tuple(x.shape), x.dtype)
-    if isinstance(x, torch.Tensor):
-        return x.to("meta")
+def _stand_in(x: Any, device: str) -> Any:
+    if isinstance(x, Blank | torch.Tensor):
+        return torch.zeros((), dtype=x.dtype, device=device).expand(x.shape)
     if isinstance(x, dict):
-        return {k: _metas(v) for k, v in x.items()}
+        return {k: _stand_in(v, device) for k, v in x.items()}
     if isinstance(x, tuple | list):
-        return type(x)(_metas(i) for i in x)
+        return type(x)(_stand_in(i, device) for i in x)
     return x
-
-
-@cache
-def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _blanks(x: Any) -> Any:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mpcache.secure.party import Party
 
 try:
-    import torch.onnx._internal.registration  # noqa: F401
+    importlib.import_module("torch.onnx._internal.registration")
 except ModuleNotFoundError:
     sys.modules["torch.onnx._internal.registration"] = importlib.import_module(
         "torch.onnx._internal.torchscript_exporter.registration"
@@ -228,12 +228,12 @@ def _install() -> None:
     crypten.communicator.get = lambda: communicator
     crypten.mpc.get_default_provider = lambda: provider
     crypten.generators.update({kind: _Generators(kind) for kind in crypten.generators})
+    replaced = {"generate_random_ring_element": _uniform, "generate_kbit_random_tensor": _uniform_bits}
     for module in list(sys.modules.values()):
         if module is not None and module.__name__.startswith("crypten"):
-            if hasattr(module, "generate_random_ring_element"):
-                module.generate_random_ring_element = _uniform
-            if hasattr(module, "generate_kbit_random_tensor"):
-                module.generate_kbit_random_tensor = _uniform_bits
+            for name, ours in replaced.items():
+                if hasattr(module, name):
+                    setattr(module, name, ours)
     cls = crypten.config.config.CrypTenConfig
     cls.config = _ThreadLocalConfig(crypten.cfg.config)
 

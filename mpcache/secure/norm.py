@@ -111,9 +111,7 @@ def rms_norm(side: Side, x: Share, eps: float, bits: int) -> Program[Share]:
     spread = math.log2(width) + 2 * x.bits
     low, high = math.floor(spread) + VARIANCE_LOW, min(61, math.ceil(spread) + VARIANCE_HIGH)
     scale = _ROOT_BITS - _ROOT.bits + spread / 2
-    root = yield from by_exponent(
-        side, total, low, high, _ROOT, lambda j: round(2.0 ** (scale - j / 2))
-    )
+    root = yield from by_exponent(side, total, low, high, _ROOT, lambda j: round(2.0 ** (scale - j / 2)))
     (d,) = yield from reveal(Opening(root - b, "factor, masked"))
     y = ab + e * b + a * d + side.first(e * d)
     return (yield from truncate(side, Share(y, x.bits + _ROOT_BITS), bits))

@@ -29,7 +29,7 @@ class Share:
     2^64 with the next truncation.
     """
 
-    data: torch.Tensor
+    data: Any  # torch.Tensor, or a Blank where there are only shapes
     bits: int
     owner: Rank | None = None
     ring: int = 64

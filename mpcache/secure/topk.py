@@ -61,8 +61,8 @@ class HotSelection(Selection):
         return self.slots().sum(-2)
 
     def scatter(self, weights: Share, ring: int = 56) -> Program[Share]:
-        """One round: only the weights are opened, modulo 2^ring. For each item i the dealer shares the weights'
-        masks rotated by rho_i, so that item i's mask stands at the public place rank_i + rho_i."""
+        """One round: only the weights are opened, modulo 2^ring. For each item i the dealer shares the
+        weights' masks rotated by rho_i: item i's mask stands at the public place rank_i + rho_i."""
         *rows, k, c = weights.shape
         n, size = self.hot.shape[-1], self.size
 

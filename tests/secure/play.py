@@ -62,7 +62,9 @@ def play(program: Callable[[Ops, Party, Rank], Any], protocol: str = "fast", bit
             Rank.CLIENT, client_peer, client_tape, seeds[Rank.CLIENT],
             {"prev": two, "next": one}, fresh_seed(), ledgers[Rank.CLIENT],
         ),
-        Rank.DEALER: DealerParty({Rank.SERVER: dealer_server, Rank.CLIENT: dealer_client}, seeds, ledgers[Rank.DEALER]),
+        Rank.DEALER: DealerParty(
+            {Rank.SERVER: dealer_server, Rank.CLIENT: dealer_client}, seeds, ledgers[Rank.DEALER]
+        ),
     }  # fmt: skip
     results: dict[Rank, Any] = {}
     errors: list[BaseException] = []

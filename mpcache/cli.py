@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
+from mpcache.audit.command import audit
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.errors import BadInput, MpcacheError
-from mpcache.inputs import DEMO_DOCUMENT, demo_question, no_shaping, read_text
+from mpcache.inputs import DEMO_DOCUMENT, demo_question, read_text
 from mpcache.launch import run_parties
 from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.policy import POLICIES, Bound
@@ -45,7 +46,9 @@ Config = Annotated[
 ModelDir = Annotated[Path | None, typer.Option("--model", help="A Hugging Face folder. [the demo model]")]
 Context = Annotated[Path | None, typer.Option(help="The server's document, a text file. [the demo's]")]
 Question = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
-Network = Annotated[str | None, typer.Option(help="none, lan, wan or RTT_MS:MBPS (only none, for now).")]
+Network = Annotated[
+    str | None, typer.Option(help="none, lan, wan or RTT_MS:MBPS: the links are slowed down to it.")
+]
 Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Share of probability to draw from.")]
@@ -245,7 +248,6 @@ def _settings(
             "public.max_new_tokens": tokens,
         },
     )
-    no_shaping(settings.public.network)
     return settings
 
 
@@ -269,6 +271,9 @@ def _progress(prefix: str = "") -> Iterator[tuple[Callable[[str], None], Callabl
         return
     with err.status(f"{prefix}starting the parties ...") as status:
         yield (lambda text: status.update(prefix + text)), status.stop
+
+
+app.command()(audit)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

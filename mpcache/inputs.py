@@ -25,11 +25,3 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise BadInput(f"{path}: is empty; the context needs at least one token")
     return text
-
-
-def no_shaping(network: str) -> None:
-    """Raises BadInput when a network profile is asked for."""
-    if network != "none":
-        raise BadInput(
-            f"network {network}: shaping the network is not available yet; leave it out, or give none"
-        )

@@ -19,7 +19,7 @@ import typer
 from mpcache.answer import Sampling
 from mpcache.config import Settings, Timeouts, load_settings
 from mpcache.errors import BadInput, MpcacheError, PortInUse
-from mpcache.inputs import DEMO_DOCUMENT, demo_question, no_shaping, read_text
+from mpcache.inputs import DEMO_DOCUMENT, demo_question, read_text
 from mpcache.ledger import Ledger
 from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import parse
@@ -145,7 +145,6 @@ def party(
             _check_flags(me, {"model": (Rank.SERVER, model), "context": (Rank.SERVER, context),
                               "question": (Rank.CLIENT, question), "temperature": (Rank.CLIENT, temperature),
                               "top-p": (Rank.CLIENT, top_p), "seed": (Rank.CLIENT, seed)})  # fmt: skip
-            no_shaping(settings.public.network)
             parse(settings.public.policy)
             sampling = Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, seed or 0)
             own = _own(me, model, context, question, sampling, stop_at_eos)

@@ -160,8 +160,8 @@ def sweep(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:
     unknown = [key for key in values if key not in used]
     if unknown:
         known = sorted({name for spec in policies for name in type(parse(spec)).__dataclass_fields__})
-        options = ", ".join(known) or "none"
-        raise BadInput(f"--sweep {unknown[0]}: none of these policies has it; options: {options}")
+        listed_options = ", ".join(known) or "none"
+        raise BadInput(f"--sweep {unknown[0]}: none of these policies has it; options: {listed_options}")
     for spec in grid:
         parse(spec)
     return grid

@@ -80,7 +80,11 @@ def _operator(name: str) -> None:
     setattr(Blank, name, method if name in ("__matmul__", "__truediv__") else elementwise)
 
 
-for _name in ["truediv", "matmul", "add", "radd", "sub", "rsub", "mul", "rmul", "and", "rand", "or", "xor", "lshift", "rshift", "neg", "invert"]:
+_NAMES = (
+    "truediv", "matmul", "add", "radd", "sub", "rsub", "mul", "rmul", "and",
+    "rand", "or", "xor", "lshift", "rshift", "neg", "invert",
+)  # fmt: skip
+for _name in _NAMES:
     _operator(f"__{_name}__")
 
 

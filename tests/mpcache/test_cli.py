@@ -157,7 +157,7 @@ BAD = {
     "unknown option": (["--policy", "mpcache:nkeep=9"], "no option 'nkeep'"),
     "impossible plan": (["--policy", "mpcache:n_keep=5000"], "n_keep=5000 is out of range"),
     "unknown protocol": (["--protocol", "slow"], "public.protocol is 'slow'"),
-    "network": (["--network", "lan"], "network lan: shaping the network is not available yet"),
+    "network": (["--network", "slow"], "must be none, lan, wan or RTT_MS:MBPS"),
     "temperature": (["--temperature", "-1"], "--temperature is -1; give 0"),
     "missing config": (["--config", "/no/config.yaml"], "/no/config.yaml: cannot be read"),
     "unknown flag": (["--bogus"], "No such option"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import heapq
 import socket
-import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -45,6 +44,11 @@ def milliseconds(links: tuple[FrameLink, FrameLink], sizes: list[int]) -> float:
         return 1000 * (time.monotonic() - begin)
 
 
+def quickest(links: tuple[FrameLink, FrameLink], sizes: list[int]) -> float:
+    """Of three runs: what else runs on this machine only ever adds time."""
+    return min(milliseconds(links, sizes) for _ in range(3))
+
+
 # ----------------------------------------------------------------------------------------- the model
 
 
@@ -75,7 +79,7 @@ def test_a_line_carries_one_message_after_the_other() -> None:
 @pytest.mark.parametrize(
     ("network", "sizes"),
     [
-        ("20:1000", [8] * 20),
+        ("60:1000", [8] * 20),
         ("20:100", [64_000] * 10),
         ("10:80", [3_000_000]),  # cut into frames
         ("4:200", [8, 100_000, 8, 8, 250_000, 1000] * 4),
@@ -85,9 +89,9 @@ def test_latency_over_grpc_is_the_models(network: str, sizes: list[int]) -> None
     profile = parse_network(network)
     assert profile is not None
     with grpc_networks(free_settings(), S, C) as (server, client):
-        bare = milliseconds((server[C], client[S]), sizes)
+        bare = quickest((server[C], client[S]), sizes)
     with grpc_networks(shaped(network), S, C) as (server, client):
-        found = milliseconds((server[C], client[S]), sizes)
+        found = quickest((server[C], client[S]), sizes)
     model = profile.ms(len(sizes), sum(sizes))
     assert found >= 0.99 * model  # never faster than the network
     assert found == pytest.approx(model + bare, rel=0.15, abs=3 * bare)
@@ -199,7 +203,7 @@ def test_shaping_is_as_slow_as_a_delaying_proxy() -> None:
     profile = parse_network(network)
     assert profile is not None
     with grpc_networks(shaped(network), S, C) as (server, client):
-        ours = statistics.median(milliseconds((server[C], client[S]), sizes) for _ in range(3))
+        ours = quickest((server[C], client[S]), sizes)
     settings = free_settings()
     with delaying_proxy(settings.addresses.server, profile) as address, ThreadPoolExecutor(2) as pool:
         addresses = Addresses(server=address, dealer=settings.addresses.dealer)
@@ -209,7 +213,7 @@ def test_shaping_is_as_slow_as_a_delaying_proxy() -> None:
         )
         server, client = ends
         try:
-            proxied = statistics.median(milliseconds((server[C], client[S]), sizes) for _ in range(3))
+            proxied = quickest((server[C], client[S]), sizes)
         finally:
             for party in (server, client):
                 party.close("the test is over")

@@ -92,13 +92,13 @@ class Rates:
 
     The defaults are what one core of a common server does with this package; they tell how policies
     compare, not how long your machine takes: that is measured (`mpcache compare`).
-    round_ms: what a round costs in calls and messages, without any network.
+    round_ms: what a round costs in calls and messages on one machine, without any network.
     """
 
     multiply_adds: float = 0.7e9
     key_blocks: float = 25e6
     random_bytes: float = 1.2e9
-    round_ms: float = 0.35
+    round_ms: float = 1.0
 
     def ms(self, rounds: int, multiply_adds: int, key_blocks: int, random_bytes: int) -> float:
         seconds = (

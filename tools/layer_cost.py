@@ -1,6 +1,6 @@
 """Rounds and bytes of one decoder layer, by the ledger, without any party running.
 
-    python tools/layer_cost.py [--context 1024] [POLICY ...]
+    python tools/layer_cost.py [--context 1024] [--protocol fast|stock] [POLICY ...]
 
 The layer is the one that the alternatives were measured on: D = 512, 8 heads of 64, FFN 2048, Llama
 style, everything secret. Prints each kind of layer of a policy (one that selects, one that shares).
@@ -16,6 +16,7 @@ from mpcache.policy import parse
 from mpcache.rank import Rank
 from mpcache.secure.fast import FastOps
 from mpcache.secure.party import ShapeParty
+from mpcache.secure.stock import StockOps
 from mpcache.session import Session
 
 SHAPE = ModelShape(
@@ -26,10 +27,11 @@ PAPER = "mpcache:n_keep=1024,coarse=32,fine=16,coarse_keep=0.5,fine_keep=0.2"
 STEP = "decode1"
 
 
-def layers(spec: str, context: int) -> list[dict[str, Entry]]:
+def layers(spec: str, context: int, protocol: str) -> list[dict[str, Entry]]:
     """Per layer, what each of its operations costs in one decode step."""
     party = ShapeParty(Rank.SERVER)
-    session = Session(FastOps(Rank.SERVER, device="meta"), party, SHAPE, parse(spec).bind(context, SHAPE))
+    ops = (FastOps if protocol == "fast" else StockOps)(Rank.SERVER, device="meta")
+    session = Session(ops, party, SHAPE, parse(spec).bind(context, SHAPE))
     session.setup(None)
     session.context(None, None)
     session.chunk(None, 1)
@@ -47,10 +49,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--context", type=int, default=1024)
     arguments.add_argument("policies", nargs="*", default=["full", PAPER])
+    arguments.add_argument("--protocol", choices=("fast", "stock"), default="fast")
     given = arguments.parse_args()
     for spec in given.policies:
         shown: set[tuple[int, int]] = set()
-        for number, ops in enumerate(layers(spec, given.context)):
+        for number, ops in enumerate(layers(spec, given.context, given.protocol)):
             total = Entry()
             for entry in ops.values():
                 total += entry
@@ -58,7 +61,7 @@ def main() -> None:
                 continue
             shown.add((total.rounds, total.sent))
             print(
-                f"{spec} at {given.context}, layer {number}: {total.rounds} rounds, "
+                f"{given.protocol}, {spec} at {given.context}, layer {number}: {total.rounds} rounds, "
                 f"{total.sent / 1e6:.3f} MB online, {total.offline_received / 1e6:.1f} MB offline"
             )
             for op, entry in ops.items():

@@ -226,14 +226,16 @@ class Clustered(Policy):
         if not due and choice is None:  # no more clusters than are attended to
             return (yield from super().attend(view, q))
 
-        made: Program[Choice]
+        made: Program[Choice | None]
+        picks: list[Pick] = []
         clusters = leader.clusters if choice is None else choice.clusters
         end = plan.sink + clusters * plan.sizes[0]
         if choice is None:
             scores, levels = yield from at("scores", self._scores(view, mine, q))
             tokens = self._fold(view, scores[..., plan.sink : end])
             tokens, picks = yield from self._pick(ops, plan, levels, tokens)
-            made = at("select/keep", _keep(picks, clusters))
+            # A slot matrix that is used once puts the weights back for less than it costs to keep.
+            made = at("select/keep", _keep(picks, clusters)) if self._reused(view) else local(None)
         else:
             scores = yield from at("scores", ops.scores(q, view.layer.k))
             tokens = self._fold(view, scores[..., plan.sink : end])
@@ -250,12 +252,21 @@ class Clustered(Policy):
 
         def spread() -> Program[Value]:
             """The weights back at their tokens' places, where resident V waits for them."""
-            w = split(self._fold(view, e[..., :n]), choice.slots)
-            w = self._unfold(view, flat((yield from at("scatter", choice.selection.scatter(w)))))
+            w = self._fold(view, e[..., :n])
+            if choice is None:
+                w = yield from at("scatter", _put_back(picks, w))
+            else:
+                w = flat((yield from at("scatter", choice.selection.scatter(split(w, choice.slots)))))
+            w = self._unfold(view, w)
             return ops.cat([e[..., n : n + plan.sink], w, e[..., n + plan.sink :]], -1)
 
         out, _ = yield from average(view, spread(), total)
         return out
+
+    def _reused(self, view: View) -> bool:
+        """Whether another layer, or this one in a later step, will use this layer's choice."""
+        followers = [plan for i, plan in enumerate(view.plan.layers) if i != view.index]
+        return self.refresh > 1 or any(getattr(plan, "leader", None) == view.index for plan in followers)
 
     def _due(self, view: View, plan: ClusterPlan, mine: Clusters) -> bool:
         """Whether this step chooses: public, by counting."""
@@ -329,6 +340,13 @@ class Pick:
     selection: Selection
     slots: int
     items: int
+
+
+def _put_back(picks: Sequence[Pick], w: Value) -> Program[Value]:
+    """The chosen tokens' weights (*rows, tokens) to all tokens' places, from the finest level up."""
+    for pick in reversed(picks):
+        w = flat((yield from pick.selection.scatter(split(w, pick.slots))))
+    return w
 
 
 def _keep(picks: Sequence[Pick], clusters: int) -> Program[Choice]:

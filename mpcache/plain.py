@@ -52,7 +52,7 @@ class PlainOps(Ops):
         self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, bits: int | None = None
     ) -> torch.Tensor:
         assert value is not None, "the plain reading knows every input"
-        return value.float().reshape(tuple(shape))
+        return value.float().cpu().reshape(tuple(shape))
 
     def settle(self, x: torch.Tensor) -> Program[torch.Tensor]:
         return local(x)

@@ -46,7 +46,7 @@ class FastOps(Ops):
             return Share(Blank(tuple(shape)), bits, owner)
         if value is None or self.side.rank is not owner:
             return Share(torch.zeros(tuple(shape), dtype=torch.int64), bits, owner)
-        return Share(encode(value, bits).reshape(tuple(shape)), bits, owner)
+        return Share(encode(value.cpu(), bits).reshape(tuple(shape)), bits, owner)
 
     def fit(self, x: Share, bits: int | None = None) -> Program[Share]:
         """x at `bits` fraction bits, exactly; free if it has no more."""

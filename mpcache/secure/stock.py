@@ -91,7 +91,7 @@ class StockOps(Ops):
         if value is None or self.rank is not owner or self.device == "meta":
             data = torch.zeros(tuple(shape), dtype=torch.int64, device=self.device)
         else:
-            data = encode(value, bits).reshape(tuple(shape))
+            data = encode(value.cpu(), bits).reshape(tuple(shape))
         return Share(data, bits, owner)
 
     def settle(self, x: Share) -> Program[Share]:

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from mpcache.secure.correlations import Part, Request, cut
-from mpcache.secure.linear import masked
+from mpcache.secure.linear import affine, masked, raised
 from mpcache.secure.program import Program, draw, reveal
 from mpcache.secure.shares import Share, encode
 from mpcache.secure.side import Side
@@ -83,16 +83,11 @@ def activate(side: Side, x: Share, kind: str, bits: int) -> Program[Share]:
     parts = (Part(x.shape),) * 4 + (Part(shape),) * 6
     request = Request("activation", (Part(x.shape),), parts, derive)
     r, rc, rb, rcrc, rcrb, *waves = yield from draw(request)
-    (c,) = yield from reveal(
-        masked(x.data + side.constant(1 << (ring - 2), r) + r, ring, "masked for activation")
-    )
+    (c,) = yield from reveal(raised(side, x.data, r, ring, "masked for activation"))
     out = bits + _SHARED_BITS + _PUBLIC_BITS
     if c.is_meta:
         return Share(torch.empty_like(x.data), out)
-    # The truncated x is y = p + q rb - rc with public p and q (`truncate`).
-    top, low = (c >> (ring - 1)) & 1, (c & ((1 << (ring - 1)) - 1)) >> f
-    p = low - (1 << (ring - 2 - f)) + (top << (ring - 1 - f))
-    q = (1 - 2 * top) << (ring - 1 - f)
+    p, q = affine(c, f, ring)
     y = side.first(p) + q * rb - rc
     square = side.first(p * p) + (q * q + 2 * p * q) * rb + rcrc - 2 * p * rc - 2 * q * rcrb
     sin_r, cos_r, rc_sin, rc_cos, rb_sin, rb_cos = waves
@@ -121,12 +116,8 @@ def truncate_to_multiply(
 
     request = Request("truncation/product", (Part(x.shape),) * 2, (Part(x.shape),) * 4, derive)
     r, a, rc, rb, arc, arb = yield from draw(request)
-    (c,) = yield from reveal(
-        masked(x.data + side.constant(1 << (ring - 2), r) + r, ring, "masked for truncation")
-    )
-    top, low = (c >> (ring - 1)) & 1, (c & ((1 << (ring - 1)) - 1)) >> f
-    p = low - (1 << (ring - 2 - f)) + (top << (ring - 1 - f))
-    q = (1 - 2 * top) << (ring - 1 - f)
+    (c,) = yield from reveal(raised(side, x.data, r, ring, "masked for truncation"))
+    p, q = affine(c, f, ring)
     y = side.first(p) + q * rb - rc
     ay = p * a + q * arb - arc
 

@@ -19,6 +19,19 @@ def masked(x: torch.Tensor, ring: int, why: str, sender: Rank | None = None) -> 
     return Opening(x, why, sender=sender, width=bytes_for(ring))
 
 
+def raised(side: Side, x: torch.Tensor, r: torch.Tensor, ring: int, why: str) -> Opening:
+    """Open x + 2^(ring-2) + r modulo 2^ring: what a truncation of |x| < 2^(ring-2) starts from."""
+    return masked(x + side.constant(1 << (ring - 2), r) + r, ring, why)
+
+
+def affine(c: torch.Tensor, f: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Public p and q of an opened `raised` value: x truncated by f bits is p + q rb - rc, with the
+    parts rc and rb of its mask (`correlations.cut`). rb xor msb(c) tells whether 2^(ring-1) was passed."""
+    top, low = (c >> (ring - 1)) & 1, (c & ((1 << (ring - 1)) - 1)) >> f
+    passed = ring - 1 - f
+    return low - (1 << (passed - 1)) + (top << passed), (1 - 2 * top) << passed
+
+
 def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     """To `bits` fraction bits and the whole ring: floor(x / 2^f) + {0, 1}, never off by a wrap.
 
@@ -31,13 +44,9 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     ring, f = x.ring, max(f, 0)
     data = x.data << max(0, bits - x.bits)
     r, rc, rb = yield from draw(correlations.truncation(x.shape, f, ring))
-    (c,) = yield from reveal(
-        masked(data + side.constant(1 << (ring - 2), r) + r, ring, "masked for truncation")
-    )
-    top, low = (c >> (ring - 1)) & 1, (c & ((1 << (ring - 1)) - 1)) >> f
-    carry = rb + side.first(top) - 2 * top * rb  # x + 2^(ring-2) + r passed 2^(ring-1)
-    y = side.first(low - (1 << (ring - 2 - f))) - rc + (carry << (ring - 1 - f))
-    return Share(y, bits)
+    (c,) = yield from reveal(raised(side, data, r, ring, "masked for truncation"))
+    p, q = affine(c, f, ring)
+    return Share(side.first(p) + q * rb - rc, bits)
 
 
 def resident(x: Share, ring: int = 64) -> Program[Resident]:

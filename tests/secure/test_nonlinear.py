@@ -88,13 +88,6 @@ def test_attention_output(n: int, scale: float) -> None:
     """softmax(s) V: relative to the largest value, 6e-4, flat scores and single peaks alike."""
     s, v = (torch.randn(4, 2, n) * scale).clamp(-200, 200), torch.randn(4, n, 8)
 
-    def protocol(ops, scores, values):  # type: ignore[no-untyped-def]
-        kept = yield from ops.keep(values, 56)
-        e, total = yield from ops.softmax(narrow(scores), None)
-        out = yield from ops.linear(e, kept)
-        inverse = yield from ops.reciprocal(total)
-        return (yield from ops.mul(out, inverse))
-
     def dividing(ops, scores, values):  # type: ignore[no-untyped-def]
         # The division in the open: only numerator and denominator are under test here.
         e, total = yield from ops.softmax(narrow(scores), None)

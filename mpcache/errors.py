@@ -31,6 +31,10 @@ class PolicyError(BadInput):
     """An unknown policy, an unknown option, or an option out of its range."""
 
 
+class OutOfRange(MpcacheError):
+    """A value left the range that a protocol is declared for: what follows from it would be wrong."""
+
+
 class LinkError(MpcacheError):
     """Something between two parties."""
 

@@ -37,7 +37,7 @@ class PlainSelection(Selection):
     def refine(self, finer: Selection, children: int) -> Program[Selection]:
         assert isinstance(finer, PlainSelection)
         parent = self.index.gather(-1, finer.index // children)
-        return local(PlainSelection(parent * children + finer.index % children, self.n * children))
+        return local(type(self)(parent * children + finer.index % children, self.n * children))
 
     def marks(self) -> torch.Tensor:
         return torch.zeros(*self.index.shape[:-1], self.n).scatter(-1, self.index, 1.0)

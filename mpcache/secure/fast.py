@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
+from mpcache.errors import OutOfRange
 from mpcache.ops import Ops, Selection
 from mpcache.rank import Rank
 from mpcache.rope import rotate
-from mpcache.secure import norm, softmax, topk
-from mpcache.secure.activation import activate, truncate_to_multiply
+from mpcache.secure import protocols, softmax
 from mpcache.secure.blank import Blank
-from mpcache.secure.linear import product, product_resident, resident, truncate
-from mpcache.secure.positive import positive
 from mpcache.secure.program import Opening, Program, reveal, together
 from mpcache.secure.shares import Resident, Share, cat, encode
 from mpcache.secure.side import Side
 
+VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
 WEIGHT_BITS = 20  # fraction bits of softmax weights; the largest of a row may be e^-4.6
 INVERSE_BITS = 28  # of the reciprocal of their sum
 AVERAGE_RING = 56  # weights times values: 20 + 16 fraction bits, up to 2^13 tokens, |value| < 32
@@ -34,6 +33,7 @@ class FastOps(Ops):
     """
 
     name = "fast"
+    do: Any = protocols  # or their meaning, `ideal`, in mpcache.secure.checked
 
     def __init__(self, rank: Rank, bits: int = 16, device: str = "cpu") -> None:
         self.bits, self.side = bits, Side(rank, device)
@@ -51,15 +51,27 @@ class FastOps(Ops):
     def fit(self, x: Share, bits: int | None = None) -> Program[Share]:
         """x at `bits` fraction bits, exactly; free if it has no more."""
         bits = self.bits if bits is None else bits
-        return (yield from truncate(self.side, x, bits)) if (x.bits, x.ring) != (bits, 64) else x
+        return (yield from self.do.truncate(self.side, x, bits)) if (x.bits, x.ring) != (bits, 64) else x
 
     def settle(self, x: Share) -> Program[Share]:
-        # A value below 2^14 needs no more of its ring than that.
-        return (yield from self.fit(replace(x, ring=min(x.ring, x.bits + 16))))
+        # A value that small needs no more of its ring than that.
+        return (yield from self.fit(replace(x, ring=min(x.ring, x.bits + VALUE_BITS + 2))))
 
     def keep(self, x: Share, ring: int = 48) -> Program[Resident]:
         x = yield from self.fit(x)
-        return (yield from resident(x, ring))
+        self._check_own(x)
+        return (yield from self.do.resident(x, ring))
+
+    def _check_own(self, x: Share) -> None:
+        """Who knows a value sees whether it is in range. Raises OutOfRange."""
+        if x.owner is not self.side.rank or isinstance(x.data, Blank) or x.data.numel() == 0:
+            return
+        low, high = (int(v) for v in x.data.aminmax())
+        if max(-low, high) >= 1 << (x.bits + VALUE_BITS):
+            raise OutOfRange(
+                f"{x.owner.label}: a weight, key or value of {max(-low, high) / 2**x.bits:.6g} is out of "
+                f"range; protocol fast holds less than {1 << VALUE_BITS}: the answer would be wrong"
+            )
 
     def join(self, parts: Sequence[Any], dim: int) -> Any:
         first, *rest = parts
@@ -74,14 +86,14 @@ class FastOps(Ops):
         # In the whole ring a product of three factors fits: no truncation before it.
         if x.bits > WEIGHT_BITS and not (x.ring == w.ring == 64 and x.bits + w.bits <= 3 * self.bits):
             x = yield from self.fit(x)
-        y = yield from product_resident(self.side, x, w)
+        y = yield from self.do.product_resident(self.side, x, w)
         if bias is None:
             return y
         return replace(y, data=y.data + (bias.data << (y.bits - bias.bits)))
 
     def scores(self, q: Share, keys: Resident) -> Program[Share]:
         q = yield from self.fit(q)
-        return softmax.narrow((yield from product_resident(self.side, q, keys.transpose(-1, -2))))
+        return self.do.narrow((yield from self.do.product_resident(self.side, q, keys.transpose(-1, -2))))
 
     def add(self, x: Share, y: Share) -> Program[Share]:
         x, y = yield from together(self.fit(x), self.fit(y))
@@ -94,33 +106,34 @@ class FastOps(Ops):
 
     def norm(self, x: Share, eps: float) -> Program[Share]:
         x = yield from self.fit(x)
-        return (yield from norm.rms_norm(self.side, x, eps, self.bits))
+        return (yield from self.do.rms_norm(self.side, x, eps, self.bits))
 
     def gate(self, kind: str, gate: Share, up: Share | None) -> Program[Share]:
         if up is None:
-            return replace((yield from activate(self.side, gate, kind, self.bits)), ring=56)
+            return replace((yield from self.do.activate(self.side, gate, kind, self.bits)), ring=56)
         acted, (_, times) = yield from together(
-            activate(self.side, gate, kind, self.bits), truncate_to_multiply(self.side, up, self.bits)
+            self.do.activate(self.side, gate, kind, self.bits),
+            self.do.truncate_to_multiply(self.side, up, self.bits),
         )
         acted = yield from self.fit(replace(acted, ring=56))
         return (yield from times(acted))
 
     def softmax(self, scores: Share, visible: torch.Tensor | None) -> Program[tuple[Share, Share]]:
-        return (yield from softmax.softmax(self.side, scores, visible, WEIGHT_BITS))
+        return (yield from self.do.softmax(self.side, scores, visible, WEIGHT_BITS))
 
     def weigh(self, weights: Share, values: Resident) -> Program[Share]:
-        y = yield from product_resident(self.side, weights, values, AVERAGE_RING)
+        y = yield from self.do.product_resident(self.side, weights, values, AVERAGE_RING)
         return (yield from self.fit(y, WEIGHT_BITS))
 
     def inverse(self, total: Share) -> Program[Share]:
         least = 2.0 ** -(2 * softmax.SLACK)  # e^-slack, and some
-        return (yield from norm.reciprocal(self.side, total, least, LONGEST, INVERSE_BITS))
+        return (yield from self.do.reciprocal(self.side, total, least, LONGEST, INVERSE_BITS))
 
     def times(self, x: Share, y: Share) -> Program[Share]:
-        return (yield from product(self.side, x, y, ring=AVERAGE_RING))
+        return (yield from self.do.product(self.side, x, y, ring=AVERAGE_RING))
 
     def positive(self, x: Share) -> Program[Share]:
-        return (yield from positive(self.side, x, POSITIVE_WIDTH))
+        return (yield from self.do.positive(self.side, x, POSITIVE_WIDTH))
 
     def scale(self, x: Share, factor: float) -> Share:
         return replace(x * round(factor * 2**16), bits=x.bits + 16)
@@ -139,7 +152,7 @@ class FastOps(Ops):
         self, scores: Share, k: int, values: Sequence[Share], limit: int = 512
     ) -> Program[tuple[Selection, list[Share]]]:
         width = scores.bits + (2 * limit - 1).bit_length() + 1  # differences stay below 2 limit
-        chosen, gathered = yield from topk.top(self.side, scores, k, values, width)
+        chosen, gathered = yield from self.do.top(self.side, scores, k, values, width)
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:

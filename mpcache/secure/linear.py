@@ -14,6 +14,11 @@ from mpcache.secure.shares import Resident, Share
 from mpcache.secure.side import Side, bytes_for
 
 
+def room(ring: int) -> int:
+    """What a truncation in a ring of so many bits is right for: |x_raw| below this."""
+    return 1 << (ring - 2)
+
+
 def masked(x: torch.Tensor, ring: int, why: str, sender: Rank | None = None) -> Opening:
     """An opening modulo 2^ring: so many bytes, and no more."""
     return Opening(x, why, sender=sender, width=bytes_for(ring))
@@ -21,7 +26,7 @@ def masked(x: torch.Tensor, ring: int, why: str, sender: Rank | None = None) -> 
 
 def raised(side: Side, x: torch.Tensor, r: torch.Tensor, ring: int, why: str) -> Opening:
     """Open x + 2^(ring-2) + r modulo 2^ring: what a truncation of |x| < 2^(ring-2) starts from."""
-    return masked(x + side.constant(1 << (ring - 2), r) + r, ring, why)
+    return masked(x + side.constant(room(ring), r) + r, ring, why)
 
 
 def affine(c: torch.Tensor, f: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:

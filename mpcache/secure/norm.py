@@ -87,7 +87,13 @@ def reciprocal(side: Side, x: Share, least: float, most: float, bits: int) -> Pr
 
 VARIANCE_LOW, VARIANCE_HIGH = -20, 17  # mean squares from 9.5e-7 to 1.3e5
 _ROOT = Table(torch.rsqrt, 14, 18)
-_ROOT_BITS = 38
+ROOT_BITS = 38
+
+
+def exponents(width: int, bits: int) -> tuple[int, int]:
+    """Sums of `width` squares of values with `bits` fraction bits lie in [2^low, 2^high)."""
+    spread = math.log2(width) + 2 * bits
+    return math.floor(spread) + VARIANCE_LOW, min(61, math.ceil(spread) + VARIANCE_HIGH)
 
 
 def rms_norm(side: Side, x: Share, eps: float, bits: int) -> Program[Share]:
@@ -108,10 +114,9 @@ def rms_norm(side: Side, x: Share, eps: float, bits: int) -> Program[Share]:
     total = total + side.constant(round(eps * width * 2.0 ** (2 * x.bits)), total)
 
     # rsqrt(total / width / 2^(2 bits)) = sqrt(width) 2^bits * rsqrt(u) * 2^(-j/2)
-    spread = math.log2(width) + 2 * x.bits
-    low, high = math.floor(spread) + VARIANCE_LOW, min(61, math.ceil(spread) + VARIANCE_HIGH)
-    scale = _ROOT_BITS - _ROOT.bits + spread / 2
+    low, high = exponents(width, x.bits)
+    scale = ROOT_BITS - _ROOT.bits + (math.log2(width) + 2 * x.bits) / 2
     root = yield from by_exponent(side, total, low, high, _ROOT, lambda j: round(2.0 ** (scale - j / 2)))
     (d,) = yield from reveal(Opening(root - b, "factor, masked"))
     y = ab + e * b + a * d + side.first(e * d)
-    return (yield from truncate(side, Share(y, x.bits + _ROOT_BITS), bits))
+    return (yield from truncate(side, Share(y, x.bits + ROOT_BITS), bits))

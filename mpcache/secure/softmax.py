@@ -27,10 +27,13 @@ from mpcache.secure.side import Side, drop
 GRID = 13  # fraction bits of narrow scores, which are 7/8 of the scores: 1.4e-4 a step
 NARROW = 24  # bits of the ring they live in: differences below 1024
 STEP = 2  # narrow scores per bucket of the histogram
-BUCKETS = 256  # |narrow score| < STEP * BUCKETS / 2
+BUCKETS = 256
+LARGEST = STEP * (BUCKETS // 2 - 1)  # |narrow score| stays below: a bucket may come out one too low
+LONGEST_ROW = 1 << 15  # scores of one row, to be counted in 16 bits
 SLACK = 2 * STEP * 8 / 7  # the bound lies at most so far above the maximum
 _LOW = 17  # the window: 2^17 steps
 _HIGH = 6  # 64 windows: more than any distance of two scores and the slack
+FARTHEST = 1 << (_LOW + _HIGH)  # steps between a score and the bound
 UNIT = 8 / 7 / (1 << GRID)  # a step, in scores
 WINDOW = UNIT * (1 << _LOW)  # 18.3: e^-18.3 = 1.1e-8 and smaller become zero
 _KEY_BITS, _PUBLIC_BITS = 43, 18  # fraction bits of e^(r - window) and of e^-(d + r)
@@ -50,8 +53,8 @@ def narrow(scores: Share) -> Share:
 def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[torch.Tensor]:
     """Shares (integers) of a c with max < c <= max + 4, of (*b, n) visible scores: (*b, 1). Two rounds.
 
-    |narrow score| < 256, n < 2^15. Each score's bucket becomes a one-hot vector; their sum tells for each
-    bucket how many scores lie in or above it; the buckets with any are counted.
+    |narrow score| < LARGEST, n < LONGEST_ROW. Each score's bucket becomes a one-hot vector; their sum
+    tells for each bucket how many scores lie in or above it; the buckets with any are counted.
     """
     bucket = drop(scores.data, scores.bits + STEP.bit_length() - 1) + side.constant(BUCKETS // 2, scores.data)
     hot = yield from rotated(side, bucket, BUCKETS, torch.int16)

@@ -60,7 +60,7 @@ class HotSelection(Selection):
     def marks(self) -> Share:
         return self.slots().sum(-2)
 
-    def scatter(self, weights: Share, ring: int = 56) -> Program[Share]:
+    def scatter(self, weights: Share, ring: int = chosen.RING) -> Program[Share]:
         """One round: only the weights are opened, modulo 2^ring. For each item i the dealer shares the
         weights' masks rotated by rho_i: item i's mask stands at the public place rank_i + rho_i."""
         *rows, k, c = weights.shape

@@ -11,11 +11,11 @@ import torch
 
 from kernels import Backend, backend
 from mpcache.config import PublicConfig
-from mpcache.errors import BadInput
+from mpcache.errors import BadInput, PolicyError
 from mpcache.model import Model, ModelShape
 from mpcache.plain import PlainOps
 from mpcache.policy import Bound, parse
-from mpcache.prefill import prefill
+from mpcache.prefill import Prefill, prefill
 from mpcache.secure.program import Program
 from mpcache.session import Session
 
@@ -70,9 +70,20 @@ def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -
             f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
             "--max-new-tokens"
         )
-    bound = parse(public.policy).bind(context, shape)
+    policy = parse(public.policy)
+    if policy.decided and policy.leak == "count":
+        raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
+    bound = policy.bind(context, shape)
     bound.check(public.protocol)
     return bound
+
+
+def decide(policy: Bound, shape: ModelShape, prefilled: Prefill, kernels: Backend) -> tuple[Bound, list[int]]:
+    """At the document's owner: the policy with what the document decides, and that. Raises PolicyError."""
+    if policy.policy.decided:
+        return policy, []
+    counts = policy.policy.decide(prefilled, kernels)
+    return policy.policy.given(counts).bind(policy.plan.context, shape), counts
 
 
 class TimedSession(Session):
@@ -139,7 +150,9 @@ def plain_answer(
     session = TimedSession(PlainOps(), None, model.shape, policy)
     session.setup(model.weights)
     start = time.perf_counter()
-    session.context(prefill(model, context, device, window=policy.policy.window(len(context))), kernels)
+    prefilled = prefill(model, context, device, window=policy.policy.window(len(context)))
+    session.policy, _ = decide(policy, model.shape, prefilled, kernels)
+    session.context(prefilled, kernels)
     result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start))
     with torch.no_grad():
         result.ids = list(answer(session, question, limit, sampling.chooser(), stops))

@@ -179,6 +179,7 @@ def cost(
     """
     if isinstance(policy, str):
         policy = parse(policy).bind(context, shape)
+    policy.priced()
     setup, operands = _setup(shape, protocol, bits)
     party = CostParty()
     session = Session(_remembered(protocol, bits), party, shape, policy)

@@ -176,10 +176,15 @@ def card(run: Mapping[str, Any]) -> Table:
     table.add_column("private", justify="right", style="cyan")
     table.add_column("plaintext", justify="right")
     kept = sorted(set(run["kept_tokens"]))
+    stay = " to " if len(kept) > 2 else " or "
     rows: Iterable[tuple[str, str, str]] = [
         ("tokens answered", str(len(run["token_ids"])), str(len(run["plaintext_token_ids"]))),
         ("same tokens", f"{100 * run['agreement']:.0f} %", ""),
-        ("context tokens, kept", f"{run['context_tokens']}, {' or '.join(map(str, kept))}", "the same"),
+        (
+            "context tokens, kept",
+            f"{run['context_tokens']}, {stay.join(map(str, sorted({kept[0], kept[-1]})))}",
+            "the same",
+        ),
         ("prefill and eviction", ms(run["prefill_ms"]), ms(plain["prefill_ms"])),
         ("first token, from the context on", ms(private["first_token_ms"]), ms(plain["first_token_ms"])),
         ("time per token", ms(private["ms_per_token"]), ms(plain["ms_per_token"])),

@@ -17,14 +17,14 @@ import tokenizers
 import torch
 
 from kernels import Backend, backend
-from mpcache.answer import Sampling, TimedSession, answer, bind
+from mpcache.answer import Sampling, TimedSession, answer, bind, decide
 from mpcache.config import PublicConfig
-from mpcache.errors import Desync, ModelError
+from mpcache.errors import Desync, ModelError, PolicyError
 from mpcache.ledger import Ledger
 from mpcache.link import Link
 from mpcache.model import Model, ModelShape
 from mpcache.policy import Bound
-from mpcache.prefill import prefill
+from mpcache.prefill import Prefill, prefill
 from mpcache.rank import Rank
 from mpcache.report import Report, ms, phases_of
 from mpcache.secure.fast import FastOps
@@ -106,6 +106,7 @@ def serve(links: Links, ledger: Ledger, public: PublicConfig, own: Document, say
     window = facts.policy.policy.window(facts.context)
     prefilled = prefill(model, own.tokens, own.device, window=window)
     prefill_ms = 1000 * (time.perf_counter() - start)
+    session.policy = (facts := _announce(links, facts, prefilled, kernels)).policy
     session.context(prefilled, kernels)
     prefill_ms += sum(kernel_ms)
     del prefilled
@@ -149,6 +150,7 @@ def ask(
     )
     session.setup(None)
     say(f"client: set-up: masked weights received in {ms(session.ms['setup'])}")
+    session.policy = (facts := _announced(server, facts)).policy
     session.context(None, None)
     kept = facts.policy.plan.kept
     say(f"client: asking {facts.question} tokens about {facts.context}, of which {kept} are kept ...")
@@ -182,6 +184,7 @@ def deal(links: Links, ledger: Ledger, public: PublicConfig, say: Say = quiet) -
     session = TimedSession(ops, party, facts.shape, facts.policy)
     session.setup(None)
     say("dealer: set-up dealt; from now on a little ahead of the client")
+    session.policy = (facts := _announced(server, facts)).policy
     session.context(None, None)
 
     session.chunk(None, facts.question)
@@ -246,6 +249,29 @@ def _facts(model: Mapping[str, Any], question: Mapping[str, Any], public: Public
     return Facts(
         shape, context, asked, str(model.get("kernels", ""))[:80], bind(shape, public, context, asked)
     )
+
+
+def _announce(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
+    """What the document decides about the plan becomes public, before the context phase."""
+    policy, counts = decide(facts.policy, facts.shape, prefilled, kernels)
+    if not facts.policy.policy.decided:
+        for link in links.values():
+            link.send_facts("facts/counts", {"counts": counts})
+    return replace(facts, policy=policy)
+
+
+def _announced(server: Link, facts: Facts) -> Facts:
+    """The other end of `_announce`. Raises Desync on counts that no such plan can have."""
+    policy = facts.policy.policy
+    if policy.decided:
+        return facts
+    counts = server.recv_facts("facts/counts").get("counts")
+    if not isinstance(counts, list) or any(type(n) is not int for n in counts):
+        raise Desync(f"Desync: the server announces counts {counts!r:.60}, not a list of whole numbers")
+    try:
+        return replace(facts, policy=policy.given(counts).bind(facts.context, facts.shape))
+    except PolicyError as error:
+        raise Desync(f"Desync: the server announces counts that do not fit: {error}") from None
 
 
 def _shape(facts: Mapping[str, Any]) -> ModelShape:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from kernels import backend
-from mpcache.answer import Sampling, answer
+from mpcache.answer import Sampling, answer, decide
 from mpcache.demo.documents import make_document
 from mpcache.errors import MpcacheError
 from mpcache.model import Model, demo_model_dir, load_model
@@ -46,8 +46,8 @@ def check(model: Model, spec: str, context: list[int], question: str, ranges: Ra
     policy = parse(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=policy.policy.window(len(context)))
     kernels = backend("cpu")
-    resolved = policy.policy.resolve(filled, kernels)
-    session = Session(CheckedOps(), ranges, model.shape, resolved.bind(len(context), model.shape))
+    policy, _ = decide(policy, model.shape, filled, kernels)
+    session = Session(CheckedOps(), ranges, model.shape, policy)
     session.setup(model.weights)
     session.context(filled, kernels)
     ids = model.tokenizer.encode(question, bos=False)

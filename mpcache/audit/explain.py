@@ -74,7 +74,7 @@ class Witness(CostParty):
 def explain(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Iterator[str]:
     """Lines of text, for the first decode step after the question."""
     policy = parse(spec)
-    bound = policy.bind(context, shape)
+    bound = policy.bind(context, shape).priced()
     yield f"{policy.spec}: {policy.source}" if getattr(policy, "source", "") else policy.spec
     yield ""
     yield f"Public, besides the model's shape (context {context} tokens, question {question} tokens):"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -129,8 +130,18 @@ class Policy(ABC):
         """The leak class with these options (`leaks`: with the default ones)."""
         return self.leaks
 
-    def resolve(self, prefill: Prefill, kernels: Backend) -> Policy:
-        """Server: what the document decides, decided, and public from then on (leak class `count`)."""
+    @property
+    def decided(self) -> bool:
+        """Whether the plan follows from public sizes. If not, `plan` gives the largest one, the owner of
+        the document `decide`s and announces counts, and all go on with `given` (leak class `count`)."""
+        return True
+
+    def decide(self, prefill: Prefill, kernels: Backend) -> list[int]:
+        """Server, plaintext: a number for each layer, by the document."""
+        return []
+
+    def given(self, counts: Sequence[int]) -> Policy:
+        """The policy with announced counts: decided. They are checked by `plan`, as any option is."""
         return self
 
     def window(self, context: int) -> int:
@@ -262,6 +273,15 @@ class Bound:
         if self.policy.plain_only and protocol != "plain":
             name = self.policy.name
             raise PolicyError(f"policy {name}: runs in plaintext only, not with protocol {protocol}")
+
+    def priced(self) -> Bound:
+        """Itself, if public sizes tell what it costs. Raises PolicyError."""
+        if not self.policy.decided:
+            raise PolicyError(
+                f"policy {self.policy.spec}: the document decides what stays; to price it, give the counts "
+                f"of a run for each of the {len(self.plan.layers)} layers, as in n_keep=512/256/..."
+            )
+        return self
 
     def fill(
         self, ops: Ops, shape: ModelShape, index: int, prefill: Prefill | None, kernels: Backend | None

@@ -8,12 +8,12 @@ too, so that a cluster is the same tokens in both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from kernels import Backend
-from mpcache.errors import PolicyError
 from mpcache.model import ModelShape
 from mpcache.policy.base import Budget, Budgets, Plan, tokens_of
 from mpcache.policy.clusters import Clustered, ClusterPlan
@@ -24,9 +24,10 @@ from mpcache.prefill import Prefill
 class MPCache(Clustered):
     """n_keep: context tokens that survive, for all layers or for each, as in 512/256/256.  queries: the
     last ones, which judge importance.  threshold: keep what has more than so much of some query's
-    attention, in place of n_keep (0: off; reveals the count).  sink, recent: tokens that always attend.
-    coarse, fine: tokens per cluster (0: 32 and 16, or 16 and 8 for contexts below 1024).  coarse_keep:
-    of the coarse clusters.  fine_keep: of all fine clusters.  dynamic: false for static eviction only.
+    attention, in place of n_keep (0: off; reveals the counts; n_keep beside it: counts to price).  sink,
+    recent: tokens that always attend.  coarse, fine: tokens per cluster (0: 32 and 16, or 16 and 8 for
+    contexts below 1024).  coarse_keep: of the coarse clusters.  fine_keep: of all fine clusters.
+    dynamic: false for static eviction only.
     """
 
     name = "mpcache"
@@ -59,13 +60,11 @@ class MPCache(Clustered):
             raise self.fail("fine", f"a divisor of coarse, {coarse}, or 0 for its half")
         if not 0 <= self.threshold < 1:
             raise self.fail("threshold", "0 to 1, an attention weight")
-        if self.threshold and not isinstance(self.n_keep, tuple):
-            raise PolicyError("policy mpcache: threshold needs the document: `resolve` it at its owner first")
         self.count("queries", context, "the context")
         for option in ("sink", "recent"):
             if getattr(self, option) < 0:
                 raise self.fail(option, "0 or more tokens")
-        kept = self.per_layer("n_keep", context, shape.layers)
+        kept = self.per_layer("n_keep", context, shape.layers) if self.decided else [context] * shape.layers
         leaders = self.leaders(shape.layers)
         layers = []
         for i, (n, leader) in enumerate(zip(kept, leaders, strict=True)):
@@ -84,16 +83,21 @@ class MPCache(Clustered):
     def window(self, context: int) -> int:
         return min(context, tokens_of(self.queries, context))
 
-    def resolve(self, prefill: Prefill, kernels: Backend) -> MPCache:
-        """With `threshold`: the counts it leads to, as a public n_keep."""
-        if not self.threshold:
-            return self
-        layers = len(prefill.k)
+    @property
+    def decided(self) -> bool:
+        return not self.threshold or self.n_keep != type(self).n_keep
+
+    def decide(self, prefill: Prefill, kernels: Backend) -> list[int]:
+        """Tokens of each layer above the threshold, at least one; a sharing layer keeps its leader's."""
         context = prefill.k[0].shape[1]
-        counts = [
-            int((self._importance(prefill, i, context, kernels) > self.threshold).sum())
-            for i in self.leaders(layers)
-        ]
+        leaders = self.leaders(len(prefill.k))
+        above = {
+            i: int((self._importance(prefill, i, context, kernels) > self.threshold).sum())
+            for i in set(leaders)
+        }
+        return [max(1, above[i]) for i in leaders]
+
+    def given(self, counts: Sequence[int]) -> MPCache:
         return replace(self, n_keep=tuple(counts))
 
     def _importance(self, prefill: Prefill, layer: int, context: int, kernels: Backend) -> torch.Tensor:

@@ -187,6 +187,10 @@ def test_explain_names_every_opening() -> None:
         (["--policy", "mpcache:n_keep=64", "--sweep", "n_keep=32,64"], "contradicts"),
         (["--policy", "mpcache", "--sweep", "n_keep=a,b"], "n_keep='a' is not allowed"),
         (["--policy", "oracle", "--context", "64"], "plaintext only"),
+        (
+            ["--policy", "mpcache:threshold=0.1", "--context", "64"],
+            "give the counts of a run for each of the",
+        ),
         (["--report", "/nowhere/at/all.html"], "cannot be written"),
         (["--csv", "/nowhere/at/all.csv"], "cannot be written"),
         (["--quality", "/nowhere.json"], "cannot be read"),

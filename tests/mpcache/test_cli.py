@@ -155,7 +155,22 @@ BAD = {
     "empty question": (["--question", ""], "the question is empty"),
     "unknown policy": (["--policy", "mpcach"], "did you mean mpcache"),
     "unknown option": (["--policy", "mpcache:nkeep=9"], "no option 'nkeep'"),
-    "impossible plan": (["--policy", "mpcache:n_keep=5000"], "n_keep=5000 is out of range"),
+    "budget above the context": (
+        ["--policy", "mpcache:n_keep=5000"],
+        "n_keep=5000 is out of range; allowed: 1 to 880",
+    ),
+    "no budget": (["--policy", "snapkv:cap=0"], "cap='0' is not allowed; give a count of 1 or more"),
+    "no pages": (["--policy", "quest:pages=0.0"], "pages='0.0' is not allowed; give a count of 1 or more"),
+    "clusters that do not nest": (
+        ["--policy", "mpcache:coarse=30,fine=16"],
+        "fine=16 is out of range; allowed: a divisor of coarse, 30",
+    ),
+    "sharing pairs": (
+        ["--policy", "mpcache:share=2-3/5-6"],
+        "share=2-3/5-6 is out of range; allowed: default, none, or layers 0 to 5",
+    ),
+    "two rules": (["--policy", "mpcache:threshold=0.1,n_keep=9"], "the document decides n_keep"),
+    "threshold": (["--policy", "mpcache:threshold=2.0"], "threshold=2.0 is out of range; allowed: 0 to 1"),
     "unknown protocol": (["--protocol", "slow"], "public.protocol is 'slow'"),
     "network": (["--network", "slow"], "must be none, lan, wan or RTT_MS:MBPS"),
     "temperature": (["--temperature", "-1"], "--temperature is -1; give 0"),

@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling, bind, plain_answer
+from kernels import backend
+from mpcache.answer import Sampling, bind, decide, plain_answer
 from mpcache.config import PublicConfig, Settings
-from mpcache.errors import BadInput, LinkError, MpcacheError, PeerFailed
+from mpcache.cost import cost
+from mpcache.errors import BadInput, Desync, LinkError, MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
 from mpcache.local_link import local_pair
 from mpcache.model import Model, load_model
+from mpcache.prefill import prefill
 from mpcache.rank import Rank
 from mpcache.report import Report, summary
 from parties.grpc_link import connect_all
@@ -115,6 +118,55 @@ def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
     assert run["private"]["offline_bytes_per_token"] == last[2].offline_sent
     assert run["setup_bytes"] > 4 * sum(t.numel() for _, t in model.weights.items() if t.dim() == 2)
     assert run["agreement"] == 1
+
+
+THRESHOLD = PublicConfig(policy="mpcache:threshold=0.1,coarse=8,fine=4", max_new_tokens=3)
+
+
+def test_what_the_document_decides_is_announced(model: Model, tokens: list[int]) -> None:
+    """Leak class count: all three go on with the numbers that the server found, and with them alone."""
+    reports = play(THRESHOLD, model, tokens, Question(QUESTION, stop_at_eos=False))
+    server, client, dealer = (reports[rank] for rank in Rank)
+    assert isinstance(server, Report) and isinstance(client, Report) and isinstance(dealer, Report), reports
+    asked = model.tokenizer.encode(QUESTION, bos=False)
+    bound = bind(model.shape, THRESHOLD, len(tokens), len(asked))
+    window = bound.policy.window(len(tokens))
+    known, _ = decide(bound, model.shape, prefill(model, tokens, window=window), backend("cpu"))
+    kept = [layer.kept for layer in known.plan.layers]
+    assert max(kept) < len(tokens) and len(set(kept)) > 1
+    assert server.kept_tokens == client.kept_tokens == dealer.kept_tokens == kept
+    assert client.token_ids == plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
+    # What it cost is what the audit says of these counts.
+    given = f"{THRESHOLD.policy},n_keep={'/'.join(map(str, kept))}"
+    priced = cost(model.shape, given, len(tokens), len(asked), new_tokens=3).total("decode")
+    steps = [client.phases[name] for name in ("decode1", "decode2")]
+    assert sum(step.rounds for step in steps) == priced.rounds
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ([0, 5, 5], "n_keep=0/5/5 is out of range; allowed: 1 to 90"),
+        ([5, 5, 91], "n_keep=5/5/91 is out of range; allowed: 1 to 90"),
+        ([5, 5], "n_keep=5/5 is out of range; allowed: one number, or one for each of the 3 layers"),
+        ([5, 5, 0.5], "not a list of whole numbers"),
+        ([5, True, 5], "not a list of whole numbers"),
+        ("5/5/5", "not a list of whole numbers"),
+        (None, "announces counts None"),
+    ],
+)
+def test_a_wrong_announcement_is_one_line(
+    said: Any, words: str, model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = decide
+    monkeypatch.setattr("parties.run.decide", lambda *arguments: (honest(*arguments)[0], said))
+    errors = play(THRESHOLD, model, tokens, Question(QUESTION))
+    assert isinstance(errors[C], Desync) and isinstance(errors[D], Desync), errors
+    assert isinstance(errors[S], PeerFailed)
+    for error in errors.values():
+        assert "\n" not in str(error)
+        with pytest.raises(MpcacheError, match=words):
+            raise error
 
 
 def test_the_end_token_ends_all_three(model: Model, tokens: list[int]) -> None:

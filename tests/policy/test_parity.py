@@ -144,14 +144,17 @@ def test_largest_attention_is_the_literal_one() -> None:
 def test_the_published_rule_reveals_a_count() -> None:
     policy: Policy = parse("mpcache:threshold=0.2,queries=0.5,sink=1,recent=2")
     assert policy.leak == "count" and parse("mpcache").leak == "none"
+    assert not policy.decided and parse("mpcache").decided
     s = shape(layers=2, heads=4, kv_heads=2, head_dim=D)
+    assert [layer.kept for layer in policy.plan(30, s).layers] == [30, 30]  # the most it can be
     counts = set()
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
         k = tuple(torch.randn(2, 30, D, generator=g) for _ in range(2))
         q = tuple(2 * torch.randn(4, 15, D, generator=g) for _ in range(2))
         prefilled = Prefill(k, k, q, 15, torch.zeros(1))
-        resolved = policy.resolve(prefilled, KERNELS)
+        resolved = policy.given(policy.decide(prefilled, KERNELS))
+        assert resolved.decided and resolved.leak == "count"
         plan = resolved.plan(30, s)
         for i in range(2):
             rows = policy.evict(prefilled, i, plan, KERNELS)

@@ -18,8 +18,8 @@ from rich.table import Table
 from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
 from mpcache.audit.command import audit
 from mpcache.config import PublicConfig, Settings, load_settings
-from mpcache.errors import BadInput, MpcacheError
-from mpcache.inputs import DEMO_DOCUMENT, demo_question, read_text
+from mpcache.errors import MpcacheError
+from mpcache.inputs import DEMO_DOCUMENT, read_question, read_text
 from mpcache.launch import run_parties
 from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.policy import POLICIES, Bound
@@ -46,6 +46,9 @@ Config = Annotated[
 ModelDir = Annotated[Path | None, typer.Option("--model", help="A Hugging Face folder. [the demo model]")]
 Context = Annotated[Path | None, typer.Option(help="The server's document, a text file. [the demo's]")]
 Question = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
+QuestionFile = Annotated[
+    Path | None, typer.Option(help="A file with the question, or - for stdin: not seen in the process list.")
+]
 Network = Annotated[
     str | None, typer.Option(help="none, lan, wan or RTT_MS:MBPS: the links are slowed down to it.")
 ]
@@ -75,16 +78,13 @@ class Task:
 
     @staticmethod
     def read(
-        model: Path | None, context: Path | None, question: str | None, sampling: Sampling, stop_at_eos: bool
+        model: Path | None, context: Path | None, question: str, sampling: Sampling, stop_at_eos: bool
     ) -> Task:
         """Everything but the weights; raises BadInput before any process is started."""
         folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
-        text = demo_question() if question is None else question
-        if not text.strip():
-            raise BadInput("the question is empty; give --question TEXT")
         shape, tokenizer = load_shape(folder), load_tokenizer(folder)
-        ids = tokenizer.encode(read_text(file), bos=True), tokenizer.encode(text, bos=False)
-        return Task(folder, file, text, shape, tokenizer, *ids, sampling, stop_at_eos)
+        ids = tokenizer.encode(read_text(file), bos=True), tokenizer.encode(question, bos=False)
+        return Task(folder, file, question, shape, tokenizer, *ids, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> Bound:
         return bind(self.shape, public, len(self.context), len(self.question))
@@ -96,14 +96,13 @@ class Task:
         flags = {
             Rank.SERVER: ["--model", str(self.model), "--context", str(self.context_file)],
             Rank.CLIENT: [
-                f"--question={self.question_text}",
                 f"--temperature={sampling.temperature}",
                 f"--top-p={sampling.top_p}",
                 f"--seed={sampling.seed}",
                 "--stop-at-eos" if self.stop_at_eos else "--no-stop-at-eos",
             ],
         }
-        return run_parties(settings, flags, say, on_token)
+        return run_parties(settings, flags, self.question_text, say, on_token)
 
     def plain(self, public: PublicConfig) -> PlainAnswer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,6 +118,7 @@ def generate(
     model: ModelDir = None,
     context: Context = None,
     question: Question = None,
+    question_file: QuestionFile = None,
     config: Config = None,
     policy: Annotated[str | None, typer.Option(help="NAME[:key=value,...], see `mpcache policies`.")] = None,
     protocol: Annotated[str | None, typer.Option(help="fast or stock.")] = None,
@@ -135,7 +135,8 @@ def generate(
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
     settings = _settings(config, policy, protocol, network, max_new_tokens)
-    task = Task.read(model, context, question, Sampling(temperature, top_p, seed), stop_at_eos)
+    sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
+    task = Task.read(model, context, text, sampling, stop_at_eos)
     bound = task.bind(settings.public)
     if not as_json:
         _entry("Question", task.question_text + "\n")
@@ -172,6 +173,7 @@ def compare(
     model: ModelDir = None,
     context: Context = None,
     question: Question = None,
+    question_file: QuestionFile = None,
     config: Config = None,
     policy: Annotated[
         list[str] | None, typer.Option(help="May be given several times. [full, and the default]")
@@ -188,7 +190,8 @@ def compare(
     """Private against plaintext, for each policy and protocol: latency, rounds, bytes, agreement."""
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
-    task = Task.read(model, context, question, Sampling(temperature, top_p, seed), stop_at_eos)
+    sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
+    task = Task.read(model, context, text, sampling, stop_at_eos)
     chosen = [
         _settings(config, one, way, network, max_new_tokens)
         for way in protocol or (None,)

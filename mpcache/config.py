@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mpcache.errors import ConfigError
+from mpcache.identity import certificates_in
 from mpcache.rank import Rank
 
 
@@ -44,7 +45,16 @@ def _network(profile: str) -> str:
     return profile
 
 
+def _certificates(pem: str) -> str:
+    try:
+        certificates_in(pem)
+    except ValueError:
+        raise ValueError("must be certificates in PEM; mpcache-party pin writes them") from None
+    return pem
+
+
 Address = Annotated[str, AfterValidator(_address)]
+Pem = Annotated[str, AfterValidator(_certificates)]
 
 
 class PublicConfig(_Section):
@@ -88,11 +98,26 @@ class Timeouts(_Section):
     recv_s: float = Field(default=120, gt=0, le=86_400)  # longest silence of a peer that is waited for
 
 
+class Certificates(_Section):
+    """Which certificates are taken for which rank, in PEM; several where several clients may come.
+
+    Public, and the same in every party's file; `mpcache-party pin` writes it.
+    """
+
+    server: Pem = ""
+    client: Pem = ""
+    dealer: Pem = ""
+
+    def of(self, rank: Rank) -> str:
+        return {Rank.SERVER: self.server, Rank.CLIENT: self.client, Rank.DEALER: self.dealer}[rank]
+
+
 class Settings(_Section):
     """The whole file."""
 
     public: PublicConfig = PublicConfig()
     addresses: Addresses = Addresses()
+    certificates: Certificates = Certificates()
     timeouts: Timeouts = Timeouts()
 
 
@@ -118,7 +143,9 @@ def load_settings(path: Path | str | None, overrides: Mapping[str, Any] | None =
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         what = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{source}: {where} is {first['input']!r}: {what[0].lower()}{what[1:]}") from None
+        raise ConfigError(
+            f"{source}: {where} is {_brief(first['input'])}: {what[0].lower()}{what[1:]}"
+        ) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -155,6 +182,11 @@ def _check_keys(model: type[BaseModel], tree: Mapping[Any, Any], source: str, pr
                 what = f"must be a section with {known}, not {_kind(value)}"
                 raise ConfigError(f"{source}: {prefix}{key} {what}")
             _check_keys(kind, value, source, f"{prefix}{key}.")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _kind(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from mpcache.errors import BadInput
@@ -14,14 +15,40 @@ def demo_question() -> str:
     return read_text(_DEMO / "question.txt").removesuffix("\n")
 
 
+def read_question(text: str | None, file: Path | None) -> str:
+    """The question: given as it is, in a file (`-`: stdin, to its end), or the demo's. Raises BadInput.
+
+    Everybody on a machine can see a process's flags: what is private comes from a file.
+    """
+    if text is not None and file is not None:
+        raise BadInput("--question and --question-file: give one of them")
+    if file is not None:
+        text = _decode("stdin", sys.stdin.buffer.read()) if str(file) == "-" else _read(file)
+        text = text.removesuffix("\n")
+    elif text is None:
+        text = demo_question()
+    if not text.strip():
+        raise BadInput("the question is empty; give --question TEXT or --question-file FILE")
+    return text
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text file that is not empty. Raises BadInput."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: is not a text file in UTF-8") from None
+    text = _read(path)
     if not text.strip():
         raise BadInput(f"{path}: is empty; the context needs at least one token")
     return text
+
+
+def _read(path: Path) -> str:
+    try:
+        return _decode(str(path), path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise BadInput(f"{name}: is not a text file in UTF-8") from None

@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 
-from mpcache.config import Addresses, Settings
+from mpcache.config import Addresses, Certificates, Settings
 from mpcache.errors import MpcacheError
+from mpcache.identity import make
 from mpcache.rank import Rank
 from mpcache.report import Report
 
@@ -49,10 +50,13 @@ def free_addresses() -> Addresses:
 def run_parties(
     settings: Settings,
     flags: Mapping[Rank, Sequence[str]],
+    question: str,
     say: Callable[[str], None],
     on_token: Callable[[int, str], None],
 ) -> dict[Rank, Report]:
-    """One session between three processes on free ports. flags: each party's own.
+    """One session between three processes on free ports, over TLS with identities of its own.
+
+    flags: each party's own; the question goes in a file, since everybody can see a process's flags.
 
     Raises PartyFailed with the first cause, in one line. No process outlives this call; if this
     process is killed they end by themselves, as their stdin closes.
@@ -62,13 +66,27 @@ def run_parties(
     children: dict[Rank, subprocess.Popen[str]] = {}
     with tempfile.TemporaryDirectory(prefix="mpcache-") as folder:
         config = Path(folder) / "session.yaml"
+        settings = settings.model_copy(update={"certificates": _identities(Path(folder))})
         config.write_text(yaml.safe_dump(settings.model_dump()), encoding="utf-8")
+        asked = Path(folder) / "question.txt"  # in a folder that only this user can enter
+        asked.write_text(question + "\n", encoding="utf-8", newline="")
+        own = {**flags, Rank.CLIENT: [*flags.get(Rank.CLIENT, ()), "--question-file", str(asked)]}
         try:
             for rank in Rank:
-                children[rank] = _start(rank, config, flags.get(rank, ()), events)
+                children[rank] = _start(rank, config, own.get(rank, ()), events)
             return _listen(children, events, say, on_token)
         finally:
             _end(children)
+
+
+def _identities(folder: Path) -> Certificates:
+    """New identities for all three, in this folder, for one session."""
+    pinned = {}
+    for rank in Rank:
+        identity = make(rank)
+        identity.write(folder)
+        pinned[rank.label] = identity.certificate.decode()
+    return Certificates(**pinned)
 
 
 def _start(
@@ -84,6 +102,8 @@ def _start(
         str(int(rank)),
         "--config",
         str(config),
+        "--identity",
+        str(config.parent),
         "--events",
     ]
     child = subprocess.Popen(

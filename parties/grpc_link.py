@@ -42,6 +42,7 @@ from mpcache.frames import FRAME_BYTES, FrameLink
 from mpcache.ledger import Ledger
 from mpcache.network import shaper
 from mpcache.rank import Rank
+from parties.identity import Trust
 from protos import party_pb2
 
 logging.getLogger("grpc").addHandler(logging.NullHandler())
@@ -50,6 +51,8 @@ logging.getLogger("grpc").propagate = False
 SERVICE = party_pb2.DESCRIPTOR.services_by_name["Party"].full_name
 RANK_KEY = "mpcache-rank"  # metadata: who is at this end
 SAY_EVERY_S = 5.0
+LOOK_EVERY_S = 1.0
+STRANGER = "it shows no pinned certificate over TLS, or does not take this one's; its own output says which"
 ABORT_LINGER_S = 1.0  # for the reason to reach the peer
 PING_EVERY_S = 5.0
 PING_TIMEOUT_S = 15.0
@@ -156,9 +159,17 @@ class GrpcLink(FrameLink):
 class Network:
     """A party's links, and what they stand on. As a context manager it closes with the error's text."""
 
-    def __init__(self, rank: Rank, settings: Settings, ledger: Ledger, peers: Iterable[Rank] = Rank) -> None:
+    def __init__(
+        self,
+        rank: Rank,
+        settings: Settings,
+        ledger: Ledger,
+        peers: Iterable[Rank] = Rank,
+        trust: Trust | None = None,
+    ) -> None:
         self.rank = rank
         self.settings = settings
+        self.trust = trust or Trust()
         self.failure: LinkError | None = None
         self.links: dict[Rank, GrpcLink] = {
             peer: GrpcLink(rank, peer, ledger, settings.timeouts.recv_s, self._fail_all)
@@ -206,7 +217,7 @@ class Network:
         for link in self.links.values():
             link.fail(error)
 
-    def listen(self, credentials: grpc.ServerCredentials | None) -> None:
+    def listen(self) -> None:
         """Accept the peers that dial this party. Raises PortInUse or ConfigError."""
         address = self.settings.addresses.of(self.rank)
         self._server = grpc.server(_Threads(), options=LISTEN_OPTIONS, maximum_concurrent_rpcs=16)
@@ -215,10 +226,7 @@ class Network:
             (grpc.method_handlers_generic_handler(SERVICE, {"Connect": handler}),)
         )
         try:
-            if credentials is None:
-                self._server.add_insecure_port(address)
-            else:
-                self._server.add_secure_port(address, credentials)
+            self.trust.bind(self._server, address)
         except RuntimeError:
             raise _why_not(self.rank, address) from None
         self._server.start()
@@ -234,17 +242,17 @@ class Network:
             why = f"{self.rank.label} has one already, or needs none; does another session run there?"
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{who} is not awaited: {why}")
         assert peer is not None  # abort raises
+        if (refusal := self.trust.refusal(peer, context)) is not None:
+            self._fail_all(Mismatch(f"Mismatch: refused {peer.label}: {refusal}"))
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
         context.send_initial_metadata(((RANK_KEY, str(int(self.rank))),))
         self.links[peer].attach(frames, context.cancel)
         return self.links[peer].outgoing()
 
-    def dial(self, peer: Rank, credentials: grpc.ChannelCredentials | None) -> None:
+    def dial(self, peer: Rank) -> None:
         """Start connecting to a peer that listens; it may come up later."""
         address = self.settings.addresses.of(peer)
-        if credentials is None:
-            channel = grpc.insecure_channel(address, options=DIAL_OPTIONS)
-        else:
-            channel = grpc.secure_channel(address, credentials, options=DIAL_OPTIONS)
+        channel = self.trust.open(peer, address, DIAL_OPTIONS)
         self._channels.append(channel)
         link = self.links[peer]
         call = channel.stream_stream(f"/{SERVICE}/Connect")(
@@ -266,6 +274,7 @@ class Network:
         start = time.monotonic()
         limit = self.settings.timeouts.connect_s
         next_word = 0.5  # a peer that comes at once is not worth a message
+        next_look, stranger = 0.5, ""
         while True:
             missing = [link for link in self.links.values() if not link.connected.is_set()]
             if self.failure is not None:
@@ -274,15 +283,28 @@ class Network:
                 return
             waited = time.monotonic() - start
             whom = " and ".join(f"{link.peer.label} {self._place(link.peer)}" for link in missing)
+            if not stranger and self.trust.strangers():
+                stranger = f"refused a caller at {self.settings.addresses.of(self.rank)}: {STRANGER}"
+                say(f"{self.rank.label}: {stranger}")
             if waited >= limit:
+                heard = f" ({stranger})" if stranger else ""
                 raise PeerTimeout(
                     f"{self.rank.label}: gave up waiting for {whom} after {limit:g} s; start it, "
-                    "check `addresses` in the config, or raise timeouts.connect_s"
+                    f"check `addresses` in the config, or raise timeouts.connect_s{heard}"
                 )
+            if waited >= next_look:
+                self._look([link.peer for link in missing if _dials(self.rank, link.peer)])
+                next_look = waited + LOOK_EVERY_S
             if waited >= next_word:
                 say(f"{self.rank.label}: waiting for {whom} ...")
                 next_word = waited + SAY_EVERY_S
             missing[0].connected.wait(min(0.05, limit - waited))
+
+    def _look(self, peers: Iterable[Rank]) -> None:
+        """At identities, where a connection does not come about. Raises Mismatch."""
+        for peer in peers:
+            if (why := self.trust.look(peer, self.settings.addresses.of(peer))) is not None:
+                raise Mismatch(f"{self.rank.label}, connecting: Mismatch: {why}")
 
     def _place(self, peer: Rank) -> str:
         if _dials(self.rank, peer):
@@ -295,23 +317,22 @@ def connect_all(
     settings: Settings,
     ledger: Ledger,
     say: Callable[[str], None] = lambda text: None,
-    dial_credentials: grpc.ChannelCredentials | None = None,
-    listen_credentials: grpc.ServerCredentials | None = None,
     peers: Iterable[Rank] = Rank,
+    trust: Trust | None = None,
 ) -> Network:
     """Connect this party with the others (`peers`: both), which may come before or after it.
 
-    `say` gets a line about who is waited for, every few seconds. Without credentials the connection
+    `say` gets a line about who is waited for, every few seconds. Without `trust` the connection
     is neither encrypted nor authenticated. Raises PortInUse, PeerTimeout (after
     `settings.timeouts.connect_s`), Mismatch, PeerLost or PeerFailed; everything is closed then.
     """
-    network = Network(rank, settings, ledger, peers)
+    network = Network(rank, settings, ledger, peers, trust)
     try:
         if any(not _dials(rank, peer) for peer in network.links):
-            network.listen(listen_credentials)
+            network.listen()
         for peer in network.links:
             if _dials(rank, peer):
-                network.dial(peer, dial_credentials)
+                network.dial(peer)
         network.wait(say)
     except BaseException as error:
         network.__exit__(type(error), error, None)

@@ -19,7 +19,7 @@ import typer
 from mpcache.answer import Sampling
 from mpcache.config import Settings, Timeouts, load_settings
 from mpcache.errors import BadInput, MpcacheError, PortInUse
-from mpcache.inputs import DEMO_DOCUMENT, demo_question, read_text
+from mpcache.inputs import DEMO_DOCUMENT, read_question, read_text
 from mpcache.ledger import Ledger
 from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import parse
@@ -27,6 +27,8 @@ from mpcache.rank import Rank
 from mpcache.report import Report, ms, number, size
 from mpcache.signals import ignore_signals, stop_on_signals
 from parties.grpc_link import Network, connect_all
+from parties.identity import Trust, trust
+from parties.keys import keygen, pin
 from parties.run import Document, Question, ask, deal, serve
 from parties.session import agree
 
@@ -91,9 +93,16 @@ def closing_line(report: Report) -> str:
     return ", ".join(parts)
 
 
-@app.command()
+app.command()(keygen)
+app.command()(pin)
+
+
+@app.callback(invoke_without_command=True)
 def party(
-    rank: Annotated[int, typer.Option(min=0, max=2, help="0: server, 1: client, 2: dealer.")],
+    command: typer.Context,
+    rank: Annotated[
+        int | None, typer.Option(min=0, max=2, help="0: server, 1: client, 2: dealer.  [required]")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="What all parties agree on: a YAML file.")] = None,
     model: Annotated[
         Path | None, typer.Option(help="Server: a Hugging Face folder. [the demo model]")
@@ -102,6 +111,9 @@ def party(
         Path | None, typer.Option(help="Server: the document, a text file. [the demo's]")
     ] = None,
     question: Annotated[str | None, typer.Option(help="Client: the question. [the demo's]")] = None,
+    question_file: Annotated[
+        Path | None, typer.Option(help="Client: a file with the question, or - for stdin; unseen by `ps`.")
+    ] = None,
     policy: Annotated[
         str | None, typer.Option(help="NAME[:key=value,...], as `mpcache policies` lists.")
     ] = None,
@@ -116,6 +128,12 @@ def party(
         bool, typer.Option(help="Client: end at the model's end token; the answer's length is public then.")
     ] = True,
     connect_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the others.")] = None,
+    identity: Annotated[
+        Path | None, typer.Option(help="Folder of this party's key and certificate: the links use TLS.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS, whatever the addresses: for a network you trust.")
+    ] = False,
     events: Annotated[
         bool,
         typer.Option("--events", help="JSON lines on stdout; ends when stdin closes: for a parent process."),
@@ -125,6 +143,10 @@ def party(
 
     Without flags: the demo model, document and question, over loopback.
     """
+    if command.invoked_subcommand is not None:
+        return
+    if rank is None:
+        raise typer.BadParameter("give --rank 0 (server), 1 (client) or 2 (dealer)", param_hint="--rank")
     me, voice = Rank(rank), Voice(events)
     if events:
         threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -141,18 +163,25 @@ def party(
                 "timeouts.connect_s": connect_timeout,
             },
         )
+        trusted = trust(me, settings, identity, insecure)
+        if insecure:
+            voice.say(f"{me.label}: warning: --insecure: the links are neither encrypted nor authenticated")
         try:
             _check_flags(me, {"model": (Rank.SERVER, model), "context": (Rank.SERVER, context),
-                              "question": (Rank.CLIENT, question), "temperature": (Rank.CLIENT, temperature),
+                              "question": (Rank.CLIENT, question),
+                              "question-file": (Rank.CLIENT, question_file),
+                              "temperature": (Rank.CLIENT, temperature),
                               "top-p": (Rank.CLIENT, top_p), "seed": (Rank.CLIENT, seed)})  # fmt: skip
             parse(settings.public.policy)
             sampling = Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, seed or 0)
-            own = _own(me, model, context, question, sampling, stop_at_eos)
+            if events and str(question_file) == "-":
+                raise BadInput("--events and --question-file -: both want stdin")
+            own = _own(me, model, context, question, question_file, sampling, stop_at_eos)
             ledger = Ledger()
-            network = connect_all(me, settings, ledger, voice.say)
+            network = connect_all(me, settings, ledger, voice.say, trust=trusted)
         except (BadInput, PortInUse) as error:
             voice.error(error)
-            _tell_others(me, settings, str(error))
+            _tell_others(me, settings, trusted, str(error))
             raise typer.Exit(error.exit_code) from None
         with network:
             agree(network.links, me, settings.public.flat())
@@ -177,6 +206,7 @@ def _own(
     model: Path | None,
     context: Path | None,
     question: str | None,
+    question_file: Path | None,
     sampling: Sampling,
     stop_at_eos: bool,
 ) -> Document | Question | None:
@@ -193,10 +223,7 @@ def _own(
                 )
             return Document(loaded, tokens, "cuda" if torch.cuda.is_available() else "cpu")
         case Rank.CLIENT:
-            text = demo_question() if question is None else question
-            if not text.strip():
-                raise BadInput("the question is empty; give --question TEXT")
-            return Question(text, sampling, stop_at_eos)
+            return Question(read_question(question, question_file), sampling, stop_at_eos)
         case _:
             return None
 
@@ -218,18 +245,18 @@ def _run(
             return deal(network.links, ledger, settings.public, voice.say)
 
 
-def _tell_others(me: Rank, settings: Settings, reason: str) -> None:
+def _tell_others(me: Rank, settings: Settings, trusted: Trust, reason: str) -> None:
     """End the parties that wait for this one, as far as they can be reached soon."""
     limit = min(TELL_S, settings.timeouts.connect_s)
     hasty = settings.model_copy(update={"timeouts": Timeouts(connect_s=limit, recv_s=limit)})
-    network = Network(me, hasty, Ledger())
+    network = Network(me, hasty, Ledger(), trust=trusted)
     steps: list[Callable[[], None]] = []
     if me is not Rank.CLIENT:
-        steps.append(lambda: network.listen(None))
+        steps.append(lambda: network.listen())
     if me is Rank.CLIENT:
-        steps.append(lambda: network.dial(Rank.SERVER, None))
+        steps.append(lambda: network.dial(Rank.SERVER))
     if me is not Rank.DEALER:
-        steps.append(lambda: network.dial(Rank.DEALER, None))
+        steps.append(lambda: network.dial(Rank.DEALER))
     steps.append(lambda: network.wait(lambda text: None))
     for step in steps:
         with suppress(MpcacheError):

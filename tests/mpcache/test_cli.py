@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mpcache.answer import Sampling
 from mpcache.cli import main
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput
+from mpcache.inputs import demo_question, read_question
 from mpcache.launch import PartyFailed
 from mpcache.report import agreement, ms, p95, size
 from tests.parties.processes import CLI, SOON_S, Process, children_of, gone_soon, start, started, tiny_model
@@ -59,6 +62,52 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny(folder: Path, document: Path) -> list[object]:
     return ["--model", folder, "--context", document, "--question", "the gate of"]
+
+
+# ----------------------------------------------------------------------------------- the question
+
+
+def test_a_question_comes_from_a_flag_a_file_or_stdin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "question.txt"
+    file.write_bytes(b"the gate\r\nof\n")
+    assert read_question("the gate", None) == "the gate"
+    assert read_question(None, file) == "the gate\nof"
+    assert read_question(None, None) == demo_question()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the gate\n")))
+    assert read_question(None, Path("-")) == "the gate"
+    with pytest.raises(BadInput, match="give one of them"):
+        read_question("the gate", file)
+    with pytest.raises(BadInput, match="cannot be read: No such file"):
+        read_question(None, tmp_path / "none.txt")
+    file.write_bytes(b"\xff")
+    with pytest.raises(BadInput, match="is not a text file in UTF-8"):
+        read_question(None, file)
+    file.write_text("\n")
+    with pytest.raises(BadInput, match="the question is empty"):
+        read_question(None, file)
+
+
+@pytest.mark.slow
+def test_no_process_shows_the_question(folder: Path, document: Path, tmp_path: Path) -> None:
+    """Every command line of the machine, over and over until the answer is there."""
+    question = tmp_path / "question.txt"
+    question.write_text("the gatekeeper of")
+    flags = ["--model", folder, "--context", document, "--max-new-tokens", 2, "--json"]
+    process = start(CLI, "generate", *flags, "--question-file", question)
+    parties: set[str] = set()
+    while process.poll() is None:
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                command = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                assert "gatekeeper" not in command
+                parties |= {command} if "parties.party" in command else set()
+        time.sleep(0.05)
+    out, noise = process.communicate()
+    assert process.returncode == 0, noise
+    assert len(json.loads(out)["token_ids"]) == 2
+    assert len(parties) >= 3
 
 
 # ----------------------------------------------------------------------------------- the main job

@@ -65,10 +65,10 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
             "unknown key public.max_new_token; did you mean public.max_new_tokens?",
         ),
         ("addresses: {client: 'a:1'}", "unknown key addresses.client; known: server, dealer"),
-        ("1: 2", "unknown key 1; known: public, addresses, timeouts"),
+        ("1: 2", "unknown key 1; known: public, addresses, certificates, timeouts"),
         ("public: fast", "public must be a section with protocol, .*, not a str"),
         ("public:", "public must be a section with .*, not nothing"),
-        ("- a", r"must hold sections \(public, addresses, timeouts\), not a list"),
+        ("- a", r"must hold sections \(public, addresses, certificates, timeouts\), not a list"),
         (
             "public: {max_new_tokens: many}",
             "public.max_new_tokens is 'many': input should be a valid integer",

@@ -91,7 +91,7 @@ class Rates:
     """How fast a party computes, for the model's third term: per second, on one core.
 
     The defaults are what one core of a common server does with this package; they tell how policies
-    compare, not how long your machine takes: that is measured (`mpcache compare`).
+    compare, not how long your machine takes: `mpcache audit --measure` fits them to that.
     round_ms: what a round costs in calls and messages on one machine, without any network.
     """
 
@@ -107,3 +107,7 @@ class Rates:
             + random_bytes / self.random_bytes
         )
         return 1000 * seconds + rounds * self.round_ms
+
+    def slower(self, times: float, round_ms: float) -> Rates:
+        """All work so many times slower, and another price of a round."""
+        return Rates(self.multiply_adds / times, self.key_blocks / times, self.random_bytes / times, round_ms)

@@ -18,9 +18,13 @@ Reports = Mapping[Rank, "Report"]
 
 @dataclass
 class Phase:
-    """One phase at one party. Units: ms, rounds, payload bytes; offline is traffic with the dealer."""
+    """One phase at one party. Units: ms, rounds, payload bytes; offline is traffic with the dealer.
+
+    ms: on the clock.  cpu_ms: of computation, on all threads of the party.
+    """
 
     ms: float = 0.0
+    cpu_ms: float = 0.0
     rounds: int = 0
     sent: int = 0
     received: int = 0
@@ -61,13 +65,13 @@ class Report:
         return statistics.fmean(getattr(phase, amount) for phase in self.steps())
 
 
-def phases_of(ledger: Ledger, ms: Mapping[str, float]) -> dict[str, Phase]:
-    """What a ledger booked in each of these phases."""
+def phases_of(ledger: Ledger, ms: Mapping[str, float], cpu_ms: Mapping[str, float]) -> dict[str, Phase]:
+    """What a ledger booked in each of these phases, and how long they took."""
     entries: dict[str, Entry] = {name: Entry() for name in ms}
     for step, entry in ledger.steps.items():
         if (name := step.partition("/")[0]) in entries:
             entries[name] += entry
-    return {name: Phase(ms[name], **asdict(entry)) for name, entry in entries.items()}
+    return {name: Phase(ms[name], cpu_ms[name], **asdict(entry)) for name, entry in entries.items()}
 
 
 def summary(

@@ -328,7 +328,7 @@ def _report(me: Rank, facts: Facts, ledger: Ledger, session: TimedSession) -> Re
         context_tokens=facts.context,
         question_tokens=facts.question,
         kept_tokens=[layer.kept for layer in facts.policy.plan.layers],
-        phases=phases_of(ledger, session.ms),
+        phases=phases_of(ledger, session.ms, session.cpu_ms),
         wire_bytes=ledger.wire_bytes,
     )
 

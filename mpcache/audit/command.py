@@ -6,24 +6,27 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from mpcache.audit import measure as measuring
 from mpcache.audit.explain import explain as explained
 from mpcache.audit.page import write_page
 from mpcache.audit.rows import NONE, Grid, Row, rows, secure_policies, sweep
-from mpcache.audit.tables import breakdowns, tables, write_csv
+from mpcache.audit.tables import breakdowns, measured_tables, tables, verdict, write_csv
 from mpcache.cost import PROTOCOLS
-from mpcache.errors import BadInput
+from mpcache.errors import BadInput, MpcacheError
 from mpcache.model import ModelShape, demo_model_dir, load_shape
 from mpcache.network import parse_network
 from mpcache.policy import parse
 from mpcache.shapes import NAMES, config_of
 
 CONTEXTS = (512, 1024, 2048, 4096)
+MEASURED_TOKENS = 7  # answered in each run of --measure: six decode steps
 PIPE_WIDTH = 110  # columns of a table that no terminal shows
 err = Console(stderr=True, highlight=False)
 
@@ -42,8 +45,9 @@ def audit(
     protocol: Annotated[str, typer.Option(help="fast, stock, or both with a comma.")] = "fast",
     question: Annotated[int, typer.Option(help="Length of the question, in tokens.")] = 16,
     new_tokens: Annotated[
-        int, typer.Option(help="Length of the answer: costs are means over its decode steps (at least one).")
-    ] = 2,
+        int | None,
+        typer.Option(help="Length of the answer: costs are means over its decode steps. [2, measured: 7]"),
+    ] = None,
     by: Annotated[str | None, typer.Option(help="layer or op: break each row down.")] = None,
     sweep_: Annotated[
         list[str] | None, typer.Option("--sweep", help="key=v1,v2: a grid; may be given several times.")
@@ -54,14 +58,18 @@ def audit(
     csv: Annotated[Path | None, typer.Option(help="Write the rows here, too.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page here.")] = None,
     explain: Annotated[str | None, typer.Option(help="A policy: its plan and its openings in words.")] = None,
-    measure: Annotated[bool, typer.Option(help="Run the parties, too (not yet).")] = False,
+    measure: Annotated[
+        bool, typer.Option(help="Run the parties, too, and put what they take beside what is modelled.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
     ] = False,
 ) -> None:
     """What each eviction setting costs in rounds, bytes and time: exact, with no party running."""
-    if measure:
-        raise BadInput("--measure is not there yet; `mpcache compare` runs the parties and measures them")
+    if measure and explain is not None:
+        raise BadInput("--explain prints a plan and runs nothing: leave out --measure")
+    if new_tokens is None:
+        new_tokens = MEASURED_TOKENS if measure else 2
     if by not in (None, "layer", "op"):
         raise BadInput(f"--by {by!r} is not known; give layer or op")
     if question < 1 or new_tokens < 1:
@@ -69,7 +77,8 @@ def audit(
         raise BadInput(f"{name} is {value}; give 1 or more tokens")
     name, model = shape_of(shape)
     protocols = _known("--protocol", protocol, PROTOCOLS)
-    contexts = _contexts(context, shape, model)
+    folder = _weights_of(shape) if measure else None
+    contexts = _contexts(context, shape, model, question + new_tokens if measure else 0)
     if explain is not None:
         for line in explained(model, explain, contexts[0], question, protocols[0]):
             print(line)
@@ -84,13 +93,13 @@ def audit(
         max(2, new_tokens),
         explicit=bool(policy or sweep_),
     )
-    measured = read_quality(quality) if quality else []
+    evaluated = read_quality(quality) if quality else []
     for path in (csv, report):
         if path is not None:
             _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
-    found = rows(grid, needed, note=lambda text: _note(text))
+    found = rows(grid, needed, note=_note)
     result: dict[str, Any] = {
         "shape": name,
         "model": model.to_dict(),
@@ -99,12 +108,57 @@ def audit(
         "command": shlex.join(["mpcache", *sys.argv[1:]]),
         "rows": found,
     }
-    if measured:
-        result["quality"] = measured
+    if evaluated:
+        result["quality"] = evaluated
+    stopped: MpcacheError | None = None
+    if folder is not None:
+        stopped = _measured(result, grid, folder, needed)
+    _show(result, by, needed, csv, report, as_json)
+    if stopped is not None:
+        raise stopped
+
+
+def _measured(result: dict[str, Any], grid: Grid, model: Path, by: str | None) -> MpcacheError | None:
+    """Measure the rows of `result`, and price them again at this machine's speed.
+
+    What ended it early, if anything did after the first run: then the rest stays unmeasured.
+    """
+    planned = measuring.plan(grid, result["rows"])
+    runs: dict[measuring.Key, measuring.Measured] = {}
+    stopped = None
+    try:
+        for key, run in measuring.measure(planned, grid.question, model, _say):
+            runs[key] = run
+    except MpcacheError as error:
+        if not runs:
+            raise
+        stopped = error
+    rates = measuring.calibrated(runs, grid)
+    found = result["rows"] = rows(grid, by, rates)
+    measuring.put_beside(found, runs)
+    result["runs"] = {"planned": len(planned), "measured": len(runs)}
+    result["calibration"] = [
+        {"policy": spec, "protocol": protocol, "context_tokens": context, **asdict(rate)}
+        for (spec, protocol, context), rate in rates.items()
+    ]
+    result["model_error"] = measuring.errors(found)
+    return stopped
+
+
+def _show(
+    result: dict[str, Any],
+    by: str | None,
+    paged: str | None,
+    csv: Path | None,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Everything that was asked for: files, then JSON or tables. paged: what the page is broken down by."""
+    found = result["rows"]
     if csv:
         write_csv(csv, found, by)
     if report:
-        write_page(report, result, needed)
+        write_page(report, result, paged)
     if as_json:
         print(json.dumps(result))
         return
@@ -117,6 +171,12 @@ def audit(
         "RTT/2 + bytes / bandwidth + computation; ratio: that time to full's.",
         style="dim",
     )
+    if "runs" in result:
+        out.print()
+        for table in measured_tables(found):
+            out.print(table)
+        for line in verdict(result):
+            out.print(line, soft_wrap=True)
     for path in (csv, report):
         if path:
             err.print(f"wrote {path}", markup=False, soft_wrap=True)
@@ -132,6 +192,16 @@ def shape_of(text: str) -> tuple[str, ModelShape]:
     if not path.exists():
         raise BadInput(f"--shape {text}: no such folder, nor one of demo, {', '.join(NAMES)}")
     return path.name or text, load_shape(path)
+
+
+def _weights_of(given: str) -> Path:
+    """The model folder behind --shape, which the parties need. Raises BadInput."""
+    folder = demo_model_dir() if given == "demo" else Path(given)
+    if given in NAMES or not any(folder.glob("*.safetensors")):
+        raise BadInput(
+            f"--measure runs the parties, and --shape {given} has no weights; give demo or a model folder"
+        )
+    return folder
 
 
 def read_quality(path: Path) -> list[Row]:
@@ -164,10 +234,13 @@ def _policies(given: list[str] | None, sweeps: list[str]) -> list[str]:
     return sweep(list(dict.fromkeys(given)) if given else secure_policies(), sweeps)
 
 
-def _contexts(text: str | None, given: str, shape: ModelShape) -> list[int]:
-    """Context lengths that the model can take. A packaged shape with rotary positions may be priced
-    beyond them, as they can be stretched at no cost; a model that is there could not run."""
-    limit = shape.max_positions
+def _contexts(text: str | None, given: str, shape: ModelShape, more: int = 0) -> list[int]:
+    """Context lengths that the model can take, with `more` tokens after them. A packaged shape with
+    rotary positions may be priced beyond them, as they can be stretched at no cost; a model that is
+    there could not run."""
+    limit = shape.max_positions - more
+    if limit < 1:
+        raise BadInput(f"question and answer make {more} tokens, the model allows {shape.max_positions}")
     if text is None:
         return [c for c in CONTEXTS if c <= limit] or [limit]
     contexts = []
@@ -177,7 +250,10 @@ def _contexts(text: str | None, given: str, shape: ModelShape) -> list[int]:
         contexts.append(int(item))
     beyond = [c for c in contexts if c > limit]
     if beyond and (given not in NAMES or shape.positions != "rope"):
-        raise BadInput(f"--context {beyond[0]} is beyond the model, which takes up to {limit} tokens")
+        besides = f" besides question and answer ({more})" if more else ""
+        raise BadInput(
+            f"--context {beyond[0]} is beyond the model, which takes up to {limit} tokens{besides}"
+        )
     if beyond:
         _note(f"{given} was trained for {limit} tokens; beyond, rotary positions are taken as stretched")
     return contexts
@@ -207,6 +283,10 @@ def _check_writable(path: Path) -> None:
         raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from None
     if not there:
         path.unlink()
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, soft_wrap=True)
 
 
 def _note(text: str) -> None:

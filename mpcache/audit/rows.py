@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -16,6 +16,7 @@ from mpcache.policy import POLICIES, parse
 RATES = Rates()
 NONE = Profile("none", 0, float("inf"))
 Row = dict[str, Any]
+Setting = tuple[str, str, int]  # policy, protocol, context in tokens
 
 
 @dataclass(frozen=True)
@@ -32,30 +33,48 @@ class Grid:
     explicit: bool = True
 
 
+@dataclass(frozen=True)
+class Priced:
+    """A setting's cost, and how fast this machine computes it."""
+
+    cost: Cost
+    rates: Rates
+
+
 def rows(
-    grid: Grid, by: str | None = None, rates: Rates = RATES, note: Callable[[str], None] = lambda text: None
+    grid: Grid,
+    by: str | None = None,
+    rates: Mapping[Setting, Rates] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Price the grid. `note` hears what was left out and why. Raises PolicyError.
+    """Price the grid. `note` hears what was left out and why. rates: of each setting, where they were
+    measured. Raises PolicyError.
 
     Units: rounds, bytes, ms, per generated token; `online_bytes` is sent by one computing party (the
     mean of both), `offline_bytes` by the dealer. `ratio_to_full`: modelled latency over that of `full`.
     """
     found: list[Row] = []
     for context, protocol in product(grid.contexts, grid.protocols):
-        full = _price(grid, "full", context, protocol)
+
+        def priced(spec: str, context: int = context, protocol: str = protocol) -> Priced:
+            cost = price(grid, spec, context, protocol)
+            return Priced(cost, (rates or {}).get((cost.policy.policy.spec, protocol, context), RATES))
+
+        full = priced("full")
         for spec in grid.policies:
             try:
-                priced = full if spec == "full" else _price(grid, spec, context, protocol)
+                one = priced(spec)
             except PolicyError as error:
                 if grid.explicit:
                     raise PolicyError(f"at a context of {context} tokens, {error}") from None
                 note(f"left out at a context of {context} tokens: {error}")
                 continue
-            found += [_row(priced, context, network, full, by, rates) for network in grid.networks]
+            found += [_row(one, context, network, full, by) for network in grid.networks]
     return found
 
 
-def _price(grid: Grid, spec: str, context: int, protocol: str) -> Cost:
+def price(grid: Grid, spec: str, context: int, protocol: str) -> Cost:
+    """One setting of the grid. Raises PolicyError."""
     policy = parse(spec)
     if getattr(policy, "plain_only", False):
         raise PolicyError(f"policy {policy.name}: runs in plaintext only, so it has no price")
@@ -63,10 +82,11 @@ def _price(grid: Grid, spec: str, context: int, protocol: str) -> Cost:
     return cost(grid.shape, bound, context, grid.question, protocol, grid.new_tokens)
 
 
-def _row(priced: Cost, context: int, network: Profile, full: Cost, by: str | None, rates: Rates) -> Row:
+def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | None) -> Row:
+    priced = one.cost
     plan, policy, steps = priced.policy.plan, priced.policy.policy, priced.steps
     tally, first = priced.total("decode"), priced.total("question")
-    ms, base = modelled(priced, network, rates), modelled(full, network, rates)
+    ms, base = (modelled(each.cost, network, each.rates) for each in (one, full))
     row: Row = {
         "policy": policy.spec,
         "protocol": priced.protocol,

@@ -63,6 +63,51 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         yield table
 
 
+def measured_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """A table per protocol and context: modelled and measured, a line per policy and network."""
+    for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
+        table = _table(f"context {context:,} tokens, protocol {protocol}: measured beside modelled")
+        table.add_column("policy", overflow="fold", min_width=10)
+        table.add_column("network", no_wrap=True)
+        for name in ("modelled", "measured", "diff", "p95", "first token", "rounds", "online", "offline"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in group:
+            modelled = max(row["modelled_ms_per_token"], row["offline_transfer_ms"])
+            bound = "*" if row["offline_transfer_ms"] > row["modelled_ms_per_token"] else ""
+            cells = [row["policy"], row["network"], duration(modelled) + bound]
+            if row["measured_ms_per_token"] is None:
+                table.add_row(*cells, "not run")
+                continue
+            cells += [duration(row["measured_ms_per_token"]), f"{100 * row['difference']:+.0f} %"]
+            cells += [duration(row["measured_ms_p95"]), duration(row["measured_first_token_ms"])]
+            for name, show in (("rounds", number), ("online_bytes", size), ("offline_bytes", size)):
+                found, exact = row[f"measured_{name}_per_token"], row[f"{name}_per_token"]
+                cells.append(show(found) + ("" if found == exact else f" not {show(exact)}"))
+            table.add_row(*cells)
+        yield table
+
+
+def verdict(result: Row) -> Iterator[str]:
+    """What the measurement says about the model, in lines."""
+    rounds = [rate["round_ms"] for rate in result["calibration"]]
+    if rounds:
+        yield (
+            f"calibrated by {len(rounds)} run{'s' * (len(rounds) != 1)} without a network: computation and "
+            f"messages take {min(rounds):.2f} to {max(rounds):.2f} ms per round on this machine"
+        )
+    for network, error in result["model_error"].items():
+        yield (
+            f"model against {error['runs']} run{'s' * (error['runs'] != 1)} on {network}: off by "
+            f"{100 * error['mean']:.0f} % on average, {100 * error['largest']:.0f} % at most"
+        )
+    if result["runs"]["measured"] < result["runs"]["planned"]:
+        yield f"stopped after {result['runs']['measured']} of {result['runs']['planned']} runs"
+    yield (
+        "measured: median over decode steps. diff: measured over modelled, less one. rounds and bytes as the "
+        "parties' ledgers have them; * where the dealer's bytes take longer than the token."
+    )
+
+
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 

@@ -194,7 +194,6 @@ def test_explain_names_every_opening() -> None:
         (["--report", "/nowhere/at/all.html"], "cannot be written"),
         (["--csv", "/nowhere/at/all.csv"], "cannot be written"),
         (["--quality", "/nowhere.json"], "cannot be read"),
-        (["--measure"], "mpcache compare"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments: list[str], words: str) -> None:

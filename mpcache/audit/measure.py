@@ -94,9 +94,11 @@ def measure(
             say(f"run {done} of {len(runs)}: {spec}, {protocol}, {context} tokens, network {network}")
             flags = {
                 Rank.SERVER: ["--model", str(model), "--context", str(document)],
-                Rank.CLIENT: [f"--question={asked}", "--no-stop-at-eos"],
+                Rank.CLIENT: ["--no-stop-at-eos"],
             }
-            reports = run_parties(Settings(public=public), flags, lambda text: None, lambda token, text: None)
+            reports = run_parties(
+                Settings(public=public), flags, asked, lambda text: None, lambda token, text: None
+            )
             yield key, Measured.of(reports)
 
 

@@ -138,6 +138,7 @@ class PlainAnswer:
     ids: list[int] = field(default_factory=list)
     prefill_ms: float = 0.0  # the pass over the context, and its eviction
     ms: dict[str, float] = field(default_factory=dict)  # by phase, as in TimedSession
+    kernels: str = ""  # which ones it took
 
 
 def plain_answer(
@@ -152,13 +153,13 @@ def plain_answer(
 ) -> PlainAnswer:
     """The same program on plain tensors: same policy, same sampling."""
     kernels: Backend = backend(device)
-    session = TimedSession(PlainOps(), None, model.shape, policy)
+    session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
     session.setup(model.weights)
     start = time.perf_counter()
     prefilled = prefill(model, context, device, window=policy.policy.window(len(context)))
     session.policy, _ = decide(policy, model.shape, prefilled, kernels)
     session.context(prefilled, kernels)
-    result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start))
+    result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start), kernels=kernels.name)
     with torch.no_grad():
         result.ids = list(answer(session, question, limit, sampling.chooser(), stops))
     result.ms = session.ms

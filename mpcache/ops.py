@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kernels import Backend
 from mpcache.rank import Rank
 from mpcache.secure.program import Program
 
@@ -50,6 +51,7 @@ class Ops(ABC):
     """Operations on values. Shapes in the docstrings; `*b` are batch dimensions."""
 
     name: str
+    kernels: Backend | None = None  # where values are in the clear, and whole steps may be left to kernels
 
     @abstractmethod
     def secret(

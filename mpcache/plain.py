@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels import Backend
 from mpcache.ops import Ops, Selection
 from mpcache.prefill import activate, normalise
 from mpcache.rank import Rank
@@ -29,7 +30,7 @@ class PlainSelection(Selection):
     def scatter(self, weights: torch.Tensor) -> Program[torch.Tensor]:
         *rows, _, c = weights.shape
         index = self.index.unsqueeze(-1).expand(weights.shape)
-        return local(torch.zeros(*rows, self.n, c, dtype=weights.dtype).scatter(-2, index, weights))
+        return local(weights.new_zeros(*rows, self.n, c).scatter(-2, index, weights))
 
     def keep(self) -> Program[Selection]:
         return local(self)
@@ -40,19 +41,27 @@ class PlainSelection(Selection):
         return local(type(self)(parent * children + finer.index % children, self.n * children))
 
     def marks(self) -> torch.Tensor:
-        return torch.zeros(*self.index.shape[:-1], self.n).scatter(-1, self.index, 1.0)
+        marks = torch.zeros(*self.index.shape[:-1], self.n, device=self.index.device)
+        return marks.scatter(-1, self.index, 1.0)
 
 
 class PlainOps(Ops):
-    """`Ops` on torch float tensors; no rounds, no bytes."""
+    """`Ops` on torch float tensors; no rounds, no bytes.
+
+    kernels: for the steps that have one, on `device`; without them each operation stands for itself, as
+    it does on shares.
+    """
 
     name = "plain"
+
+    def __init__(self, kernels: Backend | None = None, device: torch.device | str = "cpu") -> None:
+        self.kernels, self.device = kernels, torch.device(device)
 
     def secret(
         self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, bits: int | None = None
     ) -> torch.Tensor:
         assert value is not None, "the plain reading knows every input"
-        return value.float().cpu().reshape(tuple(shape))
+        return value.float().to(self.device).reshape(tuple(shape))
 
     def settle(self, x: torch.Tensor) -> Program[torch.Tensor]:
         return local(x)
@@ -78,7 +87,7 @@ class PlainOps(Ops):
         return local(x + y)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Program[torch.Tensor]:
-        return local(rotate(x, cos.to(x.dtype), sin.to(x.dtype)))
+        return local(rotate(x, cos.to(x), sin.to(x)))
 
     def norm(self, x: torch.Tensor, eps: float) -> Program[torch.Tensor]:
         return local(normalise(x, eps))
@@ -91,7 +100,7 @@ class PlainOps(Ops):
         self, scores: torch.Tensor, visible: torch.Tensor | None
     ) -> Program[tuple[torch.Tensor, torch.Tensor]]:
         if visible is not None:
-            scores = scores.masked_fill(visible == 0, float("-inf"))
+            scores = scores.masked_fill((visible == 0).to(self.device), float("-inf"))
         e = torch.exp(scores - scores.amax(-1, keepdim=True))
         return local((e, e.sum(-1, keepdim=True)))
 
@@ -114,7 +123,7 @@ class PlainOps(Ops):
         return x
 
     def ones(self, shape: Sequence[int]) -> torch.Tensor:
-        return torch.ones(tuple(shape))
+        return torch.ones(tuple(shape), device=self.device)
 
     def hide(self, scores: torch.Tensor, alive: torch.Tensor, far: int) -> torch.Tensor:
         return scores + (alive - 1) * far
@@ -127,4 +136,4 @@ class PlainOps(Ops):
         return local((chosen, [chosen.pick(v) for v in values]))
 
     def reveal(self, x: torch.Tensor, to: Rank, why: str) -> Program[torch.Tensor | None]:
-        return local(x)
+        return local(x.cpu())

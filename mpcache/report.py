@@ -124,6 +124,7 @@ def summary(
             "ms_per_token": statistics.fmean(plain_ms),
             "ms_per_token_median": statistics.median(plain_ms),
             "ms_per_token_p95": p95(plain_ms),
+            "kernels": plain.kernels,
         },
     }
 
@@ -190,6 +191,7 @@ def card(run: Mapping[str, Any]) -> Table:
             "the same",
         ),
         ("prefill and eviction", ms(run["prefill_ms"]), ms(plain["prefill_ms"])),
+        ("kernels of the plaintext path", run["kernels"], plain["kernels"]),
         ("first token, from the context on", ms(private["first_token_ms"]), ms(plain["first_token_ms"])),
         ("time per token", ms(private["ms_per_token"]), ms(plain["ms_per_token"])),
         ("rounds per token", number(private["rounds_per_token"]), ""),

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from kernels import Backend
 from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Selection, Value
 from mpcache.policy.base import Known, LayerPlan, Plan, Policy, View, average
@@ -45,9 +47,12 @@ class ClusterPlan(LayerPlan):
 
 @dataclass(frozen=True)
 class Choice:
-    """A kept selection of `slots` of `items` clusters, made when there were `clusters` coarse ones."""
+    """A kept selection of `slots` of `items` clusters, made when there were `clusters` coarse ones.
 
-    selection: Selection
+    selection: with kernels, the chosen clusters themselves (*rows, slots).
+    """
+
+    selection: Any
     slots: int
     items: int
     clusters: int
@@ -225,6 +230,8 @@ class Clustered(Policy):
         choice = None if due else leader.choice
         if not due and choice is None:  # no more clusters than are attended to
             return (yield from super().attend(view, q))
+        if ops.kernels is not None and view.m == 1:
+            return (yield from self._with_kernels(view, ops.kernels, choice, q))
 
         made: Program[Choice | None]
         picks: list[Pick] = []
@@ -262,6 +269,30 @@ class Clustered(Policy):
 
         out, _ = yield from average(view, spread(), total)
         return out
+
+    def _with_kernels(self, view: View, kernels: Backend, choice: Choice | None, q: Value) -> Program[Value]:
+        """The same in the clear, for one token: tokens that are not chosen are not touched."""
+        plan, mine = self.budget(view), view.layer.memory
+        heads = q.flatten(0, 1)
+        if choice is None:
+            levels = []
+            for floor, span in zip(mine.floors, mine.spans, strict=True):
+                if span is None:
+                    level = kernels.cluster_scores(heads, floor)
+                else:
+                    level = kernels.cluster_bounds(heads, floor + span, floor)
+                level = level.reshape(*q.shape[:2], -1)
+                levels.append(self._folded(view, level).sum(-1) if self.gqa == "sum" else level)
+            n = levels[-1].shape[-1]
+            numbers = torch.arange(n, device=q.device).expand(levels[-1].shape)
+            chosen, _ = yield from self._pick(view.ops, plan, levels, numbers)
+            choice = Choice(chosen, chosen.shape[-1], n, mine.clusters)
+            mine.choice, mine.age = choice, 0
+        size = plan.sizes[0] * choice.clusters // choice.items
+        recent = view.tokens - plan.sink - size * choice.items
+        k, v, rows = view.layer.k, view.layer.v, choice.selection.flatten(0, 1)
+        out = kernels.select_and_attend(heads, k, v, rows, size, plan.sink, recent)
+        return out.unflatten(0, q.shape[:2])
 
     def _reused(self, view: View) -> bool:
         """Whether another layer, or this one in a later step, will use this layer's choice."""

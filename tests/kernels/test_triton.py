@@ -26,6 +26,9 @@ if not CUDA:
 
 from kernels import triton_kernels  # noqa: E402
 from kernels.triton_kernels import triton  # noqa: E402
+from mpcache.plain import PlainOps  # noqa: E402
+from tests.policy.test_policies import CONTEXT, MORE, SMALL, chunks  # noqa: E402
+from tests.policy.tiny import plain, shape, tokens  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -269,6 +272,19 @@ def test_a_gpu_gets_triton_and_without_it_the_reference(monkeypatch: pytest.Monk
     kernels._gpu.cache_clear()
     assert backend("cuda").name == "reference (Triton is not installed)"
     kernels._gpu.cache_clear()
+
+
+@pytest.mark.parametrize("policy", ["mpcache, shared, summed, refreshed", "mpcache, bound", "quest"])
+def test_policies_run_on_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eviction, clusters, scores and attention of the plain engine, against the single operations."""
+    kernels._gpu.cache_clear()
+    spec, s, ask = (SMALL | MORE)[policy], shape(), chunks(3, 1, 1, 1, 1)
+    want, _ = plain(spec, s, tokens(CONTEXT), ask)
+    if not CUDA:  # this prefill is on the CPU
+        monkeypatch.setattr("tests.policy.tiny.KERNELS", backend("cuda"))
+    got, _ = plain(spec, s, tokens(CONTEXT), ask, ops=PlainOps(backend("cuda"), DEVICE))
+    for a, b in zip(got, want, strict=True):
+        check(a, b, 1e-3)
 
 
 @pytest.mark.slow

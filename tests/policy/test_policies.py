@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
 import torch
 
+from kernels import Backend
 from mpcache.errors import PolicyError
 from mpcache.ledger import Ledger
 from mpcache.ops import Value
@@ -18,9 +19,9 @@ from mpcache.policy.clusters import ClusterPlan
 from mpcache.rank import Rank
 from mpcache.rope import rope_tables, rotate
 from mpcache.secure.party import ShapeParty
-from mpcache.secure.program import Opening, Program, run
+from mpcache.secure.program import Opening, Program, local, run
 from mpcache.session import Session
-from tests.policy.tiny import KERNELS, cost, plain, prefilled, secure, shape, tokens
+from tests.policy.tiny import KERNELS, cost, model, plain, prefilled, secure, shape, tokens
 
 CONTEXT = 24
 SMALL = {  # every policy, small enough that it evicts and selects on tiny contexts
@@ -79,6 +80,7 @@ class Counting(PlainOps):
     """Counts the cached tokens that rows attend to."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[tuple[int, int]] = []
 
     def weigh(self, weights: Value, values: Value) -> Program[Value]:
@@ -121,6 +123,57 @@ def test_a_whole_budget_is_the_full_cache(spec: str) -> None:
     want, _ = plain("full", s, tokens(CONTEXT), ask)
     got, _ = plain(whole[spec.partition(":")[0]], s, tokens(CONTEXT), ask)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [*EVERY, *[pytest.param(s, id=n) for n, s in MORE.items()]])
+def test_kernels_change_nothing(spec: str) -> None:
+    """Whole steps by kernels, over several blocks: the answer of the single operations."""
+    s, ask = shape(layers=3), chunks(3, *[1] * 20)
+    want, _ = plain(spec, s, tokens(CONTEXT), ask)
+    called: set[str] = set()
+    got, _ = plain(spec, s, tokens(CONTEXT), ask, ops=PlainOps(noting(called)))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    plan = parse(spec).plan(CONTEXT, s).layers[-1]
+    selects = isinstance(plan, ClusterPlan) and bool(plan.sizes)
+    assert ("select_and_attend" in called) is selects
+    score = getattr(parse(spec), "score", "")
+    assert (("cluster_bounds" if score == "bound" else "cluster_scores") in called) is selects
+
+
+class Elsewhere(PlainOps):
+    """On a device that is not the CPU, and has no values: whatever mixes the two fails."""
+
+    def reveal(self, x: Value, to: Rank, why: str) -> Program[Any]:
+        assert x.device.type == "meta"
+        return local(x)
+
+
+@pytest.mark.parametrize("kernels", [None, KERNELS])
+@pytest.mark.parametrize("spec", [*EVERY, *[pytest.param(s, id=n) for n, s in MORE.items()]])
+def test_the_plain_engine_stays_on_its_device(spec: str, kernels: Backend | None) -> None:
+    s, policy = shape(), parse(spec)
+    session = Session(Elsewhere(kernels, "meta"), None, s, policy.bind(CONTEXT, s))
+    session.setup(model(s).weights)
+    known = prefilled(policy, s, tokens(CONTEXT))
+    there = {f: tuple(x.to("meta") for x in getattr(known, f)) for f in ("k", "v", "q_window")}
+    session.context(replace(known, **there), KERNELS)
+    for chunk in chunks(3, *[1] * 9):
+        session.chunk(chunk, len(chunk))
+
+
+def noting(called: set[str]) -> Backend:
+    """The kernels, and which of them were called."""
+
+    def note(name: str, fn: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            called.add(name)
+            return fn(*arguments)
+
+        return call
+
+    names = [f.name for f in fields(Backend) if f.name != "name"]
+    return replace(KERNELS, **{name: note(name, getattr(KERNELS, name)) for name in names})
 
 
 @pytest.mark.parametrize("spec", ALL_PRIVATE)

@@ -6,11 +6,34 @@ with its `exit_code`; anything else that escapes is a bug and keeps its tracebac
 
 from __future__ import annotations
 
+LONGEST = 2000  # characters
+
+
+def line(text: str) -> str:
+    """One printable line of at most LONGEST characters. Much of an error's text comes from files and peers:
+    it must not steer a terminal, nor fill it."""
+    words = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words[: LONGEST + 1])
+    return shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + "..."
+
 
 class MpcacheError(Exception):
     """Root of the tree. `str(error)` is the whole line that the user sees."""
 
     exit_code = 1
+    private = False  # the text may hold what peers must not learn: a path, a word of a text, a weight
+
+    def __init__(self, text: str, private: bool | None = None) -> None:
+        super().__init__(line(text))
+        if private is not None:
+            self.private = private
+
+    @property
+    def for_peers(self) -> str:
+        """What the other parties get to read of it."""
+        if not self.private:
+            return str(self)
+        return f"its own input cannot be used ({type(self).__name__}); it says there what is wrong"
 
 
 class BadInput(MpcacheError):
@@ -24,7 +47,15 @@ class ConfigError(BadInput):
 
 
 class ModelError(BadInput):
-    """A model folder cannot be used."""
+    """A model folder cannot be used, or a text with its tokenizer."""
+
+    private = True
+
+
+class TextError(BadInput):
+    """A document or a question cannot be read."""
+
+    private = True
 
 
 class PolicyError(BadInput):
@@ -33,6 +64,8 @@ class PolicyError(BadInput):
 
 class OutOfRange(MpcacheError):
     """A value left the range that a protocol is declared for: what follows from it would be wrong."""
+
+    private = True
 
 
 class LinkError(MpcacheError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mpcache.errors import BadInput
+from mpcache.errors import BadInput, TextError
 
 _DEMO = Path(__file__).parent / "demo"
 DEMO_DOCUMENT = _DEMO / "document.txt"
@@ -33,10 +33,10 @@ def read_question(text: str | None, file: Path | None) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file that is not empty. Raises BadInput."""
+    """A UTF-8 text file that is not empty. Raises TextError."""
     text = _read(path)
     if not text.strip():
-        raise BadInput(f"{path}: is empty; the context needs at least one token")
+        raise TextError(f"{path}: is empty; the context needs at least one token")
     return text
 
 
@@ -44,11 +44,11 @@ def _read(path: Path) -> str:
     try:
         return _decode(str(path), path.read_bytes())
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+        raise TextError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _decode(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError:
-        raise BadInput(f"{name}: is not a text file in UTF-8") from None
+        raise TextError(f"{name}: is not a text file in UTF-8") from None

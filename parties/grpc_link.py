@@ -194,7 +194,7 @@ class Network:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if isinstance(error, MpcacheError):
-            self.close(str(error))
+            self.close(error.for_peers)
         else:  # a foreign error's text might hold anything: only its name leaves this party
             self.close(f"{self.rank.label} failed ({kind.__name__})" if kind else "")
 

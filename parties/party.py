@@ -67,7 +67,7 @@ class Voice:
             print(text, end="", file=self.out, flush=True)
 
     def error(self, error: MpcacheError) -> None:
-        text = " ".join(str(error).split())
+        text = str(error)
         if self.events:
             self.event("error", name=type(error).__name__, text=text, exit_code=error.exit_code)
         else:
@@ -181,7 +181,7 @@ def party(
             network = connect_all(me, settings, ledger, voice.say, trust=trusted)
         except (BadInput, PortInUse) as error:
             voice.error(error)
-            _tell_others(me, settings, trusted, str(error))
+            _tell_others(me, settings, trusted, error.for_peers)
             raise typer.Exit(error.exit_code) from None
         with network:
             agree(network.links, me, settings.public.flat())

@@ -278,7 +278,10 @@ def _shape(facts: Mapping[str, Any]) -> ModelShape:
     shape = facts.get("shape")
     if not isinstance(shape, dict):
         raise Desync("Desync: the server's facts hold no model shape; is it the same version?")
-    return ModelShape.from_dict(shape)
+    try:
+        return ModelShape.from_dict(shape)
+    except ModelError as error:
+        raise ModelError(f"the server's facts: {error}", private=False) from None
 
 
 def _count(facts: Mapping[str, Any], name: str) -> int:
@@ -301,7 +304,7 @@ def _recv_tokenizer(server: Link, facts: Mapping[str, Any], shape: ModelShape) -
         inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises bare Exceptions
         raise ModelError(
-            "the server's tokenizer.json cannot be read; is its model folder complete?"
+            "the server's tokenizer.json cannot be read; is its model folder complete?", private=False
         ) from error
     return Tokenizer(inner, shape.vocab, shape.bos_id, hashlib.sha256(content).hexdigest())
 

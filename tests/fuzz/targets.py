@@ -1,0 +1,282 @@
+"""Everything that reads what others wrote, as functions of bytes, with valid inputs to damage.
+
+A target returns, or raises an MpcacheError of one printable line. Anything else is a finding.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from google.protobuf.message import DecodeError
+
+from mpcache.answer import bind
+from mpcache.config import PublicConfig, Settings, load_settings
+from mpcache.errors import MpcacheError
+from mpcache.frames import FrameLink
+from mpcache.inputs import read_text
+from mpcache.ledger import Ledger
+from mpcache.link import Hello
+from mpcache.local_link import LocalLink
+from mpcache.model import ModelShape, load_model, load_shape
+from mpcache.policy import parse
+from mpcache.rank import Rank
+from mpcache.tokens import Tokenizer
+from parties.run import _facts, _more, _recv_tokenizer
+from parties.session import compare
+from protos import party_pb2 as pb
+from tests.fuzz.mutate import damaged, replaced
+
+LONGEST_LINE = 2500  # characters of an error
+
+
+@dataclass(frozen=True)
+class Target:
+    """run: reads one case.  make: the next case.  share: of all cases."""
+
+    run: Callable[[bytes], None]
+    make: Callable[[random.Random], bytes]
+    share: int
+
+
+def check_line(error: MpcacheError) -> None:
+    """What a person or a peer gets to see of an error: short, and nothing that steers a terminal."""
+    line = " ".join(str(error).split())
+    assert line and len(line) <= LONGEST_LINE, f"an error of {len(line)} characters: {line[:200]}"
+    assert line.isprintable(), f"an error with unprintable characters: {line!r:.300}"
+
+
+def targets(folder: Path) -> dict[str, Target]:
+    """All targets; `folder` is theirs to write to."""
+    from tests.mpcache.tiny_models import make, save
+
+    torch.set_num_threads(1)
+    model = save(make("llama-gqa"), folder / "model")
+    learned = save(make("gpt2-gelu"), folder / "learned")
+    found: dict[str, Target] = {}
+
+    def bytes_of(name: str, share: int, run: Callable[[bytes], None], seeds: Sequence[bytes]) -> None:
+        def make(rng: random.Random) -> bytes:
+            return damaged(rng, rng.choice(seeds), seeds)
+
+        found[name] = Target(run, make, share)
+
+    def json_of(name: str, share: int, run: Callable[[bytes], None], seeds: Sequence[Any]) -> None:
+        texts = [json.dumps(seed).encode() for seed in seeds]
+
+        def make(rng: random.Random) -> bytes:
+            if rng.random() < 0.3:
+                return damaged(rng, rng.choice(texts), texts)
+            return json.dumps(replaced(rng, rng.choice(seeds))).encode()
+
+        found[name] = Target(run, make, share)
+
+    _files(folder, model, learned, bytes_of, json_of)
+    _messages(model, bytes_of, json_of)
+    return found
+
+
+def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any) -> None:
+    """What a party reads from its own disk."""
+    place = folder / "damaged"
+    place.mkdir()
+
+    def copy(source: Path, name: str) -> Path:
+        return Path(shutil.copytree(source, place / name))
+
+    own, other = copy(model, "own"), copy(learned, "learned")
+    configs = [json.loads((m / "config.json").read_text()) for m in (model, learned)]
+
+    def config(data: bytes) -> None:
+        (own / "config.json").write_bytes(data)
+        shape = load_shape(own)
+        bind(shape, PublicConfig(policy="mpcache:n_keep=0.5", max_new_tokens=4), 40, 4)
+
+    json_of("config.json", 14, config, configs)
+
+    def whole(data: bytes) -> None:
+        (other / "config.json").write_bytes(data)
+        load_model(other)
+
+    json_of("config.json of a model", 2, whole, [configs[1]])
+
+    weights = (model / "model.safetensors").read_bytes()
+    header = int.from_bytes(weights[:8], "little") + 8
+    names = json.loads(weights[8:header])
+    damaged_model, largest = copy(model, "weights"), 1 << 15
+
+    def tensors(data: bytes) -> None:
+        (damaged_model / "model.safetensors").write_bytes(data)
+        load_model(damaged_model)
+
+    bytes_of("safetensors", 4, tensors, [weights[: header + largest], weights[:header], weights[:200]])
+
+    def names_of(data: bytes) -> None:
+        tensors(len(data).to_bytes(8, "little") + data + weights[header:])
+
+    json_of("safetensors header", 4, names_of, [names])
+
+    sharded = copy(model, "sharded")
+    (sharded / "model.safetensors").rename(sharded / "part-1.safetensors")
+    index = {"metadata": {}, "weight_map": {name: "part-1.safetensors" for name in list(names)[:9]}}
+
+    def shards(data: bytes) -> None:
+        (sharded / "model.safetensors.index.json").write_bytes(data)
+        load_model(sharded)
+
+    json_of("safetensors index", 2, shards, [index])
+
+    spoken = copy(model, "tokenizer")
+    vocabulary = json.loads((model / "tokenizer.json").read_text())
+
+    def tokenizer(data: bytes) -> None:
+        (spoken / "tokenizer.json").write_bytes(data)
+        _speak(Tokenizer.load(spoken, 300, 1))
+
+    json_of("tokenizer.json", 8, tokenizer, [vocabulary])
+
+    file = place / "text"
+    plain = Tokenizer.load(model, 300, 1)
+
+    def text(data: bytes) -> None:
+        file.write_bytes(data)
+        plain.encode(read_text(file), bos=True)
+
+    bytes_of("document", 8, text, ["the gate of the city. α β 漢字 🙂\n".encode() * 3, b"the gate"])
+
+    def settings(data: bytes) -> None:
+        file.write_bytes(data)
+        load_settings(file, {"public.policy": None})
+
+    sections = Settings().model_dump()
+    written = yaml.safe_dump(sections).encode()
+    bytes_of("party config", 5, settings, [written, b"public: {policy: full}\n", BOMB])
+    json_of("party config values", 5, settings, [sections])
+
+    shape = ModelShape.from_config(configs[0])
+    specs = ("mpcache:n_keep=0.5,coarse=16,fine=8,coarse_keep=0.5,share=0-1", "quest:page=4,pages=2",
+             "streaming:sink=2,recent=5", "snapkv:cap=8,queries=3,pool=3", "h2o:heavy=4,recent=3", "tova:cap=6",
+             "mpcache:n_keep=10/20/30,alpha=0.3,score=bound,threshold=0.1")  # fmt: skip
+
+    def policy(data: bytes) -> None:
+        spec = data.decode("utf-8", "surrogateescape")
+        public = load_settings(None, {"public.policy": spec, "public.max_new_tokens": 4}).public
+        bind(shape, public, 60, 4)
+        parse(spec)
+
+    bytes_of("policy", 10, policy, [spec.encode() for spec in specs])
+
+
+BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
+    b"%c: &%c [*%c,*%c,*%c,*%c,*%c,*%c,*%c,*%c,*%c]\n" % (b, b, *([b - 1] * 9)) for b in range(98, 106)
+)
+
+
+def _speak(tokenizer: Tokenizer) -> None:
+    """What a party does with a tokenizer that it was given."""
+    ids = tokenizer.encode("the gate of <s> 漢字", bos=True)
+    stream = tokenizer.stream()
+    for token in [*ids[:8], 0, 5, 299]:
+        stream.push(token)
+    stream.end()
+
+
+def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
+    """What a party gets from its peers."""
+    loaded = load_model(model)
+    hello = Hello(1, Rank.CLIENT, "00ff", PublicConfig().flat())
+    words, bits = torch.arange(24).reshape(4, 6), torch.ones(7, dtype=torch.uint8)
+    specs = [(torch.int64, (4, 6)), (torch.uint8, (7,))]
+    conversation = _frames(
+        lambda link: link.send_hello(hello),
+        lambda link: link.send_facts("facts", {"question_tokens": 3}),
+        lambda link: link.send("layer0/select", [words, bits]),
+        lambda link: link.send_facts("more/decode1", {"more": True}),
+        lambda link: link.close(),
+    )
+
+    def stream(data: bytes) -> None:
+        """Frames, each with its length before it, through the program that expects this conversation."""
+        link = LocalLink(Rank.SERVER, Rank.CLIENT, Ledger(), 0.01)
+        link.other = LocalLink(Rank.CLIENT, Rank.SERVER, Ledger(), 0.01)
+        offset = 0
+        while offset < len(data):
+            size = int.from_bytes(data[offset : offset + 2], "little")
+            if not link.arrived(data[offset + 2 : offset + 2 + size]):
+                break
+            offset += 2 + size
+        compare(Hello(1, Rank.SERVER, "11", PublicConfig().flat()), link.recv_hello(), Rank.CLIENT)
+        link.recv_facts("facts")
+        link.recv("layer0/select", specs)
+        _more(link, 1)
+        link.recv_facts("after")
+
+    joined = b"".join(len(f).to_bytes(2, "little") + f for f in conversation)
+    bytes_of("frames", 22, stream, [joined])
+
+    def one(data: bytes) -> None:
+        """A single message where tensors are expected, whatever it says of its sizes."""
+        link = LocalLink(Rank.SERVER, Rank.CLIENT, Ledger(), 0.01)
+        link.other = link
+        link.arrived(data)
+        link.recv("layer0/select", specs)
+
+    extreme = [pb.Frame(tensors=pb.Tensors(step="layer0/select", sequence=s, layout=t, offset=o, data=d))
+               for s in (0, 2**64 - 1) for o in (0, 2**63) for d in (b"", b"x" * 300)
+               for t in ("int64(4, 6) uint8(7,)", f"int64({2**62}, 6)", "")]  # fmt: skip
+    bytes_of("tensors", 10, one, [f.SerializeToString() for f in extreme])
+
+    def introduction(data: bytes) -> None:
+        try:
+            tree = json.loads(data)
+            said = pb.Hello(**tree) if isinstance(tree, dict) else pb.Hello()
+        except (ValueError, TypeError, DecodeError, RecursionError):
+            return  # no such message can be written
+        link = LocalLink(Rank.SERVER, Rank.CLIENT, Ledger(), 0.01)
+        link.arrived(pb.Frame(hello=said).SerializeToString())
+        compare(Hello(1, Rank.SERVER, "11", PublicConfig().flat()), link.recv_hello(), Rank.CLIENT)
+
+    json_of("hello", 4, introduction, [{"version": 1, "rank": 1, "nonce": "0", "public": dict(hello.public)}])
+
+    facts = {
+        "shape": loaded.shape.to_dict(), "model_digest": loaded.digest, "tokenizer_bytes": 1000,
+        "tokenizer_digest": "00", "context_tokens": 40, "kernels": "cpu", "question_tokens": 4,
+    }  # fmt: skip
+
+    def public(data: bytes) -> None:
+        link = LocalLink(Rank.CLIENT, Rank.SERVER, Ledger(), 0.01)
+        message = pb.Facts(step="facts/model", json=data.decode("utf-8", "replace"))
+        link.arrived(pb.Frame(facts=message).SerializeToString())
+        said = link.recv_facts("facts/model")
+        config = PublicConfig(policy="mpcache:n_keep=0.5", max_new_tokens=4)
+        _facts(said, said, config)
+
+    json_of("facts", 12, public, [facts])
+
+    vocabulary = (model / "tokenizer.json").read_bytes()
+
+    def given(data: bytes) -> None:
+        link = LocalLink(Rank.CLIENT, Rank.SERVER, Ledger(), 0.01)
+        sender = LocalLink(Rank.SERVER, Rank.CLIENT, Ledger(), 0.01)
+        sender.other = link
+        sender.send("facts/tokenizer", [torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)])
+        _speak(_recv_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))}, loaded.shape))
+
+    bytes_of("tokenizer from the server", 4, given, [vocabulary])
+
+
+def _frames(*steps: Callable[[FrameLink], None]) -> list[bytes]:
+    """The frames that a link posts for these calls."""
+    frames: list[bytes] = []
+    link = LocalLink(Rank.CLIENT, Rank.SERVER, Ledger(), 0.01)
+    link._post = frames.append  # type: ignore[method-assign]
+    for step in steps:
+        step(link)
+    return frames

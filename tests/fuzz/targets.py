@@ -162,8 +162,8 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
 
     shape = ModelShape.from_config(configs[0])
     specs = ("mpcache:n_keep=0.5,coarse=16,fine=8,coarse_keep=0.5,share=0-1", "quest:page=4,pages=2",
-             "streaming:sink=2,recent=5", "snapkv:cap=8,queries=3,pool=3", "h2o:heavy=4,recent=3", "tova:cap=6",
-             "mpcache:n_keep=10/20/30,alpha=0.3,score=bound,threshold=0.1")  # fmt: skip
+             "streaming:sink=2,recent=5", "snapkv:cap=8,queries=3,pool=3", "h2o:heavy=4,recent=3",
+             "tova:cap=6", "mpcache:n_keep=10/20/30,alpha=0.3,score=bound,threshold=0.1")  # fmt: skip
 
     def policy(data: bytes) -> None:
         spec = data.decode("utf-8", "surrogateescape")

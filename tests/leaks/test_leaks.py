@@ -17,7 +17,7 @@ from tests.leaks.sessions import MEANT, SELECTS, STEPS, Views, by_reason, sessio
 from tests.leaks.statistics import Bytes, above_chance, predicted, uniformity
 
 COMPUTING = (Rank.SERVER, Rank.CLIENT)
-LEAST = 90  # values of a reason that a test of it needs
+LEAST = 45  # values of a reason that a test of it needs
 
 
 @pytest.fixture(scope="module")
@@ -192,15 +192,15 @@ def test_a_classifier_learns_from_a_policy_that_leaks(model: Model) -> None:
         rows, labels = rows_of(model, "step-index" + SELECTS)
     for rank in COMPUTING:
         right = {name: predicted(rows[rank], labels[name], TRAIN) for name in QUESTIONS}
-        for name in ("question", "depth"):
-            assert right[name] > 0.9 * (SESSIONS - TRAIN), (rank.label, right)
+        assert right["question"] > 0.9 * (SESSIONS - TRAIN), (rank.label, right)
+        assert right["depth"] > above_chance(SESSIONS - TRAIN, 4, sigmas=8), (rank.label, right)
         assert right["answer"] < above_chance(SESSIONS - TRAIN, 2), (rank.label, right)
 
 
 def test_a_leak_is_declared_and_opened_with_its_reason(model: Model) -> None:
     """The declared leak is seen as such: its reason is the one suspicious opening beside the logits."""
     with step_index.registered():
-        views = seen(model, "step-index" + SELECTS, 8)
+        views = seen(model, "step-index" + SELECTS, 17)
     check_slots(views)
     assert suspicious(views) == {MEANT, step_index.WHY}
 

@@ -305,15 +305,17 @@ def _count(tally: Tally, request: Request) -> None:
         case "one-hot":
             tally.lookups += n
             tally.multiply_adds += math.prod(shapes[0])
-        case "activation":  # a sum of sines and cosines: three terms each
+        case "line":  # three inner products with values and slopes, with and without the factor
             tally.lookups += n
-            tally.multiply_adds += 6 * math.prod(shapes[-1])
+            tally.multiply_adds += 8 * math.prod(shapes[0])
+        case "activation":  # a sum of sines and cosines; and the product with `up` where there is one
+            tally.lookups += n
+            tally.multiply_adds += 2 * math.prod(shapes[0])
+            products = n if len(shapes) > 4 else 0
         case "resident" | "triple/matmul":  # (*b, m, k) by (*b, k, n)
             products = math.prod(shapes[0]) * first[-1]
-        case "triple/mul" | "square" | "truncation/product":
+        case "triple/mul" | "square" | "truncation/product" | "truncations/product" | "norm":
             products = math.prod(shapes[0])
-        case "norm":  # squares, and the product with the root
-            products = 2 * n
         case "scatter":  # (*rows, k, c) by slots (*rows, k, n)
             products = n * shapes[0][-3]
     tally.multiplications += products

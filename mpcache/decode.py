@@ -15,7 +15,7 @@ from mpcache.cache import Cache
 from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Value
 from mpcache.rank import Rank
-from mpcache.rope import rope_tables
+from mpcache.rope import Turn, rope_tables
 from mpcache.secure.program import Program, at, together
 
 if TYPE_CHECKING:
@@ -57,60 +57,52 @@ def step(
 ) -> Program[torch.Tensor | None]:
     """(m, vocab) one-hot tokens of the client -> (vocab,) next-token logits, at the client only."""
     positions = cache.advance(one_hots.shape[0])
-    x = yield from at("embed", embed(ops, model, one_hots, positions))
+    x: Value = None
+    change = yield from at("embed", embed(ops, model, one_hots, positions))
     for i, layer in enumerate(model.layers):
-        x = yield from at(f"layer{i}", block(ops, model.shape, layer, cache, i, policy, x, positions))
-    h = yield from at("norm", ops.norm(x[-1:], model.shape.norm_eps))
-    logits = yield from at("lm_head", ops.linear(h, model.lm_head, model.lm_bias))
+        program = block(ops, model.shape, layer, cache, i, policy, x, change, positions)
+        x, change = yield from at(f"layer{i}", program)
+    head = ops.norm_linear(x[-1:], change[-1:], model.shape.norm_eps, model.lm_head, model.lm_bias)
+    _, logits = yield from at("lm_head", head)
     return (yield from at("logits", ops.reveal(logits[0], Rank.CLIENT, "logits for the client")))
 
 
 def embed(ops: Ops, model: Operands, one_hots: Value, positions: torch.Tensor) -> Program[Value]:
     """(m, vocab) -> (m, width)."""
     x = yield from ops.linear(one_hots, model.embed)
-    if model.positions is not None:
-        x = yield from ops.add(x, model.positions[positions])
-    return x
+    return x if model.positions is None else x + model.positions[positions]
 
 
 def block(
-    ops: Ops,
-    shape: ModelShape,
-    w: Layer,
-    cache: Cache,
-    i: int,
-    policy: Bound,
-    x: Value,
-    positions: torch.Tensor,
-) -> Program[Value]:
-    """One layer, (m, width) -> (m, width): norm, qkv, select and attend, o, norm, mlp."""
-    h = yield from at("norm1", ops.norm(x, shape.norm_eps))
-    q, k, v = yield from at("qkv", qkv(ops, shape, w, h, positions))
+    ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: Bound,
+    x: Value | None, change: Value, positions: torch.Tensor,
+) -> Program[tuple[Value, Value]]:  # fmt: skip
+    """One layer: norm, qkv, select and attend, o, norm, mlp. The stream (m, width) stands as x and what
+    the sublayer before adds to it: it is added where the next norm meets it."""
+    x, q, k, v = yield from at("qkv", qkv(ops, shape, w, x, change, positions))
     yield from at("append", cache.append(ops, i, k, v))
     view = policy.view(ops, shape, cache, i, positions)
     a = yield from attend(view, policy, q)
 
-    def rest() -> Program[Value]:
-        o = yield from at("o", ops.linear(a, w.o, w.o_bias))
-        y = yield from at("residual1", ops.add(x, o))
-        h = yield from at("norm2", ops.norm(y, shape.norm_eps))
-        h = yield from at("mlp", mlp(ops, shape, w, h))
-        return (yield from at("residual2", ops.add(y, h)))
+    def rest() -> Program[tuple[Value, Value]]:
+        change = yield from at("o", ops.linear(a, w.o, w.o_bias))
+        return (yield from mlp(ops, shape, w, x, change))
 
     # What the policy does with what it saw shares its rounds with the rest of the layer.
-    y, _ = yield from together(rest(), at("observe", policy.policy.observe(view)))
-    return y
+    stream, _ = yield from together(rest(), at("observe", policy.policy.observe(view)))
+    return stream
 
 
-def qkv(ops: Ops, shape: ModelShape, w: Layer, h: Value, positions: torch.Tensor) -> Program[list[Value]]:
-    """(m, width) -> q (m, H, d), scaled by 1/sqrt d; k, v (m, KV, d); q and k rotated."""
-    y = yield from ops.linear(h, w.qkv, w.qkv_bias)
-    y = y.reshape(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
-    q, k, v = y[:, : shape.heads], y[:, shape.heads : -shape.kv_heads], y[:, -shape.kv_heads :]
-    if shape.positions != "rope":
-        return (yield from together(ops.settle(q), ops.settle(k), ops.settle(v)))
-    tables = rope_tables(shape, positions)
-    return (yield from together(ops.rotate(q, *tables), ops.rotate(k, *tables), ops.settle(v)))
+def qkv(
+    ops: Ops, shape: ModelShape, w: Layer, x: Value | None, change: Value, positions: torch.Tensor
+) -> Program[list[Value]]:
+    """(m, width) -> the stream; q (m, H, d), scaled by 1/sqrt d; k, v (m, KV, d); q and k rotated."""
+    turned = shape.heads + shape.kv_heads
+    turn = Turn(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
+    x, y = yield from ops.norm_linear(x, change, shape.norm_eps, w.qkv, w.qkv_bias, turn)
+    y = yield from ops.settle(y)
+    y = y.reshape(-1, turned + shape.kv_heads, shape.head_dim)
+    return [x, y[:, : shape.heads], y[:, shape.heads : turned], y[:, turned:]]
 
 
 def attend(view: View, policy: Bound, q: Value) -> Program[Value]:
@@ -121,9 +113,9 @@ def attend(view: View, policy: Bound, q: Value) -> Program[Value]:
     return out.reshape(kv, m, g, d).transpose(0, 1).reshape(m, kv * g * d)
 
 
-def mlp(ops: Ops, shape: ModelShape, w: Layer, h: Value) -> Program[Value]:
-    """(m, width) -> (m, width): down(act(gate) * up), or down(act(up)) without a gate."""
-    y = yield from ops.linear(h, w.up, w.up_bias)
+def mlp(ops: Ops, shape: ModelShape, w: Layer, x: Value, change: Value) -> Program[tuple[Value, Value]]:
+    """(m, width) -> the stream, and down(act(gate) * up), or down(act(up)) without a gate, of its norm."""
+    x, y = yield from at("up", ops.norm_linear(x, change, shape.norm_eps, w.up, w.up_bias))
     gate, up = (y[:, : shape.ffn], y[:, shape.ffn :]) if shape.gated else (y, None)
     hidden = yield from at("gate", ops.gate(shape.activation, gate, up))
-    return (yield from ops.linear(hidden, w.down, w.down_bias))
+    return x, (yield from at("down", ops.linear(hidden, w.down, w.down_bias)))

@@ -16,6 +16,7 @@ import torch
 
 from kernels import Backend
 from mpcache.rank import Rank
+from mpcache.rope import Turn
 from mpcache.secure.program import Program
 
 Value = Any  # torch.Tensor or Share
@@ -90,16 +91,17 @@ class Ops(ABC):
         reshape, add and subtract as values do."""
 
     @abstractmethod
-    def add(self, x: Value, y: Value) -> Program[Value]:
-        """x + y where either may come straight out of an operation."""
+    def norm_linear(
+        self, x: Value | None, change: Value, eps: float, w: Operand, bias: Value | None = None,
+        turn: Turn | None = None,
+    ) -> Program[tuple[Value, Value]]:  # fmt: skip
+        """Residual connection, norm to unit root mean square, linear layer, rotation: x + change
+        (m, width), and turn(norm(x + change) @ w + bias). x: what came out of here before; None: zero.
+        change: may come straight out of an operation. Gains, and LayerNorm's mean, are folded into w."""
 
     @abstractmethod
     def rotate(self, x: Value, cos: torch.Tensor, sin: torch.Tensor) -> Program[Value]:
         """Rotary embedding of (m, heads, d) by public angles (m, d)."""
-
-    @abstractmethod
-    def norm(self, x: Value, eps: float) -> Program[Value]:
-        """(m, width) to unit root mean square; gains, and LayerNorm's mean, are folded into weights."""
 
     @abstractmethod
     def gate(self, kind: str, gate: Value, up: Value | None) -> Program[Value]:

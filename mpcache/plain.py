@@ -10,7 +10,7 @@ from kernels import Backend
 from mpcache.ops import Ops, Selection
 from mpcache.prefill import activate, normalise
 from mpcache.rank import Rank
-from mpcache.rope import rotate
+from mpcache.rope import Turn, rotate
 from mpcache.secure.program import Program, local
 
 
@@ -83,14 +83,17 @@ class PlainOps(Ops):
     def scores(self, q: torch.Tensor, keys: torch.Tensor) -> Program[torch.Tensor]:
         return local(q @ keys.transpose(-1, -2))
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> Program[torch.Tensor]:
-        return local(x + y)
+    def norm_linear(
+        self, x: torch.Tensor | None, change: torch.Tensor, eps: float, w: torch.Tensor,
+        bias: torch.Tensor | None = None, turn: Turn | None = None,
+    ) -> Program[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+        x = change if x is None else x + change
+        y = normalise(x, eps) @ w
+        y = y if bias is None else y + bias
+        return local((x, y if turn is None else turn(y)))
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Program[torch.Tensor]:
         return local(rotate(x, cos.to(x), sin.to(x)))
-
-    def norm(self, x: torch.Tensor, eps: float) -> Program[torch.Tensor]:
-        return local(normalise(x, eps))
 
     def gate(self, kind: str, gate: torch.Tensor, up: torch.Tensor | None) -> Program[torch.Tensor]:
         y = activate(kind, gate)

@@ -7,6 +7,7 @@ checkpoints. Tables are in float64: at position 100 000 a float32 angle is off b
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,3 +42,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = x.chunk(2, dim=-1)
     turned = torch.cat((-high, low), dim=-1)
     return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The rotation of the first `heads` heads of a row (m, all heads x head_dim), by cos and sin
+    (m, head_dim)."""
+
+    heads: int
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor, bits: int | None = None) -> Tensor:
+        """With `bits`, x is fixed point and comes out with so many fraction bits more."""
+        cos, sin = self.cos, self.sin
+        if bits is not None:
+            cos, sin = (torch.round(t * 2**bits).to(torch.int64) for t in (cos, sin))
+        m, d = cos.shape
+        parts = x.reshape(m, -1, d)
+        rest = parts[:, self.heads :]
+        turned = [rotate(parts[:, : self.heads], cos, sin), rest if bits is None else rest << bits]
+        return torch.cat(turned, 1).reshape(m, -1)

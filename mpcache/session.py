@@ -22,9 +22,9 @@ from mpcache.prefill import Prefill
 from mpcache.rank import Rank
 from mpcache.secure.program import Program, at, run, together
 
-# The rings that products with each matrix need (`Ops.keep`): queries and keys are rotated, and the
-# gated product enters `down`, before they are truncated; a one-hot row is never truncated.
-_RINGS = {"embed": 64, "qkv": 64, "o": 48, "up": 48, "down": 64, "lm_head": 48}
+# The rings that products with each matrix need (`Ops.keep`): queries and keys are rotated before they
+# are truncated.
+_RINGS = {"embed": 48, "qkv": 64, "o": 48, "up": 48, "down": 48, "lm_head": 48}
 
 
 def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:

@@ -1,10 +1,10 @@
-"""Activations x * step(x), where the step is a sum of sines: one opening truncates and activates.
+"""Activations x * step(x), where the step is a sum of sines: two rounds, for act(gate) * up too.
 
 The step (sigmoid, or the normal distribution's) is 1/2 + x / (2 half) + sum_k b_k sin(pi k x / half)
 on |x| < half. The linear part makes both ends of the period meet, so that the coefficients fall
 exponentially (PROTOCOLS 6). sin(k (c - r)) is public angles of the opened c = x + r times the
-dealer's shares of sin(k r) and cos(k r); and because the truncated x is linear in the mask's parts,
-the dealer's shares of their products with sin(k r) and cos(k r) give x * step(x) at once.
+dealer's shares of sin(k r) and cos(k r). The same opening truncates x, and with that of `up` it gives
+x * up (`linear.Cut`); the second round multiplies by the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from mpcache.secure.correlations import Part, Request, cut
-from mpcache.secure.linear import affine, masked, raised
+from mpcache.secure.linear import Cut, cross, raised, shrink, truncate_product, truncate_times
 from mpcache.secure.program import Program, draw, reveal
 from mpcache.secure.shares import Share, encode
 from mpcache.secure.side import Side
@@ -54,7 +54,9 @@ def series(kind: str) -> Series:
     raise ValueError(f"unknown activation {kind}")
 
 
-_SHARED_BITS, _PUBLIC_BITS = 13, 17  # fraction bits of the dealer's sines and of the public factors
+_SHARED_BITS, _PUBLIC_BITS = 13, 16  # fraction bits of the dealer's sines and of the public factors
+STEP_BITS = 16  # of the step, when it multiplies
+PRODUCT_RING = 32  # |gate * up| < 2^14 at 16 fraction bits
 
 
 def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,65 +66,55 @@ def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torc
     return torch.sin(angle), torch.cos(angle)
 
 
-def activate(side: Side, x: Share, kind: str, bits: int) -> Program[Share]:
-    """x * step(x) of x with more than `bits` fraction bits, at `bits` + 30 of them. One round.
+def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]:
+    """x * step(x), or that times up, at `STEP_BITS` more fraction bits. Two rounds.
 
-    |x| < half (`series`), and below 2^(ring-2) raw. Absolute error below 1e-4 |x| + 2^-bits.
+    |x| < half (`series`), |x * up| < 2^14, and raw values below 2^(ring-2). Error below 1e-4 |x|
+    (|x up|), and two units of x's fraction bits.
     """
+    step, value = yield from _step(side, kind, x, up)
+    if up is None:
+        return (yield from truncate_times(side, step, value))
+    value = shrink(side, value, x.bits)
+    return (yield from truncate_product(side, step, Share(value.data, x.bits, ring=PRODUCT_RING)))
+
+
+def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Share, Share]]:
+    """step(x) in a small ring, and x, or x * up, in the whole ring. One round."""
     wave = series(kind)
-    terms, ring, f = len(wave.b), x.ring, x.bits - bits
+    terms, ring = len(wave.b), x.ring
     period = x.bits + wave.half.bit_length()  # raw bits of a full turn: 2 half
-    shape = (*x.shape, terms)
+    values = [x] if up is None else [x, up]
 
-    def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
-        rc, rb = cut(r, f, ring)
-        sin, cos = (encode(w, _SHARED_BITS) for w in _waves(r, period, terms))
-        rc_, rb_ = rc.unsqueeze(-1), rb.unsqueeze(-1)
-        return rc, rb, rc * rc, rc * rb, sin, cos, rc_ * sin, rc_ * cos, rb_ * sin, rb_ * cos
+    def derive(*masks: torch.Tensor) -> Sequence[torch.Tensor]:
+        pieces = [cut(r, 0, v.ring)[::-1] for r, v in zip(masks, values, strict=True)]
+        waves = (encode(w, _SHARED_BITS).to(torch.int32) for w in _waves(masks[0], period, terms))
+        crossed = cross(*pieces[0], *pieces[1]) if up is not None else ()
+        return *waves, *(part for piece in pieces for part in piece), *crossed
 
-    parts = (Part(x.shape),) * 4 + (Part(shape),) * 6
-    request = Request("activation", (Part(x.shape),), parts, derive)
-    r, rc, rb, rcrc, rcrb, *waves = yield from draw(request)
-    (c,) = yield from reveal(raised(side, x.data, r, ring, "masked for activation"))
-    out = bits + _SHARED_BITS + _PUBLIC_BITS
+    each = Part(x.shape)
+    parts = (Part((*x.shape, terms), torch.int32),) * 2 + (each,) * (2 if up is None else 8)
+    drawn = yield from draw(Request("activation", (each,) * len(values), parts, derive))
+    masks, (sin_r, cos_r, rb, rc, *others) = drawn[: len(values)], drawn[len(values) :]
+    c, *c_up = yield from reveal(
+        *(
+            raised(side, v.data, r, v.ring, "masked for activation")
+            for v, r in zip(values, masks, strict=True)
+        )
+    )
+    mine = Cut.of(c, 0, ring, rb, rc)
+    value = Share(mine.share(side), x.bits)
+    out = _SHARED_BITS + _PUBLIC_BITS
     if c.is_meta:
-        return Share(torch.empty_like(x.data), out)
-    p, q = affine(c, f, ring)
-    y = side.first(p) + q * rb - rc
-    square = side.first(p * p) + (q * q + 2 * p * q) * rb + rcrc - 2 * p * rc - 2 * q * rcrb
-    sin_r, cos_r, rc_sin, rc_cos, rb_sin, rb_cos = waves
-    y_sin = p.unsqueeze(-1) * sin_r + q.unsqueeze(-1) * rb_sin - rc_sin
-    y_cos = p.unsqueeze(-1) * cos_r + q.unsqueeze(-1) * rb_cos - rc_cos
-    b = torch.tensor(wave.b, dtype=torch.float64)
-    sin_c, cos_c = (encode(b * w, _PUBLIC_BITS) for w in _waves(c - (1 << (ring - 2)), period, terms))
-    total = (sin_c * y_cos - cos_c * y_sin).sum(-1)
-    half, slope = out - bits - 1, out - 2 * bits - wave.half.bit_length()
-    return Share(total + (y << half) + (square << slope), out)
-
-
-def truncate_to_multiply(
-    side: Side, x: Share, bits: int
-) -> Program[tuple[Share, Callable[[Share], Program[Share]]]]:
-    """x at `bits` fraction bits, and how to multiply it later by opening the other factor alone.
-
-    One round now, one for the product: the dealer shares the second factor's mask times the parts of
-    the truncation's (PROTOCOLS 2, fused).
-    """
-    ring, f = x.ring, x.bits - bits
-
-    def derive(r: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
-        rc, rb = cut(r, f, ring)
-        return rc, rb, a * rc, a * rb
-
-    request = Request("truncation/product", (Part(x.shape),) * 2, (Part(x.shape),) * 4, derive)
-    r, a, rc, rb, arc, arb = yield from draw(request)
-    (c,) = yield from reveal(raised(side, x.data, r, ring, "masked for truncation"))
-    p, q = affine(c, f, ring)
-    y = side.first(p) + q * rb - rc
-    ay = p * a + q * arb - arc
-
-    def times(z: Share) -> Program[Share]:
-        (d,) = yield from reveal(masked(z.data - a, 64, "factor, masked"))
-        return Share(d * y + ay, bits + z.bits)
-
-    return Share(y, bits), times
+        step = torch.empty_like(x.data)
+    else:
+        b = torch.tensor(wave.b, dtype=torch.float64)
+        angle = c - (1 << (ring - 2))
+        sin_c, cos_c = (encode(b * w, _PUBLIC_BITS) for w in _waves(angle, period, terms))
+        total = (sin_c * cos_r.long() - cos_c * sin_r.long()).sum(-1)
+        slope = out - x.bits - wave.half.bit_length()
+        step = total + (value.data << slope) + side.constant(1 << (out - 1), total)
+    if up is not None:
+        theirs = Cut.of(c_up[0], 0, up.ring, *others[:2])
+        value = Share(mine.times(side, theirs, others[2:]), x.bits + up.bits)
+    return shrink(side, Share(step, out, ring=32), STEP_BITS), value

@@ -11,16 +11,15 @@ import torch
 from mpcache.errors import OutOfRange
 from mpcache.ops import Ops, Selection
 from mpcache.rank import Rank
-from mpcache.rope import rotate
+from mpcache.rope import Turn, rotate
 from mpcache.secure import protocols, softmax
 from mpcache.secure.blank import Blank
-from mpcache.secure.program import Opening, Program, reveal, together
-from mpcache.secure.shares import Resident, Share, cat, encode
-from mpcache.secure.side import Side
+from mpcache.secure.program import Opening, Program, reveal
+from mpcache.secure.shares import Resident, Share, cat, centred, encode
+from mpcache.secure.side import Side, bytes_for
 
 VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
 WEIGHT_BITS = 20  # fraction bits of softmax weights; the largest of a row may be e^-4.6
-INVERSE_BITS = 28  # of the reciprocal of their sum
 AVERAGE_RING = 56  # weights times values: 20 + 16 fraction bits, up to 2^13 tokens, |value| < 32
 POSITIVE_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `positive`
 LONGEST = 1 << 13  # attended tokens per query
@@ -29,7 +28,9 @@ LONGEST = 1 << 13  # attended tokens per query
 class FastOps(Ops):
     """Values carry up to `WEIGHT_BITS` fraction bits where an operation says so, else `bits`.
 
-    A product keeps all its fraction bits; the next operation truncates what it needs (`fit`).
+    A product keeps all its fraction bits; the next operation truncates what it needs (`fit`): each
+    party drops bits by itself until no more than the value's size is left of the ring, and what an
+    opening brings back to the whole ring is then short.
     """
 
     name = "fast"
@@ -51,11 +52,17 @@ class FastOps(Ops):
     def fit(self, x: Share, bits: int | None = None) -> Program[Share]:
         """x at `bits` fraction bits, exactly; free if it has no more."""
         bits = self.bits if bits is None else bits
-        return (yield from self.do.truncate(self.side, x, bits)) if (x.bits, x.ring) != (bits, 64) else x
+        if (x.bits, x.ring) == (bits, 64):
+            return x
+        return (yield from self.do.truncate(self.side, self.do.shrink(self.side, x, bits), bits))
+
+    def small(self, x: Share) -> Share:
+        """x at `bits` fraction bits in a ring for |x| < 2^14; no cost."""
+        x = self.do.shrink(self.side, x, self.bits)
+        return replace(x, ring=min(x.ring, x.bits + VALUE_BITS + 2))
 
     def settle(self, x: Share) -> Program[Share]:
-        # A value that small needs no more of its ring than that.
-        return (yield from self.fit(replace(x, ring=min(x.ring, x.bits + VALUE_BITS + 2))))
+        return (yield from self.fit(self.small(x)))
 
     def keep(self, x: Share, ring: int = 48) -> Program[Resident]:
         x = yield from self.fit(x)
@@ -83,8 +90,7 @@ class FastOps(Ops):
         return cat(parts, dim)
 
     def linear(self, x: Share, w: Resident, bias: Share | None = None) -> Program[Share]:
-        # In the whole ring a product of three factors fits: no truncation before it.
-        if x.bits > WEIGHT_BITS and not (x.ring == w.ring == 64 and x.bits + w.bits <= 3 * self.bits):
+        if x.bits > WEIGHT_BITS:
             x = yield from self.fit(x)
         y = yield from self.do.product_resident(self.side, x, w)
         if bias is None:
@@ -95,42 +101,44 @@ class FastOps(Ops):
         q = yield from self.fit(q)
         return self.do.narrow((yield from self.do.product_resident(self.side, q, keys.transpose(-1, -2))))
 
-    def add(self, x: Share, y: Share) -> Program[Share]:
-        x, y = yield from together(self.fit(x), self.fit(y))
-        return x + y
+    def norm_linear(
+        self, x: Resident | None, change: Share, eps: float, w: Resident, bias: Share | None = None,
+        turn: Turn | None = None,
+    ) -> Program[tuple[Resident, Share]]:  # fmt: skip
+        def turned(y: Share) -> Share:
+            return y if turn is None else Share(turn(y.data, self.bits), y.bits + self.bits, ring=y.ring)
+
+        x, y = yield from self.do.norm_linear(self.side, x, self.small(change), eps, w, turned)
+        if bias is not None:
+            bias = turned(replace(bias, data=bias.data.expand(*y.shape)))
+            y = replace(y, data=y.data + (bias.data << (y.bits - bias.bits)))
+        return x, y
 
     def rotate(self, x: Share, cos: torch.Tensor, sin: torch.Tensor) -> Program[Share]:
         angles = (encode(t, self.bits) for t in (cos, sin))
         turned = Share(rotate(x.data, *angles), x.bits + self.bits, ring=x.ring)
         return (yield from self.fit(turned))
 
-    def norm(self, x: Share, eps: float) -> Program[Share]:
-        x = yield from self.fit(x)
-        return (yield from self.do.rms_norm(self.side, x, eps, self.bits))
-
     def gate(self, kind: str, gate: Share, up: Share | None) -> Program[Share]:
-        if up is None:
-            return replace((yield from self.do.activate(self.side, gate, kind, self.bits)), ring=56)
-        acted, (_, times) = yield from together(
-            self.do.activate(self.side, gate, kind, self.bits),
-            self.do.truncate_to_multiply(self.side, up, self.bits),
-        )
-        acted = yield from self.fit(replace(acted, ring=56))
-        return (yield from times(acted))
+        gate, up = self.small(gate), None if up is None else self.small(up)
+        return self.do.shrink(self.side, (yield from self.do.activate(self.side, kind, gate, up)), self.bits)
 
     def softmax(self, scores: Share, visible: torch.Tensor | None) -> Program[tuple[Share, Share]]:
         return (yield from self.do.softmax(self.side, scores, visible, WEIGHT_BITS))
 
     def weigh(self, weights: Share, values: Resident) -> Program[Share]:
-        y = yield from self.do.product_resident(self.side, weights, values, AVERAGE_RING)
-        return (yield from self.fit(y, WEIGHT_BITS))
+        return (yield from self.do.product_resident(self.side, weights, values, AVERAGE_RING))
 
     def inverse(self, total: Share) -> Program[Share]:
         least = 2.0 ** -(2 * softmax.SLACK)  # e^-slack, and some
-        return (yield from self.do.reciprocal(self.side, total, least, LONGEST, INVERSE_BITS))
+        return (yield from self.do.reciprocal(self.side, total, least, LONGEST))
 
     def times(self, x: Share, y: Share) -> Program[Share]:
-        return (yield from self.do.product(self.side, x, y, ring=AVERAGE_RING))
+        if x.bits > WEIGHT_BITS:
+            return (
+                yield from self.do.truncate_times(self.side, self.do.shrink(self.side, x, WEIGHT_BITS), y)
+            )
+        return (yield from self.do.product(self.side, x, y))
 
     def positive(self, x: Share) -> Program[Share]:
         return (yield from self.do.positive(self.side, x, POSITIVE_WIDTH))
@@ -156,6 +164,10 @@ class FastOps(Ops):
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
-        x = yield from self.fit(x)
-        (raw,) = yield from reveal(Opening(x.data, why, to=to))
-        return None if raw is None else raw.double() / 2**x.bits
+        # Whole bytes, all of them significant: the recipient sees a share that is uniform.
+        spare = -(x.ring - max(0, x.bits - self.bits)) % 8
+        x = self.do.shrink(self.side, x, self.bits + spare)
+        (raw,) = yield from reveal(Opening(x.data, why, to=to, width=bytes_for(x.ring)))
+        if raw is None:
+            return None
+        return centred(raw, x.ring).double() / 2**x.bits

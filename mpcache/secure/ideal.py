@@ -18,7 +18,7 @@ import torch
 from mpcache import prefill
 from mpcache.ops import Selection
 from mpcache.plain import PlainSelection
-from mpcache.secure import chosen, linear, norm
+from mpcache.secure import activation, chosen, linear, norm, power
 from mpcache.secure import softmax as scores_of
 from mpcache.secure.activation import series
 from mpcache.secure.program import Call, Program
@@ -77,6 +77,17 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     return Share((x.data + (1 << (f - 1))) >> f, bits)
 
 
+def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
+    x = yield from truncate(side, x, x.bits)
+    return (yield from _multiplied("product", x, y, torch.mul, 64))
+
+
+def shrink(side: Side, x: Share, bits: int) -> Share:
+    """Rounds to the nearest."""
+    f = x.bits - bits
+    return x if f <= 0 else Share((x.data + (1 << (f - 1))) >> f, bits, ring=x.ring - f)
+
+
 def resident(x: Share, ring: int = 64) -> Program[Resident]:
     yield from _held("resident operand", x, ring)
     return Resident(torch.zeros_like(x.data), x.data, x.bits, ring=ring)
@@ -95,17 +106,16 @@ def product(
 # ------------------------------------------------------------------------------------- activations
 
 
-def activate(side: Side, x: Share, kind: str, bits: int) -> Program[Share]:
+def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]:
     yield from claim(kind, x.data, series(kind).half << x.bits, x.bits)
-    yield from claim("truncation", x.data, linear.room(x.ring), x.bits)
-    return Share(encode(prefill.activate(kind, decode(x.data, x.bits)), bits + 30), bits + 30)
-
-
-def truncate_to_multiply(
-    side: Side, x: Share, bits: int
-) -> Program[tuple[Share, Callable[[Share], Program[Share]]]]:
-    y = yield from truncate(side, x, bits)
-    return y, lambda z: _multiplied("product", y, z, torch.mul, 64)
+    for value in [x] if up is None else [x, up]:
+        yield from claim("truncation", value.data, linear.room(value.ring), value.bits)
+    y, bits = prefill.activate(kind, decode(x.data, x.bits)), x.bits + activation.STEP_BITS
+    if up is not None:
+        product = x.data * up.data >> up.bits
+        yield from claim("gate times up", product, linear.room(activation.PRODUCT_RING), x.bits)
+        y = y * decode(up.data, up.bits)
+    return Share(encode(y, bits), bits)
 
 
 def positive(side: Side, x: Share, width: int) -> Program[Share]:
@@ -116,20 +126,35 @@ def positive(side: Side, x: Share, width: int) -> Program[Share]:
 # ----------------------------------------------------------------------------- norm (secure/norm.py)
 
 
-def rms_norm(side: Side, x: Share, eps: float, bits: int) -> Program[Share]:
+def norm_linear(
+    side: Side,
+    stream: Resident | None,
+    change: Share,
+    eps: float,
+    w: Resident,
+    turn: Callable[[Share], Share],
+) -> Program[tuple[Resident, Share]]:
+    x = yield from truncate(side, change, change.bits)
+    if stream is not None:
+        x = replace(x, data=x.data + stream.opened)
     width = x.shape[-1]
-    low, high = norm.exponents(width, x.bits)
     total = decode(x.data, x.bits).square().sum(-1, keepdim=True) + eps * width
-    squares = total * 4.0**x.bits
-    yield from claim("norm, sum of squares", squares, 1 << high, 2 * x.bits, 1 << low)
-    y = decode(x.data, x.bits) * torch.rsqrt(total / width)
-    return (
-        yield from truncate(side, Share(encode(y, x.bits + norm.ROOT_BITS), x.bits + norm.ROOT_BITS), bits)
-    )
+    high, low = (round(width * 2.0 ** (e + 2 * x.bits)) for e in (norm.VARIANCE_HIGH, norm.VARIANCE_LOW))
+    yield from claim("norm, sum of squares", total * 4.0**x.bits, high, 2 * x.bits, low)
+    y = turn((yield from _multiplied("product with an operand", x, w, torch.matmul, 64)))
+    yield from _held("product with an operand", y, y.ring)
+    y = shrink(side, y, norm.PRODUCT_BITS)
+    yield from claim("product, truncated", y.data, linear.room(min(y.ring, norm.PRODUCT_RING)), y.bits)
+    bits = y.bits + norm.root(width, x.bits)[2]
+    normed = decode(y.data, y.bits) * torch.rsqrt(total / width)
+    yield from claim("normed product", normed * 2.0**bits, 1 << 63, bits)
+    stream = Resident(torch.zeros_like(x.data), x.data, x.bits)
+    return stream, Share(encode(normed, bits), bits)
 
 
-def reciprocal(side: Side, x: Share, least: float, most: float, bits: int) -> Program[Share]:
+def reciprocal(side: Side, x: Share, least: float, most: float) -> Program[Share]:
     yield from claim("reciprocal", x.data, math.ceil(most * 2**x.bits), x.bits, math.floor(least * 2**x.bits))
+    _, bits = power.reciprocal_range(least, most, x.bits)
     return Share(encode(1 / decode(x.data, x.bits), bits), bits)
 
 
@@ -192,7 +217,7 @@ def top(
 
 
 __all__ = [
-    "Claim", "IdealSelection", "activate", "claim", "narrow", "positive", "product",
-    "product_resident", "reciprocal", "resident", "rms_norm", "softmax", "top", "truncate",
-    "truncate_to_multiply",
+    "Claim", "IdealSelection", "activate", "claim", "narrow", "norm_linear", "positive", "product",
+    "product_resident", "reciprocal", "resident", "shrink", "softmax", "top", "truncate",
+    "truncate_times",
 ]  # fmt: skip

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from mpcache.rank import Rank
 from mpcache.secure import correlations
+from mpcache.secure.correlations import Part, Request, cut
 from mpcache.secure.program import Opening, Program, draw, reveal
 from mpcache.secure.ring import matmul
 from mpcache.secure.shares import Resident, Share
-from mpcache.secure.side import Side, bytes_for
+from mpcache.secure.side import Side, bytes_for, drop
 
 
 def room(ring: int) -> int:
@@ -37,6 +39,49 @@ def affine(c: torch.Tensor, f: int, ring: int) -> tuple[torch.Tensor, torch.Tens
     return low - (1 << (passed - 1)) + (top << passed), (1 - 2 * top) << passed
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A truncated value as it comes out of its opening: p + q rb - rc. p, q: public.  rb, rc: shares.
+
+    Products of such values cost no further opening where the dealer shares the products of their parts.
+    """
+
+    p: torch.Tensor
+    q: torch.Tensor
+    rb: torch.Tensor
+    rc: torch.Tensor
+
+    @staticmethod
+    def of(c: torch.Tensor, f: int, ring: int, rb: torch.Tensor, rc: torch.Tensor) -> Cut:
+        return Cut(*affine(c, f, ring), rb, rc)
+
+    def share(self, side: Side) -> torch.Tensor:
+        return side.first(self.p) + self.q * self.rb - self.rc
+
+    def times(self, side: Side, y: Cut, crossed: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Shares of the product; crossed: shares of rb rb', rb rc', rc rb' and rc rc' (`cross`)."""
+        bb, bc, cb, cc = crossed
+        mine = y.p * (self.q * self.rb - self.rc) + self.p * (y.q * y.rb - y.rc)
+        return side.first(self.p * y.p) + mine + self.q * (y.q * bb - bc) - y.q * cb + cc
+
+
+def cross(
+    rb: torch.Tensor, rc: torch.Tensor, rb_: torch.Tensor, rc_: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """At the dealer: what `Cut.times` needs of two masks' parts."""
+    return rb * rb_, rb * rc_, rc * rb_, rc * rc_
+
+
+def shrink(side: Side, x: Share, bits: int) -> Share:
+    """To `bits` fraction bits, each party alone, no message: within one unit of x / 2^f, unbiased.
+
+    What is dropped below is lost above: the ring has so many bits less. That is what an opening should
+    have sent anyway: a value below 2^14 with 16 fraction bits needs 32 bits, `truncate` brings it back.
+    """
+    f = x.bits - bits
+    return x if f <= 0 else Share(drop(x.data, f) + side.constant(1, x.data), bits, ring=x.ring - f)
+
+
 def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     """To `bits` fraction bits and the whole ring: floor(x / 2^f) + {0, 1}, never off by a wrap.
 
@@ -50,8 +95,77 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     data = x.data << max(0, bits - x.bits)
     r, rc, rb = yield from draw(correlations.truncation(x.shape, f, ring))
     (c,) = yield from reveal(raised(side, data, r, ring, "masked for truncation"))
-    p, q = affine(c, f, ring)
-    return Share(side.first(p) + q * rb - rc, bits)
+    return Share(Cut.of(c, f, ring, rb, rc).share(side), bits)
+
+
+def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
+    """x, brought back to the whole ring, times y, which is there already: one round for both.
+
+    |x_raw| < 2^(ring-2). The dealer shares y's mask times the parts of x's (PROTOCOLS 2, fused).
+    """
+    factor = Scaled.shape(x, y.shape)
+    r, a, *parts = yield from draw(factor)
+    c, d = yield from reveal(
+        raised(side, x.data, r, x.ring, "masked for truncation"), masked(y.data - a, 64, "factor, masked")
+    )
+    return Scaled(side, x, a, c, parts).times(d, y.bits)
+
+
+def truncate_to_scale(
+    side: Side, x: Share, shape: tuple[int, ...]
+) -> Program[Callable[[Share], Program[Share]]]:
+    """`truncate_times` in two steps, for a factor of `shape` that comes later: a round now, one then."""
+    r, a, *parts = yield from draw(Scaled.shape(x, shape))
+    (c,) = yield from reveal(raised(side, x.data, r, x.ring, "masked for truncation"))
+    scaled = Scaled(side, x, a, c, parts)
+
+    def times(y: Share) -> Program[Share]:
+        (d,) = yield from reveal(masked(y.data - a, 64, "factor, masked"))
+        return scaled.times(d, y.bits)
+
+    return times
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """x was opened as c, to be truncated and multiplied by a factor with the mask a."""
+
+    side: Side
+    x: Share
+    a: torch.Tensor
+    c: torch.Tensor
+    parts: Sequence[torch.Tensor]
+
+    @staticmethod
+    def shape(x: Share, factor: tuple[int, ...]) -> Request:
+        def derive(r: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
+            rc, rb = cut(r, 0, x.ring)
+            return rc, rb, a * rc, a * rb
+
+        return Request("truncation/product", (Part(x.shape), Part(factor)), (Part(x.shape),) * 4, derive)
+
+    def times(self, d: torch.Tensor, bits: int) -> Share:
+        """By the factor opened as d, with so many fraction bits."""
+        rc, rb, arc, arb = self.parts
+        y = Cut.of(self.c, 0, self.x.ring, rb, rc)
+        return Share(d * y.share(self.side) + y.p * self.a + y.q * arb - arc, self.x.bits + bits)
+
+
+def truncate_product(side: Side, x: Share, y: Share) -> Program[Share]:
+    """x times y, both brought back to the whole ring by the same round; |raw| < 2^(ring-2)."""
+
+    def derive(r: torch.Tensor, r_: torch.Tensor) -> Sequence[torch.Tensor]:
+        (rc, rb), (rc_, rb_) = cut(r, 0, x.ring), cut(r_, 0, y.ring)
+        return rc, rb, rc_, rb_, *cross(rb, rc, rb_, rc_)
+
+    request = Request("truncations/product", (Part(x.shape),) * 2, (Part(x.shape),) * 8, derive)
+    r, r_, rc, rb, rc_, rb_, *crossed = yield from draw(request)
+    c, c_ = yield from reveal(
+        raised(side, x.data, r, x.ring, "masked for truncation"),
+        raised(side, y.data, r_, y.ring, "masked for truncation"),
+    )
+    one, two = Cut.of(c, 0, x.ring, rb, rc), Cut.of(c_, 0, y.ring, rb_, rc_)
+    return Share(one.times(side, two, crossed), x.bits + y.bits)
 
 
 def resident(x: Share, ring: int = 64) -> Program[Resident]:

@@ -1,122 +1,108 @@
-"""Reciprocals and reciprocal square roots over a wide range, and RMSNorm (PROTOCOLS 6).
+"""Residual connection, RMSNorm and the linear layer after it, as one protocol of four rounds (PROTOCOLS 6).
 
-A positive x is brought to u = x * 2^-j in [1, 2): thresholds at all powers of two, from one opening
-and one key tree, give the exponent as a one-hot vector. A table over u's leading bits gives the
-function there, and the one-hot vector weighs the exponents' own factors.
+1. What the last sublayer adds is opened, to be truncated. The stream was opened before with a mask that
+   the dealer knows, so the sum of squares of stream and addition comes out of this opening.
+2. The new stream is opened, for the matrix; the sum is compared with all powers of four.
+3. The product is opened, to be truncated; the inverse root is looked up.
+4. The inverse root is opened, which multiplies what round 3 opened: the norm is applied after the matrix.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from mpcache.secure.compare import less
-from mpcache.secure.correlations import Part, Request
-from mpcache.secure.linear import product, truncate
-from mpcache.secure.lookup import lookup
-from mpcache.secure.program import Opening, Program, draw, reveal
-from mpcache.secure.shares import Share, encode
-from mpcache.secure.side import Side, drop
-
-_MARGIN = 13  # bits below the lowest exponent that comparisons keep
-
-
-@dataclass(frozen=True)
-class Table:
-    """mantissa: the function on [1, 2).  leading: bits of u that index it.  bits: of its entries."""
-
-    mantissa: Callable[[torch.Tensor], torch.Tensor]
-    leading: int
-    bits: int
-
-    def entries(self) -> torch.Tensor:
-        """2^(leading + 1) integers: an index may be one below zero and one above the last cell."""
-        size = 2 << self.leading
-        cell = torch.arange(size, dtype=torch.float64)
-        cell = torch.where(cell < size - 1, cell, -1.0)
-        centre = 1 + (cell + 1) / (1 << self.leading)  # u lies in this cell or, by `drop`, in the next
-        return encode(self.mantissa(centre), self.bits)
-
-
-def by_exponent(
-    side: Side,
-    x: torch.Tensor,
-    low: int,
-    high: int,
-    table: Table,
-    factor: Callable[[int], int],
-) -> Program[torch.Tensor]:
-    """table(u) * factor(j) for x = u * 2^j, u in [1, 2): x (*s, 1) shares of integers in
-    [2^low, 2^high) -> (*s, 1), with the factor's fraction bits and the table's. Four rounds.
-
-    Relative error of the table's argument: 2^-leading, a cell on each side of its centre.
-    """
-    shift = max(0, low - _MARGIN)
-    exponents = range(low, high)
-    width = high - shift + 2
-    below = yield from less(side, drop(x, shift), width, [1 << (j - shift) for j in exponents[1:]])
-    # hot_j = [x < 2^(j+1)] - [x < 2^j]
-    below = below.squeeze(-2)
-    ends = side.constant(1, below[..., :1]), torch.zeros_like(below[..., :1])
-    hot = torch.cat([below, ends[0]], -1) - torch.cat([ends[1], below], -1)
-    up = (hot * side.public([1 << (high - 1 - j) for j in exponents])).sum(-1, keepdim=True)
-    weight = (hot * side.public([factor(j) for j in exponents])).sum(-1, keepdim=True)
-    u = yield from product(side, Share(x, 0), Share(up, 0))  # [2^(high-1), 2^high)
-    index = drop(u.data - side.constant(1 << (high - 1), u.data), high - 1 - table.leading)
-    value = yield from lookup(side, index, table.entries())
-    y = yield from product(side, Share(value, table.bits), Share(weight, 0))
-    return y.data
-
-
-_RECIPROCAL = Table(lambda u: 1 / u, 12, 14)
-
-
-def reciprocal(side: Side, x: Share, least: float, most: float, bits: int) -> Program[Share]:
-    """1 / x for least <= x < most at `bits` fraction bits. Four rounds. Relative error 2.5e-4."""
-    low = math.floor(math.log2(least)) + x.bits
-    high = math.ceil(math.log2(most)) + x.bits
-    scale = bits - _RECIPROCAL.bits + x.bits  # 1/x = 2^x.bits / x_raw = (1/u) * 2^(x.bits - j)
-    if scale - high < 0:
-        raise ValueError(f"reciprocal: {bits} fraction bits are too few for x up to {most}")
-    y = yield from by_exponent(side, x.data, low, high, _RECIPROCAL, lambda j: 1 << (scale - j))
-    return Share(y, bits)
-
+from mpcache.secure.correlations import Part, Request, cut, dealt
+from mpcache.secure.linear import Cut, raised, shrink, truncate_to_scale
+from mpcache.secure.power import Curve, Range, power
+from mpcache.secure.program import Opening, Program, at, draw, reveal, together
+from mpcache.secure.ring import matmul
+from mpcache.secure.shares import Resident, Share
+from mpcache.secure.side import Side
 
 VARIANCE_LOW, VARIANCE_HIGH = -20, 17  # mean squares from 9.5e-7 to 1.3e5
-_ROOT = Table(torch.rsqrt, 14, 18)
-ROOT_BITS = 38
+PRODUCT_BITS = 18  # fraction bits of stream times matrix, before it is scaled
+PRODUCT_RING = 40  # so |stream times matrix| < 2^20
 
 
-def exponents(width: int, bits: int) -> tuple[int, int]:
-    """Sums of `width` squares of values with `bits` fraction bits lie in [2^low, 2^high)."""
+@cache
+def root(width: int, bits: int) -> tuple[Range, Curve, int]:
+    """How to take sqrt(width) 2^bits / sqrt(total), total the raw sum of `width` squares at `bits` bits:
+    the range of the total, the curve, and the result's fraction bits. Relative error 3e-5."""
     spread = math.log2(width) + 2 * bits
-    return math.floor(spread) + VARIANCE_LOW, min(61, math.ceil(spread) + VARIANCE_HIGH)
+    where = Range.of(spread + VARIANCE_LOW, spread + VARIANCE_HIGH, 2)
+    scale = math.log2(width) / 2  # the part of sqrt(width) that is no power of two goes into the curve
+    whole = math.floor(scale)
+    curve = Curve(lambda u: torch.rsqrt(u) * 2 ** (scale - whole), 2, 7, 16, 10)
+    return where, curve, curve.bits + where.steps(2) - 1 + where.low // 2 - bits - whole
 
 
-def rms_norm(side: Side, x: Share, eps: float, bits: int) -> Program[Share]:
-    """(m, width) / sqrt(mean square + eps) at `bits` fraction bits. Seven rounds.
+def norm_linear(
+    side: Side,
+    stream: Resident | None,
+    change: Share,
+    eps: float,
+    w: Resident,
+    turn: Callable[[Share], Share],
+) -> Program[tuple[Resident, Share]]:
+    """x = stream + change (m, width), and turn(x @ w) / sqrt(mean square of x + eps).
 
-    Mean squares in [2^-20, 2^17); x is opened once, for the squares and for the last product.
-    Relative error 4e-5. Source: PROTOCOLS 6; zhang2019rms for the norm itself.
+    stream: (m, width) at the change's fraction bits, opened; None for zero.  change: |raw| < 2^(ring-2).
+    turn: public and linear.  The mean squares lie in [2^-20, 2^17), |turn(x @ w)| below 2^20. The result
+    keeps its fraction bits; relative error 3e-5, and 2^-18 of the product. Four rounds.
     """
-    m, width = x.shape
+    x, total = yield from at("norm", _add(side, stream, change))
+    width, bits = change.shape[-1], change.bits
+    total = total + side.constant(round(eps * width * 2.0 ** (2 * bits)), total)
+    where, curve, root_bits = root(width, bits)
 
-    def derive(a: torch.Tensor, b: torch.Tensor) -> Sequence[torch.Tensor]:
-        return (a * a).sum(-1, keepdim=True), a * b
+    def multiplied() -> Program[tuple[Resident, Callable[[Share], Program[Share]]]]:
+        opened, y = yield from _times(side, Share(x, bits), w)
+        y = shrink(side, turn(y), PRODUCT_BITS)
+        y = Share(y.data, y.bits, ring=min(y.ring, PRODUCT_RING))
+        return opened, (yield from truncate_to_scale(side, y, tuple(total.shape)))
 
-    request = Request("norm", (Part((m, width)), Part((m, 1))), (Part((m, 1)), Part((m, width))), derive)
-    a, b, aa, ab = yield from draw(request)
-    (e,) = yield from reveal(Opening(x.data - a, "activation, masked"))
-    total = aa + 2 * (e * a).sum(-1, keepdim=True) + side.first((e * e).sum(-1, keepdim=True))
-    total = total + side.constant(round(eps * width * 2.0 ** (2 * x.bits)), total)
+    def inverse() -> Program[Share]:
+        y = yield from power(side, total.reshape(-1), where, curve)
+        return Share(y.reshape(total.shape), root_bits)
 
-    # rsqrt(total / width / 2^(2 bits)) = sqrt(width) 2^bits * rsqrt(u) * 2^(-j/2)
-    low, high = exponents(width, x.bits)
-    scale = ROOT_BITS - _ROOT.bits + (math.log2(width) + 2 * x.bits) / 2
-    root = yield from by_exponent(side, total, low, high, _ROOT, lambda j: round(2.0 ** (scale - j / 2)))
-    (d,) = yield from reveal(Opening(root - b, "factor, masked"))
-    y = ab + e * b + a * d + side.first(e * d)
-    return (yield from truncate(side, Share(y, x.bits + ROOT_BITS), bits))
+    (opened, scaled), factor = yield from together(multiplied(), at("norm", inverse()))
+    return opened, (yield from scaled(factor))
+
+
+def _add(side: Side, stream: Resident | None, change: Share) -> Program[tuple[torch.Tensor, torch.Tensor]]:
+    """Shares of x = stream + change (m, width), brought back to the whole ring, and of the sums of its
+    squares (m, 1). One round."""
+    m, width = change.shape
+    each, row = Part((m, width)), Part((m, 1))
+
+    def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
+        # x = e + p + q rb + a, e and p public: a is what hides the stream and the change's low bits
+        rc, rb = cut(r, 0, change.ring)
+        a = -rc if stream is None else dealt(stream.dealt) - rc
+        return rc, rb, a * rb, (a * a).sum(-1, keepdim=True)
+
+    request = Request("norm", (each,), (each, each, each, row), derive)
+    r, rc, rb, a_rb, aa = yield from draw(request)
+    (c,) = yield from reveal(raised(side, change.data, r, change.ring, "masked for truncation"))
+    cut_ = Cut.of(c, 0, change.ring, rb, rc)
+    e, a = (cut_.p, -rc) if stream is None else (cut_.p + stream.opened, stream.mask - rc)
+    # (e + q rb + a)^2
+    squares = side.first(e * e) + 2 * e * a + 2 * cut_.q * (e * rb + a_rb) + cut_.q * cut_.q * rb
+    return side.first(e) + cut_.q * rb + a, squares.sum(-1, keepdim=True) + aa
+
+
+def _times(side: Side, x: Share, w: Resident) -> Program[tuple[Resident, Share]]:
+    """x opened under a fresh mask, and x @ w from the same opening. One round."""
+    out = (*x.shape[:-1], w.shape[-1])
+    request = Request(
+        "resident", (Part(x.shape),), (Part(out),), lambda a: (matmul(a, dealt(w.dealt)),), keep=True
+    )
+    a, c, values = yield from draw(request)
+    (e,) = yield from reveal(Opening(x.data - a, "stream, masked"))
+    y = c + matmul(e, w.mask) + matmul(a, w.opened) + side.first(matmul(e, w.opened))
+    opened = Resident(a, e, x.bits, None if values is None else values[0])
+    return opened, Share(y, x.bits + w.bits, ring=w.ring)

@@ -142,6 +142,12 @@ def encode(x: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.round(x.double() * 2**bits).to(torch.int64)
 
 
+def centred(raw: torch.Tensor, ring: int) -> torch.Tensor:
+    """Integers modulo 2^ring as the numbers nearest to zero."""
+    above = 64 - ring
+    return (raw << above) >> above
+
+
 def decode(raw: torch.Tensor, bits: int) -> torch.Tensor:
     """Fixed point to real numbers (float64)."""
     return raw.double() / 2**bits

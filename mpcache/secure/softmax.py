@@ -3,7 +3,7 @@
 1. An upper bound of the maximum, at most 4.6 above it, from unary histograms (two rounds).
 2. exp by one key tree per element (one round): with d opened as d + r, e^-d is e^r, which the
    dealer knows, times e^-(d+r), which is public; the tree tells which of the two wraps happened and
-   cuts off at e^-22.
+   cuts off at e^-16 to e^-18.
 The division is deferred past the product with the values.
 """
 
@@ -18,7 +18,7 @@ from mpcache.secure import fss
 from mpcache.secure.compare import key_parts, less
 from mpcache.secure.correlations import Part, Request
 from mpcache.secure.fss import KeyShape
-from mpcache.secure.linear import masked, truncate
+from mpcache.secure.linear import masked, shrink, truncate
 from mpcache.secure.lookup import rotated
 from mpcache.secure.program import Program, draw, reveal
 from mpcache.secure.shares import Share
@@ -33,7 +33,8 @@ LONGEST_ROW = 1 << 15  # scores of one row, to be counted in 16 bits
 SLACK = 2 * STEP * 8 / 7  # the bound lies at most so far above the maximum
 _LOW = 17  # the window: 2^17 steps
 _HIGH = 6  # 64 windows: more than any distance of two scores and the slack
-FARTHEST = 1 << (_LOW + _HIGH)  # steps between a score and the bound
+_COMPARED = 3  # of the window's bits: its last eighth, from e^-16 = 1.1e-7 on, may become zero too
+FARTHEST = (1 << (_LOW + _HIGH)) - (1 << (_LOW - _COMPARED))  # steps between a score and the bound
 UNIT = 8 / 7 / (1 << GRID)  # a step, in scores
 WINDOW = UNIT * (1 << _LOW)  # 18.3: e^-18.3 = 1.1e-8 and smaller become zero
 _KEY_BITS, _PUBLIC_BITS = 43, 18  # fraction bits of e^(r - window) and of e^-(d + r)
@@ -62,42 +63,44 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
         hot = hot * visible.to(torch.int16).to(hot.device).unsqueeze(-1)
     histogram = hot.sum(-2, dtype=torch.int64)
     above = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-    none = yield from less(side, above, 16, (1,))
+    width = 1 + scores.shape[-1].bit_length()
+    none = yield from less(side, above, width, (1,))
     highest = (BUCKETS - 1) * side.constant(1, above[..., :1]) - none.squeeze(-1).sum(-1, keepdim=True)
     # A bucket may be one too low (`drop`); its upper edge and one more are above every score.
     return STEP * (highest + side.constant(2 - BUCKETS // 2, highest))
 
 
-def exp(side: Side, d: Share, bits: int) -> Program[Share]:
-    """e^-d of a narrow d >= 0 at `bits` fraction bits, zero from 18.3 on. Two rounds.
+def exp(side: Side, d: Share) -> Program[Share]:
+    """e^-d of a narrow d >= 0 with 61 fraction bits, zero from 18.3 on, and from 16 on at times. One round.
 
     Relative error 3e-6, and 2e-6 absolute: the two factors' bits; the grid adds 1.4e-4 relative.
+    d < FARTHEST.
     """
     n = math.prod(d.shape)
-    keys = KeyShape(n, _LOW + _HIGH, start=_HIGH)
+    keys = KeyShape(n, _COMPARED + _HIGH, start=_HIGH)
     seeds, words, bit_parts = key_parts(keys)
-    low = (1 << _LOW) - 1
+    low, whole, rest = (1 << _LOW) - 1, (1 << (_LOW + _HIGH)) - 1, _LOW - _COMPARED
 
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
-        r = r & ((1 << keys.depth) - 1)
         payload = torch.exp((r & low).double() * UNIT - WINDOW) * 2**_KEY_BITS
-        return fss.generate(keys, s, r, payload.round().to(torch.int64))
+        return fss.generate(keys, s, (r & whole) >> rest, payload.round().to(torch.int64))
 
     r, own, cw, cb = yield from draw(Request("exp", (Part((n,)), seeds), (words, bit_parts), derive))
-    (c,) = yield from reveal(masked(d.data.reshape(n) + r, keys.depth, "masked for exp"))
-    c = (c & ((1 << keys.depth) - 1)).unsqueeze(-1)
-    # d in the window: either c and r share their top bits and c's low bits are not below r's, or
-    # c's top bits are one higher and its low bits are below.
-    same, under = fss.evaluate(keys, side.number, own, cw, cb, c)
-    before = (c - (1 << _LOW)) & ((1 << keys.depth) - 1)
+    (c,) = yield from reveal(masked(d.data.reshape(n) + r, _LOW + _HIGH, "masked for exp"))
+    c = (c & whole).unsqueeze(-1)
+    # d lies in the window if c and r share their top bits (then c's low bits are not below r's, for d is
+    # not negative), or if c's top bits are one higher and its low bits are below r's. Leading bits tell:
+    # where they are equal d is small in the first case, and at the window's end in the second.
+    same, under = fss.evaluate(keys, side.number, own, cw, cb, c >> rest)
+    before = ((c - (1 << _LOW)) & whole) >> rest
     _, wrapped = fss.evaluate(keys, side.number, own, cw, cb, before)
+    bits = _KEY_BITS + _PUBLIC_BITS
     if c.is_meta:
-        e = same
-    else:
-        factor = torch.exp(-(c & low).double() * UNIT) * 2**_PUBLIC_BITS
-        e = (same - under) * (factor * math.exp(WINDOW)).round().to(torch.int64)
-        e = e + wrapped * factor.round().to(torch.int64)
-    return (yield from truncate(side, Share(e.reshape(d.shape), _KEY_BITS + _PUBLIC_BITS), bits))
+        return Share(torch.empty_like(d.data), bits)
+    factor = torch.exp(-(c & low).double() * UNIT) * 2**_PUBLIC_BITS
+    e = (same - under) * (factor * math.exp(WINDOW)).round().to(torch.int64)
+    e = e + wrapped * factor.round().to(torch.int64)
+    return Share(e.reshape(d.shape), bits)
 
 
 def softmax(
@@ -107,7 +110,8 @@ def softmax(
     if visible is not None:
         visible = visible.to(scores.data.device).expand(scores.shape)
     c = yield from bound(side, scores, visible)
-    e = yield from exp(side, Share((c << GRID) - scores.data, GRID), bits)
+    e = yield from exp(side, Share((c << GRID) - scores.data, GRID))
+    e = yield from truncate(side, shrink(side, e, bits), bits)
     if visible is not None:
         e = e * visible
     return e, e.sum(-1, keepdim=True)

@@ -15,9 +15,9 @@ import torch
 
 from mpcache.ops import Ops, Selection
 from mpcache.rank import Rank
-from mpcache.rope import rotate
+from mpcache.rope import Turn, rotate
 from mpcache.secure.crypten_shim import MPCTensor, crypten
-from mpcache.secure.program import Call, Opening, Program, local, reveal
+from mpcache.secure.program import Call, Opening, Program, at, local, reveal
 from mpcache.secure.shares import Share, cat, encode
 
 # The inverse square root of a mean square v: exponents of v that are told apart (stock).
@@ -113,12 +113,20 @@ class StockOps(Ops):
     def scores(self, q: Share, keys: Share) -> Program[Share]:
         return (yield from self.linear(q, keys.transpose(-1, -2)))
 
-    def add(self, x: Share, y: Share) -> Program[Share]:
-        return local(x + y)
+    def norm_linear(
+        self, x: Share | None, change: Share, eps: float, w: Any, bias: Share | None = None,
+        turn: Turn | None = None,
+    ) -> Program[tuple[Share, Share]]:  # fmt: skip
+        x = change if x is None else x + change
+        y = yield from self.linear((yield from at("norm", self.norm(x, eps))), w, bias)
+        if turn is not None:
+            turn = Turn(turn.heads, turn.cos.to(self.device), turn.sin.to(self.device))
+            # CrypTen's truncation: each party divides its own share, no message (PROTOCOLS 0).
+            y = Share(turn(y.data, self.bits).div(1 << self.bits, rounding_mode="trunc"), y.bits)
+        return x, y
 
     def rotate(self, x: Share, cos: torch.Tensor, sin: torch.Tensor) -> Program[Share]:
         rotated = self.rotated(x, cos, sin)
-        # CrypTen's truncation: each party divides its own share, no message (PROTOCOLS 0).
         return local(Share(rotated.data.div(1 << self.bits, rounding_mode="trunc"), x.bits))
 
     def rotated(self, x: Share, cos: torch.Tensor, sin: torch.Tensor) -> Share:
@@ -127,6 +135,7 @@ class StockOps(Ops):
         return Share(rotate(x.data, c.to(self.device), s.to(self.device)), x.bits + self.bits)
 
     def norm(self, x: Share, eps: float) -> Program[Share]:
+        """(m, width) to unit root mean square."""
         width = x.shape[-1]
 
         def run(x: Any) -> Any:

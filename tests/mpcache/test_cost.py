@@ -136,7 +136,7 @@ def test_layers_and_operations_add_up(protocol: str) -> None:
             assert together == found.total(phase)
     layers = found.by_layer("decode")
     assert set(layers) == {*range(LLAMA.layers), None}
-    assert {"norm1", "softmax", "mlp/gate", "lm_head"} <= set(found.by_op("decode"))
+    assert {"qkv/norm", "softmax", "gate", "lm_head"} <= set(found.by_op("decode"))
     assert found.peak > found.held > 0
 
 

@@ -83,13 +83,14 @@ EDGES: dict[str, tuple[float, float, Callable[[float], Any]]] = {
     "silu": (series("silu").half - 0.01, series("silu").half, lambda x: OPS.gate("silu", one(x, 16), None)),
     "gelu": (-series("gelu").half + 0.01, -series("gelu").half, lambda x: OPS.gate("gelu", one(x, 16), None)),
     "max(x, 0)": (-(2.0**15) + 1, -(2.0**15) - 1, lambda x: OPS.positive(one(x, 16))),
-    "norm, high": (HIGH * 0.99, HIGH * 1.01, lambda x: OPS.norm(one(x, 16), 1e-6)),
-    "norm, low": (LOW, LOW * 0.99, lambda x: OPS.norm(one(x, 20), 1e-9)),
+    "norm, high": (HIGH * 0.99, HIGH * 1.01, lambda x: normed(one(x, 16), 1e-6)),
+    "norm, low": (LOW * 1.01, LOW * 0.98, lambda x: normed(one(x, 16), 0.0)),
+    "gate times up": (511.0, 513.0, lambda x: OPS.gate("silu", one(31.99, 16), one(x, 16))),
     "reciprocal, high": (fast.LONGEST - 1, fast.LONGEST, lambda x: OPS.inverse(one(x, 20))),
     "reciprocal, low": (2.0**-9, 2.0**-10, lambda x: OPS.inverse(one(x, 20))),
     "score": (-softmax.LARGEST + 0.01, -softmax.LARGEST, lambda x: OPS.softmax(one(x, softmax.GRID), None)),
     "top": (1023.9, 1024.0, lambda x: OPS.top(pair(x), 1, [pair(x).reshape(1, 2, 1)])),
-    "average": (63.9, 64.1, lambda x: product(x)),
+    "average": (127.9, 128.1, lambda x: product(x)),
 }  # fmt: skip
 
 
@@ -97,12 +98,16 @@ def kept(x: float) -> Any:
     return run(OPS.keep(one(x, 16)), Ranges())
 
 
+def normed(x: Share, eps: float) -> Any:
+    return OPS.norm_linear(None, x, eps, kept(1.0))
+
+
 def pair(x: float) -> Share:
     return Share(torch.tensor([[0, round(x * 2**13)]]), 13, ring=64)
 
 
 def product(x: float) -> Any:
-    y = yield from OPS.times(one(x, 20), one(1.0, 28))
+    y = yield from OPS.times(one(x, 36, 56), one(1.0, 35))
     return (yield from OPS.fit(y))
 
 

@@ -23,6 +23,7 @@ from mpcache.inputs import DEMO_DOCUMENT, read_question, read_text
 from mpcache.launch import run_parties
 from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.policy import POLICIES, Bound
+from mpcache.policy.base import written
 from mpcache.rank import Rank
 from mpcache.report import card, comparison, summary
 from mpcache.signals import ignore_signals, stop_on_signals
@@ -214,12 +215,16 @@ def compare(
 
 @app.command()
 def policies(as_json: Json = False) -> None:
-    """What there is: each policy, what it leaks beyond public sizes, its options with their defaults."""
+    """What there is: each policy, what it needs and leaks beyond public sizes, its options and defaults."""
     rows = [
         {
             "name": name,
             "leaks": cls.leaks,
+            "may_leak": cls.may_leak,
             "private": not cls.plain_only,
+            "evicts": cls.evicts,
+            "selects": cls.selects,
+            "needs": cls.needs,
             "options": {f.name: None if f.default is MISSING else f.default for f in fields(cls)},
             "source": cls.source,
         }
@@ -228,15 +233,20 @@ def policies(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({"policies": rows}))
         return
-    table = Table("policy", "runs", "leaks", "options with their defaults", "source")
-    for row in rows:
-        options = [f"{key}={value}" for key, value in row["options"].items()]  # type: ignore[attr-defined]
-        runs = "private" if row["private"] else "plaintext only"
-        table.add_row(
-            str(row["name"]), runs, str(row["leaks"]), ", ".join(options) or "none", str(row["source"])
-        )
+    table = Table("policy", "runs", "of A|B", "leaks", "options with their defaults", show_lines=True)
+    table.columns[0].max_width = 42
+    for name, cls in POLICIES.items():
+        options = [f"{f.name}={written(f.default)}" for f in fields(cls)]
+        runs = "in plaintext" if cls.plain_only else "private"
+        side = " or ".join(part for part, able in (("A", cls.evicts), ("B", cls.selects)) if able)
+        leaks = cls.leaks + (f"; {cls.may_leak}" if cls.may_leak else "")
+        about = f"[bold]{name}[/]: {cls.source}\nneeds {cls.needs}"
+        table.add_row(about, runs, side, leaks, ", ".join(options) or "none")
     out.print(table)
-    out.print("Write NAME or NAME:key=value,... A budget is a count, or a ratio with a point: 0.25.")
+    out.print(
+        "Write NAME or NAME:key=value,... A budget is a count, or a ratio with a point: 0.25.\n"
+        "A|B: A evicts the context once, B selects from what is left at every step: 'snapkv:cap=256|quest'."
+    )
 
 
 def _settings(

@@ -24,11 +24,12 @@ class _Section(BaseModel):
 
 
 def _policy_spec(spec: str) -> str:
-    name, _, options = spec.partition(":")
-    pairs = [pair.partition("=") for pair in options.split(",")] if options else []
-    keys = [key for key, _, _ in pairs]
-    if not name or not all(all(pair) for pair in pairs) or len(set(keys)) < len(keys):
-        raise ValueError("must be NAME or NAME:key=value,... with each key once")
+    for part in spec.split("|"):
+        name, _, options = part.partition(":")
+        pairs = [pair.partition("=") for pair in options.split(",")] if options else []
+        keys = [key for key, _, _ in pairs]
+        if not name or not all(all(pair) for pair in pairs) or len(set(keys)) < len(keys):
+            raise ValueError("must be NAME or NAME:key=value,... with each key once, or two with a | between")
     return spec
 
 
@@ -71,10 +72,13 @@ class PublicConfig(_Section):
     def flat(self) -> dict[str, str]:
         """Every field as text, the policy's options apart (`policy.n_keep`), for Hello."""
         fields = {name: str(value) for name, value in self.model_dump().items()}
-        fields["policy"], _, options = self.policy.partition(":")
-        for pair in options.split(",") if options else []:
-            key, _, value = pair.partition("=")
-            fields[f"policy.{key}"] = value
+        parts = [part.partition(":") for part in self.policy.split("|")]
+        fields["policy"] = "|".join(name for name, _, _ in parts)
+        for name, _, options in parts:
+            prefix = "policy" if len(parts) == 1 else f"policy.{name}"
+            for pair in options.split(",") if options else []:
+                key, _, value = pair.partition("=")
+                fields[f"{prefix}.{key}"] = value
         return dict(sorted(fields.items()))
 
 

@@ -40,6 +40,7 @@ class Report:
     context_tokens: int
     question_tokens: int
     kept_tokens: list[int]  # per layer
+    plan: dict[str, Any] = field(default_factory=dict)  # the policy's integers
     phases: dict[str, Phase] = field(default_factory=dict)
     wire_bytes: int = 0  # both directions, all links, with frames' headers
     prefill_ms: float = 0.0  # server: the pass over the context, and its eviction
@@ -100,6 +101,7 @@ def summary(
         "context_tokens": client.context_tokens,
         "question_tokens": client.question_tokens,
         "kept_tokens": client.kept_tokens,
+        "plan": client.plan,
         "prefill_ms": server.prefill_ms,
         "kernels": server.kernels,
         "setup_ms": client.phases["setup"].ms,

@@ -114,6 +114,8 @@ def serve(links: Links, ledger: Ledger, public: PublicConfig, own: Document, say
         f"server: context of {facts.context} tokens, {facts.policy.plan.kept} kept: "
         f"prefill and eviction {ms(prefill_ms)} (kernels: {facts.kernels})"
     )
+    for line in facts.policy.plan.lines():
+        say(f"server: {line}")
 
     session.chunk(None, facts.question)
     for step in range(1, public.max_new_tokens):
@@ -331,6 +333,7 @@ def _report(me: Rank, facts: Facts, ledger: Ledger, session: TimedSession) -> Re
         context_tokens=facts.context,
         question_tokens=facts.question,
         kept_tokens=[layer.kept for layer in facts.policy.plan.layers],
+        plan=facts.policy.plan.to_dict(),
         phases=phases_of(ledger, session.ms, session.cpu_ms),
         wire_bytes=ledger.wire_bytes,
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from mpcache.cost import PROTOCOLS, CostParty, split
 from mpcache.model import ModelShape
 from mpcache.policy import parse
+from mpcache.policy.base import runs
 from mpcache.rank import Rank
 from mpcache.secure.correlations import Request
 from mpcache.secure.program import Opening
@@ -80,8 +81,7 @@ def explain(shape: ModelShape, spec: str, context: int, question: int, protocol:
     yield f"{policy.spec}: {policy.source}" if getattr(policy, "source", "") else policy.spec
     yield ""
     yield f"Public, besides the model's shape (context {context} tokens, question {question} tokens):"
-    for layers, plan in _runs([_plain(i, layer) for i, layer in enumerate(_layers(bound.plan, shape))]):
-        yield f"  {layers}: " + ", ".join(f"{k} {v}" for k, v in plan.items())
+    yield from (f"  {line}" for line in bound.plan.lines())
     yield f"Leaks beyond that: {policy.leak}."
     yield ""
 
@@ -100,7 +100,7 @@ def explain(shape: ModelShape, spec: str, context: int, question: int, protocol:
         steps["first" if op == "embed" else "last" if number is None else number][op] = said
     for op, said in steps["first"].items():
         yield from _step(op, said)
-    for layers, ops in _runs([steps[i] for i in range(shape.layers)]):
+    for layers, ops in runs([steps[i] for i in range(shape.layers)]):
         yield f"{layers}:"
         for op, said in ops.items():
             yield from _step(op, said)
@@ -129,21 +129,3 @@ def _counted(items: Sequence[Any]) -> list[tuple[Any, int]]:
     for item in items:
         counts[item] += 1
     return list(counts.items())
-
-
-def _layers(plan: Any, shape: ModelShape) -> Sequence[Any]:
-    return plan.layers if hasattr(plan, "layers") else [plan] * shape.layers
-
-
-def _plain(index: int, layer: Any) -> dict[str, Any]:
-    """A layer's public integers; `leader` only where it is another layer."""
-    return {k: v for k, v in asdict(layer).items() if v not in ((), {}) and (k, v) != ("leader", index)}
-
-
-def _runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Neighbours that are equal, under one name: `layers 0 to 5`."""
-    start = 0
-    for i in range(1, len(items) + 1):
-        if i == len(items) or items[i] != items[start]:
-            yield (f"layers {start} to {i - 1}" if i - start > 1 else f"layer {start}"), items[start]
-            start = i

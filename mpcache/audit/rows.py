@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
@@ -76,8 +76,8 @@ def rows(
 def price(grid: Grid, spec: str, context: int, protocol: str) -> Cost:
     """One setting of the grid. Raises PolicyError."""
     policy = parse(spec)
-    if getattr(policy, "plain_only", False):
-        raise PolicyError(f"policy {policy.name}: runs in plaintext only, so it has no price")
+    if policy.in_the_clear:
+        raise PolicyError(f"policy {policy.spec}: runs in plaintext only, so it has no price")
     bound = policy.bind(context, grid.shape)
     return cost(grid.shape, bound, context, grid.question, protocol, grid.new_tokens)
 
@@ -169,17 +169,20 @@ def sweep(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:
     grid: list[str] = []
     used: set[str] = set()
     for spec in policies:
-        policy = parse(spec)
-        has = [key for key in values if key in type(policy).__dataclass_fields__]
-        fixed = [item.partition("=")[0] for item in spec.partition(":")[2].split(",")]
-        for key in has:
-            if key in fixed:
-                raise BadInput(f"--sweep {key} contradicts --policy {spec}, which sets it; leave one out")
+        parse(spec)
+        parts = spec.split("|")
+        for part in parts:
+            fixed = [item.partition("=")[0] for item in part.partition(":")[2].split(",")]
+            for key in values:
+                if key in fixed:
+                    raise BadInput(f"--sweep {key} contradicts --policy {spec}, which sets it; leave one out")
+        has = [key for key in values if any(key in _options(part) for part in parts)]
         used |= set(has)
-        grid += [_with(spec, choice) for choice in _combinations(values, has)]
+        for choice in _combinations(values, has):
+            grid.append("|".join(_with(part, choice) for part in parts))
     unknown = [key for key in values if key not in used]
     if unknown:
-        known = sorted({name for spec in policies for name in type(parse(spec)).__dataclass_fields__})
+        known = sorted({name for spec in policies for part in spec.split("|") for name in _options(part)})
         listed_options = ", ".join(known) or "none"
         raise BadInput(f"--sweep {unknown[0]}: none of these policies has it; options: {listed_options}")
     for spec in grid:
@@ -192,10 +195,17 @@ def _combinations(values: dict[str, list[str]], keys: Sequence[str]) -> Iterator
         yield [f"{key}={value}" for key, value in zip(keys, choice, strict=True)]
 
 
-def _with(spec: str, options: Sequence[str]) -> str:
+def _options(part: str) -> Sequence[str]:
+    """Names of the options of NAME[:key=value,...]."""
+    return [f.name for f in fields(parse(part))]
+
+
+def _with(spec: str, choice: Sequence[str]) -> str:
+    known = _options(spec)
+    options = [option for option in choice if option.partition("=")[0] in known]
     return spec + ("," if ":" in spec else ":") + ",".join(options) if options else spec
 
 
 def secure_policies() -> list[str]:
     """All that can run on shares."""
-    return [name for name, cls in POLICIES.items() if not getattr(cls, "plain_only", False)]
+    return [name for name, cls in POLICIES.items() if not cls.plain_only]

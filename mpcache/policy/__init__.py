@@ -1,4 +1,7 @@
-"""KV-cache policies: the registry, and the `NAME[:key=value,...]` notation."""
+"""KV-cache policies: the registry, and the `NAME[:key=value,...]` notation.
+
+`STATIC|DYNAMIC` combines two: the first evicts the context, the second selects at every step.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 from mpcache.errors import PolicyError
 from mpcache.policy.base import LEAKS, Bound, Plan, Policy, View
 from mpcache.policy.calibration import Oracle, Random
+from mpcache.policy.combined import Combined
 from mpcache.policy.full import Full
 from mpcache.policy.h2o import H2O
 from mpcache.policy.mpcache import MPCache
@@ -23,7 +27,12 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def parse(spec: str) -> Policy:
-    """`mpcache:n_keep=128,alpha=0.5` -> a policy. Raises PolicyError."""
+    """`mpcache:n_keep=128,alpha=0.5`, or `snapkv:cap=256|quest`, -> a policy. Raises PolicyError."""
+    first, bar, then = spec.partition("|")
+    if "|" in then:
+        raise PolicyError(f"policy {spec}: more than two parts; write STATIC|DYNAMIC")
+    if bar:
+        return _combine(parse(first), parse(then))
     name, _, rest = spec.partition(":")
     if name not in POLICIES:
         raise PolicyError(f"unknown policy {name!r}{_hint(name, POLICIES)}; known: {', '.join(POLICIES)}")
@@ -41,6 +50,17 @@ def parse(spec: str) -> Policy:
             raise PolicyError(f"policy {name}: option {key} is given twice")
         options[key] = _value(name, key, text, str(known[key].type))
     return cls(**options)
+
+
+def _combine(first: Policy, then: Policy) -> Policy:
+    if not first.evicts:
+        able = ", ".join(name for name, cls in POLICIES.items() if cls.evicts)
+        raise PolicyError(f"policy {first.name} evicts no context; on the left of | may stand {able}")
+    if not then.selects:
+        able = ", ".join(name for name, cls in POLICIES.items() if cls.selects)
+        raise PolicyError(f"policy {then.name} selects nothing; on the right of | may stand {able}")
+    then.behind()
+    return Combined(first, then)
 
 
 def _value(policy: str, key: str, text: str, kind: str) -> Any:

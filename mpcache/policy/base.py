@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -69,6 +69,23 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def lines(self) -> list[str]:
+        """All integers, a line for each run of layers that are alike."""
+        layers = [
+            {k: v for k, v in asdict(layer).items() if v not in ((), {}) and (k, v) != ("leader", i)}
+            for i, layer in enumerate(self.layers)
+        ]
+        return [f"{name}: " + ", ".join(f"{k} {v}" for k, v in layer.items()) for name, layer in runs(layers)]
+
+
+def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Neighbouring layers that are equal, under one name: `layers 0 to 5`."""
+    start = 0
+    for i in range(1, len(items) + 1):
+        if i == len(items) or items[i] != items[start]:
+            yield (f"layers {start} to {i - 1}" if i - start > 1 else f"layer {start}"), items[start]
+            start = i
+
 
 @dataclass(frozen=True)
 class View:
@@ -116,11 +133,23 @@ class Policy(ABC):
     source: ClassVar[str]
     needs: ClassVar[str]  # what it computes on, in a few words
     leaks: ClassVar[str] = "none"
+    may_leak: ClassVar[str] = ""  # what it leaks with which option, if that differs
     plain_only: ClassVar[bool] = False
+    evicts: ClassVar[bool] = False  # the context, once: it may stand on the left of STATIC|DYNAMIC
+    selects: ClassVar[bool] = False  # at every step: it may stand on the right
 
     @abstractmethod
     def plan(self, context: int, shape: ModelShape) -> Plan:
         """The integers for a context of so many tokens. Raises PolicyError."""
+
+    def behind(self) -> Policy:
+        """As it runs behind another's eviction: it evicts nothing. Raises PolicyError."""
+        return self
+
+    @property
+    def in_the_clear(self) -> bool:
+        """Whether it runs in plaintext alone."""
+        return self.plain_only
 
     def bind(self, context: int, shape: ModelShape) -> Bound:
         return Bound(self, self.plan(context, shape))
@@ -270,9 +299,9 @@ class Bound:
 
     def check(self, protocol: str) -> None:
         """Raises PolicyError for a policy that cannot run under a protocol: plain, stock or fast."""
-        if self.policy.plain_only and protocol != "plain":
-            name = self.policy.name
-            raise PolicyError(f"policy {name}: runs in plaintext only, not with protocol {protocol}")
+        if self.policy.in_the_clear and protocol != "plain":
+            spec = self.policy.spec
+            raise PolicyError(f"policy {spec}: runs in plaintext only, not with protocol {protocol}")
 
     def priced(self) -> Bound:
         """Itself, if public sizes tell what it costs. Raises PolicyError."""

@@ -21,6 +21,7 @@ class Random(Policy):
     name = "random"
     source = "uniform choice, for calibration"
     needs = "nothing"
+    evicts = True
 
     n_keep: Budget = 0.2
     seed: int = 0
@@ -45,6 +46,7 @@ class Oracle(Policy):
     source = "exact top-k of the true attention, for calibration"
     needs = "every score in the clear"
     plain_only = True
+    selects = True
 
     k: Budget = 0.2
 
@@ -53,9 +55,9 @@ class Oracle(Policy):
         return Plan(context, (LayerPlan(context, k, 0),) * shape.layers)
 
     def attend(self, view: View, q: Value) -> Program[Value]:
-        ops, context = view.ops, view.plan.context
+        ops, kept = view.ops, view.plan.layers[view.index].kept
         scores: torch.Tensor = yield from at("scores", ops.scores(q, view.layer.k))
-        order = torch.sort(scores[..., :context], descending=True, stable=True).indices
+        order = torch.sort(scores[..., :kept], descending=True, stable=True).indices
         others = order[..., view.plan.layers[view.index].attended :]
         scores = scores.scatter(-1, others, -torch.inf)
         e, total = yield from at("softmax", ops.softmax(scores, view.visible(view.tokens)))

@@ -24,6 +24,7 @@ class H2O(Evicting):
     name = "h2o"
     source = "H2O, arXiv 2306.14048"
     needs = "all of the context's queries; an oblivious argmin per KV head and step"
+    evicts = True
 
     heavy: Budget = 0.1
     recent: Budget = 0.1

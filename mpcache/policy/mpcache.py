@@ -33,6 +33,8 @@ class MPCache(Clustered):
     name = "mpcache"
     source = "MPCache, arXiv 2501.06807"
     needs = "the context's last queries; representatives; two oblivious top-k per head and choosing layer"
+    may_leak = "count with threshold"
+    evicts = selects = True
 
     share: str = "default"
     n_keep: Budgets = 0.75
@@ -82,6 +84,12 @@ class MPCache(Clustered):
 
     def window(self, context: int) -> int:
         return min(context, tokens_of(self.queries, context))
+
+    def behind(self) -> MPCache:
+        for option in ("n_keep", "threshold"):
+            if getattr(self, option) != getattr(type(self), option):
+                raise self.fail(option, "none on the right of |, where it evicts nothing")
+        return replace(self, n_keep=1.0, dynamic=True)
 
     @property
     def decided(self) -> bool:

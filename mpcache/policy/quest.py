@@ -20,6 +20,7 @@ class Quest(Clustered):
     name = "quest"
     source = "Quest, arXiv 2406.10774"
     needs = "the whole cache; page bounds; an oblivious top-k per head, layer and step"
+    selects = True
 
     score: str = "bound"
     page: int = 16

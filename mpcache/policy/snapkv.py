@@ -21,6 +21,7 @@ class SnapKV(Policy):
     name = "snapkv"
     source = "SnapKV, arXiv 2404.14469"
     needs = "the context's last queries"
+    evicts = True
 
     cap: Budget = 0.2
     queries: int = 32

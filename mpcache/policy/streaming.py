@@ -38,6 +38,7 @@ class Streaming(Policy):
     name = "streaming"
     source = "StreamingLLM, arXiv 2309.17453"
     needs = "positions alone"
+    evicts = True
 
     sink: int = 4
     recent: Budget = 0.2

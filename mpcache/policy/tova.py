@@ -21,6 +21,7 @@ class Tova(Evicting):
     name = "tova"
     source = "TOVA, arXiv 2401.06104"
     needs = "the context's last query; an oblivious argmin per layer and step"
+    evicts = True
 
     cap: Budget = 0.2
 

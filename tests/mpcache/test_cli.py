@@ -190,7 +190,14 @@ def test_policies(run_here: Run) -> None:
     assert {"full", "mpcache"} <= set(by_name)
     assert by_name["mpcache"]["leaks"] == "none"
     assert "n_keep" in by_name["mpcache"]["options"]
-    assert "arXiv 2501.06807" in run_here("policies")[1]
+    shown = run_here("policies")[1]
+    for policy in listed:
+        assert policy["needs"] and policy["source"]
+        said = [policy["name"], policy["leaks"], policy["may_leak"], policy["needs"], *policy["options"]]
+        assert all(word in shown for word in " ".join(said).split())
+    assert by_name["mpcache"]["may_leak"] == "count with threshold"
+    assert (by_name["quest"]["evicts"], by_name["quest"]["selects"]) == (False, True)
+    assert "…" not in shown
 
 
 # -------------------------------------------------------------------------------------- bad input
@@ -217,6 +224,11 @@ BAD = {
     "sharing pairs": (
         ["--policy", "mpcache:share=2-3/5-6"],
         "share=2-3/5-6 is out of range; allowed: default, none, or layers 0 to 5",
+    ),
+    "left of |": (["--policy", "full|quest"], "full evicts no context; on the left of | may stand"),
+    "behind another": (
+        ["--policy", "snapkv:cap=64|quest:pages=5"],
+        "behind snapkv:cap=64, policy quest: pages=5 is out of range; allowed: 1 to 4",
     ),
     "two rules": (["--policy", "mpcache:threshold=0.1,n_keep=9"], "the document decides n_keep"),
     "threshold": (["--policy", "mpcache:threshold=2.0"], "threshold=2.0 is out of range; allowed: 0 to 1"),

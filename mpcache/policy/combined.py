@@ -1,0 +1,107 @@
+"""STATIC|DYNAMIC: one policy's eviction of the context, then another's choice at every step.
+
+The first evicts once, in plaintext, as it does by itself; what it does while decoding does not happen.
+The second attends, selects and remembers as if the tokens that are left were the whole context: its
+budgets are of those. A layer that shares another's choice keeps that layer's tokens, so that a cluster
+is the same tokens in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kernels import Backend
+from mpcache.errors import PolicyError
+from mpcache.model import ModelShape
+from mpcache.ops import Ops, Value
+from mpcache.policy.base import Known, Plan, Policy, View
+from mpcache.prefill import Prefill
+from mpcache.secure.program import Program
+
+
+@dataclass(frozen=True)
+class CombinedPlan(Plan):
+    """layers: as the second policy plans them.  first: the plan of the one that evicts."""
+
+    first: Plan
+
+
+@dataclass(frozen=True)
+class Combined(Policy):
+    """first: `evicts`.  then: `selects`, and evicts nothing here (`behind`)."""
+
+    name = "combined"
+    source = "one policy's eviction, another's selection"
+    needs = "what its two parts need"
+
+    first: Policy
+    then: Policy
+
+    @property
+    def spec(self) -> str:
+        return f"{self.first.spec}|{self.then.spec}"
+
+    @property
+    def leak(self) -> str:
+        """All that either of them reveals."""
+        both = [part.leak for part in (self.first, self.then) if part.leak != "none"]
+        return " and ".join(dict.fromkeys(both)) or "none"
+
+    @property
+    def in_the_clear(self) -> bool:
+        return self.first.in_the_clear or self.then.in_the_clear
+
+    def plan(self, context: int, shape: ModelShape) -> CombinedPlan:
+        first = self.first.plan(context, shape)
+        layers = []
+        for i, mine in enumerate(first.layers):
+            try:
+                layer = self.then.behind().plan(mine.kept, shape).layers[i]
+            except PolicyError as error:
+                raise PolicyError(f"behind {self.first.spec}, {error}") from None
+            leader = getattr(layer, "leader", i)
+            if mine.kept != first.layers[leader].kept:
+                raise PolicyError(
+                    f"behind {self.first.spec}, policy {self.then.name}: layers {leader} and {i} keep "
+                    f"{first.layers[leader].kept} and {mine.kept} tokens and cannot share a choice; "
+                    "give share=none, or budgets that are equal where layers share"
+                )
+            layers.append(layer)
+        return CombinedPlan(context, tuple(layers), first)
+
+    # ------------------------------------------------------------------------- the first, at the server
+
+    @property
+    def decided(self) -> bool:
+        return self.first.decided
+
+    def decide(self, prefill: Prefill, kernels: Backend) -> list[int]:
+        return self.first.decide(prefill, kernels)
+
+    def given(self, counts: Sequence[int]) -> Combined:
+        return replace(self, first=self.first.given(counts))
+
+    def window(self, context: int) -> int:
+        return self.first.window(context)
+
+    def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
+        assert isinstance(plan, CombinedPlan)
+        leader = getattr(plan.layers[layer], "leader", layer)
+        return self.first.evict(prefill, leader, plan.first, kernels)
+
+    # ------------------------------------------------------------------------------ the second, on shares
+
+    def remember(
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None
+    ) -> Program[Any]:
+        return self.then.remember(ops, shape, plan, index, known)
+
+    def attend(self, view: View, q: Value) -> Program[Value]:
+        return self.then.attend(view, q)
+
+    def observe(self, view: View) -> Program[None]:
+        return self.then.observe(view)

@@ -86,22 +86,37 @@ def decide(policy: Bound, shape: ModelShape, prefilled: Prefill, kernels: Backen
     return policy.policy.given(counts).bind(policy.plan.context, shape), counts
 
 
+class Observer:
+    """Is told how far a session is. This one takes no note."""
+
+    def began(self, phase: str) -> None:
+        """A phase begins: setup, context, question, decode1, ..."""
+
+    def ended(self, phase: str, ms: float) -> None:
+        """And has ended, after so long."""
+
+
 class TimedSession(Session):
     """A session that knows how long each of its phases took: setup, context, question, decode1, ...
 
     ms: on the clock.  cpu_ms: of this process's computation in it, on all its threads.
     """
 
-    def __init__(self, ops: Any, party: Any, shape: ModelShape, policy: Bound) -> None:
+    def __init__(
+        self, ops: Any, party: Any, shape: ModelShape, policy: Bound, observer: Observer | None = None
+    ) -> None:
         super().__init__(ops, party, shape, policy)
         self.ms: dict[str, float] = {}
         self.cpu_ms: dict[str, float] = {}
+        self._observer = observer or Observer()
 
     def _run(self, phase: str, program: Program[Any]) -> Any:
+        self._observer.began(phase)
         start, worked = time.perf_counter(), time.process_time()
         result = super()._run(phase, program)
         self.ms[phase] = 1000 * (time.perf_counter() - start)
         self.cpu_ms[phase] = 1000 * (time.process_time() - worked)
+        self._observer.ended(phase, self.ms[phase])
         return result
 
 

@@ -68,6 +68,8 @@ class PublicConfig(_Section):
     max_new_tokens: int = Field(default=32, ge=1, le=100_000)
     fraction_bits: int = Field(default=16, ge=8, le=24)
     network: Annotated[str, AfterValidator(_network)] = "none"
+    # What the server reads its document with, in plaintext; auto: Triton's where there is a GPU.
+    kernels: Literal["auto", "reference", "triton"] = "auto"
 
     def flat(self) -> dict[str, str]:
         """Every field as text, the policy's options apart (`policy.n_keep`), for Hello."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from mpcache.errors import MpcacheError
@@ -19,16 +21,50 @@ class Stopped(MpcacheError):
         self.exit_code = 128 + number
 
 
+class _Asked:
+    """What signals have asked of this process so far."""
+
+    waiting = 0  # sessions that are in the middle of a token, which is to be finished
+    stop: Stopped | None = None
+
+
 def stop_on_signals(who: str) -> None:
-    """From now on a stop signal raises Stopped in the main thread; a second one ends it at once."""
+    """From now on a stop signal raises Stopped in the main thread; a second one ends it at once.
+
+    While a session decodes (`token_by_token`) the first one waits for the end of the token in flight.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in STOPS:
             signal.signal(each, lambda number, frame: os._exit(128 + number))
-        raise Stopped(f"{who}: stopped by {signal.Signals(number).name}", number)
+        _Asked.stop = Stopped(f"{who}: stopped by {signal.Signals(number).name}", number)
+        if not _Asked.waiting:
+            raise _Asked.stop
 
+    _Asked.stop = None
     for each in STOPS:
         signal.signal(each, stop)
+
+
+@contextmanager
+def token_by_token() -> Iterator[None]:
+    """A stop signal does not tear a token: `between_tokens` raises what it asked for."""
+    _Asked.waiting += 1
+    try:
+        yield
+    finally:
+        _Asked.waiting -= 1
+
+
+def stopping() -> bool:
+    """Whether a stop signal has come."""
+    return _Asked.stop is not None
+
+
+def between_tokens(done: int) -> None:
+    """Called where no token is in flight, and so many are done. Raises Stopped if a signal has come."""
+    if _Asked.stop is not None:
+        raise Stopped(f"{_Asked.stop} after {done} token{'s' * (done != 1)}", _Asked.stop.exit_code - 128)
 
 
 def ignore_signals() -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +29,11 @@ from mpcache.signals import ignore_signals, stop_on_signals
 from parties.grpc_link import Network, connect_all
 from parties.identity import Trust, trust
 from parties.keys import keygen, pin
+from parties.logs import Log
+from parties.operations import operated
 from parties.run import Document, Question, ask, deal, serve
-from parties.session import agree
+from parties.session import PROTOCOL_VERSION, agree
+from parties.watch import Board, Watch
 
 TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
 
@@ -48,12 +51,14 @@ class Voice:
 
     events: bool
     out: Any = field(default_factory=lambda: sys.stdout)
+    log: Log = field(default_factory=lambda: Log(""))
 
     def event(self, kind: str, **values: Any) -> None:
         if self.events:
             print(json.dumps({"event": kind, **values}), file=self.out, flush=True)
 
     def say(self, text: str) -> None:
+        self.log("note", text=text)
         if self.events:
             self.event("say", text=text)
         else:
@@ -68,6 +73,7 @@ class Voice:
 
     def error(self, error: MpcacheError) -> None:
         text = str(error)
+        self.log("error", "error", name=type(error).__name__, text=error.for_peers, exit_code=error.exit_code)
         if self.events:
             self.event("error", name=type(error).__name__, text=text, exit_code=error.exit_code)
         else:
@@ -75,6 +81,7 @@ class Voice:
 
     def report(self, report: Report) -> None:
         self.event("report", report=report.to_dict())
+        self.log("end", text=closing_line(report))
         if not self.events:
             if report.rank == Rank.CLIENT:
                 print(file=self.out, flush=True)
@@ -134,6 +141,16 @@ def party(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No TLS, whatever the addresses: for a network you trust.")
     ] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="Append a JSON line for each event, without secrets; - is stderr.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    metrics: Annotated[
+        str | None, typer.Option(help="[HOST:]PORT for Prometheus to read.  [HOST: this machine alone]")
+    ] = None,
+    health: Annotated[
+        str | None, typer.Option(help="[HOST:]PORT of gRPC's standard health service.  [likewise]")
+    ] = None,
     events: Annotated[
         bool,
         typer.Option("--events", help="JSON lines on stdout; ends when stdin closes: for a parent process."),
@@ -152,8 +169,9 @@ def party(
         threading.Thread(target=_end_with_parent, daemon=True).start()
     stop_on_signals(me.label)
     torch.set_num_threads(1)  # three parties with a thread per core each would fight for the cores
-    settings = Settings()
+    settings, shown = Settings(), ExitStack()
     try:
+        voice.log = Log(me.label, log, log_level)
         settings = load_settings(
             config,
             {
@@ -166,6 +184,8 @@ def party(
         trusted = trust(me, settings, identity, insecure)
         if insecure:
             voice.say(f"{me.label}: warning: --insecure: the links are neither encrypted nor authenticated")
+        board = shown.enter_context(operated(Board(me, voice.log), metrics, health))
+        voice.log("start", version=PROTOCOL_VERSION, tls=trusted.tls, values=settings.public.flat())
         try:
             _check_flags(me, {"model": (Rank.SERVER, model), "context": (Rank.SERVER, context),
                               "question": (Rank.CLIENT, question),
@@ -178,18 +198,24 @@ def party(
                 raise BadInput("--events and --question-file -: both want stdin")
             own = _own(me, model, context, question, question_file, sampling, stop_at_eos)
             ledger = Ledger()
+            watch = shown.enter_context(board.session(ledger))
+            board.be_ready(True)
             network = connect_all(me, settings, ledger, voice.say, trust=trusted)
         except (BadInput, PortInUse) as error:
             voice.error(error)
             _tell_others(me, settings, trusted, error.for_peers)
             raise typer.Exit(error.exit_code) from None
         with network:
+            watch.reached("hello")
             agree(network.links, me, settings.public.flat())
-            report = _run(me, network, ledger, settings, own, voice)
+            report = _run(me, network, ledger, settings, own, voice, watch)
+            watch.reached("close")
             voice.report(report)
     except MpcacheError as error:
         voice.error(error)
         raise typer.Exit(error.exit_code) from None
+    finally:
+        shown.__exit__(*sys.exc_info())
 
 
 def _check_flags(me: Rank, flags: dict[str, tuple[Rank, object]]) -> None:
@@ -235,14 +261,15 @@ def _run(
     settings: Settings,
     own: Document | Question | None,
     voice: Voice,
+    watch: Watch,
 ) -> Report:
     match own:
         case Document():
-            return serve(network.links, ledger, settings.public, own, voice.say)
+            return serve(network.links, ledger, settings.public, own, voice.say, watch=watch)
         case Question():
-            return ask(network.links, ledger, settings.public, own, voice.say, voice.token)
+            return ask(network.links, ledger, settings.public, own, voice.say, voice.token, watch=watch)
         case _:
-            return deal(network.links, ledger, settings.public, voice.say)
+            return deal(network.links, ledger, settings.public, voice.say, watch=watch)
 
 
 def _tell_others(me: Rank, settings: Settings, trusted: Trust, reason: str) -> None:

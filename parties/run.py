@@ -1,6 +1,6 @@
 """What each party does from connected links to the end of a session: one function per rank.
 
-    seeds -> facts -> SETUP -> CONTEXT -> QUESTION -> DECODE ... -> the account of it
+    facts -> seeds -> SETUP -> CONTEXT -> QUESTION -> DECODE ... -> the account of it
 
 The three functions stand side by side: what one sends, another receives, in the same order.
 """
@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 import tokenizers
 import torch
 
-from kernels import Backend, backend
+from kernels import REFERENCE, Backend, backend
 from mpcache.answer import Sampling, TimedSession, answer, bind, decide
 from mpcache.config import PublicConfig
-from mpcache.errors import Desync, ModelError, PolicyError
+from mpcache.errors import ConfigError, Desync, ModelError, PolicyError
 from mpcache.ledger import Ledger
 from mpcache.link import Link
 from mpcache.model import Model, ModelShape
@@ -31,7 +31,10 @@ from mpcache.secure.fast import FastOps
 from mpcache.secure.party import ComputingParty, DealerParty
 from mpcache.secure.rng import SEED_BYTES, fresh_seed
 from mpcache.secure.stock import StockOps
+from mpcache.signals import between_tokens, stopping, token_by_token
 from mpcache.tokens import Tokenizer
+from parties.session import confirm
+from parties.watch import Watch
 
 OPS: dict[str, type[FastOps] | type[StockOps]] = {"fast": FastOps, "stock": StockOps}
 AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds the tapes that wait
@@ -72,13 +75,29 @@ class Facts:
     question: int  # tokens
     kernels: str
     policy: Bound
+    digests: Mapping[str, str]  # of the weights and the tokenizer
+
+    def flat(self) -> dict[str, str]:
+        """What all parties have to agree on, by field, as text."""
+        fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
+        fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
+        fields |= self.digests
+        for index, layer in enumerate(self.policy.plan.layers):
+            fields |= {f"plan.layer{index}.{name}": value for name, value in asdict(layer).items()}
+        return {name: str(value) for name, value in fields.items()}
 
 
-def serve(links: Links, ledger: Ledger, public: PublicConfig, own: Document, say: Say = quiet) -> Report:
+def serve(
+    links: Links,
+    ledger: Ledger,
+    public: PublicConfig,
+    own: Document,
+    say: Say = quiet,
+    watch: Watch | None = None,
+) -> Report:
     """Rank 0: opens its masked weights, reads the document, evicts, and computes blindly."""
-    client, model = links[Rank.CLIENT], own.model
-    kernels, kernel_ms = _timed(backend(own.device))
-    party, wait = _computing_party(Rank.SERVER, links, ledger)
+    client, model, watch = links[Rank.CLIENT], own.model, watch or Watch()
+    kernels, kernel_ms = _timed(_kernels(public.kernels, own.device))
 
     try:
         vocabulary = (model.folder / "tokenizer.json").read_bytes()
@@ -96,10 +115,11 @@ def serve(links: Links, ledger: Ledger, public: PublicConfig, own: Document, say
         link.send_facts("facts/model", model_facts)
     client.send("facts/tokenizer", [torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)])
     facts = _facts(model_facts, client.recv_facts("facts/question"), public)
+    confirm(links, Rank.SERVER, facts.flat())
 
-    session = TimedSession(
-        OPS[public.protocol](Rank.SERVER, public.fraction_bits), party, facts.shape, facts.policy
-    )
+    party, wait = _computing_party(Rank.SERVER, links, ledger, watch)
+    ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits)
+    session = TimedSession(ops, party, facts.shape, facts.policy, watch)
     session.setup(model.weights)
     say(f"server: set-up: weights masked and opened in {ms(session.ms['setup'])}")
     start = time.perf_counter()
@@ -117,11 +137,13 @@ def serve(links: Links, ledger: Ledger, public: PublicConfig, own: Document, say
     for line in facts.policy.plan.lines():
         say(f"server: {line}")
 
-    session.chunk(None, facts.question)
-    for step in range(1, public.max_new_tokens):
-        if not _more(client, step):
-            break
-        session.chunk(None, 1)
+    with token_by_token():
+        session.chunk(None, facts.question)
+        for step in range(1, public.max_new_tokens):
+            if not _more(client, step):
+                break
+            between_tokens(step)
+            session.chunk(None, 1)
     report = _report(Rank.SERVER, facts, ledger, session)
     return replace(report, prefill_ms=prefill_ms, kernels=facts.kernels, dealer_wait_ms=wait.ms)
 
@@ -133,10 +155,10 @@ def ask(
     own: Question,
     say: Say = quiet,
     on_token: Callable[[int, str], None] = lambda token, text: None,
+    watch: Watch | None = None,
 ) -> Report:
     """Rank 1: learns the logits, chooses the tokens; `on_token` gets each with the text it settles."""
-    server, dealer = links[Rank.SERVER], links[Rank.DEALER]
-    party, wait = _computing_party(Rank.CLIENT, links, ledger)
+    server, dealer, watch = links[Rank.SERVER], links[Rank.DEALER], watch or Watch()
 
     model_facts = server.recv_facts("facts/model")
     shape = _shape(model_facts)
@@ -145,11 +167,12 @@ def ask(
     question_facts = {"question_tokens": len(question)}
     for link in (server, dealer):
         link.send_facts("facts/question", question_facts)
-    facts = _facts(model_facts, question_facts, public)
+    facts = _facts(model_facts | {"tokenizer_digest": tokenizer.digest}, question_facts, public)
+    confirm(links, Rank.CLIENT, facts.flat())
 
-    session = TimedSession(
-        OPS[public.protocol](Rank.CLIENT, public.fraction_bits), party, facts.shape, facts.policy
-    )
+    party, wait = _computing_party(Rank.CLIENT, links, ledger, watch)
+    ops = OPS[public.protocol](Rank.CLIENT, public.fraction_bits)
+    session = TimedSession(ops, party, facts.shape, facts.policy, watch)
     session.setup(None)
     say(f"client: set-up: masked weights received in {ms(session.ms['setup'])}")
     session.policy = (facts := _announced(server, facts)).policy
@@ -164,44 +187,57 @@ def ask(
     stops = set(facts.shape.eos_ids) if own.stop_at_eos else set()
     ids, stream, wait.ms = [], tokenizer.stream(), 0.0
     choose = own.sampling.chooser()
-    for token in answer(session, question, public.max_new_tokens, choose, stops, announce):
-        ids.append(token)
-        on_token(token, stream.push(token))
+    with token_by_token():
+        for token in answer(session, question, public.max_new_tokens, choose, stops, announce):
+            ids.append(token)
+            on_token(token, stream.push(token))
+            between_tokens(len(ids))
     if rest := stream.end():
         on_token(-1, rest)
     report = _report(Rank.CLIENT, facts, ledger, session)
     return replace(report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids))
 
 
-def deal(links: Links, ledger: Ledger, public: PublicConfig, say: Say = quiet) -> Report:
+def deal(
+    links: Links, ledger: Ledger, public: PublicConfig, say: Say = quiet, watch: Watch | None = None
+) -> Report:
     """Rank 2: reads the same program by shapes alone and sends the correlated randomness ahead."""
-    server, client = links[Rank.SERVER], links[Rank.CLIENT]
+    server, client, watch = links[Rank.SERVER], links[Rank.CLIENT], watch or Watch()
+    facts = _facts(server.recv_facts("facts/model"), client.recv_facts("facts/question"), public)
+    confirm(links, Rank.DEALER, facts.flat())
+
     seeds = {rank: fresh_seed() for rank in (Rank.SERVER, Rank.CLIENT)}
     for rank, seed in seeds.items():
         links[rank].send("seeds/tape", [_tensor(seed)])
     party = DealerParty(dict(links), seeds, ledger)
-    facts = _facts(server.recv_facts("facts/model"), client.recv_facts("facts/question"), public)
-
     ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits, device="meta")
-    session = TimedSession(ops, party, facts.shape, facts.policy)
+    session = TimedSession(ops, party, facts.shape, facts.policy, watch)
     session.setup(None)
     say("dealer: set-up dealt; from now on a little ahead of the client")
     session.policy = (facts := _announced(server, facts)).policy
     session.context(None, None)
 
-    session.chunk(None, facts.question)
+    with token_by_token():
+        _deal_tokens(session, client, public.max_new_tokens, facts.question)
+    return _report(Rank.DEALER, facts, ledger, session)
+
+
+def _deal_tokens(session: TimedSession, client: Link, limit: int, question: int) -> None:
+    """Tapes until the client says that there is no more, at most AHEAD steps ahead of it."""
+    session.chunk(None, question)
     begun = 0  # steps that the client is known to have begun: the question, to start with
-    for step in range(1, public.max_new_tokens):
-        while begun < step - AHEAD:
+    for step in range(1, limit):
+        while begun < step - AHEAD or stopping():
             begun += 1
             if not _more(client, begun):
-                return _report(Rank.DEALER, facts, ledger, session)
+                return
+            if begun == step:  # only a stop lets the client get so far: all that was dealt is used
+                between_tokens(step)
         session.chunk(None, 1)
-    while begun < public.max_new_tokens - 1:
+    while begun < limit - 1:
         begun += 1
         if not _more(client, begun):
-            break
-    return _report(Rank.DEALER, facts, ledger, session)
+            return
 
 
 # ------------------------------------------------------------------------------------------ seeds
@@ -210,17 +246,19 @@ def deal(links: Links, ledger: Ledger, public: PublicConfig, say: Say = quiet) -
 class _Wait:
     """A link to the dealer that adds up how long its reader waits, in ms."""
 
-    def __init__(self, link: Link) -> None:
-        self._link, self.ms = link, 0.0
+    def __init__(self, link: Link, watch: Watch) -> None:
+        self._link, self._watch, self.ms = link, watch, 0.0
 
     def recv(self, *arguments: Any) -> list[torch.Tensor]:
         start = time.perf_counter()
         tensors = self._link.recv(*arguments)
-        self.ms += 1000 * (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.ms += 1000 * seconds
+        self._watch.waited(seconds)
         return tensors
 
 
-def _computing_party(me: Rank, links: Links, ledger: Ledger) -> tuple[ComputingParty, _Wait]:
+def _computing_party(me: Rank, links: Links, ledger: Ledger, watch: Watch) -> tuple[ComputingParty, _Wait]:
     """Takes a seed from the dealer and trades one with the peer: my `next` is its `prev`."""
     peer, dealer = links[me.peer], links[Rank.DEALER]
     seed_spec = [(torch.uint8, (SEED_BYTES,))]
@@ -228,7 +266,7 @@ def _computing_party(me: Rank, links: Links, ledger: Ledger) -> tuple[ComputingP
     mine = fresh_seed()
     (theirs,) = peer.exchange("seeds/pair", [_tensor(mine)])
     pair = {"next": mine, "prev": _bytes(theirs)}
-    wait = _Wait(dealer)
+    wait = _Wait(dealer, watch)
     party = ComputingParty(me, peer, cast(Link, wait), _bytes(tape), pair, fresh_seed(), ledger)
     return party, wait
 
@@ -248,9 +286,8 @@ def _facts(model: Mapping[str, Any], question: Mapping[str, Any], public: Public
     """Everything public, checked alike by all three. Raises BadInput, or Desync on facts that are none."""
     shape = _shape(model)
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
-    return Facts(
-        shape, context, asked, str(model.get("kernels", ""))[:80], bind(shape, public, context, asked)
-    )
+    said = {name: str(model.get(name, ""))[:80] for name in ("kernels", "model_digest", "tokenizer_digest")}
+    return Facts(shape, context, asked, said.pop("kernels"), bind(shape, public, context, asked), said)
 
 
 def _announce(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
@@ -337,6 +374,13 @@ def _report(me: Rank, facts: Facts, ledger: Ledger, session: TimedSession) -> Re
         phases=phases_of(ledger, session.ms, session.cpu_ms),
         wire_bytes=ledger.wire_bytes,
     )
+
+
+def _kernels(choice: str, device: str) -> Backend:
+    found = REFERENCE if choice == "reference" else backend(device)
+    if choice == "triton" and found.name != choice:
+        raise ConfigError("public.kernels is triton: the server has no GPU, or Triton is not installed")
+    return found
 
 
 def _timed(kernels: Backend) -> tuple[Backend, list[float]]:

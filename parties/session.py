@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from mpcache.errors import Mismatch
+from mpcache.errors import Desync, Mismatch
 from mpcache.link import Hello, Link
 from mpcache.rank import Rank
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+VALUE_CHARACTERS = 80  # of a differing value, in the error's line
+
+Side = tuple[Rank, Mapping[str, str]]
 
 
 def agree(links: Mapping[Rank, Link], me: Rank, public: Mapping[str, str]) -> dict[Rank, Hello]:
@@ -36,15 +39,41 @@ def compare(mine: Hello, theirs: Hello, expected: Rank) -> None:
             f"{int(theirs.rank)} is there; check --rank and `addresses` in the config"
         )
     if theirs.version != mine.version:
-        versions = str(mine.version), str(theirs.version)
-        raise _mismatch("protocol version", mine, theirs, *versions, "release of mpcache")
-    for name in sorted({*mine.public, *theirs.public}):
-        ours, other = mine.public.get(name), theirs.public.get(name)
-        if ours != other:
-            raise _mismatch(name, mine, theirs, ours or "not set", other or "not set", "--config")
+        versions = [(hello.rank, str(hello.version)) for hello in (mine, theirs)]
+        raise _mismatch("protocol version", versions, "release of mpcache")
+    _compare((mine.rank, mine.public), (theirs.rank, theirs.public), "--config")
 
 
-def _mismatch(name: str, mine: Hello, theirs: Hello, ours: str, other: str, remedy: str) -> Mismatch:
-    sides = sorted([(mine.rank, ours), (theirs.rank, other)])
-    values = ", ".join(f"{value} at {rank.label}" for rank, value in sides)
+def confirm(links: Mapping[Rank, Link], me: Rank, facts: Mapping[str, str]) -> None:
+    """Compare what each party has made of the public facts, before anything secret moves.
+
+    facts: the model's shape, lengths, kernels and the policy's plan, flat. Each party computes its
+    own, so that a plan of another release, or facts that differ from peer to peer, end the session
+    here. Raises Mismatch as `agree` does.
+    """
+    for link in links.values():
+        link.send_facts("facts/agreed", facts)
+    for peer, link in links.items():
+        theirs = link.recv_facts("facts/agreed")
+        if not all(isinstance(value, str) for value in theirs.values()):
+            raise Desync(f"Desync: {peer.label}'s facts are not text; is it the same version?")
+        _compare((me, facts), (peer, theirs), "release of mpcache")
+
+
+def _compare(mine: Side, theirs: Side, remedy: str) -> None:
+    """Raise Mismatch for the first field that differs: the same one at both, so in the lower rank's order."""
+    sides = sorted([mine, theirs], key=lambda side: side[0])
+    for name in dict.fromkeys([*sides[0][1], *sides[1][1]]):
+        values = [(rank, fields.get(name)) for rank, fields in sides]
+        if values[0][1] != values[1][1]:
+            shown = [(rank, _shown(value)) for rank, value in values]
+            raise _mismatch(name[:VALUE_CHARACTERS], shown, remedy)
+
+
+def _shown(value: str | None) -> str:
+    return "not set" if value is None else " ".join(value.split())[:VALUE_CHARACTERS] or "empty"
+
+
+def _mismatch(name: str, sides: Sequence[tuple[Rank, str]], remedy: str) -> Mismatch:
+    values = ", ".join(f"{value} at {rank.label}" for rank, value in sorted(sides))
     return Mismatch(f"Mismatch: {name} is {values}; start both with the same {remedy}")

@@ -1,7 +1,8 @@
 """What a round over GrpcLink costs beside a bare gRPC ping-pong, between two processes of this machine.
 
-Three kinds of the same size take turns in one run, so that all meet the same noise:
+Four kinds of the same size take turns in one run, so that all meet the same noise:
   exchange   both send, both receive: one round, two one-way trips at once
+  TLS        the same over mutual TLS
   there+back one sends, the other answers: two messages over the link, one after the other
   bare       the same as plain bytes through gRPC's own iterators, with no link around them
 Each is timed in batches, in which every message waits for the one before.
@@ -15,9 +16,11 @@ import os
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,12 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from mpcache.config import Addresses, Settings
+from mpcache.config import Addresses, Certificates, Settings
 from mpcache.frames import FRAME_BYTES
+from mpcache.identity import Identity, make
 from mpcache.ledger import Ledger
 from mpcache.link import Link, Spec
 from mpcache.rank import Rank
-from parties.grpc_link import connect_all
+from parties.grpc_link import Network, connect_all
+from parties.identity import trust
 
 import grpc  # isort: skip  # after the link, which quiets it
 
@@ -44,27 +49,47 @@ def echo(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[b
     yield from requests
 
 
-def other_side(address: str, bare_address: str, rounds: int) -> None:
+def settings_at(address: str, identities: Path | None) -> Settings:
+    """identities: the folder of both parties', for TLS."""
+    pinned = (
+        {}
+        if identities is None
+        else {rank.label: Identity.read(identities, rank).certificate.decode() for rank in Rank}
+    )
+    return Settings(addresses=Addresses(server=address), certificates=Certificates(**pinned))
+
+
+def link_with(me: Rank, address: str, identities: Path | None) -> Network:
+    settings = settings_at(address, identities)
+    return connect_all(
+        me, settings, Ledger(), peers=[me.peer], trust=trust(me, settings, identities, insecure=False)
+    )
+
+
+def other_side(address: str, tls_address: str, bare_address: str, identities: Path, rounds: int) -> None:
     """The server: answers ping-pongs from a thread and takes its part in every exchange."""
     bare = grpc.server(futures.ThreadPoolExecutor(1), options=OPTIONS)
     handlers = {"Echo": grpc.stream_stream_rpc_method_handler(echo)}
     bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
     bare.add_insecure_port(bare_address)
     bare.start()
-    settings = Settings(addresses=Addresses(server=address))
-    with connect_all(Rank.SERVER, settings, Ledger(), peers=[Rank.CLIENT]) as network:
+    with (
+        link_with(Rank.SERVER, address, None) as plain,
+        link_with(Rank.SERVER, tls_address, identities) as tls,
+    ):
         for size in SIZES.values():
             for _ in range(rounds):
-                take_turns(network[Rank.CLIENT], torch.zeros(size // 8, dtype=torch.int64))
-        network[Rank.CLIENT].recv("end", [])  # the bare pings go on a little longer
+                take_turns(plain[Rank.CLIENT], tls[Rank.CLIENT], torch.zeros(size // 8, dtype=torch.int64))
+        plain[Rank.CLIENT].recv("end", [])  # the bare pings go on a little longer
     bare.stop(0)
 
 
-def take_turns(link: Link, tensor: torch.Tensor) -> None:
-    """The server's part of one batch of each kind that uses the link."""
+def take_turns(link: Link, tls: Link, tensor: torch.Tensor) -> None:
+    """The server's part of one batch of each kind that uses a link."""
     specs = [(tensor.dtype, tuple(tensor.shape))]
-    for _ in range(BATCH + 1):
-        link.exchange("exchange", [tensor])
+    for each in (link, tls):
+        for _ in range(BATCH + 1):
+            each.exchange("exchange", [tensor])
     for _ in range(BATCH):
         link.send("back", link.recv("there", specs))
 
@@ -81,17 +106,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20, help="batches of each kind and size")
     rounds = parser.parse_args().rounds
-    with socket.socket() as one, socket.socket() as two:
-        for probe in (one, two):
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for probe in probes:
             probe.bind(("127.0.0.1", 0))
-        address, bare_address = (f"127.0.0.1:{probe.getsockname()[1]}" for probe in (one, two))
-    other = multiprocessing.get_context("spawn").Process(
-        target=other_side, args=(address, bare_address, rounds), daemon=True
-    )
-    other.start()
-    settings = Settings(addresses=Addresses(server=address))
-    with connect_all(Rank.CLIENT, settings, Ledger(), peers=[Rank.SERVER]) as network:
-        link = network[Rank.SERVER]
+        address, tls_address, bare_address = (f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for rank in Rank:
+            make(rank).write(folder)
+        other = multiprocessing.get_context("spawn").Process(
+            target=other_side, args=(address, tls_address, bare_address, folder, rounds), daemon=True
+        )
+        other.start()
+        link = stack.enter_context(link_with(Rank.CLIENT, address, None))[Rank.SERVER]
+        tls = stack.enter_context(link_with(Rank.CLIENT, tls_address, folder))[Rank.SERVER]
         with grpc.insecure_channel(bare_address, options=OPTIONS) as channel:
             pings: SimpleQueue[bytes | None] = SimpleQueue()
             pongs = channel.stream_stream("/bench/Echo")(iter(pings.get, None), wait_for_ready=True)
@@ -101,9 +130,8 @@ def main() -> None:
                 next(pongs)
 
             print(f"ms, median (10th..90th percentile) of {rounds} batches of {BATCH}; ratios to bare")
-            print(
-                f"{'size':>6}  {'exchange':>21} {'ratio':>6}  {'there+back':>21} {'ratio':>6}  {'bare':>21}"
-            )
+            heads = [f"{name:>21} {'ratio':>6}" for name in ("exchange", "TLS", "there+back")]
+            print("  ".join([f"{'size':>6}", *heads, f"{'bare':>21}"]))
             for name, size in SIZES.items():
                 data, tensor = os.urandom(size), torch.zeros(size // 8, dtype=torch.int64)
                 specs = [(tensor.dtype, tuple(tensor.shape))]
@@ -111,20 +139,24 @@ def main() -> None:
                 def exchange(tensor: torch.Tensor = tensor) -> None:
                     link.exchange("exchange", [tensor])
 
+                def over_tls(tensor: torch.Tensor = tensor) -> None:
+                    tls.exchange("exchange", [tensor])
+
                 def there_and_back(tensor: torch.Tensor = tensor, specs: list[Spec] = specs) -> None:
                     link.send("there", [tensor])
                     link.recv("back", specs)
 
-                calls: list[Callable[[], object]] = [exchange, there_and_back, partial(ping, data)]
-                times: list[list[float]] = [[], [], []]
+                calls: list[Callable[[], object]] = [exchange, over_tls, there_and_back, partial(ping, data)]
+                times: list[list[float]] = [[], [], [], []]
                 for _ in range(rounds):
-                    exchange()  # both begin together
                     for kind, call in zip(times, calls, strict=True):
+                        if call in (exchange, over_tls):
+                            call()  # both begin together
                         kind.append(milliseconds(call))
-                ours, back, bare = times
+                *ours, bare = times
                 middle = statistics.median(bare)
-                ratios = [f"{statistics.median(kind) / middle:6.2f}" for kind in (ours, back)]
-                print(f"{name:>6}  {summary(ours)} {ratios[0]}  {summary(back)} {ratios[1]}  {summary(bare)}")
+                cells = [f"{summary(kind)} {statistics.median(kind) / middle:6.2f}" for kind in ours]
+                print("  ".join([f"{name:>6}", *cells, summary(bare)]))
             pings.put(None)
         link.send("end", [])
     other.join(10)

@@ -46,6 +46,7 @@ def test_flat_is_text_with_the_policys_options_apart() -> None:
         "max_new_tokens": "32",
         "fraction_bits": "16",
         "network": "none",
+        "kernels": "auto",
     }
     assert list(flat) == sorted(flat)
 

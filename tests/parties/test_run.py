@@ -309,6 +309,17 @@ def test_bad_input_ends_all(
             assert re.search(words, text)
 
 
+def test_kernels_that_the_config_asks_for(model: Model, tokens: list[int]) -> None:
+    public = PublicConfig(policy="full", max_new_tokens=1, kernels="reference")
+    reports = play(public, model, tokens, Question(QUESTION))
+    assert isinstance(reports[S], Report) and reports[S].kernels == "reference"
+    if torch.cuda.is_available():
+        return
+    errors = play(public.model_copy(update={"kernels": "triton"}), model, tokens, Question(QUESTION))
+    for error in errors.values():
+        assert "public.kernels is triton: the server has no GPU" in str(error)
+
+
 def test_a_party_that_never_comes(files: tuple[Settings, Path, Path], folder: Path) -> None:
     _, config, document = files
     with started() as children:
@@ -335,7 +346,7 @@ def test_a_stop_signal_ends_all(files: tuple[Settings, Path, Path], folder: Path
         client.stdout.read(1)
         server.send_signal(signal.SIGTERM)
         for child, code in ((server, 143), (client, 3), (dealer, 3)):
-            _, noise = child.communicate(timeout=SOON_S)
+            _, noise = child.communicate(timeout=3 * SOON_S)  # the token in flight is finished first
             assert child.returncode == code
             (line,) = errors_of(noise)
             assert "server: stopped by SIGTERM" in line

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from mpcache.config import PublicConfig
-from mpcache.errors import LinkError, Mismatch, PeerFailed
+from mpcache.errors import Desync, LinkError, Mismatch, PeerFailed
 from mpcache.ledger import Ledger
 from mpcache.link import Hello
 from mpcache.local_link import local_pair
 from mpcache.rank import Rank
-from parties.session import PROTOCOL_VERSION, agree, compare
+from parties.session import PROTOCOL_VERSION, agree, compare, confirm
 from tests.parties.helpers import free_settings, grpc_networks
+from tests.parties.processes import PARTY, errors_of, start, started, tiny_model, write_config
 
 S, C, D = Rank
 
@@ -62,7 +66,7 @@ def test_another_config_ends_all_three() -> None:
             Hello(PROTOCOL_VERSION, D, "0", {"a": "1"}),
             r"server expects client \(rank 1\), but rank 2 is there",
         ),
-        (Hello(99, C, "0", {"a": "1"}), "protocol version is 1 at server, 99 at client"),
+        (Hello(99, C, "0", {"a": "1"}), f"protocol version is {PROTOCOL_VERSION} at server, 99 at client"),
         (Hello(PROTOCOL_VERSION, C, "0", {}), "a is 1 at server, not set at client"),
         (Hello(PROTOCOL_VERSION, C, "0", {"a": "1", "b": "2"}), "b is not set at server, 2 at client"),
     ],
@@ -70,3 +74,89 @@ def test_another_config_ends_all_three() -> None:
 def test_each_kind_of_difference(theirs: Hello, words: str) -> None:
     with pytest.raises(Mismatch, match=words):
         compare(Hello(PROTOCOL_VERSION, S, "0", {"a": "1"}), theirs, C)
+
+
+# ------------------------------------------------------------------------ what each makes of the facts
+
+
+def test_facts_are_compared_by_field() -> None:
+    facts = {"shape.layers": "3", "plan.layer0.kept": "64", "plan.layer1.kept": "64"}
+    same, other = local_pair(Ledger(), Ledger())
+    other.send_facts("facts/agreed", facts)
+    confirm({C: same}, S, facts)
+    server, client = local_pair(Ledger(), Ledger())
+    client.send_facts("facts/agreed", facts | {"plan.layer1.kept": "60"})
+    words = "^Mismatch: plan.layer1.kept is 64 at server, 60 at client; start both with the same release"
+    with pytest.raises(Mismatch, match=words):
+        confirm({C: server}, S, facts)
+    with pytest.raises(Mismatch, match=words):
+        confirm({S: client}, C, facts | {"plan.layer1.kept": "60"})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        ({"a": "1"}, "b is 2 at server, not set at client"),
+        ({"a": "1", "b": "2", "c": ""}, "c is not set at server, empty at client"),
+        ({"a": "x\ny" * 100, "b": "2"}, "a is 1 at server, x yx yx"),
+    ],
+)
+def test_facts_that_one_side_lacks(theirs: dict[str, str], words: str) -> None:
+    server, client = local_pair(Ledger(), Ledger())
+    client.send_facts("facts/agreed", theirs)
+    with pytest.raises(Mismatch, match=words) as caught:
+        confirm({C: server}, S, {"a": "1", "b": "2"})
+    assert len(str(caught.value)) < 300
+
+
+def test_facts_that_are_none() -> None:
+    server, client = local_pair(Ledger(), Ledger())
+    client.send_facts("facts/agreed", {"a": 1})
+    with pytest.raises(Desync, match="client's facts are not text"):
+        confirm({C: server}, S, {"a": "1"})
+
+
+OTHER_RELEASE = """
+from dataclasses import replace
+from mpcache.policy.full import Full
+from parties.party import main
+
+plan = Full.plan
+def another(self, context, shape):
+    ours = plan(self, context, shape)
+    return replace(ours, layers=(ours.layers[0], replace(ours.layers[1], attended=7), *ours.layers[2:]))
+Full.plan = another
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("odd", list(Rank))
+def test_a_release_that_plans_otherwise_is_found_before_anything_secret_moves(
+    odd: Rank, tmp_path: Path
+) -> None:
+    """Same config, same version number, another plan: processes, one of which runs changed code."""
+    model = tiny_model(tmp_path / "model")
+    document = tmp_path / "document.txt"
+    document.write_text("and the number of the gate of the city is in the book")
+    public = PublicConfig(policy="full", max_new_tokens=4)
+    config = write_config(free_settings(60, 60).model_copy(update={"public": public}), tmp_path / "c.yaml")
+    flags: dict[Rank, list[object]] = {
+        S: ["--model", model, "--context", document],
+        C: ["--question", "the gate of"],
+        D: [],
+    }
+    with started() as children:
+        for rank in Rank:
+            command = [sys.executable, "-c", OTHER_RELEASE] if rank is odd else PARTY
+            children.append(start(command, "--rank", int(rank), "--config", config, *flags[rank],
+                                  "--log", tmp_path / rank.label, "--log-level", "debug"))  # fmt: skip
+        noises = [child.communicate(timeout=120)[1] for child in children]
+    told = 0
+    for rank, child, noise in zip(Rank, children, noises, strict=True):
+        assert child.returncode == 3
+        (line,) = errors_of(noise)
+        told += bool(re.search(rf"plan\.layer1\.attended is \d+ at .*7 at {odd.label}|"
+                               rf"plan\.layer1\.attended is 7 at {odd.label}, \d+ at", line))  # fmt: skip
+        assert '"setup"' not in (tmp_path / rank.label).read_text()
+    assert told == 3

@@ -19,6 +19,7 @@ from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
 from mpcache.audit.command import audit
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.errors import MpcacheError
+from mpcache.evaluate.command import evaluate
 from mpcache.inputs import DEMO_DOCUMENT, read_question, read_text
 from mpcache.launch import run_parties
 from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
@@ -287,6 +288,7 @@ def _progress(prefix: str = "") -> Iterator[tuple[Callable[[str], None], Callabl
 
 
 app.command()(audit)
+app.command("eval")(evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ tested against them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,14 @@ class Prefill:
     q_window: tuple[Tensor, ...]
     first_position: int
     logits: Tensor
+
+    def last_queries(self, window: int) -> Prefill:
+        """The same context as seen by so many last queries, at most as many as there are here."""
+        there = self.q_window[0].shape[1]
+        if not 0 <= window <= there:
+            raise ValueError(f"a window of {window} queries of {there}")
+        queries = tuple(q[:, there - window :] for q in self.q_window)
+        return replace(self, q_window=queries, first_position=self.first_position + there - window)
 
 
 def normalise(x: Tensor, eps: float) -> Tensor:

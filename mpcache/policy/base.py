@@ -151,6 +151,18 @@ class Policy(ABC):
         """Whether it runs in plaintext alone."""
         return self.plain_only
 
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Policy:
+        """This policy, its budget options set so that in no layer a query attends to more than `tokens`
+        of `context` tokens, and to fewer by less than one cluster, where it has any. Other options stay.
+        Raises PolicyError when it cannot attend to so few.
+        """
+        raise PolicyError(f"policy {self.name}: its options cannot be set to a budget of tokens")
+
+    def too_few(self, tokens: int, least: int, why: str) -> PolicyError:
+        return PolicyError(
+            f"policy {self.name}: cannot attend to {tokens} tokens or fewer; it needs {least} or more: {why}"
+        )
+
     def bind(self, context: int, shape: ModelShape) -> Bound:
         return Bound(self, self.plan(context, shape))
 

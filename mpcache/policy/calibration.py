@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,9 @@ class Random(Policy):
         kept = self.count("n_keep", context, "the context")
         return Plan(context, (LayerPlan(kept, kept, 0),) * shape.layers)
 
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Random:
+        return replace(self, n_keep=tokens)
+
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1009 + layer)
         drawn = torch.randperm(plan.context, generator=generator)[: plan.layers[layer].kept]
@@ -53,6 +56,9 @@ class Oracle(Policy):
     def plan(self, context: int, shape: ModelShape) -> Plan:
         k = self.count("k", context, "the context")
         return Plan(context, (LayerPlan(context, k, 0),) * shape.layers)
+
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Oracle:
+        return replace(self, k=tokens)
 
     def attend(self, view: View, q: Value) -> Program[Value]:
         ops, kept = view.ops, view.plan.layers[view.index].kept

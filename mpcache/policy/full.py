@@ -14,5 +14,10 @@ class Full(Policy):
     source = "no eviction"
     needs = "nothing"
 
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Full:
+        if tokens < context:
+            raise self.too_few(tokens, context, "the context")
+        return self
+
     def plan(self, context: int, shape: ModelShape) -> Plan:
         return Plan(context, (LayerPlan(context, context, 0),) * shape.layers)

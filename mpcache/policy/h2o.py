@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,12 @@ class H2O(Evicting):
         heavy = self.count("heavy", context, "the context")
         recent = self.count("recent", context, "the context")
         return self.living_plan(context, shape, heavy + recent, recent)
+
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> H2O:
+        """Half of them heavy, half of them recent, as published."""
+        if tokens < 2:
+            raise self.too_few(tokens, 2, "a heavy one and a recent one")
+        return replace(self, heavy=tokens // 2, recent=tokens - tokens // 2)
 
     def window(self, context: int) -> int:
         return context

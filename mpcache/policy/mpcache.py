@@ -52,10 +52,14 @@ class MPCache(Clustered):
     def leak(self) -> str:
         return "count" if self.threshold else "none"
 
+    def sizes(self, context: int) -> tuple[int, int]:
+        """Tokens per coarse cluster and per fine one, for a context of so many tokens."""
+        coarse = self.coarse or (32 if context >= 1024 else 16)
+        return coarse, self.fine or max(1, coarse // 2)
+
     def plan(self, context: int, shape: ModelShape) -> Plan:
         self.check_options()
-        coarse = self.coarse or (32 if context >= 1024 else 16)
-        fine = self.fine or max(1, coarse // 2)
+        coarse, fine = self.sizes(context)
         if self.coarse < 0:
             raise self.fail("coarse", "1 or more tokens, or 0 for the default")
         if fine < 0 or coarse % fine:
@@ -81,6 +85,26 @@ class MPCache(Clustered):
             ]
             layers.append(self.layer_plan(i, leader, n, sink, self.recent, sizes, keeps))
         return Plan(context, tuple(layers))
+
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> MPCache:
+        """Static eviction stays as it is, but for a kept context of whole clusters; the fine clusters
+        that are chosen fill the budget, and as many coarse ones as they need. What static eviction
+        leaves within the budget needs no choice.
+        """
+        if isinstance(self.n_keep, tuple):
+            raise self.fail("n_keep", "one number for all layers, to be set to a budget")
+        coarse, fine = self.sizes(context)
+        always = self.sink + self.recent
+        kept = self.count("n_keep", context, "the context")
+        (total,) = self.clusters_of(kept, self.sink, self.recent, (coarse,))
+        whole = always + total * coarse
+        if not self.dynamic or not total or whole <= tokens:
+            return replace(self, n_keep=tokens, threshold=0.0, dynamic=False)
+        if tokens < always + fine:
+            raise self.too_few(tokens, always + fine, "sink, recent and a fine cluster")
+        chosen = (tokens - always) // fine
+        above = max(-(-chosen * fine // coarse), self.count("coarse_keep", total, "the clusters"))
+        return replace(self, n_keep=whole, threshold=0.0, coarse_keep=above, fine_keep=chosen)
 
     def window(self, context: int) -> int:
         return min(context, tokens_of(self.queries, context))

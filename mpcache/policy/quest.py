@@ -6,7 +6,7 @@ and the last page that is not full, are attended to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpcache.model import ModelShape
 from mpcache.policy.base import Budget, Plan
@@ -43,3 +43,12 @@ class Quest(Clustered):
             sizes = (self.page,) if i >= self.full else ()
             layers.append(self.layer_plan(i, leader, context, 0, 0, sizes, [keep]))
         return Plan(context, tuple(layers))
+
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Quest:
+        """Layers 0 and 1 select, too: else they attend to everything, whatever the budget."""
+        (total,) = self.clusters_of(context, 0, 0, (self.page,))
+        tail = context - total * self.page
+        least = min(context, tail + self.page)
+        if tokens < least:
+            raise self.too_few(tokens, least, "a page and the last page, which is not full")
+        return replace(self, full=0, pages=max(1, (tokens - tail) // self.page))

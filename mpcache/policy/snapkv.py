@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +34,9 @@ class SnapKV(Policy):
             raise self.fail("pool", "an odd number of tokens")
         kept = self.count("cap", context, "the context")
         return Plan(context, (LayerPlan(kept, kept, 0),) * shape.layers)
+
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> SnapKV:
+        return replace(self, cap=tokens)
 
     def window(self, context: int) -> int:
         return min(context, self.queries)

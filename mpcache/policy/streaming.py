@@ -10,7 +10,7 @@ keys for good, and keeps the original ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,6 +50,11 @@ class Streaming(Policy):
         recent = self.count("recent", context, "the context")
         kept = min(context, self.sink + recent)
         return Plan(context, (WindowPlan(kept, kept, 0, self.sink, recent),) * shape.layers)
+
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Streaming:
+        if tokens <= self.sink:
+            raise self.too_few(tokens, self.sink + 1, "the sinks and a recent one")
+        return replace(self, recent=tokens - self.sink)
 
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
         mine = plan.layers[layer]

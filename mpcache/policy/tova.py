@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,9 @@ class Tova(Evicting):
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         return self.living_plan(context, shape, self.count("cap", context, "the context"), 0)
+
+    def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Tova:
+        return replace(self, cap=tokens)
 
     def window(self, context: int) -> int:
         return 1

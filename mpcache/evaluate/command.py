@@ -1,0 +1,178 @@
+"""The command line of `mpcache eval`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from mpcache.config import PublicConfig, load_settings
+from mpcache.errors import BadInput
+from mpcache.evaluate.plot import check_plot, plot
+from mpcache.evaluate.rows import FULL_PERCENT, Results
+from mpcache.evaluate.score import Engine
+from mpcache.evaluate.secure import confirm
+from mpcache.evaluate.sweep import FULL, Grid, bind, sweep, take
+from mpcache.evaluate.table import CAPTION, tables
+from mpcache.evaluate.tasks import TASKS
+from mpcache.model import demo_model_dir, load_model
+from mpcache.policy import POLICIES
+
+QUESTIONS = ("inside", "after")
+CONTEXT = 880  # tokens of a document, where the model allows as many
+PIPE_WIDTH = 110  # columns of a table that no terminal shows
+err = Console(stderr=True, highlight=False)
+
+
+def evaluate(
+    model: Annotated[Path | None, typer.Option(help="A Hugging Face folder. [the demo model]")] = None,
+    task: Annotated[str, typer.Option(help="Of these, with commas.")] = ",".join(TASKS),
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME[:key=value,...]; may be given several times. [all, and the default]"),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="Context tokens that are attended to, in percent, with commas.")
+    ] = "5,10,20,40",
+    question: Annotated[
+        str, typer.Option(help="inside: at the end of what is evicted; after: unseen by it.")
+    ] = ",".join(QUESTIONS),
+    samples: Annotated[int, typer.Option(help="Answers per task, policy and budget.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the documents.")] = 0,
+    context: Annotated[int | None, typer.Option(help=f"Tokens of a document, at most. [{CONTEXT}]")] = None,
+    secure: Annotated[
+        int, typer.Option(help="So many samples of each row through the three parties, too.")
+    ] = 0,
+    network: Annotated[str | None, typer.Option(help="With --secure: none, lan, wan or RTT_MS:MBPS.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Quality against budget, an SVG file.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Answer quality of each policy at equal budgets, on the plain engine.
+
+    Ctrl-C ends the sweep and keeps what is done.
+    """
+    for name, value, least in (("--samples", samples, 1), ("--secure", secure, 0), ("--seed", seed, 0)):
+        if not least <= value <= 10**6:
+            raise BadInput(f"{name} is {value}; give {least} to 1000000")
+    if network is not None and not secure:
+        raise BadInput("--network slows the parties' links; it needs --secure N")
+    public = load_settings(None, {"public.network": network}).public
+    tasks = [TASKS[name] for name in _listed("--task", task, TASKS)]
+    questions = _listed("--question", question, QUESTIONS)
+    budgets = _percents(budget)
+    specs = list(dict.fromkeys(policy or [*POLICIES, PublicConfig().policy]))
+    if plot_file is not None:
+        check_plot(plot_file)
+    engine = Engine(load_model(model or demo_model_dir()), "cuda" if torch.cuda.is_available() else "cpu")
+    grid = Grid(
+        tuple(tasks),
+        tuple(questions),
+        tuple(spec for spec in specs if spec != FULL),
+        tuple(budgets),
+        samples,
+        seed,
+        _context(context, engine.model.shape.max_positions, max(t.room for t in tasks)),
+    )
+    if not any(q in t.questions for t in tasks for q in questions):
+        raise BadInput(f"--question {question}: task {task} is asked after the context only")
+    for each in tasks:  # all is checked before the first question is asked
+        take(engine, each, "after", grid, 0)
+    for spec in policy or ():  # of all there are, some may be left out
+        _check(engine, spec, grid)
+
+    results, complete = Results(), False
+    try:
+        with _progress() as say:
+            sweep(engine, grid, results, say)
+            if secure:
+                confirm(engine, grid, list(results.tallies), secure, public.network, results, say)
+        complete = True
+    finally:  # also when it was interrupted, or a party failed
+        _show(results, grid, engine, plot_file, as_json, complete)
+
+
+def _show(
+    results: Results, grid: Grid, engine: Engine, plot_file: Path | None, as_json: bool, complete: bool
+) -> None:
+    rows = results.rows()
+    for note in results.notes:
+        err.print(f"note: {note}", markup=False, soft_wrap=True)
+    if not complete:
+        err.print("note: ended early; these rows stand on what was done until then", soft_wrap=True)
+    if as_json:
+        result: dict[str, Any] = {
+            "model": engine.model.folder.name,
+            "model_digest": engine.model.digest,
+            "context_tokens": grid.context,
+            "samples": grid.samples,
+            "seed": grid.seed,
+            "complete": complete,
+            "command": shlex.join(["mpcache", *sys.argv[1:]]),
+            "notes": results.notes,
+            "rows": rows,
+        }
+        print(json.dumps(result))
+    else:
+        out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+        for table in tables(rows):
+            out.print(table)
+        if rows:
+            out.print(CAPTION, style="dim")
+    if plot_file is not None and rows:
+        plot(rows, plot_file)
+        err.print(f"wrote {plot_file}", markup=False, soft_wrap=True)
+
+
+def _check(engine: Engine, spec: str, grid: Grid) -> None:
+    """Raises PolicyError for a policy that cannot be set to the largest of the budgets."""
+    bind(engine, spec, FULL_PERCENT if spec == FULL else max(grid.budgets), grid.context)
+
+
+def _context(given: int | None, allowed: int, room: int) -> int:
+    """Tokens of a document. Raises BadInput."""
+    context = min(CONTEXT, allowed - room - 1) if given is None else given
+    if not 32 <= context < allowed:
+        raise BadInput(f"--context is {context}; the model takes 32 to {allowed - room} with these tasks")
+    return context
+
+
+def _listed(option: str, text: str, known: Any) -> list[str]:
+    items = [item.strip() for item in text.split(",")]
+    if len(set(items)) < len(items):
+        raise BadInput(f"{option} {text!r}: give each once")
+    for item in items:
+        if item not in known:
+            raise BadInput(f"{option} {item!r} is not known; known, with commas: {', '.join(known)}")
+    return items
+
+
+def _percents(text: str) -> list[int]:
+    items = [item.strip() for item in text.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d?", item, re.ASCII) for item in items) or len(set(items)) < len(items):
+        raise BadInput(
+            f"--budget {text!r}: give whole percents from 1 to {FULL_PERCENT - 1}, each once, as 5,20"
+        )
+    return sorted(map(int, items))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """How far it is, on stderr: one moving line on a terminal, else a line for each step."""
+    if not err.is_terminal:
+        yield lambda text: err.print(text, markup=False, soft_wrap=True)
+        return
+    with err.status("starting ...") as status:
+        yield status.update

@@ -1,0 +1,106 @@
+"""What a sweep found: counts per cell, as rows."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpcache.evaluate.score import Score
+from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Task
+
+FULL_PERCENT = 100  # the full cache's budget
+
+Row = dict[str, Any]
+
+
+def wilson(right: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927)."""
+    if not asked:
+        return 0.0, 1.0
+    p, n = right / asked, asked
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass
+class Tally:
+    """Answers of one policy at one budget to one task. attended, context: tokens, summed over samples."""
+
+    task: Task
+    question: str
+    policy: str
+    budget: int
+    engine: str = "plain"
+    spec: str = ""  # the policy with its budget options, as the first sample ran it
+    scores: list[Score] = field(default_factory=list)
+    attended: int = 0
+    context: int = 0
+    agreed: list[bool] = field(default_factory=list)  # secure: the same tokens as plain
+    judged: bool | None = None  # None: the full cache has not been asked yet
+
+    @property
+    def asked(self) -> int:
+        return sum(score.asked for score in self.scores)
+
+    @property
+    def accuracy(self) -> float:
+        return _share(self.scores)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(score.nats for score in self.scores) / math.log(2) / sum(s.bytes for s in self.scores)
+
+    def passes(self) -> bool:
+        """As the full cache: whether the model does the task at all."""
+        if self.task.by_token:
+            return self.bits_per_byte <= BITS_AT_MOST
+        return self.accuracy >= FULL_AT_LEAST
+
+    def row(self) -> Row:
+        right = sum(score.right for score in self.scores)
+        parts: defaultdict[str, list[Score]] = defaultdict(list)
+        for score in self.scores:
+            parts[score.part].append(score)
+        row: Row = {
+            "task": self.task.name,
+            "policy": self.policy,
+            "budget_percent": self.budget,
+            "question": self.question,
+            "accuracy": round(self.accuracy, 4),
+            "ci95": [round(end, 4) for end in wilson(right, self.asked)],
+            "n": self.asked,
+            "engine": self.engine,
+            "judged": self.judged,
+            "spec": self.spec,
+            "attended_percent": round(100 * self.attended / self.context, 2),
+            "parts": {part: round(_share(scores), 4) for part, scores in sorted(parts.items())},
+        }
+        if self.task.by_token:
+            row["bits_per_byte"] = round(self.bits_per_byte, 4)
+        if self.agreed:
+            row["agreement"] = round(sum(self.agreed) / len(self.agreed), 4)
+        return row
+
+
+def _share(scores: Iterable[Score]) -> float:
+    scores = list(scores)
+    return sum(score.right for score in scores) / sum(score.asked for score in scores)
+
+
+@dataclass
+class Results:
+    """Grows as the sweep runs. notes: in words, what was left out and why, each once."""
+
+    tallies: list[Tally] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def rows(self) -> list[Row]:
+        return [tally.row() for tally in self.tallies if tally.scores]

@@ -1,0 +1,135 @@
+"""One session on the plain engine: questions asked, tokens compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kernels import Backend, backend
+from mpcache.decode import Operands
+from mpcache.evaluate.tasks import Sample, Task
+from mpcache.model import Model
+from mpcache.plain import PlainOps
+from mpcache.policy import Bound
+from mpcache.policy.full import Full
+from mpcache.prefill import Prefill, prefill
+from mpcache.session import Session
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sample as token ids. turns: question, answer, and the answer's bytes as text."""
+
+    context: list[int]
+    turns: tuple[tuple[list[int], list[int], int], ...]
+
+    @property
+    def length(self) -> int:
+        """All of the session."""
+        return len(self.context) + sum(len(question) + len(answer) for question, answer, _ in self.turns)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one turn. right of asked; nats that `bytes` of text took."""
+
+    part: str
+    right: int
+    asked: int
+    nats: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """A context that the model has read, and kernels that remember what they computed of it."""
+
+    known: Prefill
+    kernels: Backend
+
+
+class Engine:
+    """A model, ready to be asked under any policy.
+
+    The weights are laid out once, and each context is read once, however many policies answer.
+    """
+
+    def __init__(self, model: Model, device: str = "cpu") -> None:
+        self.model, self.device = model, device
+        self.kernels = backend(device)
+        self.ops = PlainOps(self.kernels, device)
+
+    @cached_property
+    def operands(self) -> Operands:
+        session = Session(self.ops, None, self.model.shape, Full().bind(1, self.model.shape))
+        session.setup(self.model.weights)
+        return session.operands
+
+    def tokens(self, sample: Sample) -> Tokens:
+        """Context, questions and answers as the parties would encode them, each by itself."""
+        encode, turns = self.model.tokenizer.encode, []
+        for turn in sample.turns:
+            question = encode(turn.question, bos=False)
+            both = encode(turn.question + turn.answer, bos=False)
+            # An answer is what comes after the question, in the tokenizer's own view of the two.
+            joined = both[: len(question)] == question
+            answer = both[len(question) :] if joined else encode(turn.answer, bos=False)
+            turns.append((question, answer, len(turn.answer.encode())))
+        return Tokens(encode(sample.context, bos=True), tuple(turns))
+
+    def read(self, context: Sequence[int], window: int) -> Read:
+        """A context, with the last `window` queries."""
+        known = prefill(self.model, context, self.device, window=window)
+        return Read(known, replace(self.kernels, window_importance=_once(self.kernels.window_importance)))
+
+    def session(self, policy: Bound, read: Read) -> Session:
+        """After the context; it may have been read with more queries than the policy looks at."""
+        session = Session(self.ops, None, self.model.shape, policy)
+        session.operands = self.operands
+        window = policy.policy.window(policy.plan.context)
+        session.context(read.known.last_queries(window), read.kernels)
+        return session
+
+
+def _once(importance: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """The kernel, computed once for each layer, window and head of a context that stays in memory:
+    at another budget a policy asks for the same again, and for all queries that takes a second.
+    """
+    known: dict[tuple[object, ...], Tensor] = {}
+
+    def remembered(q: Tensor, k: Tensor, first_position: int) -> Tensor:
+        key = (q.data_ptr(), q.shape, k.data_ptr(), k.shape, first_position)
+        if key not in known:
+            known[key] = importance(q, k, first_position)
+        return known[key].clone()  # policies write into it
+
+    return remembered
+
+
+@torch.no_grad()
+def score(task: Task, session: Session, sample: Sample, tokens: Tokens) -> list[Score]:
+    """Each turn's score. The right answer's tokens go in one at a time, each judged by what the model
+    would have said: all right is what greedy decoding gets all right; a wrong answer harms no later one.
+    """
+    found = []
+    chunk: list[int] = []
+    for i, (turn, (question, answer, size)) in enumerate(zip(sample.turns, tokens.turns, strict=True)):
+        last = i == len(sample.turns) - 1
+        chunk, right, nats = chunk + question, 0, 0.0
+        for token in answer:
+            logits = session.chunk(chunk, len(chunk))
+            assert logits is not None, "the plain engine knows its logits"
+            right += int(logits.argmax()) == token
+            nats -= float(torch.log_softmax(logits.double(), -1)[token])
+            chunk = [token]
+            if last and not task.by_token and int(logits.argmax()) != token:
+                break  # nothing that follows can change the score
+        if task.by_token:
+            found.append(Score(turn.part, right, len(answer), nats, size))
+        else:
+            found.append(Score(turn.part, int(right == len(answer)), 1, 0.0, 0))
+    return found

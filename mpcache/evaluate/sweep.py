@@ -1,0 +1,121 @@
+"""Every policy at every budget on the same samples, each context read once.
+
+A task's samples go to the full cache first: what the model cannot do with everything in view says
+nothing about eviction, and is not asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mpcache.errors import BadInput, PolicyError
+from mpcache.evaluate.rows import FULL_PERCENT, Results, Tally
+from mpcache.evaluate.score import Engine, Tokens, score
+from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Sample, Task
+from mpcache.policy import Bound, parse
+
+FULL = "full"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is asked. policies: as the user writes them, without full.  budgets: percent of the context.
+    samples: answers per task and cell.  context: tokens of a document, at most.
+    """
+
+    tasks: tuple[Task, ...]
+    questions: tuple[str, ...]
+    policies: tuple[str, ...]
+    budgets: tuple[int, ...]
+    samples: int
+    seed: int
+    context: int
+
+
+def bind(engine: Engine, spec: str, budget: int, context: int) -> Bound:
+    """The policy, set to `budget` percent of `context` tokens. Raises PolicyError."""
+    shape, policy = engine.model.shape, parse(spec)
+    if budget < FULL_PERCENT:
+        policy = policy.at_budget(context * budget // FULL_PERCENT, context, shape)
+    return policy.bind(context, shape)
+
+
+def take(engine: Engine, task: Task, question: str, grid: Grid, i: int) -> tuple[Sample, Tokens]:
+    """Sample i of a task. Raises BadInput when the session does not fit into the model."""
+    tokenizer, limit = engine.model.tokenizer, engine.model.shape.max_positions
+    count_tokens = lambda text: len(tokenizer.encode(text, bos=False))  # noqa: E731
+    sample = task.sample(i, grid.seed, count_tokens, grid.context)
+    if question == "inside":
+        sample = sample.inside()
+    tokens = engine.tokens(sample)
+    if tokens.length > limit:
+        raise BadInput(
+            f"task {task.name}: a session of {tokens.length} tokens, the model allows {limit}; "
+            f"lower --context, which is {grid.context}"
+        )
+    return sample, tokens
+
+
+def sweep(engine: Engine, grid: Grid, results: Results, say: Say) -> None:
+    """Adds to `results` as it goes, whole samples at a time: an interrupted sweep's rows stand on the
+    same samples. Raises BadInput.
+    """
+    for task in grid.tasks:
+        for question in [q for q in task.questions if q in grid.questions]:
+            name = f"{task.name}, question {question}"
+            full = Tally(task, question, FULL, FULL_PERCENT)
+            results.tallies.append(full)
+            _ask(engine, grid, [full], results, _under(say, f"{name}: full"))
+            full.judged = full.passes()
+            if not full.judged:
+                results.note(gated_out(full))
+                continue
+            cells = [
+                Tally(task, question, spec, budget, judged=True)
+                for spec in grid.policies
+                for budget in grid.budgets
+            ]
+            results.tallies += cells
+            _ask(engine, grid, cells, results, _under(say, name))
+
+
+def gated_out(full: Tally) -> str:
+    """Why a task is not judged, in words."""
+    name = f"{full.task.name}, question {full.question}"
+    if full.task.by_token:
+        reached, wanted = f"{full.bits_per_byte:.2f} bits per byte", f"at most {BITS_AT_MOST}"
+    else:
+        reached, wanted = f"{100 * full.accuracy:.0f} %", f"at least {100 * FULL_AT_LEAST:.0f} %"
+    return f"{name}: not judged: the full cache reaches {reached}, {wanted} is needed"
+
+
+def _ask(engine: Engine, grid: Grid, cells: Sequence[Tally], results: Results, say: Say) -> None:
+    """All samples of one task to these cells."""
+    if not cells:
+        return
+    task, question = cells[0].task, cells[0].question
+    count = task.samples(grid.samples)
+    for i in range(count):
+        say(f"sample {i + 1} of {count}")
+        sample, tokens = take(engine, task, question, grid, i)
+        length = len(tokens.context)
+        bounds = []
+        for cell in cells:
+            try:
+                bounds.append((cell, bind(engine, cell.policy, cell.budget, length)))
+            except PolicyError as error:
+                results.note(f"left out at {cell.budget} % of {length} tokens: {error}")
+        read = engine.read(tokens.context, max((b.policy.window(length) for _, b in bounds), default=0))
+        done = [(cell, b, score(task, engine.session(b, read), sample, tokens)) for cell, b in bounds]
+        for cell, bound, scores in done:
+            cell.spec = cell.spec or bound.policy.spec
+            cell.attended += bound.plan.attended
+            cell.context += length
+            cell.scores += scores
+
+
+def _under(say: Say, name: str) -> Say:
+    return lambda text: say(f"{name}: {text}")

@@ -38,8 +38,19 @@ class Sampling:
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"--seed is {self.seed}; give a whole number from 0 to 2^63 - 1")
 
-    def chooser(self) -> Callable[[torch.Tensor], int]:
-        """A function from logits (vocab,) to a token id; each one starts from the seed."""
+    def check(self, reveal: str) -> None:
+        """Raises BadInput where the client would have to draw from logits that it does not learn."""
+        if reveal == "token" and self.temperature > 0:
+            raise BadInput(
+                f"--temperature is {self.temperature:g}, but with reveal: token the client learns the "
+                "likeliest token alone; leave the temperature at 0, or set reveal: logits"
+            )
+
+    def chooser(self, reveal: str = "logits") -> Callable[[torch.Tensor], int]:
+        """A function from what the client learns to a token id: logits (vocab,), or the id itself. Each
+        one starts from the seed."""
+        if reveal == "token":
+            return lambda token: int(token)
         generator = torch.Generator().manual_seed(self.seed)
 
         def choose(logits: torch.Tensor) -> int:
@@ -103,9 +114,10 @@ class TimedSession(Session):
     """
 
     def __init__(
-        self, ops: Any, party: Any, shape: ModelShape, policy: Bound, observer: Observer | None = None
-    ) -> None:
-        super().__init__(ops, party, shape, policy)
+        self, ops: Any, party: Any, shape: ModelShape, policy: Bound, observer: Observer | None = None,
+        reveal: str = "logits",
+    ) -> None:  # fmt: skip
+        super().__init__(ops, party, shape, policy, reveal)
         self.ms: dict[str, float] = {}
         self.cpu_ms: dict[str, float] = {}
         self._observer = observer or Observer()
@@ -135,9 +147,9 @@ def answer(
     """
     chunk = list(question)
     for step in range(1, limit + 1):
-        logits = session.chunk(chunk, len(chunk))
-        assert logits is not None, "the one who asks learns the logits"
-        token = choose(logits)
+        learned = session.chunk(chunk, len(chunk))
+        assert learned is not None, "the one who asks learns the answer"
+        token = choose(learned)
         yield token
         if step < limit:
             announce(step, token not in stops)

@@ -55,6 +55,10 @@ Network = Annotated[
     str | None, typer.Option(help="none, lan, wan or RTT_MS:MBPS: the links are slowed down to it.")
 ]
 Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
+Reveal = Annotated[
+    str | None,
+    typer.Option(help="What the client learns of each step: logits, or the token alone."),
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Share of probability to draw from.")]
 Seed = Annotated[int, typer.Option(help="Of the draws.")]
@@ -89,6 +93,7 @@ class Task:
         return Task(folder, file, question, shape, tokenizer, *ids, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> Bound:
+        self.sampling.check(public.reveal)
         return bind(self.shape, public, len(self.context), len(self.question))
 
     def private(
@@ -126,6 +131,7 @@ def generate(
     protocol: Annotated[str | None, typer.Option(help="fast or stock.")] = None,
     network: Network = None,
     max_new_tokens: Tokens = None,
+    reveal: Reveal = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -136,7 +142,7 @@ def generate(
 
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
-    settings = _settings(config, policy, protocol, network, max_new_tokens)
+    settings = _settings(config, policy, protocol, network, max_new_tokens, reveal)
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
     task = Task.read(model, context, text, sampling, stop_at_eos)
     bound = task.bind(settings.public)
@@ -183,6 +189,7 @@ def compare(
     protocol: Annotated[list[str] | None, typer.Option(help="May be given several times. [fast]")] = None,
     network: Network = None,
     max_new_tokens: Tokens = None,
+    reveal: Reveal = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -195,7 +202,7 @@ def compare(
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
     task = Task.read(model, context, text, sampling, stop_at_eos)
     chosen = [
-        _settings(config, one, way, network, max_new_tokens)
+        _settings(config, one, way, network, max_new_tokens, reveal)
         for way in protocol or (None,)
         for one in policy or ("full", None)
     ]
@@ -251,8 +258,9 @@ def policies(as_json: Json = False) -> None:
 
 
 def _settings(
-    config: Path | None, policy: str | None, protocol: str | None, network: str | None, tokens: int | None
-) -> Settings:
+    config: Path | None, policy: str | None, protocol: str | None, network: str | None, tokens: int | None,
+    reveal: str | None,
+) -> Settings:  # fmt: skip
     settings = load_settings(
         config,
         {
@@ -260,6 +268,7 @@ def _settings(
             "public.protocol": protocol,
             "public.network": network,
             "public.max_new_tokens": tokens,
+            "public.reveal": reveal,
         },
     )
     return settings

@@ -66,6 +66,7 @@ class PublicConfig(_Section):
     # bound in every layer, which keeps the demo model's recall at one more round (docs/quality.md).
     policy: Annotated[str, AfterValidator(_policy_spec)] = "mpcache:score=bound,share=none"
     max_new_tokens: int = Field(default=32, ge=1, le=100_000)
+    reveal: Literal["logits", "token"] = "logits"  # what the client learns of each step
     fraction_bits: int = Field(default=16, ge=8, le=24)
     network: Annotated[str, AfterValidator(_network)] = "none"
     # What the server reads its document with, in plaintext; auto: Triton's where there is a GPU.

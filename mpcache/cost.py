@@ -171,6 +171,7 @@ def cost(
     protocol: str = "fast",
     new_tokens: int = 2,
     bits: int = 16,
+    reveal: str = "logits",
 ) -> Cost:
     """Read a session by shapes: set-up, context, question, and the decode steps of an answer.
 
@@ -182,7 +183,7 @@ def cost(
     policy.priced()
     setup, operands = _setup(shape, protocol, bits)
     party = CostParty()
-    session = Session(_remembered(protocol, bits), party, shape, policy)
+    session = Session(_remembered(protocol, bits), party, shape, policy, reveal)
     session.operands = operands
     session.context(None, None)
     session.chunk(None, question)

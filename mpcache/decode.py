@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpcache.cache import Cache
+from mpcache.highest import greedy
 from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Value
 from mpcache.rank import Rank
@@ -53,9 +54,10 @@ class Operands:
 
 
 def step(
-    ops: Ops, model: Operands, cache: Cache, policy: Bound, one_hots: Value
+    ops: Ops, model: Operands, cache: Cache, policy: Bound, one_hots: Value, reveal: str = "logits"
 ) -> Program[torch.Tensor | None]:
-    """(m, vocab) one-hot tokens of the client -> (vocab,) next-token logits, at the client only."""
+    """(m, vocab) one-hot tokens of the client -> (vocab,) next-token logits, at the client only; or, with
+    reveal "token", the number (1,) of the likeliest token alone."""
     positions = cache.advance(one_hots.shape[0])
     x: Value = None
     change = yield from at("embed", embed(ops, model, one_hots, positions))
@@ -64,6 +66,9 @@ def step(
         x, change = yield from at(f"layer{i}", program)
     head = ops.norm_linear(x[-1:], change[-1:], model.shape.norm_eps, model.lm_head, model.lm_bias)
     _, logits = yield from at("lm_head", head)
+    if reveal == "token":
+        token = yield from at("token", greedy(ops, ops.narrow(logits)))
+        return (yield from at("token", ops.reveal(token, Rank.CLIENT, "token for the client")))
     return (yield from at("logits", ops.reveal(logits[0], Rank.CLIENT, "logits for the client")))
 
 

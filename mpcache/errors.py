@@ -62,6 +62,10 @@ class PolicyError(BadInput):
     """An unknown policy, an unknown option, or an option out of its range."""
 
 
+class Reuse(MpcacheError):
+    """Randomness that was used already would hide a second secret."""
+
+
 class OutOfRange(MpcacheError):
     """A value left the range that a protocol is declared for: what follows from it would be wrong."""
 

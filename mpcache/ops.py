@@ -144,6 +144,10 @@ class Ops(ABC):
     def hide(self, scores: Value, alive: Value, far: int) -> Value:
         """Scores where alive (marks) is 1, `far` below them where it is 0. No cost."""
 
+    def narrow(self, x: Value) -> Value:
+        """x, straight out of an operation, for `top` only. No cost."""
+        return x
+
     @abstractmethod
     def top(
         self, scores: Value, k: int, values: Sequence[Value], limit: int = 512

@@ -86,10 +86,15 @@ def fill(
 
 
 class Session:
-    """Phases of one session for one reading. `party` answers; None for the plain reading."""
+    """Phases of one session for one reading. `party` answers; None for the plain reading.
 
-    def __init__(self, ops: Ops, party: Any, shape: ModelShape, policy: Bound) -> None:
-        self.ops, self.party, self.shape, self.policy = ops, party, shape, policy
+    reveal: what the client learns of a step, its "logits" or the likeliest "token" alone.
+    """
+
+    def __init__(
+        self, ops: Ops, party: Any, shape: ModelShape, policy: Bound, reveal: str = "logits"
+    ) -> None:
+        self.ops, self.party, self.shape, self.policy, self.reveal = ops, party, shape, policy, reveal
         self.operands: Operands
         self.cache: Cache
         self._chunks = 0
@@ -108,17 +113,17 @@ class Session:
         self.cache = self._run("context", fill(self.ops, self.shape, self.policy, prefill, kernels))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:
-        """Take m tokens in; the next token's logits (vocab,) where they are to be learned."""
+        """Take m tokens in; the next token's logits (vocab,), or its number (1,), where they are learned."""
         hot = None
         if tokens is not None:
             hot = torch.nn.functional.one_hot(torch.tensor(tokens), self.shape.vocab)
         one_hots = self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
         phase = "question" if self._chunks == 0 else f"decode{self._chunks}"
         self._chunks += 1
-        logits: torch.Tensor | None = self._run(
-            phase, step(self.ops, self.operands, self.cache, self.policy, one_hots)
+        learned: torch.Tensor | None = self._run(
+            phase, step(self.ops, self.operands, self.cache, self.policy, one_hots, self.reveal)
         )
-        return logits
+        return learned
 
 
 class _Nobody:

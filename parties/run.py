@@ -119,7 +119,7 @@ def serve(
 
     party, wait = _computing_party(Rank.SERVER, links, ledger, watch)
     ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits)
-    session = TimedSession(ops, party, facts.shape, facts.policy, watch)
+    session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
     session.setup(model.weights)
     say(f"server: set-up: weights masked and opened in {ms(session.ms['setup'])}")
     start = time.perf_counter()
@@ -158,6 +158,7 @@ def ask(
     watch: Watch | None = None,
 ) -> Report:
     """Rank 1: learns the logits, chooses the tokens; `on_token` gets each with the text it settles."""
+    own.sampling.check(public.reveal)
     server, dealer, watch = links[Rank.SERVER], links[Rank.DEALER], watch or Watch()
 
     model_facts = server.recv_facts("facts/model")
@@ -172,7 +173,7 @@ def ask(
 
     party, wait = _computing_party(Rank.CLIENT, links, ledger, watch)
     ops = OPS[public.protocol](Rank.CLIENT, public.fraction_bits)
-    session = TimedSession(ops, party, facts.shape, facts.policy, watch)
+    session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
     session.setup(None)
     say(f"client: set-up: masked weights received in {ms(session.ms['setup'])}")
     session.policy = (facts := _announced(server, facts)).policy
@@ -186,7 +187,7 @@ def ask(
 
     stops = set(facts.shape.eos_ids) if own.stop_at_eos else set()
     ids, stream, wait.ms = [], tokenizer.stream(), 0.0
-    choose = own.sampling.chooser()
+    choose = own.sampling.chooser(public.reveal)
     with token_by_token():
         for token in answer(session, question, public.max_new_tokens, choose, stops, announce):
             ids.append(token)
@@ -211,7 +212,7 @@ def deal(
         links[rank].send("seeds/tape", [_tensor(seed)])
     party = DealerParty(dict(links), seeds, ledger)
     ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits, device="meta")
-    session = TimedSession(ops, party, facts.shape, facts.policy, watch)
+    session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
     session.setup(None)
     say("dealer: set-up dealt; from now on a little ahead of the client")
     session.policy = (facts := _announced(server, facts)).policy

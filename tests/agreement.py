@@ -41,8 +41,8 @@ def record(ops: Ops) -> list[tuple[Any, Any]]:
     seen: list[tuple[Any, Any]] = []
     top = ops.top
 
-    def recording(scores: Any, k: int, values: Any) -> Any:
-        result = yield from top(scores, k, values)
+    def recording(scores: Any, k: int, values: Any, **options: Any) -> Any:
+        result = yield from top(scores, k, values, **options)
         seen.append((scores, result[0]))
         return result
 

@@ -66,9 +66,9 @@ def test_stories() -> None:
 
 @needs_stories
 @pytest.mark.slow
-def test_stories_for_64_tokens() -> None:
+def test_stories_for_200_tokens() -> None:
     stories = load_model(STORIES)
-    check(compare(stories, [1], stories.tokenizer.encode("Once", bos=False), 64, "full"))
+    check(compare(stories, [1], stories.tokenizer.encode("Once", bos=False), 200, "full"))
 
 
 @needs_stories

@@ -48,6 +48,9 @@ def audit(
         int | None,
         typer.Option(help="Length of the answer: costs are means over its decode steps. [2, measured: 7]"),
     ] = None,
+    reveal: Annotated[
+        str, typer.Option(help="What the client learns of each step: logits, or the token alone.")
+    ] = "logits",
     by: Annotated[str | None, typer.Option(help="layer or op: break each row down.")] = None,
     sweep_: Annotated[
         list[str] | None, typer.Option("--sweep", help="key=v1,v2: a grid; may be given several times.")
@@ -70,6 +73,8 @@ def audit(
         raise BadInput("--explain prints a plan and runs nothing: leave out --measure")
     if new_tokens is None:
         new_tokens = MEASURED_TOKENS if measure else 2
+    if reveal not in ("logits", "token"):
+        raise BadInput(f"--reveal {reveal!r} is not known; give logits or token")
     if by not in (None, "layer", "op"):
         raise BadInput(f"--by {by!r} is not known; give layer or op")
     if question < 1 or new_tokens < 1:
@@ -92,6 +97,7 @@ def audit(
         question,
         max(2, new_tokens),
         explicit=bool(policy or sweep_),
+        reveal=reveal,
     )
     evaluated = read_quality(quality) if quality else []
     for path in (csv, report):

@@ -69,7 +69,10 @@ def plan(grid: Grid, rows: Sequence[Row]) -> list[tuple[Key, PublicConfig]]:
     networks = dict.fromkeys([NONE.name, *(network.name for network in grid.networks)])
     runs = []
     for (spec, protocol, context), network in product(settings, networks):
-        public = PublicConfig(policy=spec, protocol=protocol, network=network, max_new_tokens=grid.new_tokens)
+        public = PublicConfig(
+            policy=spec, protocol=protocol, network=network, max_new_tokens=grid.new_tokens,
+            reveal="token" if grid.reveal == "token" else "logits",
+        )  # fmt: skip
         bind(grid.shape, public, context, grid.question)
         runs.append(((spec, protocol, context, network), public))
     return runs

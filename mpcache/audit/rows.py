@@ -31,6 +31,7 @@ class Grid:
     question: int
     new_tokens: int
     explicit: bool = True
+    reveal: str = "logits"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def price(grid: Grid, spec: str, context: int, protocol: str) -> Cost:
     if policy.in_the_clear:
         raise PolicyError(f"policy {policy.spec}: runs in plaintext only, so it has no price")
     bound = policy.bind(context, grid.shape)
-    return cost(grid.shape, bound, context, grid.question, protocol, grid.new_tokens)
+    return cost(grid.shape, bound, context, grid.question, protocol, grid.new_tokens, reveal=grid.reveal)
 
 
 def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | None) -> Row:

@@ -156,6 +156,9 @@ class FastOps(Ops):
         away = (alive - self.ones(alive.shape)) * (far << scores.bits)
         return scores + replace(away, bits=scores.bits)
 
+    def narrow(self, x: Share) -> Share:
+        return self.small(x)
+
     def top(
         self, scores: Share, k: int, values: Sequence[Share], limit: int = 512
     ) -> Program[tuple[Selection, list[Share]]]:

@@ -19,7 +19,7 @@ from mpcache.secure import crypten_shim
 from mpcache.secure.blank import Blank
 from mpcache.secure.correlations import Part, Request
 from mpcache.secure.program import Opening
-from mpcache.secure.rng import Stream
+from mpcache.secure.rng import Stream, Tapes
 
 COMPUTING = (Rank.SERVER, Rank.CLIENT)
 
@@ -95,13 +95,13 @@ class ComputingParty(Party):
     ) -> None:
         self.rank, self.ledger = rank, ledger
         self._peer, self._dealer = peer, dealer
-        self._seed = seed
+        self._tapes = Tapes(seed)
         self._crypten_seeds = {**pair_seeds, "local": own_seed}
         self._tape: Stream | None = None
         self._streams: dict[str, Stream] = {}
 
     def begin(self, phase: str) -> None:
-        self._tape = Stream(self._seed, f"tape/{phase}")
+        self._tape = self._tapes.begin(phase)
         # One seed is `prev` at one party and `next` at the other: the label must not tell them apart.
         self._streams = {k: Stream(s, f"crypten/{phase}") for k, s in self._crypten_seeds.items()}
 
@@ -179,11 +179,12 @@ class DealerParty(Party):
 
     def __init__(self, links: dict[Rank, Link], seeds: dict[Rank, bytes], ledger: Ledger) -> None:
         self.ledger = ledger
-        self._links, self._seeds = links, seeds
+        self._links = links
+        self._seeds = {rank: Tapes(seed) for rank, seed in seeds.items()}
         self._tapes: dict[Rank, Stream] = {}
 
     def begin(self, phase: str) -> None:
-        self._tapes = {r: Stream(seed, f"tape/{phase}") for r, seed in self._seeds.items()}
+        self._tapes = {rank: tapes.begin(phase) for rank, tapes in self._seeds.items()}
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
         return [Blank(i.share.shape, i.share.dtype) for i in items]

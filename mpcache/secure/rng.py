@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from mpcache.errors import Reuse
+
 SEED_BYTES = 32
 _ZEROS = bytes(1 << 16)
 
@@ -25,6 +27,21 @@ def fresh_seed() -> bytes:
 def derive_key(seed: bytes, label: str) -> bytes:
     """A 32-byte key for one purpose; different labels give independent keys (HKDF-SHA256)."""
     return HKDF(SHA256(), 32, salt=None, info=label.encode()).derive(seed)
+
+
+class Tapes:
+    """The key streams of one seed: each phase's is given out once. Every key, mask and correlation comes
+    from one of them, and a stream only moves forward: so nothing is used twice."""
+
+    def __init__(self, seed: bytes) -> None:
+        self._seed, self._given = seed, set[str]()
+
+    def begin(self, phase: str) -> Stream:
+        """The stream of a phase. Raises Reuse if it was begun before."""
+        if phase in self._given:
+            raise Reuse(f"the randomness of {phase} was used already; a phase runs once in a session")
+        self._given.add(phase)
+        return Stream(self._seed, f"tape/{phase}")
 
 
 class Stream:

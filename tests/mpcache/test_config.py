@@ -44,6 +44,7 @@ def test_flat_is_text_with_the_policys_options_apart() -> None:
         "policy.alpha": "0.5",
         "policy.n_keep": "128",
         "max_new_tokens": "32",
+        "reveal": "logits",
         "fraction_bits": "16",
         "network": "none",
         "kernels": "auto",

@@ -46,23 +46,38 @@ class Sampling:
                 "likeliest token alone; leave the temperature at 0, or set reveal: logits"
             )
 
-    def chooser(self, reveal: str = "logits") -> Callable[[torch.Tensor], int]:
+    def chooser(self, reveal: str = "logits") -> Chooser:
         """A function from what the client learns to a token id: logits (vocab,), or the id itself. Each
         one starts from the seed."""
-        if reveal == "token":
-            return lambda token: int(token)
-        generator = torch.Generator().manual_seed(self.seed)
+        return Chooser(self, reveal)
 
-        def choose(logits: torch.Tensor) -> int:
-            if self.temperature == 0:
-                return int(logits.argmax())
-            scaled = torch.softmax(logits.double() / self.temperature, -1)
-            probabilities, tokens = scaled.sort(descending=True, stable=True)
-            before = probabilities.cumsum(-1) - probabilities
-            allowed = probabilities * (before < self.top_p)
-            return int(tokens[torch.multinomial(allowed, 1, generator=generator)])
 
-        return choose
+class Chooser:
+    """Chooses tokens one after the other."""
+
+    def __init__(self, sampling: Sampling, reveal: str) -> None:
+        self.sampling, self.reveal = sampling, reveal
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    @property
+    def state(self) -> torch.Tensor:
+        """Where the draws are (bytes): a chooser that is put there makes the same ones."""
+        return self._generator.get_state()
+
+    @state.setter
+    def state(self, state: torch.Tensor) -> None:
+        self._generator.set_state(state)
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        if self.reveal == "token":
+            return int(logits)
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        scaled = torch.softmax(logits.double() / self.sampling.temperature, -1)
+        probabilities, tokens = scaled.sort(descending=True, stable=True)
+        before = probabilities.cumsum(-1) - probabilities
+        allowed = probabilities * (before < self.sampling.top_p)
+        return int(tokens[torch.multinomial(allowed, 1, generator=self._generator)])
 
 
 def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -> Bound:
@@ -139,23 +154,28 @@ def answer(
     choose: Callable[[torch.Tensor], int],
     stops: Collection[int],
     announce: Callable[[int, bool], None] = lambda step, more: None,
+    known: Sequence[int] = (),
 ) -> Iterator[int]:
     """Token ids, as they come: at most `limit`, and none after one of `stops`.
 
     announce(i, more): called before decode step i (1, 2, ...), and once when there is none although
     the limit would allow it.
+    known: tokens chosen before the session was interrupted. It goes on after the chunks it has taken in;
+    what follows from a chunk and is known is not chosen again.
     """
-    chunk = list(question)
-    for step in range(1, limit + 1):
+    ids = list(known)
+    for step in range(session.chunks, limit):
+        if step:
+            more = ids[step - 1] not in stops
+            announce(step, more)
+            if not more:
+                return
+        chunk = [ids[step - 1]] if step else list(question)
         learned = session.chunk(chunk, len(chunk))
         assert learned is not None, "the one who asks learns the answer"
-        token = choose(learned)
-        yield token
-        if step < limit:
-            announce(step, token not in stops)
-        if token in stops:
-            return
-        chunk = [token]
+        if step == len(ids):
+            ids.append(choose(learned))
+        yield ids[step]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from rich.table import Table
 from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
 from mpcache.audit.command import audit
 from mpcache.config import PublicConfig, Settings, load_settings
-from mpcache.errors import MpcacheError
+from mpcache.errors import BadInput, MpcacheError
 from mpcache.evaluate.command import evaluate
 from mpcache.inputs import DEMO_DOCUMENT, read_question, read_text
 from mpcache.launch import run_parties
@@ -65,6 +65,10 @@ Seed = Annotated[int, typer.Option(help="Of the draws.")]
 StopAtEos = Annotated[
     bool, typer.Option(help="End at the model's end token; the answer's length is public then.")
 ]
+State = Annotated[
+    Path | None, typer.Option(help="Keep the session here after each token, each party's part encrypted.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the session in --state.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 
 
@@ -97,8 +101,13 @@ class Task:
         return bind(self.shape, public, len(self.context), len(self.question))
 
     def private(
-        self, settings: Settings, say: Callable[[str], None], on_token: Callable[[int, str], None]
+        self,
+        settings: Settings,
+        say: Callable[[str], None],
+        on_token: Callable[[int, str], None],
+        every: Sequence[str] = (),
     ) -> dict[Rank, Any]:
+        """Three processes. every: flags that all of them get."""
         sampling = self.sampling
         flags = {
             Rank.SERVER: ["--model", str(self.model), "--context", str(self.context_file)],
@@ -109,6 +118,7 @@ class Task:
                 "--stop-at-eos" if self.stop_at_eos else "--no-stop-at-eos",
             ],
         }
+        flags = {rank: [*flags.get(rank, ()), *every] for rank in Rank}
         return run_parties(settings, flags, self.question_text, say, on_token)
 
     def plain(self, public: PublicConfig) -> PlainAnswer:
@@ -136,6 +146,8 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     stop_at_eos: StopAtEos = True,
+    state: State = None,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """A private answer: server, client and dealer as three processes of this machine.
@@ -143,6 +155,9 @@ def generate(
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
     settings = _settings(config, policy, protocol, network, max_new_tokens, reveal)
+    if resume and state is None:
+        raise BadInput("--resume needs --state DIR, where the session is kept")
+    kept = ["--state", str(state)] if state is not None else []
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
     task = Task.read(model, context, text, sampling, stop_at_eos)
     bound = task.bind(settings.public)
@@ -162,7 +177,7 @@ def generate(
                 _entry("Private", text)
             shown += text
 
-        reports = task.private(settings, say, show)
+        reports = task.private(settings, say, show, [*kept, *["--resume"] * resume])
     plain = task.plain(settings.public)
     text = task.tokenizer.decode(plain.ids)
     run = summary(settings.public.policy, settings.public.protocol, bound.policy.leak, reports, plain, text)

@@ -72,6 +72,10 @@ class OutOfRange(MpcacheError):
     private = True
 
 
+class StateError(MpcacheError):
+    """A file of a party's own state (checkpoint, tape, key) cannot be written, read or used."""
+
+
 class LinkError(MpcacheError):
     """Something between two parties."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from mpcache.answer import PlainAnswer
-from mpcache.ledger import Entry, Ledger
+from mpcache.ledger import Entry
 from mpcache.rank import Rank
 
 Reports = Mapping[Rank, "Report"]
@@ -46,6 +46,8 @@ class Report:
     prefill_ms: float = 0.0  # server: the pass over the context, and its eviction
     kernels: str = ""  # server: which kernels it took
     dealer_wait_ms: float = 0.0  # computing parties: waiting for the dealer, after set-up and context
+    checkpoint_ms: list[float] = field(default_factory=list)  # with --state: what each took
+    checkpoint_bytes: list[int] = field(default_factory=list)  # and its size on disk
     token_ids: list[int] = field(default_factory=list)  # client
     text: str = ""  # client
 
@@ -66,10 +68,12 @@ class Report:
         return statistics.fmean(getattr(phase, amount) for phase in self.steps())
 
 
-def phases_of(ledger: Ledger, ms: Mapping[str, float], cpu_ms: Mapping[str, float]) -> dict[str, Phase]:
-    """What a ledger booked in each of these phases, and how long they took."""
+def phases_of(
+    steps: Iterable[tuple[str, Entry]], ms: Mapping[str, float], cpu_ms: Mapping[str, float]
+) -> dict[str, Phase]:
+    """What a ledger's steps booked in each of these phases, and how long they took."""
     entries: dict[str, Entry] = {name: Entry() for name in ms}
-    for step, entry in ledger.steps.items():
+    for step, entry in steps:
         if (name := step.partition("/")[0]) in entries:
             entries[name] += entry
     return {name: Phase(ms[name], cpu_ms[name], **asdict(entry)) for name, entry in entries.items()}
@@ -107,6 +111,7 @@ def summary(
         "setup_ms": client.phases["setup"].ms,
         "setup_bytes": sent("setup"),
         "context_bytes": sent("context"),
+        "checkpoints": {Rank(r.rank).label: kept_of(r) for r in reports.values() if r.checkpoint_ms},
         "private": {
             "first_token_ms": client.phases["context"].ms + client.phases["question"].ms,
             "ms_per_token": statistics.fmean(private_ms),
@@ -128,6 +133,16 @@ def summary(
             "ms_per_token_p95": p95(plain_ms),
             "kernels": plain.kernels,
         },
+    }
+
+
+def kept_of(report: Report) -> dict[str, float]:
+    """What one party's checkpoints took in this run: median ms, and bytes on disk; the context's apart."""
+    return {
+        "ms_median": statistics.median(report.checkpoint_ms),
+        "ms_largest": max(report.checkpoint_ms),
+        "bytes_median": statistics.median(report.checkpoint_bytes),
+        "bytes_largest": max(report.checkpoint_bytes),
     }
 
 

@@ -105,6 +105,15 @@ class Session:
         self.party.begin(phase)
         return run(at(phase, program), self.party)
 
+    @property
+    def chunks(self) -> int:
+        """How many chunks were taken in: the question, then one for each generated token but the last."""
+        return self._chunks
+
+    def restore(self, operands: Operands, cache: Cache, chunks: int) -> None:
+        """Go on where another session of this reading stood. Masks yet to come are the party's own matter."""
+        self.operands, self.cache, self._chunks = operands, cache, chunks
+
     def setup(self, weights: Weights | None) -> None:
         self.operands = self._run("setup", load(self.ops, self.shape, weights))
 

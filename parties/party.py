@@ -18,7 +18,7 @@ import typer
 
 from mpcache.answer import Sampling
 from mpcache.config import Settings, Timeouts, load_settings
-from mpcache.errors import BadInput, MpcacheError, PortInUse
+from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError
 from mpcache.inputs import DEMO_DOCUMENT, read_question, read_text
 from mpcache.ledger import Ledger
 from mpcache.model import demo_model_dir, load_model
@@ -26,6 +26,7 @@ from mpcache.policy import parse
 from mpcache.rank import Rank
 from mpcache.report import Report, ms, number, size
 from mpcache.signals import ignore_signals, stop_on_signals
+from parties.checkpoint import Keeper, Store
 from parties.grpc_link import Network, connect_all
 from parties.identity import Trust, trust
 from parties.keys import keygen, pin
@@ -134,6 +135,16 @@ def party(
     stop_at_eos: Annotated[
         bool, typer.Option(help="Client: end at the model's end token; the answer's length is public then.")
     ] = True,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Keep this party's part of the session here after each token, encrypted."),
+    ] = None,
+    state_key: Annotated[
+        Path | None, typer.Option(help="The key for it, mode 0600; made if there is none. [in --state]")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the session in --state; all parties alike.")
+    ] = False,
     connect_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the others.")] = None,
     identity: Annotated[
         Path | None, typer.Option(help="Folder of this party's key and certificate: the links use TLS.")
@@ -169,7 +180,7 @@ def party(
         threading.Thread(target=_end_with_parent, daemon=True).start()
     stop_on_signals(me.label)
     torch.set_num_threads(1)  # three parties with a thread per core each would fight for the cores
-    settings, shown = Settings(), ExitStack()
+    settings, shown, keeper = Settings(), ExitStack(), Keeper()
     try:
         voice.log = Log(me.label, log, log_level)
         settings = load_settings(
@@ -196,26 +207,44 @@ def party(
             sampling = Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, seed or 0)
             if events and str(question_file) == "-":
                 raise BadInput("--events and --question-file -: both want stdin")
+            keeper = _keeper(me, state, state_key, resume)
             own = _own(me, model, context, question, question_file, sampling, stop_at_eos)
             ledger = Ledger()
             watch = shown.enter_context(board.session(ledger))
             board.be_ready(True)
             network = connect_all(me, settings, ledger, voice.say, trust=trusted)
-        except (BadInput, PortInUse) as error:
+        except (BadInput, PortInUse, StateError) as error:
             voice.error(error)
             _tell_others(me, settings, trusted, error.for_peers)
             raise typer.Exit(error.exit_code) from None
         with network:
             watch.reached("hello")
-            agree(network.links, me, settings.public.flat())
-            report = _run(me, network, ledger, settings, own, voice, watch)
+            agree(network.links, me, settings.public.flat() | {"state": keeper.mode})
+            report = _run(me, network, ledger, settings, own, voice, watch, keeper)
             watch.reached("close")
             voice.report(report)
     except MpcacheError as error:
         voice.error(error)
+        if (last := keeper.last) is not None:
+            voice.say(f"{me.label}: kept {last_token(last)}; start all parties again with --resume to go on")
         raise typer.Exit(error.exit_code) from None
     finally:
         shown.__exit__(*sys.exc_info())
+
+
+def _keeper(me: Rank, state: Path | None, state_key: Path | None, resume: bool) -> Keeper:
+    """What --state, --state-key and --resume ask for. Raises BadInput or StateError."""
+    if state is None and (resume or state_key is not None):
+        raise BadInput(
+            f"--{'resume' if resume else 'state-key'} needs --state DIR, where the session is kept"
+        )
+    keeper = Keeper(None if state is None else Store(state, me, state_key), resume)
+    keeper.check()
+    return keeper
+
+
+def last_token(step: int) -> str:
+    return f"the session up to token {step}" if step else "the session up to its context"
 
 
 def _check_flags(me: Rank, flags: dict[str, tuple[Rank, object]]) -> None:
@@ -262,14 +291,15 @@ def _run(
     own: Document | Question | None,
     voice: Voice,
     watch: Watch,
+    keeper: Keeper,
 ) -> Report:
     match own:
         case Document():
-            return serve(network.links, ledger, settings.public, own, voice.say, watch=watch)
+            return serve(network.links, ledger, settings.public, own, voice.say, watch, keeper)
         case Question():
-            return ask(network.links, ledger, settings.public, own, voice.say, voice.token, watch=watch)
+            return ask(network.links, ledger, settings.public, own, voice.say, voice.token, watch, keeper)
         case _:
-            return deal(network.links, ledger, settings.public, voice.say, watch=watch)
+            return deal(network.links, ledger, settings.public, voice.say, watch, keeper)
 
 
 def _tell_others(me: Rank, settings: Settings, trusted: Trust, reason: str) -> None:

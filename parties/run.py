@@ -2,12 +2,15 @@
 
     facts -> seeds -> SETUP -> CONTEXT -> QUESTION -> DECODE ... -> the account of it
 
-The three functions stand side by side: what one sends, another receives, in the same order.
+A resumed session takes facts, SETUP, CONTEXT and the chunks it had from what each party kept on its
+disk (parties/checkpoint.py), and goes on from there. The three functions stand side by side: what one
+sends, another receives, in the same order.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,13 +29,14 @@ from mpcache.model import Model, ModelShape
 from mpcache.policy import Bound
 from mpcache.prefill import Prefill, prefill
 from mpcache.rank import Rank
-from mpcache.report import Report, ms, phases_of
+from mpcache.report import Report, ms
 from mpcache.secure.fast import FastOps
 from mpcache.secure.party import ComputingParty, DealerParty
 from mpcache.secure.rng import SEED_BYTES, fresh_seed
 from mpcache.secure.stock import StockOps
 from mpcache.signals import between_tokens, stopping, token_by_token
 from mpcache.tokens import Tokenizer
+from parties.checkpoint import Keeper
 from parties.session import confirm
 from parties.watch import Watch
 
@@ -94,58 +98,63 @@ def serve(
     own: Document,
     say: Say = quiet,
     watch: Watch | None = None,
+    keeper: Keeper | None = None,
 ) -> Report:
     """Rank 0: opens its masked weights, reads the document, evicts, and computes blindly."""
-    client, model, watch = links[Rank.CLIENT], own.model, watch or Watch()
-    kernels, kernel_ms = _timed(_kernels(public.kernels, own.device))
-
-    try:
-        vocabulary = (model.folder / "tokenizer.json").read_bytes()
-    except OSError as error:
-        raise ModelError(f"{model.folder}/tokenizer.json: cannot be read: {error.strerror}") from None
-    model_facts = {
-        "shape": model.shape.to_dict(),
-        "model_digest": model.digest,
-        "tokenizer_bytes": len(vocabulary),
-        "tokenizer_digest": hashlib.sha256(vocabulary).hexdigest(),
-        "context_tokens": len(own.tokens),
-        "kernels": kernels.name,
-    }
-    for link in links.values():
-        link.send_facts("facts/model", model_facts)
-    client.send("facts/tokenizer", [torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)])
-    facts = _facts(model_facts, client.recv_facts("facts/question"), public)
+    client, watch, keeper = links[Rank.CLIENT], watch or Watch(), keeper or Keeper()
+    identity = public.flat() | {"model": own.model.digest, "document": _digest(own.tokens)}
+    earlier = keeper.meet(links, identity)
+    stored = exchange_facts(Rank.SERVER, links, own, public) if earlier is None else earlier.facts
+    facts = facts_of(stored, public)
     confirm(links, Rank.SERVER, facts.flat())
 
     party, wait = _computing_party(Rank.SERVER, links, ledger, watch)
     ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits)
     session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
-    session.setup(model.weights)
+    if earlier is None:
+        facts, prefill_ms = _open(links, session, own, facts, public, say)
+        keeper.begin(identity, stored | _counts(facts), session, ledger, {"prefill_ms": prefill_ms})
+    else:
+        prefill_ms = earlier.own["prefill_ms"]
+        session.restore(earlier.operands, earlier.cache, earlier.step)
+        say(f"server: resumed after {_chunks(earlier.step)}")
+    del earlier
+
+    with token_by_token():
+        for step in range(session.chunks, public.max_new_tokens):
+            if step:
+                if not _more(client, step):
+                    break
+                between_tokens(step)
+            session.chunk(None, 1 if step else facts.question)
+            keeper.token(session, ledger, {})
+    report = _report(Rank.SERVER, facts, ledger, session, keeper)
+    keeper.end(links)
+    return replace(report, prefill_ms=prefill_ms, kernels=facts.kernels, dealer_wait_ms=wait.ms)
+
+
+def _open(
+    links: Links, session: TimedSession, own: Document, facts: Facts, public: PublicConfig, say: Say
+) -> tuple[Facts, float]:
+    """Server: SETUP and CONTEXT; the facts with what the document decides, and the time of prefill and
+    eviction in ms."""
+    kernels, kernel_ms = _timed(_kernels(public.kernels, own.device))
+    session.setup(own.model.weights)
     say(f"server: set-up: weights masked and opened in {ms(session.ms['setup'])}")
     start = time.perf_counter()
     window = facts.policy.policy.window(facts.context)
-    prefilled = prefill(model, own.tokens, own.device, window=window)
+    prefilled = prefill(own.model, own.tokens, own.device, window=window)
     prefill_ms = 1000 * (time.perf_counter() - start)
     session.policy = (facts := _announce(links, facts, prefilled, kernels)).policy
     session.context(prefilled, kernels)
     prefill_ms += sum(kernel_ms)
-    del prefilled
     say(
         f"server: context of {facts.context} tokens, {facts.policy.plan.kept} kept: "
         f"prefill and eviction {ms(prefill_ms)} (kernels: {facts.kernels})"
     )
     for line in facts.policy.plan.lines():
         say(f"server: {line}")
-
-    with token_by_token():
-        session.chunk(None, facts.question)
-        for step in range(1, public.max_new_tokens):
-            if not _more(client, step):
-                break
-            between_tokens(step)
-            session.chunk(None, 1)
-    report = _report(Rank.SERVER, facts, ledger, session)
-    return replace(report, prefill_ms=prefill_ms, kernels=facts.kernels, dealer_wait_ms=wait.ms)
+    return facts, prefill_ms
 
 
 def ask(
@@ -156,55 +165,84 @@ def ask(
     say: Say = quiet,
     on_token: Callable[[int, str], None] = lambda token, text: None,
     watch: Watch | None = None,
+    keeper: Keeper | None = None,
 ) -> Report:
-    """Rank 1: learns the logits, chooses the tokens; `on_token` gets each with the text it settles."""
-    own.sampling.check(public.reveal)
-    server, dealer, watch = links[Rank.SERVER], links[Rank.DEALER], watch or Watch()
+    """Rank 1: learns the logits, chooses the tokens; `on_token` gets each with the text it settles.
 
-    model_facts = server.recv_facts("facts/model")
-    shape = _shape(model_facts)
-    tokenizer = _recv_tokenizer(server, model_facts, shape)
-    question = tokenizer.encode(own.text, bos=False)
-    question_facts = {"question_tokens": len(question)}
-    for link in (server, dealer):
-        link.send_facts("facts/question", question_facts)
-    facts = _facts(model_facts | {"tokenizer_digest": tokenizer.digest}, question_facts, public)
+    A resumed answer is told from its beginning, and no token of it is chosen twice.
+    """
+    own.sampling.check(public.reveal)
+    server, watch, keeper = links[Rank.SERVER], watch or Watch(), keeper or Keeper()
+    identity = public.flat() | {
+        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos)
+    }  # fmt: skip
+    earlier = keeper.meet(links, identity)
+    stored = exchange_facts(Rank.CLIENT, links, own, public) if earlier is None else earlier.facts
+    facts = facts_of(stored, public)
     confirm(links, Rank.CLIENT, facts.flat())
 
     party, wait = _computing_party(Rank.CLIENT, links, ledger, watch)
     ops = OPS[public.protocol](Rank.CLIENT, public.fraction_bits)
     session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
-    session.setup(None)
-    say(f"client: set-up: masked weights received in {ms(session.ms['setup'])}")
-    session.policy = (facts := _announced(server, facts)).policy
-    session.context(None, None)
-    kept = facts.policy.plan.kept
-    say(f"client: asking {facts.question} tokens about {facts.context}, of which {kept} are kept ...")
+    tokenizer = _tokenizer(stored["tokenizer"], facts.shape)
+    question, stream = tokenizer.encode(own.text, bos=False), tokenizer.stream()
+    choose = own.sampling.chooser(public.reveal)
+    ids: list[int] = []
+
+    def kept() -> dict[str, Any]:
+        return {"ids": ids, "draws": choose.state}
+
+    if earlier is None:
+        session.setup(None)
+        say(f"client: set-up: masked weights received in {ms(session.ms['setup'])}")
+        session.policy = (facts := _announced(server, facts)).policy
+        session.context(None, None)
+        n = facts.policy.plan.kept
+        say(f"client: asking {facts.question} tokens about {facts.context}, of which {n} are kept ...")
+        keeper.begin(identity, stored | _counts(facts), session, ledger, kept())
+    else:
+        ids, choose.state = earlier.own["ids"], earlier.own["draws"]
+        session.restore(earlier.operands, earlier.cache, earlier.step)
+        say(f"client: resumed after {_chunks(earlier.step)}; the answer from its beginning:")
+        for token in ids:
+            on_token(token, stream.push(token))
+    del earlier
 
     def announce(step: int, more: bool) -> None:
-        for link in (server, dealer):
+        for link in links.values():
             link.send_facts(_step_name(step), {"more": more})
 
     stops = set(facts.shape.eos_ids) if own.stop_at_eos else set()
-    ids, stream, wait.ms = [], tokenizer.stream(), 0.0
-    choose = own.sampling.chooser(public.reveal)
+    wait.ms = 0.0
     with token_by_token():
-        for token in answer(session, question, public.max_new_tokens, choose, stops, announce):
-            ids.append(token)
-            on_token(token, stream.push(token))
-            between_tokens(len(ids))
+        for token in answer(session, question, public.max_new_tokens, choose, stops, announce, tuple(ids)):
+            if new := session.chunks > len(ids):
+                ids.append(token)
+            keeper.token(session, ledger, kept())  # a token that was shown is never lost
+            if new:
+                on_token(token, stream.push(token))
+            between_tokens(session.chunks)
     if rest := stream.end():
         on_token(-1, rest)
-    report = _report(Rank.CLIENT, facts, ledger, session)
+    report = _report(Rank.CLIENT, facts, ledger, session, keeper)
+    keeper.end(links)
     return replace(report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids))
 
 
 def deal(
-    links: Links, ledger: Ledger, public: PublicConfig, say: Say = quiet, watch: Watch | None = None
+    links: Links,
+    ledger: Ledger,
+    public: PublicConfig,
+    say: Say = quiet,
+    watch: Watch | None = None,
+    keeper: Keeper | None = None,
 ) -> Report:
     """Rank 2: reads the same program by shapes alone and sends the correlated randomness ahead."""
-    server, client, watch = links[Rank.SERVER], links[Rank.CLIENT], watch or Watch()
-    facts = _facts(server.recv_facts("facts/model"), client.recv_facts("facts/question"), public)
+    server, client = links[Rank.SERVER], links[Rank.CLIENT]
+    watch, keeper = watch or Watch(), keeper or Keeper()
+    earlier = keeper.meet(links, public.flat())
+    stored = exchange_facts(Rank.DEALER, links, None, public) if earlier is None else earlier.facts
+    facts = facts_of(stored, public)
     confirm(links, Rank.DEALER, facts.flat())
 
     seeds = {rank: fresh_seed() for rank in (Rank.SERVER, Rank.CLIENT)}
@@ -213,32 +251,54 @@ def deal(
     party = DealerParty(dict(links), seeds, ledger)
     ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits, device="meta")
     session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
-    session.setup(None)
-    say("dealer: set-up dealt; from now on a little ahead of the client")
-    session.policy = (facts := _announced(server, facts)).policy
-    session.context(None, None)
+    if earlier is None:
+        session.setup(None)
+        say("dealer: set-up dealt; from now on a little ahead of the client")
+        session.policy = (facts := _announced(server, facts)).policy
+        session.context(None, None)
+        keeper.begin(public.flat(), stored | _counts(facts), session, ledger, {})
+    else:
+        session.restore(earlier.operands, earlier.cache, earlier.step)
+        say(f"dealer: resumed after {_chunks(earlier.step)}")
+    del earlier
 
     with token_by_token():
-        _deal_tokens(session, client, public.max_new_tokens, facts.question)
-    return _report(Rank.DEALER, facts, ledger, session)
+        _deal_tokens(
+            session, client, public.max_new_tokens, facts.question, lambda: keeper.token(session, ledger, {})
+        )
+    report = _report(Rank.DEALER, facts, ledger, session, keeper)
+    keeper.end(links)
+    return report
 
 
-def _deal_tokens(session: TimedSession, client: Link, limit: int, question: int) -> None:
+def _deal_tokens(
+    session: TimedSession, client: Link, limit: int, question: int, keep: Callable[[], None]
+) -> None:
     """Tapes until the client says that there is no more, at most AHEAD steps ahead of it."""
-    session.chunk(None, question)
-    begun = 0  # steps that the client is known to have begun: the question, to start with
-    for step in range(1, limit):
-        while begun < step - AHEAD or stopping():
+    begun = max(0, session.chunks - 1)  # steps that the client is known to have begun; the question is 0
+    for step in range(session.chunks, limit):
+        while step and (begun < step - AHEAD or stopping()):
             begun += 1
             if not _more(client, begun):
                 return
             if begun == step:  # only a stop lets the client get so far: all that was dealt is used
                 between_tokens(step)
-        session.chunk(None, 1)
+        session.chunk(None, 1 if step else question)
+        keep()
     while begun < limit - 1:
         begun += 1
         if not _more(client, begun):
             return
+
+
+def _digest(secret: object) -> str:
+    """Of a party's own input, for its own file: is it the same on resuming?"""
+    return hashlib.sha256(repr(secret).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _chunks(step: int) -> str:
+    """How far a session was."""
+    return f"{step} token{'s' * (step != 1)}" if step else "the context"
 
 
 # ------------------------------------------------------------------------------------------ seeds
@@ -283,12 +343,67 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 # ------------------------------------------------------------------------------------------ facts
 
 
-def _facts(model: Mapping[str, Any], question: Mapping[str, Any], public: PublicConfig) -> Facts:
-    """Everything public, checked alike by all three. Raises BadInput, or Desync on facts that are none."""
+def exchange_facts(
+    me: Rank, links: Links, own: Document | Question | None, public: PublicConfig
+) -> dict[str, Any]:
+    """What is public about `model` and `question`, told by their owners; at the client also the bytes of
+    the `tokenizer`: what `facts_of` starts from."""
+    match own:
+        case Document():
+            model = _send_model(links, own, public)
+            return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
+        case Question():
+            model = links[Rank.SERVER].recv_facts("facts/model")
+            vocabulary = _recv_tokenizer(links[Rank.SERVER], model)
+            tokenizer = _tokenizer(vocabulary, _shape(model))
+            question = {"question_tokens": len(tokenizer.encode(own.text, bos=False))}
+            for link in links.values():
+                link.send_facts("facts/question", question)
+            model |= {"tokenizer_digest": tokenizer.digest}
+            return {"model": model, "question": question, "tokenizer": vocabulary}
+        case _:
+            model = links[Rank.SERVER].recv_facts("facts/model")
+            return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
+
+
+def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, Any]:
+    """Server: what is public about its model and document, to all; the tokenizer, to the client."""
+    model = own.model
+    try:
+        vocabulary = (model.folder / "tokenizer.json").read_bytes()
+    except OSError as error:
+        raise ModelError(f"{model.folder}/tokenizer.json: cannot be read: {error.strerror}") from None
+    facts = {
+        "shape": model.shape.to_dict(),
+        "model_digest": model.digest,
+        "tokenizer_bytes": len(vocabulary),
+        "tokenizer_digest": hashlib.sha256(vocabulary).hexdigest(),
+        "context_tokens": len(own.tokens),
+        "kernels": _kernels(public.kernels, own.device).name,
+        "session": secrets.token_hex(16),
+    }
+    for link in links.values():
+        link.send_facts("facts/model", facts)
+    links[Rank.CLIENT].send("facts/tokenizer", [_tensor(vocabulary)])
+    return facts
+
+
+def facts_of(stored: Mapping[str, Any], public: PublicConfig) -> Facts:
+    """Everything public, checked alike by all three. Raises BadInput, or Desync on facts that are none.
+
+    stored: as `exchange_facts` has it; of a resumed session also the `counts` that were announced.
+    """
+    model, question = stored["model"], stored["question"]
     shape = _shape(model)
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
     said = {name: str(model.get(name, ""))[:80] for name in ("kernels", "model_digest", "tokenizer_digest")}
-    return Facts(shape, context, asked, said.pop("kernels"), bind(shape, public, context, asked), said)
+    facts = Facts(shape, context, asked, said.pop("kernels"), bind(shape, public, context, asked), said)
+    return _given(facts, stored["counts"]) if "counts" in stored else facts
+
+
+def _counts(facts: Facts) -> dict[str, list[int]]:
+    """For `facts_of` a resumed session."""
+    return {"counts": [layer.kept for layer in facts.policy.plan.layers]}
 
 
 def _announce(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
@@ -302,10 +417,15 @@ def _announce(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) 
 
 def _announced(server: Link, facts: Facts) -> Facts:
     """The other end of `_announce`. Raises Desync on counts that no such plan can have."""
+    if facts.policy.policy.decided:
+        return facts
+    return _given(facts, server.recv_facts("facts/counts").get("counts"))
+
+
+def _given(facts: Facts, counts: Any) -> Facts:
     policy = facts.policy.policy
     if policy.decided:
         return facts
-    counts = server.recv_facts("facts/counts").get("counts")
     if not isinstance(counts, list) or any(type(n) is not int for n in counts):
         raise Desync(f"Desync: the server announces counts {counts!r:.60}, not a list of whole numbers")
     try:
@@ -331,20 +451,24 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _recv_tokenizer(server: Link, facts: Mapping[str, Any], shape: ModelShape) -> Tokenizer:
-    """The model's tokenizer, which is public: the client needs no model folder."""
+def _recv_tokenizer(server: Link, facts: Mapping[str, Any]) -> torch.Tensor:
+    """The bytes of the model's tokenizer, which is public: the client needs no model folder."""
     length = _count(facts, "tokenizer_bytes")
     if not 0 < length <= TOKENIZER_BYTES:
         raise Desync(
             f"Desync: the server's tokenizer has {length} bytes; at most {TOKENIZER_BYTES} are taken"
         )
     (data,) = server.recv("facts/tokenizer", [(torch.uint8, (length,))])
-    content = _bytes(data)
+    return data
+
+
+def _tokenizer(vocabulary: torch.Tensor, shape: ModelShape) -> Tokenizer:
+    content = _bytes(vocabulary)
     try:
         inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises bare Exceptions
         raise ModelError(
-            "the server's tokenizer.json cannot be read; is its model folder complete?", private=False
+            "the server's tokenizer.json cannot be read; is its model folder complete?"
         ) from error
     return Tokenizer(inner, shape.vocab, shape.bos_id, hashlib.sha256(content).hexdigest())
 
@@ -365,15 +489,17 @@ def _more(client: Link, step: int) -> bool:
 # ---------------------------------------------------------------------------------------- account
 
 
-def _report(me: Rank, facts: Facts, ledger: Ledger, session: TimedSession) -> Report:
+def _report(me: Rank, facts: Facts, ledger: Ledger, session: TimedSession, keeper: Keeper) -> Report:
     return Report(
         rank=int(me),
         context_tokens=facts.context,
         question_tokens=facts.question,
         kept_tokens=[layer.kept for layer in facts.policy.plan.layers],
         plan=facts.policy.plan.to_dict(),
-        phases=phases_of(ledger, session.ms, session.cpu_ms),
-        wire_bytes=ledger.wire_bytes,
+        phases=keeper.phases(ledger, session),
+        wire_bytes=keeper.wire_bytes(ledger),
+        checkpoint_ms=keeper.ms,
+        checkpoint_bytes=keeper.bytes,
     )
 
 

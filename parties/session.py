@@ -67,6 +67,7 @@ def _compare(mine: Side, theirs: Side, remedy: str) -> None:
         values = [(rank, fields.get(name)) for rank, fields in sides]
         if values[0][1] != values[1][1]:
             shown = [(rank, _shown(value)) for rank, value in values]
+            remedy = "--state and --resume" if name == "state" else remedy
             raise _mismatch(name[:VALUE_CHARACTERS], shown, remedy)
 
 

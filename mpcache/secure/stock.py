@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,11 +46,11 @@ def blocking(fn: Callable[..., Any], *shares: Share) -> Program[Any]:
     return answer
 
 
+@dataclass(frozen=True)
 class StockSelection(Selection):
     """One-hot slots h (*rows, k, n), integers in arithmetic shares."""
 
-    def __init__(self, hot: Share) -> None:
-        self.hot = hot
+    hot: Share
 
     def keep(self) -> Program[Selection]:
         return local(self)

@@ -1,0 +1,228 @@
+"""Files that only their owner can read and nobody can change unseen: AES-256-GCM, whole or not at all.
+
+A sealed file is a header in the clear and a body in chunks:
+
+    b"mpcache" version | length of the header (4 bytes) | header, JSON | chunk | chunk | ... | last chunk
+
+Every file has a key of its own, derived from the owner's key and a random salt in the header, so the
+nonce of a chunk is its number and never comes twice. Header, number and "this is the last" are
+authenticated with each chunk: a file that was cut, reordered, changed or renamed does not open.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from mpcache.errors import StateError
+
+VERSION = 1
+MAGIC = b"mpcache" + bytes([VERSION])
+KEY_BYTES = 32
+SALT_BYTES = 32
+TAG_BYTES = 16
+CHUNK_BYTES = 4 << 20  # of plaintext
+HEADER_BYTES = 64 << 10  # the longest header that a reader takes
+PARTIAL = ".partial"  # the end of the name of a file that is being written
+
+
+def load_key(file: Path) -> bytes:
+    """The owner's key; a new one, from the operating system and for the owner's eyes only, if there is none.
+
+    Raises StateError on a key that others may read, or that is none.
+    """
+    with suppress(FileExistsError), telling(f"{file}: no key can be written here"):
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new:
+            new.write(os.urandom(KEY_BYTES))
+            _to_disk(new.fileno())
+        _to_disk_folder(file.parent)
+    with telling(f"{file}: this key cannot be read"), open(file, "rb") as old:
+        others = os.fstat(old.fileno()).st_mode & 0o077
+        key = old.read(KEY_BYTES + 1)
+    if others:
+        raise StateError(f"{file}: others may read this key; run `chmod 600 {file}`, or give another")
+    if len(key) != KEY_BYTES:
+        raise StateError(
+            f"{file}: is not a key of {KEY_BYTES} bytes; give another, or remove it for a new one"
+        )
+    return key
+
+
+def write(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[bytes | memoryview]) -> int:
+    """Seal a body; its size on disk in bytes. Afterwards the file is there as a whole, on the disk itself.
+
+    header: JSON values, readable by all. Raises StateError when it cannot be written (a full disk, no
+    permission); nothing of it is left then, and an older file of that name is as it was.
+    """
+    salt = os.urandom(SALT_BYTES)
+    front = _front({**header, "salt": salt.hex()})
+    aes, size = AESGCM(_derived(key, salt)), len(front)
+    partial = file.with_name(file.name + PARTIAL)
+    try:
+        with telling(f"{file}: cannot be written"):
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb", buffering=0) as out:
+                _write_all(out.fileno(), front)
+                for number, (chunk, last) in enumerate(_chunks(body)):
+                    sealed = aes.encrypt(_nonce(number, last), chunk, front)
+                    _write_all(out.fileno(), sealed)
+                    size += len(sealed)
+                _to_disk(out.fileno())
+            os.rename(partial, file)
+            _to_disk_folder(file.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    return size
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """What a sealed file says of itself. Not authenticated: `read` does that. Raises StateError."""
+    with telling(f"{file}: cannot be read"), open(file, "rb") as source:
+        return _read_front(source, file)[0]
+
+
+def read(file: Path, key: bytes, expected: Mapping[str, Any]) -> bytearray:
+    """The body of a sealed file whose header says what is expected.
+
+    Raises StateError, which names the first header field that differs, or says that the file is
+    damaged, was changed, or belongs to another key.
+    """
+    with telling(f"{file}: cannot be read"), open(file, "rb") as source:
+        header, front = _read_front(source, file)
+        for name, value in expected.items():
+            if header.get(name) != value:
+                found = "nothing" if name not in header else f"{header[name]!r:.80}"
+                raise StateError(f"{file}: its {name} is {found}, this party's is {value!r:.80}")
+        try:
+            salt = bytes.fromhex(header["salt"])
+        except (KeyError, TypeError, ValueError):
+            raise _damaged(file) from None
+        left = os.fstat(source.fileno()).st_size - len(front)
+        aes, body, number, last = AESGCM(_derived(key, salt)), bytearray(), 0, False
+        while not last:
+            sealed = source.read(min(left, CHUNK_BYTES + TAG_BYTES))
+            left -= len(sealed)
+            last = left <= 0 or not sealed
+            try:
+                body += aes.decrypt(_nonce(number, last), sealed, front)
+            except (InvalidTag, ValueError):
+                raise _damaged(file) from None
+            number += 1
+    return body
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what a killed process was writing."""
+    for file in folder.glob(f"*{PARTIAL}"):
+        with suppress(OSError):
+            file.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """A folder for the owner alone. Raises StateError."""
+    with telling(f"{folder}: no folder can be made here"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def to_disk(folder: Path) -> None:
+    """Names in this folder that were added, changed or removed stay so, whatever happens next."""
+    with telling(f"{folder}: cannot be written"):
+        _to_disk_folder(folder)
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Turns the system's errors into one line: what could not be done, why, and what to do."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; free some space, or give another folder" if full else ""
+        raise StateError(f"{what}: {error.strerror}{advice}") from None
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def _front(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(dict(header), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    if len(text) > HEADER_BYTES:
+        raise ValueError(f"a header of {len(text)} bytes; at most {HEADER_BYTES} are read")
+    return MAGIC + len(text).to_bytes(4, "little") + text
+
+
+def _read_front(source: Any, file: Path) -> tuple[dict[str, Any], bytes]:
+    magic = source.read(len(MAGIC))
+    if magic != MAGIC:
+        if magic[:-1] == MAGIC[:-1] and len(magic) == len(MAGIC):
+            raise StateError(f"{file}: is of format {magic[-1]}, this release reads format {VERSION}")
+        raise StateError(f"{file}: is not a file that mpcache wrote")
+    length = source.read(4)
+    size = int.from_bytes(length, "little")
+    text = source.read(size) if size <= HEADER_BYTES else b""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    if len(length) < 4 or not isinstance(header, dict):
+        raise _damaged(file)
+    return header, magic + length + text
+
+
+def _damaged(file: Path) -> StateError:
+    return StateError(f"{file}: is damaged, was changed, or was sealed with another key")
+
+
+def _derived(key: bytes, salt: bytes) -> bytes:
+    return HKDF(SHA256(), 32, salt=salt, info=b"mpcache sealed file").derive(key)
+
+
+def _nonce(number: int, last: bool) -> bytes:
+    return number.to_bytes(11, "little") + bytes([last])
+
+
+def _chunks(body: Iterable[bytes | memoryview]) -> Iterator[tuple[bytes, bool]]:
+    """The body in pieces of CHUNK_BYTES; the last one, shorter or empty, is marked."""
+    room = bytearray()
+    for part in body:
+        view, start = memoryview(part), 0
+        while start < len(view):
+            if len(room) == CHUNK_BYTES:
+                yield bytes(room), False
+                room.clear()
+            end = start + CHUNK_BYTES - len(room)
+            room += view[start:end]
+            start = end
+    yield bytes(room), True
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _to_disk(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _to_disk_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -241,6 +241,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
             super().__init__(seed, label)
 
     monkeypatch.setattr(party_module, "Stream", Noted)
+    monkeypatch.setattr(rng, "Stream", Noted)
     opening = ComputingParty.open
 
     def open_(self: ComputingParty, items: Any, step: str) -> list[Any]:

@@ -66,6 +66,10 @@ class View:
                 slot = ()
         self.slots[peer].append((kind, *slot))
 
+    def said(self) -> list[tuple[Rank, str, str]]:
+        """The facts by peer, each one's in order: which peer is first to say its own is no one's doing."""
+        return sorted(self.facts, key=lambda fact: fact[0])
+
     def opening(self, me: Rank, items: Sequence[Opening], values: Sequence[Any], step: str) -> None:
         for item, value in zip(items, values, strict=True):
             here = item.step or step

@@ -6,6 +6,7 @@ the sum with its own share. So a view is what came in and what became of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,8 +68,13 @@ class View:
         self.slots[peer].append((kind, *slot))
 
     def said(self) -> list[tuple[Rank, str, str]]:
-        """The facts by peer, each one's in order: which peer is first to say its own is no one's doing."""
-        return sorted(self.facts, key=lambda fact: fact[0])
+        """The facts by peer, each one's in order: which peer is first to say its own is no one's doing.
+        Without the session's name, which is drawn anew for each."""
+        named = re.compile(r'"session":"[0-9a-f]{32}"')
+        return [
+            (peer, step, named.sub('"session":""', text))
+            for peer, step, text in sorted(self.facts, key=lambda fact: fact[0])
+        ]
 
     def opening(self, me: Rank, items: Sequence[Opening], values: Sequence[Any], step: str) -> None:
         for item, value in zip(items, values, strict=True):

@@ -296,8 +296,8 @@ def _count(tally: Tally, request: Request) -> None:
     products = 0
     match request.kind:
         case "compare" | "top" | "exp":
-            (tree,) = (p for p in request.derived if p.public and p.dtype == torch.uint8)  # (keys, depth)
-            keys, depth = tree.shape
+            (words,) = (p for p in request.derived if p.public and p.dtype == torch.int64)
+            keys, depth = words.shape[0], words.shape[1] // 2
             tally.comparisons += keys
             # Per level a child and a value; the exponential's keys are evaluated at two points.
             tally.key_blocks += 2 * keys * depth * (2 if request.kind == "exp" else 1)

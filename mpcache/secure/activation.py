@@ -54,7 +54,7 @@ def series(kind: str) -> Series:
     raise ValueError(f"unknown activation {kind}")
 
 
-_SHARED_BITS, _PUBLIC_BITS = 13, 16  # fraction bits of the dealer's sines and of the public factors
+_SHARED_BITS, _PUBLIC_BITS = 12, 17  # fraction bits of the dealer's sines and of the public factors
 STEP_BITS = 16  # of the step, when it multiplies
 PRODUCT_RING = 32  # |gate * up| < 2^14 at 16 fraction bits
 
@@ -69,8 +69,8 @@ def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torc
 def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]:
     """x * step(x), or that times up, at `STEP_BITS` more fraction bits. Two rounds.
 
-    |x| < half (`series`), |x * up| < 2^14, and raw values below 2^(ring-2). Error below 1e-4 |x|
-    (|x up|), and two units of x's fraction bits.
+    |x| < half (`series`), |x * up| < 2^14, and raw values below 2^(ring-2). Error below
+    1.5e-4 |x| (|x up|), six standard deviations, and two units of x's fraction bits.
     """
     step, value = yield from _step(side, kind, x, up)
     if up is None:

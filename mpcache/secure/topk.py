@@ -100,7 +100,9 @@ def top(
     flat = 1
     for r in rows:
         flat *= r
-    keys = KeyShape(flat * pairs, width - 1)
+    # Ranks are opened modulo `size`: that many bits of the comparisons' outcomes are enough.
+    bit = torch.int8 if size <= 1 << 8 else torch.int16
+    keys = KeyShape(flat * pairs, width - 1, width=bit.itemsize)
     together = cat(list(values), -1)
     c = together.shape[-1]
     dtype = torch.int32 if together.ring <= 32 else torch.int64
@@ -111,12 +113,13 @@ def top(
     ) -> Sequence[torch.Tensor]:
         difference = (r[..., first] - r[..., second]).reshape(-1)
         hot = one_hot(rho, size)
-        return *sign_keys(keys, s, difference), hot, hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
+        top, *trees = sign_keys(keys, s, difference)
+        return top.to(bit), *trees, hot, hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
 
     request = Request(
         "top",
         (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c), dtype), seeds),
-        (Part((keys.n,)), words, bit_parts, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
+        (Part((keys.n,), bit), words, bit_parts, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
         derive,
         keep=True,
     )
@@ -127,7 +130,7 @@ def top(
     )
     # first < second loses only where it is strictly lower.
     points = (opened[..., first] - opened[..., second]).reshape(-1, 1)
-    loses = sign(side, keys, own, cw, cb, tops, points).reshape(*rows, pairs)
+    loses = sign(side, keys, own, cw, cb, tops.long(), points).reshape(*rows, pairs)
     # An item is beaten by every earlier one, but for those that lose to it, and by a later one if it loses.
     earlier = side.first(torch.arange(n)).expand(*rows, n)
     rank = earlier.index_add(-1, first, loses).index_add(-1, second, -loses)

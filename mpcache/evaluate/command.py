@@ -114,7 +114,7 @@ def _show(
         err.print("note: ended early; these rows stand on what was done until then", soft_wrap=True)
     if as_json:
         result: dict[str, Any] = {
-            "model": engine.model.folder.name,
+            "model": "demo" if engine.model.folder == demo_model_dir() else engine.model.folder.name,
             "model_digest": engine.model.digest,
             "context_tokens": grid.context,
             "samples": grid.samples,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from mpcache.errors import ModelError
+from mpcache.errors import ModelError, MpcacheError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token that stands for one raw byte (byte fallback)
 
@@ -36,6 +36,8 @@ class Tokenizer:
         try:
             content = file.read_bytes()
             inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except MpcacheError:
+            raise  # a stop signal's, which may come at any time
         except Exception as error:  # the library raises bare Exceptions
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{file}: cannot be read as a tokenizer: {reason}") from error
@@ -54,6 +56,8 @@ class Tokenizer:
         """
         try:
             ids = self._inner.encode(text, add_special_tokens=False).ids
+        except MpcacheError:
+            raise  # a stop signal's, as above
         except Exception as error:  # lone surrogates, and whatever else the library cannot take
             raise ModelError(f"the text cannot be tokenized: {' '.join(str(error).split())[:300]}") from error
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:

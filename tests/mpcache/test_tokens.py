@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import processors
 
 from mpcache.errors import ModelError
+from mpcache.signals import Stopped
 from mpcache.tokens import Tokenizer
 from tests.mpcache.tiny_models import STORIES, VOCAB, tokenizer
 
@@ -118,3 +119,15 @@ def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
     inner.add_tokens(["new"])
     inner.save(str(tmp_path / "tokenizer.json"))
     assert len(first) == 64 and Tokenizer.load(tmp_path, VOCAB, 1).digest != first
+
+
+def test_a_stop_signal_is_not_the_texts_fault(made: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exception comes up wherever the program is; it is not an error of the tokenizer's library."""
+
+    class Interrupted:
+        def encode(self, *given: object, **options: object) -> None:
+            raise Stopped("mpcache: stopped by SIGINT", 2)
+
+    monkeypatch.setattr(made, "_inner", Interrupted())
+    with pytest.raises(Stopped):
+        made.encode("a text", bos=False)

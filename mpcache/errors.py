@@ -75,6 +75,8 @@ class OutOfRange(MpcacheError):
 class StateError(MpcacheError):
     """A file of a party's own state (checkpoint, tape, key) cannot be written, read or used."""
 
+    private = True
+
 
 class LinkError(MpcacheError):
     """Something between two parties."""

@@ -12,6 +12,7 @@ authenticated with each chunk: a file that was cut, reordered, changed or rename
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -134,6 +135,21 @@ def make_folder(folder: Path) -> None:
     """A folder for the owner alone. Raises StateError."""
     with telling(f"{folder}: no folder can be made here"):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def lock(folder: Path, what: str) -> int:
+    """A descriptor that keeps every other process away from this folder as long as it is open.
+
+    Raises StateError if one is there already; `what`: what both want.
+    """
+    with telling(f"{folder}: cannot be used"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise StateError(f"{folder}: another process uses {what}") from None
+    return descriptor
 
 
 def to_disk(folder: Path) -> None:

@@ -12,7 +12,6 @@ last one that all three hold, forget what comes after it, and go on with new str
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -80,12 +79,7 @@ class Files:
         self.store, self.session, self.keep = store, session, keep
         self.folder = store.folder / session
         sealed.make_folder(self.folder)
-        with sealed.telling(f"{self.folder}: cannot be used"):
-            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StateError(f"{self.folder}: another process goes on with this session") from None
+        self._lock = sealed.lock(self.folder, "this session")
         sealed.clear_partial(self.folder)
 
     def steps(self) -> list[int]:

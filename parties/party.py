@@ -32,8 +32,10 @@ from parties.identity import Trust, trust
 from parties.keys import keygen, pin
 from parties.logs import Log
 from parties.operations import operated
+from parties.prepare import prepare
 from parties.run import Document, Question, ask, deal, serve
 from parties.session import PROTOCOL_VERSION, agree
+from parties.tape_store import TapeStore
 from parties.watch import Board, Watch
 
 TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
@@ -145,6 +147,12 @@ def party(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the session in --state; all parties alike.")
     ] = False,
+    offline_store: Annotated[
+        Path | None, typer.Option(help="Server, client: use tapes from here in place of a dealer.")
+    ] = None,
+    prepare_tokens: Annotated[
+        int | None, typer.Option("--prepare", help="Deal tapes for one answer of so many tokens, store them.")
+    ] = None,
     connect_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the others.")] = None,
     identity: Annotated[
         Path | None, typer.Option(help="Folder of this party's key and certificate: the links use TLS.")
@@ -188,7 +196,7 @@ def party(
             {
                 "public.policy": policy,
                 "public.protocol": protocol,
-                "public.max_new_tokens": max_new_tokens,
+                "public.max_new_tokens": max_new_tokens if prepare_tokens is None else prepare_tokens,
                 "timeouts.connect_s": connect_timeout,
             },
         )
@@ -208,19 +216,26 @@ def party(
             if events and str(question_file) == "-":
                 raise BadInput("--events and --question-file -: both want stdin")
             keeper = _keeper(me, state, state_key, resume)
+            tapes = _tapes(me, offline_store, prepare_tokens is not None, keeper)
             own = _own(me, model, context, question, question_file, sampling, stop_at_eos)
             ledger = Ledger()
             watch = shown.enter_context(board.session(ledger))
             board.be_ready(True)
-            network = connect_all(me, settings, ledger, voice.say, trust=trusted)
+            dealt = offline_store is not None and prepare_tokens is None
+            peers = (Rank.SERVER, Rank.CLIENT) if dealt else tuple(Rank)
+            network = connect_all(me, settings, ledger, voice.say, trust=trusted, peers=peers)
         except (BadInput, PortInUse, StateError) as error:
             voice.error(error)
             _tell_others(me, settings, trusted, error.for_peers)
             raise typer.Exit(error.exit_code) from None
         with network:
             watch.reached("hello")
-            agree(network.links, me, settings.public.flat() | {"state": keeper.mode})
-            report = _run(me, network, ledger, settings, own, voice, watch, keeper)
+            how = "live" if tapes is None and prepare_tokens is None else "prepared" if dealt else "prepare"
+            agree(network.links, me, settings.public.flat() | {"state": keeper.mode, "tapes": how})
+            if prepare_tokens is not None:
+                prepare(me, network.links, settings.public, own, tapes, voice.say)
+                return
+            report = _run(me, network, ledger, settings, own, voice, watch, keeper, tapes)
             watch.reached("close")
             voice.report(report)
     except MpcacheError as error:
@@ -241,6 +256,21 @@ def _keeper(me: Rank, state: Path | None, state_key: Path | None, resume: bool) 
     keeper = Keeper(None if state is None else Store(state, me, state_key), resume)
     keeper.check()
     return keeper
+
+
+def _tapes(me: Rank, folder: Path | None, preparing: bool, keeper: Keeper) -> TapeStore | None:
+    """What --offline-store and --prepare ask for. Raises BadInput or StateError."""
+    if me is Rank.DEALER:
+        if folder is not None:
+            raise BadInput("--offline-store belongs to server and client; the dealer takes --prepare alone")
+        return None
+    if folder is None:
+        if preparing:
+            raise BadInput("--prepare needs --offline-store DIR, where the tapes go")
+        return None
+    if keeper.mode != "none":
+        raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
+    return TapeStore(folder, me)
 
 
 def last_token(step: int) -> str:
@@ -292,12 +322,15 @@ def _run(
     voice: Voice,
     watch: Watch,
     keeper: Keeper,
+    tapes: TapeStore | None,
 ) -> Report:
     match own:
         case Document():
-            return serve(network.links, ledger, settings.public, own, voice.say, watch, keeper)
+            return serve(network.links, ledger, settings.public, own, voice.say, watch, keeper, tapes)
         case Question():
-            return ask(network.links, ledger, settings.public, own, voice.say, voice.token, watch, keeper)
+            return ask(
+                network.links, ledger, settings.public, own, voice.say, voice.token, watch, keeper, tapes
+            )
         case _:
             return deal(network.links, ledger, settings.public, voice.say, watch, keeper)
 

@@ -38,6 +38,7 @@ from mpcache.signals import between_tokens, stopping, token_by_token
 from mpcache.tokens import Tokenizer
 from parties.checkpoint import Keeper
 from parties.session import confirm
+from parties.tape_store import TapeLink, TapeStore
 from parties.watch import Watch
 
 OPS: dict[str, type[FastOps] | type[StockOps]] = {"fast": FastOps, "stock": StockOps}
@@ -99,8 +100,12 @@ def serve(
     say: Say = quiet,
     watch: Watch | None = None,
     keeper: Keeper | None = None,
+    tapes: TapeStore | None = None,
 ) -> Report:
-    """Rank 0: opens its masked weights, reads the document, evicts, and computes blindly."""
+    """Rank 0: opens its masked weights, reads the document, evicts, and computes blindly.
+
+    tapes: what the dealer dealt before, in place of a link to it.
+    """
     client, watch, keeper = links[Rank.CLIENT], watch or Watch(), keeper or Keeper()
     identity = public.flat() | {"model": own.model.digest, "document": _digest(own.tokens)}
     earlier = keeper.meet(links, identity)
@@ -108,7 +113,7 @@ def serve(
     facts = facts_of(stored, public)
     confirm(links, Rank.SERVER, facts.flat())
 
-    party, wait = _computing_party(Rank.SERVER, links, ledger, watch)
+    party, wait = _computing_party(Rank.SERVER, links, ledger, watch, _tape(links, tapes, facts, public))
     ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits)
     session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
     if earlier is None:
@@ -130,6 +135,7 @@ def serve(
             keeper.token(session, ledger, {})
     report = _report(Rank.SERVER, facts, ledger, session, keeper)
     keeper.end(links)
+    wait.close()
     return replace(report, prefill_ms=prefill_ms, kernels=facts.kernels, dealer_wait_ms=wait.ms)
 
 
@@ -166,6 +172,7 @@ def ask(
     on_token: Callable[[int, str], None] = lambda token, text: None,
     watch: Watch | None = None,
     keeper: Keeper | None = None,
+    tapes: TapeStore | None = None,
 ) -> Report:
     """Rank 1: learns the logits, chooses the tokens; `on_token` gets each with the text it settles.
 
@@ -181,7 +188,7 @@ def ask(
     facts = facts_of(stored, public)
     confirm(links, Rank.CLIENT, facts.flat())
 
-    party, wait = _computing_party(Rank.CLIENT, links, ledger, watch)
+    party, wait = _computing_party(Rank.CLIENT, links, ledger, watch, _tape(links, tapes, facts, public))
     ops = OPS[public.protocol](Rank.CLIENT, public.fraction_bits)
     session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
     tokenizer = _tokenizer(stored["tokenizer"], facts.shape)
@@ -226,6 +233,7 @@ def ask(
         on_token(-1, rest)
     report = _report(Rank.CLIENT, facts, ledger, session, keeper)
     keeper.end(links)
+    wait.close()
     return replace(report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids))
 
 
@@ -310,6 +318,11 @@ class _Wait:
     def __init__(self, link: Link, watch: Watch) -> None:
         self._link, self._watch, self.ms = link, watch, 0.0
 
+    def close(self) -> None:
+        """A tape has come to its end; a dealer is told by its network."""
+        if isinstance(self._link, TapeLink):
+            self._link.close()
+
     def recv(self, *arguments: Any) -> list[torch.Tensor]:
         start = time.perf_counter()
         tensors = self._link.recv(*arguments)
@@ -319,9 +332,27 @@ class _Wait:
         return tensors
 
 
-def _computing_party(me: Rank, links: Links, ledger: Ledger, watch: Watch) -> tuple[ComputingParty, _Wait]:
+def sizes_of(facts: Facts, public: PublicConfig) -> dict[str, Any]:
+    """All that tapes depend on, but for the number of tokens."""
+    return {
+        "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
+        "policy": facts.policy.policy.spec, "plan": facts.policy.plan.to_dict(),
+        "protocol": public.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
+    }  # fmt: skip
+
+
+def _tape(links: Links, tapes: TapeStore | None, facts: Facts, public: PublicConfig) -> Link:
+    """Where the dealer's part comes from: the dealer, or what it dealt before."""
+    if tapes is None:
+        return links[Rank.DEALER]
+    return tapes.claim(links, sizes_of(facts, public), public.max_new_tokens)
+
+
+def _computing_party(
+    me: Rank, links: Links, ledger: Ledger, watch: Watch, dealer: Link
+) -> tuple[ComputingParty, _Wait]:
     """Takes a seed from the dealer and trades one with the peer: my `next` is its `prev`."""
-    peer, dealer = links[me.peer], links[Rank.DEALER]
+    peer = links[me.peer]
     seed_spec = [(torch.uint8, (SEED_BYTES,))]
     (tape,) = dealer.recv("seeds/tape", seed_spec)
     mine = fresh_seed()

@@ -429,6 +429,6 @@ def test_two_processes_do_not_share_a_session(model: Model, tokens: list[int], c
 
     store = Store(cut_off, S)
     first = Files(store, store.sessions()[0], KEPT_STEPS)
-    with pytest.raises(StateError, match="another process goes on with this session"):
+    with pytest.raises(StateError, match="another process uses this session"):
         Files(store, store.sessions()[0], KEPT_STEPS)
     first.close()

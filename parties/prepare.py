@@ -14,7 +14,6 @@ import torch
 
 from mpcache.config import PublicConfig
 from mpcache.errors import PolicyError
-from mpcache.ledger import Ledger
 from mpcache.link import Link
 from mpcache.rank import Rank
 from mpcache.report import size
@@ -62,7 +61,7 @@ def _deal(links: Links, public: PublicConfig, facts: Facts, say: Say) -> None:
         for link in links.values():
             link.recv_facts(f"stored/{phase}")
 
-    ledger = Ledger()
+    ledger = links[Rank.SERVER].ledger
     _read(facts, public, DealerParty(dict(links), seeds, ledger), stored)
     n = ledger.total().offline_sent
     say(f"dealer: dealt {size(n)} for {public.max_new_tokens} tokens, batch {batch}")

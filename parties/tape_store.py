@@ -82,10 +82,12 @@ class TapeStore:
             peer.send_facts("tapes/choice", {"batch": chosen})
         if chosen is None or chosen not in mine:
             used = len(list((self.folder / USED).iterdir()))
+            peer_name = self.rank.peer.label
             raise StateError(
-                f"{self.rank.label}: {self.folder} holds no tapes that the other party holds, too, for this "
-                f"model, policy, context, question and {tokens} tokens (used or half used, and refused: "
-                f"{used}); make some with --prepare at all three parties"
+                f"{self.rank.label}: its store has no tapes that the {peer_name}'s has, too, for this model, "
+                f"policy, context, question and {tokens} tokens (used or half used, and refused: {used}); "
+                "make some with --prepare at all three parties",
+                private=False,
             )
         self._mark(chosen)
         return TapeLink(self, chosen, sizes)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow check bench protos clean
+.PHONY: setup demo test test-slow check bench protos docs clean
 
 setup: $(READY)
 
@@ -31,9 +31,13 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/protos.py --check
+	$(BIN)/python tools/docs.py --check
 
 bench: setup
 	$(BIN)/python tools/bench.py
+
+docs: setup
+	$(BIN)/python tools/docs.py
 
 protos: setup
 	$(BIN)/python tools/protos.py

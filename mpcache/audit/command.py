@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from mpcache.audit import measure as measuring
-from mpcache.audit.explain import explain as explained
+from mpcache.audit.explain import explain as told
 from mpcache.audit.page import write_page
 from mpcache.audit.rows import NONE, Grid, Row, rows, secure_policies, sweep
 from mpcache.audit.tables import breakdowns, measured_tables, tables, verdict, write_csv
@@ -85,7 +85,7 @@ def audit(
     folder = _weights_of(shape) if measure else None
     contexts = _contexts(context, shape, model, question + new_tokens if measure else 0)
     if explain is not None:
-        for line in explained(model, explain, contexts[0], question, protocols[0]):
+        for line in told(model, explain, contexts[0], question, protocols[0]):
             print(line)
         return
     grid = Grid(

@@ -1,53 +1,66 @@
-"""A policy's plan in words: what is public, and every opening of a decode step, from the program itself."""
+"""A policy's plan in words: what is public, and every opening of a decode step, with its formula.
+
+All of it comes from the decode program: it is read at the sizes that are asked for, and again at a few
+others, and the formulas are those that give the sizes of all readings (`mpcache.audit.formula`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+import torch
+
+from mpcache.audit.catalog import told_of
+from mpcache.audit.formula import Names, total
 from mpcache.cost import PROTOCOLS, CostParty, split
+from mpcache.errors import MpcacheError
 from mpcache.model import ModelShape
-from mpcache.policy import parse
+from mpcache.policy import Bound, parse
 from mpcache.policy.base import runs
+from mpcache.policy.clusters import ClusterPlan
+from mpcache.policy.evicting import GROUP, LivingPlan
 from mpcache.rank import Rank
 from mpcache.secure.correlations import Request
 from mpcache.secure.program import Opening
 from mpcache.session import Session
 
-# What each kind of correlated randomness is for (PROTOCOLS), by the name of its request.
-KINDS = {
-    "mask": "a permanent mask: opened once as W - B, used again and again",
-    "resident": "product with a resident operand: only the activation is opened (PROTOCOLS 1)",
-    "truncation": "exact truncation (Escudero et al., eprint 2020/338)",
-    "truncation/product": "exact truncation fused with a product",
-    "truncations/product": "product of two values that the same opening truncates",
-    "compare": "comparison by a key tree (Boyle et al., EUROCRYPT 2021)",
-    "top": "oblivious top-k with one-hot slots: all pairs by key trees, then rotated ranks (PROTOCOLS 4)",
-    "scatter": "weights put back through the selection",
-    "one-hot": "table lookup by a rotated one-hot vector",
-    "exp": "exponential by one key tree per element",
-    "line": "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector",
-    "activation": "activation as a sum of sines, with its truncation",
-    "norm": "the residual connection's sum and its squares, from one opening",
-    "square": "squares",
-    "triple/mul": "elementwise products (Beaver, CRYPTO 1991)",
-    "triple/matmul": "matrix product (Beaver, CRYPTO 1991)",
-    "and": "bitwise products of XOR shares",
-    "bit": "a shared bit from XOR to arithmetic shares",
-}
+READINGS = 7  # of which formulas are made: more than they have unknowns
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A tensor that is opened or dealt. size: its dimensions and its bytes per element; what the dealer
+    sends to both counts twice."""
+
+    why: str
+    to: str
+    size: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.size)
 
 
 @dataclass
 class Said:
-    """What one step of one layer opens and draws. opened: (why, to whom, shape, bytes per element)."""
+    """What one step of one layer opens and draws. levels: of its key trees, the first of them."""
 
-    opened: list[tuple[str, str, tuple[int, ...], int]] = field(default_factory=list)
+    opened: list[Seen] = field(default_factory=list)
+    dealt: list[Seen] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     rounds: int = 0
-    offline: int = 0
+    levels: int = 0
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What readings of one program at different sizes have in common."""
+        seen = ((one.why, one.to, len(one.size)) for one in (*self.opened, *self.dealt))
+        return self.rounds, tuple(self.kinds), tuple(seen)
 
 
 class Witness(CostParty):
@@ -63,69 +76,237 @@ class Witness(CostParty):
             to = "both" if item.to is None else item.to.label
             who = "" if item.sender is None else f", from the {item.sender.label}"
             said = self.said[item.step or step]
-            said.opened.append((item.why, to + who, tuple(item.share.shape), item.width))
+            said.opened.append(Seen(item.why, to + who, (*item.share.shape, item.width)))
         return super().open(items, step)
 
     def draw(self, request: Request, step: str) -> list[Any]:
         said = self.said[step]
         if request.kind not in said.kinds:
             said.kinds.append(request.kind)
-        said.offline += sum(p.nbytes for rank in (Rank.SERVER, Rank.CLIENT) for p in request.sent_to(rank))
+        for part in request.derived:
+            size = (*part.shape, part.dtype.itemsize * (2 if part.public else 1))
+            said.dealt.append(Seen(request.kind, "", size))
+            if part.public and part.dtype == torch.uint8:
+                said.levels = said.levels or part.shape[-1]
         return super().draw(request, step)
 
 
-def explain(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Iterator[str]:
-    """Lines of text, for the first decode step after the question."""
-    policy = parse(spec)
-    bound = policy.bind(context, shape).priced()
-    yield f"{policy.spec}: {policy.source}" if getattr(policy, "source", "") else policy.spec
-    yield ""
-    yield f"Public, besides the model's shape (context {context} tokens, question {question} tokens):"
-    yield from (f"  {line}" for line in bound.plan.lines())
-    yield f"Leaks beyond that: {policy.leak}."
-    yield ""
+@dataclass(frozen=True)
+class Line:
+    """What a step opens for one reason. times: tensors of this size.  formula: bytes in the symbols of
+    `Explained`, None where none was found.  bytes: at the sizes that were asked for."""
 
+    why: str
+    to: str
+    times: int
+    formula: str | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one layer: its protocols, rounds, openings, and the dealer's bytes. levels: of its key
+    trees, a symbol of the formulas where they depend on the sizes."""
+
+    name: str
+    kinds: tuple[str, ...]
+    rounds: int
+    levels: int
+    opened: tuple[Line, ...]
+    offline: str | None
+    offline_bytes: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One decode step, read at one size. symbols: of each layer (None: outside of the layers)."""
+
+    bound: Bound
+    symbols: Mapping[int | None, Mapping[str, int]]
+    steps: Mapping[tuple[int | None, str], Said]
+
+    @property
+    def form(self) -> dict[tuple[int | None, str], tuple[Any, ...]]:
+        return {name: said.form for name, said in self.steps.items()}
+
+
+def read(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Reading:
+    """The first decode step after the question. Raises PolicyError."""
+    bound = parse(spec).bind(context, shape).priced()
     session = Session(PROTOCOLS[protocol](Rank.SERVER, device="meta"), Witness(), shape, bound)
     session.setup(None)
     session.context(None, None)
     session.chunk(None, question)
     session.party = witness = Witness()
     session.chunk(None, 1)
+    steps = {split(name.partition("/")[2]): said for name, said in witness.said.items()}
+    model = {
+        "D": shape.width, "H": shape.heads, "KV": shape.kv_heads, "g": shape.group, "d": shape.head_dim,
+        "F": shape.ffn, "V": shape.vocab,
+    }  # fmt: skip
+    symbols: dict[int | None, dict[str, int]] = {None: model}
+    for i, plan in enumerate(bound.plan.layers):
+        leader = getattr(plan, "leader", i)
+        n = session.cache.layers[i].k.shape[1]
+        found = {**model, "n": n, **_numbers(session.cache.layers[leader].memory), **_numbers(plan)}
+        if isinstance(plan, ClusterPlan) and plan.sizes:  # what lies in no cluster is always attended to
+            found["rest"] = n - found["clusters"] * plan.sizes[0]
+        if isinstance(plan, LivingPlan):  # what may be dropped
+            found["old"] = n - plan.recent
+        symbols[i] = found
+    return Reading(bound, symbols, steps)
 
+
+def _numbers(thing: Any) -> dict[str, int]:
+    """The integers of a dataclass, those of a tuple numbered from 1."""
+    if not is_dataclass(thing):
+        return {}
+    found: dict[str, int] = {}
+    for name in (f.name for f in fields(thing) if f.name not in ("leader", "age")):
+        match value := getattr(thing, name):
+            case bool():
+                pass
+            case int():
+                found[name] = value
+            case tuple() if value and all(isinstance(v, int) for v in value):
+                found |= {f"{name}{i}": v for i, v in enumerate(value, 1)}
+    return found
+
+
+@dataclass(frozen=True)
+class Explained:
+    """symbols: their values in each layer.  steps: by layer, in program order; None: outside."""
+
+    bound: Bound
+    symbols: Mapping[int | None, Mapping[str, int]]
+    steps: Mapping[tuple[int | None, str], Step]
+
+
+def explained(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Explained:
+    """A decode step with formulas, which other readings of it at other sizes give. Raises PolicyError."""
+    first = read(shape, spec, context, question, protocol)
+    readings = [first]
+    if protocol == "fast":
+        for other in _others(shape, context, question):
+            if len(readings) == READINGS:
+                break
+            with suppress(MpcacheError, ValueError):  # a fixed budget may not fit there
+                reading = read(other[0], spec, *other[1:], protocol)
+                if reading.form == first.form:
+                    readings.append(reading)
+    steps = {}
+    known: dict[tuple[tuple[int, ...], ...], Names] = {}
+    for key, said in first.steps.items():
+        every = [reading.steps[key] for reading in readings]
+        # H is written where KV and g come together.
+        mine = {s: tuple(r.symbols[key[0]][s] for r in readings) for s in first.symbols[key[0]] if s != "H"}
+        mine["levels"] = tuple(one.levels for one in every)
+        of = known.setdefault(tuple(mine.values()), Names(mine if len(readings) == READINGS else {}))
+        counted: dict[tuple[str, str, str | None, int], int] = defaultdict(int)
+        for i, seen in enumerate(said.opened):
+            formula = _formula(of, [[one.opened[i].size for one in every]])
+            counted[seen.why, seen.to, formula, seen.bytes] += 1
+        lines = tuple(
+            Line(why, to, times, formula, size) for (why, to, formula, size), times in counted.items()
+        )
+        dealt = [[one.dealt[i].size for one in every] for i in range(len(said.dealt))]
+        steps[key] = Step(
+            key[1], tuple(said.kinds), said.rounds, said.levels, lines,
+            _formula(of, dealt), sum(seen.bytes for seen in said.dealt),
+        )  # fmt: skip
+    return Explained(first.bound, first.symbols, steps)
+
+
+def _formula(names: Names, tensors: Sequence[Sequence[tuple[int, ...]]]) -> str | None:
+    """Bytes of some tensors, each with its size at every reading."""
+    if not names.symbols:
+        return None
+    products = []
+    for sizes in tensors:
+        factors = [names.of(tuple(dimension)) for dimension in zip(*sizes, strict=True)]
+        if any(factor is None for factor in factors):
+            return None
+        products.append([factor for factor in factors if factor is not None])
+    return total(products)
+
+
+def _others(shape: ModelShape, context: int, question: int) -> Iterator[tuple[ModelShape, int, int]]:
+    """Other sizes of the same kind: the width stays a power of two or none, the context on its side of
+    1024, where policies change their defaults."""
+    widths = (
+        (shape.width // 2, shape.width // 4) if shape.width > 1024 else (2 * shape.width, 4 * shape.width)
+    )
+    heads = ((3, 5), (5, 3), (7, 2), (2, 7), (5, 4), (3, 7), (11, 2), (4, 3), (2, 5), (5, 2))
+    # Far ones first, which tell most; near ones where the program takes another path far away.
+    far = (1.13, 1.94, 0.83, 1.41, 0.61, 1.67, 1.24, 0.72, 1.05, 0.91)
+    near = (0.99, 1.02, 0.96, 1.03, 0.94, 1.04, 0.97, 1.06, 0.93, 0.98)
+    for j, factor in enumerate((*far, *near)):
+        i, (kv, group) = j % len(heads), heads[j % len(heads)]
+        other = round(context * factor) if context < 1024 else round(context * (1 + abs(factor - 1)))
+        changed = replace(
+            shape,
+            width=widths[i % 2],
+            heads=kv * group,
+            kv_heads=kv,
+            head_dim=2 * (3, 5, 7, 11, 13, 17, 19, 23, 29, 31)[i],
+            ffn=(34, 58, 86, 94, 122, 142, 146, 158, 166, 178)[i],
+            vocab=(101, 211, 307, 401, 503, 601, 701, 809, 907, 1009)[i],
+            max_positions=2 * shape.max_positions + 1000,
+        )
+        if context >= 1024 or other < 1024:
+            yield changed, other, question + (1, 3, 4, 6, 9, 2, 5, 7, 8, 10)[i]
+
+
+def explain(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Iterator[str]:
+    """Lines of text, for the first decode step after the question."""
+    plan = explained(shape, spec, context, question, protocol)
+    policy = plan.bound.policy
+    yield f"{policy.spec}: {policy.source}" if getattr(policy, "source", "") else policy.spec
+    yield ""
+    yield f"Public, besides the model's shape (context {context} tokens, question {question} tokens):"
+    yield from (f"  {line}" for line in plan.bound.plan.lines())
+    yield f"Leaks beyond that: {policy.leak}."
+    yield ""
     yield "One decode step. A round is one message, or one each way at once. What is opened is masked by"
-    yield "randomness that is used once, but for the logits, which are the client's answer."
-    steps: dict[Any, dict[str, Said]] = defaultdict(dict)
-    for name, said in witness.said.items():
-        number, op = split(name.partition("/")[2])
-        steps["first" if op == "embed" else "last" if number is None else number][op] = said
-    for op, said in steps["first"].items():
-        yield from _step(op, said)
-    for layers, ops in runs([steps[i] for i in range(shape.layers)]):
-        yield f"{layers}:"
-        for op, said in ops.items():
-            yield from _step(op, said)
+    yield "randomness that is used once, but for the logits, which are the client's answer. Bytes are"
+    yield "those that each sender sends, with their formula; in it"
+    yield "  " + ", ".join(f"{name} = {value}" for name, value in plan.symbols[None].items())
+    yield "  (width, heads, KV heads, heads in a group, head size, FFN width, vocabulary),"
+    for which, symbols in runs([_own(plan.symbols[i], plan.symbols[None]) for i in range(shape.layers)]):
+        yield f"  {which}: " + ", ".join(f"{name} = {value}" for name, value in symbols.items())
+    yield "  (n: tokens in the cache; pairs(x) = x (x - 1) / 2; modulus(x): the power of two from x on,"
+    yield f"  which ranks are opened modulo; rank_bytes(x): their bytes; groups(x): x / {GROUP}, rounded up)."
+    steps: dict[Any, dict[str, Step]] = defaultdict(dict)
+    for (number, op), step in plan.steps.items():
+        steps["first" if op == "embed" else "last" if number is None else number][op] = step
+    for step in steps["first"].values():
+        yield from _told(step)
+    for which, ops in runs([steps[i] for i in range(shape.layers)]):
+        yield f"{which}:"
+        for step in ops.values():
+            yield from _told(step)
     yield "then:"
-    for op, said in steps["last"].items():
-        yield from _step(op, said)
+    for step in steps["last"].values():
+        yield from _told(step)
 
 
-def _step(op: str, said: Said) -> Iterator[str]:
-    rounds = f"{said.rounds} round{'' if said.rounds == 1 else 's'}" if said.rounds else "beside another step"
-    yield f"  {op}: {rounds}, {_kinds(said.kinds)}"
-    for (why, to, shape, width), times in _counted(said.opened):
-        n = " x ".join(map(str, shape)) or "1"
-        repeated = f" x {times} times" if times > 1 else ""
-        yield f"    to {to}: {why}: {n} x {width} B{repeated} = {math.prod(shape) * width * times:,} B"
-    if said.offline:
-        yield f"    from the dealer, ahead: {said.offline:,} B"
+def _own(symbols: Mapping[str, int], common: Mapping[str, int]) -> dict[str, int]:
+    return {name: value for name, value in symbols.items() if name not in common}
+
+
+def _told(step: Step) -> Iterator[str]:
+    many = "" if step.rounds == 1 else "s"
+    rounds = f"{step.rounds} round{many}" if step.rounds else "beside another step"
+    yield f"  {step.name}: {rounds}, {_kinds(step.kinds)}"
+    for line in step.opened:
+        times = f"{line.times} x " if line.times > 1 else ""
+        formula = f"{times}{line.formula} = " if line.formula and not line.formula.isdigit() else ""
+        yield f"    to {line.to}: {line.why}: {formula}{line.bytes * line.times:,} B"
+    if step.offline_bytes:
+        levels = f" (key trees of {step.levels} levels)" if step.levels else ""
+        formula = f"{step.offline} = " if step.offline and not step.offline.isdigit() else ""
+        yield f"    from the dealer, ahead: {formula}{step.offline_bytes:,} B{levels}"
 
 
 def _kinds(kinds: Sequence[str]) -> str:
-    return "; ".join(KINDS.get(kind, kind) for kind in kinds) or "nothing from the dealer"
-
-
-def _counted(items: Sequence[Any]) -> list[tuple[Any, int]]:
-    counts: dict[Any, int] = defaultdict(int)
-    for item in items:
-        counts[item] += 1
-    return list(counts.items())
+    return "; ".join(told_of(kind) for kind in kinds) or "nothing from the dealer"

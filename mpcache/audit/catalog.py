@@ -1,0 +1,89 @@
+"""The protocols by the correlated randomness that they draw: what each is, where, and from whom.
+
+`mpcache audit --explain` prints these words, and docs/protocols.md is made of them (tools/docs.py).
+Rounds and bytes are not here: they are read from the programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """says: in a few words.  code: the function that is its definition, under mpcache.secure.  error:
+    its bound.  source: the paper, or what it follows from."""
+
+    says: str
+    code: str
+    error: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.says} ({self.source})" if self.source else self.says
+
+
+CATALOG: Mapping[str, Protocol] = {
+    "mask": Protocol(
+        "a permanent mask: opened once as W - B, used again and again", "linear.resident", "exact", ""
+    ),
+    "resident": Protocol(
+        "product with a resident operand: only the activation is opened", "linear.product_resident",
+        "exact modulo the ring", "masks kept for weights and cache",
+    ),
+    "truncation": Protocol(
+        "exact truncation", "linear.truncate", "floor + {0, 1} units, never a wrap, for x below 2^(R-2)",
+        "Escudero et al., eprint 2020/338",
+    ),
+    "truncation/product": Protocol(
+        "exact truncation fused with a product", "linear.truncate_to_scale", "as the truncation",
+        "Escudero et al., eprint 2020/338",
+    ),
+    "truncations/product": Protocol(
+        "product of two values that the same opening truncates", "linear.truncate_product",
+        "as the truncations", "Escudero et al., eprint 2020/338",
+    ),
+    "line": Protocol(
+        "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector", "power.power",
+        "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
+    ),
+    "compare": Protocol(
+        "comparison by a key tree", "compare.less", "exact", "Boyle et al., EUROCRYPT 2021"
+    ),
+    "top": Protocol(
+        "oblivious top-k with one-hot slots: all pairs by key trees, then rotated ranks", "topk.top",
+        "ties to the lower index", "all pairs on one opening; Boyle et al., EUROCRYPT 2021",
+    ),
+    "scatter": Protocol(
+        "weights put back through the selection", "topk.HotSelection.scatter", "exact",
+        "masks rotated with the slots",
+    ),
+    "one-hot": Protocol("table lookup by a rotated one-hot vector", "lookup.lookup", "exact", "rotation"),
+    "exp": Protocol(
+        "exponential by one key tree per element", "softmax.exp", "1.4e-4 relative, zero below e^-16 to e^-18.3",
+        "one key tree with a payload",
+    ),
+    "activation": Protocol(
+        "activation as a sum of sines, with its truncation", "activation.activate", "1.5e-4 abs(x up)",
+        "sines of the opened value",
+    ),
+    "norm": Protocol(
+        "the residual connection's sum and its squares, from one opening", "norm.norm_linear", "exact",
+        "masks kept for the stream",
+    ),
+    "square": Protocol("squares", "stock", "exact modulo the ring", "Beaver, CRYPTO 1991"),
+    "triple/mul": Protocol(
+        "elementwise products", "linear.product", "exact modulo the ring", "Beaver, CRYPTO 1991"
+    ),
+    "triple/matmul": Protocol(
+        "matrix product", "linear.product", "exact modulo the ring", "Beaver, CRYPTO 1991"
+    ),
+    "and": Protocol("bitwise products of XOR shares", "stock", "exact", "CrypTen"),
+    "bit": Protocol("a shared bit from XOR to arithmetic shares", "stock", "exact", "CrypTen"),
+}  # fmt: skip
+
+
+def told_of(kind: str) -> str:
+    """A protocol in words, by the name of its request; its name where it is not in the catalog."""
+    return str(CATALOG.get(kind, kind))

@@ -1,0 +1,178 @@
+"""docs/protocols.md from its text, the catalog of protocols, and the programs themselves.
+
+    python tools/docs.py [--check]
+
+Text: mpcache/audit/protocols.md. Rounds and bytes: the programs are read at several sizes, and the
+formulas are those that hold at all of them (`mpcache.audit.formula`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from mpcache.audit.catalog import CATALOG
+from mpcache.audit.explain import Said, Seen, Witness, explained
+from mpcache.audit.formula import Names, modulus, total
+from mpcache.model import demo_model_dir, load_shape
+from mpcache.rank import Rank
+from mpcache.secure.blank import Blank
+from mpcache.secure.compare import less
+from mpcache.secure.linear import product, product_resident, resident, truncate, truncate_product
+from mpcache.secure.lookup import lookup
+from mpcache.secure.power import reciprocal
+from mpcache.secure.program import Program, run
+from mpcache.secure.ring import matmul
+from mpcache.secure.shares import Resident, Share
+from mpcache.secure.side import Side
+from mpcache.secure.softmax import exp
+from mpcache.secure.topk import HotSelection, top
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT, PAGE = ROOT / "mpcache/audit/protocols.md", ROOT / "docs/protocols.md"
+NOTE = "<!-- Made by tools/docs.py from mpcache/audit/protocols.md and the programs: edit those. -->\n\n"
+SIDE = Side(Rank.SERVER, "meta")
+# n, m, k, c, rows at each reading: unlike each other, on both sides of a power of two
+SIZES = {
+    "n": (40, 70, 23, 90, 55, 130, 31),
+    "m": (3, 7, 4, 6, 11, 5, 13),
+    "k": (6, 17, 9, 5, 12, 21, 8),
+    "c": (13, 3, 19, 29, 5, 7, 10),
+    "rows": (2, 5, 7, 3, 11, 13, 4),
+}
+
+
+def share(*shape: int, bits: int = 16, ring: int = 64) -> Share:
+    return Share(Blank(shape), bits, ring=ring)
+
+
+def kept(*shape: int, ring: int = 64) -> Resident:
+    return Resident(Blank(shape), Blank(shape), 16, None, ring)
+
+
+def scatter(rows: int, n: int, k: int, c: int) -> Program[Share]:
+    hot, opened = Blank((rows, k, n)), Blank((rows, n))
+    return HotSelection(SIDE, hot, opened, modulus(n), None).scatter(share(rows, k, c), 56)
+
+
+# What is read for each protocol of the catalog, with the sizes that are symbols in it.
+EXAMPLES: Mapping[str, tuple[str, Callable[..., Program[object]]]] = {
+    "truncation": (
+        "n values, ring of 48 bits", lambda n, **_: truncate(SIDE, share(n, bits=32, ring=48), 16)
+    ),
+    "mask": ("n values, ring of 48 bits", lambda n, **_: resident(share(n), 48)),
+    "resident": (
+        "(m, k) times resident (k, n), ring of 48 bits",
+        lambda m, k, n, **_: product_resident(SIDE, share(m, k), kept(k, n, ring=48)),
+    ),
+    "truncations/product": (
+        "n values by n values, rings of 24 and 40 bits",
+        lambda n, **_: truncate_product(SIDE, share(n, ring=24), share(n, ring=40)),
+    ),
+    "line": (
+        "n reciprocals from 2^-7 to 2^13",
+        lambda n, **_: reciprocal(SIDE, share(n, bits=20), 2.0**-7, 2.0**13),
+    ),
+    "triple/mul": ("n values by n values", lambda n, **_: product(SIDE, share(n), share(n))),
+    "triple/matmul": (
+        "(m, k) times (k, n)", lambda m, k, n, **_: product(SIDE, share(m, k), share(k, n), matmul)
+    ),
+    "compare": (
+        "n values of 32 bits, any number of public thresholds",
+        lambda n, **_: less(SIDE, Blank((n,)), 32),
+    ),
+    "one-hot": (
+        "n values, a table of 1024 entries",
+        lambda n, **_: lookup(SIDE, Blank((n,)), torch.empty(1024, dtype=torch.int64)),
+    ),
+    "exp": ("n values", lambda n, **_: exp(SIDE, share(n, bits=13, ring=24))),
+    "top": (
+        "k of n, scores of 24 bits, c values each, in each row",
+        lambda rows, n, k, c, **_: top(
+            SIDE, share(rows, n, bits=13, ring=24), k, [share(rows, n, c, bits=13, ring=24)], 24
+        ),
+    ),
+    "scatter": (
+        "k slots of c weights, to n items, in each row",
+        lambda rows, n, k, c, **_: scatter(rows, n, k, c),
+    ),
+}  # fmt: skip
+
+
+def read(program: Program[object]) -> list[Said]:
+    witness = Witness()
+    run(program, witness)
+    return list(witness.said.values())
+
+
+def blocks() -> Iterator[str]:
+    """The table of building blocks."""
+    yield "| protocol | for | rounds | bytes sent per party | bytes from the dealer | error | source |"
+    yield "|---|---|---|---|---|---|---|"
+    names = Names(SIZES)
+    for kind, (what, example) in EXAMPLES.items():
+        readings = [
+            read(example(**{name: values[i] for name, values in SIZES.items()}))
+            for i in range(len(SIZES["n"]))
+        ]
+        assert all(len(said) == 1 for said in readings), kind
+        every = [said[0] for said in readings]
+        one, sent = CATALOG[kind], _bytes(names, [said.opened for said in every])
+        dealt = _bytes(names, [said.dealt for said in every])
+        yield (
+            f"| {one.says} (`{one.code}`) | {what} | {every[0].rounds} | {sent} | {dealt} "
+            f"| {one.error} | {one.source} |"
+        )
+
+
+def _bytes(names: Names, readings: list[list[Seen]]) -> str:
+    products = []
+    for seen in zip(*readings, strict=True):
+        factors = [names.of(dimension) for dimension in zip(*(one.size for one in seen), strict=True)]
+        products.append([factor or "?" for factor in factors])
+    text = total(products)
+    assert "?" not in text, text
+    return f"`{text}`"
+
+
+def layer(spec: str, index: int) -> Iterator[str]:
+    """One layer of a decode step, by its steps; the whole ones that stand outside of the layers apart."""
+    plan = explained(load_shape(demo_model_dir()), spec, 500, 16, "fast")
+    yield "| step | rounds | bytes sent per party | bytes from the dealer | draws |"
+    yield "|---|---|---|---|---|"
+    for (number, name), step in plan.steps.items():
+        if number != index:
+            continue
+        parts = [total([[str(line.times), line.formula or "?"]]) for line in step.opened]
+        sent = " + ".join(f"`{part}`" for part in parts) or "0"
+        kinds = ", ".join(step.kinds)
+        yield f"| {name} | {step.rounds or 'beside another'} | {sent} | `{step.offline}` | {kinds} |"
+
+
+def page() -> str:
+    text = TEXT.read_text(encoding="utf-8")
+    made = {
+        "blocks": blocks(), "full": layer("full", 0), "mpcache": layer("mpcache", 0),
+        "sharing": layer("mpcache", 3),
+    }  # fmt: skip
+    for name, lines in made.items():
+        text = text.replace("{{" + name + "}}", "\n".join(lines))
+    assert "{{" not in text
+    return NOTE + text
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    text = page()
+    if "--check" in sys.argv[1:]:
+        if PAGE.read_text(encoding="utf-8") != text:
+            sys.exit("docs/protocols.md is not what the programs say; run `make docs` and commit the page")
+        return
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

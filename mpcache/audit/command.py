@@ -16,13 +16,13 @@ from rich.console import Console
 from mpcache.audit import measure as measuring
 from mpcache.audit.explain import explain as told
 from mpcache.audit.page import write_page
-from mpcache.audit.rows import NONE, Grid, Row, rows, secure_policies, sweep
+from mpcache.audit.quality import points, read_quality
+from mpcache.audit.rows import NONE, Grid, rows, secure_policies, sweep
 from mpcache.audit.tables import breakdowns, measured_tables, tables, verdict, write_csv
 from mpcache.cost import PROTOCOLS
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.model import ModelShape, demo_model_dir, load_shape
 from mpcache.network import parse_network
-from mpcache.policy import parse
 from mpcache.shapes import NAMES, config_of
 
 CONTEXTS = (512, 1024, 2048, 4096)
@@ -116,6 +116,7 @@ def audit(
     }
     if evaluated:
         result["quality"] = evaluated
+        result["quality_points"] = points(evaluated, grid, _note)
     stopped: MpcacheError | None = None
     if folder is not None:
         stopped = _measured(result, grid, folder, needed)
@@ -208,32 +209,6 @@ def _weights_of(given: str) -> Path:
             f"--measure runs the parties, and --shape {given} has no weights; give demo or a model folder"
         )
     return folder
-
-
-def read_quality(path: Path) -> list[Row]:
-    """Rows with `policy` and `accuracy` (0 to 1), as `mpcache eval --json` gives them. Raises BadInput."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise BadInput(f"{path}: cannot be read: {why}") from None
-    listed = data.get("rows") if isinstance(data, dict) else data
-    rows = listed if isinstance(listed, list) else []
-    if not rows or not all(map(_is_quality, rows)):
-        raise BadInput(
-            f"{path}: holds no rows with policy and accuracy, as `mpcache eval --json` prints them"
-        )
-    for row in rows:
-        parse(row["policy"])
-    return rows
-
-
-def _is_quality(row: Any) -> bool:
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("policy"), str)
-        and isinstance(row.get("accuracy"), int | float)
-    )
 
 
 def _policies(given: list[str] | None, sweeps: list[str]) -> list[str]:

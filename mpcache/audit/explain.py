@@ -19,11 +19,12 @@ from mpcache.audit.catalog import told_of
 from mpcache.audit.formula import Names, total
 from mpcache.cost import PROTOCOLS, CostParty, split
 from mpcache.errors import MpcacheError
+from mpcache.highest import GROUP
 from mpcache.model import ModelShape
 from mpcache.policy import Bound, parse
 from mpcache.policy.base import runs
 from mpcache.policy.clusters import ClusterPlan
-from mpcache.policy.evicting import GROUP, LivingPlan
+from mpcache.policy.evicting import LivingPlan
 from mpcache.rank import Rank
 from mpcache.secure.correlations import Request
 from mpcache.secure.program import Opening

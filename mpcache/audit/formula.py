@@ -15,7 +15,7 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
-from mpcache.policy.evicting import GROUP
+from mpcache.highest import GROUP
 from mpcache.secure.side import bytes_for
 from mpcache.secure.topk import size_for
 

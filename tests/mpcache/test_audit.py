@@ -201,7 +201,17 @@ def test_mistakes_are_told_in_one_line(arguments: list[str], words: str) -> None
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"rows": [{"policy": "full"}]}', '[{"policy": "no", "accuracy": 1}]']
+    "content",
+    [
+        "",
+        "[]",
+        '{"rows": [{"policy": "full"}]}',
+        '[{"policy": "no", "accuracy": 1}]',
+        '[{"policy": "full", "accuracy": 1.5}]',
+        '[{"policy": "full", "accuracy": NaN}]',
+        '[{"policy": "full", "accuracy": 1, "budget_percent": 200}]',
+        '[{"policy": "full", "accuracy": 1, "ci95": [0.5]}]',
+    ],
 )
 def test_a_quality_file_that_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "q.json").write_text(content)
@@ -210,7 +220,14 @@ def test_a_quality_file_that_is_none(tmp_path: Path, content: str) -> None:
 
 def test_a_damaged_config_is_told(tmp_path: Path) -> None:
     config = json.loads(config_of("gpt2").read_text())
-    for change, words in (({"n_layer": -1}, "n_layer"), ({"architectures": ["BertModel"]}, "BertModel")):
+    for change, words in (
+        ({"n_layer": -1}, "n_layer"),
+        ({"n_layer": None}, "n_layer is missing"),
+        ({"n_embd": "wide"}, "n_embd"),
+        ({"n_head": 7}, "config.json"),
+        ({"activation_function": "mish"}, "mish"),
+        ({"architectures": ["BertModel"]}, "BertModel"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         assert words in failure("--shape", str(tmp_path))
 
@@ -229,7 +246,11 @@ def test_a_failed_audit_leaves_no_file(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    quality = [{"policy": "full", "accuracy": 0.99}, {"policy": "mpcache", "accuracy": 0.95}]
+    quality = [
+        {"task": "recall", "policy": policy, "budget_percent": budget, "question": "after",
+         "accuracy": accuracy, "ci95": [accuracy - 0.1, accuracy], "n": 50, "engine": "plain"}
+        for policy, budget, accuracy in [("full", 100, 0.99), ("mpcache", 20, 0.8), ("mpcache", 50, 0.95)]
+    ]  # fmt: skip
     (folder / "q.json").write_text(json.dumps({"rows": quality}))
     done = run(
         "--context", "100,200", "--policy", "full", "--policy", "mpcache", "--report", str(folder / "r.html"),
@@ -247,6 +268,18 @@ def test_the_page_needs_nothing_else(report: Path) -> None:
     assert {row["policy"] for row in data["rows"]} == {"full", "mpcache"} and data["command"]
     assert all(row["ops"] for row in data["rows"])
     assert report.stat().st_size < 300_000
+
+
+def test_quality_is_priced_at_its_budget(report: Path) -> None:
+    data = json.loads(re.search(r'id="data">(.*?)</script>', report.read_text(), re.S)[1])  # type: ignore[index]
+    points = data["quality_points"]
+    assert len(points) == 3 * 2 * 2  # rows, contexts, networks
+    half = next(p for p in points if p["budget_percent"] == 50 and p["context_tokens"] == 200)
+    assert half["accuracy"] == 0.95 and half["ci95"] == [0.85, 0.95] and half["task"] == "recall"
+    exact = cost(load_shape(demo_model_dir()), half["priced"], 200).total("decode")
+    assert half["rounds_per_token"] == exact.rounds and half["online_bytes_per_token"] == exact.online
+    fewer = next(p for p in points if p["budget_percent"] == 20 and p["context_tokens"] == 200)
+    assert fewer["online_bytes_per_token"] < half["online_bytes_per_token"]
 
 
 def test_data_cannot_end_its_script() -> None:
@@ -270,10 +303,10 @@ def test_the_page_renders_in_a_browser(report: Path, tmp_path: Path, width: int)
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0
-    assert not re.search(r"CONSOLE.*(Error|Uncaught)", done.stderr)
+    assert "CONSOLE" not in done.stderr, done.stderr
     dom = done.stdout
     assert 'data-ready="yes"' in dom  # the script ran to its end
     body = re.search(r"<tbody>(.*?)</tbody>", dom, re.S)[1]  # type: ignore[index]
     assert body.count("<tr>") == 2
-    assert dom.count("<rect") >= 2 * 2 * 4 and dom.count("<circle") == 2
+    assert dom.count("<rect") >= 2 * 2 * 4 and dom.count("<circle") == 3
     assert "NaN" not in dom.partition('id="data"')[0] and "undefined" not in dom.partition('id="data"')[0]

@@ -1,0 +1,93 @@
+"""Answer quality beside cost: the rows of `mpcache eval --json`, priced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from mpcache.audit.rows import RATES, Grid, Row, modelled, price
+from mpcache.errors import BadInput, PolicyError
+from mpcache.policy import parse
+
+FULL_PERCENT = 100  # the full cache's budget
+FIELDS = ("task", "question", "n", "engine")  # beside what is checked
+
+
+def read_quality(path: Path) -> list[Row]:
+    """Rows with `policy` and `accuracy` (0 to 1), as `mpcache eval --json` gives them. Raises BadInput."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise BadInput(f"{path}: cannot be read: {why}") from None
+    listed = data.get("rows") if isinstance(data, dict) else data
+    rows = listed if isinstance(listed, list) else []
+    if not rows or not all(map(_is_quality, rows)):
+        raise BadInput(
+            f"{path}: holds no rows with policy, accuracy (0 to 1) and budget_percent, as "
+            "`mpcache eval --json` prints them"
+        )
+    for row in rows:
+        parse(row["policy"])
+    return rows
+
+
+def _is_quality(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("policy"), str):
+        return False
+    budget, ends = row.get("budget_percent", FULL_PERCENT), row.get("ci95", [0, 1])
+    return (
+        _between(row.get("accuracy"), 1)
+        and _between(budget, FULL_PERCENT)
+        and isinstance(ends, list)
+        and len(ends) == 2
+        and all(_between(end, 1) for end in ends)
+    )
+
+
+def _between(value: Any, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def points(evaluated: Sequence[Row], grid: Grid, note: Callable[[str], None]) -> list[Row]:
+    """Each evaluated row at each context, protocol and network of the grid: its accuracy, and what one token
+    costs there. A budget is so many percent of that context. `note` hears what has no price, and why.
+    """
+    found: list[Row] = []
+    unpriced: dict[str, None] = {}
+    for row, context, protocol in product(evaluated, grid.contexts, grid.protocols):
+        budget = row.get("budget_percent", FULL_PERCENT)
+        try:
+            policy = parse(row["policy"])
+            if budget < FULL_PERCENT:
+                policy = policy.at_budget(max(1, int(context * budget // 100)), context, grid.shape)
+            cost = price(replace(grid, explicit=True), policy.spec, context, protocol)
+        except PolicyError as error:
+            unpriced[f"no price beside its quality: {row['policy']} at {budget:g} %: {error}"] = None
+            continue
+        tally = cost.total("decode")
+        for network in grid.networks:
+            found.append(
+                {
+                    **{name: row[name] for name in FIELDS if name in row},
+                    "policy": row["policy"],
+                    "budget_percent": budget,
+                    "accuracy": row["accuracy"],
+                    "ci95": row.get("ci95"),
+                    "priced": policy.spec,
+                    "protocol": protocol,
+                    "network": network.name,
+                    "context_tokens": context,
+                    "modelled_ms_per_token": round(sum(modelled(cost, network, RATES).values()), 3),
+                    "rounds_per_token": tally.rounds / cost.steps,
+                    "online_bytes_per_token": tally.online / cost.steps,
+                    "offline_bytes_per_token": tally.offline / cost.steps,
+                }
+            )
+    for text in unpriced:
+        note(text)
+    return found

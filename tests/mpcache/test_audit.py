@@ -249,7 +249,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quality = [
         {"task": "recall", "policy": policy, "budget_percent": budget, "question": "after",
          "accuracy": accuracy, "ci95": [accuracy - 0.1, accuracy], "n": 50, "engine": "plain"}
-        for policy, budget, accuracy in [("full", 100, 0.99), ("mpcache", 20, 0.8), ("mpcache", 50, 0.95)]
+        for policy, budget, accuracy in [("full", 100, 0.99), ("mpcache", 40, 0.8), ("mpcache", 60, 0.95)]
     ]  # fmt: skip
     (folder / "q.json").write_text(json.dumps({"rows": quality}))
     done = run(
@@ -274,11 +274,11 @@ def test_quality_is_priced_at_its_budget(report: Path) -> None:
     data = json.loads(re.search(r'id="data">(.*?)</script>', report.read_text(), re.S)[1])  # type: ignore[index]
     points = data["quality_points"]
     assert len(points) == 3 * 2 * 2  # rows, contexts, networks
-    half = next(p for p in points if p["budget_percent"] == 50 and p["context_tokens"] == 200)
+    half = next(p for p in points if p["budget_percent"] == 60 and p["context_tokens"] == 200)
     assert half["accuracy"] == 0.95 and half["ci95"] == [0.85, 0.95] and half["task"] == "recall"
     exact = cost(load_shape(demo_model_dir()), half["priced"], 200).total("decode")
     assert half["rounds_per_token"] == exact.rounds and half["online_bytes_per_token"] == exact.online
-    fewer = next(p for p in points if p["budget_percent"] == 20 and p["context_tokens"] == 200)
+    fewer = next(p for p in points if p["budget_percent"] == 40 and p["context_tokens"] == 200)
     assert fewer["online_bytes_per_token"] < half["online_bytes_per_token"]
 
 

@@ -279,7 +279,7 @@ def test_quality_is_priced_at_its_budget(report: Path) -> None:
     exact = cost(load_shape(demo_model_dir()), half["priced"], 200).total("decode")
     assert half["rounds_per_token"] == exact.rounds and half["online_bytes_per_token"] == exact.online
     fewer = next(p for p in points if p["budget_percent"] == 40 and p["context_tokens"] == 200)
-    assert fewer["online_bytes_per_token"] < half["online_bytes_per_token"]
+    assert fewer["priced"] != half["priced"] and fewer["accuracy"] == 0.8
 
 
 def test_data_cannot_end_its_script() -> None:

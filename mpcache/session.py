@@ -119,6 +119,8 @@ class Session:
 
     def context(self, prefill: Prefill | None, kernels: Backend | None) -> None:
         self.policy.check(self.ops.name)
+        if not self.policy.policy.decided:
+            raise ValueError("the document has not decided this plan yet: see `Policy.decided`")
         self.cache = self._run("context", fill(self.ops, self.shape, self.policy, prefill, kernels))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:

@@ -156,7 +156,7 @@ class Policy(ABC):
         of `context` tokens, and to fewer by less than one cluster, where it has any. Other options stay.
         Raises PolicyError when it cannot attend to so few.
         """
-        raise PolicyError(f"policy {self.name}: its options cannot be set to a budget of tokens")
+        raise PolicyError(f"policy {self.spec}: its options cannot be set to a budget of tokens")
 
     def too_few(self, tokens: int, least: int, why: str) -> PolicyError:
         return PolicyError(

@@ -13,7 +13,12 @@ from mpcache.policy.clusters import ClusterPlan
 from tests.policy.test_policies import Counting
 from tests.policy.tiny import plain, shape, tokens
 
-SPECS = [*(name for name in POLICIES if name != "full"), PublicConfig().policy, "mpcache:dynamic=false"]
+SPECS = [
+    *(name for name in POLICIES if name != "full"),
+    PublicConfig().policy,
+    "mpcache:dynamic=false",
+    "snapkv:cap=0.5|quest",
+]
 
 
 def granule(plan: Any) -> int:
@@ -60,6 +65,11 @@ def test_a_budget_that_cannot_be_met(spec: str, budget: int, least: int) -> None
     with pytest.raises(PolicyError, match=said):
         parse(spec).at_budget(budget, 100, shape())
     assert parse(spec).at_budget(least, 100, shape()).plan(100, shape()).attended <= least
+
+
+def test_a_second_part_that_would_have_to_evict() -> None:
+    with pytest.raises(PolicyError, match="snapkv.mpcache: the options of mpcache cannot be set to a budget"):
+        parse("snapkv|mpcache").at_budget(10, 100, shape())
 
 
 def test_layers_of_their_own_budgets_have_no_common_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -90,7 +91,9 @@ class PlainOps(Ops):
         x = change if x is None else x + change
         y = normalise(x, eps) @ w
         y = y if bias is None else y + bias
-        return local((x, y if turn is None else turn(y)))
+        if turn is not None:
+            y = replace(turn, cos=turn.cos.to(self.device), sin=turn.sin.to(self.device))(y)
+        return local((x, y))
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Program[torch.Tensor]:
         return local(rotate(x, cos.to(x), sin.to(x)))

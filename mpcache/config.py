@@ -103,6 +103,7 @@ class Timeouts(_Section):
 
     connect_s: float = Field(default=60, gt=0, le=86_400)  # for all peers to come
     recv_s: float = Field(default=120, gt=0, le=86_400)  # longest silence of a peer that is waited for
+    reconnect_s: float = Field(default=20, gt=0, le=86_400)  # for a broken connection to come back
 
 
 class Certificates(_Section):

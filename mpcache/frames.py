@@ -1,8 +1,9 @@
 """Messages as frames (protos/party.proto): cutting, checking, putting together, counting.
 
 `FrameLink` is a Link over anything that carries frames of bytes to the peer in order. Whoever
-receives bytes hands them to `arrived`, on any thread; the party's own thread takes them out, checks
-each against what the program expects now, and only then gives it memory.
+receives bytes hands them to `arrived`, on any thread, which refuses what may not come now and what
+there is no room for (`mpcache.states`, `mpcache.window`). The party's own thread takes them out, checks
+each against what the program expects, and only then gives it memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +27,15 @@ from mpcache.ledger import Ledger
 from mpcache.link import Hello, Link, Spec
 from mpcache.network import Shaper
 from mpcache.rank import Rank
+from mpcache.states import Order
+from mpcache.window import Sent, cost, room
 from protos import party_pb2 as pb
 
 CHUNK_BYTES = 1 << 20  # of tensor data in one frame
 LAYOUT_BYTES = 1 << 20
 FRAME_BYTES = 4 << 20  # what a receiver takes: a chunk and its headers, with room
 FACTS_BYTES = 64 << 10
+SMALL_BYTES = FACTS_BYTES + (8 << 10)  # a frame without tensors, with room for its other fields
 REASON_CHARACTERS = 2000
 LOOK_EVERY_S = 0.2  # while a shaped message is waited for
 _ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
@@ -90,42 +95,125 @@ def cut(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[b
         yield pb.Frame(tensors=message).SerializeToString()
 
 
+class _Coming:
+    """A message that is being taken in, frame by frame."""
+
+    def __init__(self, step: str, specs: Sequence[Spec]) -> None:
+        self.step, self.specs = step, specs
+        self.layout = layout_of(tuple((dtype, tuple(shape)) for dtype, shape in specs))
+        self.offset = 0  # bytes that are there
+        self.begun = False
+        self._room: bytearray = bytearray()
+
+    @property
+    def complete(self) -> bool:
+        return self.begun and self.offset == self.layout.total
+
+    def add(self, data: bytes) -> None:
+        """The next bytes, which have been checked. The first ones give the message its memory."""
+        total = self.layout.total
+        if not self.begun:
+            self._room = bytearray(data if len(data) == total else total)
+        if len(data) < total:
+            self._room[self.offset : self.offset + len(data)] = data
+        self.begun = True
+        self.offset += len(data)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [
+            torch.frombuffer(self._room, dtype=dtype, count=prod(shape), offset=start).view(shape)
+            if size
+            else torch.empty(shape, dtype=dtype)
+            for (dtype, shape), start, size in zip(
+                self.specs, self.layout.starts, self.layout.sizes, strict=True
+            )
+        ]
+
+
+_LOOK = "look"  # wakes a sender that waits for room
+
+
 class FrameLink(Link):
-    """A Link over an ordered carrier of frames; a subclass says how they leave (`_post`)."""
+    """A Link over an ordered carrier of frames; a subclass says how they leave (`_carry`)."""
 
     def __init__(self, me: Rank, peer: Rank, ledger: Ledger, timeout_s: float) -> None:
         self.me, self.peer, self.ledger = me, peer, ledger
         self.offline = Rank.DEALER in (me, peer)
         self.timeout_s = timeout_s  # longest silence while waiting for a frame
         # Frames with their sizes, and when they may be taken; None: a failure, or Bye.
-        self._inbox: SimpleQueue[tuple[pb.Frame, int, float] | None] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[pb.Frame, int, float] | str | None] = SimpleQueue()
         self.shaper: Shaper | None = None  # what comes in is as slow as this network
+        self.sent = Sent(room(me, peer))
+        self.room = room(peer, me)  # bytes of frames that may wait here
+        self._order = Order()
+        self._out = Lock()  # frames leave in the order in which they are kept
+        self._wants_room = False
         self._failure: LinkError | None = None
         self._closed = False
+        self._peer_ended = False  # it said Bye or Abort
         self._sent = 0  # messages so far in each direction
         self._received = 0
+        # Frames so far: `_came` and `_came_cost` on the carrier's thread, the others on the party's.
+        self._came = self._came_cost = 0
+        self._took = self._took_cost = self._confirmed_cost = 0
 
     @abstractmethod
+    def _carry(self, data: bytes) -> None:
+        """Hand one frame to the carrier. Never blocks."""
+
     def _post(self, data: bytes) -> None:
-        """Queue one frame towards the peer. Never blocks."""
+        """Keep a frame until the peer has it, and hand it to the carrier. Never blocks."""
+        with self._out:
+            self.sent.add(data)
+            self._carry(data)
+
+    def _abort(self, data: bytes) -> None:
+        """Hand over the last frame; what was sent before need not arrive."""
+        self._carry(data)
 
     # What arrives, on the carrier's thread.
 
     def arrived(self, data: bytes) -> bool:
-        """Take one frame in; False when it was the peer's last."""
+        """Take one frame in; False when it was the peer's last, or is refused: then the link has failed."""
         try:
             frame = pb.Frame.FromString(data)
         except DecodeError:
             self.fail(Desync(f"{self.peer.label} sent bytes that are not a frame; is it the same version?"))
             return False
-        kind = frame.WhichOneof("kind")
+        kind = frame.WhichOneof("kind") or "an unknown message"
+        if kind == "ack":
+            return self._confirmed(frame.ack.frames)
         if kind == "abort":
+            self._peer_ended = True
             reason = frame.abort.reason[:REASON_CHARACTERS]
             self.fail(PeerFailed(f"{self.peer.label} ended the session: {reason}"))
             return False
+        step = frame.tensors.step if kind == "tensors" else frame.facts.step
+        complaint = self._order.complaint(kind, step[:200])
+        if complaint is None and kind != "tensors" and len(data) > SMALL_BYTES:
+            complaint = f"{len(data)} bytes of {kind} at {step[:200] or 'its start'}"
+        self._came += 1
+        self._came_cost += cost(len(data))
+        if complaint is None and self._came_cost - self._took_cost > self.room:
+            complaint = f"more than the {self.room} bytes that may wait here"
+        if complaint is not None:
+            self.fail(Desync(f"Desync: {self.peer.label} sends {complaint}, which is not legal"))
+            return False
+        if kind == "bye":
+            self._peer_ended = True
+            self._inbox.put(None)
+            return False
         due = 0.0 if self.shaper is None else self.shaper.due(len(data))
-        self._inbox.put(None if kind == "bye" else (frame, len(data), due))
-        return bool(kind != "bye")
+        self._inbox.put((frame, len(data), due))
+        return True
+
+    def _confirmed(self, frames: int) -> bool:
+        if not self.sent.took(frames):
+            self.fail(Desync(f"Desync: {self.peer.label} confirms frame {frames}, which was not sent"))
+            return False
+        if self._wants_room:
+            self._inbox.put(_LOOK)
+        return True
 
     def fail(self, error: LinkError) -> None:
         """From now on every call raises this error; also wakes a waiting `recv`. First error wins."""
@@ -136,34 +224,69 @@ class FrameLink(Link):
     # What the party's own thread does.
 
     def send(self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None) -> None:
+        self._send(step, tensors, labels, None)
+
+    def recv(
+        self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        return self._recv(_Coming(step, specs), labels)
+
+    def swap(
+        self,
+        step: str,
+        outgoing: Sequence[torch.Tensor],
+        expected: Sequence[Spec],
+        labels_out: Sequence[str] | None = None,
+        labels_in: Sequence[str] | None = None,
+    ) -> list[torch.Tensor]:
+        self.ledger.book(step, rounds=1)
+        coming = _Coming(step, expected) if expected else None
+        if outgoing:
+            self._send(step, outgoing, labels_out, coming)
+        return self._recv(coming, labels_in) if coming is not None else []
+
+    def _send(
+        self,
+        step: str,
+        tensors: Sequence[torch.Tensor],
+        labels: Sequence[str] | None,
+        coming: _Coming | None,
+    ) -> None:
         self._check_alive(step)
         for data in cut(self._sent, step, tensors):
+            if not self.sent.fits(len(data)):
+                self._make_room(step, len(data), coming)
             self.ledger.wire_bytes += len(data)
             self._post(data)
         self._sent += 1
         self._book("sent", step, [t.nbytes for t in tensors], labels)
 
-    def recv(
-        self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
-    ) -> list[torch.Tensor]:
-        layout = layout_of(tuple((dtype, tuple(shape)) for dtype, shape in specs))
-        data = self._next_data(step, layout, 0)
-        room = bytearray(data if len(data) == layout.total else layout.total)
-        offset = len(data)
-        if offset < layout.total:
-            room[:offset] = data
-        while offset < layout.total:
-            data = self._next_data(step, layout, offset)
-            room[offset : offset + len(data)] = data
-            offset += len(data)
+    def _recv(self, coming: _Coming, labels: Sequence[str] | None) -> list[torch.Tensor]:
+        while not coming.complete:
+            self._take(coming, self._next("tensors", coming.step))
         self._received += 1
-        self._book("received", step, layout.sizes, labels)
-        return [
-            torch.frombuffer(room, dtype=dtype, count=prod(shape), offset=start).view(shape)
-            if size
-            else torch.empty(shape, dtype=dtype)
-            for (dtype, shape), start, size in zip(specs, layout.starts, layout.sizes, strict=True)
-        ]
+        self._book("received", coming.step, coming.layout.sizes, labels)
+        return coming.tensors()
+
+    def _make_room(self, step: str, size: int, coming: _Coming | None) -> None:
+        """Wait until the peer has taken enough. If it sends, too (`coming`), take that in meanwhile:
+        two that only send would wait for each other."""
+        self._wants_room = True
+        while not self.sent.fits(size):
+            if coming is not None and not coming.complete:
+                frame = self._next("tensors", step, or_look=True)
+                if frame is not None:
+                    self._take(coming, frame)
+                continue
+            limit = time.monotonic() + self.timeout_s
+            while not self.sent.wait(size, LOOK_EVERY_S):
+                self._check_alive(step)
+                if time.monotonic() >= limit:
+                    raise PeerTimeout(
+                        f"{self.me.label} at {step}: {self.peer.label} has taken nothing for "
+                        f"{self.timeout_s:g} s; it is stuck, or slow: then raise timeouts.recv_s"
+                    )
+        self._wants_room = False
 
     def send_facts(self, step: str, facts: Mapping[str, object]) -> None:
         self._check_alive(step)
@@ -197,10 +320,11 @@ class FrameLink(Link):
         self._closed = True
         if self._failure is None:
             self._failure = LinkError("this link was closed here")
-        end = pb.Frame(bye=pb.Bye())
         if reason:
-            end = pb.Frame(abort=pb.Abort(reason=reason[:REASON_CHARACTERS]))
-        self._post(end.SerializeToString())
+            abort = pb.Frame(abort=pb.Abort(reason=reason[:REASON_CHARACTERS]))
+            self._abort(abort.SerializeToString())
+        else:
+            self._post(pb.Frame(bye=pb.Bye()).SerializeToString())
 
     def send_hello(self, hello: Hello) -> None:
         self._check_alive("hello")
@@ -225,28 +349,46 @@ class FrameLink(Link):
         self.ledger.wire_bytes += len(data)
         self._post(data)
 
-    def _next(self, kind: str, step: str) -> pb.Frame:
-        """The peer's next frame, which must be of this kind."""
+    def _next(self, kind: str, step: str, or_look: bool = False) -> Any:
+        """The peer's next frame, which must be of this kind; with `or_look` None if there may be room."""
         self._check_alive(step)
-        try:
-            item = self._inbox.get(timeout=self.timeout_s)
-        except Empty:
-            raise PeerTimeout(
-                f"{self.me.label} at {step}: no word from {self.peer.label} for {self.timeout_s:g} s; "
-                "it is stuck, or slow: then raise timeouts.recv_s"
-            ) from None
-        self._check_alive(step)
+        item: tuple[pb.Frame, int, float] | str | None = _LOOK
+        while item is _LOOK:
+            try:
+                item = self._inbox.get(timeout=self.timeout_s)
+            except Empty:
+                raise PeerTimeout(
+                    f"{self.me.label} at {step}: no word from {self.peer.label} for {self.timeout_s:g} s; "
+                    "it is stuck, or slow: then raise timeouts.recv_s"
+                ) from None
+            self._check_alive(step)
+            if or_look and item is _LOOK:
+                return None
         if item is None:
             self._inbox.put(None)  # for the next call, too
             raise PeerLost(f"{self.me.label} at {step}: {self.peer.label} has ended its session")
+        assert not isinstance(item, str)
         frame, size, due = item
         self._until(due, step)
         self.ledger.wire_bytes += size
+        self._took_one(size)
         found = frame.WhichOneof("kind")
         if found != kind:
             where = frame.tensors.step or frame.facts.step or "its start"
-            raise self._desync(f"{found or 'an unknown message'} at {where}", f"{kind} at {step}")
+            raise self._desync(f"{found} at {where}", f"{kind} at {step}")
         return frame
+
+    def _took_one(self, size: int) -> None:
+        """A frame has left the queue; now and then the peer is told."""
+        self._took += 1
+        self._took_cost += cost(size)
+        if self._took_cost - self._confirmed_cost >= self.room // 4:
+            self._confirmed_cost = self._took_cost
+            self._carry(self._ack())
+
+    def _ack(self) -> bytes:
+        data: bytes = pb.Frame(ack=pb.Ack(frames=self._took)).SerializeToString()
+        return data
 
     def _until(self, due: float, step: str) -> None:
         """Wait for a time of the shaper's clock, with an eye on the link."""
@@ -254,22 +396,22 @@ class FrameLink(Link):
             time.sleep(min(left, LOOK_EVERY_S))
             self._check_alive(step)
 
-    def _next_data(self, step: str, layout: Layout, offset: int) -> bytes:
-        """What the frame that starts at byte `offset` of this step's message holds."""
-        message = self._next("tensors", step).tensors
+    def _take(self, coming: _Coming, frame: pb.Frame) -> None:
+        """Check one frame against the message that is expected, and take what it holds."""
+        message, step, offset = frame.tensors, coming.step, coming.offset
         self._check_order(step, message.step, message.sequence)
-        expected = "" if offset else layout.text
+        expected = "" if coming.begun else coming.layout.text
         if message.layout != expected:
             theirs, ours = (text[:500] or "no tensor" for text in (message.layout, expected))
             raise self._desync(f"{theirs} at {step}", f"{ours} there")
         data: bytes = message.data
-        left = layout.total - offset
+        left = coming.layout.total - offset
         if message.offset != offset or len(data) > left or len(data) < min(left, 1):
             raise self._desync(
                 f"{len(data)} bytes from byte {message.offset} of {step}",
                 f"up to {left} from byte {offset} there",
             )
-        return data
+        coming.add(data)
 
     def _check_alive(self, step: str) -> None:
         if self._failure is not None:

@@ -2,7 +2,8 @@
 
 A round is one wait for a message from the other computing party: an exchange, in which both send
 at once, is one round, and so is a one-way message. Bytes are payload bytes; what framing adds is
-kept apart as `wire_bytes`. Traffic with the dealer is booked as offline (PROTOCOLS 7).
+kept apart as `wire_bytes`, and what a broken connection made this party send again as `resent_bytes`:
+a message is booked once. Traffic with the dealer is booked as offline (PROTOCOLS 7).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Ledger:
 
     steps: dict[str, Entry] = field(default_factory=lambda: defaultdict(Entry))
     wire_bytes: int = 0
+    resent_bytes: int = 0
 
     def book(self, step: str, **amounts: int) -> None:
         """Add amounts (fields of `Entry`) to a step."""

@@ -12,7 +12,7 @@ class LocalLink(FrameLink):
 
     other: LocalLink
 
-    def _post(self, data: bytes) -> None:
+    def _carry(self, data: bytes) -> None:
         self.other.arrived(data)
 
 

@@ -67,6 +67,12 @@ def between_tokens(done: int) -> None:
         raise Stopped(f"{_Asked.stop} after {done} token{'s' * (done != 1)}", _Asked.stop.exit_code - 128)
 
 
+def check_stop() -> None:
+    """Called now and then by who waits for sessions to begin or end. Raises Stopped if a signal has come."""
+    if _Asked.stop is not None:
+        raise _Asked.stop
+
+
 def ignore_signals() -> None:
     """For the end of a process: nothing is left to stop, and its exit code is known."""
     for each in STOPS:

@@ -1,27 +1,23 @@
-"""Links between processes: one bidirectional gRPC stream per pair of parties.
+"""The links of a session between processes: one gRPC stream per pair of parties.
 
 The server and the dealer listen; the client dials both and the server dials the dealer, in any order
-of start. Per link one thread reads, so that the peer's end is noticed while this party computes, and
-gRPC's own thread sends: an exchange overlaps both directions, and `send` never waits. A peer that dies
-breaks its stream at once; one that stalls stops answering HTTP/2 pings. Either way every link of
-this party fails, so that no one waits for a party that waits for the lost one.
+of start. The client names the session; a listener sorts what comes in by that name, so streams of
+different sessions never meet. What a link does is in `parties.stream`.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported; errors are ours to tell
-
 import atexit
 import errno
-import logging
+import re
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+from contextlib import suppress
 from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Lock, Semaphore, Thread
 from types import TracebackType
 from typing import Any
 
@@ -34,26 +30,27 @@ from mpcache.errors import (
     Mismatch,
     MpcacheError,
     PeerFailed,
-    PeerLost,
     PeerTimeout,
     PortInUse,
 )
-from mpcache.frames import FRAME_BYTES, FrameLink
+from mpcache.frames import FRAME_BYTES
 from mpcache.ledger import Ledger
 from mpcache.network import shaper
 from mpcache.rank import Rank
 from parties.identity import Trust
+from parties.stream import ABORT_LINGER_S, RANK_KEY, RECEIVED_KEY, GrpcLink, Metadata, count_of
 from protos import party_pb2
 
-logging.getLogger("grpc").addHandler(logging.NullHandler())
-logging.getLogger("grpc").propagate = False
-
 SERVICE = party_pb2.DESCRIPTOR.services_by_name["Party"].full_name
-RANK_KEY = "mpcache-rank"  # metadata: who is at this end
+SESSION_KEY = "mpcache-session"  # metadata: which session a stream belongs to
+REASON_KEY = "mpcache-reason-bin"  # metadata instead of a session: why this party cannot take part
+REASON_CHARACTERS = 1000  # gRPC takes 8 KiB of metadata
+SESSION_BYTES = 16
 SAY_EVERY_S = 5.0
 LOOK_EVERY_S = 1.0
 STRANGER = "it shows no pinned certificate over TLS, or does not take this one's; its own output says which"
-ABORT_LINGER_S = 1.0  # for the reason to reach the peer
+PROBE_AFTER_S = 2.0  # of no connection: does something else listen there?
+PROBE_S = 2.0
 PING_EVERY_S = 5.0
 PING_TIMEOUT_S = 15.0
 
@@ -77,87 +74,19 @@ DIAL_OPTIONS = [
 ]
 LISTEN_OPTIONS = [*OPTIONS, ("grpc.so_reuseport", 0)]  # else two parties could share a port unnoticed
 
+Say = Callable[[str], None]
 
-class GrpcLink(FrameLink):
-    """One end of a stream. `fail_all` tells the party's other links what happened to this one."""
 
-    def __init__(
-        self, me: Rank, peer: Rank, ledger: Ledger, timeout_s: float, fail_all: Callable[[LinkError], None]
-    ) -> None:
-        super().__init__(me, peer, ledger, timeout_s)
-        self.connected = Event()
-        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()  # None ends the stream
-        self._ended = Event()  # the reader has stopped
-        self._fail_all = fail_all
-        self.cancel: Callable[[], object] = lambda: None
-
-    def _post(self, data: bytes) -> None:
-        self._outbox.put(data)
-
-    def outgoing(self) -> Iterator[bytes]:
-        """What gRPC's sending thread takes from."""
-        return iter(self._outbox.get, None)
-
-    def attach(
-        self, frames: Iterator[bytes], cancel: Callable[[], object], greet: Callable[[], None] = lambda: None
-    ) -> None:
-        """Start reading; `greet` runs first, on the reader's thread."""
-        self.cancel = cancel
-        Thread(target=self._read, args=(frames, greet), name=f"from-{self.peer.label}", daemon=True).start()
-
-    def _read(self, frames: Iterator[bytes], greet: Callable[[], None]) -> None:
-        error: LinkError | None
-        try:
-            greet()
-            self.connected.set()
-            error = self._lost() if all(map(self.arrived, frames)) else self._failure
-        except Exception as broken:  # gRPC's server side raises bare exceptions
-            error = self._translate(broken)
-        if error is not None and not self._closed:
-            self._fail_all(error)
-        self._outbox.put(None)  # both directions end together
-        self._ended.set()
-
-    def _lost(self) -> PeerLost:
-        peer = self.peer.label
-        return PeerLost(f"lost {peer}: its process or the connection ended; see its own output")
-
-    def _translate(self, broken: Exception) -> LinkError:
-        code = broken.code() if isinstance(broken, grpc.RpcError) and hasattr(broken, "code") else None
-        if code is grpc.StatusCode.FAILED_PRECONDITION:
-            return PeerFailed(f"{self.peer.label} refused: {broken.details()}")  # type: ignore[attr-defined]
-        if code is grpc.StatusCode.UNIMPLEMENTED:
-            where = f"the address of {self.peer.label}"
-            return Mismatch(f"Mismatch: what listens at {where} is not an mpcache party; check `addresses`")
-        return self._lost()
-
-    def close(self, reason: str = "") -> None:
-        """Also waits for the peer to have taken everything: a short time when there is a reason."""
-        if not self._closed:
-            self.say_end(reason)
-            self.finish(time.monotonic() + (ABORT_LINGER_S if reason else self.timeout_s))
-
-    def say_end(self, reason: str) -> None:
-        """First half of `close`: what was queued need not arrive before a reason."""
-        if reason and not self._closed:
-            try:
-                while True:
-                    self._outbox.get_nowait()
-            except Empty:
-                pass
-        super().close(reason)
-
-    def finish(self, deadline: float) -> None:
-        """Second half of `close`: wait for the peer to end its side, until a monotonic time."""
-        if self.connected.is_set():
-            self._ended.wait(max(0.0, deadline - time.monotonic()))
-        self._outbox.put(None)
-        if not self._ended.is_set():
-            self.cancel()
+def new_session() -> str:
+    """A session's name: 128 bits of the system's entropy, in hex. Who knows it may continue a link."""
+    return secrets.token_hex(SESSION_BYTES)
 
 
 class Network:
-    """A party's links, and what they stand on. As a context manager it closes with the error's text."""
+    """A party's links in one session. As a context manager it closes with the error's text.
+
+    session: its name; None as long as the peer that names it has not come.
+    """
 
     def __init__(
         self,
@@ -166,22 +95,26 @@ class Network:
         ledger: Ledger,
         peers: Iterable[Rank] = Rank,
         trust: Trust | None = None,
+        session: str | None = None,
+        say: Say = lambda text: None,
     ) -> None:
         self.rank = rank
         self.settings = settings
         self.trust = trust or Trust()
+        self.session = session
+        self.ledger = ledger
         self.failure: LinkError | None = None
+        self.say = say
         self.links: dict[Rank, GrpcLink] = {
-            peer: GrpcLink(rank, peer, ledger, settings.timeouts.recv_s, self._fail_all)
+            peer: GrpcLink(rank, peer, ledger, settings.timeouts, self._fail_all, self._say)
             for peer in peers
             if peer is not rank
         }
         for link in self.links.values():
             link.shaper = shaper(settings.public.network)
-        self._server: grpc.Server | None = None
+        self.on_close: list[Callable[[], None]] = []
         self._channels: list[grpc.Channel] = []
-        self._awaited = {peer for peer in self.links if not _dials(rank, peer)}
-        self._lock = Lock()
+        self._probed: set[Rank] = set()
         atexit.register(self.close, f"{rank.label} exited")
 
     def __getitem__(self, peer: Rank) -> GrpcLink:
@@ -199,17 +132,21 @@ class Network:
             self.close(f"{self.rank.label} failed ({kind.__name__})" if kind else "")
 
     def close(self, reason: str = "") -> None:
-        """End every link, then the server and the channels; bounded, and harmless to repeat."""
+        """End every link and what it stands on; bounded, and harmless to repeat."""
         atexit.unregister(self.close)
         for link in self.links.values():
             link.say_end(reason)
         deadline = time.monotonic() + (ABORT_LINGER_S if reason else self.settings.timeouts.recv_s)
         for link in self.links.values():
             link.finish(deadline)
-        if self._server is not None:
-            self._server.stop(grace=0.5).wait(2.0)
         for channel in self._channels:
             channel.close()
+        while self.on_close:
+            self.on_close.pop()()
+
+    def fail(self, error: LinkError) -> None:
+        """From now on every call on every link raises this error. The first one wins."""
+        self._fail_all(error)
 
     def _fail_all(self, error: LinkError) -> None:
         if self.failure is None:
@@ -217,65 +154,34 @@ class Network:
         for link in self.links.values():
             link.fail(error)
 
-    def listen(self) -> None:
-        """Accept the peers that dial this party. Raises PortInUse or ConfigError."""
-        address = self.settings.addresses.of(self.rank)
-        self._server = grpc.server(_Threads(), options=LISTEN_OPTIONS, maximum_concurrent_rpcs=16)
-        handler = grpc.stream_stream_rpc_method_handler(self._accept)
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, {"Connect": handler}),)
-        )
-        try:
-            self.trust.bind(self._server, address)
-        except RuntimeError:
-            raise _why_not(self.rank, address) from None
-        self._server.start()
-
-    def _accept(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        rank = dict(context.invocation_metadata()).get(RANK_KEY)
-        with self._lock:
-            peer = next((peer for peer in self._awaited if str(int(peer)) == rank), None)
-            self._awaited.discard(peer)
-        if peer is None:
-            known = rank in {str(int(r)) for r in Rank}
-            who = Rank(int(rank)).label if known and rank else "a caller without a rank"
-            why = f"{self.rank.label} has one already, or needs none; does another session run there?"
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{who} is not awaited: {why}")
-        assert peer is not None  # abort raises
-        if (refusal := self.trust.refusal(peer, context)) is not None:
-            self._fail_all(Mismatch(f"Mismatch: refused {peer.label}: {refusal}"))
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
-        context.send_initial_metadata(((RANK_KEY, str(int(self.rank))),))
-        self.links[peer].attach(frames, context.cancel)
-        return self.links[peer].outgoing()
+    def _say(self, text: str) -> None:
+        self.say(text)
 
     def dial(self, peer: Rank) -> None:
         """Start connecting to a peer that listens; it may come up later."""
+        assert self.session is not None
         address = self.settings.addresses.of(peer)
         channel = self.trust.open(peer, address, DIAL_OPTIONS)
         self._channels.append(channel)
-        link = self.links[peer]
-        call = channel.stream_stream(f"/{SERVICE}/Connect")(
-            link.outgoing(), metadata=((RANK_KEY, str(int(self.rank))),), wait_for_ready=True
-        )
+        connect = channel.stream_stream(f"/{SERVICE}/Connect")
+        about = ((RANK_KEY, str(int(self.rank))), (SESSION_KEY, self.session))
 
-        def greet() -> None:
-            rank = dict(call.initial_metadata() or ()).get(RANK_KEY)  # waits for the connection
-            if rank is not None and rank != str(int(peer)):
-                found = f"rank {rank} listens at {address}, where {self.rank.label} expects {peer.label}"
-                self._fail_all(Mismatch(f"Mismatch: {found}; check `addresses` in the config"))
-            if rank is None:  # refused or lost: let the stream say why
-                next(call)
+        def open_stream(frames: Iterator[bytes], metadata: Metadata) -> Any:
+            return connect(frames, metadata=(*about, *metadata), wait_for_ready=True)
 
-        link.attach(call, call.cancel, greet)
+        self.links[peer].dial(open_stream, address)
 
-    def wait(self, say: Callable[[str], None]) -> None:
-        """Until every peer is connected. Raises PeerTimeout, or what a link failed with."""
+    def wait(self) -> None:
+        """Dial, and wait until every peer is connected. Raises PeerTimeout, or what a link failed with."""
         start = time.monotonic()
         limit = self.settings.timeouts.connect_s
         next_word = 0.5  # a peer that comes at once is not worth a message
         next_look, stranger = 0.5, ""
+        to_dial = [peer for peer in self.links if _dials(self.rank, peer)]
         while True:
+            if self.session is not None:
+                while to_dial:
+                    self.dial(to_dial.pop())
             missing = [link for link in self.links.values() if not link.connected.is_set()]
             if self.failure is not None:
                 raise type(self.failure)(f"{self.rank.label}, connecting: {self.failure}")
@@ -285,7 +191,7 @@ class Network:
             whom = " and ".join(f"{link.peer.label} {self._place(link.peer)}" for link in missing)
             if not stranger and self.trust.strangers():
                 stranger = f"refused a caller at {self.settings.addresses.of(self.rank)}: {STRANGER}"
-                say(f"{self.rank.label}: {stranger}")
+                self.say(f"{self.rank.label}: {stranger}")
             if waited >= limit:
                 heard = f" ({stranger})" if stranger else ""
                 raise PeerTimeout(
@@ -293,12 +199,17 @@ class Network:
                     f"check `addresses` in the config, or raise timeouts.connect_s{heard}"
                 )
             if waited >= next_look:
-                self._look([link.peer for link in missing if _dials(self.rank, link.peer)])
+                self._look([link.peer for link in missing if self._dialled(link.peer)])
                 next_look = waited + LOOK_EVERY_S
             if waited >= next_word:
-                say(f"{self.rank.label}: waiting for {whom} ...")
+                self.say(f"{self.rank.label}: waiting for {whom} ...")
                 next_word = waited + SAY_EVERY_S
+            if waited >= PROBE_AFTER_S and not self.trust.tls:
+                self._probe(link.peer for link in missing if self._dialled(link.peer))
             missing[0].connected.wait(min(0.05, limit - waited))
+
+    def _dialled(self, peer: Rank) -> bool:
+        return self.session is not None and _dials(self.rank, peer)
 
     def _look(self, peers: Iterable[Rank]) -> None:
         """At identities, where a connection does not come about. Raises Mismatch."""
@@ -306,43 +217,260 @@ class Network:
             if (why := self.trust.look(peer, self.settings.addresses.of(peer))) is not None:
                 raise Mismatch(f"{self.rank.label}, connecting: Mismatch: {why}")
 
+    def _probe(self, peers: Iterable[Rank]) -> None:
+        """Once per peer: fail with a Mismatch if another kind of program listens at its address."""
+
+        def probe(peer: Rank) -> None:
+            address = self.settings.addresses.of(peer)
+            if not self.links[peer].connected.is_set() and (what := _stranger_at(address)):
+                who = f"what listens at {address} is not the {peer.label}: {what}"
+                remedy = f"end it, or change addresses.{peer.label} in every party's config"
+                if not self.links[peer].connected.is_set():
+                    self._fail_all(Mismatch(f"Mismatch: {who}; {remedy}"))
+
+        for peer in set(peers) - self._probed:
+            self._probed.add(peer)
+            Thread(target=probe, args=(peer,), daemon=True).start()
+
     def _place(self, peer: Rank) -> str:
         if _dials(self.rank, peer):
             return f"at {self.settings.addresses.of(peer)}"
         return f"to connect to {self.settings.addresses.of(self.rank)}"
 
 
+class Listener:
+    """Takes the streams of the peers that dial this party, and sorts them by session.
+
+    first: the only network there will be, which the first stream names; without one, networks are made
+    as sessions come, `limit` at once.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        settings: Settings,
+        first: Network | None = None,
+        limit: int = 1,
+        trust: Trust | None = None,
+        say: Say = lambda text: None,
+    ) -> None:
+        """Raises PortInUse or ConfigError."""
+        self.rank, self.settings, self.limit = rank, settings, limit
+        self._trust, self._say = trust or Trust(), say
+        self._first = first
+        self._sessions: dict[str, Network] = {}
+        self._new: SimpleQueue[Network] = SimpleQueue()
+        self._lock = Lock()
+        self._closed = False
+        streams = 16 + 8 * limit  # two per session, new ones in place of broken ones, refusals
+        self._server = _listen(rank, settings, self._accept, streams, self._trust)
+
+    def next(self, seconds: float) -> Network | None:
+        """The next session that has come; None after so long. Close it: its place is taken until then."""
+        try:
+            return self._new.get(timeout=seconds)
+        except Empty:
+            return None
+
+    def refuse(self) -> None:
+        """Take no new sessions from now on."""
+        with self._lock:
+            self._closed = True
+
+    def close(self, reason: str = "") -> None:
+        """Refuse what comes from now on, end the sessions that there are, and free the port."""
+        self.refuse()
+        with self._lock:
+            networks = list(self._sessions.values())
+        for link in (link for network in networks for link in network.links.values()):
+            link.say_end(reason)  # all at once: `close` waits for each
+        for network in networks:
+            network.close(reason)
+        self._server.stop(grace=0.5).wait(2.0)
+
+    def _accept(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        about = dict(context.invocation_metadata())
+        try:
+            link = self._link_of(about, context)
+            return link.accept(frames, context, count_of(about.get(RECEIVED_KEY)))
+        except LinkError as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            raise AssertionError from None  # abort raises
+
+    def _link_of(self, about: dict[str, Any], context: grpc.ServicerContext) -> GrpcLink:
+        """The link that a stream with this metadata belongs to. Raises LinkError to refuse it."""
+        me = self.rank.label
+        peer = next((r for r in Rank if str(int(r)) == about.get(RANK_KEY) and _dials(r, self.rank)), None)
+        who = peer.label if peer is not None else "a caller without a rank that dials here"
+        if peer is not None and (refusal := self._trust.refusal(peer, context)) is not None:
+            if self._first is not None:
+                self._first.fail(Mismatch(f"Mismatch: refused {who}: {refusal}"))
+            else:
+                self._say(f"{me}: refused {who}: {refusal}")
+            raise Mismatch(refusal)
+        if peer is not None and self._first is not None and REASON_KEY in about:
+            reason = about[REASON_KEY].decode(errors="replace")[:REASON_CHARACTERS]
+            self._first.fail(PeerFailed(f"{who} cannot take part: {reason}"))
+        session = about.get(SESSION_KEY)
+        if not isinstance(session, str) or not re.fullmatch(r"[0-9a-f]{32}", session, re.ASCII):
+            raise LinkError(f"{who} names no session; is it the same version?")
+        received = count_of(about.get(RECEIVED_KEY))
+        with self._lock:
+            network = self._sessions.get(session)
+            if network is None and received:
+                why = f"it ended, or {me} was restarted"
+                raise LinkError(f"{me} does not know the session {session[:8]}: {why}")
+            if network is None and not self._closed and peer is not None:
+                network = self._admit(session)
+            link = network.links.get(peer) if network is not None and peer is not None else None
+            if link is None or (link.connected.is_set() and RECEIVED_KEY not in about):
+                why = f"{me} has one already, or needs none; does another session run there?"
+                raise LinkError(f"{who} is not awaited: {why}")
+            return link
+
+    def _admit(self, session: str) -> Network | None:
+        """A place for a new session; None if there was to be one only. Raises LinkError when it is full."""
+        if self._first is not None:
+            if self._sessions:
+                return None
+            network, network.session = self._first, session
+        else:
+            if len(self._sessions) >= self.limit:
+                raise LinkError(
+                    f"{self.rank.label} serves {self.limit} session{'s' * (self.limit > 1)} at once, and not "
+                    "one more (--sessions there); try again later"
+                )
+            network = Network(self.rank, self.settings, Ledger(), trust=self._trust, session=session)
+            network.on_close.append(lambda: self._forget(session))
+            self._new.put(network)
+        self._sessions[session] = network
+        return network
+
+    def _forget(self, session: str) -> None:
+        with self._lock:
+            self._sessions.pop(session, None)
+
+
 def connect_all(
     rank: Rank,
     settings: Settings,
     ledger: Ledger,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
     peers: Iterable[Rank] = Rank,
     trust: Trust | None = None,
 ) -> Network:
-    """Connect this party with the others (`peers`: both), which may come before or after it.
+    """Connect this party with the others (`peers`: both) for one session; they may come before or after.
 
     `say` gets a line about who is waited for, every few seconds. Without `trust` the connection
     is neither encrypted nor authenticated. Raises PortInUse, PeerTimeout (after
     `settings.timeouts.connect_s`), Mismatch, PeerLost or PeerFailed; everything is closed then.
     """
-    network = Network(rank, settings, ledger, peers, trust)
+    network = open_network(rank, settings, ledger, say, peers, trust)
     try:
-        if any(not _dials(rank, peer) for peer in network.links):
-            network.listen()
-        for peer in network.links:
-            if _dials(rank, peer):
-                network.dial(peer)
-        network.wait(say)
+        network.wait()
     except BaseException as error:
         network.__exit__(type(error), error, None)
         raise
     return network
 
 
+def open_network(
+    rank: Rank,
+    settings: Settings,
+    ledger: Ledger,
+    say: Say = lambda text: None,
+    peers: Iterable[Rank] = Rank,
+    trust: Trust | None = None,
+) -> Network:
+    """A network for one session that listens already and has dialled nobody. Raises PortInUse."""
+    network = Network(rank, settings, ledger, peers, trust, say=say)
+    awaited = [peer for peer in network.links if not _dials(rank, peer)]
+    try:
+        if awaited:
+            listener = Listener(rank, settings, network, trust=trust, say=say)
+            network.on_close.append(listener.close)
+        if not awaited or (rank is Rank.SERVER and Rank.CLIENT not in awaited):
+            network.session = new_session()
+    except BaseException as error:
+        network.__exit__(type(error), error, None)
+        raise
+    return network
+
+
+def cannot_take_part(rank: Rank, settings: Settings, trust: Trust, reason: str, seconds: float) -> None:
+    """Tell the parties that wait for this one, as far as they can be reached within so many seconds."""
+    reason = reason[:REASON_CHARACTERS]
+    to_come = {peer for peer in Rank if _dials(peer, rank)}
+    came = Semaphore(0)
+
+    def refuse(frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        who = dict(context.invocation_metadata()).get(RANK_KEY)
+        peer = next((peer for peer in to_come if str(int(peer)) == who), None)
+        to_come.discard(peer)  # type: ignore[arg-type]
+        came.release()
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"it cannot take part: {reason}")
+        raise AssertionError  # abort raises
+
+    def tell(peer: Rank) -> None:
+        about = ((RANK_KEY, str(int(rank))), (REASON_KEY, reason.encode()))
+        address = settings.addresses.of(peer)
+        with suppress(grpc.RpcError), trust.open(peer, address, DIAL_OPTIONS) as channel:
+            call = channel.stream_stream(f"/{SERVICE}/Connect")
+            next(call(iter(()), metadata=about, wait_for_ready=True, timeout=seconds), None)
+
+    limit = time.monotonic() + seconds
+    tellers = [Thread(target=tell, args=(peer,), daemon=True) for peer in Rank if _dials(rank, peer)]
+    for teller in tellers:
+        teller.start()
+    with suppress(MpcacheError):
+        server = _listen(rank, settings, refuse, 16, trust) if to_come else None
+        while to_come and came.acquire(timeout=max(0.0, limit - time.monotonic())):
+            pass
+        if server is not None:
+            server.stop(grace=0.5).wait(2.0)
+    for teller in tellers:
+        teller.join(max(0.0, limit - time.monotonic()))
+
+
+def _listen(
+    rank: Rank,
+    settings: Settings,
+    accept: Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]],
+    streams: int,
+    trust: Trust,
+) -> grpc.Server:
+    """Listen at this rank's address for up to so many streams. Raises PortInUse or ConfigError."""
+    address = settings.addresses.of(rank)
+    server = grpc.server(_Threads(), options=LISTEN_OPTIONS, maximum_concurrent_rpcs=streams)
+    handler = grpc.stream_stream_rpc_method_handler(accept)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Connect": handler}),))
+    try:
+        trust.bind(server, address)
+    except RuntimeError:
+        raise _why_not(rank, address) from None
+    server.start()
+    return server
+
+
 def _dials(rank: Rank, peer: Rank) -> bool:
     """Whether `rank` is the one that connects: the client to both, the server to the dealer."""
-    return peer is Rank.DEALER or rank is Rank.CLIENT
+    return rank is not peer and (peer is Rank.DEALER or rank is Rank.CLIENT)
+
+
+def _stranger_at(address: str) -> str | None:
+    """What is wrong with the program that listens there; None if it speaks HTTP/2, or nobody listens."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), PROBE_S) as probe:
+            probe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+            frame = probe.recv(9)
+    except TimeoutError:
+        return "it does not answer"
+    except OSError:
+        return None
+    if not frame or frame[3:4] == b"\x04" or frame[:1] == b"\x15":  # SETTINGS, or an alert of TLS
+        return None
+    return "it does not speak gRPC"
 
 
 def _why_not(rank: Rank, address: str) -> MpcacheError:

@@ -54,6 +54,7 @@ class Trust:
 
     @property
     def tls(self) -> bool:
+        """Whether the links use TLS."""
         return self._credentials is not None
 
     def open(self, peer: Rank, address: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import typer
 
 from mpcache.answer import Sampling
-from mpcache.config import Settings, Timeouts, load_settings
+from mpcache.config import Settings, load_settings
 from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError
 from mpcache.inputs import DEMO_DOCUMENT, read_question, read_text
 from mpcache.ledger import Ledger
@@ -27,13 +26,14 @@ from mpcache.rank import Rank
 from mpcache.report import Report, ms, number, size
 from mpcache.signals import ignore_signals, stop_on_signals
 from parties.checkpoint import Keeper, Store
-from parties.grpc_link import Network, connect_all
-from parties.identity import Trust, trust
+from parties.grpc_link import Network, Say, cannot_take_part, connect_all
+from parties.identity import trust
 from parties.keys import keygen, pin
 from parties.logs import Log
 from parties.operations import operated
 from parties.prepare import prepare
 from parties.run import Document, Question, ask, deal, serve
+from parties.serving import AT_ONCE, serve_all
 from parties.session import PROTOCOL_VERSION, agree
 from parties.tape_store import TapeStore
 from parties.watch import Board, Watch
@@ -65,7 +65,8 @@ class Voice:
         if self.events:
             self.event("say", text=text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            sys.stderr.write(text + "\n")  # whole, whichever thread it is
+            sys.stderr.flush()
 
     def token(self, token: int, text: str) -> None:
         """token: its id, or -1 for text that was held back until the end."""
@@ -170,6 +171,13 @@ def party(
     health: Annotated[
         str | None, typer.Option(help="[HOST:]PORT of gRPC's standard health service.  [likewise]")
     ] = None,
+    serve_on: Annotated[
+        bool,
+        typer.Option("--serve", help="Server or dealer: serve one session after another until stopped."),
+    ] = False,
+    sessions: Annotated[
+        int | None, typer.Option(min=1, max=64, help=f"With --serve: how many at once. [{AT_ONCE}]")
+    ] = None,
     events: Annotated[
         bool,
         typer.Option("--events", help="JSON lines on stdout; ends when stdin closes: for a parent process."),
@@ -177,6 +185,7 @@ def party(
 ) -> None:
     """Run one party until the answer is complete. Start all three, in any order.
 
+    With --serve a server or a dealer stays, and keeps its model and document for the next client.
     Without flags: the demo model, document and question, over loopback.
     """
     if command.invoked_subcommand is not None:
@@ -211,6 +220,7 @@ def party(
                               "question-file": (Rank.CLIENT, question_file),
                               "temperature": (Rank.CLIENT, temperature),
                               "top-p": (Rank.CLIENT, top_p), "seed": (Rank.CLIENT, seed)})  # fmt: skip
+            _check_serving(me, serve_on, sessions, state or offline_store)
             parse(settings.public.policy)
             sampling = Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, seed or 0)
             if events and str(question_file) == "-":
@@ -218,6 +228,21 @@ def party(
             keeper = _keeper(me, state, state_key, resume)
             tapes = _tapes(me, offline_store, prepare_tokens is not None, keeper)
             own = _own(me, model, context, question, question_file, sampling, stop_at_eos)
+            if serve_on:
+
+                def serve_one(network: Network, say: Say) -> None:
+                    with board.session(network.ledger) as watch:
+                        network.wait()
+                        watch.reached("hello")
+                        modes = {"state": Keeper().mode, "tapes": "live"}
+                        agree(network.links, me, settings.public.flat() | modes)
+                        report = _run(me, network, settings, own, say, voice, watch, Keeper(), None)
+                        watch.reached("close")
+                    voice.event("report", report=report.to_dict())
+                    say(closing_line(report))
+
+                board.be_ready(True)
+                serve_all(me, settings, trusted, sessions or AT_ONCE, serve_one, voice.say)
             ledger = Ledger()
             watch = shown.enter_context(board.session(ledger))
             board.be_ready(True)
@@ -226,7 +251,8 @@ def party(
             network = connect_all(me, settings, ledger, voice.say, trust=trusted, peers=peers)
         except (BadInput, PortInUse, StateError) as error:
             voice.error(error)
-            _tell_others(me, settings, trusted, error.for_peers)
+            seconds = min(TELL_S, settings.timeouts.connect_s)
+            cannot_take_part(me, settings, trusted, error.for_peers, seconds)
             raise typer.Exit(error.exit_code) from None
         with network:
             watch.reached("hello")
@@ -235,7 +261,7 @@ def party(
             if prepare_tokens is not None:
                 prepare(me, network.links, settings.public, own, tapes, voice.say)
                 return
-            report = _run(me, network, ledger, settings, own, voice, watch, keeper, tapes)
+            report = _run(me, network, settings, own, voice.say, voice, watch, keeper, tapes)
             watch.reached("close")
             voice.report(report)
     except MpcacheError as error:
@@ -286,6 +312,15 @@ def _check_flags(me: Rank, flags: dict[str, tuple[Rank, object]]) -> None:
             )
 
 
+def _check_serving(me: Rank, serving: bool, sessions: int | None, kept: Path | None) -> None:
+    if serving and me is Rank.CLIENT:
+        raise BadInput("--serve belongs to the server and the dealer (--rank 0, 2), this is the client")
+    if serving and kept is not None:
+        raise BadInput("--state and --offline-store are for one session, --serve has many; give one of them")
+    if sessions is not None and not serving:
+        raise BadInput("--sessions is how many sessions --serve takes at once; give --serve, too")
+
+
 def _own(
     me: Rank,
     model: Path | None,
@@ -316,42 +351,24 @@ def _own(
 def _run(
     me: Rank,
     network: Network,
-    ledger: Ledger,
     settings: Settings,
     own: Document | Question | None,
+    say: Say,
     voice: Voice,
     watch: Watch,
     keeper: Keeper,
     tapes: TapeStore | None,
 ) -> Report:
+    links, ledger, public = network.links, network.ledger, settings.public
     match own:
         case Document():
-            return serve(network.links, ledger, settings.public, own, voice.say, watch, keeper, tapes)
+            return serve(links, ledger, public, own, say, watch, keeper, tapes)
         case Question():
-            return ask(
-                network.links, ledger, settings.public, own, voice.say, voice.token, watch, keeper, tapes
-            )
+            return ask(links, ledger, public, own, say, voice.token, watch, keeper, tapes)
         case _:
-            return deal(network.links, ledger, settings.public, voice.say, watch, keeper)
-
-
-def _tell_others(me: Rank, settings: Settings, trusted: Trust, reason: str) -> None:
-    """End the parties that wait for this one, as far as they can be reached soon."""
-    limit = min(TELL_S, settings.timeouts.connect_s)
-    hasty = settings.model_copy(update={"timeouts": Timeouts(connect_s=limit, recv_s=limit)})
-    network = Network(me, hasty, Ledger(), trust=trusted)
-    steps: list[Callable[[], None]] = []
-    if me is not Rank.CLIENT:
-        steps.append(lambda: network.listen())
-    if me is Rank.CLIENT:
-        steps.append(lambda: network.dial(Rank.SERVER))
-    if me is not Rank.DEALER:
-        steps.append(lambda: network.dial(Rank.DEALER))
-    steps.append(lambda: network.wait(lambda text: None))
-    for step in steps:
-        with suppress(MpcacheError):
-            step()
-    network.close(reason)
+            return deal(links, ledger, public, say, watch, keeper)
+        case _:
+            return deal(links, ledger, public, say, watch, keeper)
 
 
 def _end_with_parent() -> None:
@@ -365,12 +382,20 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
+    code: Any = 0
     try:
         app()
+    except SystemExit as end:
+        code = end.code
     except MpcacheError as error:  # told to stop while another error was told
-        sys.exit(error.exit_code)
+        code = error.exit_code
     finally:
         ignore_signals()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # All is closed by now. The interpreter's own end would wait for gRPC's threads, which may wait for it.
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":

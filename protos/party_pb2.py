@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/party.proto\x12\nmpcache.v1\"\xc3\x01\n\x05\x46rame\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.mpcache.v1.HelloH\x00\x12&\n\x07tensors\x18\x02 \x01(\x0b\x32\x13.mpcache.v1.TensorsH\x00\x12\"\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x11.mpcache.v1.FactsH\x00\x12\"\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x11.mpcache.v1.AbortH\x00\x12\x1e\n\x03\x62ye\x18\x05 \x01(\x0b\x32\x0f.mpcache.v1.ByeH\x00\x42\x06\n\x04kind\"\x93\x01\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\t\x12-\n\x06public\x18\x04 \x03(\x0b\x32\x1d.mpcache.v1.Hello.PublicEntry\x1a-\n\x0bPublicEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x07Tensors\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"5\n\x05\x46\x61\x63ts\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0c\n\x04json\x18\x03 \x01(\t\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x05\n\x03\x42ye2<\n\x05Party\x12\x33\n\x07\x43onnect\x12\x11.mpcache.v1.Frame\x1a\x11.mpcache.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/party.proto\x12\nmpcache.v1\"\xe3\x01\n\x05\x46rame\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.mpcache.v1.HelloH\x00\x12&\n\x07tensors\x18\x02 \x01(\x0b\x32\x13.mpcache.v1.TensorsH\x00\x12\"\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x11.mpcache.v1.FactsH\x00\x12\"\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x11.mpcache.v1.AbortH\x00\x12\x1e\n\x03\x62ye\x18\x05 \x01(\x0b\x32\x0f.mpcache.v1.ByeH\x00\x12\x1e\n\x03\x61\x63k\x18\x06 \x01(\x0b\x32\x0f.mpcache.v1.AckH\x00\x42\x06\n\x04kind\"\x93\x01\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\t\x12-\n\x06public\x18\x04 \x03(\x0b\x32\x1d.mpcache.v1.Hello.PublicEntry\x1a-\n\x0bPublicEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x07Tensors\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"5\n\x05\x46\x61\x63ts\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0c\n\x04json\x18\x03 \x01(\t\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x05\n\x03\x42ye\"\x15\n\x03\x41\x63k\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\x32<\n\x05Party\x12\x33\n\x07\x43onnect\x12\x11.mpcache.v1.Frame\x1a\x11.mpcache.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO_PUBLICENTRY']._loaded_options = None
   _globals['_HELLO_PUBLICENTRY']._serialized_options = b'8\001'
   _globals['_FRAME']._serialized_start=35
-  _globals['_FRAME']._serialized_end=230
-  _globals['_HELLO']._serialized_start=233
-  _globals['_HELLO']._serialized_end=380
-  _globals['_HELLO_PUBLICENTRY']._serialized_start=335
-  _globals['_HELLO_PUBLICENTRY']._serialized_end=380
-  _globals['_TENSORS']._serialized_start=382
-  _globals['_TENSORS']._serialized_end=469
-  _globals['_FACTS']._serialized_start=471
-  _globals['_FACTS']._serialized_end=524
-  _globals['_ABORT']._serialized_start=526
-  _globals['_ABORT']._serialized_end=549
-  _globals['_BYE']._serialized_start=551
-  _globals['_BYE']._serialized_end=556
-  _globals['_PARTY']._serialized_start=558
-  _globals['_PARTY']._serialized_end=618
+  _globals['_FRAME']._serialized_end=262
+  _globals['_HELLO']._serialized_start=265
+  _globals['_HELLO']._serialized_end=412
+  _globals['_HELLO_PUBLICENTRY']._serialized_start=367
+  _globals['_HELLO_PUBLICENTRY']._serialized_end=412
+  _globals['_TENSORS']._serialized_start=414
+  _globals['_TENSORS']._serialized_end=501
+  _globals['_FACTS']._serialized_start=503
+  _globals['_FACTS']._serialized_end=556
+  _globals['_ABORT']._serialized_start=558
+  _globals['_ABORT']._serialized_end=581
+  _globals['_BYE']._serialized_start=583
+  _globals['_BYE']._serialized_end=588
+  _globals['_ACK']._serialized_start=590
+  _globals['_ACK']._serialized_end=611
+  _globals['_PARTY']._serialized_start=613
+  _globals['_PARTY']._serialized_end=673
 # @@protoc_insertion_point(module_scope)

@@ -7,18 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "tensors", "facts", "abort", "bye")
+    __slots__ = ("hello", "tensors", "facts", "abort", "bye", "ack")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     tensors: Tensors
     facts: Facts
     abort: Abort
     bye: Bye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., facts: _Optional[_Union[Facts, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ...) -> None: ...
+    ack: Ack
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., facts: _Optional[_Union[Facts, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "rank", "nonce", "public")
@@ -72,3 +74,9 @@ class Abort(_message.Message):
 class Bye(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: int
+    def __init__(self, frames: _Optional[int] = ...) -> None: ...

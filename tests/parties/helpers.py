@@ -15,7 +15,7 @@ from mpcache.rank import Rank
 from parties.grpc_link import Network, connect_all
 
 
-def free_settings(connect_s: float = 20, recv_s: float = 20) -> Settings:
+def free_settings(connect_s: float = 20, recv_s: float = 20, reconnect_s: float = 2) -> Settings:
     """Settings with two ports of this machine that nobody listens on."""
     with socket.socket() as one, socket.socket() as two:
         for probe in (one, two):
@@ -23,7 +23,7 @@ def free_settings(connect_s: float = 20, recv_s: float = 20) -> Settings:
         server, dealer = (f"127.0.0.1:{probe.getsockname()[1]}" for probe in (one, two))
     return Settings(
         addresses=Addresses(server=server, dealer=dealer),
-        timeouts=Timeouts(connect_s=connect_s, recv_s=recv_s),
+        timeouts=Timeouts(connect_s=connect_s, recv_s=recv_s, reconnect_s=reconnect_s),
     )
 
 

@@ -38,9 +38,8 @@ TASKS: dict[str, Callable[[Network], None]] = {"hang": hang, "round": pass_round
 def main() -> int:
     rank, peers, server, dealer, task = sys.argv[1:]
     me = Rank(int(rank))
-    settings = Settings(
-        addresses=Addresses(server=server, dealer=dealer), timeouts=Timeouts(connect_s=30, recv_s=60)
-    )
+    timeouts = Timeouts(connect_s=30, recv_s=60, reconnect_s=2)
+    settings = Settings(addresses=Addresses(server=server, dealer=dealer), timeouts=timeouts)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,237 @@
+"""A server and a dealer that stay: session after session, several at once, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.config import PublicConfig, Settings
+from mpcache.errors import MpcacheError, PeerFailed
+from mpcache.ledger import Ledger
+from mpcache.model import Model, load_model
+from mpcache.rank import Rank
+from mpcache.report import Report
+from parties.checkpoint import Keeper
+from parties.grpc_link import Listener, Network, connect_all
+from parties.run import Question, ask
+from parties.session import agree
+from tests.parties.helpers import free_settings
+from tests.parties.processes import PARTY, Process, errors_of, start, started, tiny_model, write_config
+
+S, C, D = Rank
+DOCUMENT = "and the number of the gate of the city is in the book"
+QUESTIONS = ("the gate of", "a city and", "number")
+TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_model(tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def said(public: PublicConfig) -> dict[str, str]:
+    """What a client says in HELLO, without `--state` and `--offline-store`."""
+    return public.flat() | {"state": Keeper().mode, "tapes": "live"}
+
+
+def plain(model: Model, public: PublicConfig, question: str) -> list[int]:
+    context = model.tokenizer.encode(DOCUMENT, bos=True)
+    asked = model.tokenizer.encode(question, bos=False)
+    bound = bind(model.shape, public, len(context), len(asked))
+    return plain_answer(model, bound, context, asked, public.max_new_tokens, Sampling(), ()).ids
+
+
+@dataclass
+class Service:
+    """The two that stay, as processes."""
+
+    settings: Settings
+    server: Process
+    dealer: Process
+    noise: dict[Rank, list[str]]
+
+    def ask(self, question: str) -> Report:
+        """A client, in this process."""
+        with connect_all(C, self.settings, Ledger()) as network:
+            agree(network.links, C, said(self.settings.public))
+            own = Question(question, stop_at_eos=False)
+            return ask(network.links, network.ledger, self.settings.public, own)
+
+    def seen(self, rank: Rank, words: str, times: int = 1) -> None:
+        """Wait until lines with these words have been printed."""
+        limit = time.monotonic() + 20
+        while sum(words in line for line in self.noise[rank]) < times:
+            assert time.monotonic() < limit, self.noise[rank]
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def serving(
+    model: Model, tmp_path: Path, tokens: int = TOKENS, sessions: int = 3, reconnect_s: float = 2
+) -> Iterator[Service]:
+    public = PublicConfig(policy="full", max_new_tokens=tokens)
+    settings = free_settings(connect_s=60, recv_s=60, reconnect_s=reconnect_s)
+    settings = settings.model_copy(update={"public": public})
+    config = write_config(settings, tmp_path / "config.yaml")
+    document = tmp_path / "document.txt"
+    document.write_text(DOCUMENT)
+    flags = ["--config", config, "--serve", "--sessions", sessions]
+    with started() as children:
+        children.append(start(PARTY, "--rank", 2, *flags))
+        children.append(start(PARTY, "--rank", 0, *flags, "--model", model.folder, "--context", document))
+        dealer, server = children
+        service = Service(settings, server, dealer, {S: [], D: []})
+        for rank, child in ((S, server), (D, dealer)):
+
+            def read(rank: Rank = rank, child: Process = child) -> None:
+                assert child.stderr is not None
+                service.noise[rank].extend(iter(child.stderr.readline, ""))
+
+            threading.Thread(target=read, daemon=True).start()
+            # lines appear as they are printed: `extend` takes them one by one
+        for rank in (S, D):
+            service.seen(rank, "serving at")
+        yield service
+
+
+def stop(service: Service) -> None:
+    """Both end in order when they are told to."""
+    for child in (service.server, service.dealer):
+        child.send_signal(signal.SIGTERM)
+    for rank, child in ((S, service.server), (D, service.dealer)):
+        assert child.wait(timeout=20) == 143
+        service.seen(rank, "stopped by SIGTERM")
+        assert errors_of("".join(service.noise[rank])) == [f"error: {rank.label}: stopped by SIGTERM"]
+
+
+def test_one_after_another_and_several_at_once(model: Model, tmp_path: Path) -> None:
+    with serving(model, tmp_path) as service, ThreadPoolExecutor(3) as pool:
+        expected = [plain(model, service.settings.public, question) for question in QUESTIONS]
+        assert len({tuple(ids) for ids in expected}) == 3
+        torch.set_num_threads(1)
+        assert [service.ask(question).token_ids for question in QUESTIONS] == expected
+        at_once = list(pool.map(service.ask, QUESTIONS))
+        assert [report.token_ids for report in at_once] == expected
+        for rank in (S, D):
+            service.seen(rank, f"done: {TOKENS} tokens", times=6)
+        assert len({line.split()[2] for line in service.noise[S] if "done:" in line}) == 6  # sessions' names
+        stop(service)
+
+
+def test_a_failed_session_ends_alone_and_one_too_many_is_told(model: Model, tmp_path: Path) -> None:
+    with serving(model, tmp_path, sessions=1) as service:
+        settings = service.settings
+        with connect_all(C, settings, Ledger()) as first:
+            with pytest.raises(
+                PeerFailed, match="refused: (server|dealer) serves 1 session at once, and not one"
+            ):
+                connect_all(C, settings, Ledger())
+            other = PublicConfig(policy="full", max_new_tokens=TOKENS + 1)
+            with pytest.raises(MpcacheError, match="max_new_tokens is 4 at .*, 5 at client"):
+                agree(first.links, C, said(other))
+                first[S].recv_facts("facts/model")
+            first.close("client: it was the wrong config")
+        for rank in (S, D):
+            service.seen(rank, "ended: ")
+        report = service.ask(QUESTIONS[0])
+        assert report.token_ids == plain(model, settings.public, QUESTIONS[0])
+        stop(service)
+
+
+def test_no_mask_is_used_in_two_sessions(model: Model, tmp_path: Path) -> None:
+    """W - B of each session, as the client gets it: for the same W they differ by fresh masks."""
+    opened: list[list[torch.Tensor]] = []
+    with serving(model, tmp_path, tokens=1) as service:
+        for _ in range(2):
+            taken: list[torch.Tensor] = []
+            with connect_all(C, service.settings, Ledger()) as network:
+                agree(network.links, C, said(service.settings.public))
+                link, swap = network[S], network[S].swap
+
+                def tap(step: str, *rest: object, swap=swap, taken=taken) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+                    got: list[torch.Tensor] = swap(step, *rest)
+                    if step.startswith("setup/"):
+                        taken.extend(tensor.clone() for tensor in got)
+                    return got
+
+                link.swap = tap  # type: ignore[method-assign]
+                ask(network.links, network.ledger, service.settings.public, Question(QUESTIONS[0]))
+            opened.append(taken)
+    first, second = opened
+    assert len(first) == len(second) > 10
+    for one, two in zip(first, second, strict=True):
+        assert one.shape == two.shape
+        equal = (one == two).double().mean().item()  # bytes of uniform differences: 1 in 256
+        assert equal < 0.5 if one.numel() < 500 else equal < 0.02
+
+
+# --------------------------------------------------------------------------------- the listener alone
+
+
+def test_streams_of_different_sessions_never_meet() -> None:
+    settings = free_settings()
+    with ThreadPoolExecutor(2) as pool:
+        listener = Listener(S, settings, limit=2)
+        try:
+            clients = list(pool.map(lambda _: connect_all(C, settings, Ledger(), peers=[S]), range(2)))
+            servers: dict[str | None, Network] = {}
+            for _ in clients:
+                network = listener.next(5)
+                assert network is not None
+                servers[network.session] = network
+            assert len({client.session for client in clients}) == 2
+            for number, client in enumerate(clients):
+                client[S].send("name", [torch.tensor([number])])
+            for number, client in enumerate(clients):
+                got = servers[client.session][C].recv("name", [(torch.int64, (1,))])
+                assert got[0].item() == number
+            clients[0].close("it has gone")
+            other = servers[clients[1].session]
+            other[C].send("still", [torch.tensor([7])])
+            assert clients[1][S].recv("still", [(torch.int64, (1,))])[0].item() == 7
+            clients[1].close("it has gone")
+        finally:
+            listener.close("the test is over")
+
+
+# ------------------------------------------------------------------------------------------- the soak
+
+
+def memory_mb(child: Process) -> float:
+    """Resident memory of a process, in MB."""
+    status = Path(f"/proc/{child.pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_hundred_sessions_leave_nothing_behind(model: Model, tmp_path: Path) -> None:
+    with serving(model, tmp_path, tokens=1) as service:
+        torch.set_num_threads(1)
+        expected = plain(model, service.settings.public, QUESTIONS[0])
+        levels: dict[str, list[float]] = {"server": [], "dealer": []}
+        for number in range(200):
+            assert service.ask(QUESTIONS[0]).token_ids == expected
+            if number % 20 == 19:
+                service.seen(S, "done:", times=number + 1)
+                service.seen(D, "done:", times=number + 1)
+                levels["server"].append(memory_mb(service.server))
+                levels["dealer"].append(memory_mb(service.dealer))
+        print({name: [round(mb) for mb in level] for name, level in levels.items()})
+        for level in levels.values():
+            assert max(level[5:]) - level[1] < 16  # MB, over 160 sessions
+        for child in (service.server, service.dealer):
+            assert len(list(Path(f"/proc/{child.pid}/task").iterdir())) < 40  # threads
+            assert len(list(Path(f"/proc/{child.pid}/fd").iterdir())) < 60
+        stop(service)

@@ -69,7 +69,7 @@ class Service:
 
     def seen(self, rank: Rank, words: str, times: int = 1) -> None:
         """Wait until lines with these words have been printed."""
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + 90
         while sum(words in line for line in self.noise[rank]) < times:
             assert time.monotonic() < limit, self.noise[rank]
             time.sleep(0.05)
@@ -95,10 +95,10 @@ def serving(
 
             def read(rank: Rank = rank, child: Process = child) -> None:
                 assert child.stderr is not None
-                service.noise[rank].extend(iter(child.stderr.readline, ""))
+                for line in child.stderr:
+                    service.noise[rank].append(line)
 
             threading.Thread(target=read, daemon=True).start()
-            # lines appear as they are printed: `extend` takes them one by one
         for rank in (S, D):
             service.seen(rank, "serving at")
         yield service

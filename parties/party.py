@@ -367,8 +367,6 @@ def _run(
             return ask(links, ledger, public, own, say, voice.token, watch, keeper, tapes)
         case _:
             return deal(links, ledger, public, say, watch, keeper)
-        case _:
-            return deal(links, ledger, public, say, watch, keeper)
 
 
 def _end_with_parent() -> None:

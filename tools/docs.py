@@ -147,6 +147,7 @@ def layer(spec: str, index: int) -> Iterator[str]:
         if number != index:
             continue
         parts = [total([[str(line.times), line.formula or "?"]]) for line in step.opened]
+        assert step.offline is not None and not any("?" in part for part in parts), (spec, name)
         sent = " + ".join(f"`{part}`" for part in parts) or "0"
         kinds = ", ".join(step.kinds)
         yield f"| {name} | {step.rounds or 'beside another'} | {sent} | `{step.offline}` | {kinds} |"

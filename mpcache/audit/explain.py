@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-import torch
-
 from mpcache.audit.catalog import told_of
 from mpcache.audit.formula import Names, total
 from mpcache.cost import PROTOCOLS, CostParty, split
@@ -27,6 +25,7 @@ from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.evicting import LivingPlan
 from mpcache.rank import Rank
 from mpcache.secure.correlations import Request
+from mpcache.secure.party import COMPUTING
 from mpcache.secure.program import Opening
 from mpcache.session import Session
 
@@ -49,19 +48,24 @@ class Seen:
 
 @dataclass
 class Said:
-    """What one step of one layer opens and draws. levels: of its key trees, the first of them."""
+    """What one step of one layer opens and draws. keys: bytes of one key, for each kind of tree in it."""
 
     opened: list[Seen] = field(default_factory=list)
     dealt: list[Seen] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     rounds: int = 0
-    levels: int = 0
+    keys: list[int] = field(default_factory=list)
+
+    @property
+    def symbols(self) -> dict[str, int]:
+        """key1, key2, ...: how large a key is depends on its depth, which may depend on other sizes."""
+        return {f"key{i}": size for i, size in enumerate(self.keys, 1)}
 
     @property
     def form(self) -> tuple[Any, ...]:
         """What readings of one program at different sizes have in common."""
         seen = ((one.why, one.to, len(one.size)) for one in (*self.opened, *self.dealt))
-        return self.rounds, tuple(self.kinds), tuple(seen)
+        return self.rounds, tuple(self.kinds), len(self.keys), tuple(seen)
 
 
 class Witness(CostParty):
@@ -84,11 +88,13 @@ class Witness(CostParty):
         said = self.said[step]
         if request.kind not in said.kinds:
             said.kinds.append(request.kind)
+        tree = [part for part in request.derived if part.public]  # of shapes (keys, ...), sent to both
+        if tree:
+            said.keys.append(sum(part.nbytes for part in tree) // max(1, tree[0].shape[0]))
+            said.dealt.append(Seen(request.kind, "", (tree[0].shape[0], said.keys[-1], len(COMPUTING))))
         for part in request.derived:
-            size = (*part.shape, part.dtype.itemsize * (2 if part.public else 1))
-            said.dealt.append(Seen(request.kind, "", size))
-            if part.public and part.dtype == torch.uint8:
-                said.levels = said.levels or part.shape[-1]
+            if not part.public:
+                said.dealt.append(Seen(request.kind, "", (*part.shape, part.dtype.itemsize)))
         return super().draw(request, step)
 
 
@@ -106,13 +112,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one layer: its protocols, rounds, openings, and the dealer's bytes. levels: of its key
-    trees, a symbol of the formulas where they depend on the sizes."""
+    """One step of one layer: its protocols, rounds, openings, and the dealer's bytes. keys: bytes of
+    a key of each of its trees, symbols of the formulas where they depend on the sizes."""
 
     name: str
     kinds: tuple[str, ...]
     rounds: int
-    levels: int
+    keys: tuple[int, ...]
     opened: tuple[Line, ...]
     offline: str | None
     offline_bytes: int
@@ -201,7 +207,7 @@ def explained(shape: ModelShape, spec: str, context: int, question: int, protoco
         every = [reading.steps[key] for reading in readings]
         # H is written where KV and g come together.
         mine = {s: tuple(r.symbols[key[0]][s] for r in readings) for s in first.symbols[key[0]] if s != "H"}
-        mine["levels"] = tuple(one.levels for one in every)
+        mine |= {s: tuple(one.symbols[s] for one in every) for s in said.symbols}
         of = known.setdefault(tuple(mine.values()), Names(mine if len(readings) == READINGS else {}))
         counted: dict[tuple[str, str, str | None, int], int] = defaultdict(int)
         for i, seen in enumerate(said.opened):
@@ -212,7 +218,7 @@ def explained(shape: ModelShape, spec: str, context: int, question: int, protoco
         )
         dealt = [[one.dealt[i].size for one in every] for i in range(len(said.dealt))]
         steps[key] = Step(
-            key[1], tuple(said.kinds), said.rounds, said.levels, lines,
+            key[1], tuple(said.kinds), said.rounds, tuple(said.keys), lines,
             _formula(of, dealt), sum(seen.bytes for seen in said.dealt),
         )  # fmt: skip
     return Explained(first.bound, first.symbols, steps)
@@ -276,7 +282,8 @@ def explain(shape: ModelShape, spec: str, context: int, question: int, protocol:
     for which, symbols in runs([_own(plan.symbols[i], plan.symbols[None]) for i in range(shape.layers)]):
         yield f"  {which}: " + ", ".join(f"{name} = {value}" for name, value in symbols.items())
     yield "  (n: tokens in the cache; pairs(x) = x (x - 1) / 2; modulus(x): the power of two from x on,"
-    yield f"  which ranks are opened modulo; rank_bytes(x): their bytes; groups(x): x / {GROUP}, rounded up)."
+    yield "  which ranks are opened modulo; rank_bytes(x): their bytes; count_bytes(x): those of"
+    yield f"  a count up to x; groups(x): x / {GROUP}, rounded up)."
     steps: dict[Any, dict[str, Step]] = defaultdict(dict)
     for (number, op), step in plan.steps.items():
         steps["first" if op == "embed" else "last" if number is None else number][op] = step
@@ -304,9 +311,12 @@ def _told(step: Step) -> Iterator[str]:
         formula = f"{times}{line.formula} = " if line.formula and not line.formula.isdigit() else ""
         yield f"    to {line.to}: {line.why}: {formula}{line.bytes * line.times:,} B"
     if step.offline_bytes:
-        levels = f" (key trees of {step.levels} levels)" if step.levels else ""
+        keys = [
+            f"key{i} = {size} B" for i, size in enumerate(step.keys, 1) if f"key{i}" in (step.offline or "")
+        ]
+        told = f" ({', '.join(keys)})" if keys else ""
         formula = f"{step.offline} = " if step.offline and not step.offline.isdigit() else ""
-        yield f"    from the dealer, ahead: {formula}{step.offline_bytes:,} B{levels}"
+        yield f"    from the dealer, ahead: {formula}{step.offline_bytes:,} B{told}"
 
 
 def _kinds(kinds: Sequence[str]) -> str:

@@ -84,9 +84,10 @@ class Names:
         return None if n is None else f"pairs({n})"
 
     def _of_another(self, values: Vector) -> str | None:
-        """What ranks of so many items are taken modulo, and their bytes: of a size named before."""
+        """What ranks of so many items are taken modulo, their bytes, and those of a count of them: of a size
+        named before."""
         for mine, name in list(self.found.items()):
-            for function in (modulus, rank_bytes):
+            for function in (modulus, rank_bytes, count_bytes):
                 if name is not None and tuple(map(function, mine)) == values:
                     return f"{function.__name__}({name})"
         return None
@@ -110,6 +111,11 @@ def modulus(n: int) -> int:
 def rank_bytes(n: int) -> int:
     """Bytes of such a rank."""
     return bytes_for(modulus(n).bit_length() - 1)
+
+
+def count_bytes(n: int) -> int:
+    """Bytes of a count of up to n items, with its sign."""
+    return bytes_for(1 + n.bit_length())
 
 
 def solve(columns: Sequence[Sequence[int]], values: Sequence[int]) -> list[Fraction] | None:
@@ -182,6 +188,6 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
     """What an expression gives; it comes from this module, never from outside."""
     known: dict[str, Any] = {
         "__builtins__": {},
-        **{function.__name__: function for function in (pairs, groups, modulus, rank_bytes)},
+        **{function.__name__: function for function in (pairs, groups, modulus, rank_bytes, count_bytes)},
     }
     return int(eval(expression, known, dict(sizes)))  # noqa: S307

@@ -51,7 +51,7 @@ def test_formulas_hold_at_other_sizes(spec: str, kind: str) -> None:
         there = bytes_of(reading)
         assert list(plan.steps) == list(there)
         for key, step in plan.steps.items():
-            sizes = {**reading.symbols[key[0]], "levels": reading.steps[key].levels}
+            sizes = {**reading.symbols[key[0]], **reading.steps[key].symbols}
             opened: Counter[str] = Counter()
             for line in step.opened:
                 assert line.formula is not None, (key, line)

@@ -34,6 +34,12 @@ NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 POSITIONS = ("rope", "learned")
 ROPE_SCALINGS = ("linear", "llama3")
+# Larger sizes than any model has. A shape also comes from files and peers: it must not make its reader
+# count to a trillion layers.
+LARGEST = {
+    "layers": 1 << 12, "width": 1 << 20, "heads": 1 << 12, "kv_heads": 1 << 12, "head_dim": 1 << 14,
+    "ffn": 1 << 22, "vocab": 1 << 24, "max_positions": 1 << 26,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- shapes
@@ -99,8 +105,9 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         """Raises ValueError on a value out of its range."""
-        for name in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions"):
-            _whole(name, getattr(self, name))
+        for name, largest in LARGEST.items():
+            if _whole(name, getattr(self, name)) > largest:
+                raise ValueError(f"{name} is {_short(getattr(self, name))}; at most {largest} is possible")
         for name in ("gated", "qkv_bias", "o_bias", "mlp_bias", "lm_bias"):
             _flag(name, getattr(self, name))
         for name in ("norm_eps", "rope_theta"):
@@ -378,9 +385,10 @@ class _Checkpoint:
             if not isinstance(shards, dict) or not shards:
                 raise ModelError(f"{index}: has no weight_map; copy it again from where the model came from")
             names = sorted({str(name) for name in shards.values()})
+            there = {file.name for file in self.folder.iterdir() if file.is_file()}
             for name in names:
                 # The name comes from a file that somebody else wrote: it must not lead out of the folder.
-                if Path(name).name != name or not (self.folder / name).is_file():
+                if name not in there:
                     raise ModelError(
                         f"{self.folder}: {_short(name)}, named by the index, is not there; copy it here"
                     )

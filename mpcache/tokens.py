@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
@@ -12,6 +14,42 @@ import tokenizers
 from mpcache.errors import ModelError, MpcacheError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token that stands for one raw byte (byte fallback)
+
+
+class LibraryError(Exception):
+    """What the `tokenizers` library makes of bad input, in one kind."""
+
+
+@contextmanager
+def _library() -> Iterator[None]:
+    """Its own errors are bare Exceptions; a panic of its Rust code is not even that."""
+    try:
+        yield
+    except MpcacheError:
+        raise  # a stop signal's, which may come at any time
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise LibraryError(" ".join(str(error).split())[:300]) from error
+        raise
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A panic tells stderr about itself before it is caught. Nobody else writes there meanwhile."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def parse(content: bytes) -> tokenizers.Tokenizer:
+    """What a tokenizer.json holds. Raises LibraryError."""
+    with _library(), _quiet():
+        return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
 
 
 class Tokenizer:
@@ -35,12 +73,9 @@ class Tokenizer:
             raise ModelError(f"{folder}: no tokenizer.json in it; save the fast tokenizer of the model there")
         try:
             content = file.read_bytes()
-            inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except MpcacheError:
-            raise  # a stop signal's, which may come at any time
-        except Exception as error:  # the library raises bare Exceptions
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"{file}: cannot be read as a tokenizer: {reason}") from error
+            inner = parse(content)
+        except (OSError, LibraryError) as error:
+            raise ModelError(f"{file}: cannot be read as a tokenizer: {error}") from error
         return Tokenizer(inner, vocab, bos_id, hashlib.sha256(content).hexdigest())
 
     @property
@@ -55,11 +90,10 @@ class Tokenizer:
         a token that the model has no embedding for, or a text that is not Unicode.
         """
         try:
-            ids = self._inner.encode(text, add_special_tokens=False).ids
-        except MpcacheError:
-            raise  # a stop signal's, as above
-        except Exception as error:  # lone surrogates, and whatever else the library cannot take
-            raise ModelError(f"the text cannot be tokenized: {' '.join(str(error).split())[:300]}") from error
+            with _library():  # lone surrogates, and whatever else it cannot take
+                ids = self._inner.encode(text, add_special_tokens=False).ids
+        except LibraryError as error:
+            raise ModelError(f"the text cannot be tokenized: {error}") from error
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         if ids and max(ids) >= self.vocab:
@@ -69,7 +103,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=True)
+        try:
+            with _library():
+                return self._inner.decode(list(ids), skip_special_tokens=True)
+        except LibraryError as error:
+            raise ModelError(f"the answer's tokens cannot be decoded: {error}") from error
 
     def stream(self) -> TextStream:
         """A decoder for tokens that come one at a time."""

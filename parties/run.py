@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
-import tokenizers
 import torch
 
 from kernels import REFERENCE, Backend, backend
@@ -35,7 +34,8 @@ from mpcache.secure.party import ComputingParty, DealerParty
 from mpcache.secure.rng import SEED_BYTES, fresh_seed
 from mpcache.secure.stock import StockOps
 from mpcache.signals import between_tokens, stopping, token_by_token
-from mpcache.tokens import Tokenizer
+from mpcache.tokens import LibraryError, Tokenizer
+from mpcache.tokens import parse as parse_tokenizer
 from parties.checkpoint import Keeper
 from parties.session import confirm
 from parties.tape_store import TapeLink, TapeStore
@@ -496,10 +496,10 @@ def _recv_tokenizer(server: Link, facts: Mapping[str, Any]) -> torch.Tensor:
 def _tokenizer(vocabulary: torch.Tensor, shape: ModelShape) -> Tokenizer:
     content = _bytes(vocabulary)
     try:
-        inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exceptions
+        inner = parse_tokenizer(content)
+    except LibraryError as error:
         raise ModelError(
-            "the server's tokenizer.json cannot be read; is its model folder complete?"
+            "the server's tokenizer.json cannot be read; is its model folder complete?", private=False
         ) from error
     return Tokenizer(inner, shape.vocab, shape.bos_id, hashlib.sha256(content).hexdigest())
 

@@ -34,6 +34,7 @@ class Agreement:
     wrong: int  # of these, not the best by the private run's own scores, or changed for no reason: by
     # more than the fixed-point error that the row's scores had
     score_error: float  # the largest error of a score that a selection was made by
+    margin: float  # between the plain run's first two candidates, at the first token that differs (0: none)
 
 
 def record(ops: Ops) -> list[tuple[Any, Any]]:
@@ -123,4 +124,7 @@ def compare(
     difference = max(
         float((a - b).abs().max()) for a, b in list(zip(plain_logits, logits, strict=True))[: same + 1]
     )
-    return Agreement(plain_tokens, tokens, difference, selections, changed, wrong, score_error)
+    first, second = plain_logits[same].topk(2).values.tolist() if same < n else (0.0, 0.0)
+    return Agreement(
+        plain_tokens, tokens, difference, selections, changed, wrong, score_error, first - second
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def replaced(rng: random.Random, tree: Any) -> Any:
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(tree))
         if not places:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         holder, key = rng.choice(places)
         match rng.randrange(5):
             case 0:
@@ -72,9 +73,9 @@ def replaced(rng: random.Random, tree: Any) -> Any:
                 if its in other if isinstance(other, dict) else its < len(other):
                     holder[key] = json.loads(json.dumps(other[its]))
             case 2 if isinstance(holder, dict):
-                holder[rng.choice((*map(str, VALUES), str(key) + "x"))] = rng.choice(VALUES)
+                holder[rng.choice((*map(str, VALUES), str(key) + "x"))] = copy.deepcopy(rng.choice(VALUES))
             case _:
-                holder[key] = rng.choice(VALUES)
+                holder[key] = copy.deepcopy(rng.choice(VALUES))
     return tree
 
 

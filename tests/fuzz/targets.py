@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import yaml
 from google.protobuf.message import DecodeError
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mpcache.answer import bind
 from mpcache.config import PublicConfig, Settings, load_settings
@@ -24,7 +26,7 @@ from mpcache.frames import FrameLink
 from mpcache.inputs import read_text
 from mpcache.ledger import Ledger
 from mpcache.link import Hello
-from mpcache.local_link import LocalLink
+from mpcache.local_link import local_pair
 from mpcache.model import ModelShape, load_model, load_shape
 from mpcache.policy import parse
 from mpcache.rank import Rank
@@ -39,11 +41,12 @@ LONGEST_LINE = 2500  # characters of an error
 
 @dataclass(frozen=True)
 class Target:
-    """run: reads one case.  make: the next case.  share: of all cases."""
+    """run: reads one case.  make: the next case.  share: of all cases.  whole: an undamaged one."""
 
     run: Callable[[bytes], None]
     make: Callable[[random.Random], bytes]
     share: int
+    whole: bytes
 
 
 def check_line(error: MpcacheError) -> None:
@@ -62,11 +65,13 @@ def targets(folder: Path) -> dict[str, Target]:
     learned = save(make("gpt2-gelu"), folder / "learned")
     found: dict[str, Target] = {}
 
-    def bytes_of(name: str, share: int, run: Callable[[bytes], None], seeds: Sequence[bytes]) -> None:
+    def bytes_of(
+        name: str, share: int, run: Callable[[bytes], None], seeds: Sequence[bytes], whole: bytes = b""
+    ) -> None:
         def make(rng: random.Random) -> bytes:
             return damaged(rng, rng.choice(seeds), seeds)
 
-        found[name] = Target(run, make, share)
+        found[name] = Target(run, make, share, whole or seeds[0])
 
     def json_of(name: str, share: int, run: Callable[[bytes], None], seeds: Sequence[Any]) -> None:
         texts = [json.dumps(seed).encode() for seed in seeds]
@@ -76,7 +81,7 @@ def targets(folder: Path) -> dict[str, Target]:
                 return damaged(rng, rng.choice(texts), texts)
             return json.dumps(replaced(rng, rng.choice(seeds))).encode()
 
-        found[name] = Target(run, make, share)
+        found[name] = Target(run, make, share, texts[0])
 
     _files(folder, model, learned, bytes_of, json_of)
     _messages(model, bytes_of, json_of)
@@ -116,7 +121,8 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
         (damaged_model / "model.safetensors").write_bytes(data)
         load_model(damaged_model)
 
-    bytes_of("safetensors", 4, tensors, [weights[: header + largest], weights[:header], weights[:200]])
+    pieces = [weights[: header + largest], weights[:header], weights[:200]]
+    bytes_of("safetensors", 4, tensors, pieces, whole=weights)
 
     def names_of(data: bytes) -> None:
         tensors(len(data).to_bytes(8, "little") + data + weights[header:])
@@ -134,13 +140,13 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     json_of("safetensors index", 2, shards, [index])
 
     spoken = copy(model, "tokenizer")
-    vocabulary = json.loads((model / "tokenizer.json").read_text())
+    vocabularies = [json.loads((model / "tokenizer.json").read_text()), *map(json.loads, _vocabularies())]
 
     def tokenizer(data: bytes) -> None:
         (spoken / "tokenizer.json").write_bytes(data)
         _speak(Tokenizer.load(spoken, 300, 1))
 
-    json_of("tokenizer.json", 8, tokenizer, [vocabulary])
+    json_of("tokenizer.json", 8, tokenizer, vocabularies)
 
     file = place / "text"
     plain = Tokenizer.load(model, 300, 1)
@@ -174,6 +180,24 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     bytes_of("policy", 10, policy, [spec.encode() for spec in specs])
 
 
+def _vocabularies() -> list[str]:
+    """Tokenizers of the other kinds that models come with."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("▁the", -1.0), ("a", -2.0)]
+    unigram = tokenizers.Tokenizer(models.Unigram(pieces, 0))
+    unigram.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Lowercase()]
+    )
+    unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    parts = {"[UNK]": 0, "[CLS]": 1, "gate": 2, "##s": 3}
+    words = tokenizers.Tokenizer(models.WordPiece(parts, unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words.decoder = decoders.WordPiece()
+    words.post_processor = processors.TemplateProcessing("[CLS] $A", special_tokens=[("[CLS]", 1)])
+    words.enable_padding(length=8)
+    words.enable_truncation(6)
+    return [unigram.to_str(), words.to_str()]
+
+
 BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
     b"%c: &%c [*%c,*%c,*%c,*%c,*%c,*%c,*%c,*%c,*%c]\n" % (b, b, *([b - 1] * 9)) for b in range(98, 106)
 )
@@ -204,8 +228,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
 
     def stream(data: bytes) -> None:
         """Frames, each with its length before it, through the program that expects this conversation."""
-        link = LocalLink(Rank.SERVER, Rank.CLIENT, Ledger(), 0.01)
-        link.other = LocalLink(Rank.CLIENT, Rank.SERVER, Ledger(), 0.01)
+        link, _ = local_pair(Ledger(), Ledger(), timeout=0.01)
         offset = 0
         while offset < len(data):
             size = int.from_bytes(data[offset : offset + 2], "little")
@@ -216,22 +239,21 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
         link.recv_facts("facts")
         link.recv("layer0/select", specs)
         _more(link, 1)
-        link.recv_facts("after")
 
     joined = b"".join(len(f).to_bytes(2, "little") + f for f in conversation)
     bytes_of("frames", 22, stream, [joined])
 
     def one(data: bytes) -> None:
         """A single message where tensors are expected, whatever it says of its sizes."""
-        link = LocalLink(Rank.SERVER, Rank.CLIENT, Ledger(), 0.01)
-        link.other = link
+        link, _ = local_pair(Ledger(), Ledger(), timeout=0.01)
         link.arrived(data)
         link.recv("layer0/select", specs)
 
     extreme = [pb.Frame(tensors=pb.Tensors(step="layer0/select", sequence=s, layout=t, offset=o, data=d))
                for s in (0, 2**64 - 1) for o in (0, 2**63) for d in (b"", b"x" * 300)
                for t in ("int64(4, 6) uint8(7,)", f"int64({2**62}, 6)", "")]  # fmt: skip
-    bytes_of("tensors", 10, one, [f.SerializeToString() for f in extreme])
+    (plain,) = _frames(lambda link: link.send("layer0/select", [words, bits]))
+    bytes_of("tensors", 10, one, [f.SerializeToString() for f in extreme], whole=plain)
 
     def introduction(data: bytes) -> None:
         try:
@@ -239,7 +261,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
             said = pb.Hello(**tree) if isinstance(tree, dict) else pb.Hello()
         except (ValueError, TypeError, DecodeError, RecursionError):
             return  # no such message can be written
-        link = LocalLink(Rank.SERVER, Rank.CLIENT, Ledger(), 0.01)
+        link, _ = local_pair(Ledger(), Ledger(), timeout=0.01)
         link.arrived(pb.Frame(hello=said).SerializeToString())
         compare(Hello(1, Rank.SERVER, "11", PublicConfig().flat()), link.recv_hello(), Rank.CLIENT)
 
@@ -251,7 +273,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
     }  # fmt: skip
 
     def public(data: bytes) -> None:
-        link = LocalLink(Rank.CLIENT, Rank.SERVER, Ledger(), 0.01)
+        _, link = local_pair(Ledger(), Ledger(), timeout=0.01)
         message = pb.Facts(step="facts/model", json=data.decode("utf-8", "replace"))
         link.arrived(pb.Frame(facts=message).SerializeToString())
         said = link.recv_facts("facts/model")
@@ -263,9 +285,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
     vocabulary = (model / "tokenizer.json").read_bytes()
 
     def given(data: bytes) -> None:
-        link = LocalLink(Rank.CLIENT, Rank.SERVER, Ledger(), 0.01)
-        sender = LocalLink(Rank.SERVER, Rank.CLIENT, Ledger(), 0.01)
-        sender.other = link
+        sender, link = local_pair(Ledger(), Ledger(), timeout=0.01)
         sender.send("facts/tokenizer", [torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)])
         _speak(_recv_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))}, loaded.shape))
 
@@ -273,10 +293,15 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
 
 
 def _frames(*steps: Callable[[FrameLink], None]) -> list[bytes]:
-    """The frames that a link posts for these calls."""
+    """The frames that a link sends by these calls."""
+    link, other = local_pair(Ledger(), Ledger(), Rank.CLIENT, Rank.SERVER, 0.01)
     frames: list[bytes] = []
-    link = LocalLink(Rank.CLIENT, Rank.SERVER, Ledger(), 0.01)
-    link._post = frames.append  # type: ignore[method-assign]
+
+    def keep(data: bytes) -> bool:
+        frames.append(data)
+        return True
+
+    other.arrived = keep  # type: ignore[method-assign]
     for step in steps:
         step(link)
     return frames

@@ -51,10 +51,14 @@ class View:
     )
     opened: list[Seen] = field(default_factory=list)
     order: list[Slot] = field(default_factory=list)  # of the openings: steps, reasons, shapes
+    frames: dict[Rank, list[bytes]] = field(default_factory=lambda: {rank: [] for rank in Rank})
 
     def frame(self, peer: Rank, data: bytes) -> None:
         frame = pb.Frame.FromString(data)
         kind = frame.WhichOneof("kind")
+        if kind == "ack":
+            return  # says how far the other's program is, and comes when there is much to confirm
+        self.frames[peer].append(data)
         message = getattr(frame, kind)
         match kind:
             case "tensors":

@@ -1,0 +1,69 @@
+"""One party alone, with what its peers said in another session: whole, or damaged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpcache.config import PublicConfig
+from mpcache.errors import MpcacheError
+from mpcache.ledger import Ledger
+from mpcache.local_link import LocalLink
+from mpcache.model import Model
+from mpcache.rank import Rank
+from parties.run import Document, Question, ask, deal, serve
+from tests.leaks.record import recording
+from tests.parties.test_run import play
+
+Conversation = dict[Rank, dict[Rank, list[bytes]]]  # what each party heard, from whom, frame by frame
+
+PUBLIC = PublicConfig(policy="mpcache:n_keep=16,coarse=8,fine=4,sink=1,recent=2", max_new_tokens=3)
+QUESTION = Question("the gate of", stop_at_eos=False)
+TEXT = "and the number of the gate of the city is " * 4
+WAIT_S = 0.05  # for a word that does not come
+
+
+def converse(model: Model) -> Conversation:
+    """A session of the three; all frames that arrived."""
+    with recording() as views:
+        reports = play(PUBLIC, model, tokens(model), QUESTION)
+    for report in reports.values():
+        if isinstance(report, MpcacheError):
+            raise report
+    return {rank: {peer: views[rank].frames[peer] for peer in Rank if peer is not rank} for rank in Rank}
+
+
+def tokens(model: Model) -> list[int]:
+    return model.tokenizer.encode(TEXT, bos=True)[:24]
+
+
+class Deaf(LocalLink):
+    """A link whose other end only talks."""
+
+    def _carry(self, data: bytes) -> None:
+        pass
+
+    _post = _carry
+
+
+def replay(
+    model: Model, heard: Conversation, rank: Rank, said: dict[Rank, list[bytes]]
+) -> BaseException | None:
+    """The party's error, or None if it came to its end."""
+    ledger = Ledger()
+    links: dict[Rank, Any] = {}
+    for peer, frames in said.items():
+        links[peer] = link = Deaf(rank, peer, ledger, WAIT_S)
+        for data in frames:
+            if not link.arrived(data):
+                break
+    try:
+        match rank:
+            case Rank.SERVER:
+                serve(links, ledger, PUBLIC, Document(model, tokens(model)))
+            case Rank.CLIENT:
+                ask(links, ledger, PUBLIC, QUESTION)
+            case _:
+                deal(links, ledger, PUBLIC)
+    except Exception as error:
+        return error
+    return None

@@ -10,6 +10,7 @@ sends, another receives, in the same order.
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from mpcache.config import PublicConfig
 from mpcache.errors import ConfigError, Desync, ModelError, PolicyError
 from mpcache.ledger import Ledger
 from mpcache.link import Link
-from mpcache.model import Model, ModelShape
+from mpcache.model import Model, ModelShape, Weights
 from mpcache.policy import Bound
 from mpcache.prefill import Prefill, prefill
 from mpcache.rank import Rank
@@ -427,6 +428,7 @@ def facts_of(stored: Mapping[str, Any], public: PublicConfig) -> Facts:
     model, question = stored["model"], stored["question"]
     shape = _shape(model)
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
+    _check_room(shape, context)
     said = {name: str(model.get(name, ""))[:80] for name in ("kernels", "model_digest", "tokenizer_digest")}
     facts = Facts(shape, context, asked, said.pop("kernels"), bind(shape, public, context, asked), said)
     return _given(facts, stored["counts"]) if "counts" in stored else facts
@@ -435,6 +437,22 @@ def facts_of(stored: Mapping[str, Any], public: PublicConfig) -> Facts:
 def _counts(facts: Facts) -> dict[str, list[int]]:
     """For `facts_of` a resumed session."""
     return {"counts": [layer.kept for layer in facts.policy.plan.layers]}
+
+
+def _check_room(shape: ModelShape, context: int) -> None:
+    """Every party holds masks of all weights and of the cache, 16 bytes a value: a shape that is only
+    claimed must not take a machine's memory. Raises ModelError."""
+    weights = sum(tensor.numel() for _, tensor in Weights.meta(shape).items())
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * min(context, shape.max_positions)
+    needed = 16 * (weights + cache)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        gib = 1 << 30
+        raise ModelError(
+            f"the server's model takes {needed / gib:.3g} GiB of memory at each party; this machine has "
+            f"{there / gib:.3g} GiB",
+            private=False,
+        )
 
 
 def _announce(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:

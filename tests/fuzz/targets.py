@@ -31,8 +31,8 @@ from mpcache.model import ModelShape, load_model, load_shape
 from mpcache.policy import parse
 from mpcache.rank import Rank
 from mpcache.tokens import Tokenizer
-from parties.run import _facts, _more, _recv_tokenizer
-from parties.session import compare
+from parties.run import _facts, _more, _recv_tokenizer, _tokenizer
+from parties.session import PROTOCOL_VERSION, compare
 from protos import party_pb2 as pb
 from tests.fuzz.mutate import damaged, replaced
 
@@ -215,7 +215,8 @@ def _speak(tokenizer: Tokenizer) -> None:
 def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
     """What a party gets from its peers."""
     loaded = load_model(model)
-    hello = Hello(1, Rank.CLIENT, "00ff", PublicConfig().flat())
+    hello = Hello(PROTOCOL_VERSION, Rank.CLIENT, "00ff", PublicConfig().flat())
+    mine = Hello(PROTOCOL_VERSION, Rank.SERVER, "11", hello.public)
     words, bits = torch.arange(24).reshape(4, 6), torch.ones(7, dtype=torch.uint8)
     specs = [(torch.int64, (4, 6)), (torch.uint8, (7,))]
     conversation = _frames(
@@ -235,7 +236,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
             if not link.arrived(data[offset + 2 : offset + 2 + size]):
                 break
             offset += 2 + size
-        compare(Hello(1, Rank.SERVER, "11", PublicConfig().flat()), link.recv_hello(), Rank.CLIENT)
+        compare(mine, link.recv_hello(), Rank.CLIENT)
         link.recv_facts("facts")
         link.recv("layer0/select", specs)
         _more(link, 1)
@@ -263,9 +264,14 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
             return  # no such message can be written
         link, _ = local_pair(Ledger(), Ledger(), timeout=0.01)
         link.arrived(pb.Frame(hello=said).SerializeToString())
-        compare(Hello(1, Rank.SERVER, "11", PublicConfig().flat()), link.recv_hello(), Rank.CLIENT)
+        compare(mine, link.recv_hello(), Rank.CLIENT)
 
-    json_of("hello", 4, introduction, [{"version": 1, "rank": 1, "nonce": "0", "public": dict(hello.public)}])
+    json_of(
+        "hello",
+        4,
+        introduction,
+        [{"version": PROTOCOL_VERSION, "rank": 1, "nonce": "0", "public": dict(hello.public)}],
+    )
 
     facts = {
         "shape": loaded.shape.to_dict(), "model_digest": loaded.digest, "tokenizer_bytes": 1000,
@@ -287,7 +293,8 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
     def given(data: bytes) -> None:
         sender, link = local_pair(Ledger(), Ledger(), timeout=0.01)
         sender.send("facts/tokenizer", [torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)])
-        _speak(_recv_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))}, loaded.shape))
+        taken = _recv_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))})
+        _speak(_tokenizer(taken, loaded.shape))
 
     bytes_of("tokenizer from the server", 4, given, [vocabulary])
 

@@ -7,15 +7,23 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import grpc
 import pytest
 
-from mpcache.errors import MpcacheError
+from mpcache.config import Settings
+from mpcache.errors import LinkError, MpcacheError
+from mpcache.frames import FRAME_BYTES
+from mpcache.ledger import Ledger
 from mpcache.model import Model, load_model
 from mpcache.rank import Rank
+from parties.grpc_link import RANK_KEY, SERVICE, connect_all
 from tests.fuzz.replay import Conversation, converse, replay
 from tests.fuzz.run import check_line
+from tests.parties.helpers import free_settings
 from tests.parties.processes import ROOT, tiny_model
 
 QUICK, MANY = 2500, 100_000  # cases
@@ -116,3 +124,47 @@ def test_damaged_sessions(model: Model, heard: Conversation) -> None:
 @pytest.mark.timeout(900)
 def test_many_damaged_sessions(model: Model, heard: Conversation) -> None:
     damaged_sessions(model, heard, 1500, 2)
+
+
+# --------------------------------------------------------------------------------------- on the wire
+
+
+@pytest.mark.slow
+def test_strangers_on_the_wire() -> None:
+    """Callers that are no party: odd metadata, unknown methods, frames that are none or too large. The
+    listener ends with a named error, whatever they do; it neither falls nor hangs."""
+    rng = random.Random(5)
+    for i in range(12):
+        settings = free_settings(connect_s=2, recv_s=1)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(_listen, settings)
+            with grpc.insecure_channel(settings.addresses.dealer) as channel:
+                grpc.channel_ready_future(channel).result(timeout=20)
+                _call(channel, rng, i)
+            error = waiting.result(timeout=30)
+        assert isinstance(error, LinkError), (i, error)
+        check_line(error)
+
+
+def _listen(settings: Settings) -> BaseException:
+    """The dealer, until it gives up."""
+    try:
+        with connect_all(Rank.DEALER, settings, Ledger()) as network:
+            for link in network.links.values():
+                link.recv_hello()
+                link.recv_facts("facts/model")
+    except Exception as error:
+        return error
+    raise AssertionError("a stranger was taken for a party")
+
+
+def _call(channel: grpc.Channel, rng: random.Random, i: int) -> None:
+    """One stream with odd content, to its end."""
+    rank = rng.choice(("0", "1", "1", "1", "2", "9", "-1", "x" * 2000))
+    metadata = [(RANK_KEY, rank)] if rng.random() < 0.9 else []
+    sizes = (0, 1, 100, 5000, FRAME_BYTES + 1) if i % 3 == 0 else (0, 1, 100, 5000)
+    frames = [rng.randbytes(rng.choice(sizes)) for _ in range(rng.randrange(4))]
+    method = f"/{SERVICE}/{'Connect' if i % 4 else 'Nothing'}"
+    with suppress(grpc.RpcError):
+        for _ in channel.stream_stream(method)(iter(frames), metadata=metadata, timeout=15):
+            pass

@@ -19,7 +19,10 @@ import yaml
 from google.protobuf.message import DecodeError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from mpcache import sealed, snapshot
 from mpcache.answer import bind
+from mpcache.audit.command import read_quality
+from mpcache.cache import Cache, LayerCache
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.errors import MpcacheError
 from mpcache.frames import FrameLink
@@ -30,8 +33,9 @@ from mpcache.local_link import local_pair
 from mpcache.model import ModelShape, load_model, load_shape
 from mpcache.policy import parse
 from mpcache.rank import Rank
+from mpcache.secure.shares import Resident, Share
 from mpcache.tokens import Tokenizer
-from parties.run import _facts, _more, _recv_tokenizer, _tokenizer
+from parties.run import _more, _recv_tokenizer, _tokenizer, facts_of
 from parties.session import PROTOCOL_VERSION, compare
 from protos import party_pb2 as pb
 from tests.fuzz.mutate import damaged, replaced
@@ -166,6 +170,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     bytes_of("party config", 5, settings, [written, b"public: {policy: full}\n", BOMB])
     json_of("party config values", 5, settings, [sections])
 
+    _kept(place, bytes_of, json_of)
     shape = ModelShape.from_config(configs[0])
     specs = ("mpcache:n_keep=0.5,coarse=16,fine=8,coarse_keep=0.5,share=0-1", "quest:page=4,pages=2",
              "streaming:sink=2,recent=5", "snapkv:cap=8,queries=3,pool=3", "h2o:heavy=4,recent=3",
@@ -196,6 +201,45 @@ def _vocabularies() -> list[str]:
     words.enable_padding(length=8)
     words.enable_truncation(6)
     return [unigram.to_str(), words.to_str()]
+
+
+def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
+    """What a party, or a run of another command, left on the disk."""
+    file, key = place / "kept", bytes(32)
+    sealed.write(file, key, {"step": 1}, [b"x" * 500])
+
+    def state(data: bytes) -> None:
+        file.write_bytes(data)
+        sealed.read_header(file)
+        sealed.read(file, key, {"step": 1})
+
+    bytes_of("checkpoint", 6, state, [file.read_bytes()])
+    share = Share(torch.arange(6).reshape(2, 3), 16, Rank.SERVER)
+    layer = LayerCache(Resident(share.data, share.data, 16), share, None)
+    tree = {
+        "cache": Cache([layer], 7),
+        "words": ["x", 1, 2.5, None],
+        "bytes": torch.ones(5, dtype=torch.uint8),
+    }
+
+    def content(data: bytes) -> None:
+        snapshot.load(bytearray(data))
+
+    bytes_of("checkpoint's content", 6, content, [b"".join(snapshot.dump(tree))])
+
+    def quality(data: bytes) -> None:
+        file.write_bytes(data)
+        read_quality(file)
+
+    row = {
+        "policy": "mpcache",
+        "task": "needle",
+        "accuracy": 0.5,
+        "context": 880,
+        "budget": 25,
+        "question": "-",
+    }
+    json_of("quality", 4, quality, [{"rows": [row, row]}])
 
 
 BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
@@ -284,7 +328,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
         link.arrived(pb.Frame(facts=message).SerializeToString())
         said = link.recv_facts("facts/model")
         config = PublicConfig(policy="mpcache:n_keep=0.5", max_new_tokens=4)
-        _facts(said, said, config)
+        facts_of({"model": said, "question": said}, config)
 
     json_of("facts", 12, public, [facts])
 

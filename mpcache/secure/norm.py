@@ -51,8 +51,9 @@ def norm_linear(
     """x = stream + change (m, width), and turn(x @ w) / sqrt(mean square of x + eps).
 
     stream: (m, width) at the change's fraction bits, opened; None for zero.  change: |raw| < 2^(ring-2).
-    turn: public and linear.  The mean squares lie in [2^-20, 2^17), |turn(x @ w)| below 2^20. The result
-    keeps its fraction bits; relative error 3e-5, and 2^-18 of the product. Four rounds.
+    turn: public and linear.  The mean squares lie in [2^-20, 2^17), |turn(x @ w)| below 2^14 (2^20 where
+    w's ring has 64 bits), and divided by the root below 2^10. The result keeps its
+    fraction bits; relative error 3e-5, and 2^-18 of the product. Four rounds.
     """
     x, total = yield from at("norm", _add(side, stream, change))
     width, bits = change.shape[-1], change.bits

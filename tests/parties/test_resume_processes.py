@@ -60,6 +60,7 @@ class Session:
             D: [],
         }
         self.state, self.children = tmp_path / "state", children
+        self.before = dict.fromkeys(Rank, 0)
         context = model.tokenizer.encode(document.read_text(), bos=True)
         asked = model.tokenizer.encode(QUESTION, bos=False)
         bound = bind(model.shape, self.public, len(context), len(asked))
@@ -67,6 +68,7 @@ class Session:
         self.answer = model.tokenizer.decode(plain.ids)
 
     def start(self, *more: object) -> dict[Rank, Process]:
+        self.before = {rank: self.step_of(rank) for rank in Rank}
         every = ["--config", self.config, "--state", self.state, *more]
         parties = {rank: start(PARTY, "--rank", int(rank), *every, *self.flags[rank]) for rank in (D, C, S)}
         self.children += parties.values()
@@ -76,7 +78,8 @@ class Session:
         return max((int(f.stem) for f in (self.state / rank.label).glob("*/0*.state")), default=0)
 
     def reach(self, rank: Rank, step: int, parties: dict[Rank, Process]) -> None:
-        limit = time.monotonic() + STEP_S
+        """A step of this run: what an earlier one left on disk does not count."""
+        step, limit = max(step, self.before[rank] + 1), time.monotonic() + STEP_S
         while self.step_of(rank) < step:
             assert time.monotonic() < limit
             assert all(child.poll() is None for child in parties.values()), [

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mpcache.config import PublicConfig
+from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.secure import party, rng
+from parties.run import Document, Question, ask, deal, serve
 from tests.leaks import needle, step_index
+from tests.leaks.record import recording
 from tests.leaks.sessions import MEANT, SELECTS, STEPS, Views, by_reason, sessions
 from tests.leaks.statistics import Bytes, above_chance, predicted, uniformity
+from tests.parties.helpers import free_settings, grpc_networks
 
 COMPUTING = (Rank.SERVER, Rank.CLIENT)
 LEAST = 45  # values of a reason that a test of it needs
@@ -223,3 +229,28 @@ def test_the_tokenizer_and_the_facts_are_all_that_is_said_in_the_clear(model: Mo
                 assert all(re.fullmatch(agreed, name) for name in json.loads(text))
             else:
                 assert set(json.loads(text)) == allowed[step]
+
+
+@pytest.mark.slow
+def test_the_wire_carries_the_same(model: Model) -> None:
+    """One session over real gRPC: the slots, openings and facts of one over local links, as uniform."""
+    policy, (secret,) = "mpcache" + SELECTS, needle.secrets_for(1, 3)
+    public = PublicConfig(policy=policy, max_new_tokens=2)
+    jobs: dict[Rank, Any] = {
+        Rank.SERVER: lambda links: serve(links, Ledger(), public, Document(model, secret.document())),
+        Rank.CLIENT: lambda links: ask(links, Ledger(), public, Question(secret.text, stop_at_eos=False)),
+        Rank.DEALER: lambda links: deal(links, Ledger(), public),
+    }
+    with (
+        recording() as views,
+        grpc_networks(free_settings(60, 60), *Rank) as networks,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        reports = pool.map(lambda network: jobs[network.rank](network.links), networks)
+        assert [report.rank for report in reports] == [int(rank) for rank in Rank]
+    (local,) = seen(model, policy, 1)
+    for rank in Rank:
+        assert views[rank].order == local[rank].order
+        for peer in Rank:
+            wired, here = ([s for s in v[rank].slots[peer] if len(s) > 1] for v in (views, local))
+            assert wired == here

@@ -135,7 +135,7 @@ def test_a_mask_that_is_too_short_is_seen(model: Model, monkeypatch: pytest.Monk
         return value & ((1 << 62) - 1) if value.dtype == torch.int64 and not part.own else value
 
     monkeypatch.setattr(party, "_expand", short)
-    assert "activation, masked" in suspicious(seen(model, "full", 4))
+    assert {"resident, masked", "stream, masked"} <= suspicious(seen(model, "full", 4))
 
 
 def repeated_words(views: list[Views]) -> int:
@@ -147,7 +147,7 @@ def repeated_words(views: list[Views]) -> int:
     repeated = 0
     for pieces in opened.values():
         words = np.concatenate(pieces).view(np.int64).ravel()
-        assert len(words) > 1000
+        assert len(words) > 300
         repeated += len(words) - len(np.unique(words))
     return repeated
 

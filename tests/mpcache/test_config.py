@@ -86,7 +86,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("timeouts: {recv_s: .nan}", "timeouts.recv_s is nan"),
         ("timeouts: {recv_s: -1}", "timeouts.recv_s is -1: .*greater than 0"),
         ("public: {policy: 'a", "line 1: not valid YAML"),
-        ("a: &a [*a, *a]", "unknown key a"),
+        ("a: &a [*a, *a]", r"line 1: not valid YAML: aliases \(\*\) are not allowed"),
         ("? {a: 1}\n: 2", "not valid YAML"),
         ("\x00", "not valid YAML"),
         ("[" * 5000, "not valid YAML"),

@@ -170,7 +170,11 @@ class Tap:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:  # it does not listen yet: who calls calls again
+                    near.close()
+                    continue
                 for source, sink in ((near, far), (far, near)):
                     Thread(target=self._forward, args=(source, sink), daemon=True).start()
 

@@ -178,11 +178,16 @@ def delaying_proxy(target: str, profile: Profile) -> Iterator[str]:
                 return
 
     def accept() -> None:
-        try:
-            outer, _ = listener.accept()
-        except OSError:
-            return
-        inner = socket.create_connection((host, int(port)))
+        inner = None
+        while inner is None:
+            try:
+                outer, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                inner = socket.create_connection((host, int(port)))
+            except OSError:  # it does not listen yet: who calls calls again
+                outer.close()
         ends.extend((outer, inner))
         for end in ends:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -92,6 +92,7 @@ def test_what_is_seen_is_uniform_and_in_the_same_slots(model: Model, policy: str
     assert suspicious(views, received=True) == set()  # not even the logits' share tells without one's own
 
 
+@pytest.mark.slow
 def test_stock_is_uniform_and_in_the_same_slots(model: Model) -> None:
     views = seen(model, "mpcache" + SELECTS, 3, protocol="stock")
     check_slots(views)
@@ -159,7 +160,7 @@ def test_no_mask_comes_twice(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
     policy = "mpcache" + SELECTS
     assert repeated_words([views for views, _ in sessions(model, same, policy)]) == 0
     monkeypatch.setattr("parties.run.fresh_seed", lambda: bytes(rng.SEED_BYTES))
-    assert repeated_words([views for views, _ in sessions(model, same[:2], policy)]) > 1000
+    assert repeated_words([views for views, _ in sessions(model, same[:2], policy)]) > 300
 
 
 # --------------------------------------------------------------------------------------- classifiers

@@ -146,6 +146,7 @@ def test_csv(tmp_path: Path) -> None:
         assert len(list(csv.DictReader(file))) == 4 * 6
 
 
+@pytest.mark.slow
 def test_explain_names_every_opening() -> None:
     text = run("--explain", "mpcache", "--context", "100").stdout
     for words in (

@@ -51,6 +51,7 @@ def test_ledgers_equal_the_model_and_stand_beside_it(model: Path, tmp_path: Path
     assert "measured_ms_per_token" in report.read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_keeps_what_it_has(model: Path, tmp_path: Path) -> None:
     with started() as children:
         table = tmp_path / "rows.csv"

@@ -115,6 +115,7 @@ def session(tmp_path: Path, folder: Path, model: Model) -> Iterable[Session]:
         yield Session(tmp_path, folder, model, children)
 
 
+@pytest.mark.slow
 def test_all_killed_at_once(session: Session) -> None:
     parties = session.start()
     session.reach(C, 3, parties)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -69,7 +70,7 @@ class Identity:
                 raise ConfigError(f"{file}: cannot be read: {error.strerror}; {hint}") from None
         try:
             key = serialization.load_pem_private_key(found[0], password=None)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, UnsupportedAlgorithm):
             raise ConfigError(f"{key_file}: is not a private key in PEM; {hint}") from None
         try:
             (certificate,) = certificates_in(found[1].decode())
@@ -114,7 +115,16 @@ def rank_of(certificate: x509.Certificate) -> Rank | None:
 
 def certificates_in(pem: str) -> list[x509.Certificate]:
     """None, one or several, as in the config. Raises ValueError."""
-    return x509.load_pem_x509_certificates(pem.encode()) if pem.strip() else []
+    if not pem.strip():
+        return []
+    found = x509.load_pem_x509_certificates(pem.encode())
+    try:
+        for certificate in found:  # the library reads names and keys when they are asked for, and fails then
+            rank_of(certificate)
+            certificate.public_key()
+    except UnsupportedAlgorithm as error:
+        raise ValueError("a key of a kind that is not known") from error
+    return found
 
 
 def fingerprint(certificate: x509.Certificate) -> str:

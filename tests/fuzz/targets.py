@@ -5,6 +5,7 @@ A target returns, or raises an MpcacheError of one printable line. Anything else
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import shutil
@@ -26,6 +27,8 @@ from mpcache.cache import Cache, LayerCache
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.errors import MpcacheError
 from mpcache.frames import FrameLink
+from mpcache.identity import Identity
+from mpcache.identity import make as make_identity
 from mpcache.inputs import read_text
 from mpcache.ledger import Ledger
 from mpcache.link import Hello
@@ -226,6 +229,26 @@ def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
         snapshot.load(bytearray(data))
 
     bytes_of("checkpoint's content", 6, content, [b"".join(snapshot.dump(tree))])
+
+    own = make_identity(Rank.SERVER)
+    keys = own.write(place / "keys")
+    for path, good in zip(keys, (own.key, own.certificate), strict=True):
+
+        def identity(data: bytes, path: Path = path, good: bytes = good) -> None:
+            try:
+                path.write_bytes(data)
+                Identity.read(place / "keys", Rank.SERVER)
+            finally:
+                path.write_bytes(good)
+
+        # Damaged as text, and inside of its armour, where the encoding itself gets it.
+        lines = good.decode().splitlines()
+
+        def inside(data: bytes, lines: list[str] = lines, run: Any = identity) -> None:
+            run("\n".join((lines[0], base64.b64encode(data).decode(), lines[-1], "")).encode())
+
+        bytes_of(path.suffix, 3, identity, [good])
+        bytes_of(f"{path.suffix}, inside", 3, inside, [base64.b64decode("".join(lines[1:-1]))])
 
     def quality(data: bytes) -> None:
         file.write_bytes(data)

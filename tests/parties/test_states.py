@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -218,11 +219,18 @@ def test_a_fast_sender_waits_for_a_slow_receiver(pair: Pair) -> None:
         for number in range(count):
             client.send(f"part{number}", message)
 
+    def waiting() -> int:
+        return max(client.sent._cost, server._came_cost - server._took_cost)
+
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send)
+        deadline = time.monotonic() + 10
+        while most <= MIB and time.monotonic() < deadline:  # nothing is taken before something waits
+            most = waiting()
+            time.sleep(0.01)
         for number in range(count):
             server.recv(f"part{number}", [(torch.int64, (MIB // 8,))])
-            most = max(most, client.sent._cost, server._came_cost - server._took_cost)
+            most = max(most, waiting())
         sending.result(timeout=10)
     assert MIB < most <= 4 * MIB
 

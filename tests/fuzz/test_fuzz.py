@@ -18,13 +18,13 @@ from mpcache.config import Settings
 from mpcache.errors import LinkError, MpcacheError
 from mpcache.frames import FRAME_BYTES
 from mpcache.ledger import Ledger
-from mpcache.model import Model, load_model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from parties.grpc_link import RANK_KEY, SERVICE, connect_all
 from tests.fuzz.replay import Conversation, converse, replay
 from tests.fuzz.run import check_line
 from tests.parties.helpers import free_settings
-from tests.parties.processes import ROOT, tiny_model
+from tests.parties.processes import ROOT
 
 QUICK, MANY = 2500, 100_000  # cases
 
@@ -55,11 +55,6 @@ def test_a_hundred_thousand_damaged_inputs(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- a party and its peers
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load_model(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,39 +16,15 @@ import pytest
 import torch
 
 from mpcache.answer import Sampling
-from mpcache.cli import main
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput
 from mpcache.inputs import demo_question, read_question
 from mpcache.launch import PartyFailed
 from mpcache.report import agreement, ms, p95, size
-from tests.parties.processes import CLI, SOON_S, Process, children_of, gone_soon, start, started, tiny_model
+from tests.mpcache.conftest import Run
+from tests.parties.processes import CLI, SOON_S, Process, children_of, gone_soon, start, started
 
 TEXT = "and the number of the gate of the city is in the book " * 3
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command in this process (only the parties are others): exit code, stdout, stderr."""
-    monkeypatch.setattr("mpcache.cli.stop_on_signals", lambda who: None)
-    monkeypatch.setattr("mpcache.cli.ignore_signals", lambda: None)
-
-    def run(*flags: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(flag) for flag in flags])
-        out, noise = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, out, noise
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,13 @@ from mpcache.evaluate.tasks import ASKED, COPIED, DEPTHS, FACTS, GIVEN, TASKS, T
 from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import POLICIES, parse
 from mpcache.prefill import prefill
+from tests.mpcache.conftest import Run
 from tests.parties.processes import CLI, start, started, tiny_model
 
 SHORT = 200  # tokens of a document, for speed
 FIELDS = {"task", "policy", "budget_percent", "question", "accuracy", "ci95", "n", "engine"}
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the command itself does: small tensors only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the command itself does
 
 
 @pytest.fixture(scope="module")
@@ -221,29 +212,13 @@ def test_parts_add_up() -> None:
 # ------------------------------------------------------------------------------------ the command
 
 
-@pytest.fixture
-def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr("mpcache.cli.stop_on_signals", lambda who: None)
-    monkeypatch.setattr("mpcache.cli.ignore_signals", lambda: None)
-
-    def run(*flags: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(["eval", *(str(flag) for flag in flags)])
-        out, noise = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, out, noise
-
-    return run
-
-
 SMALL = ["--context", SHORT, "--samples", 2, "--task", "passkey", "--budget", "20"]
 
 
 def test_json(run_here: Run, tmp_path: Path) -> None:
     file = tmp_path / "plot.svg"
     flags = ["--policy", "snapkv", "--policy", "mpcache", "--json", "--plot", file]
-    code, out, noise = run_here(*SMALL, *flags)
+    code, out, noise = run_here("eval", *SMALL, *flags)
     assert code == 0, noise
     found = json.loads(out)
     assert found["complete"] is True and found["context_tokens"] == SHORT
@@ -272,7 +247,9 @@ def test_json(run_here: Run, tmp_path: Path) -> None:
 
 
 def test_what_people_see(run_here: Run) -> None:
-    code, out, noise = run_here(*SMALL, "--question", "after", "--policy", "mpcache:score=bound,share=none")
+    code, out, noise = run_here(
+        "eval", *SMALL, "--question", "after", "--policy", "mpcache:score=bound,share=none"
+    )
     assert code == 0, noise
     assert "passkey, question after, plain engine, n = 2" in out
     assert re.search(r"full .* 100 \(34-100\)", out)
@@ -322,7 +299,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(case: str, run_here: Run) -> None:
     flags, said = BAD[case]
-    code, out, noise = run_here(*flags)
+    code, out, noise = run_here("eval", *flags)
     assert (code, out) == (2, "")
     assert said in noise
     assert re.fullmatch(r"error: .*\n", noise)
@@ -330,7 +307,7 @@ def test_bad_input_is_one_line(case: str, run_here: Run) -> None:
 
 def test_a_plot_without_matplotlib(run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plotting, "find_spec", lambda name: None)
-    code, out, noise = run_here("--plot", "/tmp/plot.svg")
+    code, out, noise = run_here("eval", "--plot", "/tmp/plot.svg")
     assert (code, out) == (2, "")
     assert noise == "error: --plot needs matplotlib, which is not installed: pip install 'mpcache[plot]'\n"
 
@@ -345,7 +322,7 @@ def test_policies_say_what_they_need(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.slow
 def test_the_parties_give_the_same_answers(run_here: Run) -> None:
     flags = ["--policy", "mpcache:score=bound,share=none", "--secure", 1, "--network", "2:1000", "--json"]
-    code, out, noise = run_here(*SMALL, *flags)
+    code, out, noise = run_here("eval", *SMALL, *flags)
     assert code == 0, noise
     rows = [row for row in json.loads(out)["rows"] if row["engine"] == "secure"]
     assert {(row["policy"], row["question"]) for row in rows} == {

@@ -4,15 +4,70 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from typing import Any
 
-from mpcache.config import Addresses, Settings, Timeouts
+import torch
+
+from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.config import Addresses, PublicConfig, Settings, Timeouts
+from mpcache.errors import MpcacheError
 from mpcache.frames import FrameLink
 from mpcache.ledger import Ledger
 from mpcache.local_link import local_pair
+from mpcache.model import Model
 from mpcache.rank import Rank
 from parties.grpc_link import Network, connect_all
+
+
+def context_of(model: Model, n: int) -> list[int]:
+    """A text of n tokens."""
+    text = "and the number of the gate of the city is in the book " * 20
+    return model.tokenizer.encode(text, bos=True)[:n]
+
+
+def plain_ids(model: Model, public: PublicConfig, context: list[int], question: str) -> list[int]:
+    """What the plain engine answers, greedily and to the full length."""
+    asked = model.tokenizer.encode(question, bos=False)
+    bound = bind(model.shape, public, len(context), len(asked))
+    return plain_answer(model, bound, context, asked, public.max_new_tokens, Sampling(), ()).ids
+
+
+class Killed(Exception):
+    """Stands for kill -9: nothing after it runs but what frees this process's threads."""
+
+
+Job = Callable[[dict[Rank, FrameLink], Ledger], Any]
+
+
+def together(jobs: Mapping[Rank, Job]) -> dict[Rank, Any]:
+    """Parties as threads, linked with each other; what each ended with, be it a result, an error or
+    Killed. One that fails closes its links, as a process does."""
+    ledgers = {rank: Ledger() for rank in jobs}
+    links: dict[Rank, dict[Rank, FrameLink]] = {rank: {} for rank in jobs}
+    for a, b in combinations(sorted(jobs), 2):
+        links[a][b], links[b][a] = local_pair(ledgers[a], ledgers[b], a, b, timeout=60)
+
+    def body(rank: Rank) -> Any:
+        torch.set_num_threads(1)
+        reason = f"{rank.label} was killed"
+        try:
+            result = jobs[rank](links[rank], ledgers[rank])
+            reason = ""
+            return result
+        except MpcacheError as error:
+            reason = error.for_peers
+            return error
+        except Killed as error:
+            return error
+        finally:
+            for link in links[rank].values():
+                link.close(reason)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return dict(zip(jobs, pool.map(body, jobs), strict=True))
 
 
 def free_settings(connect_s: float = 20, recv_s: float = 20, reconnect_s: float = 2) -> Settings:

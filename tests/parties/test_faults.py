@@ -13,17 +13,12 @@ import pytest
 from mpcache.config import PublicConfig, Settings
 from mpcache.rank import Rank
 from tests.parties.helpers import free_settings
-from tests.parties.processes import PARTY, Process, errors_of, start, started, tiny_model, write_config
+from tests.parties.processes import PARTY, Process, errors_of, start, started, write_config
 
 S, C, D = Rank
 FAULTY = [sys.executable, "-m", "tests.parties.faulty_party"]
 RECONNECT_S, RECV_S = 2, 8
 LIMIT_S = RECV_S + RECONNECT_S + 10  # and what a busy machine adds
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def begin(

@@ -33,18 +33,12 @@ from tests.parties.processes import (
     errors_of,
     start,
     started,
-    tiny_model,
     write_config,
 )
 
 S, C, D = Rank
 QUESTION = "where did the gatekeeper bury seventeen pomegranates"
 DOCUMENT = "and nebuchadnezzar counted the camels of the city before the watchman slept"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def free_ports(n: int) -> list[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, MpcacheError, StateError
 from mpcache.ledger import Ledger
-from mpcache.local_link import local_pair
-from mpcache.model import Model, load_model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report import Report
 from mpcache.secure import party as party_module
@@ -29,7 +28,7 @@ from mpcache.secure.rng import fresh_seed
 from parties import run
 from parties.checkpoint import KEPT_STEPS, Keeper, Store
 from parties.run import AHEAD, Document, Question, ask, deal, serve
-from tests.parties.processes import tiny_model
+from tests.parties.helpers import Job, Killed, context_of, plain_ids, together
 from tests.secure.test_transcript import check_uniform
 
 S, C, D = Rank
@@ -39,24 +38,9 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Model:
-    return load_model(folder)
-
-
-@pytest.fixture(scope="module")
 def tokens(model: Model) -> list[int]:
     """A context of 60 tokens."""
-    text = "and the number of the gate of the city is in the book " * 20
-    return model.tokenizer.encode(text, bos=True)[:60]
-
-
-class Killed(Exception):
-    """Stands for kill -9: nothing after it runs but what frees this process's threads."""
+    return context_of(model, 60)
 
 
 @dataclass
@@ -89,59 +73,44 @@ def play(
     shown: list[int] | None = None,
 ) -> dict[Rank, Any]:
     """The three parties as threads; what each ended with. A cut ends one, and so its links."""
-    ledgers = {rank: Ledger() for rank in Rank}
-    links: dict[Rank, dict[Rank, Any]] = {rank: {} for rank in Rank}
-    for a, b in ((S, C), (S, D), (C, D)):
-        links[a][b], links[b][a] = local_pair(ledgers[a], ledgers[b], a, b, timeout=60)
     keepers = {rank: Keeper(Store(state, rank) if state else None, resume) for rank in Rank}
 
     def on_token(token: int, text: str) -> None:
         if shown is not None and token >= 0:  # not what was held back until the end
             shown.append(token)
 
-    jobs: dict[Rank, Callable[[], Report]] = {
-        S: lambda: serve(links[S], ledgers[S], public, Document(model, tokens), keeper=keepers[S]),
-        C: lambda: ask(links[C], ledgers[C], public, question, on_token=on_token, keeper=keepers[C]),
-        D: lambda: deal(links[D], ledgers[D], public, keeper=keepers[D]),
+    parties: dict[Rank, Any] = {
+        S: partial(serve, own=Document(model, tokens)),
+        C: partial(ask, own=question, on_token=on_token),
+        D: deal,
     }
-    if cut is not None:
-        left = iter(range(cut.message, 0, -1))
-        for link in links[cut.victim].values():
 
-            def send(step: str, *rest: Any, go_on: Any = link.send, cut: Cut = cut) -> None:
-                if step.partition("/")[0] == cut.phase and next(left, 0) <= 1:
-                    raise Killed
-                go_on(step, *rest)
+    def job(rank: Rank) -> Job:
+        def run(links: dict[Rank, Any], ledger: Ledger) -> Report:
+            if heard is not None:
+                heard.ranks[threading.get_ident()] = rank
+            if cut is not None and rank is cut.victim:
+                die_at(links, cut)
+            try:
+                return parties[rank](links, ledger, public, keeper=keepers[rank])
+            finally:
+                keepers[rank].close()
 
-            link.send = send
+        return run
 
-    def body(rank: Rank) -> Any:
-        torch.set_num_threads(1)
-        if heard is not None:
-            heard.ranks[threading.get_ident()] = rank
-        reason = f"{rank.label} was killed"
-        try:
-            report = jobs[rank]()
-            reason = ""
-            return report
-        except MpcacheError as error:
-            reason = str(error)
-            return error
-        except Killed as error:
-            return error
-        finally:
-            keepers[rank].close()
-            for link in links[rank].values():
-                link.close(reason)
-
-    with ThreadPoolExecutor(3) as pool:
-        return dict(zip(Rank, pool.map(body, Rank), strict=True))
+    return together({rank: job(rank) for rank in Rank})
 
 
-def plain_ids(public: PublicConfig, model: Model, tokens: list[int]) -> Any:
-    asked = model.tokenizer.encode(QUESTION.text, bos=False)
-    bound = bind(model.shape, public, len(tokens), len(asked))
-    return plain_answer(model, bound, tokens, asked, public.max_new_tokens, Sampling(), ()).ids
+def die_at(links: dict[Rank, Any], cut: Cut) -> None:
+    left = iter(range(cut.message, 0, -1))
+    for link in links.values():
+
+        def send(step: str, *rest: Any, go_on: Any = link.send) -> None:
+            if step.partition("/")[0] == cut.phase and next(left, 0) <= 1:
+                raise Killed
+            go_on(step, *rest)
+
+        link.send = send
 
 
 SHORT = "client-in-mid-token"
@@ -170,7 +139,7 @@ def test_the_answer_is_the_same_after_a_cut(
     shown: list[int] = []
     reports = play(public, model, tokens, tmp_path, resume=True, shown=shown)
     assert all(isinstance(report, Report) for report in reports.values()), reports
-    assert reports[C].token_ids == shown == plain_ids(public, model, tokens)
+    assert reports[C].token_ids == shown == plain_ids(model, public, tokens, QUESTION.text)
     names = ["setup", "context", "question", *(f"decode{i}" for i in range(1, TOKENS))]
     for rank in Rank:
         assert list(reports[rank].phases) == names  # the account is of the whole session
@@ -197,7 +166,7 @@ def test_every_policy_remembers(spec: str, model: Model, tokens: list[int], tmp_
     first = play(public, model, tokens[:40], tmp_path, cut=Cut(S, "decode3"))
     assert isinstance(first[S], Killed), first
     reports = play(public, model, tokens[:40], tmp_path, resume=True)
-    assert reports[C].token_ids == plain_ids(public, model, tokens[:40])
+    assert reports[C].token_ids == plain_ids(model, public, tokens[:40], QUESTION.text)
 
 
 @SLOW
@@ -208,7 +177,7 @@ def test_cut_again_and_again(model: Model, tokens: list[int], tmp_path: Path) ->
         ends = play(public, model, tokens, tmp_path, resume=i > 0, cut=Cut(victim, f"decode{i + 1}", 3))
         assert isinstance(ends[victim], Killed), ends
     reports = play(public, model, tokens, tmp_path, resume=True)
-    assert reports[C].token_ids == plain_ids(public, model, tokens)
+    assert reports[C].token_ids == plain_ids(model, public, tokens, QUESTION.text)
 
 
 @SLOW
@@ -397,7 +366,7 @@ def test_files_that_are_not_the_party_s(model: Model, tokens: list[int], cut_off
         assert words in str(end) and str(mine[-1]) in str(end) and "remove it to go back" in str(end)
     mine[-1].unlink()  # the advice works
     reports = play(public, model, tokens, cut_off, resume=True)
-    assert reports[C].token_ids == plain_ids(public, model, tokens)
+    assert reports[C].token_ids == plain_ids(model, public, tokens, QUESTION.text)
 
 
 @SLOW
@@ -416,7 +385,7 @@ def test_old_files_put_back_are_not_mixed_with_new_ones(
     for file, content in old.items():
         file.write_bytes(content)
     reports = play(public, model, tokens, cut_off, resume=True)
-    assert reports[C].token_ids == plain_ids(public, model, tokens)
+    assert reports[C].token_ids == plain_ids(model, public, tokens, QUESTION.text)
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig, Settings
-from mpcache.model import Model, load_model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from tests.parties.helpers import free_settings
 from tests.parties.processes import (
@@ -22,7 +22,6 @@ from tests.parties.processes import (
     errors_of,
     start,
     started,
-    tiny_model,
     write_config,
 )
 
@@ -30,16 +29,6 @@ S, C, D = Rank
 QUESTION = "the gate of"
 TOKENS = 24
 STEP_S = 90.0  # for a step to be reached, starting included
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Model:
-    return load_model(folder)
 
 
 class Session:

@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,36 +23,24 @@ from mpcache.cost import cost
 from mpcache.errors import BadInput, Desync, LinkError, MpcacheError, PeerFailed
 from mpcache.frames import FrameLink
 from mpcache.ledger import Ledger
-from mpcache.local_link import local_pair
-from mpcache.model import Model, load_model
+from mpcache.model import Model
 from mpcache.prefill import prefill
 from mpcache.rank import Rank
 from mpcache.report import Report, summary
 from parties.grpc_link import connect_all
 from parties.run import AHEAD, Document, Question, ask, deal, serve
 from parties.session import agree
-from tests.parties.helpers import free_settings
-from tests.parties.processes import PARTY, SOON_S, errors_of, start, started, tiny_model, write_config
+from tests.parties.helpers import context_of, free_settings, together
+from tests.parties.processes import PARTY, SOON_S, errors_of, start, started, write_config
 
 S, C, D = Rank
 QUESTION = "the gate of"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Model:
-    return load_model(folder)
-
-
-@pytest.fixture(scope="module")
 def tokens(model: Model) -> list[int]:
     """A context of 90 tokens."""
-    text = "and the number of the gate of the city is in the book " * 20
-    return model.tokenizer.encode(text, bos=True)[:90]
+    return context_of(model, 90)
 
 
 # ------------------------------------------------------------------------------------ local links
@@ -61,33 +49,14 @@ def tokens(model: Model) -> list[int]:
 def play(
     public: PublicConfig, model: Model, tokens: list[int], question: Question
 ) -> dict[Rank, Report | MpcacheError]:
-    """The three parties as threads; an error at one closes its links, as a process does."""
-    ledgers = {rank: Ledger() for rank in Rank}
-    links: dict[Rank, dict[Rank, Any]] = {rank: {} for rank in Rank}
-    for a, b in ((S, C), (S, D), (C, D)):
-        links[a][b], links[b][a] = local_pair(ledgers[a], ledgers[b], a, b, timeout=60)
-    jobs: dict[Rank, Callable[[], Report]] = {
-        S: lambda: serve(links[S], ledgers[S], public, Document(model, tokens)),
-        C: lambda: ask(links[C], ledgers[C], public, question),
-        D: lambda: deal(links[D], ledgers[D], public),
-    }
-
-    def body(rank: Rank) -> Report | MpcacheError:
-        torch.set_num_threads(1)
-        reason = f"{rank.label} failed"
-        try:
-            report = jobs[rank]()
-            reason = ""
-            return report
-        except MpcacheError as error:
-            reason = str(error)
-            return error
-        finally:
-            for link in links[rank].values():
-                link.close(reason)
-
-    with ThreadPoolExecutor(3) as pool:
-        return dict(zip(Rank, pool.map(body, Rank), strict=True))
+    """The three parties as threads; what each ended with."""
+    return together(
+        {
+            S: lambda links, ledger: serve(links, ledger, public, Document(model, tokens)),
+            C: lambda links, ledger: ask(links, ledger, public, question),
+            D: lambda links, ledger: deal(links, ledger, public),
+        }
+    )
 
 
 def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:

@@ -14,29 +14,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig, Settings
 from mpcache.errors import MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
-from mpcache.model import Model, load_model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report import Report
 from parties.checkpoint import Keeper
 from parties.grpc_link import Listener, Network, connect_all
 from parties.run import Question, ask
 from parties.session import agree
-from tests.parties.helpers import free_settings
-from tests.parties.processes import PARTY, Process, errors_of, start, started, tiny_model, write_config
+from tests.parties.helpers import free_settings, plain_ids
+from tests.parties.processes import PARTY, Process, errors_of, start, started, write_config
 
 S, C, D = Rank
 DOCUMENT = "and the number of the gate of the city is in the book"
 QUESTIONS = ("the gate of", "a city and", "number")
 TOKENS = 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load_model(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def said(public: PublicConfig) -> dict[str, str]:
@@ -46,9 +40,7 @@ def said(public: PublicConfig) -> dict[str, str]:
 
 def plain(model: Model, public: PublicConfig, question: str) -> list[int]:
     context = model.tokenizer.encode(DOCUMENT, bos=True)
-    asked = model.tokenizer.encode(question, bos=False)
-    bound = bind(model.shape, public, len(context), len(asked))
-    return plain_answer(model, bound, context, asked, public.max_new_tokens, Sampling(), ()).ids
+    return plain_ids(model, public, context, question)
 
 
 @dataclass

@@ -5,27 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mpcache import sealed
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PolicyError, StateError
-from mpcache.ledger import Ledger
-from mpcache.local_link import local_pair
-from mpcache.model import Model, load_model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from parties.prepare import prepare
 from parties.run import Document, Question, ask, serve
 from parties.tape_store import SEED, TapeLink, TapeStore
-from tests.parties.helpers import free_settings
-from tests.parties.processes import PARTY, SOON_S, errors_of, start, started, tiny_model, write_config
+from tests.parties.helpers import Job, Killed, context_of, free_settings, plain_ids, together
+from tests.parties.processes import PARTY, SOON_S, errors_of, start, started, write_config
 
 S, C, D = Rank
 QUESTION = Question("the gate of", stop_at_eos=False)
@@ -34,52 +29,9 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Model:
-    return load_model(folder)
-
-
-@pytest.fixture(scope="module")
 def tokens(model: Model) -> list[int]:
     """A context of 40 tokens."""
-    text = "and the number of the gate of the city is in the book " * 20
-    return model.tokenizer.encode(text, bos=True)[:40]
-
-
-class Killed(Exception):
-    """Stands for kill -9."""
-
-
-def together(jobs: dict[Rank, Callable[[dict[Rank, Any]], Any]]) -> dict[Rank, Any]:
-    """Parties as threads, linked with each other; what each ended with."""
-    links: dict[Rank, dict[Rank, Any]] = {rank: {} for rank in jobs}
-    for a in jobs:
-        for b in jobs:
-            if a < b:
-                links[a][b], links[b][a] = local_pair(Ledger(), Ledger(), a, b, timeout=60)
-
-    def body(rank: Rank) -> Any:
-        torch.set_num_threads(1)
-        reason = f"{rank.label} was killed"
-        try:
-            result = jobs[rank](links[rank])
-            reason = ""
-            return result
-        except MpcacheError as error:
-            reason = error.for_peers
-            return error
-        except Killed as error:
-            return error
-        finally:
-            for link in links[rank].values():
-                link.close(reason)
-
-    with ThreadPoolExecutor(3) as pool:
-        return dict(zip(jobs, pool.map(body, jobs), strict=True))
+    return context_of(model, 40)
 
 
 def prepared(
@@ -88,8 +40,8 @@ def prepared(
     owns: dict[Rank, Any] = {S: Document(model, tokens), C: question, D: None}
     stores = {rank: None if rank is D else TapeStore(place, rank) for rank in Rank}
 
-    def job(rank: Rank) -> Callable[[dict[Rank, Any]], Any]:
-        return lambda links: prepare(rank, links, public, owns[rank], stores[rank], lambda text: None)
+    def job(rank: Rank) -> Job:
+        return lambda links, ledger: prepare(rank, links, public, owns[rank], stores[rank], lambda text: None)
 
     try:
         return together({rank: job(rank) for rank in Rank})
@@ -107,19 +59,15 @@ def answered(
     try:
         return together(
             {
-                S: lambda links: serve(links, Ledger(), public, Document(model, tokens), tapes=stores[S]),
-                C: lambda links: ask(links, Ledger(), public, question, tapes=stores[C]),
+                S: lambda links, ledger: serve(
+                    links, ledger, public, Document(model, tokens), tapes=stores[S]
+                ),
+                C: lambda links, ledger: ask(links, ledger, public, question, tapes=stores[C]),
             }
         )
     finally:
         for store in stores.values():
             store.close()
-
-
-def plain_ids(model: Model, tokens: list[int], public: PublicConfig = PUBLIC) -> list[int]:
-    asked = model.tokenizer.encode(QUESTION.text, bos=False)
-    bound = bind(model.shape, public, len(tokens), len(asked))
-    return plain_answer(model, bound, tokens, asked, public.max_new_tokens, Sampling(), ()).ids
 
 
 def batches(place: Path, rank: Rank) -> list[Path]:
@@ -142,7 +90,7 @@ def test_prepared_tapes_serve_once(model: Model, tokens: list[int], tmp_path: Pa
         assert names == ["context", "decode1", "decode2", "question", "seed", "setup"]
         shutil.copytree(batch, kept / rank.label / batch.name)
     reports = answered(model, tokens, tmp_path)
-    assert reports[C].token_ids == plain_ids(model, tokens), reports
+    assert reports[C].token_ids == plain_ids(model, PUBLIC, tokens, QUESTION.text), reports
     assert not batches(tmp_path, S) + batches(tmp_path, C)
 
     refused(answered(model, tokens, tmp_path), used=1)
@@ -171,7 +119,7 @@ def test_a_crash_uses_a_tape_up(
         assert isinstance(answered(model, tokens, tmp_path)[C], Killed)
     refused(answered(model, tokens, tmp_path), used=1)
     prepared(model, tokens, tmp_path)
-    assert answered(model, tokens, tmp_path)[C].token_ids == plain_ids(model, tokens)
+    assert answered(model, tokens, tmp_path)[C].token_ids == plain_ids(model, PUBLIC, tokens, QUESTION.text)
 
 
 def test_the_claim_is_on_disk_before_the_seed_is_read(
@@ -216,7 +164,7 @@ def test_tapes_of_other_sizes_are_left_alone(
 ) -> None:
     prepared(model, tokens, tmp_path)
     refused(answered(model, tokens, tmp_path, **OTHERS[case]), used=0)
-    assert answered(model, tokens, tmp_path)[C].token_ids == plain_ids(model, tokens)
+    assert answered(model, tokens, tmp_path)[C].token_ids == plain_ids(model, PUBLIC, tokens, QUESTION.text)
 
 
 @SLOW
@@ -228,7 +176,7 @@ def test_batches_are_used_in_turn_and_stock_too(model: Model, tokens: list[int],
     shorter = public.model_copy(update={"max_new_tokens": 2})
     for one in (public, shorter):
         ends = answered(model, tokens, tmp_path, one)
-        assert ends[C].token_ids == plain_ids(model, tokens, one), ends
+        assert ends[C].token_ids == plain_ids(model, one, tokens, QUESTION.text), ends
     refused(answered(model, tokens, tmp_path, shorter), used=2)
 
 

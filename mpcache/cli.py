@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mpcache import terminal
 from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
 from mpcache.audit.command import audit
 from mpcache.config import PublicConfig, Settings, load_settings
@@ -39,8 +38,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Private LLM answers with MPCache: three parties, secret shares, an evicted KV cache.",
 )
-WIDTH = None if sys.stdout.isatty() else 110  # for tables in a file or a pipe
-out, err = Console(highlight=False, width=WIDTH), Console(stderr=True, highlight=False)
+out = terminal.out()
+STARTING = "starting the parties ..."
 
 Config = Annotated[
     Path | None, typer.Option(help="Public settings, a YAML file; its addresses are not used here.")
@@ -163,7 +162,7 @@ def generate(
     bound = task.bind(settings.public)
     if not as_json:
         _entry("Question", task.question_text + "\n")
-    with _progress() as (say, hush):
+    with terminal.progress(STARTING) as (say, hush):
         shown = ""
 
         def show(token: int, text: str) -> None:
@@ -225,7 +224,7 @@ def compare(
     runs = []
     for settings, bound in zip(chosen, bounds, strict=True):
         public, spec = settings.public, settings.public.policy
-        with _progress(f"{spec}, {public.protocol}: ") as (say, _):
+        with terminal.progress(STARTING, f"{spec}, {public.protocol}: ") as (say, _):
             reports = task.private(settings, say, lambda token, text: None)
         plain = task.plain(public)
         text = task.tokenizer.decode(plain.ids)
@@ -276,7 +275,7 @@ def _settings(
     config: Path | None, policy: str | None, protocol: str | None, network: str | None, tokens: int | None,
     reveal: str | None,
 ) -> Settings:  # fmt: skip
-    settings = load_settings(
+    return load_settings(
         config,
         {
             "public.policy": policy,
@@ -286,7 +285,6 @@ def _settings(
             "public.reveal": reveal,
         },
     )
-    return settings
 
 
 def _entry(name: str, text: str) -> None:
@@ -299,16 +297,6 @@ def _write(text: str) -> None:
     """Model text as it is: no markup, no wrapping."""
     out.file.write(text)
     out.file.flush()
-
-
-@contextmanager
-def _progress(prefix: str = "") -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """A function that says how far it is, on stderr: one moving line on a terminal, else lines."""
-    if not err.is_terminal:
-        yield (lambda text: err.print(prefix + text, markup=False, soft_wrap=True)), (lambda: None)
-        return
-    with err.status(f"{prefix}starting the parties ...") as status:
-        yield (lambda text: status.update(prefix + text)), status.stop
 
 
 app.command()(audit)

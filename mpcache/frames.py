@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
 from mpcache.ledger import Ledger
-from mpcache.link import Hello, Link, Spec
+from mpcache.link import DTYPES, Hello, Link, Spec
 from mpcache.network import Shaper
 from mpcache.rank import Rank
 from mpcache.states import Order
@@ -40,19 +40,7 @@ REASON_CHARACTERS = 2000
 LOOK_EVERY_S = 0.2  # while a shaped message is waited for
 _ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
 
-_DTYPES = {
-    dtype: str(dtype).removeprefix("torch.")
-    for dtype in (
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.float32,
-        torch.float64,
-        torch.bool,
-    )
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 if sys.byteorder != "little":  # tensors travel as they lie in memory
     raise ImportError("mpcache runs on little-endian machines only")
@@ -69,7 +57,7 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=4096)  # a decode step asks for the same ones again for every token
 def layout_of(specs: tuple[Spec, ...]) -> Layout:
-    text = " ".join(_DTYPES[dtype] + str(tuple(shape)) for dtype, shape in specs)
+    text = " ".join(_NAMES[dtype] + str(tuple(shape)) for dtype, shape in specs)
     sizes = tuple(prod(shape) * dtype.itemsize for dtype, shape in specs)
     starts, end = [], 0
     for size in sizes:

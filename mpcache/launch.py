@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from mpcache.config import Addresses, Certificates, Settings
+from mpcache.config import Addresses, Certificates, PublicConfig, Settings
 from mpcache.errors import MpcacheError
 from mpcache.identity import make
 from mpcache.rank import Rank
@@ -77,6 +77,15 @@ def run_parties(
             return _listen(children, events, say, on_token)
         finally:
             _end(children)
+
+
+def run_quietly(public: PublicConfig, model: Path, document: Path, question: str) -> dict[Rank, Report]:
+    """`run_parties` for measuring: an answer of full length, and only what it took is of interest."""
+    flags = {
+        Rank.SERVER: ["--model", str(model), "--context", str(document)],
+        Rank.CLIENT: ["--no-stop-at-eos"],
+    }
+    return run_parties(Settings(public=public), flags, question, lambda text: None, lambda token, text: None)
 
 
 def _identities(folder: Path) -> Certificates:

@@ -17,6 +17,15 @@ import torch
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 
+# What travels and what is kept, by the name that both wire and files give it.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+        torch.float64, torch.float32,
+    )
+}  # fmt: skip
+
 Spec = tuple[torch.dtype, tuple[int, ...]]  # what a receiver expects: dtype and shape
 
 

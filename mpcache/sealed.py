@@ -45,7 +45,7 @@ def load_key(file: Path) -> bytes:
     with suppress(FileExistsError), telling(f"{file}: no key can be written here"):
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new:
             new.write(os.urandom(KEY_BYTES))
-            _to_disk(new.fileno())
+            os.fsync(new.fileno())
         _to_disk_folder(file.parent)
     with telling(f"{file}: this key cannot be read"), open(file, "rb") as old:
         others = os.fstat(old.fileno()).st_mode & 0o077
@@ -78,7 +78,7 @@ def write(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[byte
                     sealed = aes.encrypt(_nonce(number, last), chunk, front)
                     _write_all(out.fileno(), sealed)
                     size += len(sealed)
-                _to_disk(out.fileno())
+                os.fsync(out.fileno())
             os.rename(partial, file)
             _to_disk_folder(file.parent)
     except BaseException:
@@ -230,10 +230,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _to_disk(descriptor: int) -> None:
-    os.fsync(descriptor)
 
 
 def _to_disk_folder(folder: Path) -> None:

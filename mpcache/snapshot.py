@@ -11,13 +11,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from mpcache import sealed
 from mpcache.cache import Cache, LayerCache
 from mpcache.decode import Layer, Operands
 from mpcache.errors import StateError
+from mpcache.link import DTYPES
 from mpcache.model import ModelShape, RopeScaling
 from mpcache.policy.clusters import Choice, Clusters
 from mpcache.policy.evicting import Living
@@ -33,13 +36,6 @@ CLASSES: dict[str, Any] = {
     for cls in (
         Cache, LayerCache, Layer, Operands, ModelShape, RopeScaling, Resident, Share,
         Side, KeptSelection, StockSelection, Choice, Clusters, Living,
-    )
-}  # fmt: skip
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-        torch.float64, torch.float32,
     )
 }  # fmt: skip
 _ALIGNMENT = 8  # bytes
@@ -94,6 +90,15 @@ def load(data: bytearray, since: Tensors | None = None) -> Any:
         RecursionError,
     ) as error:
         raise StateError(f"its content is not what this release writes ({type(error).__name__})") from None
+
+
+def read(file: Path, key: bytes, header: Mapping[str, Any], since: Tensors | None = None) -> Any:
+    """The tree in a sealed file with this header. Raises StateError, which names the file."""
+    body = sealed.read(file, key, header)
+    try:
+        return load(body, since)
+    except StateError as error:
+        raise StateError(f"{file}: {error}") from None
 
 
 def _children(tree: Any) -> Sequence[tuple[str, Any]]:

@@ -103,8 +103,7 @@ class Files:
 
     def read(self, step: int, run: str, since: snapshot.Tensors | None = None) -> Any:
         with self._explained(step):
-            body = sealed.read(self._file(step), self.store.key, self._header(step, run))
-            return snapshot.load(body, since)
+            return snapshot.read(self._file(step), self.store.key, self._header(step, run), since)
 
     def forget_after(self, step: int) -> None:
         """What lies beyond a step that the session goes back to must never be loaded again."""
@@ -129,13 +128,11 @@ class Files:
 
     @contextmanager
     def _explained(self, step: int) -> Iterator[None]:
-        file = self._file(step)
         try:
             yield
         except StateError as error:
-            text = str(error) if str(file) in str(error) else f"{file}: {error}"
             remedy = "remove it to go back to an earlier step" if step else "start anew without --resume"
-            raise StateError(f"{self.store.rank.label}: {text}; {remedy}") from None
+            raise StateError(f"{self.store.rank.label}: {error}; {remedy}") from None
 
     def _file(self, step: int) -> Path:
         return self.folder / f"{f'{step:06d}' if step else CONTEXT}{SUFFIX}"

@@ -180,13 +180,18 @@ def _pem(certificates: Sequence[x509.Certificate]) -> bytes:
     return b"".join(each.public_bytes(Encoding.PEM) for each in certificates)
 
 
+def pins_of(settings: Settings) -> dict[Rank, list[x509.Certificate]]:
+    """The certificates that the config pins."""
+    return {rank: certificates_in(settings.certificates.of(rank)) for rank in Rank}
+
+
 def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> Trust:
     """This party's trust, from its identity folder and the config's pins.
 
     Raises ConfigError: pins without an identity or the reverse, a certificate that is pinned for
     another rank, or an address of another host without TLS unless `insecure`.
     """
-    pins = {rank: certificates_in(settings.certificates.of(rank)) for rank in Rank}
+    pins = pins_of(settings)
     if folder is None:
         if any(pins.values()) and not insecure:
             raise ConfigError("the config pins certificates; give --identity DIR, the folder of this party's")

@@ -17,6 +17,7 @@ from mpcache.config import load_settings
 from mpcache.errors import BadInput, ConfigError
 from mpcache.identity import certificates_in, fingerprint, make, rank_of, short
 from mpcache.rank import Rank
+from parties.identity import pins_of
 
 SECTION = "certificates"
 
@@ -48,7 +49,7 @@ def pin(
     if replace and add:
         raise BadInput("--replace and --add: give one of them")
     settings = load_settings(config)
-    pins = {rank: certificates_in(settings.certificates.of(rank)) for rank in Rank}
+    pins = pins_of(settings)
     given: dict[Rank, list[x509.Certificate]] = {}
     for file in certificate:
         for found in _read(file):

@@ -18,9 +18,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from mpcache.errors import BadInput, PortInUse
+from parties.grpc_link import SERVICE
 from parties.watch import Board
 
-SERVICE = "mpcache.v1.Party"
 HERE = "127.0.0.1"
 
 

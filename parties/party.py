@@ -233,11 +233,7 @@ def party(
                 def serve_one(network: Network, say: Say) -> None:
                     with board.session(network.ledger) as watch:
                         network.wait()
-                        watch.reached("hello")
-                        modes = {"state": Keeper().mode, "tapes": "live"}
-                        agree(network.links, me, settings.public.flat() | modes)
                         report = _run(me, network, settings, own, say, voice, watch, Keeper(), None)
-                        watch.reached("close")
                     voice.event("report", report=report.to_dict())
                     say(closing_line(report))
 
@@ -255,15 +251,12 @@ def party(
             cannot_take_part(me, settings, trusted, error.for_peers, seconds)
             raise typer.Exit(error.exit_code) from None
         with network:
-            watch.reached("hello")
-            how = "live" if tapes is None and prepare_tokens is None else "prepared" if dealt else "prepare"
-            agree(network.links, me, settings.public.flat() | {"state": keeper.mode, "tapes": how})
             if prepare_tokens is not None:
+                watch.reached("hello")
+                agree(network.links, me, _said(settings, keeper, "prepare"))
                 prepare(me, network.links, settings.public, own, tapes, voice.say)
                 return
-            report = _run(me, network, settings, own, voice.say, voice, watch, keeper, tapes)
-            watch.reached("close")
-            voice.report(report)
+            voice.report(_run(me, network, settings, own, voice.say, voice, watch, keeper, tapes))
     except MpcacheError as error:
         voice.error(error)
         if (last := keeper.last) is not None:
@@ -359,14 +352,24 @@ def _run(
     keeper: Keeper,
     tapes: TapeStore | None,
 ) -> Report:
+    """One session on links that are connected."""
     links, ledger, public = network.links, network.ledger, settings.public
+    watch.reached("hello")
+    agree(links, me, _said(settings, keeper, "live" if tapes is None else "prepared"))
     match own:
         case Document():
-            return serve(links, ledger, public, own, say, watch, keeper, tapes)
+            report = serve(links, ledger, public, own, say, watch, keeper, tapes)
         case Question():
-            return ask(links, ledger, public, own, say, voice.token, watch, keeper, tapes)
+            report = ask(links, ledger, public, own, say, voice.token, watch, keeper, tapes)
         case _:
-            return deal(links, ledger, public, say, watch, keeper)
+            report = deal(links, ledger, public, say, watch, keeper)
+    watch.reached("close")
+    return report
+
+
+def _said(settings: Settings, keeper: Keeper, tapes: str) -> dict[str, str]:
+    """All that the parties must have in common before they begin."""
+    return settings.public.flat() | {"state": keeper.mode, "tapes": tapes}
 
 
 def _end_with_parent() -> None:

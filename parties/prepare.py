@@ -20,8 +20,7 @@ from mpcache.report import size
 from mpcache.secure.party import DealerParty
 from mpcache.secure.rng import SEED_BYTES, fresh_seed
 from mpcache.session import Session
-from parties.run import OPS, Document, Facts, Question, exchange_facts, facts_of, sizes_of
-from parties.session import confirm
+from parties.run import OPS, Document, Facts, Question, agreed_facts, sizes_of, tensor_of
 from parties.tape_store import TapeStore, TapeWriter
 
 Links = Mapping[Rank, Link]
@@ -40,8 +39,7 @@ def prepare(
 
     Raises StateError (a full disk), PolicyError (a plan that the document decides) or what a link raises.
     """
-    facts = facts_of(exchange_facts(me, links, own, public), public)
-    confirm(links, me, facts.flat())
+    _, facts = agreed_facts(me, links, own, public)
     if not facts.policy.policy.decided:
         raise PolicyError(f"policy {public.policy}: the document decides its plan; no tape can be prepared")
     if store is None:
@@ -55,7 +53,7 @@ def _deal(links: Links, public: PublicConfig, facts: Facts, say: Say) -> None:
     seeds = {rank: fresh_seed() for rank in links}
     for rank, link in links.items():
         link.send_facts("tapes/batch", {"batch": batch})
-        link.send("seeds/tape", [torch.frombuffer(bytearray(seeds[rank]), dtype=torch.uint8)])
+        link.send("seeds/tape", [tensor_of(seeds[rank])])
 
     def stored(phase: str) -> None:
         for link in links.values():

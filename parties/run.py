@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,7 @@ from mpcache.secure.stock import StockOps
 from mpcache.signals import between_tokens, stopping, token_by_token
 from mpcache.tokens import LibraryError, Tokenizer
 from mpcache.tokens import parse as parse_tokenizer
-from parties.checkpoint import Keeper
+from parties.checkpoint import Keeper, Snapshot
 from parties.session import confirm
 from parties.tape_store import TapeLink, TapeStore
 from parties.watch import Watch
@@ -110,13 +111,10 @@ def serve(
     client, watch, keeper = links[Rank.CLIENT], watch or Watch(), keeper or Keeper()
     identity = public.flat() | {"model": own.model.digest, "document": _digest(own.tokens)}
     earlier = keeper.meet(links, identity)
-    stored = exchange_facts(Rank.SERVER, links, own, public) if earlier is None else earlier.facts
-    facts = facts_of(stored, public)
-    confirm(links, Rank.SERVER, facts.flat())
+    stored, facts = agreed_facts(Rank.SERVER, links, own, public, earlier)
 
     party, wait = _computing_party(Rank.SERVER, links, ledger, watch, _tape(links, tapes, facts, public))
-    ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits)
-    session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
+    session = _session(Rank.SERVER, party, facts, public, watch)
     if earlier is None:
         facts, prefill_ms = _open(links, session, own, facts, public, say)
         keeper.begin(identity, stored | _counts(facts), session, ledger, {"prefill_ms": prefill_ms})
@@ -138,6 +136,13 @@ def serve(
     keeper.end(links)
     wait.close()
     return replace(report, prefill_ms=prefill_ms, kernels=facts.kernels, dealer_wait_ms=wait.ms)
+
+
+def _session(
+    me: Rank, party: Any, facts: Facts, public: PublicConfig, watch: Watch, device: str = "cpu"
+) -> TimedSession:
+    ops = OPS[public.protocol](me, public.fraction_bits, device)
+    return TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
 
 
 def _open(
@@ -185,13 +190,10 @@ def ask(
         "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos)
     }  # fmt: skip
     earlier = keeper.meet(links, identity)
-    stored = exchange_facts(Rank.CLIENT, links, own, public) if earlier is None else earlier.facts
-    facts = facts_of(stored, public)
-    confirm(links, Rank.CLIENT, facts.flat())
+    stored, facts = agreed_facts(Rank.CLIENT, links, own, public, earlier)
 
     party, wait = _computing_party(Rank.CLIENT, links, ledger, watch, _tape(links, tapes, facts, public))
-    ops = OPS[public.protocol](Rank.CLIENT, public.fraction_bits)
-    session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
+    session = _session(Rank.CLIENT, party, facts, public, watch)
     tokenizer = _tokenizer(stored["tokenizer"], facts.shape)
     question, stream = tokenizer.encode(own.text, bos=False), tokenizer.stream()
     choose = own.sampling.chooser(public.reveal)
@@ -250,16 +252,13 @@ def deal(
     server, client = links[Rank.SERVER], links[Rank.CLIENT]
     watch, keeper = watch or Watch(), keeper or Keeper()
     earlier = keeper.meet(links, public.flat())
-    stored = exchange_facts(Rank.DEALER, links, None, public) if earlier is None else earlier.facts
-    facts = facts_of(stored, public)
-    confirm(links, Rank.DEALER, facts.flat())
+    stored, facts = agreed_facts(Rank.DEALER, links, None, public, earlier)
 
     seeds = {rank: fresh_seed() for rank in (Rank.SERVER, Rank.CLIENT)}
     for rank, seed in seeds.items():
-        links[rank].send("seeds/tape", [_tensor(seed)])
+        links[rank].send("seeds/tape", [tensor_of(seed)])
     party = DealerParty(dict(links), seeds, ledger)
-    ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits, device="meta")
-    session = TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
+    session = _session(Rank.SERVER, party, facts, public, watch, "meta")
     if earlier is None:
         session.setup(None)
         say("dealer: set-up dealt; from now on a little ahead of the client")
@@ -357,14 +356,14 @@ def _computing_party(
     seed_spec = [(torch.uint8, (SEED_BYTES,))]
     (tape,) = dealer.recv("seeds/tape", seed_spec)
     mine = fresh_seed()
-    (theirs,) = peer.exchange("seeds/pair", [_tensor(mine)])
+    (theirs,) = peer.exchange("seeds/pair", [tensor_of(mine)])
     pair = {"next": mine, "prev": _bytes(theirs)}
     wait = _Wait(dealer, watch)
     party = ComputingParty(me, peer, cast(Link, wait), _bytes(tape), pair, fresh_seed(), ledger)
     return party, wait
 
 
-def _tensor(data: bytes) -> torch.Tensor:
+def tensor_of(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
@@ -375,7 +374,22 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 # ------------------------------------------------------------------------------------------ facts
 
 
-def exchange_facts(
+def agreed_facts(
+    me: Rank,
+    links: Links,
+    own: Document | Question | None,
+    public: PublicConfig,
+    earlier: Snapshot | None = None,
+) -> tuple[dict[str, Any], Facts]:
+    """Everything public: as it was told, now or in the session's first run, and what each party makes of
+    it, which is compared before anything secret moves. Raises BadInput, Desync or Mismatch."""
+    stored = _exchange_facts(me, links, own, public) if earlier is None else earlier.facts
+    facts = facts_of(stored, public)
+    confirm(links, me, facts.flat())
+    return stored, facts
+
+
+def _exchange_facts(
     me: Rank, links: Links, own: Document | Question | None, public: PublicConfig
 ) -> dict[str, Any]:
     """What is public about `model` and `question`, told by their owners; at the client also the bytes of
@@ -416,14 +430,14 @@ def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, 
     }
     for link in links.values():
         link.send_facts("facts/model", facts)
-    links[Rank.CLIENT].send("facts/tokenizer", [_tensor(vocabulary)])
+    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(vocabulary)])
     return facts
 
 
 def facts_of(stored: Mapping[str, Any], public: PublicConfig) -> Facts:
     """Everything public, checked alike by all three. Raises BadInput, or Desync on facts that are none.
 
-    stored: as `exchange_facts` has it; of a resumed session also the `counts` that were announced.
+    stored: as `_exchange_facts` has it; of a resumed session also the `counts` that were announced.
     """
     model, question = stored["model"], stored["question"]
     shape = _shape(model)
@@ -511,10 +525,14 @@ def _recv_tokenizer(server: Link, facts: Mapping[str, Any]) -> torch.Tensor:
     return data
 
 
+# The client reads it for the question's length, and again, facts told, for the question itself.
+_parse_once = lru_cache(maxsize=1)(parse_tokenizer)
+
+
 def _tokenizer(vocabulary: torch.Tensor, shape: ModelShape) -> Tokenizer:
     content = _bytes(vocabulary)
     try:
-        inner = parse_tokenizer(content)
+        inner = _parse_once(content)
     except LibraryError as error:
         raise ModelError(
             "the server's tokenizer.json cannot be read; is its model folder complete?", private=False

@@ -148,10 +148,9 @@ class TapeLink(Link):
         """A file's content; the file is gone then, since it will not be read again."""
         file = self._store.file(self._batch, phase)
         try:
-            content = snapshot.load(sealed.read(file, self._store.key, header))
+            content = snapshot.read(file, self._store.key, header)
         except StateError as error:
-            text = str(error) if str(file) in str(error) else f"{file}: {error}"
-            raise StateError(f"{self.me.label}: {text}; its batch is used up, prepare another") from None
+            raise StateError(f"{self.me.label}: {error}; its batch is used up, prepare another") from None
         file.unlink(missing_ok=True)
         return content
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mpcache.audit.catalog import CATALOG
-from mpcache.audit.explain import Said, Seen, Witness, explained
+from mpcache.audit.explain import Said, Seen, Witness, explained, formula_of
 from mpcache.audit.formula import Names, modulus, total
 from mpcache.model import demo_model_dir, load_shape
 from mpcache.rank import Rank
@@ -129,12 +129,8 @@ def blocks() -> Iterator[str]:
 
 
 def _bytes(names: Names, readings: list[list[Seen]]) -> str:
-    products = []
-    for seen in zip(*readings, strict=True):
-        factors = [names.of(dimension) for dimension in zip(*(one.size for one in seen), strict=True)]
-        products.append([factor or "?" for factor in factors])
-    text = total(products)
-    assert "?" not in text, text
+    text = formula_of(names, [[one.size for one in seen] for seen in zip(*readings, strict=True)])
+    assert text is not None, readings[0]
     return f"`{text}`"
 
 

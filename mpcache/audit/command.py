@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from mpcache import terminal
 from mpcache.audit import measure as measuring
 from mpcache.audit.explain import explain as told
 from mpcache.audit.page import write_page
@@ -27,8 +27,6 @@ from mpcache.shapes import NAMES, config_of
 
 CONTEXTS = (512, 1024, 2048, 4096)
 MEASURED_TOKENS = 7  # answered in each run of --measure: six decode steps
-PIPE_WIDTH = 110  # columns of a table that no terminal shows
-err = Console(stderr=True, highlight=False)
 
 
 def audit(
@@ -134,7 +132,7 @@ def _measured(result: dict[str, Any], grid: Grid, model: Path, by: str | None) -
     runs: dict[measuring.Key, measuring.Measured] = {}
     stopped = None
     try:
-        for key, run in measuring.measure(planned, grid.question, model, _say):
+        for key, run in measuring.measure(planned, grid.question, model, terminal.say):
             runs[key] = run
     except MpcacheError as error:
         if not runs:
@@ -169,7 +167,7 @@ def _show(
     if as_json:
         print(json.dumps(result))
         return
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    out = terminal.out()
     for table in [*tables(found), *(breakdowns(found, by) if by else ())]:
         out.print(table)
     out.print(
@@ -186,7 +184,7 @@ def _show(
             out.print(line, soft_wrap=True)
     for path in (csv, report):
         if path:
-            err.print(f"wrote {path}", markup=False, soft_wrap=True)
+            terminal.say(f"wrote {path}")
 
 
 def shape_of(text: str) -> tuple[str, ModelShape]:
@@ -266,9 +264,5 @@ def _check_writable(path: Path) -> None:
         path.unlink()
 
 
-def _say(text: str) -> None:
-    err.print(text, markup=False, soft_wrap=True)
-
-
 def _note(text: str) -> None:
-    err.print(f"note: {text}", markup=False, soft_wrap=True)
+    terminal.say(f"note: {text}")

@@ -211,7 +211,7 @@ def explained(shape: ModelShape, spec: str, context: int, question: int, protoco
         of = known.setdefault(tuple(mine.values()), Names(mine if len(readings) == READINGS else {}))
         counted: dict[tuple[str, str, str | None, int], int] = defaultdict(int)
         for i, seen in enumerate(said.opened):
-            formula = _formula(of, [[one.opened[i].size for one in every]])
+            formula = formula_of(of, [[one.opened[i].size for one in every]])
             counted[seen.why, seen.to, formula, seen.bytes] += 1
         lines = tuple(
             Line(why, to, times, formula, size) for (why, to, formula, size), times in counted.items()
@@ -219,13 +219,13 @@ def explained(shape: ModelShape, spec: str, context: int, question: int, protoco
         dealt = [[one.dealt[i].size for one in every] for i in range(len(said.dealt))]
         steps[key] = Step(
             key[1], tuple(said.kinds), said.rounds, tuple(said.keys), lines,
-            _formula(of, dealt), sum(seen.bytes for seen in said.dealt),
+            formula_of(of, dealt), sum(seen.bytes for seen in said.dealt),
         )  # fmt: skip
     return Explained(first.bound, first.symbols, steps)
 
 
-def _formula(names: Names, tensors: Sequence[Sequence[tuple[int, ...]]]) -> str | None:
-    """Bytes of some tensors, each with its size at every reading."""
+def formula_of(names: Names, tensors: Sequence[Sequence[tuple[int, ...]]]) -> str | None:
+    """Bytes of some tensors, each with its size at every reading; None where no formula was found."""
     if not names.symbols:
         return None
     products = []
@@ -268,7 +268,7 @@ def explain(shape: ModelShape, spec: str, context: int, question: int, protocol:
     """Lines of text, for the first decode step after the question."""
     plan = explained(shape, spec, context, question, protocol)
     policy = plan.bound.policy
-    yield f"{policy.spec}: {policy.source}" if getattr(policy, "source", "") else policy.spec
+    yield f"{policy.spec}: {policy.source}"
     yield ""
     yield f"Public, besides the model's shape (context {context} tokens, question {question} tokens):"
     yield from (f"  {line}" for line in plan.bound.plan.lines())

@@ -16,10 +16,10 @@ from typing import Any
 
 from mpcache.answer import bind
 from mpcache.audit.rows import NONE, RATES, Grid, Row, Setting, modelled, price, whole
-from mpcache.config import PublicConfig, Settings
+from mpcache.config import PublicConfig
 from mpcache.errors import BadInput
 from mpcache.inputs import DEMO_DOCUMENT, read_text
-from mpcache.launch import run_parties
+from mpcache.launch import run_quietly
 from mpcache.model import load_tokenizer
 from mpcache.network import Rates
 from mpcache.rank import Rank
@@ -95,14 +95,7 @@ def measure(
             if not document.exists():
                 document.write_text(text_of(tokenizer, source, context, bos=True), encoding="utf-8")
             say(f"run {done} of {len(runs)}: {spec}, {protocol}, {context} tokens, network {network}")
-            flags = {
-                Rank.SERVER: ["--model", str(model), "--context", str(document)],
-                Rank.CLIENT: ["--no-stop-at-eos"],
-            }
-            reports = run_parties(
-                Settings(public=public), flags, asked, lambda text: None, lambda token, text: None
-            )
-            yield key, Measured.of(reports)
+            yield key, Measured.of(run_quietly(public, model, document, asked))
 
 
 def text_of(tokenizer: Tokenizer, source: str, n: int, bos: bool) -> str:

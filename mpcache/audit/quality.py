@@ -11,9 +11,9 @@ from typing import Any
 
 from mpcache.audit.rows import RATES, Grid, Row, modelled, price
 from mpcache.errors import BadInput, PolicyError
+from mpcache.evaluate.rows import FULL_PERCENT
 from mpcache.policy import parse
 
-FULL_PERCENT = 100  # the full cache's budget
 FIELDS = ("task", "question", "n", "engine")  # beside what is checked
 
 

@@ -6,15 +6,13 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
+from mpcache import terminal
 from mpcache.config import PublicConfig, load_settings
 from mpcache.errors import BadInput
 from mpcache.evaluate.plot import check_plot, plot
@@ -29,8 +27,6 @@ from mpcache.policy import POLICIES
 
 QUESTIONS = ("inside", "after")
 CONTEXT = 880  # tokens of a document, where the model allows as many
-PIPE_WIDTH = 110  # columns of a table that no terminal shows
-err = Console(stderr=True, highlight=False)
 
 
 def evaluate(
@@ -95,7 +91,7 @@ def evaluate(
 
     results, complete = Results(), False
     try:
-        with _progress() as say:
+        with terminal.progress("starting ...") as (say, _):
             sweep(engine, grid, results, say)
             if secure:
                 confirm(engine, grid, list(results.tallies), secure, public.network, results, say)
@@ -109,9 +105,9 @@ def _show(
 ) -> None:
     rows = results.rows()
     for note in results.notes:
-        err.print(f"note: {note}", markup=False, soft_wrap=True)
+        terminal.say(f"note: {note}")
     if not complete:
-        err.print("note: ended early; these rows stand on what was done until then", soft_wrap=True)
+        terminal.say("note: ended early; these rows stand on what was done until then")
     if as_json:
         result: dict[str, Any] = {
             "model": "demo" if engine.model.folder == demo_model_dir() else engine.model.folder.name,
@@ -126,14 +122,14 @@ def _show(
         }
         print(json.dumps(result))
     else:
-        out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+        out = terminal.out()
         for table in tables(rows):
             out.print(table)
         if rows:
             out.print(CAPTION, style="dim")
     if plot_file is not None and rows:
         plot(rows, plot_file)
-        err.print(f"wrote {plot_file}", markup=False, soft_wrap=True)
+        terminal.say(f"wrote {plot_file}")
 
 
 def _check(engine: Engine, spec: str, grid: Grid) -> None:
@@ -166,13 +162,3 @@ def _percents(text: str) -> list[int]:
             f"--budget {text!r}: give whole percents from 1 to {FULL_PERCENT - 1}, each once, as 5,20"
         )
     return sorted(map(int, items))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """How far it is, on stderr: one moving line on a terminal, else a line for each step."""
-    if not err.is_terminal:
-        yield lambda text: err.print(text, markup=False, soft_wrap=True)
-        return
-    with err.status("starting ...") as status:
-        yield status.update

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from mpcache.answer import Sampling, plain_answer
 from mpcache.answer import bind as bind_session
-from mpcache.config import PublicConfig, Settings
+from mpcache.config import PublicConfig
 from mpcache.evaluate.rows import Results, Tally
 from mpcache.evaluate.score import Engine, Score
 from mpcache.evaluate.sweep import Grid, Say, bind, take
-from mpcache.launch import run_parties
+from mpcache.launch import run_quietly
 from mpcache.policy import parse
 from mpcache.rank import Rank
 
@@ -49,13 +49,7 @@ def _answer(engine: Engine, grid: Grid, cell: Tally, i: int, network: str) -> No
     with tempfile.TemporaryDirectory(prefix="mpcache-") as folder:
         document = Path(folder) / "document.txt"
         document.write_text(sample.context, encoding="utf-8")
-        flags = {
-            Rank.SERVER: ["--model", str(engine.model.folder), "--context", str(document)],
-            Rank.CLIENT: ["--no-stop-at-eos"],
-        }
-        reports = run_parties(
-            Settings(public=public), flags, turn.question, lambda text: None, lambda token, text: None
-        )
+        reports = run_quietly(public, engine.model.folder, document, turn.question)
     ids = reports[Rank.CLIENT].token_ids
     cell.spec = cell.spec or bound.policy.spec
     cell.attended += bound.plan.attended

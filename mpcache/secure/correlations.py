@@ -122,13 +122,16 @@ def shared_bit(shape: Shape) -> Request:
     )
 
 
-def resident_product(x: Shape, w: Resident, out: Shape, owner: Rank | None = None) -> Request:
+def resident_product(
+    x: Shape, w: Resident, out: Shape, owner: Rank | None = None, keep: bool = False
+) -> Request:
     """A fresh mask a for x and c = a @ B for a resident operand with mask B (PROTOCOLS 1)."""
     return Request(
         "resident",
         (Part(x, owner=owner),),
         (Part(out),),
         lambda a: (matmul(a, dealt(w.dealt)),),
+        keep,
     )
 
 

@@ -181,8 +181,14 @@ def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Progr
     out = (*x.shape[:-1], w.shape[-1])
     a, c = yield from draw(correlations.resident_product(x.shape, w, out, x.owner))
     (e,) = yield from reveal(masked(x.data - a, ring, "activation, masked", x.owner))
-    y = c + matmul(e, w.mask) + matmul(a, w.opened) + side.first(matmul(e, w.opened))
-    return Share(y, x.bits + w.bits, ring=ring)
+    return Share(times_resident(side, e, a, c, w), x.bits + w.bits, ring=ring)
+
+
+def times_resident(
+    side: Side, e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, w: Resident
+) -> torch.Tensor:
+    """Shares of x @ w, with e = x - a opened and shares of the mask a and of c = a @ (w's mask)."""
+    return c + matmul(e, w.mask) + matmul(a, w.opened) + side.first(matmul(e, w.opened))
 
 
 def product(

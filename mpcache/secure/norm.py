@@ -15,11 +15,10 @@ from functools import cache
 
 import torch
 
-from mpcache.secure.correlations import Part, Request, cut, dealt
-from mpcache.secure.linear import Cut, raised, shrink, truncate_to_scale
+from mpcache.secure.correlations import Part, Request, cut, dealt, resident_product
+from mpcache.secure.linear import Cut, raised, shrink, times_resident, truncate_to_scale
 from mpcache.secure.power import Curve, Range, power
 from mpcache.secure.program import Opening, Program, at, draw, reveal, together
-from mpcache.secure.ring import matmul
 from mpcache.secure.shares import Resident, Share
 from mpcache.secure.side import Side
 
@@ -99,11 +98,7 @@ def _add(side: Side, stream: Resident | None, change: Share) -> Program[tuple[to
 def _times(side: Side, x: Share, w: Resident) -> Program[tuple[Resident, Share]]:
     """x opened under a fresh mask, and x @ w from the same opening. One round."""
     out = (*x.shape[:-1], w.shape[-1])
-    request = Request(
-        "resident", (Part(x.shape),), (Part(out),), lambda a: (matmul(a, dealt(w.dealt)),), keep=True
-    )
-    a, c, values = yield from draw(request)
+    a, c, values = yield from draw(resident_product(x.shape, w, out, keep=True))
     (e,) = yield from reveal(Opening(x.data - a, "stream, masked"))
-    y = c + matmul(e, w.mask) + matmul(a, w.opened) + side.first(matmul(e, w.opened))
     opened = Resident(a, e, x.bits, None if values is None else values[0])
-    return opened, Share(y, x.bits + w.bits, ring=w.ring)
+    return opened, Share(times_resident(side, e, a, c, w), x.bits + w.bits, ring=w.ring)

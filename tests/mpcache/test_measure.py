@@ -80,7 +80,7 @@ def test_a_party_that_fails_first_is_the_error(model: Path, monkeypatch: pytest.
     def failing(*arguments: Any) -> Any:
         raise PartyFailed("server: no")
 
-    monkeypatch.setattr("mpcache.audit.measure.run_parties", failing)
+    monkeypatch.setattr("mpcache.launch.run_parties", failing)
     done = CliRunner().invoke(app, list(map(str, [*SMALL, "--shape", model, "--policy", "full"])))
     assert isinstance(done.exception, MpcacheError) and not done.stdout
 

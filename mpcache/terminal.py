@@ -1,0 +1,33 @@
+"""What commands write on: tables on stdout; progress, notes and errors on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+PIPE_WIDTH = 110  # columns of a table that no terminal shows
+
+err = Console(stderr=True, highlight=False)
+
+
+def out() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def say(text: str) -> None:
+    """A line on stderr, as it is."""
+    err.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(first: str, prefix: str = "") -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A function that says how far it is, on stderr: one moving line on a terminal, which begins with
+    `first` and which the second function ends; else a line each."""
+    if not err.is_terminal:
+        yield (lambda text: say(prefix + text)), (lambda: None)
+        return
+    with err.status(prefix + first) as status:
+        yield (lambda text: status.update(prefix + text)), status.stop

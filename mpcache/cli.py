@@ -137,7 +137,7 @@ def generate(
     question_file: QuestionFile = None,
     config: Config = None,
     policy: Annotated[str | None, typer.Option(help="NAME[:key=value,...], see `mpcache policies`.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="fast or stock.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="fast, fast-bits, auto or stock.")] = None,
     network: Network = None,
     max_new_tokens: Tokens = None,
     reveal: Reveal = None,
@@ -179,7 +179,7 @@ def generate(
         reports = task.private(settings, say, show, [*kept, *["--resume"] * resume])
     plain = task.plain(settings.public)
     text = task.tokenizer.decode(plain.ids)
-    run = summary(settings.public.policy, settings.public.protocol, bound.policy.leak, reports, plain, text)
+    run = summary(settings.public.policy, bound.policy.leak, reports, plain, text)
     if as_json:
         print(json.dumps(run))
         return
@@ -228,7 +228,7 @@ def compare(
             reports = task.private(settings, say, lambda token, text: None)
         plain = task.plain(public)
         text = task.tokenizer.decode(plain.ids)
-        runs.append(summary(spec, public.protocol, bound.policy.leak, reports, plain, text))
+        runs.append(summary(spec, bound.policy.leak, reports, plain, text))
     if as_json:
         print(json.dumps({"runs": runs}))
     else:

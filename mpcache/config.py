@@ -61,7 +61,8 @@ Pem = Annotated[str, AfterValidator(_certificates)]
 class PublicConfig(_Section):
     """What every party must agree on before anything secret moves."""
 
-    protocol: Literal["stock", "fast"] = "fast"
+    # fast and fast-bits differ in how a top-k compares; auto picks one of them by `network` (mpcache.choose).
+    protocol: Literal["stock", "fast", "fast-bits", "auto"] = "fast"
     # NAME[:key=value,...]. Plain `mpcache` is the paper's setting; the default selects by Quest's exact
     # bound in every layer, which keeps the demo model's recall at one more round (docs/quality.md).
     policy: Annotated[str, AfterValidator(_policy_spec)] = "mpcache:score=bound,share=none"

@@ -28,14 +28,16 @@ from mpcache.rank import Rank
 from mpcache.secure import crypten_shim
 from mpcache.secure.blank import Blank
 from mpcache.secure.correlations import Request
-from mpcache.secure.fast import FastOps
+from mpcache.secure.fast import FastBitsOps, FastOps
 from mpcache.secure.party import ShapeParty, _sends
 from mpcache.secure.program import Ask, Call, Draw, Open, Opening, Program
 from mpcache.secure.shares import Resident, Share
 from mpcache.secure.stock import StockOps
 from mpcache.session import Session
 
-PROTOCOLS: Mapping[str, type[FastOps] | type[StockOps]] = {"fast": FastOps, "stock": StockOps}
+PROTOCOLS: Mapping[str, type[FastOps] | type[StockOps]] = {
+    ops.name: ops for ops in (FastOps, FastBitsOps, StockOps)
+}
 
 
 @dataclass(slots=True)
@@ -301,6 +303,10 @@ def _count(tally: Tally, request: Request) -> None:
             tally.comparisons += keys
             # Per level a child and a value; the exponential's keys are evaluated at two points.
             tally.key_blocks += 2 * keys * depth * (2 if request.kind == "exp" else 1)
+        case "top/digits":  # entries of digits' tables, and products of their masks
+            pairs, products_each = shapes[1]
+            tally.comparisons += pairs
+            tally.multiply_adds += 2 * pairs * products_each
         case "bit":  # CrypTen turns the sign bit of each comparison into arithmetic shares
             tally.comparisons += n
         case "one-hot":

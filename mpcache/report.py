@@ -37,6 +37,7 @@ class Report:
     """One party's account of a session. Phases: setup, context, question, decode1, decode2, ..."""
 
     rank: int
+    protocol: str
     context_tokens: int
     question_tokens: int
     kept_tokens: list[int]  # per layer
@@ -80,7 +81,7 @@ def phases_of(
 
 
 def summary(
-    policy: str, protocol: str, leakage: str, reports: Reports, plain: PlainAnswer, plain_text: str
+    policy: str, leakage: str, reports: Reports, plain: PlainAnswer, plain_text: str
 ) -> dict[str, Any]:
     """One run as one JSON object. Units: ms, bytes, rounds; `_per_token` is the mean over decode steps."""
     server, client, dealer = (reports[rank] for rank in Rank)
@@ -100,7 +101,7 @@ def summary(
         "plaintext_token_ids": plain.ids,
         "agreement": agreement(client.token_ids, plain.ids),
         "policy": policy,
-        "protocol": protocol,
+        "protocol": client.protocol,
         "leakage": leakage,
         "context_tokens": client.context_tokens,
         "question_tokens": client.question_tokens,

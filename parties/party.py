@@ -128,7 +128,7 @@ def party(
     policy: Annotated[
         str | None, typer.Option(help="NAME[:key=value,...], as `mpcache policies` lists.")
     ] = None,
-    protocol: Annotated[str | None, typer.Option(help="fast or stock.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="fast, fast-bits, auto or stock.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Client: 0 is greedy. [0]")] = None,
     top_p: Annotated[

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mpcache.config import PublicConfig
+from mpcache.cost import PROTOCOLS
 from mpcache.errors import PolicyError
 from mpcache.link import Link
 from mpcache.rank import Rank
@@ -20,7 +21,7 @@ from mpcache.report import size
 from mpcache.secure.party import DealerParty
 from mpcache.secure.rng import SEED_BYTES, fresh_seed
 from mpcache.session import Session
-from parties.run import OPS, Document, Facts, Question, agreed_facts, sizes_of, tensor_of
+from parties.run import Document, Facts, Question, agreed_facts, sizes_of, tensor_of
 from parties.tape_store import TapeStore, TapeWriter
 
 Links = Mapping[Rank, Link]
@@ -80,7 +81,7 @@ def _store(me: Rank, dealer: Link, public: PublicConfig, facts: Facts, store: Ta
 
 def _read(facts: Facts, public: PublicConfig, party: Any, done: Callable[[str], None]) -> None:
     """A whole session by shapes; `done` after each phase."""
-    ops = OPS[public.protocol](Rank.SERVER, public.fraction_bits, device="meta")
+    ops = PROTOCOLS[facts.protocol](Rank.SERVER, public.fraction_bits, device="meta")
     session = Session(ops, party, facts.shape, facts.policy, public.reveal)
     session.setup(None)
     done("setup")

@@ -22,19 +22,20 @@ import torch
 
 from kernels import REFERENCE, Backend, backend
 from mpcache.answer import Sampling, TimedSession, answer, bind, decide
+from mpcache.choose import AUTO, pick
 from mpcache.config import PublicConfig
+from mpcache.cost import PROTOCOLS
 from mpcache.errors import ConfigError, Desync, ModelError, PolicyError
 from mpcache.ledger import Ledger
 from mpcache.link import Link
 from mpcache.model import Model, ModelShape, Weights
+from mpcache.network import parse_network
 from mpcache.policy import Bound
 from mpcache.prefill import Prefill, prefill
 from mpcache.rank import Rank
 from mpcache.report import Report, ms
-from mpcache.secure.fast import FastOps
 from mpcache.secure.party import ComputingParty, DealerParty
 from mpcache.secure.rng import SEED_BYTES, fresh_seed
-from mpcache.secure.stock import StockOps
 from mpcache.signals import between_tokens, stopping, token_by_token
 from mpcache.tokens import LibraryError, Tokenizer
 from mpcache.tokens import parse as parse_tokenizer
@@ -43,7 +44,6 @@ from parties.session import confirm
 from parties.tape_store import TapeLink, TapeStore
 from parties.watch import Watch
 
-OPS: dict[str, type[FastOps] | type[StockOps]] = {"fast": FastOps, "stock": StockOps}
 AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds the tapes that wait
 TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
 
@@ -83,12 +83,15 @@ class Facts:
     kernels: str
     policy: Bound
     digests: Mapping[str, str]  # of the weights and the tokenizer
+    protocol: str  # the config's, or what `auto` picked, and why
+    picked: str = ""
 
     def flat(self) -> dict[str, str]:
         """What all parties have to agree on, by field, as text."""
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
         fields |= self.digests
+        fields["protocol"] = self.protocol
         for index, layer in enumerate(self.policy.plan.layers):
             fields |= {f"plan.layer{index}.{name}": value for name, value in asdict(layer).items()}
         return {name: str(value) for name, value in fields.items()}
@@ -141,7 +144,7 @@ def serve(
 def _session(
     me: Rank, party: Any, facts: Facts, public: PublicConfig, watch: Watch, device: str = "cpu"
 ) -> TimedSession:
-    ops = OPS[public.protocol](me, public.fraction_bits, device)
+    ops = PROTOCOLS[facts.protocol](me, public.fraction_bits, device)
     return TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
 
 
@@ -157,6 +160,8 @@ def _open(
     window = facts.policy.policy.window(facts.context)
     prefilled = prefill(own.model, own.tokens, own.device, window=window)
     prefill_ms = 1000 * (time.perf_counter() - start)
+    if facts.picked:
+        say(f"server: {facts.picked}")
     session.policy = (facts := _announce(links, facts, prefilled, kernels)).policy
     session.context(prefilled, kernels)
     prefill_ms += sum(kernel_ms)
@@ -337,7 +342,7 @@ def sizes_of(facts: Facts, public: PublicConfig) -> dict[str, Any]:
     return {
         "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
         "policy": facts.policy.policy.spec, "plan": facts.policy.plan.to_dict(),
-        "protocol": public.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
+        "protocol": facts.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
     }  # fmt: skip
 
 
@@ -444,7 +449,16 @@ def facts_of(stored: Mapping[str, Any], public: PublicConfig) -> Facts:
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
     _check_room(shape, context)
     said = {name: str(model.get(name, ""))[:80] for name in ("kernels", "model_digest", "tokenizer_digest")}
-    facts = Facts(shape, context, asked, said.pop("kernels"), bind(shape, public, context, asked), said)
+    policy = bind(shape, public, context, asked)
+    protocol: str = public.protocol
+    picked = ""
+    if protocol == AUTO:
+        choice = pick(
+            shape, policy, context, asked, public.max_new_tokens, parse_network(public.network),
+            public.fraction_bits, public.reveal,
+        )  # fmt: skip
+        protocol, picked = choice.protocol, str(choice)
+    facts = Facts(shape, context, asked, said.pop("kernels"), policy, said, protocol, picked)
     return _given(facts, stored["counts"]) if "counts" in stored else facts
 
 
@@ -559,6 +573,7 @@ def _more(client: Link, step: int) -> bool:
 def _report(me: Rank, facts: Facts, ledger: Ledger, session: TimedSession, keeper: Keeper) -> Report:
     return Report(
         rank=int(me),
+        protocol=facts.protocol,
         context_tokens=facts.context,
         question_tokens=facts.question,
         kept_tokens=[layer.kept for layer in facts.policy.plan.layers],

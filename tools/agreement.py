@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpcache.config import PublicConfig
+from mpcache.cost import PROTOCOLS
 from mpcache.demo.documents import make_document
 from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.policy import POLICIES
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=880, help="of the document")
     parser.add_argument("--answer", type=int, default=6, help="tokens of an answer")
     parser.add_argument("--policy", action="append", help="again for more [every private one]")
-    parser.add_argument("--protocol", default="fast", choices=("fast", "stock"))
+    parser.add_argument("--protocol", default="fast", choices=PROTOCOLS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(demo_model_dir())

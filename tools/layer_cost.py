@@ -1,6 +1,6 @@
 """Rounds and bytes of one decoder layer, by the ledger, without any party running.
 
-    python tools/layer_cost.py [--context 1024] [--protocol fast|stock] [POLICY ...]
+    python tools/layer_cost.py [--context 1024] [--protocol fast|fast-bits|stock] [POLICY ...]
 
 The layer is the one that the alternatives were measured on: D = 512, 8 heads of 64, FFN 2048, Llama
 style, everything secret. Prints each kind of layer of a policy (one that selects, one that shares).
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 
+from mpcache.cost import PROTOCOLS
 from mpcache.ledger import Entry
 from mpcache.model import ModelShape
 from mpcache.policy import parse
 from mpcache.rank import Rank
-from mpcache.secure.fast import FastOps
 from mpcache.secure.party import ShapeParty
-from mpcache.secure.stock import StockOps
 from mpcache.session import Session
 
 SHAPE = ModelShape(
@@ -30,7 +29,7 @@ STEP = "decode1"
 def layers(spec: str, context: int, protocol: str) -> list[dict[str, Entry]]:
     """Per layer, what each of its operations costs in one decode step."""
     party = ShapeParty(Rank.SERVER)
-    ops = (FastOps if protocol == "fast" else StockOps)(Rank.SERVER, device="meta")
+    ops = PROTOCOLS[protocol](Rank.SERVER, device="meta")
     session = Session(ops, party, SHAPE, parse(spec).bind(context, SHAPE))
     session.setup(None)
     session.context(None, None)
@@ -49,7 +48,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--context", type=int, default=1024)
     arguments.add_argument("policies", nargs="*", default=["full", PAPER])
-    arguments.add_argument("--protocol", choices=("fast", "stock"), default="fast")
+    arguments.add_argument("--protocol", choices=PROTOCOLS, default="fast")
     given = arguments.parse_args()
     for spec in given.policies:
         shown: set[tuple[int, int]] = set()

@@ -55,6 +55,11 @@ CATALOG: Mapping[str, Protocol] = {
         "oblivious top-k with one-hot slots: all pairs by key trees, then rotated ranks", "topk.top",
         "ties to the lower index", "all pairs on one opening; Boyle et al., EUROCRYPT 2021",
     ),
+    "top/digits": Protocol(
+        "oblivious top-k with one-hot slots: all pairs by tables of the masks' digits, then rotated ranks",
+        "topk.top", "ties to the lower index",
+        "all pairs on one opening; one-time truth tables, Ishai et al., TCC 2013",
+    ),
     "scatter": Protocol(
         "weights put back through the selection", "topk.HotSelection.scatter", "exact",
         "masks rotated with the slots",

@@ -17,9 +17,9 @@ from mpcache.audit import measure as measuring
 from mpcache.audit.explain import explain as told
 from mpcache.audit.page import write_page
 from mpcache.audit.quality import points, read_quality
-from mpcache.audit.rows import NONE, Grid, rows, secure_policies, sweep
+from mpcache.audit.rows import Grid, resolved, rows, secure_policies, sweep
 from mpcache.audit.tables import breakdowns, measured_tables, tables, verdict, write_csv
-from mpcache.cost import PROTOCOLS
+from mpcache.choose import CHOICES, NONE
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.model import ModelShape, demo_model_dir, load_shape
 from mpcache.network import parse_network
@@ -40,7 +40,10 @@ def audit(
         list[str] | None, typer.Option(help="NAME[:key=value,...]; may be given several times. [all]")
     ] = None,
     network: Annotated[str, typer.Option(help="Of none, lan, wan and RTT_MS:MBPS, with commas.")] = "lan,wan",
-    protocol: Annotated[str, typer.Option(help="fast, stock, or both with a comma.")] = "fast",
+    protocol: Annotated[
+        str,
+        typer.Option(help="Of fast, fast-bits, auto (picks one of these by network) and stock, with commas."),
+    ] = "fast",
     question: Annotated[int, typer.Option(help="Length of the question, in tokens.")] = 16,
     new_tokens: Annotated[
         int | None,
@@ -79,18 +82,23 @@ def audit(
         name, value = ("--question", question) if question < 1 else ("--new-tokens", new_tokens)
         raise BadInput(f"{name} is {value}; give 1 or more tokens")
     name, model = shape_of(shape)
-    protocols = _known("--protocol", protocol, PROTOCOLS)
+    protocols = _known("--protocol", protocol, CHOICES)
     folder = _weights_of(shape) if measure else None
     contexts = _contexts(context, shape, model, question + new_tokens if measure else 0)
+    networks = [parse_network(text) or NONE for text in _listed("--network", network)]
     if explain is not None:
-        for line in told(model, explain, contexts[0], question, protocols[0]):
+        grid = Grid(
+            model, contexts, [explain], networks, protocols, question, max(2, new_tokens), reveal=reveal
+        )
+        taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
+        for line in told(model, explain, contexts[0], question, taken):
             print(line)
         return
     grid = Grid(
         model,
         contexts,
         _policies(policy, sweep_ or []),
-        [parse_network(text) or NONE for text in _listed("--network", network)],
+        networks,
         protocols,
         question,
         max(2, new_tokens),

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.answer import bind
-from mpcache.audit.rows import NONE, RATES, Grid, Row, Setting, modelled, price, whole
+from mpcache.audit.rows import Grid, Row, Setting, price, whole
+from mpcache.choose import NONE, RATES, modelled
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput
 from mpcache.inputs import DEMO_DOCUMENT, read_text
@@ -134,7 +135,7 @@ def calibrated(runs: Mapping[Key, Measured], grid: Grid) -> dict[Setting, Rates]
             round_ms = (run.ms - work) * steps / tally.rounds
             times = min(1.0, run.ms / work)  # a machine that does the work alone in less time
             found[spec, protocol, context] = RATES.slower(times, max(0.0, round_ms))
-    for protocol in grid.protocols:
+    for protocol in {way for _, way, _ in found}:
         mine = [rates for (_, way, _), rates in found.items() if way == protocol]
         for context in grid.contexts if mine else ():
             mean = replace(RATES, round_ms=statistics.fmean(rates.round_ms for rates in mine))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpcache.audit.rows import RATES, Grid, Row, modelled, price
+from mpcache.audit.rows import Grid, Row, price, resolved
+from mpcache.choose import modelled
 from mpcache.errors import BadInput, PolicyError
 from mpcache.evaluate.rows import FULL_PERCENT
 from mpcache.policy import parse
@@ -65,12 +65,14 @@ def points(evaluated: Sequence[Row], grid: Grid, note: Callable[[str], None]) ->
             policy = parse(row["policy"])
             if budget < FULL_PERCENT:
                 policy = policy.at_budget(max(1, int(context * budget // 100)), context, grid.shape)
-            cost = price(replace(grid, explicit=True), policy.spec, context, protocol)
+            price(grid, policy.spec, context, "fast")
         except PolicyError as error:
             unpriced[f"no price beside its quality: {row['policy']} at {budget:g} %: {error}"] = None
             continue
-        tally = cost.total("decode")
         for network in grid.networks:
+            taken = resolved(grid, policy.spec, context, protocol, network)
+            cost = price(grid, policy.spec, context, taken)
+            tally = cost.total("decode")
             found.append(
                 {
                     **{name: row[name] for name in FIELDS if name in row},
@@ -79,10 +81,10 @@ def points(evaluated: Sequence[Row], grid: Grid, note: Callable[[str], None]) ->
                     "accuracy": row["accuracy"],
                     "ci95": row.get("ci95"),
                     "priced": policy.spec,
-                    "protocol": protocol,
+                    "protocol": taken,
                     "network": network.name,
                     "context_tokens": context,
-                    "modelled_ms_per_token": round(sum(modelled(cost, network, RATES).values()), 3),
+                    "modelled_ms_per_token": round(sum(modelled(cost, network).values()), 3),
                     "rounds_per_token": tally.rounds / cost.steps,
                     "online_bytes_per_token": tally.online / cost.steps,
                     "offline_bytes_per_token": tally.offline / cost.steps,

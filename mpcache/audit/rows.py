@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
+from mpcache.choose import AUTO, RATES, modelled, offline_ms, pick
 from mpcache.cost import Cost, Tally, cost
 from mpcache.errors import BadInput, PolicyError
 from mpcache.model import ModelShape
 from mpcache.network import Profile, Rates
 from mpcache.policy import POLICIES, parse
 
-RATES = Rates()
-NONE = Profile("none", 0, float("inf"))
 Row = dict[str, Any]
 Setting = tuple[str, str, int]  # policy, protocol, context in tokens
 
@@ -55,23 +54,38 @@ def rows(
     mean of both), `offline_bytes` by the dealer. `ratio_to_full`: modelled latency over that of `full`.
     """
     found: list[Row] = []
+
+    def priced(spec: str, context: int, protocol: str) -> Priced:
+        cost = price(grid, spec, context, protocol)
+        return Priced(cost, (rates or {}).get((cost.policy.policy.spec, protocol, context), RATES))
+
     for context, protocol in product(grid.contexts, grid.protocols):
-
-        def priced(spec: str, context: int = context, protocol: str = protocol) -> Priced:
-            cost = price(grid, spec, context, protocol)
-            return Priced(cost, (rates or {}).get((cost.policy.policy.spec, protocol, context), RATES))
-
-        full = priced("full")
         for spec in grid.policies:
             try:
-                one = priced(spec)
+                for network in grid.networks:
+                    taken = resolved(grid, spec, context, protocol, network, note)
+                    one, full = priced(spec, context, taken), priced("full", context, taken)
+                    found.append(_row(one, context, network, full, by))
             except PolicyError as error:
                 if grid.explicit:
                     raise PolicyError(f"at a context of {context} tokens, {error}") from None
                 note(f"left out at a context of {context} tokens: {error}")
-                continue
-            found += [_row(one, context, network, full, by) for network in grid.networks]
+    if AUTO in grid.protocols:  # rows of one protocol stand together, for tables
+        found.sort(key=lambda row: (grid.contexts.index(row["context_tokens"]), row["protocol"]))
     return found
+
+
+def resolved(
+    grid: Grid, spec: str, context: int, protocol: str, network: Profile,
+    note: Callable[[str], None] = lambda text: None,
+) -> str:  # fmt: skip
+    """The protocol that `auto` stands for here; any other one as it is. Raises PolicyError."""
+    if protocol != AUTO:
+        return protocol
+    bound = price(grid, spec, context, "fast").policy
+    choice = pick(grid.shape, bound, context, grid.question, grid.new_tokens, network, reveal=grid.reveal)
+    note(f"{bound.policy.spec} at {context} tokens: {choice}")
+    return choice.protocol
 
 
 def price(grid: Grid, spec: str, context: int, protocol: str) -> Cost:
@@ -100,7 +114,7 @@ def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | No
         "ratio_to_full": round(sum(ms.values()) / sum(base.values()), 4),
         "leakage": policy.leak,
         "modelled_parts_ms": {name: round(value, 3) for name, value in ms.items()},
-        "offline_transfer_ms": round(network.transfer_ms(tally.server_offline / steps), 3),
+        "offline_transfer_ms": round(offline_ms(priced, network), 3),
         "question": _three(first, 1, ""),
         "setup_bytes": _sent(priced.total("setup")),
         "context_bytes": _sent(priced.total("context")),
@@ -119,17 +133,6 @@ def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | No
     if by == "op":
         row["ops"] = [{"op": name, **_three(op, steps, "")} for name, op in priced.by_op("decode").items()]
     return row
-
-
-def modelled(priced: Cost, network: Profile, rates: Rates) -> dict[str, float]:
-    """Latency of one token in ms: its rounds, its bytes, its computation."""
-    tally, steps = priced.total("decode"), priced.steps
-    compute = rates.ms(tally.rounds, tally.multiply_adds, tally.key_blocks, tally.random_bytes)
-    return {
-        "rounds": tally.rounds * network.one_way_ms / steps,
-        "bytes": network.transfer_ms(tally.critical) / steps,
-        "compute": compute / steps,
-    }
 
 
 def _three(tally: Tally, steps: int, suffix: str) -> dict[str, int | float]:

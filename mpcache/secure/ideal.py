@@ -201,7 +201,12 @@ class IdealSelection(PlainSelection):
 
 
 def top(
-    side: Side, scores: Share, k: int, values: Sequence[Share], width: int
+    side: Side,
+    scores: Share,
+    k: int,
+    values: Sequence[Share],
+    width: int,
+    comparison: type[Keys] | type[Digits] = Keys,
 ) -> Program[tuple[Selection, list[Share]]]:
     raw = scores.data
     apart = raw.amax(-1) - raw.amin(-1)

@@ -52,7 +52,7 @@ def narrow(scores: Share) -> Share:
 
 
 def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[torch.Tensor]:
-    """Shares (integers) of a c with max < c <= max + 4, of (*b, n) visible scores: (*b, 1). Two rounds.
+    """Shares modulo 2^16 of a c with max < c <= max + 4, of (*b, n) visible scores: (*b, 1). Two rounds.
 
     |narrow score| < LARGEST, n < LONGEST_ROW. Each score's bucket becomes a one-hot vector; their sum
     tells for each bucket how many scores lie in or above it; the buckets with any are counted.
@@ -64,7 +64,7 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
     histogram = hot.sum(-2, dtype=torch.int64)
     above = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     width = 1 + scores.shape[-1].bit_length()
-    none = yield from less(side, above, width, (1,))
+    none = yield from less(side, above, width, (1,), torch.int16)
     highest = (BUCKETS - 1) * side.constant(1, above[..., :1]) - none.squeeze(-1).sum(-1, keepdim=True)
     # A bucket may be one too low (`drop`); its upper edge and one more are above every score.
     return STEP * (highest + side.constant(2 - BUCKETS // 2, highest))

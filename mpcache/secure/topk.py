@@ -4,21 +4,22 @@ Round 1 opens every score masked; all differences are then public with known mas
 are compared without another message, and rank_i = how many beat i arrives in shares. Round 2 opens
 rank_i + rho_i modulo N; the dealer's one-hot of rho_i, rotated by that, is the slot matrix
 H[j, i] = [rank_i = j]. What the dealer also rotates by rho_i comes along for free: the masks of the
-values to gather, and the masks of the weights that will be scattered back.
+values to gather, and the masks of the weights that will be scattered back. A third round between the two
+takes a ninth of the offline bytes of the comparisons (`compare.Digits`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mpcache.ops import Selection
 from mpcache.secure import chosen
-from mpcache.secure.compare import key_parts, sign, sign_keys
+from mpcache.secure.compare import Digits, Keys
 from mpcache.secure.correlations import Part, Request, dealt
-from mpcache.secure.fss import KeyShape
 from mpcache.secure.linear import masked
 from mpcache.secure.lookup import one_hot
 from mpcache.secure.program import Program, draw, reveal
@@ -86,12 +87,17 @@ class HotSelection(Selection):
 
 
 def top(
-    side: Side, scores: Share, k: int, values: Sequence[Share], width: int
+    side: Side,
+    scores: Share,
+    k: int,
+    values: Sequence[Share],
+    width: int,
+    comparison: type[Keys] | type[Digits] = Keys,
 ) -> Program[tuple[HotSelection, list[Share]]]:
     """The k highest of (*rows, n), descending, ties to the lower index; values (*rows, n, c) gathered.
 
     Scores are compared in a ring of `width` bits: their differences must stay below 2^(width-1)
-    raw. Values are gathered in their own ring. Two rounds.
+    raw. Values are gathered in their own ring. Two rounds, three where `Digits` compare.
     """
     *rows, n = scores.shape
     first, second = torch.triu_indices(n, n, 1)
@@ -102,35 +108,31 @@ def top(
         flat *= r
     # Ranks are opened modulo `size`: that many bits of the comparisons' outcomes are enough.
     bit = torch.int8 if size <= 1 << 8 else torch.int16
-    keys = KeyShape(flat * pairs, width - 1, width=bit.itemsize)
+    compared = comparison(flat * pairs, width, bit)
     together = cat(list(values), -1)
     c = together.shape[-1]
     dtype = torch.int32 if together.ring <= 32 else torch.int64
-    seeds, words, bit_parts = key_parts(keys)
 
-    def derive(
-        r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]
-    ) -> Sequence[torch.Tensor]:
+    def derive(r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
         difference = (r[..., first] - r[..., second]).reshape(-1)
         hot = one_hot(rho, size)
-        top, *trees = sign_keys(keys, s, difference)
-        return top.to(bit), *trees, hot, hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
+        return *compared.derive(difference, own), hot, hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
 
     request = Request(
-        "top",
-        (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c), dtype), seeds),
-        (Part((keys.n,), bit), words, bit_parts, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
+        compared.kind,
+        (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c), dtype), *compared.random),
+        (*compared.derived, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
         derive,
         keep=True,
     )
-    r, rho, m, own, tops, cw, cb, hot, masks, kept = yield from draw(request)
+    r, rho, m, *parts, hot, masks, kept = yield from draw(request)
     opened, shown = yield from reveal(
         masked(scores.data + r, width, "scores, masked"),
         masked(together.data + m, together.ring, "values to gather, masked"),
     )
     # first < second loses only where it is strictly lower.
-    points = (opened[..., first] - opened[..., second]).reshape(-1, 1)
-    loses = sign(side, keys, own, cw, cb, tops.long(), points).reshape(*rows, pairs)
+    points = (opened[..., first] - opened[..., second]).reshape(-1)
+    loses = (yield from compared.sign(side, parts, points)).reshape(*rows, pairs)
     # An item is beaten by every earlier one, but for those that lose to it, and by a later one if it loses.
     earlier = side.first(torch.arange(n)).expand(*rows, n)
     rank = earlier.index_add(-1, first, loses).index_add(-1, second, -loses)

@@ -77,7 +77,10 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ),
         ("public: {max_new_tokens: true}", "public.max_new_tokens is True: input should be a valid integer"),
         ("public: {max_new_tokens: 0}", "public.max_new_tokens is 0: .*greater than or equal to 1"),
-        ("public: {protocol: slow}", "public.protocol is 'slow': input should be 'stock' or 'fast'"),
+        (
+            "public: {protocol: slow}",
+            "public.protocol is 'slow': input should be 'stock', 'fast', 'fast-bits' or 'auto'",
+        ),
         ("public: {policy: 'full:a'}", "public.policy is 'full:a': must be NAME or NAME:key=value"),
         ("public: {policy: 'full:a=1,a=2'}", "each key once"),
         ("public: {network: fast}", "public.network is 'fast': must be none, lan, wan or RTT_MS:MBPS"),

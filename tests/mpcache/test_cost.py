@@ -113,6 +113,11 @@ def test_fast_equals_the_ledgers(spec: str, kind: str, context: int) -> None:
     check(kind, spec, context, "fast")
 
 
+@pytest.mark.parametrize("spec", SECURE)
+def test_fast_bits_equals_the_ledgers(spec: str) -> None:
+    check("gqa", spec, 90, "fast-bits")
+
+
 @pytest.mark.parametrize("kind", ["small-gqa", "small-gpt"])
 @pytest.mark.parametrize("spec", ["full", "mpcache"])
 def test_stock_equals_the_ledgers(spec: str, kind: str) -> None:

@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mpcache.audit.measure import Measured, calibrated, errors, put_beside, text_of
-from mpcache.audit.rows import NONE, RATES, Grid, rows
+from mpcache.audit.rows import Grid, rows
+from mpcache.choose import NONE, RATES
 from mpcache.errors import MpcacheError
 from mpcache.inputs import DEMO_DOCUMENT, read_text
 from mpcache.launch import PartyFailed

@@ -81,7 +81,7 @@ def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
         assert tape.offline_sent == ours.offline_received + theirs.offline_received
     assert server.prefill_ms > 0
     assert client.dealer_wait_ms > 0
-    run = summary(public.policy, "fast", "none", reports, plain, client.text)  # type: ignore[arg-type]
+    run = summary(public.policy, "none", reports, plain, client.text)  # type: ignore[arg-type]
     last = [report.phases["decode2"] for report in (server, client, dealer)]
     assert run["private"]["rounds_per_token"] == last[0].rounds
     assert run["private"]["online_bytes_per_token"] == (last[0].sent + last[1].sent) / 2

@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 
+from mpcache.cost import PROTOCOLS
 from mpcache.ledger import Ledger
 from mpcache.local_link import local_pair
 from mpcache.ops import Ops
 from mpcache.rank import Rank
-from mpcache.secure.fast import FastOps
 from mpcache.secure.party import ComputingParty, DealerParty, Party
 from mpcache.secure.rng import fresh_seed
 from mpcache.secure.shares import Share
-from mpcache.secure.stock import StockOps
-
-OPS = {"stock": StockOps, "fast": FastOps}
 
 
 @dataclass
@@ -71,7 +68,7 @@ def play(program: Callable[[Ops, Party, Rank], Any], protocol: str = "fast", bit
 
     def body(rank: Rank) -> None:
         dealer = rank is Rank.DEALER
-        cls = OPS[protocol]
+        cls = PROTOCOLS[protocol]
         ops = cls(Rank.SERVER if dealer else rank, bits, device="meta" if dealer else "cpu")
         try:
             results[rank] = program(ops, parties[rank], rank)

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from mpcache.cache import V_RING
 from mpcache.secure import compare, power, softmax
 from mpcache.secure.activation import series
+from mpcache.secure.correlations import Part, Request
 from mpcache.secure.lookup import lookup
-from mpcache.secure.program import together
-from mpcache.secure.shares import Share
+from mpcache.secure.program import Opening, draw, reveal, together
+from mpcache.secure.shares import Share, centred
+from mpcache.secure.side import bytes_for
 from mpcache.secure.softmax import narrow
 from tests.secure.harness import secure
 from tests.secure.play import reconstruct
@@ -31,6 +33,27 @@ def test_comparison_with_thresholds() -> None:
     assert torch.equal(played.value().long(), (x.unsqueeze(-1) < torch.tensor(thetas)).long())
     assert played.ledgers[0].total().rounds == 1
     assert played.ledgers[0].total().sent == 3 * 500
+
+
+@pytest.mark.parametrize("kind", [compare.Keys, compare.Digits])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int64])
+@pytest.mark.parametrize("width", [2, 3, 4, 9, 13, 16, 20, 24, 32, 40, 63])
+def test_signs_over_the_whole_ring(kind: type[compare.Keys], dtype: torch.dtype, width: int) -> None:
+    half, edges = 1 << (width - 1), torch.tensor([0, -1, 1, -2])
+    x = torch.cat([torch.tensor([half - 1, -half]), edges.clamp(-half, half - 1)])
+    x = torch.cat([x, torch.randint(-half, half, (300,))])
+    how = kind(len(x), width, dtype)
+
+    def protocol(ops, share):  # type: ignore[no-untyped-def]
+        request = Request("compare", (Part(x.shape), *how.random), how.derived, how.derive)
+        r, *parts = yield from draw(request)
+        (c,) = yield from reveal(Opening(share.data + r, "masked", width=bytes_for(width)))
+        return Share((yield from how.sign(ops.side, parts, c)), 0)
+
+    played = secure(protocol, x, bits=0)
+    signs = (played.server.data + played.client.data).to(dtype)
+    assert torch.equal(signs, (x < 0).to(dtype))
+    assert played.ledgers[0].total().rounds == (1 if kind is compare.Keys else 2)
 
 
 def test_lookup_wraps_around() -> None:
@@ -165,5 +188,5 @@ def test_the_bound_is_close_above_the_maximum() -> None:
     def protocol(ops, scores):  # type: ignore[no-untyped-def]
         return Share((yield from softmax.bound(ops.side, narrow(scores), None)), 0)
 
-    above = secure(protocol, s).value() * 8 / 7 - s.amax(-1, keepdim=True)
+    above = centred(secure(protocol, s).value().long(), 16) * 8 / 7 - s.amax(-1, keepdim=True)
     assert above.min() > 0 and above.max() <= softmax.SLACK + 1e-3

@@ -46,7 +46,7 @@ class Transcript:
             link.recv = recv  # type: ignore[method-assign]
 
 
-def listen(seed: int, question: list[int], who: Rank) -> Transcript:
+def listen(seed: int, question: list[int], who: Rank, protocol: str) -> Transcript:
     """One context and question of fixed size; weights, document and question differ with the seed."""
     shape = tiny.shape()
     context = tiny.tokens(CONTEXT, seed)
@@ -74,14 +74,18 @@ def listen(seed: int, question: list[int], who: Rank) -> Transcript:
         session.chunk(question if rank is Rank.CLIENT else None, QUESTION)
         session.chunk([question[0]] if rank is Rank.CLIENT else None, 1)
 
-    play(program)
+    play(program, protocol)
     return heard
 
 
-@pytest.fixture(scope="module")
-def transcripts() -> dict[tuple[Rank, int], Transcript]:
+@pytest.fixture(scope="module", params=["fast", "fast-bits"])
+def transcripts(request: Any) -> dict[tuple[Rank, int], Transcript]:
     questions = {0: [1, 2, 3], 1: [9, 9, 9]}
-    return {(who, s): listen(s, q, who) for who in (Rank.SERVER, Rank.CLIENT) for s, q in questions.items()}
+    return {
+        (who, s): listen(s, q, who, request.param)
+        for who in (Rank.SERVER, Rank.CLIENT)
+        for s, q in questions.items()
+    }
 
 
 @pytest.mark.parametrize("who", [Rank.SERVER, Rank.CLIENT])

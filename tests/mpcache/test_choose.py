@@ -1,0 +1,55 @@
+"""The model's choice between the ways to compare, from public sizes alone."""
+
+import pytest
+
+from mpcache.choose import NONE, answer_ms, modelled, offline_ms, pick
+from mpcache.cost import cost
+from mpcache.model import demo_model_dir, load_shape
+from mpcache.network import Profile, parse_network
+from mpcache.policy import parse
+
+SHAPE = load_shape(demo_model_dir())
+CONTEXT, QUESTION, TOKENS = 880, 5, 6
+
+
+def picked(spec: str, network: Profile | None) -> str:
+    bound = parse(spec).bind(CONTEXT, SHAPE)
+    return pick(SHAPE, bound, CONTEXT, QUESTION, TOKENS, network).protocol
+
+
+def test_digits_take_a_round_more_and_far_fewer_of_the_dealer_s_bytes() -> None:
+    keys, digits = (cost(SHAPE, "quest", CONTEXT, QUESTION, p).total("decode") for p in ("fast", "fast-bits"))
+    layers = 4  # of 6, the others attend to everything
+    assert digits.rounds == keys.rounds + layers
+    assert digits.comparisons == keys.comparisons
+    # One byte for each pair in a top-k, and nothing else; the other comparisons stay with key trees.
+    pairs = digits.server_sent - keys.server_sent
+    assert 0 < pairs < keys.comparisons
+    assert keys.offline - digits.offline > 500 * pairs
+    assert digits.offline < 0.7 * keys.offline
+
+
+def test_a_slow_line_takes_fewer_bytes_and_a_fast_one_far_away_fewer_rounds() -> None:
+    assert picked("mpcache:score=bound,share=none", parse_network("1:20")) == "fast-bits"
+    assert picked("mpcache:score=bound,share=none", parse_network("200:10000")) == "fast"
+
+
+def test_without_a_selection_there_is_nothing_to_choose() -> None:
+    for network in (None, parse_network("1:20"), parse_network("200:10000")):
+        assert picked("full", network) == "fast"
+
+
+def test_an_answer_waits_for_the_dealer_where_that_takes_longer() -> None:
+    one = cost(SHAPE, "quest", CONTEXT, QUESTION)
+    slow = Profile("slow", 0, 1)
+    assert offline_ms(one, slow) > sum(modelled(one, slow).values())
+    more = answer_ms(one, slow, 3) - answer_ms(one, slow, 2)
+    assert more == pytest.approx(offline_ms(one, slow))
+    more = answer_ms(one, NONE, 3) - answer_ms(one, NONE, 2)
+    assert more == pytest.approx(sum(modelled(one, NONE).values()))
+
+
+def test_the_choice_says_what_it_weighed() -> None:
+    bound = parse("quest").bind(CONTEXT, SHAPE)
+    said = str(pick(SHAPE, bound, CONTEXT, QUESTION, TOKENS, parse_network("wan")))
+    assert said.startswith("picked fast-bits for network wan: ") and "with fast" in said

@@ -16,6 +16,7 @@ from mpcache.model import Model, ModelShape
 from mpcache.plain import PlainOps
 from mpcache.policy import Bound, parse
 from mpcache.prefill import Prefill, prefill
+from mpcache.secure.fast import LONGEST
 from mpcache.secure.program import Program
 from mpcache.session import Session
 
@@ -101,6 +102,12 @@ def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -
         raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
+    attended = bound.plan.attended + question + public.max_new_tokens
+    if public.protocol != "stock" and attended > LONGEST:
+        raise PolicyError(
+            f"policy {policy.spec}: a query may attend to {attended} tokens of context, question and answer; "
+            f"protocol {public.protocol} holds {LONGEST}: give it smaller budgets, or shorten the context"
+        )
     return bound
 
 

@@ -12,7 +12,7 @@ LOGITS = 512  # |logit| stays below
 
 
 def greedy(ops: Ops, logits: Value) -> Program[Value]:
-    """The place (1,) of the highest of (1, vocab) logits, the first of equal ones; nothing is opened bare."""
+    """The place (1,) of the highest of (1, vocab) logits, or of one within 2^-16; nothing is opened bare."""
     marks = yield from highest(ops, logits, 1, LOGITS)
     return (marks * torch.arange(logits.shape[-1])).sum(-1)
 

@@ -48,6 +48,10 @@ CATALOG: Mapping[str, Protocol] = {
         "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector", "power.power",
         "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
     ),
+    "blur": Protocol(
+        "noise of the other party's on what one party learns", "linear.blur", "2^-11 standard deviation",
+        "so that a secret factor's step does not show",
+    ),
     "compare": Protocol(
         "comparison by a key tree", "compare.less", "exact", "Boyle et al., EUROCRYPT 2021"
     ),

@@ -22,7 +22,7 @@ from mpcache.ops import Ops, Value
 from mpcache.policy.base import Known, LayerPlan, Plan, Policy, View, average
 from mpcache.secure.program import Program, at, local
 
-FAR = 192  # dead tokens' scores go down by so much: no weight is left as long as |score| < 73
+FAR = 190  # dead tokens' scores go down by so much: no weight is left as long as |score| < 73
 
 
 @dataclass(frozen=True)

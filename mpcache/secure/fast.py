@@ -24,6 +24,7 @@ WEIGHT_BITS = 20  # fraction bits of softmax weights; the largest of a row may b
 AVERAGE_RING = 56  # weights times values: 20 + 16 fraction bits, up to 2^13 tokens, |value| < 32
 POSITIVE_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `positive`
 LONGEST = 1 << 13  # attended tokens per query
+BLUR_BITS = 11  # what a party learns is blurred with a standard deviation of 2^-11 (`reveal`)
 
 
 class FastOps(Ops):
@@ -169,9 +170,13 @@ class FastOps(Ops):
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
+        """Products are blurred by the other party (`blur`): a logit is a whole number of 2^-18 / rms, so
+        that exact logits would tell the last hidden state's root mean square, which is no public size."""
         # Whole bytes, all of them significant: the recipient sees a share that is uniform.
         spare = -(x.ring - max(0, x.bits - self.bits)) % 8
-        x = self.do.shrink(self.side, x, self.bits + spare)
+        if x.bits > self.bits + spare:
+            x = self.do.shrink(self.side, x, self.bits + spare)
+            x = replace(x, data=x.data + (yield from self.do.blur(self.side, x, to.peer, BLUR_BITS)))
         (raw,) = yield from reveal(Opening(x.data, why, to=to, width=bytes_for(x.ring)))
         if raw is None:
             return None

@@ -18,10 +18,12 @@ import torch
 from mpcache import prefill
 from mpcache.ops import Selection
 from mpcache.plain import PlainSelection
+from mpcache.rank import Rank
 from mpcache.secure import activation, chosen, linear, norm, power
 from mpcache.secure import softmax as scores_of
 from mpcache.secure.activation import series
-from mpcache.secure.program import Call, Program
+from mpcache.secure.compare import Digits, Keys
+from mpcache.secure.program import Call, Program, local
 from mpcache.secure.shares import Resident, Share, decode, encode
 from mpcache.secure.side import Side
 from mpcache.secure.softmax import narrow as narrow  # each party's own arithmetic: it means itself
@@ -123,6 +125,11 @@ def positive(side: Side, x: Share, width: int) -> Program[Share]:
     return replace(x, data=x.data.clamp(min=0), owner=None)
 
 
+def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
+    """None: what is learned is compared with the plain engine's."""
+    return local(torch.zeros_like(x.data))
+
+
 # ----------------------------------------------------------------------------- norm (secure/norm.py)
 
 
@@ -222,7 +229,7 @@ def top(
 
 
 __all__ = [
-    "Claim", "IdealSelection", "activate", "claim", "narrow", "norm_linear", "positive", "product",
+    "Claim", "IdealSelection", "activate", "blur", "claim", "narrow", "norm_linear", "positive", "product",
     "product_resident", "reciprocal", "resident", "shrink", "softmax", "top", "truncate",
     "truncate_times",
 ]  # fmt: skip

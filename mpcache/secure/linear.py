@@ -168,6 +168,23 @@ def truncate_product(side: Side, x: Share, y: Share) -> Program[Share]:
     return Share(one.times(side, two, crossed), x.bits + y.bits)
 
 
+def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
+    """A share of noise for each element of x, known to one party alone, who adds it: about normal, with
+    a standard deviation of 2^-bits and at most 6 times as large. No message.
+
+    A sum of 12 uniform numbers. On values that are multiples of a secret step s it leaves sinc(2^-bits /
+    s)^12 of the wave that would tell s: 8e-9 at most where s <= 2^-bits, 4e-3 at twice that.
+    """
+    wide = x.bits - bits  # bits of a uniform number, in units of x
+    (words,) = yield from draw(
+        Request("blur", (Part((*x.shape, 12), torch.int16, owner=by),), (), lambda r: ())
+    )
+    if side.rank is not by or words.is_meta:
+        return torch.zeros_like(x.data)
+    noise = (words.long() & ((1 << wide) - 1)).sum(-1)
+    return noise - 6 * ((1 << wide) - 1)
+
+
 def resident(x: Share, ring: int = 64) -> Program[Resident]:
     """Open x - B once, with a mask B that stays (PROTOCOLS 1). One round; one way if x has an owner."""
     mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))

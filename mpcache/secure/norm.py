@@ -30,7 +30,7 @@ PRODUCT_RING = 40  # so |stream times matrix| < 2^20
 @cache
 def root(width: int, bits: int) -> tuple[Range, Curve, int]:
     """How to take sqrt(width) 2^bits / sqrt(total), total the raw sum of `width` squares at `bits` bits:
-    the range of the total, the curve, and the result's fraction bits. Relative error 3e-5."""
+    the range of the total, the curve, and the result's fraction bits. Relative error 3.2e-5."""
     spread = math.log2(width) + 2 * bits
     where = Range.of(spread + VARIANCE_LOW, spread + VARIANCE_HIGH, 2)
     scale = math.log2(width) / 2  # the part of sqrt(width) that is no power of two goes into the curve
@@ -52,7 +52,7 @@ def norm_linear(
     stream: (m, width) at the change's fraction bits, opened; None for zero.  change: |raw| < 2^(ring-2).
     turn: public and linear.  The mean squares lie in [2^-20, 2^17), |turn(x @ w)| below 2^14 (2^20 where
     w's ring has 64 bits), and divided by the root below 2^10. The result keeps its
-    fraction bits; relative error 3e-5, and 2^-18 of the product. Four rounds.
+    fraction bits; relative error 3.2e-5, and 2^-18 of the product. Four rounds.
     """
     x, total = yield from at("norm", _add(side, stream, change))
     width, bits = change.shape[-1], change.bits

@@ -53,7 +53,7 @@ def uniformity(values: Bytes) -> Uniformity:
 
 
 def above_chance(n: int, classes: int, sigmas: float = 5.0) -> float:
-    """Correct ones of n that guessing exceeds once in some millions: mean and 5 standard deviations."""
+    """Correct ones of n that guessing exceeds twice in a million at most: mean and 5 standard deviations."""
     p = 1 / classes
     return n * p + sigmas * math.sqrt(n * p * (1 - p))
 

@@ -12,21 +12,23 @@ from mpcache.ops import Ops
 from mpcache.rank import Rank
 from mpcache.secure.party import Party
 from mpcache.secure.program import Program, at, run
+from mpcache.secure.rng import Stream, fresh_seed
 from tests.secure.play import Played, play
 
 Protocol = Callable[..., Program[Any]]
 
 
 def secure(protocol: Protocol, *secrets: torch.Tensor, kind: str = "fast", bits: int | None = None) -> Played:
-    """`protocol(ops, *shares)`; secrets alternate between the server's and the client's."""
+    """`protocol(ops, *shares)`, on shares that are uniform, each alone."""
+    masks = [Stream(fresh_seed(), "test").tensor(x.shape) for x in secrets]
 
     def program(ops: Ops, party: Party, rank: Rank) -> Any:
         party.begin("test")
         shares = []
-        for i, x in enumerate(secrets):
-            owner = Rank(i % 2)
-            share = ops.secret(x if rank is owner else None, x.shape, owner, bits)
-            shares.append(replace(share, owner=None))
+        for i, (x, r) in enumerate(zip(secrets, masks, strict=True)):
+            share = ops.secret(x, x.shape, rank, bits)  # whole, or a shape at the dealer
+            data = share.data if share.data.is_meta else (r, share.data - r)[(rank + i) % 2]
+            shares.append(replace(share, data=data, owner=None))
         return run(at("test", protocol(ops, *shares)), party)
 
     return play(program, kind)

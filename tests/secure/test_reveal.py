@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mpcache.highest import GROUP, greedy
 from mpcache.ops import Ops
 from mpcache.policy import parse
 from mpcache.rank import Rank
+from mpcache.secure import ideal, protocols
 from mpcache.secure.program import Opening
 from mpcache.secure.shares import Share, centred
 from mpcache.session import Session
@@ -25,8 +27,8 @@ CHUNKS = [tiny.tokens(3, 2), [5], [7], [1]]
 
 
 @pytest.mark.parametrize("n", [2, GROUP, 2 * GROUP + 1, 301])
-def test_the_first_of_the_highest(n: int) -> None:
-    """Against torch's argmax, over the whole declared range; of equal ones the first."""
+def test_one_of_the_highest(n: int) -> None:
+    """Against torch's argmax, over the whole declared range; of equal ones any."""
     logits = torch.rand(6, n) * 1023 - 511.5
     logits[3] = logits[3].round()  # ties
     logits[4] = 0.25
@@ -40,7 +42,9 @@ def test_the_first_of_the_highest(n: int) -> None:
 
     played = secure(protocol, (logits * 2**16).round() / 2**16)
     found = (played.server.data + played.client.data) & ((1 << played.server.ring) - 1)
-    assert found.tolist() == [int(row.argmax()) for row in (logits * 2**16).round()]
+    raw = (logits * 2**16).round()
+    assert torch.equal(raw.gather(-1, found.reshape(6, 1)).squeeze(-1), raw.amax(-1))
+    assert found[:3].tolist() == raw[:3].argmax(-1).tolist()
 
 
 def session(reveal: str, kind: str = "fast", vocab: int = tiny.VOCAB, heard: Any = None) -> Played:
@@ -115,3 +119,32 @@ def test_sampling_needs_logits() -> None:
     Sampling().check("token")
     with pytest.raises(BadInput, match="--temperature is 0.7, but with reveal: token"):
         Sampling(temperature=0.7).check("token")
+
+
+def peak(logits: torch.Tensor) -> float:
+    """How far the logits' spectrum stands out above chance: about exponential with mean 1 where they have
+    no step in common, the chance of more than this being one in a million over all frequencies: 1."""
+    n = (logits * 2**20).round().long()
+    n = n - n.min()
+    size = 1 << int(n.max() * 2).bit_length()
+    power = torch.fft.rfft(torch.bincount(n, minlength=size).float()).abs().square() / len(n)
+    return float(power[size // 1000 :].max()) / math.log(size / 2 / 1e-6)
+
+
+@pytest.mark.parametrize("rms", [0.05, 0.25, 1.0])
+def test_logits_do_not_tell_the_size_of_what_was_normed(rms: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact logits are whole numbers of 2^-18 / rms, which a transform over the vocabulary finds."""
+    x = torch.randn(1, 64)
+    x = (x / x.square().mean().sqrt() * rms * 2**16).round() / 2**16
+    w = (torch.randn(64, 512) / 4 * 2**16).round() / 2**16
+
+    def protocol(ops: Ops, x: Share, w: Share) -> Any:
+        _, y = yield from ops.norm_linear(None, x, 1e-5, (yield from ops.keep(w)))
+        return (yield from ops.reveal(y[0], Rank.CLIENT, "logits for the client"))
+
+    seen = secure(protocol, x, w).client
+    expected = (x.double() @ w.double())[0] * torch.rsqrt(x.double().square().mean() + 1e-5)
+    assert (seen - expected).abs().max() < 6 * 2**-11 + 1e-3
+    assert peak(seen) < 1
+    monkeypatch.setattr(protocols, "blur", ideal.blur)
+    assert peak(secure(protocol, x, w).client) > 2  # the check sees what it is for

@@ -48,7 +48,9 @@ def evaluate(
     secure: Annotated[
         int, typer.Option(help="So many samples of each row through the three parties, too.")
     ] = 0,
-    network: Annotated[str | None, typer.Option(help="With --secure: none, lan, wan or RTT_MS:MBPS.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="With --secure, but for bits: none, lan, wan or RTT_MS:MBPS.")
+    ] = None,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Quality against budget, an SVG file.")
     ] = None,

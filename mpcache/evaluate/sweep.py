@@ -111,9 +111,7 @@ def _ask(engine: Engine, grid: Grid, cells: Sequence[Tally], results: Results, s
         read = engine.read(tokens.context, max((b.policy.window(length) for _, b in bounds), default=0))
         done = [(cell, b, score(task, engine.session(b, read), sample, tokens)) for cell, b in bounds]
         for cell, bound, scores in done:
-            cell.spec = cell.spec or bound.policy.spec
-            cell.attended += bound.plan.attended
-            cell.context += length
+            cell.count(bound)
             cell.scores += scores
 
 

@@ -21,6 +21,7 @@ from mpcache.audit.rows import NONE, Grid, rows, secure_policies, sweep
 from mpcache.audit.tables import breakdowns, measured_tables, tables, verdict, write_csv
 from mpcache.cost import PROTOCOLS
 from mpcache.errors import BadInput, MpcacheError
+from mpcache.inputs import listed
 from mpcache.model import ModelShape, demo_model_dir, load_shape
 from mpcache.network import parse_network
 from mpcache.shapes import NAMES, config_of
@@ -79,7 +80,7 @@ def audit(
         name, value = ("--question", question) if question < 1 else ("--new-tokens", new_tokens)
         raise BadInput(f"{name} is {value}; give 1 or more tokens")
     name, model = shape_of(shape)
-    protocols = _known("--protocol", protocol, PROTOCOLS)
+    protocols = listed("--protocol", protocol, PROTOCOLS)
     folder = _weights_of(shape) if measure else None
     contexts = _contexts(context, shape, model, question + new_tokens if measure else 0)
     if explain is not None:
@@ -90,7 +91,7 @@ def audit(
         model,
         contexts,
         _policies(policy, sweep_ or []),
-        [parse_network(text) or NONE for text in _listed("--network", network)],
+        [parse_network(text) or NONE for text in listed("--network", network)],
         protocols,
         question,
         max(2, new_tokens),
@@ -223,7 +224,7 @@ def _contexts(text: str | None, given: str, shape: ModelShape, more: int = 0) ->
     if text is None:
         return [c for c in CONTEXTS if c <= limit] or [limit]
     contexts = []
-    for item in _listed("--context", text):
+    for item in listed("--context", text):
         if not re.fullmatch(r"\d{1,9}", item, re.ASCII) or int(item) < 1:
             raise BadInput(f"--context {item!r} is not a number of tokens; as in 512,1024")
         contexts.append(int(item))
@@ -236,20 +237,6 @@ def _contexts(text: str | None, given: str, shape: ModelShape, more: int = 0) ->
     if beyond:
         _note(f"{given} was trained for {limit} tokens; beyond, rotary positions are taken as stretched")
     return contexts
-
-
-def _listed(option: str, text: str) -> list[str]:
-    items = [item.strip() for item in text.split(",")]
-    if not all(items) or len(set(items)) < len(items):
-        raise BadInput(f"{option} {text!r}: give values with commas between them, each once")
-    return items
-
-
-def _known(option: str, text: str, known: Any) -> list[str]:
-    for item in (items := _listed(option, text)):
-        if item not in known:
-            raise BadInput(f"{option} {item!r} is not known; known: {', '.join(known)}")
-    return items
 
 
 def _check_writable(path: Path) -> None:

@@ -12,8 +12,6 @@ from mpcache.evaluate.score import Score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Task
 from mpcache.policy import Bound
 
-FULL_PERCENT = 100  # the full cache's budget
-
 Row = dict[str, Any]
 
 

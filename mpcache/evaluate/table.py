@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mpcache.evaluate.rows import FULL_PERCENT, Row
+from mpcache.evaluate.rows import Row
+from mpcache.policy.base import FULL_PERCENT
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

@@ -79,12 +79,7 @@ class Combined(Policy):
         first, kept = self.first, self.first.plan(context, shape).kept
         if kept < tokens:
             first, kept = first.at_budget(tokens, context, shape), tokens
-        then = self.then.at_budget(tokens, kept, shape)
-        try:
-            then.behind()
-        except PolicyError:
-            why = f"the options of {self.then.name} cannot be set to a budget without evicting"
-            raise PolicyError(f"policy {self.spec}: {why}; `mpcache eval` takes it alone") from None
+        then = self.then.choosing(tokens, kept, shape)
         return replace(self, first=first, then=then)
 
     # ------------------------------------------------------------------------- the first, at the server

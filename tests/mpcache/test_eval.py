@@ -15,13 +15,14 @@ from mpcache.answer import Sampling, plain_answer
 from mpcache.cli import main
 from mpcache.demo.documents import load_lines
 from mpcache.evaluate import plot as plotting
-from mpcache.evaluate.rows import FULL_PERCENT, Results, Tally, wilson
+from mpcache.evaluate.rows import Results, Tally, wilson
 from mpcache.evaluate.score import Engine, Score, Tokens, score
 from mpcache.evaluate.secure import CONFIRMED, TOLERANCE
 from mpcache.evaluate.sweep import Grid, bind, sweep, take
 from mpcache.evaluate.tasks import ASKED, COPIED, DEPTHS, FACTS, GIVEN, TASKS, TIMES
 from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import POLICIES, parse
+from mpcache.policy.base import FULL_PERCENT
 from mpcache.prefill import prefill
 from tests.mpcache.conftest import Run
 from tests.parties.processes import CLI, start, started, tiny_model
@@ -277,7 +278,10 @@ def test_interrupted_it_keeps_what_is_done() -> None:
 
 BAD = {
     "task": (["--task", "riddle"], "--task 'riddle' is not known; known, with commas: passkey"),
-    "task twice": (["--task", "copy,copy"], "give each once"),
+    "task twice": (
+        ["--task", "copy,copy"],
+        "--task 'copy,copy': give values with commas between them, each once",
+    ),
     "question": (["--question", "before"], "--question 'before' is not known"),
     "no such question": (["--task", "bits", "--question", "inside"], "bits is asked after the context only"),
     "budget": (["--budget", "0"], "--budget '0': give whole percents from 1 to 99"),

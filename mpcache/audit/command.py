@@ -131,10 +131,11 @@ def _measured(result: dict[str, Any], grid: Grid, model: Path, by: str | None) -
     """
     planned = measuring.plan(grid, result["rows"])
     runs: dict[measuring.Key, measuring.Measured] = {}
-    stopped = None
+    done, stopped = 0, None
     try:
         for key, run in measuring.measure(planned, grid.question, model, terminal.say):
-            runs[key] = run
+            runs[key] = runs[key].with_another(run) if key in runs else run
+            done += 1
     except MpcacheError as error:
         if not runs:
             raise
@@ -142,7 +143,7 @@ def _measured(result: dict[str, Any], grid: Grid, model: Path, by: str | None) -
     rates = measuring.calibrated(runs, grid)
     found = result["rows"] = rows(grid, by, rates)
     measuring.put_beside(found, runs)
-    result["runs"] = {"planned": len(planned), "measured": len(runs)}
+    result["runs"] = {"planned": len(planned), "measured": done}
     result["calibration"] = [
         {"policy": spec, "protocol": protocol, "context_tokens": context, **asdict(rate)}
         for (spec, protocol, context), rate in rates.items()

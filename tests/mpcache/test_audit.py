@@ -161,7 +161,9 @@ def test_explain_names_every_opening() -> None:
     rounds = [int(n) for n in re.findall(r": (\d+) rounds?,", text)]
     assert sum(rounds) > 0
     stock = run("--explain", "full", "--context", "40", "--protocol", "stock").stdout
-    assert "Escudero" not in stock and "masked by CrypTen" in stock
+    assert "Escudero" not in stock and "they have no one formula" in stock
+    # K^T of two KV heads, in full: what stock opens and fast does not.
+    assert "to both: masked by CrypTen: (2 x 32 x 57) of 8 B = 29,184 B" in stock
 
 
 # --------------------------------------------------------------------------------------------- mistakes

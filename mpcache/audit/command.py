@@ -68,8 +68,13 @@ def audit(
     ] = False,
 ) -> None:
     """What each eviction setting costs in rounds, bytes and time: exact, with no party running."""
-    if measure and explain is not None:
-        raise BadInput("--explain prints a plan and runs nothing: leave out --measure")
+    if explain is not None:
+        others = {
+            "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
+            "--csv": csv, "--report": report, "--quality": quality,
+        }  # fmt: skip
+        if extra := [name for name, given in others.items() if given]:
+            raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
     if new_tokens is None:
         new_tokens = MEASURED_TOKENS if measure else 2
     if reveal not in ("logits", "token"):
@@ -84,6 +89,8 @@ def audit(
     folder = _weights_of(shape) if measure else None
     contexts = _contexts(context, shape, model, question + new_tokens if measure else 0)
     if explain is not None:
+        if len(protocols) > 1 or (context and len(contexts) > 1):
+            raise BadInput("--explain prints one plan: give one --protocol and one --context")
         for line in told(model, explain, contexts[0], question, protocols[0]):
             print(line)
         return

@@ -189,6 +189,11 @@ def test_explain_names_every_opening() -> None:
         (["--sweep", "n_keep=1,2", "--sweep", "n_keep=3"], "given twice"),
         (["--policy", "mpcache:n_keep=64", "--sweep", "n_keep=32,64"], "contradicts"),
         (["--policy", "mpcache", "--sweep", "n_keep=a,b"], "n_keep='a' is not allowed"),
+        (["--sweep", "n_keep=8,,16"], "--sweep n_keep: '8,,16': give values with commas"),
+        (["--explain", "full", "--json"], "runs nothing: leave out --json"),
+        (["--explain", "full", "--sweep", "n_keep=8"], "leave out --sweep"),
+        (["--explain", "full", "--protocol", "fast,stock"], "give one --protocol and one --context"),
+        (["--explain", "full", "--context", "64,128"], "give one --protocol and one --context"),
         (["--policy", "oracle", "--context", "64"], "plaintext only"),
         (
             ["--policy", "mpcache:threshold=0.1", "--context", "64"],

@@ -38,9 +38,7 @@ class Tally:
     scores: list[Score] = field(default_factory=list)
     attended: int = 0
     context: int = 0
-    agreed: list[bool] = field(
-        default_factory=list
-    )  # secure: the same tokens as plain, or nearly the same bits
+    agreed: list[bool] = field(default_factory=list)  # secure: the same tokens as plain, or nearly its bits
     off: list[float] = field(default_factory=list)  # secure: a sample's bits per byte from plain's
     judged: bool | None = None  # None: the full cache has not been asked yet
 

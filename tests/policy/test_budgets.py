@@ -95,6 +95,11 @@ def test_a_percent_is_rounded_down(percent: float, tokens: int) -> None:
     assert parse("snapkv").at_percent(100, 880, shape()) == parse("snapkv")
 
 
+def test_what_a_document_decides_has_no_budget() -> None:
+    with pytest.raises(PolicyError, match="the document decides what stays"):
+        parse("mpcache:threshold=0.1|quest").at_budget(20, 100, shape())
+
+
 def test_layers_of_their_own_budgets_have_no_common_one() -> None:
     with pytest.raises(PolicyError, match="n_keep=30/20 .* one number"):
         parse("mpcache:n_keep=30/20").at_budget(20, 100, shape())

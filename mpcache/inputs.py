@@ -1,8 +1,9 @@
-"""The texts a user gives or leaves out."""
+"""The texts a user gives or leaves out, and options that list values."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from mpcache.errors import BadInput, TextError
@@ -38,6 +39,18 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise TextError(f"{path}: is empty; the context needs at least one token")
     return text
+
+
+def listed(option: str, text: str, known: Collection[str] = ()) -> list[str]:
+    """The values of an option, with commas between them, each once; of `known`, where it is given.
+    Raises BadInput."""
+    items = [item.strip() for item in text.split(",")]
+    if not all(items) or len(set(items)) < len(items):
+        raise BadInput(f"{option} {text!r}: give values with commas between them, each once")
+    for item in items:
+        if known and item not in known:
+            raise BadInput(f"{option} {item!r} is not known; known, with commas: {', '.join(known)}")
+    return items
 
 
 def _read(path: Path) -> str:

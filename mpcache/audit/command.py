@@ -21,6 +21,7 @@ from mpcache.audit.rows import Grid, resolved, rows, secure_policies, sweep
 from mpcache.audit.tables import breakdowns, measured_tables, tables, verdict, write_csv
 from mpcache.choose import CHOICES, NONE
 from mpcache.errors import BadInput, MpcacheError
+from mpcache.inputs import listed
 from mpcache.model import ModelShape, demo_model_dir, load_shape
 from mpcache.network import parse_network
 from mpcache.shapes import NAMES, config_of
@@ -70,8 +71,13 @@ def audit(
     ] = False,
 ) -> None:
     """What each eviction setting costs in rounds, bytes and time: exact, with no party running."""
-    if measure and explain is not None:
-        raise BadInput("--explain prints a plan and runs nothing: leave out --measure")
+    if explain is not None:
+        others = {
+            "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
+            "--csv": csv, "--report": report, "--quality": quality,
+        }  # fmt: skip
+        if extra := [name for name, given in others.items() if given]:
+            raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
     if new_tokens is None:
         new_tokens = MEASURED_TOKENS if measure else 2
     if reveal not in ("logits", "token"):
@@ -82,11 +88,13 @@ def audit(
         name, value = ("--question", question) if question < 1 else ("--new-tokens", new_tokens)
         raise BadInput(f"{name} is {value}; give 1 or more tokens")
     name, model = shape_of(shape)
-    protocols = _known("--protocol", protocol, CHOICES)
+    protocols = listed("--protocol", protocol, CHOICES)
     folder = _weights_of(shape) if measure else None
     contexts = _contexts(context, shape, model, question + new_tokens if measure else 0)
-    networks = [parse_network(text) or NONE for text in _listed("--network", network)]
+    networks = [parse_network(text) or NONE for text in listed("--network", network)]
     if explain is not None:
+        if len(protocols) > 1 or (context and len(contexts) > 1):
+            raise BadInput("--explain prints one plan: give one --protocol and one --context")
         grid = Grid(
             model, contexts, [explain], networks, protocols, question, max(2, new_tokens), reveal=reveal
         )
@@ -138,10 +146,11 @@ def _measured(result: dict[str, Any], grid: Grid, model: Path, by: str | None) -
     """
     planned = measuring.plan(grid, result["rows"])
     runs: dict[measuring.Key, measuring.Measured] = {}
-    stopped = None
+    done, stopped = 0, None
     try:
         for key, run in measuring.measure(planned, grid.question, model, terminal.say):
-            runs[key] = run
+            runs[key] = runs[key].with_another(run) if key in runs else run
+            done += 1
     except MpcacheError as error:
         if not runs:
             raise
@@ -149,7 +158,7 @@ def _measured(result: dict[str, Any], grid: Grid, model: Path, by: str | None) -
     rates = measuring.calibrated(runs, grid)
     found = result["rows"] = rows(grid, by, rates)
     measuring.put_beside(found, runs)
-    result["runs"] = {"planned": len(planned), "measured": len(runs)}
+    result["runs"] = {"planned": len(planned), "measured": done}
     result["calibration"] = [
         {"policy": spec, "protocol": protocol, "context_tokens": context, **asdict(rate)}
         for (spec, protocol, context), rate in rates.items()
@@ -231,7 +240,7 @@ def _contexts(text: str | None, given: str, shape: ModelShape, more: int = 0) ->
     if text is None:
         return [c for c in CONTEXTS if c <= limit] or [limit]
     contexts = []
-    for item in _listed("--context", text):
+    for item in listed("--context", text):
         if not re.fullmatch(r"\d{1,9}", item, re.ASCII) or int(item) < 1:
             raise BadInput(f"--context {item!r} is not a number of tokens; as in 512,1024")
         contexts.append(int(item))
@@ -244,20 +253,6 @@ def _contexts(text: str | None, given: str, shape: ModelShape, more: int = 0) ->
     if beyond:
         _note(f"{given} was trained for {limit} tokens; beyond, rotary positions are taken as stretched")
     return contexts
-
-
-def _listed(option: str, text: str) -> list[str]:
-    items = [item.strip() for item in text.split(",")]
-    if not all(items) or len(set(items)) < len(items):
-        raise BadInput(f"{option} {text!r}: give values with commas between them, each once")
-    return items
-
-
-def _known(option: str, text: str, known: Any) -> list[str]:
-    for item in (items := _listed(option, text)):
-        if item not in known:
-            raise BadInput(f"{option} {item!r} is not known; known: {', '.join(known)}")
-    return items
 
 
 def _check_writable(path: Path) -> None:

@@ -101,13 +101,25 @@ class Witness(CostParty):
 @dataclass(frozen=True)
 class Line:
     """What a step opens for one reason. times: tensors of this size.  formula: bytes in the symbols of
-    `Explained`, None where none was found.  bytes: at the sizes that were asked for."""
+    `Explained`, None where none was found.  size: as in `Seen`, at the sizes that were asked for."""
 
     why: str
     to: str
     times: int
     formula: str | None
-    bytes: int
+    size: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def told(self) -> str:
+        """The formula, or the dimensions and the bytes of an element."""
+        if self.formula is None:
+            *shape, width = self.size
+            return f"({' x '.join(map(str, shape))}) of {width} B"
+        return "" if self.formula.isdigit() else self.formula
 
 
 @dataclass(frozen=True)
@@ -209,10 +221,12 @@ def explained(shape: ModelShape, spec: str, context: int, question: int, protoco
         mine = {s: tuple(r.symbols[key[0]][s] for r in readings) for s in first.symbols[key[0]] if s != "H"}
         mine |= {s: tuple(one.symbols[s] for one in every) for s in said.symbols}
         of = known.setdefault(tuple(mine.values()), Names(mine if len(readings) == READINGS else {}))
-        counted: dict[tuple[str, str, str | None, int], int] = defaultdict(int)
+        counted: dict[tuple[str, str, str | None, tuple[int, ...]], int] = defaultdict(int)
         for i, seen in enumerate(said.opened):
             formula = formula_of(of, [[one.opened[i].size for one in every]])
-            counted[seen.why, seen.to, formula, seen.bytes] += 1
+            # Of one formula, one size: in which order its factors come does not matter.
+            size = seen.size if formula is None else (seen.bytes,)
+            counted[seen.why, seen.to, formula, size] += 1
         lines = tuple(
             Line(why, to, times, formula, size) for (why, to, formula, size), times in counted.items()
         )
@@ -276,14 +290,22 @@ def explain(shape: ModelShape, spec: str, context: int, question: int, protocol:
     yield ""
     yield "One decode step. A round is one message, or one each way at once. What is opened is masked by"
     yield "randomness that is used once, but for the logits, which are the client's answer. Bytes are"
-    yield "those that each sender sends, with their formula; in it"
+    if protocol == "stock":
+        yield "those that each sender sends, with the dimensions of what it opens. CrypTen's maxima, sums of"
+        yield "bits and top-k go level by level, as many as the length has bits, so they have no one formula:"
+        yield "`mpcache audit --context A,B --protocol stock` prices lengths. The dimensions are made of"
+    else:
+        yield "those that each sender sends, with their formula; in it"
     yield "  " + ", ".join(f"{name} = {value}" for name, value in plan.symbols[None].items())
     yield "  (width, heads, KV heads, heads in a group, head size, FFN width, vocabulary),"
     for which, symbols in runs([_own(plan.symbols[i], plan.symbols[None]) for i in range(shape.layers)]):
         yield f"  {which}: " + ", ".join(f"{name} = {value}" for name, value in symbols.items())
-    yield "  (n: tokens in the cache; pairs(x) = x (x - 1) / 2; modulus(x): the power of two from x on,"
-    yield "  which ranks are opened modulo; rank_bytes(x): their bytes; count_bytes(x): those of"
-    yield f"  a count up to x; groups(x): x / {GROUP}, rounded up)."
+    if protocol == "stock":
+        yield "  (n: tokens in the cache)."
+    else:
+        yield "  (n: tokens in the cache; pairs(x) = x (x - 1) / 2; modulus(x): the power of two from x on,"
+        yield "  which ranks are opened modulo; rank_bytes(x): their bytes; count_bytes(x): those of"
+        yield f"  a count up to x; groups(x): x / {GROUP}, rounded up)."
     steps: dict[Any, dict[str, Step]] = defaultdict(dict)
     for (number, op), step in plan.steps.items():
         steps["first" if op == "embed" else "last" if number is None else number][op] = step
@@ -308,7 +330,7 @@ def _told(step: Step) -> Iterator[str]:
     yield f"  {step.name}: {rounds}, {_kinds(step.kinds)}"
     for line in step.opened:
         times = f"{line.times} x " if line.times > 1 else ""
-        formula = f"{times}{line.formula} = " if line.formula and not line.formula.isdigit() else ""
+        formula = f"{times}{line.told} = " if line.told else ""
         yield f"    to {line.to}: {line.why}: {formula}{line.bytes * line.times:,} B"
     if step.offline_bytes:
         keys = [

@@ -1,7 +1,8 @@
 """Real runs beside the model: three party processes for each setting, and what they show.
 
-Each setting is run once without a shaped network, which calibrates the model's computation on this
-machine, and once on each network, which the calibrated model is then compared with.
+Each setting is run once on each network, which the calibrated model is compared with, and without a
+network before and after each of these: all such runs together calibrate the model's computation, so that
+a load that changes meets both alike.
 """
 
 from __future__ import annotations
@@ -60,14 +61,22 @@ class Measured:
     def ms(self) -> float:
         return statistics.median(self.token_ms)
 
+    def with_another(self, run: Measured) -> Measured:
+        """Two runs of one setting as one: the traffic is the same, the times are those of both."""
+        first = (self.first_token_ms + run.first_token_ms) / 2
+        return replace(self, token_ms=[*self.token_ms, *run.token_ms], first_token_ms=first)
+
 
 def plan(grid: Grid, rows: Sequence[Row]) -> list[tuple[Key, PublicConfig]]:
-    """The runs that these rows need, in order: each setting without a network, then on each of them.
+    """The runs that these rows need, in order: of each setting those without a network stand around the
+    others.
 
     Raises BadInput where a setting could not run, before the first of them does.
     """
     settings = dict.fromkeys((row["policy"], row["protocol"], row["context_tokens"]) for row in rows)
-    networks = dict.fromkeys([NONE.name, *(network.name for network in grid.networks)])
+    networks = [NONE.name]
+    for network in dict.fromkeys(network.name for network in grid.networks if network.name != NONE.name):
+        networks += [network, NONE.name]
     runs = []
     for (spec, protocol, context), network in product(settings, networks):
         public = PublicConfig(
@@ -120,7 +129,7 @@ def text_of(tokenizer: Tokenizer, source: str, n: int, bos: bool) -> str:
 
 
 def calibrated(runs: Mapping[Key, Measured], grid: Grid) -> dict[Setting, Rates]:
-    """This machine's rates for each setting, from its run without a network.
+    """This machine's rates for each setting, from its runs without a network: the median of all their tokens.
 
     What such a token takes beyond the work that its counts tell is put on its rounds: calls, messages,
     and waiting for a core that another party, or the dealer, has. A setting that was not run takes the

@@ -11,8 +11,8 @@ from typing import Any
 from mpcache.audit.rows import Grid, Row, price, resolved
 from mpcache.choose import modelled
 from mpcache.errors import BadInput, PolicyError
-from mpcache.evaluate.rows import FULL_PERCENT
 from mpcache.policy import parse
+from mpcache.policy.base import FULL_PERCENT
 
 FIELDS = ("task", "question", "n", "engine")  # beside what is checked
 
@@ -62,9 +62,7 @@ def points(evaluated: Sequence[Row], grid: Grid, note: Callable[[str], None]) ->
     for row, context, protocol in product(evaluated, grid.contexts, grid.protocols):
         budget = row.get("budget_percent", FULL_PERCENT)
         try:
-            policy = parse(row["policy"])
-            if budget < FULL_PERCENT:
-                policy = policy.at_budget(max(1, int(context * budget // 100)), context, grid.shape)
+            policy = parse(row["policy"]).at_percent(budget, context, grid.shape)
             price(grid, policy.spec, context, "fast")
         except PolicyError as error:
             unpriced[f"no price beside its quality: {row['policy']} at {budget:g} %: {error}"] = None

@@ -10,6 +10,7 @@ from typing import Any
 from mpcache.choose import AUTO, RATES, modelled, offline_ms, pick
 from mpcache.cost import Cost, Tally, cost
 from mpcache.errors import BadInput, PolicyError
+from mpcache.inputs import listed
 from mpcache.model import ModelShape
 from mpcache.network import Profile, Rates
 from mpcache.policy import POLICIES, parse
@@ -161,14 +162,12 @@ def sweep(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:
     """Every combination of swept options, put into each policy that has them. Raises BadInput."""
     values: dict[str, list[str]] = {}
     for text in sweeps:
-        key, _, listed = text.partition("=")
-        options = [v for v in listed.split(",") if v]
-        if not key or not options:
+        key, _, given = text.partition("=")
+        if not key or not given:
             raise BadInput(f"--sweep {text!r} is not key=value,value; as in n_keep=128,256")
         if key in values:
             raise BadInput(f"--sweep {key} is given twice; list all its values in one")
-        if len(set(options)) < len(options):
-            raise BadInput(f"--sweep {text}: a value is given twice")
+        options = listed(f"--sweep {key}:", given)
         values[key] = options
     grid: list[str] = []
     used: set[str] = set()

@@ -92,7 +92,7 @@ def verdict(result: Row) -> Iterator[str]:
     rounds = [rate["round_ms"] for rate in result["calibration"]]
     if rounds:
         yield (
-            f"calibrated by {len(rounds)} run{'s' * (len(rounds) != 1)} without a network: computation and "
+            f"calibrated without a network, {len(rounds)} setting{'s' * (len(rounds) != 1)}: computation and "
             f"messages take {min(rounds):.2f} to {max(rounds):.2f} ms per round on this machine"
         )
     for network, error in result["model_error"].items():

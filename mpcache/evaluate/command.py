@@ -16,14 +16,16 @@ from mpcache import terminal
 from mpcache.config import PublicConfig, load_settings
 from mpcache.errors import BadInput
 from mpcache.evaluate.plot import check_plot, plot
-from mpcache.evaluate.rows import FULL_PERCENT, Results
+from mpcache.evaluate.rows import Results
 from mpcache.evaluate.score import Engine
 from mpcache.evaluate.secure import confirm
 from mpcache.evaluate.sweep import FULL, Grid, bind, sweep, take
 from mpcache.evaluate.table import CAPTION, tables
 from mpcache.evaluate.tasks import TASKS
+from mpcache.inputs import listed
 from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import POLICIES
+from mpcache.policy.base import FULL_PERCENT
 
 QUESTIONS = ("inside", "after")
 CONTEXT = 880  # tokens of a document, where the model allows as many
@@ -48,7 +50,9 @@ def evaluate(
     secure: Annotated[
         int, typer.Option(help="So many samples of each row through the three parties, too.")
     ] = 0,
-    network: Annotated[str | None, typer.Option(help="With --secure: none, lan, wan or RTT_MS:MBPS.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="With --secure, but for bits: none, lan, wan or RTT_MS:MBPS.")
+    ] = None,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Quality against budget, an SVG file.")
     ] = None,
@@ -66,8 +70,8 @@ def evaluate(
     if network is not None and not secure:
         raise BadInput("--network slows the parties' links; it needs --secure N")
     public = load_settings(None, {"public.network": network}).public
-    tasks = [TASKS[name] for name in _listed("--task", task, TASKS)]
-    questions = _listed("--question", question, QUESTIONS)
+    tasks = [TASKS[name] for name in listed("--task", task, TASKS)]
+    questions = listed("--question", question, QUESTIONS)
     budgets = _percents(budget)
     specs = list(dict.fromkeys(policy or [*POLICIES, PublicConfig().policy]))
     if plot_file is not None:
@@ -145,20 +149,8 @@ def _context(given: int | None, allowed: int, room: int) -> int:
     return context
 
 
-def _listed(option: str, text: str, known: Any) -> list[str]:
-    items = [item.strip() for item in text.split(",")]
-    if len(set(items)) < len(items):
-        raise BadInput(f"{option} {text!r}: give each once")
-    for item in items:
-        if item not in known:
-            raise BadInput(f"{option} {item!r} is not known; known, with commas: {', '.join(known)}")
-    return items
-
-
 def _percents(text: str) -> list[int]:
-    items = [item.strip() for item in text.split(",")]
-    if not all(re.fullmatch(r"[1-9]\d?", item, re.ASCII) for item in items) or len(set(items)) < len(items):
-        raise BadInput(
-            f"--budget {text!r}: give whole percents from 1 to {FULL_PERCENT - 1}, each once, as 5,20"
-        )
+    items = listed("--budget", text)
+    if not all(re.fullmatch(r"[1-9]\d?", item, re.ASCII) for item in items):
+        raise BadInput(f"--budget {text!r}: give whole percents from 1 to {FULL_PERCENT - 1}, as in 5,20")
     return sorted(map(int, items))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.errors import BadInput
-from mpcache.evaluate.rows import FULL_PERCENT, Row
+from mpcache.evaluate.rows import Row
+from mpcache.policy.base import FULL_PERCENT
 
 COLUMNS = 3
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mpcache.evaluate.score import Score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Task
-
-FULL_PERCENT = 100  # the full cache's budget
+from mpcache.policy import Bound
 
 Row = dict[str, Any]
 
@@ -39,7 +38,8 @@ class Tally:
     scores: list[Score] = field(default_factory=list)
     attended: int = 0
     context: int = 0
-    agreed: list[bool] = field(default_factory=list)  # secure: the same tokens as plain
+    agreed: list[bool] = field(default_factory=list)  # secure: the same tokens as plain, or nearly its bits
+    off: list[float] = field(default_factory=list)  # secure: a sample's bits per byte from plain's
     judged: bool | None = None  # None: the full cache has not been asked yet
 
     @property
@@ -52,7 +52,13 @@ class Tally:
 
     @property
     def bits_per_byte(self) -> float:
-        return sum(score.nats for score in self.scores) / math.log(2) / sum(s.bytes for s in self.scores)
+        return bits_per_byte(self.scores)
+
+    def count(self, bound: Bound) -> None:
+        """One more sample is asked under this policy and plan."""
+        self.spec = self.spec or bound.policy.spec
+        self.attended += bound.plan.attended
+        self.context += bound.plan.context
 
     def passes(self) -> bool:
         """As the full cache: whether the model does the task at all."""
@@ -81,9 +87,15 @@ class Tally:
         }
         if self.task.by_token:
             row["bits_per_byte"] = round(self.bits_per_byte, 4)
+        if self.off:
+            row["bits_per_byte_off"] = round(max(self.off), 6)
         if self.agreed:
             row["agreement"] = round(sum(self.agreed) / len(self.agreed), 4)
         return row
+
+
+def bits_per_byte(scores: Sequence[Score]) -> float:
+    return sum(score.nats for score in scores) / math.log(2) / sum(score.bytes for score in scores)
 
 
 def _share(scores: Iterable[Score]) -> float:

@@ -32,6 +32,14 @@ class Tokens:
         """All of the session."""
         return len(self.context) + sum(len(question) + len(answer) for question, answer, _ in self.turns)
 
+    def chunks(self) -> list[int]:
+        """Lengths of what `score` takes in, where each answer is fed to its end: public."""
+        found, before = [], 0
+        for question, answer, _ in self.turns:
+            found += [before + len(question), *[1] * (len(answer) - 1)]
+            before = 1  # the answer's last token comes with the next question
+        return found
+
 
 @dataclass(frozen=True)
 class Score:

@@ -1,30 +1,44 @@
-"""The same answers through the real parties: three processes, one question each."""
+"""The same answers through the parties.
+
+Each question is asked of three processes, as `mpcache generate` does. Their session has one question, so
+of a task with several each is a session of its own over the same document, which all that was said before
+opens. Bits per byte need logits after tokens that are given, which no process is asked for: there the
+three parties are threads of this one (`mpcache.threads`), with the same program, shares and messages.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mpcache.answer import Sampling, plain_answer
 from mpcache.answer import bind as bind_session
 from mpcache.config import PublicConfig
-from mpcache.evaluate.rows import Results, Tally
-from mpcache.evaluate.score import Engine, Score
+from mpcache.evaluate.rows import Results, Tally, bits_per_byte
+from mpcache.evaluate.score import Engine, Score, Tokens, score
 from mpcache.evaluate.sweep import Grid, Say, bind, take
+from mpcache.evaluate.tasks import Sample
 from mpcache.launch import run_quietly
-from mpcache.policy import parse
+from mpcache.policy import Bound, parse
 from mpcache.rank import Rank
+from mpcache.session import Session
+from mpcache.threads import run_threads
+
+CONFIRMED = 16  # bits: tokens of the text that goes on, a private decode step each
+TOLERANCE = 0.01  # bits per byte: what fixed point may add to or take from one sample
 
 
 def confirm(
     engine: Engine, grid: Grid, cells: Sequence[Tally], count: int, network: str, results: Results, say: Say
 ) -> None:
-    """The first `count` samples of each cell of the sweep, the first question of each, answered privately:
-    right or not, and whether every token is the plain engine's. Raises PartyFailed.
+    """The first `count` samples of each cell of the sweep, privately: whether each answer is right, and
+    whether every token is the plain engine's; of bits, whether they are within TOLERANCE of the plain
+    engine's. Raises PartyFailed.
     """
     for plain in cells:
-        if plain.task.by_token or not plain.judged or not plain.scores:
+        if not plain.judged or not plain.scores:
             continue
         if parse(plain.policy).in_the_clear:
             results.note(f"{plain.policy}: runs in plaintext only, so the parties did not confirm it")
@@ -33,14 +47,26 @@ def confirm(
         results.tallies.append(secure)
         where = f"{plain.task.name}, question {plain.question}, {plain.policy} at {plain.budget} %"
         for i in range(count):
-            say(f"{where}: private sample {i + 1} of {count}")
-            _answer(engine, grid, secure, i, network)
+            said = f"{where}: private sample {i + 1} of {count}"
+            sample, tokens = take(engine, plain.task, plain.question, grid, i)
+            bound = bind(engine, plain.policy, plain.budget, len(tokens.context))
+            secure.count(bound)
+            if plain.task.by_token:
+                if network != "none":
+                    results.note(f"{plain.task.name}: the parties ran in one process, which no network slows")
+                say(said)
+                _go_on(engine, secure, bound, sample, tokens)
+                continue
+            turns = sample.apart()
+            for j, alone in enumerate(turns, 1):
+                say(f"{said}, question {j} of {len(turns)}" if len(turns) > 1 else said)
+                _answer(engine, secure, bound, alone, network)
 
 
-def _answer(engine: Engine, grid: Grid, cell: Tally, i: int, network: str) -> None:
-    sample, tokens = take(engine, cell.task, cell.question, grid, i)
-    turn, (question, answer, _) = sample.turns[0], tokens.turns[0]
-    bound = bind(engine, cell.policy, cell.budget, len(tokens.context))
+def _answer(engine: Engine, cell: Tally, bound: Bound, sample: Sample, network: str) -> None:
+    """One question of three processes."""
+    (turn,), tokens = sample.turns, engine.tokens(sample)
+    question, answer, _ = tokens.turns[0]
     public = PublicConfig(policy=bound.policy.spec, max_new_tokens=len(answer), network=network)
     bind_session(engine.model.shape, public, len(tokens.context), len(question))
     plain = plain_answer(
@@ -51,8 +77,32 @@ def _answer(engine: Engine, grid: Grid, cell: Tally, i: int, network: str) -> No
         document.write_text(sample.context, encoding="utf-8")
         reports = run_quietly(public, engine.model.folder, document, turn.question)
     ids = reports[Rank.CLIENT].token_ids
-    cell.spec = cell.spec or bound.policy.spec
-    cell.attended += bound.plan.attended
-    cell.context += len(tokens.context)
     cell.scores.append(Score(turn.part, int(ids == answer), 1, 0.0, 0))
     cell.agreed.append(ids == plain.ids)
+
+
+def _go_on(engine: Engine, cell: Tally, bound: Bound, sample: Sample, tokens: Tokens) -> None:
+    """The beginning of one long answer, token by token, through three threads."""
+    question, answer, _ = tokens.turns[0]
+    answer = answer[:CONFIRMED]
+    size = len(engine.model.tokenizer.decode(answer).encode())
+    tokens = Tokens(tokens.context, ((question, answer, size),))
+    window = bound.policy.window(len(tokens.context))
+    read = engine.read(tokens.context, window)
+    (plain,) = score(cell.task, engine.session(bound, read), sample, tokens)
+
+    def party(ops: Any, me: Any, rank: Rank) -> list[Score] | None:
+        owner = rank is Rank.SERVER
+        session = Session(ops, me, engine.model.shape, bound)
+        session.setup(engine.model.weights if owner else None)
+        session.context(*((read.known, read.kernels) if owner else (None, None)))
+        if rank is Rank.CLIENT:
+            return score(cell.task, session, sample, tokens)
+        for m in tokens.chunks():
+            session.chunk(None, m)
+        return None
+
+    (private,) = run_threads(party)[Rank.CLIENT][0]
+    cell.scores.append(private)
+    cell.off.append(abs(bits_per_byte([private]) - bits_per_byte([plain])))
+    cell.agreed.append(cell.off[-1] <= TOLERANCE)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mpcache.errors import BadInput, PolicyError
-from mpcache.evaluate.rows import FULL_PERCENT, Results, Tally
+from mpcache.evaluate.rows import Results, Tally
 from mpcache.evaluate.score import Engine, Tokens, score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Sample, Task
 from mpcache.policy import Bound, parse
+from mpcache.policy.base import FULL_PERCENT
 
 FULL = "full"
 
@@ -37,10 +38,8 @@ class Grid:
 
 def bind(engine: Engine, spec: str, budget: int, context: int) -> Bound:
     """The policy, set to `budget` percent of `context` tokens. Raises PolicyError."""
-    shape, policy = engine.model.shape, parse(spec)
-    if budget < FULL_PERCENT:
-        policy = policy.at_budget(context * budget // FULL_PERCENT, context, shape)
-    return policy.bind(context, shape)
+    shape = engine.model.shape
+    return parse(spec).at_percent(budget, context, shape).bind(context, shape)
 
 
 def take(engine: Engine, task: Task, question: str, grid: Grid, i: int) -> tuple[Sample, Tokens]:
@@ -111,9 +110,7 @@ def _ask(engine: Engine, grid: Grid, cells: Sequence[Tally], results: Results, s
         read = engine.read(tokens.context, max((b.policy.window(length) for _, b in bounds), default=0))
         done = [(cell, b, score(task, engine.session(b, read), sample, tokens)) for cell, b in bounds]
         for cell, bound, scores in done:
-            cell.spec = cell.spec or bound.policy.spec
-            cell.attended += bound.plan.attended
-            cell.context += length
+            cell.count(bound)
             cell.scores += scores
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mpcache.evaluate.rows import FULL_PERCENT, Row
+from mpcache.evaluate.rows import Row
+from mpcache.policy.base import FULL_PERCENT
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -33,10 +34,12 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def cell(row: Row) -> str:
-    """98 (90-100), in percent; 1.57 (39) for bits per byte; and how many answers were the plain engine's."""
+    """98 (90-100), in percent; 1.57 (39) for bits per byte. Secure: how many answers were the plain engine's,
+    or how far off its bits per byte the farthest sample was."""
     percent = f"{100 * row['accuracy']:.0f}"
     if "bits_per_byte" in row:
-        return f"{row['bits_per_byte']:.2f} ({percent})"
+        text = f"{row['bits_per_byte']:.2f} ({percent})"
+        return f"{text}, off {row['bits_per_byte_off']:.4f}" if "bits_per_byte_off" in row else text
     low, high = row["ci95"]
     text = f"{percent} ({100 * low:.0f}-{100 * high:.0f})"
     return f"{text}, agree {100 * row['agreement']:.0f}" if "agreement" in row else text

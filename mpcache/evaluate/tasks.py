@@ -49,6 +49,15 @@ class Sample:
         head, _, word = first.question.rpartition(" ")
         return Sample(self.context + head, (replace(first, question=" " + word), *later))
 
+    def apart(self) -> list[Sample]:
+        """Each turn as a session of its own, in which all that was said before it, with the right answers,
+        is the beginning of its question."""
+        found, said = [], ""
+        for turn in self.turns:
+            found.append(Sample(self.context, (replace(turn, question=said + turn.question),)))
+            said += turn.question + turn.answer
+        return found
+
 
 @dataclass(frozen=True)
 class Task:

@@ -27,6 +27,8 @@ from mpcache.secure.program import Program, at, local, together
 
 LEAKS = ("none", "count", "static-index", "step-index", "step-bit", "token-class")
 
+FULL_PERCENT = 100  # of the context: no budget
+
 Budget = int | float  # a count, or a ratio written with a point: 0.25
 Budgets = Budget | tuple[Budget, ...]  # one for all layers, or one for each: 512/256/256/128
 
@@ -157,6 +159,17 @@ class Policy(ABC):
         Raises PolicyError when it cannot attend to so few.
         """
         raise PolicyError(f"policy {self.spec}: its options cannot be set to a budget of tokens")
+
+    def at_percent(self, percent: float, context: int, shape: ModelShape) -> Policy:
+        """At a budget of so many percent of the context, rounded down to whole tokens, at least one; 100:
+        this policy as it is. Raises PolicyError."""
+        if percent >= FULL_PERCENT:
+            return self
+        return self.at_budget(max(1, int(context * percent // FULL_PERCENT)), context, shape)
+
+    def choosing(self, tokens: int, context: int, shape: ModelShape) -> Policy:
+        """`at_budget` by choosing alone: on the right of |, where it evicts nothing. Raises PolicyError."""
+        return self.at_budget(tokens, context, shape)
 
     def too_few(self, tokens: int, least: int, why: str) -> PolicyError:
         return PolicyError(

@@ -76,15 +76,12 @@ class Combined(Policy):
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Combined:
         """The second chooses that many of what the first leaves. The first stays as it is, but where it
         leaves fewer: then it leaves that many, and there is nothing to choose."""
+        if not self.decided:
+            raise PolicyError(f"policy {self.spec}: the document decides what stays, so no budget is known")
         first, kept = self.first, self.first.plan(context, shape).kept
         if kept < tokens:
             first, kept = first.at_budget(tokens, context, shape), tokens
-        then = self.then.at_budget(tokens, kept, shape)
-        try:
-            then.behind()
-        except PolicyError:
-            why = f"the options of {self.then.name} cannot be set to a budget without evicting"
-            raise PolicyError(f"policy {self.spec}: {why}; `mpcache eval` takes it alone") from None
+        then = self.then.choosing(tokens, kept, shape)
         return replace(self, first=first, then=then)
 
     # ------------------------------------------------------------------------- the first, at the server

@@ -94,17 +94,29 @@ class MPCache(Clustered):
         if isinstance(self.n_keep, tuple):
             raise self.fail("n_keep", "one number for all layers, to be set to a budget")
         coarse, fine = self.sizes(context)
-        always = self.sink + self.recent
         kept = self.count("n_keep", context, "the context")
         (total,) = self.clusters_of(kept, self.sink, self.recent, (coarse,))
-        whole = always + total * coarse
+        whole = self.sink + self.recent + total * coarse
         if not self.dynamic or not total or whole <= tokens:
             return replace(self, n_keep=tokens, threshold=0.0, dynamic=False)
-        if tokens < always + fine:
-            raise self.too_few(tokens, always + fine, "sink, recent and a fine cluster")
+        return replace(self._filled(tokens, whole, coarse, fine), n_keep=whole, threshold=0.0)
+
+    def choosing(self, tokens: int, context: int, shape: ModelShape) -> MPCache:
+        """What fills no cluster of the context always attends, too."""
+        if context <= tokens:
+            return replace(self, coarse_keep=1.0, fine_keep=1.0)
+        return self._filled(tokens, context, *self.sizes(context))
+
+    def _filled(self, tokens: int, kept: int, coarse: int, fine: int) -> MPCache:
+        """A choice that attends to `tokens` of so many kept ones, or to fewer by less than a fine cluster."""
+        (total,) = self.clusters_of(kept, self.sink, self.recent, (coarse,))
+        always = kept - total * coarse
+        least = always + fine if total else kept
+        if tokens < least:
+            raise self.too_few(tokens, least, "sink, recent, what fills no cluster, and a fine cluster")
         chosen = (tokens - always) // fine
         above = max(-(-chosen * fine // coarse), self.count("coarse_keep", total, "the clusters"))
-        return replace(self, n_keep=whole, threshold=0.0, coarse_keep=above, fine_keep=chosen)
+        return replace(self, coarse_keep=above, fine_keep=chosen)
 
     def window(self, context: int) -> int:
         return min(context, tokens_of(self.queries, context))

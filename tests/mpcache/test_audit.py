@@ -161,7 +161,9 @@ def test_explain_names_every_opening() -> None:
     rounds = [int(n) for n in re.findall(r": (\d+) rounds?,", text)]
     assert sum(rounds) > 0
     stock = run("--explain", "full", "--context", "40", "--protocol", "stock").stdout
-    assert "Escudero" not in stock and "masked by CrypTen" in stock
+    assert "Escudero" not in stock and "they have no one formula" in stock
+    # K^T of two KV heads, in full: what stock opens and fast does not.
+    assert "to both: masked by CrypTen: (2 x 32 x 57) of 8 B = 29,184 B" in stock
 
 
 # --------------------------------------------------------------------------------------------- mistakes
@@ -179,7 +181,7 @@ def test_explain_names_every_opening() -> None:
         (["--context", "64", "--policy", "mpcahe"], "did you mean mpcache"),
         (["--context", "64", "--policy", "mpcache:n_keep=100"], "at a context of 64 tokens"),
         (["--network", "fast"], "give none, lan, wan or RTT_MS:MBPS"),
-        (["--protocol", "slow"], "known: fast, stock"),
+        (["--protocol", "slow"], "known, with commas: fast, stock"),
         (["--by", "hour"], "give layer or op"),
         (["--question", "0"], "give 1 or more"),
         (["--sweep", "n_keep"], "is not key=value"),
@@ -187,6 +189,11 @@ def test_explain_names_every_opening() -> None:
         (["--sweep", "n_keep=1,2", "--sweep", "n_keep=3"], "given twice"),
         (["--policy", "mpcache:n_keep=64", "--sweep", "n_keep=32,64"], "contradicts"),
         (["--policy", "mpcache", "--sweep", "n_keep=a,b"], "n_keep='a' is not allowed"),
+        (["--sweep", "n_keep=8,,16"], "--sweep n_keep: '8,,16': give values with commas"),
+        (["--explain", "full", "--json"], "runs nothing: leave out --json"),
+        (["--explain", "full", "--sweep", "n_keep=8"], "leave out --sweep"),
+        (["--explain", "full", "--protocol", "fast,stock"], "give one --protocol and one --context"),
+        (["--explain", "full", "--context", "64,128"], "give one --protocol and one --context"),
         (["--policy", "oracle", "--context", "64"], "plaintext only"),
         (
             ["--policy", "mpcache:threshold=0.1", "--context", "64"],

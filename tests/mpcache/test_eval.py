@@ -15,12 +15,14 @@ from mpcache.answer import Sampling, plain_answer
 from mpcache.cli import main
 from mpcache.demo.documents import load_lines
 from mpcache.evaluate import plot as plotting
-from mpcache.evaluate.rows import FULL_PERCENT, Results, Tally, wilson
+from mpcache.evaluate.rows import Results, Tally, wilson
 from mpcache.evaluate.score import Engine, Score, Tokens, score
+from mpcache.evaluate.secure import CONFIRMED, TOLERANCE
 from mpcache.evaluate.sweep import Grid, bind, sweep, take
 from mpcache.evaluate.tasks import ASKED, COPIED, DEPTHS, FACTS, GIVEN, TASKS, TIMES
 from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import POLICIES, parse
+from mpcache.policy.base import FULL_PERCENT
 from mpcache.prefill import prefill
 from tests.mpcache.conftest import Run
 from tests.parties.processes import CLI, start, started, tiny_model
@@ -276,7 +278,10 @@ def test_interrupted_it_keeps_what_is_done() -> None:
 
 BAD = {
     "task": (["--task", "riddle"], "--task 'riddle' is not known; known, with commas: passkey"),
-    "task twice": (["--task", "copy,copy"], "give each once"),
+    "task twice": (
+        ["--task", "copy,copy"],
+        "--task 'copy,copy': give values with commas between them, each once",
+    ),
     "question": (["--question", "before"], "--question 'before' is not known"),
     "no such question": (["--task", "bits", "--question", "inside"], "bits is asked after the context only"),
     "budget": (["--budget", "0"], "--budget '0': give whole percents from 1 to 99"),
@@ -332,3 +337,50 @@ def test_the_parties_give_the_same_answers(run_here: Run) -> None:
     }
     assert [(row["agreement"], row["n"]) for row in rows] == [(1.0, 1)] * 4
     assert "oracle" not in out
+
+
+@pytest.mark.slow
+def test_the_parties_answer_every_question_of_a_session(run_here: Run) -> None:
+    """One after another, each with all that was said before it."""
+    flags = ["--task", "recall", "--question", "after", "--samples", ASKED, "--context", 220]
+    code, out, noise = run_here("eval", *flags, "--policy", "full", "--secure", 1, "--json")
+    assert code == 0, noise
+    (secure,) = [row for row in json.loads(out)["rows"] if row["engine"] == "secure"]
+    assert (secure["n"], secure["accuracy"], secure["agreement"]) == (ASKED, 1.0, 1.0)
+    assert set(secure["parts"]) == {f"question {j + 1}" for j in range(ASKED)}
+    assert f"private sample 1 of 1, question {ASKED} of {ASKED}" in noise
+
+
+@pytest.mark.slow
+def test_the_parties_give_the_same_bits_per_byte(run_here: Run) -> None:
+    flags = ["--task", "bits", "--samples", 8, "--context", 80, "--policy", "snapkv", "--budget", 40]
+    code, out, noise = run_here("eval", *flags, "--secure", 1, "--network", "1:1000", "--json")
+    assert code == 0, noise
+    found = json.loads(out)
+    rows = [row for row in found["rows"] if row["engine"] == "secure"]
+    assert {row["policy"] for row in rows} == {"full", "snapkv"}
+    for row in rows:
+        assert (row["n"], row["agreement"]) == (CONFIRMED, 1.0)
+        assert 0 < row["bits_per_byte_off"] <= TOLERANCE < row["bits_per_byte"]
+    assert any("which no network slows" in note for note in found["notes"])
+
+
+def test_a_turn_apart_begins_with_what_was_said() -> None:
+    sample = TASKS["recall"].sample(0, 0, words, 300).inside()
+    said = ""
+    for alone, turn in zip(sample.apart(), sample.turns, strict=True):
+        assert alone.context == sample.context
+        (only,) = alone.turns
+        assert (only.question, only.answer, only.part) == (said + turn.question, turn.answer, turn.part)
+        said = only.question + only.answer
+
+
+def test_chunks_are_what_a_score_takes_in(engine: Engine) -> None:
+    sample, tokens = take(engine, TASKS["recall"], "after", grid(), 0)
+    session = engine.session(
+        bind(engine, "full", FULL_PERCENT, len(tokens.context)), engine.read(tokens.context, 0)
+    )
+    taken, chunk = [], session.chunk
+    session.chunk = lambda ids, m: taken.append(m) or chunk(ids, m)  # type: ignore
+    score(TASKS["recall"], session, sample, tokens)
+    assert taken == tokens.chunks()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mpcache.audit.measure import Measured, calibrated, errors, put_beside, text_of
+from mpcache.audit.measure import Measured, calibrated, errors, plan, put_beside, text_of
 from mpcache.audit.rows import Grid, rows
 from mpcache.choose import NONE, RATES
 from mpcache.errors import MpcacheError
@@ -39,7 +39,7 @@ def test_ledgers_equal_the_model_and_stand_beside_it(model: Path, tmp_path: Path
     done = CliRunner().invoke(app, list(map(str, flags)))
     assert done.exit_code == 0, done.exception
     found = json.loads(done.stdout)
-    assert found["runs"] == {"planned": 2, "measured": 2}
+    assert found["runs"] == {"planned": 3, "measured": 3}
     (row,) = found["rows"]
     for name in ("rounds", "online_bytes", "offline_bytes"):
         assert row[f"measured_{name}_per_token"] == row[f"{name}_per_token"] > 0
@@ -60,7 +60,7 @@ def test_an_interrupted_measurement_keeps_what_it_has(model: Path, tmp_path: Pat
         children.append(start(CLI, "audit", *flags))
         parent = children[0]
         assert parent.stderr is not None
-        while "run 3 of 4" not in (line := parent.stderr.readline()):
+        while "run 4 of 6" not in (line := parent.stderr.readline()):
             assert line, parent.communicate()
         time.sleep(0.5)
         pids = children_of(parent.pid)
@@ -70,7 +70,7 @@ def test_an_interrupted_measurement_keeps_what_it_has(model: Path, tmp_path: Pat
         assert gone_soon(pids)
         assert "Traceback" not in noise and noise.count("error: mpcache: stopped by SIGTERM") == 1
     found = json.loads(out)
-    assert found["runs"] == {"planned": 4, "measured": 2}
+    assert found["runs"] == {"planned": 6, "measured": 3}
     measured = {row["policy"]: row["measured_ms_per_token"] for row in found["rows"]}
     assert measured["full"] > 0 and measured["snapkv"] is None
     with table.open() as file:
@@ -110,6 +110,18 @@ def test_texts_of_a_length() -> None:
         for bos in (True, False):
             if n > bos:
                 assert len(tokenizer.encode(text_of(tokenizer, source, n, bos), bos)) == n
+
+
+def test_runs_without_a_network_stand_around_the_others() -> None:
+    shape = load_shape(demo_model_dir())
+    networks = [PROFILES["lan"], NONE, PROFILES["wan"]]
+    grid = Grid(shape, [64], ["full", "snapkv"], networks, ["fast"], 4, 3)
+    keys = [key for key, _ in plan(grid, rows(grid))]
+    assert [network for *_, network in keys] == ["none", "lan", "none", "wan", "none"] * 2
+    assert [spec for spec, *_ in keys] == ["full"] * 5 + ["snapkv"] * 5
+    one = Measured([1.0, 2.0, 9.0], 10.0, 1, 1, 1)
+    both = one.with_another(replace(one, token_ms=[3.0, 4.0], first_token_ms=20.0))
+    assert (both.ms, both.first_token_ms, both.rounds) == (3.0, 15.0, 1)
 
 
 def test_calibration_makes_the_model_equal_to_the_unshaped_run() -> None:

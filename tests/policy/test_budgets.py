@@ -18,6 +18,8 @@ SPECS = [
     PublicConfig().policy,
     "mpcache:dynamic=false",
     "snapkv:cap=0.5|quest",
+    "snapkv:cap=0.5|mpcache",
+    "streaming|mpcache:score=bound,share=none",
 ]
 
 
@@ -32,6 +34,8 @@ def test_a_budget_is_met_to_a_cluster(spec: str, context: int) -> None:
     s = shape(layers=6)
     for percent in (5, 7, 10, 20, 40, 63, 90, 99):
         budget = context * percent // 100
+        if "|mpcache" in spec and budget < 40:  # what fills no cluster is attended to, too
+            continue
         policy = parse(spec).at_budget(budget, context, s)
         plan = policy.plan(context, s)
         for layer in plan.layers:
@@ -67,9 +71,33 @@ def test_a_budget_that_cannot_be_met(spec: str, budget: int, least: int) -> None
     assert parse(spec).at_budget(least, 100, shape()).plan(100, shape()).attended <= least
 
 
-def test_a_second_part_that_would_have_to_evict() -> None:
-    with pytest.raises(PolicyError, match="snapkv.mpcache: the options of mpcache cannot be set to a budget"):
-        parse("snapkv|mpcache").at_budget(10, 100, shape())
+@pytest.mark.parametrize("share", ["default", "none"])
+def test_a_second_part_chooses_and_the_first_evicts(share: str) -> None:
+    """The first's own budget stays where it leaves more than the second attends to."""
+    policy: Any = parse(f"snapkv:cap=0.5|mpcache:share={share}").at_budget(88, 880, shape(layers=6))
+    assert policy.first == parse("snapkv:cap=0.5")
+    assert (policy.then.n_keep, policy.then.dynamic, policy.then.share) == (0.75, True, share)
+    plan = policy.plan(880, shape(layers=6))
+    assert plan.kept == 440 and 88 - 8 < plan.attended <= 88
+    wide = parse("snapkv:cap=40|mpcache").at_budget(88, 880, shape(layers=6)).plan(880, shape(layers=6))
+    assert wide.kept == wide.attended == 88
+
+
+def test_a_second_part_that_cannot_choose_so_few() -> None:
+    with pytest.raises(PolicyError, match="policy mpcache: cannot attend to 20 tokens .* 40 or more"):
+        parse("snapkv:cap=0.5|mpcache").at_budget(20, 128, shape())
+
+
+@pytest.mark.parametrize(("percent", "tokens"), [(5, 44), (12.5, 110), (0.01, 1), (99, 871)])
+def test_a_percent_is_rounded_down(percent: float, tokens: int) -> None:
+    policy: Any = parse("snapkv").at_percent(percent, 880, shape())
+    assert policy.cap == tokens
+    assert parse("snapkv").at_percent(100, 880, shape()) == parse("snapkv")
+
+
+def test_what_a_document_decides_has_no_budget() -> None:
+    with pytest.raises(PolicyError, match="the document decides what stays"):
+        parse("mpcache:threshold=0.1|quest").at_budget(20, 100, shape())
 
 
 def test_layers_of_their_own_budgets_have_no_common_one() -> None:

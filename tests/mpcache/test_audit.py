@@ -181,7 +181,7 @@ def test_explain_names_every_opening() -> None:
         (["--context", "64", "--policy", "mpcahe"], "did you mean mpcache"),
         (["--context", "64", "--policy", "mpcache:n_keep=100"], "at a context of 64 tokens"),
         (["--network", "fast"], "give none, lan, wan or RTT_MS:MBPS"),
-        (["--protocol", "slow"], "known, with commas: fast, stock"),
+        (["--protocol", "slow"], "known, with commas: fast, fast-bits, stock, auto"),
         (["--by", "hour"], "give layer or op"),
         (["--question", "0"], "give 1 or more"),
         (["--sweep", "n_keep"], "is not key=value"),

@@ -40,13 +40,14 @@ class Beacon:
         self._socket.close()
 
 
-def beacon_at(caller: str, port: int) -> str | None:
-    """HOST:PORT of a beacon, from gRPC's name of the caller; None if that has no host.
+def beacon_at(caller: str, port: str | None) -> str | None:
+    """HOST:PORT of a beacon, from gRPC's name of the caller; None without a host or a port.
 
     The host is the caller's own, whatever it says: nobody is sent to ask somewhere else.
     """
-    found = re.fullmatch(r"ipv[46]:(.+):\d+", unquote(caller))
-    return f"{found[1]}:{port}" if found and 0 < port < 1 << 16 else None
+    host = re.fullmatch(r"ipv[46]:(.+):\d+", unquote(caller))
+    number = re.fullmatch(r"[1-9]\d{0,4}", port or "", re.ASCII)
+    return f"{host[1]}:{port}" if host and number and int(number[0]) < 1 << 16 else None
 
 
 def listens(address: str) -> bool | None:

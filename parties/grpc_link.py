@@ -299,7 +299,7 @@ class Listener:
         about = dict(context.invocation_metadata())
         try:
             link = self._link_of(about, context)
-            beacon = beacon_at(context.peer(), count_of(about.get(BEACON_KEY)))
+            beacon = beacon_at(context.peer(), about.get(BEACON_KEY))
             return link.accept(frames, context, count_of(about.get(RECEIVED_KEY)), beacon)
         except LinkError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

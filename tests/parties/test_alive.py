@@ -65,13 +65,15 @@ def test_silence_is_no_refusal() -> None:
 @pytest.mark.parametrize(
     ("caller", "port", "address"),
     [
-        ("ipv4:127.0.0.1:4242", 7000, "127.0.0.1:7000"),
-        ("ipv6:%5B::1%5D:4242", 7000, "[::1]:7000"),
-        ("ipv6:[::1]:4242", 7000, "[::1]:7000"),
-        ("ipv4:127.0.0.1:4242", 0, None),
-        ("ipv4:127.0.0.1:4242", 70000, None),
-        ("unix:/tmp/x", 7000, None),
+        ("ipv4:127.0.0.1:4242", "7000", "127.0.0.1:7000"),
+        ("ipv6:%5B::1%5D:4242", "7000", "[::1]:7000"),
+        ("ipv6:[::1]:4242", "7000", "[::1]:7000"),
+        ("ipv4:127.0.0.1:4242", "0", None),
+        ("ipv4:127.0.0.1:4242", "70000", None),
+        ("ipv4:127.0.0.1:4242", "7000:1", None),
+        ("ipv4:127.0.0.1:4242", None, None),
+        ("unix:/tmp/x", "7000", None),
     ],
 )
-def test_where_a_beacon_is(caller: str, port: int, address: str | None) -> None:
+def test_where_a_beacon_is(caller: str, port: str | None, address: str | None) -> None:
     assert beacon_at(caller, port) == address

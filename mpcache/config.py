@@ -87,7 +87,7 @@ class PublicConfig(_Section):
 
 
 class Addresses(_Section):
-    """Who listens where. The client listens nowhere: it dials both, and the server dials the dealer."""
+    """Who takes calls where. The client takes none: it dials both, and the server dials the dealer."""
 
     server: Address = "127.0.0.1:7100"
     dealer: Address = "127.0.0.1:7102"

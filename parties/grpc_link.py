@@ -37,6 +37,7 @@ from mpcache.frames import FRAME_BYTES
 from mpcache.ledger import Ledger
 from mpcache.network import shaper
 from mpcache.rank import Rank
+from parties.alive import Beacon, beacon_at
 from parties.identity import Trust
 from parties.stream import ABORT_LINGER_S, RANK_KEY, RECEIVED_KEY, GrpcLink, Metadata, count_of
 from protos import party_pb2
@@ -45,6 +46,7 @@ SERVICE = party_pb2.DESCRIPTOR.services_by_name["Party"].full_name
 SESSION_KEY = "mpcache-session"  # metadata: which session a stream belongs to
 REASON_KEY = "mpcache-reason-bin"  # metadata instead of a session: why this party cannot take part
 REASON_CHARACTERS = 1000  # gRPC takes 8 KiB of metadata
+BEACON_KEY = "mpcache-beacon"  # metadata: the port that tells that the caller's process lives
 SESSION_BYTES = 16
 SAY_EVERY_S = 5.0
 LOOK_EVERY_S = 1.0
@@ -164,10 +166,15 @@ class Network:
         channel = self.trust.open(peer, address, DIAL_OPTIONS)
         self._channels.append(channel)
         connect = channel.stream_stream(f"/{SERVICE}/Connect")
-        about = ((RANK_KEY, str(int(self.rank))), (SESSION_KEY, self.session))
+        about: Metadata = ((RANK_KEY, str(int(self.rank))), (SESSION_KEY, self.session))
+        with suppress(OSError):  # without one the peer waits longer for a process that is gone
+            beacon = Beacon(address)
+            self.on_close.append(beacon.close)
+            about = (*about, (BEACON_KEY, str(beacon.port)))
 
         def open_stream(frames: Iterator[bytes], metadata: Metadata) -> Any:
-            return connect(frames, metadata=(*about, *metadata), wait_for_ready=True)
+            # Who dials again wants to know each failure: the peer's process may be gone.
+            return connect(frames, metadata=(*about, *metadata), wait_for_ready=not metadata)
 
         self.links[peer].dial(open_stream, address)
 
@@ -292,7 +299,8 @@ class Listener:
         about = dict(context.invocation_metadata())
         try:
             link = self._link_of(about, context)
-            return link.accept(frames, context, count_of(about.get(RECEIVED_KEY)))
+            beacon = beacon_at(context.peer(), about.get(BEACON_KEY))
+            return link.accept(frames, context, count_of(about.get(RECEIVED_KEY)), beacon)
         except LinkError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             raise AssertionError from None  # abort raises

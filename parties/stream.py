@@ -4,8 +4,9 @@ Per link one thread reads, so that the peer's end is noticed while this party co
 thread sends: an exchange overlaps both directions. A connection that is cut ends its stream at once,
 a peer that stalls stops answering HTTP/2 pings. Then the side that dialled dials again, both say how
 many frames they have got, and each goes on with the next one: nothing is lost, repeated or reordered.
-What does not come back within `timeouts.reconnect_s` fails all links of this party, so that no one
-waits for a party that waits for the lost one.
+What does not come back within `timeouts.reconnect_s`, or whose host says sooner that its process is gone
+(`parties.alive`), fails all links of this party, so that no one waits for a party that waits for the lost
+one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mpcache.errors import Desync, LinkError, Mismatch, PeerFailed, PeerLost
 from mpcache.frames import FrameLink
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
+from parties.alive import ASK_EVERY_S, Refusals, listens
 
 logging.getLogger("grpc").addHandler(logging.NullHandler())
 logging.getLogger("grpc").propagate = False
@@ -66,6 +68,7 @@ class GrpcLink(FrameLink):
         self._cancel: Callable[[], object] = lambda: None
         self._last_word: bytes | None = None  # an Abort
         self._handed = 0  # frames that were handed to any stream
+        self._beacon: str | None = None  # of a peer that dials: where it has been seen to live
 
     # Sending.
 
@@ -109,6 +112,7 @@ class GrpcLink(FrameLink):
 
     def _dialling(self, open_stream: Dial, address: str) -> None:
         limit: float | None = None  # while reconnecting
+        refusals = Refusals(address)
         metadata: Metadata = ()
         while not self._over:
             queue: Queue = SimpleQueue()
@@ -148,7 +152,10 @@ class GrpcLink(FrameLink):
                 if self._last_word is not None:
                     break
                 if limit is None:
-                    limit = self._broken()
+                    limit, refusals = self._broken(), Refusals(address)
+                elif refusals.gone():
+                    self._end(self._lost(address))
+                    return
                 if time.monotonic() >= limit:
                     self._end(self._lost())
                     return
@@ -187,9 +194,12 @@ class GrpcLink(FrameLink):
     # The side that listens.
 
     def accept(
-        self, frames: Iterator[bytes], context: grpc.ServicerContext, received: int
+        self, frames: Iterator[bytes], context: grpc.ServicerContext, received: int, beacon: str | None
     ) -> Iterator[bytes]:
-        """Take a stream from the peer, which has got so many frames; returns what to send. Raises Desync."""
+        """Take a stream from the peer, which has got so many frames; returns what to send. Raises Desync.
+
+        beacon: HOST:PORT where it says that it lives.
+        """
         queue: Queue = SimpleQueue()
         with self._state:
             self._stream += 1
@@ -207,7 +217,15 @@ class GrpcLink(FrameLink):
             target=self._serving, args=(frames, stream, queue), name=f"from-{self.peer.label}", daemon=True
         ).start()
         self.connected.set()
+        self._beacon = None
+        if beacon is not None:
+            Thread(target=self._see, args=(beacon,), daemon=True).start()
         return iter(queue.get, None)
+
+    def _see(self, beacon: str) -> None:
+        """A beacon that cannot be reached now would tell nothing later."""
+        if listens(beacon):
+            self._beacon = beacon
 
     def _serving(self, frames: Iterator[bytes], stream: int, queue: Queue) -> None:
         error: LinkError | None = None
@@ -217,14 +235,20 @@ class GrpcLink(FrameLink):
             ended = self._last_word is not None
         queue.put(None)
         if not ended:
-            limit = self._broken(stream)
-            with self._state:
-                self._state.wait_for(
-                    lambda: self._stream != stream or self._over, max(0.0, limit - time.monotonic())
-                )
-            error = self._lost()
+            error = self._await(stream)
         if stream == self._stream:
             self._end(self._failure or error)
+
+    def _await(self, stream: int) -> PeerLost:
+        """Wait for a stream in place of this one; what there is to say if none has come."""
+        limit, refusals = self._broken(stream), Refusals(self._beacon)
+        while (left := limit - time.monotonic()) > 0:
+            with self._state:
+                if self._state.wait_for(lambda: self._stream != stream or self._over, min(left, ASK_EVERY_S)):
+                    break
+            if refusals.gone():
+                return self._lost(refusals.address)
+        return self._lost()
 
     # Both.
 
@@ -252,9 +276,12 @@ class GrpcLink(FrameLink):
             self._say(f"{self.me.label}: lost the connection to {self.peer.label}; {wait}")
         return time.monotonic() + self._reconnect_s
 
-    def _lost(self) -> PeerLost:
-        peer = self.peer.label
-        return PeerLost(f"lost {peer}: its process or the connection ended; see its own output")
+    def _lost(self, refused: str | None = None) -> PeerLost:
+        """refused: where nobody listens any more."""
+        what = "its process or the connection ended"
+        if refused is not None:
+            what = f"its process is gone: nobody listens at {refused}"
+        return PeerLost(f"lost {self.peer.label}: {what}; see its own output")
 
     def _end(self, error: LinkError | None) -> None:
         if error is not None and not self._closed:

@@ -2,7 +2,7 @@
 
 Usage: python -m tests.parties.faulty_party FAULT PHASE mpcache-party's flags...
 FAULT: kill or stop (SIGKILL, SIGSTOP to itself, at the second thing it asks of the outside in that
-phase), or slow:SECONDS (that long before each draw of the phase).
+phase; in hello at the second peer's introduction), or slow:SECONDS (that long before each draw of the phase).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+from mpcache.frames import FrameLink
 from mpcache.secure.party import ComputingParty, DealerParty
 from parties import party
 
@@ -41,6 +42,13 @@ def main() -> None:
 
         return call
 
+    recv_hello = FrameLink.recv_hello
+
+    def introduced(self: FrameLink) -> Any:
+        accident("hello/")
+        return recv_hello(self)
+
+    FrameLink.recv_hello = introduced  # type: ignore[method-assign]
     ComputingParty.open = before(ComputingParty.open)  # type: ignore[method-assign]
     DealerParty.draw = before(DealerParty.draw)  # type: ignore[method-assign]
     party.main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -56,6 +57,7 @@ def rows(
     """
     found: list[Row] = []
 
+    @cache  # the same on every network, and `full` beside every policy
     def priced(spec: str, context: int, protocol: str) -> Priced:
         cost = price(grid, spec, context, protocol)
         return Priced(cost, (rates or {}).get((cost.policy.policy.spec, protocol, context), RATES))

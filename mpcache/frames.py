@@ -2,8 +2,9 @@
 
 `FrameLink` is a Link over anything that carries frames of bytes to the peer in order. Whoever
 receives bytes hands them to `arrived`, on any thread, which refuses what may not come now and what
-there is no room for (`mpcache.states`, `mpcache.window`). The party's own thread takes them out, checks
-each against what the program expects, and only then gives it memory.
+there is no room for (`mpcache.states`, `mpcache.window`): by size and kind before it is parsed. The
+party's own thread takes them out, checks each against what the program expects, and only then gives it
+memory.
 """
 
 from __future__ import annotations
@@ -27,20 +28,16 @@ from mpcache.ledger import Ledger
 from mpcache.link import DTYPES, Hello, Link, Spec
 from mpcache.network import Shaper
 from mpcache.rank import Rank
-from mpcache.states import Order
-from mpcache.window import Sent, cost, room
+from mpcache.states import AGREED, Order
+from mpcache.window import CHUNK_BYTES, FACTS_BYTES, LAYOUT_BYTES, SMALL_BYTES, Sent, cost, largest, room
 from protos import party_pb2 as pb
 
-CHUNK_BYTES = 1 << 20  # of tensor data in one frame
-LAYOUT_BYTES = 1 << 20
-FRAME_BYTES = 4 << 20  # what a receiver takes: a chunk and its headers, with room
-FACTS_BYTES = 64 << 10
-SMALL_BYTES = FACTS_BYTES + (8 << 10)  # a frame without tensors, with room for its other fields
 REASON_CHARACTERS = 2000
 LOOK_EVERY_S = 0.2  # while a shaped message is waited for
 _ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_KINDS = {field.number: field.name for field in pb.Frame.DESCRIPTOR.fields}
 
 if sys.byteorder != "little":  # tensors travel as they lie in memory
     raise ImportError("mpcache runs on little-endian machines only")
@@ -81,6 +78,25 @@ def cut(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[b
         piece = data[offset : offset + CHUNK_BYTES]
         message = pb.Tensors(sequence=sequence, step=step, offset=offset, data=piece)
         yield pb.Frame(tensors=message).SerializeToString()
+
+
+def kind_of(data: bytes) -> str:
+    """What a frame is, by its first byte, or what it would be: `tensors`."""
+    return _KINDS.get(data[0] >> 3, "an unknown message") if data else "an unknown message"
+
+
+def is_one_field(data: bytes) -> bool:
+    """Whether the frame's first field, of a length that it states, is all there is.
+
+    Else a few bytes could stand for a message each, and take fifty times their own memory when parsed.
+    """
+    size, start = 0, 1
+    for byte in data[1:6]:
+        size |= (byte & 0x7F) << 7 * (start - 1)
+        start += 1
+        if byte < 0x80:
+            return start + size == len(data)
+    return False
 
 
 class _Coming:
@@ -131,8 +147,9 @@ class FrameLink(Link):
         # Frames with their sizes, and when they may be taken; None: a failure, or Bye.
         self._inbox: SimpleQueue[tuple[pb.Frame, int, float] | str | None] = SimpleQueue()
         self.shaper: Shaper | None = None  # what comes in is as slow as this network
-        self.sent = Sent(room(me, peer))
-        self.room = room(peer, me)  # bytes of frames that may wait here
+        # Both become wider with `facts/agreed`.
+        self.sent = Sent(room(me, peer, agreed=False))
+        self.room = room(peer, me, agreed=False)  # bytes of frames that may wait here
         self._order = Order()
         self._out = Lock()  # frames leave in the order in which they are kept
         self._wants_room = False
@@ -144,6 +161,11 @@ class FrameLink(Link):
         # Frames so far: `_came` and `_came_cost` on the carrier's thread, the others on the party's.
         self._came = self._came_cost = 0
         self._took = self._took_cost = self._confirmed_cost = 0
+
+    def widen(self) -> None:
+        """Both ways, as after `facts/agreed`."""
+        self.room = room(self.peer, self.me, agreed=True)
+        self.sent.room = room(self.me, self.peer, agreed=True)
 
     @abstractmethod
     def _carry(self, data: bytes) -> None:
@@ -163,8 +185,12 @@ class FrameLink(Link):
 
     def arrived(self, data: bytes) -> bool:
         """Take one frame in; False when it was the peer's last, or is refused: then the link has failed."""
+        if (complaint := self._too_large(data)) is not None:
+            return self._refuse(complaint)
         try:
             frame = pb.Frame.FromString(data)
+            if frame.ByteSize() != len(data):  # what was overwritten while it was read takes memory, too
+                raise DecodeError
         except DecodeError:
             self.fail(Desync(f"{self.peer.label} sent bytes that are not a frame; is it the same version?"))
             return False
@@ -178,15 +204,12 @@ class FrameLink(Link):
             return False
         step = frame.tensors.step if kind == "tensors" else frame.facts.step
         complaint = self._order.complaint(kind, step[:200])
-        if complaint is None and kind != "tensors" and len(data) > SMALL_BYTES:
-            complaint = f"{len(data)} bytes of {kind} at {step[:200] or 'its start'}"
         self._came += 1
         self._came_cost += cost(len(data))
         if complaint is None and self._came_cost - self._took_cost > self.room:
             complaint = f"more than the {self.room} bytes that may wait here"
         if complaint is not None:
-            self.fail(Desync(f"Desync: {self.peer.label} sends {complaint}, which is not legal"))
-            return False
+            return self._refuse(complaint)
         if kind == "bye":
             self._peer_ended = True
             self._inbox.put(None)
@@ -195,11 +218,24 @@ class FrameLink(Link):
         self._inbox.put((frame, len(data), due))
         return True
 
+    def _too_large(self, data: bytes) -> str | None:
+        """What is wrong with a frame's size, before a parser gives it memory."""
+        if len(data) <= SMALL_BYTES:
+            return None
+        kind = kind_of(data)
+        legal = kind == "tensors" and len(data) <= largest(self.me)
+        return None if legal and is_one_field(data) else f"a frame of {len(data)} bytes of {kind}"
+
+    def _refuse(self, complaint: str) -> bool:
+        self.fail(Desync(f"Desync: {self.peer.label} sends {complaint}, which is not legal"))
+        return False
+
     def _confirmed(self, frames: int) -> bool:
+        before = self.sent.taken
         if not self.sent.took(frames):
             self.fail(Desync(f"Desync: {self.peer.label} confirms frame {frames}, which was not sent"))
             return False
-        if self._wants_room:
+        if self._wants_room and frames > before:  # so that repeating itself fills nothing
             self._inbox.put(_LOOK)
         return True
 
@@ -285,6 +321,8 @@ class FrameLink(Link):
         size = len(text.encode())
         if size > FACTS_BYTES:
             raise ValueError(f"facts at {step} take {size} bytes; at most {FACTS_BYTES} are sent")
+        if step == AGREED:  # who reads this may be as far ahead as the plan allows
+            self.room = room(self.peer, self.me, agreed=True)
         self._send_frame(pb.Frame(facts=pb.Facts(sequence=self._sent, step=step, json=text)))
         self._sent += 1
         self._book("sent", step, [size], None)
@@ -301,6 +339,8 @@ class FrameLink(Link):
             facts = None
         if not isinstance(facts, dict):
             raise self._desync(f"facts at {step} that are not a JSON object", "one there")
+        if step == AGREED:
+            self.sent.room = room(self.me, self.peer, agreed=True)
         self._received += 1
         self._book("received", step, [size], None)
         return facts

@@ -14,6 +14,7 @@ from enum import IntEnum
 from functools import lru_cache
 
 MESSAGES = frozenset({"tensors", "facts"})
+AGREED = "facts/agreed"  # the last step before anything secret moves: what each makes of the public facts
 
 
 class State(IntEnum):

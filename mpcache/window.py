@@ -1,9 +1,10 @@
-"""How far a sender may be ahead: the room that a receiver gives to frames its program has not taken.
+"""How large a frame may be, and how far a sender may be ahead: the room that a receiver gives to frames
+its program has not taken.
 
-Both ends know the room from the ranks alone. A sender stops when it is used up and goes on as the
-receiver confirms what its program took (`Ack`), so a fast dealer waits and fills no memory; what
-comes all the same is refused. The sender keeps these same frames, to send them again over a new
-connection: one number bounds the queue of the one and the memory of the other.
+Both ends know the room from the ranks and from whether they have agreed on the plan. A sender stops when
+it is used up and goes on as the receiver confirms what its program took (`Ack`), so a fast dealer waits
+and fills no memory; what comes all the same is refused. The sender keeps these same frames, to send them
+again over a new connection: one number bounds the queue of the one and the memory of the other.
 """
 
 from __future__ import annotations
@@ -13,14 +14,30 @@ from threading import Condition
 
 from mpcache.rank import Rank
 
-MIB = 1 << 20
-FRAME_COST = 512  # bytes that a waiting frame takes beside its own
+KIB, MIB = 1 << 10, 1 << 20
+CHUNK_BYTES = MIB  # of tensor data in one frame
+LAYOUT_BYTES = MIB
+FACTS_BYTES = 64 * KIB
+SMALL_BYTES = FACTS_BYTES + 8 * KIB  # a frame without tensors, with room for its other fields
+FRAME_COST = 768  # bytes that a waiting frame takes beside its own, measured
 
 
-def room(sender: Rank, receiver: Rank) -> int:
-    """Bytes of frames that may wait at the receiver, `FRAME_COST` for each included."""
+def largest(receiver: Rank) -> int:
+    """Bytes of a frame that this receiver takes, whatever is in it."""
     if receiver is Rank.DEALER:
-        return 8 * MIB  # it gets a few facts, never a tensor
+        return SMALL_BYTES  # it gets facts, never a tensor
+    return CHUNK_BYTES + LAYOUT_BYTES + 8 * KIB
+
+
+def room(sender: Rank, receiver: Rank, agreed: bool) -> int:
+    """Bytes of frames that may wait at the receiver, `FRAME_COST` for each included.
+
+    agreed: on the plan of the session. A peer that has not come so far has little to say.
+    """
+    if receiver is Rank.DEALER:
+        return MIB
+    if not agreed:
+        return 4 * MIB
     return 32 * MIB if sender is Rank.DEALER else 16 * MIB
 
 
@@ -38,6 +55,11 @@ class Sent:
         self._taken = 0  # frames before the first of these
         self._cost = 0
         self._changed = Condition()
+
+    @property
+    def taken(self) -> int:
+        """Frames that the peer's program has taken."""
+        return self._taken
 
     @property
     def total(self) -> int:

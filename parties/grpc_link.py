@@ -33,10 +33,10 @@ from mpcache.errors import (
     PeerTimeout,
     PortInUse,
 )
-from mpcache.frames import FRAME_BYTES
 from mpcache.ledger import Ledger
 from mpcache.network import shaper
 from mpcache.rank import Rank
+from mpcache.window import largest
 from parties.alive import Beacon, beacon_at
 from parties.identity import Trust
 from parties.stream import ABORT_LINGER_S, RANK_KEY, RECEIVED_KEY, GrpcLink, Metadata, count_of
@@ -56,9 +56,9 @@ PROBE_S = 2.0
 PING_EVERY_S = 5.0
 PING_TIMEOUT_S = 15.0
 
-OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", FRAME_BYTES),
-    ("grpc.max_send_message_length", FRAME_BYTES),
+Options = list[tuple[str, Any]]
+
+OPTIONS: Options = [
     ("grpc.keepalive_time_ms", int(PING_EVERY_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT_S * 1000)),
     ("grpc.http2.ping_timeout_ms", int(PING_TIMEOUT_S * 1000)),  # a minute by default, whatever is above
@@ -75,6 +75,12 @@ DIAL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 LISTEN_OPTIONS = [*OPTIONS, ("grpc.so_reuseport", 0)]  # else two parties could share a port unnoticed
+
+
+def options(me: Rank, channel: Options) -> Options:
+    """These and what gRPC is to refuse before this party sees it."""
+    return [*channel, ("grpc.max_receive_message_length", largest(me))]
+
 
 Say = Callable[[str], None]
 
@@ -163,7 +169,7 @@ class Network:
         """Start connecting to a peer that listens; it may come up later."""
         assert self.session is not None
         address = self.settings.addresses.of(peer)
-        channel = self.trust.open(peer, address, DIAL_OPTIONS)
+        channel = self.trust.open(peer, address, options(self.rank, DIAL_OPTIONS))
         self._channels.append(channel)
         connect = channel.stream_stream(f"/{SERVICE}/Connect")
         about: Metadata = ((RANK_KEY, str(int(self.rank))), (SESSION_KEY, self.session))
@@ -422,7 +428,7 @@ def cannot_take_part(rank: Rank, settings: Settings, trust: Trust, reason: str, 
     def tell(peer: Rank) -> None:
         about = ((RANK_KEY, str(int(rank))), (REASON_KEY, reason.encode()))
         address = settings.addresses.of(peer)
-        with suppress(grpc.RpcError), trust.open(peer, address, DIAL_OPTIONS) as channel:
+        with suppress(grpc.RpcError), trust.open(peer, address, options(rank, DIAL_OPTIONS)) as channel:
             call = channel.stream_stream(f"/{SERVICE}/Connect")
             next(call(iter(()), metadata=about, wait_for_ready=True, timeout=seconds), None)
 
@@ -449,7 +455,7 @@ def _listen(
 ) -> grpc.Server:
     """Listen at this rank's address for up to so many streams. Raises PortInUse or ConfigError."""
     address = settings.addresses.of(rank)
-    server = grpc.server(_Threads(), options=LISTEN_OPTIONS, maximum_concurrent_rpcs=streams)
+    server = grpc.server(_Threads(), options=options(rank, LISTEN_OPTIONS), maximum_concurrent_rpcs=streams)
     handler = grpc.stream_stream_rpc_method_handler(accept)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Connect": handler}),))
     try:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from mpcache.errors import Desync, Mismatch
 from mpcache.link import Hello, Link
 from mpcache.rank import Rank
+from mpcache.states import AGREED
 
 PROTOCOL_VERSION = 2
 VALUE_CHARACTERS = 80  # of a differing value, in the error's line
@@ -52,9 +53,9 @@ def confirm(links: Mapping[Rank, Link], me: Rank, facts: Mapping[str, str]) -> N
     here. Raises Mismatch as `agree` does.
     """
     for link in links.values():
-        link.send_facts("facts/agreed", facts)
+        link.send_facts(AGREED, facts)
     for peer, link in links.items():
-        theirs = link.recv_facts("facts/agreed")
+        theirs = link.recv_facts(AGREED)
         if not all(isinstance(value, str) for value in theirs.values()):
             raise Desync(f"Desync: {peer.label}'s facts are not text; is it the same version?")
         _compare((me, facts), (peer, theirs), "release of mpcache")

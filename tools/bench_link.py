@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from mpcache.config import Addresses, Certificates, Settings
-from mpcache.frames import FRAME_BYTES
 from mpcache.identity import Identity, make
 from mpcache.ledger import Ledger
 from mpcache.link import Link, Spec
 from mpcache.rank import Rank
+from mpcache.window import largest
 from parties.grpc_link import Network, connect_all
 from parties.identity import trust
 
@@ -42,7 +42,7 @@ import grpc  # isort: skip  # after the link, which quiets it
 
 BATCH = 20
 SIZES = {"8 B": 8, "4 kB": 4096, "64 kB": 65536, "1 MB": 1 << 20}
-OPTIONS = [("grpc.max_receive_message_length", FRAME_BYTES), ("grpc.max_send_message_length", FRAME_BYTES)]
+OPTIONS = [("grpc.max_receive_message_length", largest(Rank.SERVER))]
 
 
 def echo(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

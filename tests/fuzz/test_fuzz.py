@@ -16,10 +16,10 @@ import pytest
 
 from mpcache.config import Settings
 from mpcache.errors import LinkError, MpcacheError
-from mpcache.frames import FRAME_BYTES
 from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
+from mpcache.window import largest
 from parties.grpc_link import RANK_KEY, SERVICE, connect_all
 from tests.fuzz.replay import Conversation, converse, replay
 from tests.fuzz.run import check_line
@@ -157,7 +157,7 @@ def _call(channel: grpc.Channel, rng: random.Random, i: int) -> None:
     """One stream with odd content, to its end."""
     rank = rng.choice(("0", "1", "1", "1", "2", "9", "-1", "x" * 2000))
     metadata = [(RANK_KEY, rank)] if rng.random() < 0.9 else []
-    sizes = (0, 1, 100, 5000, FRAME_BYTES + 1) if i % 3 == 0 else (0, 1, 100, 5000)
+    sizes = (0, 1, 100, 5000, largest(Rank.DEALER) + 1) if i % 3 == 0 else (0, 1, 100, 5000)
     frames = [rng.randbytes(rng.choice(sizes)) for _ in range(rng.randrange(4))]
     method = f"/{SERVICE}/{'Connect' if i % 4 else 'Nothing'}"
     with suppress(grpc.RpcError):

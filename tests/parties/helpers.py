@@ -101,4 +101,6 @@ def linked(kind: str, a: Rank, b: Rank, recv_s: float = 20) -> Iterator[tuple[Fr
         yield local_pair(Ledger(), Ledger(), a, b, recv_s)
         return
     with grpc_networks(free_settings(recv_s=recv_s), a, b) as (first, second):
+        for end in (first[b], second[a]):
+            end.widen()
         yield first[b], second[a]

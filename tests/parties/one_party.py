@@ -15,7 +15,7 @@ from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from parties.grpc_link import Network, connect_all
-from parties.session import agree
+from parties.session import agree, confirm
 
 WORD = [(torch.int64, (1,))]
 
@@ -32,7 +32,13 @@ def pass_round(network: Network) -> None:
         assert theirs.item() == int(peer)
 
 
-TASKS: dict[str, Callable[[Network], None]] = {"hang": hang, "round": pass_round}
+def confirm_and_hang(network: Network) -> None:
+    """Agree on the facts, of which there are none, and wait for a word that never comes."""
+    confirm(network.links, network.rank, {})
+    hang(network)
+
+
+TASKS: dict[str, Callable[[Network], None]] = {"hang": hang, "confirm": confirm_and_hang, "round": pass_round}
 
 
 def main() -> int:

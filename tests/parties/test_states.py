@@ -12,11 +12,11 @@ import torch
 
 from mpcache.config import PublicConfig
 from mpcache.errors import Desync, LinkError, PeerFailed
-from mpcache.frames import FRAME_BYTES, FrameLink, cut
+from mpcache.frames import FrameLink, cut, is_one_field
 from mpcache.link import Hello
 from mpcache.rank import Rank
 from mpcache.states import Order, State, place_of
-from mpcache.window import FRAME_COST, MIB, Sent, room
+from mpcache.window import FRAME_COST, MIB, SMALL_BYTES, Sent, largest, room
 from parties.session import PROTOCOL_VERSION, agree
 from protos import party_pb2 as pb
 from tests.parties.helpers import linked
@@ -139,11 +139,19 @@ HOSTILE = {
     "a message again": ([HELLO, tensors("seeds/pair"), tensors("seeds/pair")], "message 0 .* message 1"),
     "a frame that is too large": (
         [HELLO, facts("facts/model", '"' + "x" * (1 << 20) + '"')],
-        "1048.* bytes of facts at facts/model",
+        "a frame of 1048.* bytes of facts, which",
     ),
     "hello that is too large": (
         [pb.Frame(hello=pb.Hello(nonce="0" * (1 << 20))).SerializeToString()],
-        "1048.* bytes of hello",
+        "a frame of 1048.* bytes of hello, which",
+    ),
+    "many messages in one frame": (
+        [HELLO, b"\x12\x00" * 2 * SMALL_BYTES],
+        "a frame of 2.* bytes of tensors, which",
+    ),
+    "a frame that says a thing twice": (
+        [HELLO, facts("facts/model", "{}") + facts("facts/model", "{}")],
+        "bytes that are not a frame",
     ),
     "more than there is room for": (
         [HELLO, *(tensors("seeds/pair", n, size=MIB) for n in range(3))],
@@ -188,10 +196,22 @@ def test_a_hostile_peer_is_refused_with_a_reason(pair: Pair, case: str) -> None:
 # -------------------------------------------------------------------------------------- how much
 
 
-def test_the_rooms() -> None:
-    assert room(Rank.DEALER, Rank.SERVER) == room(Rank.DEALER, Rank.CLIENT) == 32 * MIB
-    assert room(Rank.SERVER, Rank.CLIENT) == room(Rank.CLIENT, Rank.SERVER) == 16 * MIB
-    assert all(room(rank, Rank.DEALER) >= 2 * FRAME_BYTES for rank in (Rank.SERVER, Rank.CLIENT))
+@pytest.mark.parametrize("agreed", [False, True])
+def test_the_rooms(agreed: bool) -> None:
+    for me in Rank:
+        for peer in set(Rank) - {me}:
+            # The larger one of two frames goes through while the smaller one waits to be confirmed.
+            assert room(peer, me, agreed) >= max(1.5 * largest(me), 8 * SMALL_BYTES)
+            assert room(peer, me, True) >= room(peer, me, False)
+    assert room(Rank.DEALER, Rank.SERVER, agreed) == (32 if agreed else 4) * MIB
+
+
+def test_a_frame_of_one_field() -> None:
+    whole = tensors("a", size=3 * SMALL_BYTES)
+    assert is_one_field(whole)
+    assert not is_one_field(whole[:-1]) and not is_one_field(whole + b"\x00")
+    assert not is_one_field(b"\x12" + b"\xff" * 100)
+    assert not is_one_field(b"\x12") and not is_one_field(b"")
 
 
 def test_what_was_sent_and_not_taken() -> None:

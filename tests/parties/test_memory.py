@@ -1,0 +1,114 @@
+"""What a hostile peer can make a party's process allocate: no more than the room of the phase it is in."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from threading import Event
+
+import pytest
+
+from mpcache.config import Settings
+from mpcache.rank import Rank
+from mpcache.states import AGREED
+from mpcache.window import MIB, SMALL_BYTES, cost, largest, room
+from parties.session import PROTOCOL_VERSION
+from protos import party_pb2 as pb
+from tests.parties.helpers import free_settings
+
+import grpc  # isort: skip  # after the link, which quiets it
+
+from parties.grpc_link import BEACON_KEY, SERVICE, SESSION_KEY, Beacon  # isort: skip
+from parties.stream import RANK_KEY  # isort: skip
+
+SLACK = 12 * MIB  # a frame while it is parsed, what gRPC has under way, and one run from another
+FLOOD = 64 * MIB  # of room: four times what a party gives to the client
+
+HELLO = pb.Frame(
+    hello=pb.Hello(version=PROTOCOL_VERSION, rank=1, nonce="00", public=Settings().public.flat())
+).SerializeToString()
+FACTS = pb.Frame(facts=pb.Facts(step=AGREED, json="{}")).SerializeToString()
+BYE = pb.Frame(bye=pb.Bye()).SerializeToString()
+
+# Phases: what the client says before its flood, to a party with this task.
+PHASES: dict[str, tuple[list[bytes], str]] = {
+    "hello": ([], "hang"),
+    "setup": ([HELLO], "hang"),
+    "agreed": ([HELLO, FACTS], "confirm"),
+}
+
+
+def tensors(size: int) -> bytes:
+    message = pb.Tensors(sequence=1, step="decode1/layer0", layout="int64(1,)", data=bytes(size))
+    return bytes(pb.Frame(tensors=message).SerializeToString())
+
+
+def hello_of_many() -> bytes:
+    return bytes(pb.Frame(hello=pb.Hello(public={f"{n:x}": "" for n in range(300_000)})).SerializeToString())
+
+
+EMPTY_MESSAGES = b"\x12\x00\x1a\x00" * MIB  # tensors and facts in turns: two bytes of a frame for each
+FLOODS: dict[str, Callable[[], bytes]] = {
+    "large tensors": lambda: tensors(MIB),
+    "small tensors": lambda: tensors(8),
+    "facts": lambda: pb.Frame(facts=pb.Facts(sequence=1, step="decode1", json="{}")).SerializeToString(),
+    "confirmations": lambda: pb.Frame(ack=pb.Ack(frames=0)).SerializeToString(),
+    "many messages in a frame": lambda: EMPTY_MESSAGES[: largest(Rank.SERVER)],
+    "many messages in a small frame": lambda: EMPTY_MESSAGES[:SMALL_BYTES],
+    "a hello of many entries": hello_of_many,
+    "more than a frame": lambda: bytes(FLOOD),
+}
+
+
+def peak(me: Rank, before: Iterable[bytes], flood: bytes | None, task: str) -> int:
+    """Bytes of memory that a party's process took at most. Its only peer, the client, sends these frames,
+    the flood over and over until it is refused."""
+    settings = free_settings()
+    addresses = settings.addresses
+    command = [sys.executable, "-m", "tests.parties.one_party", str(int(me)), f"{int(me)}{int(Rank.CLIENT)}"]
+    child = subprocess.Popen(
+        [*command, addresses.server, addresses.dealer, task], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    beacon = Beacon(addresses.of(me))
+    about = ((RANK_KEY, "1"), (SESSION_KEY, secrets.token_hex(16)), (BEACON_KEY, str(beacon.port)))
+    ended = Event()
+
+    def said() -> Iterator[bytes]:
+        yield from before
+        for _ in range(0 if flood is None else 1 + FLOOD // cost(len(flood))):
+            if not ended.is_set():
+                yield flood
+        yield BYE
+        ended.wait(30)
+
+    with grpc.insecure_channel(addresses.of(me)) as channel, suppress(grpc.RpcError):
+        connect = channel.stream_stream(f"/{SERVICE}/Connect")
+        for frame in connect(said(), metadata=about, wait_for_ready=True, timeout=60):
+            if pb.Frame.FromString(frame).WhichOneof("kind") in ("abort", "bye"):
+                break
+        ended.set()
+    ended.set()
+    assert child.stderr is not None
+    text = child.stderr.read().decode()
+    _, _, used = os.wait4(child.pid, 0)
+    child.returncode = 1  # it has been waited for
+    beacon.close()
+    assert "Traceback" not in text, text
+    return used.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+@pytest.mark.parametrize(("me", "phase"), [*((Rank.SERVER, phase) for phase in PHASES), (Rank.DEALER, "setup")])
+def test_a_flood_takes_no_more_than_the_room(me: Rank, phase: str) -> None:
+    before, task = PHASES[phase]
+    honest = peak(me, before, None, task)
+    most = room(Rank.CLIENT, me, phase == "agreed") + SLACK
+    for name, flood in FLOODS.items():
+        more = peak(me, before, flood(), task) - honest
+        print(f"{me.label}, {phase}: {name}: {more / MIB:.1f} MiB")
+        assert more <= most, name

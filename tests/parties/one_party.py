@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from mpcache.rank import Rank
 from parties.grpc_link import Network, connect_all
 from parties.session import agree, confirm
 
+STATUS = Path("/proc/self/status")  # of this process, on Linux
 WORD = [(torch.int64, (1,))]
 
 
@@ -61,6 +63,8 @@ def main() -> int:
             TASKS[task](network)
     except MpcacheError as error:
         say(str(error))
+        if STATUS.exists():  # what rusage tells of a child can be its parent's size
+            print(next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")))
         return error.exit_code
     return 0
 

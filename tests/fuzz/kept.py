@@ -30,7 +30,7 @@ from tests.fuzz.mutate import damaged, replaced
 
 SESSION, FIRST, SECOND, NEW = "5e" * 16, "01" * 16, "02" * 16, "03" * 16  # a session and its runs
 ODD = ("../x", "/etc", "..", "", ".", SESSION + "/../" + SESSION, SESSION.upper(), SESSION + "\n", "x" * 5000,
-       "a\x00b", FIRST, SECOND, "9" * 4000, "漢" * 9000, "\ud800" * 32)  # fmt: skip
+       "a\x00b", FIRST, SECOND, "9" * 4000, "漢" * 12_000, "\ud800" * 32)  # fmt: skip
 IDENTITY = {"model": "00", "question": "11"}
 CLIENT_HOLDS = {0: FIRST, 1: FIRST, 2: SECOND, 3: SECOND, 4: SECOND}
 HELD: dict[Rank, dict[int, str]] = {
@@ -123,10 +123,12 @@ def _said(rng: random.Random, rank: Rank) -> list[bytes]:
         match rng.randrange(6):
             case 0:
                 texts[i] = damaged(rng, texts[i], texts).replace(b"\n", b" ")
-            case 1:
-                odd = rng.choice(ODD)
-                about = {"session": SESSION, "run": NEW} | {rng.choice(("session", "run")): odd}
-                texts[0] = json.dumps(about, ensure_ascii=rng.random() < 0.5).encode("utf-8", "replace")
+            case 1:  # an odd name, which the others have heard, too
+                name, odd = rng.choice(("session", "run")), rng.choice(ODD)
+                escaped = rng.random() < 0.5
+                for k in (0, 3, 4):
+                    about = messages[k] | ({name: odd} if name in messages[k] else {})
+                    texts[k] = json.dumps(about, ensure_ascii=escaped).encode("utf-8", "replace")
             case 2:  # other steps: fewer, of another run, twice, very many
                 steps = messages[1 + i % 2]["steps"]
                 odd_steps = [

@@ -43,6 +43,7 @@ from parties.session import PROTOCOL_VERSION, compare
 from protos import party_pb2 as pb
 from tests.fuzz.kept import resumes, tapes
 from tests.fuzz.mutate import damaged, replaced
+from tests.fuzz.wire import wires
 
 Make = Callable[[random.Random], bytes]
 LONGEST_LINE = 2500  # characters of an error
@@ -100,6 +101,7 @@ def targets(folder: Path) -> dict[str, Target]:
 
     tapes(folder, bytes_of, json_of)
     resumes(folder, made)
+    wires(folder, made)
     return found
 
 

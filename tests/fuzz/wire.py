@@ -277,7 +277,7 @@ def odd_metadata(rng: random.Random, pairs: list[list[Any]]) -> list[list[Any]]:
                 pairs = [pair for pair in pairs if pair[0] != key]
             case 1:
                 reason = rng.choice((*NUMBERS, b"x" * 3000, rng.randbytes(50)))
-                pairs.append([REASON_KEY, {"bytes": reason}])
+                pairs.append([REASON_KEY, reason])
             case 2:
                 pairs = [pair for pair in pairs if pair[0] != key] + [[key, rng.choice(texts)]]
             case _:
@@ -323,10 +323,9 @@ def _connect(party: Party, case: Any) -> None:
     open_stream = party.channels[0].stream_stream(f"/{SERVICE}/{case['method']}")
     calls = []
     for stream in case["streams"]:
-        metadata = [
-            (k, v if isinstance(v, str) else bytes.fromhex(v["bytes"])) for k, v in stream["metadata"]
-        ]
-        calls.append(open_stream(bytes_of(stream["frames"]), metadata=metadata, timeout=REQUEST_S))
+        metadata = [(k, bytes.fromhex(v) if k.endswith("-bin") else v) for k, v in stream["metadata"]]
+        frames = [bytes.fromhex(frame) if isinstance(frame, str) else frame for frame in stream["frames"]]
+        calls.append(open_stream(bytes_of(frames), metadata=metadata, timeout=REQUEST_S))
     for call in calls:
         try:
             for _ in call:
@@ -336,7 +335,8 @@ def _connect(party: Party, case: Any) -> None:
 
 
 def bytes_of(frames: list[Any]) -> Iterator[bytes]:
-    return iter([bytes.fromhex(frame) if isinstance(frame, str) else bytes(frame) for frame in frames])
+    """Frames of `odd_frames`, as they are sent."""
+    return (bytes(frame) for frame in frames)
 
 
 # ----------------------------------------------------------------------------------------------- both

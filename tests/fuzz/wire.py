@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
 from mpcache.config import PublicConfig
@@ -144,7 +145,7 @@ def _text(case: Any) -> bytes:
 
 
 def _health_case(rng: random.Random) -> bytes:
-    """Some calls at once: method, request, and how many answers are waited for. Or bytes without gRPC."""
+    """Some calls at once: method, request, and whether an answer is waited for. Or bytes without gRPC."""
     if rng.random() < 0.1:
         return _text({"raw": _garbage(rng)})
     seeds = [
@@ -156,7 +157,7 @@ def _health_case(rng: random.Random) -> bytes:
         method = rng.choice(("Check", "Check", "Watch", "Watch", "List", "Nothing", "check", "", "../Check"))
         size = rng.choice((0, 1, 100, 5000, 5 << 20))
         request = rng.choice((damaged(rng, rng.choice(seeds), seeds), rng.randbytes(min(size, 5000))))
-        calls.append([method, size if rng.random() < 0.05 else request, rng.randrange(3)])
+        calls.append([method, size if rng.random() < 0.05 else request, rng.random() < 0.8])
     return _text(calls)
 
 
@@ -165,21 +166,28 @@ def _ask_health(party: Party, case: Any) -> None:
         _send_raw(party.health, bytes.fromhex(case["raw"]))
         return
     calls = []
-    for method, request, answers in case:
+    for method, request, wait in case:
         data = bytes.fromhex(request) if isinstance(request, str) else bytes(request)
         kind = party.channels[1].unary_stream(f"{HEALTH}/{method}")
-        calls.append((kind(data, timeout=REQUEST_S), answers))
-    for call, answers in calls:
+        calls.append((kind(data, timeout=REQUEST_S), wait, method == "Watch" and _known(data)))
+    for call, wait, goes_on in calls:
         try:
-            # The first one says how it is; a watch says more when that changes, which it does not.
-            for _ in range(min(answers, 1)):
-                reply = next(call, None)
-                if reply is not None:
-                    health_pb2.HealthCheckResponse.FromString(reply)
+            for reply in call if wait else ():
+                health_pb2.HealthCheckResponse.FromString(reply)
+                if goes_on:  # says more when something changes, which it does not
+                    break
         except grpc.RpcError as error:
             _check_status(error, HEALTH_ANSWERS)
         finally:
             call.cancel()
+
+
+def _known(request: bytes) -> bool:
+    """Whether this asks for a service that the party has: watching another one ends at once."""
+    try:
+        return health_pb2.HealthCheckRequest.FromString(request).service in ("", SERVICE)
+    except DecodeError:
+        return False
 
 
 # --------------------------------------------------------------------------------------------- metrics

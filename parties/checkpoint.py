@@ -36,7 +36,7 @@ from mpcache.report import Phase, phases_of
 CONTEXT = "context"
 SUFFIX = ".state"
 KEPT_STEPS = 3 + 3  # server and client are a step apart at most; the dealer may be three ahead of both
-_SESSION = re.compile(r"[0-9a-f]{32}")
+_SESSION = re.compile(r"[0-9a-f]{32}")  # of a run, too: the first one has its session's name
 _STEP = re.compile(r"\d{6}")
 
 Links = Mapping[Rank, Link]
@@ -185,7 +185,8 @@ class Keeper:
         """The last step that all three hold, loaded; None for a new session.
 
         Raises StateError: another model, config or question than in the first run; no common step; a
-        file that does not open.
+        file that does not open. Raises Desync if the peers send anything but their steps, or mean another
+        step. Until all agree, nothing on disk changes.
         """
         if self.store is None or not self.resume:
             return None
@@ -203,6 +204,8 @@ class Keeper:
             )
         self._files = files = Files(self.store, name, self.keep)
         held = {me: {step: files.run(step) for step in files.steps()}}
+        if not _SESSION.fullmatch(run) or run in held[me].values():  # a name that comes twice tells nothing
+            raise Desync(f"Desync: the client sends {run!r:.60}, not a new run's name")
         for link in links.values():
             link.send_facts("resume/steps", {"steps": [[step, run] for step, run in held[me].items()]})
         for peer, link in links.items():
@@ -211,7 +214,9 @@ class Keeper:
         if not common:
             parts = ", ".join(f"{rank.label} {_listed(held[rank])}" for rank in Rank)
             raise StateError(f"session {name}: the parties hold no step in common ({parts}); start anew")
-        found = self._load(max(common)[0], identity)
+        step, of = max(common)
+        _same_choice(links, {"step": step, "of": of, "run": run})
+        found = self._load(step, identity)
         self._run = run
         return found
 
@@ -292,8 +297,8 @@ class Keeper:
         if self._files.store.rank is Rank.CLIENT:
             for link in links.values():
                 link.send_facts("close", {"answered": True})
-        else:
-            links[Rank.CLIENT].recv_facts("close")
+        elif links[Rank.CLIENT].recv_facts("close").get("answered") is not True:
+            raise Desync("Desync: the client does not say that it has the answer; the session is kept")
         self._files.remove()
         self._files = None
 
@@ -317,9 +322,34 @@ class Keeper:
 def _steps_of(facts: Mapping[str, Any], peer: Rank) -> dict[int, str]:
     """A peer's steps and the runs they are of. Raises Desync."""
     steps = facts.get("steps")
-    if isinstance(steps, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in steps):
-        return {int(step): str(run) for step, run in steps if type(step) is int}
+    if isinstance(steps, list) and all(map(_is_step, steps)):
+        found = dict(steps)
+        if len(found) == len(steps):  # no step twice
+            return found
     raise Desync(f"Desync: {peer.label} sends {steps!r:.60}, not steps; is it the same version?")
+
+
+def _is_step(pair: Any) -> bool:
+    """Whether this is a step's number and its run."""
+    if not isinstance(pair, list) or len(pair) != 2:
+        return False
+    return type(pair[0]) is int and pair[0] >= 0 and isinstance(pair[1], str)
+
+
+def _same_choice(links: Links, mine: Mapping[str, Any]) -> None:
+    """Hear from every peer that it goes on from the same step. Raises Desync.
+
+    Each party forgets what comes after that step. One that has heard other steps than its peers did
+    would forget what they still need.
+    """
+    for link in links.values():
+        link.send_facts("resume/agreed", mine)
+    for peer, link in links.items():
+        if (theirs := link.recv_facts("resume/agreed")) != mine:
+            raise Desync(
+                f"Desync: {peer.label} resumes from step {theirs.get('step')!r:.20}, this party from "
+                f"{mine['step']}, or in another run; nothing is forgotten, resume again"
+            )
 
 
 def _listed(steps: Mapping[int, str]) -> str:

@@ -6,13 +6,18 @@ more than `parties.watch`: public sizes.
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -22,6 +27,8 @@ from parties.grpc_link import SERVICE
 from parties.watch import Board
 
 HERE = "127.0.0.1"
+REQUEST_S = 10.0  # longest silence of a caller in the middle of its request for metrics
+REQUEST_BYTES = 4 << 10  # of a question for health: a service's name
 
 
 @contextmanager
@@ -76,6 +83,40 @@ class Metrics(Collector):
         yield ready
 
 
+class _Page(BaseHTTPRequestHandler):
+    """Every GET gets all metrics as text, whatever else it asks for: prometheus_client's own server raises
+    on an odd `Accept`."""
+
+    server: _Pages
+    timeout = REQUEST_S
+
+    def do_GET(self) -> None:
+        page = generate_latest(self.server.registry)
+        self.send_response(200)
+        self.send_header("Content-Type", CONTENT_TYPE_LATEST)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, *_: object) -> None:
+        """Who asks is not logged."""
+
+
+class _Pages(ThreadingHTTPServer):
+    """Serves metrics. A caller that goes away in the middle is no fault of this party's."""
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+        """Raises OSError."""
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family = found[0][0]
+        self.registry = registry
+        super().__init__((host, port), _Page)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
 def show_metrics(board: Board, place: str) -> Callable[[], None]:
     """Serve `/metrics` at [HOST:]PORT; the result ends it. Raises BadInput or PortInUse."""
     host, port = where("--metrics", place)
@@ -83,15 +124,30 @@ def show_metrics(board: Board, place: str) -> Callable[[], None]:
     registry.register(Metrics(board))
     ProcessCollector(registry=registry)  # memory and CPU time of this process
     try:
-        server, thread = start_http_server(port, host, registry)
+        server = _Pages(host, port, registry)
     except OSError as error:
         raise PortInUse(f"--metrics {place}: cannot listen there: {error.strerror or error}") from None
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
 
     def end() -> None:
         server.shutdown()
+        server.server_close()
         thread.join(2.0)
 
     return end
+
+
+class _Health(health.HealthServicer):
+    """The standard one keeps every name that was ever watched; this one keeps its own two."""
+
+    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
+        if request.service in (health.OVERALL_HEALTH, SERVICE):
+            return super().Watch(request, context, send_response_callback)
+        status = health_pb2.HealthCheckResponse
+        send_response_callback(status(status=status.SERVICE_UNKNOWN))
+        send_response_callback(None)  # the end: it will never be known
+        return None
 
 
 def show_health(board: Board, place: str) -> Callable[[], None]:
@@ -100,7 +156,7 @@ def show_health(board: Board, place: str) -> Callable[[], None]:
     The result ends it. Raises BadInput or PortInUse.
     """
     host, port = where("--health", place)
-    servicer = health.HealthServicer()
+    servicer = _Health()
 
     def show(ready: bool) -> None:
         status = health_pb2.HealthCheckResponse
@@ -109,7 +165,8 @@ def show_health(board: Board, place: str) -> Callable[[], None]:
 
     show(board.ready)
     board.on_ready.append(show)
-    server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=8)
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES)]
+    server = grpc.server(ThreadPoolExecutor(2), options=options, maximum_concurrent_rpcs=8)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     try:
         server.add_insecure_port(f"{host}:{port}")

@@ -41,8 +41,11 @@ from mpcache.tokens import Tokenizer
 from parties.run import _more, _recv_tokenizer, _tokenizer, facts_of
 from parties.session import PROTOCOL_VERSION, compare
 from protos import party_pb2 as pb
+from tests.fuzz.kept import resumes, tapes
 from tests.fuzz.mutate import damaged, replaced
+from tests.fuzz.wire import wires
 
+Make = Callable[[random.Random], bytes]
 LONGEST_LINE = 2500  # characters of an error
 
 
@@ -51,7 +54,7 @@ class Target:
     """run: reads one case.  make: the next case.  share: of all cases.  whole: an undamaged one."""
 
     run: Callable[[bytes], None]
-    make: Callable[[random.Random], bytes]
+    make: Make
     share: int
     whole: bytes
 
@@ -92,6 +95,13 @@ def targets(folder: Path) -> dict[str, Target]:
 
     _files(folder, model, learned, bytes_of, json_of)
     _messages(model, bytes_of, json_of)
+
+    def made(name: str, share: int, run: Callable[[bytes], None], make: Make, whole: bytes) -> None:
+        found[name] = Target(run, make, share, whole)
+
+    tapes(folder, bytes_of, json_of)
+    resumes(folder, made)
+    wires(folder, made)
     return found
 
 

@@ -20,9 +20,10 @@ from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.window import largest
-from parties.grpc_link import RANK_KEY, SERVICE, connect_all
+from parties.grpc_link import RANK_KEY, SERVICE, SESSION_KEY, connect_all, new_session
 from tests.fuzz.replay import Conversation, converse, replay
 from tests.fuzz.run import check_line
+from tests.fuzz.wire import bytes_of, odd_frames, odd_metadata
 from tests.parties.helpers import free_settings
 from tests.parties.processes import ROOT
 
@@ -156,10 +157,11 @@ def _listen(settings: Settings) -> BaseException:
 def _call(channel: grpc.Channel, rng: random.Random, i: int) -> None:
     """One stream with odd content, to its end."""
     rank = rng.choice(("0", "1", "1", "1", "2", "9", "-1", "x" * 2000))
-    metadata = [(RANK_KEY, rank)] if rng.random() < 0.9 else []
-    sizes = (0, 1, 100, 5000, largest(Rank.DEALER) + 1) if i % 3 == 0 else (0, 1, 100, 5000)
-    frames = [rng.randbytes(rng.choice(sizes)) for _ in range(rng.randrange(4))]
+    metadata = odd_metadata(rng, [[RANK_KEY, rank], [SESSION_KEY, new_session()]])
+    frames = odd_frames(rng, Rank.CLIENT)
+    if i % 3 == 0:
+        frames.insert(rng.randrange(2), largest(Rank.DEALER) + 1)
     method = f"/{SERVICE}/{'Connect' if i % 4 else 'Nothing'}"
     with suppress(grpc.RpcError):
-        for _ in channel.stream_stream(method)(iter(frames), metadata=metadata, timeout=15):
+        for _ in channel.stream_stream(method)(bytes_of(frames), metadata=metadata, timeout=15):
             pass

@@ -6,6 +6,7 @@ import base64
 import json
 import signal
 import socket
+import struct
 import time
 import urllib.request
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from mpcache.errors import BadInput, PortInUse
 from mpcache.ledger import Ledger
 from mpcache.model import load_model
 from mpcache.rank import Rank
+from parties import operations
 from parties.logs import Log
 from parties.operations import SERVICE, Metrics, operated, where
 from parties.watch import Board
@@ -268,3 +270,41 @@ def test_logs_that_cannot_be(tmp_path: Path) -> None:
     log("trouble", "error", text='a "quoted"\nline')
     (line,) = lines_of(tmp_path / "log")
     assert (line["who"], line["level"], line["text"]) == ("server", "error", 'a "quoted"\nline')
+
+
+# ------------------------------------------------------------------------------------------ odd callers
+
+
+def test_health_keeps_nothing_of_what_it_is_asked() -> None:
+    """A watch for a service that will never be known ends, and a long name is not even read."""
+    (port,) = free_ports(1)
+    with operated(Board(D), None, str(port)), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request, answer = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+        replies = list(stub.Watch(request(service="x"), timeout=10, wait_for_ready=True))
+        assert [reply.status for reply in replies] == [answer.SERVICE_UNKNOWN]
+        assert next(stub.Watch(request(service=SERVICE), timeout=10)).status == answer.NOT_SERVING
+        for call in (stub.Check, lambda *a, **k: list(stub.Watch(*a, **k))):
+            with pytest.raises(grpc.RpcError) as refused:
+                call(request(service="x" * 5000), timeout=10)
+            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_metrics_wait_for_no_silent_caller(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that says no more, resets, or asks for an odd format holds nothing and leaves no traceback."""
+    monkeypatch.setattr(operations._Page, "timeout", 0.2)
+    (port,) = free_ports(1)
+    with operated(Board(D), str(port), None):
+        with socket.create_connection(("127.0.0.1", port), 10) as caller:
+            caller.sendall(b"GET /met")
+            assert caller.recv(100) == b""  # ended by the other side
+        with socket.create_connection(("127.0.0.1", port), 10) as caller:
+            caller.sendall(b"GET /met")
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        odd = {"Accept": "text/plain; version=x; escaping=y"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=odd)
+        with urllib.request.urlopen(request, timeout=10) as page:
+            assert b"mpcache_ready" in page.read()
+    assert capfd.readouterr().err == ""

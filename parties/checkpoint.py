@@ -140,12 +140,12 @@ class Keeper:
             except InUse:
                 if time.monotonic() >= limit:
                     why = "still runs; end that run first, or wait until the parties know that it is lost"
-                    raise StateError(f"{who}: session {name:.8} {why}", private=False) from None
+                    raise StateError(f"{who}: the session kept as {name:.8} {why}", private=False) from None
             check_stop()
             time.sleep(LOOK_EVERY_S)
         check_name(name)
-        why = "is not kept here: it has ended, or newer ones took its place; start without --resume"
-        raise StateError(f"{who}: session {name:.8} {why}", private=False)
+        why = "is not there any more: it has ended, or made room for newer ones; start without --resume"
+        raise StateError(f"{who}: the session kept as {name:.8} {why}", private=False)
 
     def _load(self, step: int, identity: Mapping[str, str]) -> Snapshot:
         """That step, with what the party itself knew last; later steps are forgotten."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -404,9 +405,28 @@ def test_a_session_that_runs_is_not_resumed(model: Model, tokens: list[int], cut
     before = running.steps()
     ends = play(PublicConfig(policy="full", max_new_tokens=TOKENS), model, tokens, cut_off, resume=True)
     for rank in Rank:
-        assert "server: session" in str(ends[rank]) and "still runs; end that run first" in str(ends[rank])
+        assert re.search("server: the session kept as .* still runs; end that run first", str(ends[rank]))
     assert running.steps() == before
     running.close()
+
+
+def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+    """A client can be back before the others know that it was gone."""
+    name = "0" * 32
+    (server, one), (client, other) = (local_pair(Ledger(), Ledger(), rank, D) for rank in (S, C))
+    store = Store(tmp_path, D)
+    running = Files(store, name)
+    running.write(0, name, {})
+    for patience, words in ((0.0, "still runs"), (60.0, "no step in common")):
+        keeper = Keeper(store, serving=1, patience=patience)
+        keeper.heard({S: AS_CLIENT, C: RESUMED})
+        client.send_facts("resume/session", {"session": name, "run": name})
+        if patience:
+            threading.Timer(0.5, running.close).start()
+            for link in (server, client):
+                link.send_facts("resume/steps", {"steps": []})
+        with pytest.raises(StateError, match=words):
+            keeper.meet({S: one, C: other}, {})
 
 
 def test_a_new_session_takes_nobody_s_name(

@@ -118,12 +118,14 @@ def test_a_session_that_runs_is_not_resumed_beside_itself(model: Model, tmp_path
 
         first = pool.submit(service.ask, QUESTION, client_of(mine, resume=True), wait)
         assert begun.wait(60)
-        words = r"(server|dealer): session [0-9a-f]{8} still runs; end that run first, or wait until"
+        words = (
+            r"(server|dealer): the session kept as [0-9a-f]{8} still runs; end that run first, or wait until"
+        )
         with pytest.raises(MpcacheError, match=words):
             service.ask(QUESTION, client_of(copy, resume=True))
         go_on.set()
         assert first.result().token_ids == plain(model, service.settings.public, QUESTION)
-        with pytest.raises(MpcacheError, match="is not kept here: .*; start without --resume"):
+        with pytest.raises(MpcacheError, match="is not there any more: .*; start without --resume"):
             service.ask(QUESTION, client_of(copy, resume=True))
         service.stop()
 
@@ -141,7 +143,7 @@ def test_sessions_that_nobody_goes_on_with_make_room(model: Model, tmp_path: Pat
         left = [kept(folder, C) for folder in folders]
         for rank in (S, D):
             assert kept(state, rank) == sorted(left[1] + left[2])
-        with pytest.raises(MpcacheError, match="is not kept here: .*; start without --resume"):
+        with pytest.raises(MpcacheError, match="is not there any more: .*; start without --resume"):
             service.ask(QUESTION, client_of(folders[0], resume=True))
         for rank in (S, D):
             service.seen(rank, "ended: ", times=4)

@@ -81,8 +81,9 @@ class Keeper:
 
     @property
     def last(self) -> int | None:
-        """The last step that is on disk."""
-        return max(self._files.steps(), default=None) if self._files is not None else None
+        """The last step that is on disk; None before a session has begun, or has been resumed: who is
+        refused is told why, and not to try the same again."""
+        return max(self._files.steps(), default=None) if self._files is not None and self._run else None
 
     def check(self) -> None:
         """Before anything is connected. Raises BadInput if there is nothing to resume."""

@@ -427,6 +427,7 @@ def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
                 link.send_facts("resume/steps", {"steps": []})
         with pytest.raises(StateError, match=words):
             keeper.meet({S: one, C: other}, {})
+        assert keeper.last is None
 
 
 def test_a_new_session_takes_nobody_s_name(

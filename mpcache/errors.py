@@ -78,6 +78,10 @@ class StateError(MpcacheError):
     private = True
 
 
+class InUse(StateError):
+    """Another process, or another session of this one, has it open."""
+
+
 class LinkError(MpcacheError):
     """Something between two parties."""
 

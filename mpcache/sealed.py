@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from mpcache.errors import StateError
+from mpcache.errors import InUse, StateError
 
 VERSION = 1
 MAGIC = b"mpcache" + bytes([VERSION])
@@ -138,9 +138,10 @@ def make_folder(folder: Path) -> None:
 
 
 def lock(folder: Path, what: str) -> int:
-    """A descriptor that keeps every other process away from this folder as long as it is open.
+    """A descriptor that keeps everybody else away from this folder as long as it is open: other processes,
+    and other threads of this one, for each call opens the folder anew.
 
-    Raises StateError if one is there already; `what`: what both want.
+    Raises InUse if somebody is there already; `what`: what both want.
     """
     with telling(f"{folder}: cannot be used"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -148,7 +149,7 @@ def lock(folder: Path, what: str) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise StateError(f"{folder}: another process uses {what}") from None
+            raise InUse(f"{folder}: another process uses {what}") from None
     return descriptor
 
 

@@ -1,43 +1,34 @@
-"""What one party keeps of a session on its own disk, so that the session can be resumed.
+"""What one party keeps of a session, so that the session can be resumed.
 
-    DIR/server/key                      this party's key (mode 0600)
-    DIR/server/SESSION/context.state    facts, resident weights and cache as the context left them
-    DIR/server/SESSION/000007.state     what the first seven chunks added: written after each token
-
-Each party writes its own shares and nothing else; no seed and no mask that is still to be used is ever
-on disk. On resuming the parties tell each other which steps they hold, and of which run; all load the
-last one that all three hold, forget what comes after it, and go on with new streams from new seeds
-(docs/threat-model.md).
+Each party writes its own shares and nothing else (parties/store.py); no seed and no mask that is still to
+be used is ever on disk. On resuming the parties tell each other which steps they hold, and of which run;
+all load the last one that all three hold, forget what comes after it, and go on with new streams from new
+seeds (docs/threat-model.md).
 """
 
 from __future__ import annotations
 
-import os
-import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from mpcache import sealed, snapshot
+from mpcache import snapshot
 from mpcache.answer import TimedSession
 from mpcache.cache import Cache
 from mpcache.decode import Operands
-from mpcache.errors import BadInput, Desync, StateError
+from mpcache.errors import BadInput, Desync, InUse, StateError
 from mpcache.ledger import Ledger
 from mpcache.link import Link
 from mpcache.rank import Rank
 from mpcache.report import Phase, phases_of
+from mpcache.signals import check_stop
+from parties.session import AS_CLIENT, KEPT, NONE, RESUMED
+from parties.store import KEPT_STEPS, Files, Store, check_name
 
-CONTEXT = "context"
-SUFFIX = ".state"
-KEPT_STEPS = 3 + 3  # server and client are a step apart at most; the dealer may be three ahead of both
-_SESSION = re.compile(r"[0-9a-f]{32}")  # of a run, too: the first one has its session's name
-_STEP = re.compile(r"\d{6}")
+LOOK_EVERY_S = 0.1  # whether a session that is to be resumed has been let go of
 
 Links = Mapping[Rank, Link]
 
@@ -53,95 +44,6 @@ class Snapshot:
     own: dict[str, Any]
 
 
-class Store:
-    """One party's folder of sessions. Raises StateError if it or its key cannot be used."""
-
-    def __init__(self, folder: Path, rank: Rank, key_file: Path | None = None) -> None:
-        self.rank, self.folder = rank, folder / rank.label
-        sealed.make_folder(self.folder)
-        self.key = sealed.load_key(key_file or self.folder / "key")
-
-    def sessions(self) -> list[str]:
-        """The sessions that can be resumed, the one that was used last in front."""
-        found = [
-            f.parent for f in self.folder.glob(f"*/{CONTEXT}{SUFFIX}") if _SESSION.fullmatch(f.parent.name)
-        ]
-        return [f.name for f in sorted(found, key=lambda f: f.stat().st_mtime_ns, reverse=True)]
-
-
-class Files:
-    """The files of one session at one party; a lock keeps every other process away from them."""
-
-    def __init__(self, store: Store, session: str, keep: int) -> None:
-        """keep: how many steps stay; older ones are removed."""
-        if not _SESSION.fullmatch(session):
-            raise Desync(f"Desync: {session!r:.60} is not a session's name; is it the same version?")
-        self.store, self.session, self.keep = store, session, keep
-        self.folder = store.folder / session
-        sealed.make_folder(self.folder)
-        self._lock = sealed.lock(self.folder, "this session")
-        sealed.clear_partial(self.folder)
-
-    def steps(self) -> list[int]:
-        """The steps that are there, ascending; 0 is the context."""
-        names = [file.name.removesuffix(SUFFIX) for file in self.folder.glob(f"*{SUFFIX}")]
-        return [0] * (CONTEXT in names) + sorted(int(n) for n in names if _STEP.fullmatch(n))
-
-    def run(self, step: int) -> str:
-        """The run that a step was computed in. Raises StateError."""
-        with self._explained(step):
-            return str(sealed.read_header(self._file(step)).get("run"))
-
-    def write(self, step: int, run: str, tree: Any, since: snapshot.Tensors | None = None) -> int:
-        """Seal one step; its size in bytes. What is older than `keep` steps goes."""
-        header = self._header(step, run)
-        size = sealed.write(self._file(step), self.store.key, header, snapshot.dump(tree, since))
-        for old in self.steps():
-            if 0 < old <= step - self.keep:
-                self._file(old).unlink(missing_ok=True)
-        return size
-
-    def read(self, step: int, run: str, since: snapshot.Tensors | None = None) -> Any:
-        with self._explained(step):
-            return snapshot.read(self._file(step), self.store.key, self._header(step, run), since)
-
-    def forget_after(self, step: int) -> None:
-        """What lies beyond a step that the session goes back to must never be loaded again."""
-        for later in self.steps():
-            if later > step:
-                self._file(later).unlink(missing_ok=True)
-        sealed.to_disk(self.folder)
-
-    def remove(self) -> None:
-        """The session has ended: nothing of it stays."""
-        for step in self.steps():
-            self._file(step).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.folder.rmdir()
-        with suppress(StateError):
-            sealed.to_disk(self.store.folder)
-        self.close()
-
-    def close(self) -> None:
-        """Let another process go on with the session."""
-        os.close(self._lock)
-
-    @contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except StateError as error:
-            remedy = "remove it to go back to an earlier step" if step else "start anew without --resume"
-            raise StateError(f"{self.store.rank.label}: {error}; {remedy}") from None
-
-    def _file(self, step: int) -> Path:
-        return self.folder / f"{f'{step:06d}' if step else CONTEXT}{SUFFIX}"
-
-    def _header(self, step: int, run: str) -> dict[str, Any]:
-        rank = int(self.store.rank)
-        return {"kind": "checkpoint", "rank": rank, "session": self.session, "step": step, "run": run}
-
-
 @dataclass
 class Keeper:
     """Keeps one session at one party; without a store it keeps nothing.
@@ -149,11 +51,18 @@ class Keeper:
     A new session: `begin` after the context, `token` after each chunk, `end`. A resumed one: `meet`,
     then `token` and `end`. identity: what a resumed session must have in common with the first run,
     by name; texts and files as digests. keep: how many steps stay on disk.
+
+    serving: of a party that serves so many sessions at once. `heard` tells it what to do with this one,
+    and when a new one begins at most so many suspended ones stay. patience: how long `meet` waits for a
+    run before this one that does not know yet that its client is lost; s.
     """
 
     store: Store | None = None
     resume: bool = False
     keep: int = KEPT_STEPS
+    serving: int = 0
+    patience: float = 0.0
+    alone: bool = False  # the other parties serve: this one resumes without anybody's help
     ms: list[float] = field(default_factory=list)  # what each checkpoint took
     bytes: list[int] = field(default_factory=list)  # and its size on disk
     _files: Files | None = None
@@ -165,13 +74,16 @@ class Keeper:
 
     @property
     def mode(self) -> str:
-        """Public, and the same at all parties."""
-        return "none" if self.store is None else "resumed" if self.resume else "kept"
+        """Public: what this party's Hello says of keeping the session."""
+        if self.store is None:
+            return NONE
+        return AS_CLIENT if self.serving else RESUMED if self.resume else KEPT
 
     @property
     def last(self) -> int | None:
-        """The last step that is on disk."""
-        return max(self._files.steps(), default=None) if self._files is not None else None
+        """The last step that is on disk; None before a session has begun, or has been resumed: who is
+        refused is told why, and not to try the same again."""
+        return max(self._files.steps(), default=None) if self._files is not None and self._run else None
 
     def check(self) -> None:
         """Before anything is connected. Raises BadInput if there is nothing to resume."""
@@ -181,12 +93,20 @@ class Keeper:
                 "never came past its context: start without --resume"
             )
 
+    def heard(self, modes: Mapping[Rank, str]) -> None:
+        """What the other parties' Hellos say, which agrees with this one's: one that serves goes by the
+        client."""
+        self.alone = all(mode == AS_CLIENT for mode in modes.values())
+        if self.serving:
+            self.resume = modes[Rank.CLIENT] == RESUMED
+            self.store = self.store if modes[Rank.CLIENT] != NONE else None
+
     def meet(self, links: Links, identity: Mapping[str, str]) -> Snapshot | None:
         """The last step that all three hold, loaded; None for a new session.
 
         Raises StateError: another model, config or question than in the first run; no common step; a
-        file that does not open. Raises Desync if the peers send anything but their steps, or mean another
-        step. Until all agree, nothing on disk changes.
+        file that does not open; a session that is not there, or still runs. Raises Desync if the peers send
+        anything but names and steps, or mean another step. Until all agree, nothing on disk changes.
         """
         if self.store is None or not self.resume:
             return None
@@ -198,13 +118,10 @@ class Keeper:
         else:
             about = links[Rank.CLIENT].recv_facts("resume/session")
         name, run = str(about.get("session")), str(about.get("run"))
-        if name not in self.store.sessions():
-            raise StateError(
-                f"{me.label}: the client resumes session {name:.32}, which is not in {self.store.folder}"
-            )
-        self._files = files = Files(self.store, name, self.keep)
+        check_name(run)
+        self._files = files = self._open(self.store, name)
         held = {me: {step: files.run(step) for step in files.steps()}}
-        if not _SESSION.fullmatch(run) or run in held[me].values():  # a name that comes twice tells nothing
+        if run in held[me].values():  # a name that comes twice tells nothing
             raise Desync(f"Desync: the client sends {run!r:.60}, not a new run's name")
         for link in links.values():
             link.send_facts("resume/steps", {"steps": [[step, run] for step, run in held[me].items()]})
@@ -219,6 +136,22 @@ class Keeper:
         found = self._load(step, identity)
         self._run = run
         return found
+
+    def _open(self, store: Store, name: str) -> Files:
+        """The session that the client names, as soon as nobody else has it open."""
+        who, limit = store.rank.label, time.monotonic() + self.patience
+        while name in store.sessions():
+            try:
+                return Files(store, name, self.keep)
+            except InUse:
+                if time.monotonic() >= limit:
+                    why = "still runs; end that run first, or wait until the parties know that it is lost"
+                    raise StateError(f"{who}: the session kept as {name:.8} {why}", private=False) from None
+            check_stop()
+            time.sleep(LOOK_EVERY_S)
+        check_name(name)
+        why = "is not there any more: it has ended, or made room for newer ones; start without --resume"
+        raise StateError(f"{who}: the session kept as {name:.8} {why}", private=False)
 
     def _load(self, step: int, identity: Mapping[str, str]) -> Snapshot:
         """That step, with what the party itself knew last; later steps are forgotten."""
@@ -256,11 +189,16 @@ class Keeper:
         self, identity: Mapping[str, str], facts: Mapping[str, Any],
         session: TimedSession, ledger: Ledger, own: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        """The context has been read: the first checkpoint of a new session."""
+        """The context has been read: the first checkpoint of a new session. Raises Desync if it has the
+        name of one that is kept; StateError."""
         if self.store is None:
             return
+        if self.serving:  # so at most twice `serving` are on disk: these, and those that run
+            self.store.forget_old(self.serving)
         self._run = str(facts["model"].get("session"))  # of a first run: the session's own name
         self._files = Files(self.store, self._run, self.keep)
+        if self._files.steps():
+            raise Desync(f"Desync: the server names a new session {self._run:.8}, which is kept already")
         self._base = snapshot.tensors_of(session.cache, "/cache")
         whole = {"identity": dict(identity), "facts": dict(facts), "operands": session.operands}
         self._write(0, whole, session, ledger, own, None)

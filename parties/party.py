@@ -7,8 +7,9 @@ import os
 import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from mpcache.policy import parse
 from mpcache.rank import Rank
 from mpcache.report import Report, ms, number, size
 from mpcache.signals import ignore_signals, stop_on_signals
-from parties.checkpoint import Keeper, Store
+from parties.checkpoint import Keeper
 from parties.grpc_link import Network, Say, cannot_take_part, connect_all
 from parties.identity import trust
 from parties.keys import keygen, pin
@@ -34,7 +35,8 @@ from parties.operations import operated
 from parties.prepare import prepare
 from parties.run import Document, Question, ask, deal, serve
 from parties.serving import AT_ONCE, serve_all
-from parties.session import PROTOCOL_VERSION, agree
+from parties.session import NONE, PROTOCOL_VERSION, agree
+from parties.store import Store
 from parties.tape_store import TapeStore
 from parties.watch import Board, Watch
 
@@ -140,13 +142,17 @@ def party(
     ] = True,
     state: Annotated[
         Path | None,
-        typer.Option(help="Keep this party's part of the session here after each token, encrypted."),
+        typer.Option(
+            help="Keep this party's part of the session here after each token, encrypted. "
+            "With --serve: of the sessions whose client asks for it."
+        ),
     ] = None,
     state_key: Annotated[
         Path | None, typer.Option(help="The key for it, mode 0600; made if there is none. [in --state]")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the session in --state; all parties alike.")
+        bool,
+        typer.Option("--resume", help="Go on with the session in --state; all alike, but for who serves."),
     ] = False,
     offline_store: Annotated[
         Path | None, typer.Option(help="Server, client: use tapes from here in place of a dealer.")
@@ -220,7 +226,7 @@ def party(
                               "question-file": (Rank.CLIENT, question_file),
                               "temperature": (Rank.CLIENT, temperature),
                               "top-p": (Rank.CLIENT, top_p), "seed": (Rank.CLIENT, seed)})  # fmt: skip
-            _check_serving(me, serve_on, sessions, state or offline_store)
+            _check_serving(me, serve_on, sessions, resume, offline_store)
             parse(settings.public.policy)
             sampling = Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, seed or 0)
             if events and str(question_file) == "-":
@@ -229,16 +235,10 @@ def party(
             tapes = _tapes(me, offline_store, prepare_tokens is not None, keeper)
             own = _own(me, model, context, question, question_file, sampling, stop_at_eos)
             if serve_on:
-
-                def serve_one(network: Network, say: Say) -> None:
-                    with board.session(network.ledger) as watch:
-                        network.wait()
-                        report = _run(me, network, settings, own, say, voice, watch, Keeper(), None)
-                    voice.event("report", report=report.to_dict())
-                    say(closing_line(report))
-
                 board.be_ready(True)
-                serve_all(me, settings, trusted, sessions or AT_ONCE, serve_one, voice.say)
+                at_once = sessions or AT_ONCE
+                one = partial(_serve_one, me, settings, own, voice, board, keeper.store, at_once)
+                serve_all(me, settings, trusted, at_once, one, voice.say)
             ledger = Ledger()
             watch = shown.enter_context(board.session(ledger))
             board.be_ready(True)
@@ -260,7 +260,8 @@ def party(
     except MpcacheError as error:
         voice.error(error)
         if (last := keeper.last) is not None:
-            voice.say(f"{me.label}: kept {last_token(last)}; start all parties again with --resume to go on")
+            whom = "it" if keeper.alone else "all parties"
+            voice.say(f"{me.label}: kept {last_token(last)}; start {whom} again with --resume to go on")
         raise typer.Exit(error.exit_code) from None
     finally:
         shown.__exit__(*sys.exc_info())
@@ -287,7 +288,7 @@ def _tapes(me: Rank, folder: Path | None, preparing: bool, keeper: Keeper) -> Ta
         if preparing:
             raise BadInput("--prepare needs --offline-store DIR, where the tapes go")
         return None
-    if keeper.mode != "none":
+    if keeper.mode != NONE:
         raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
     return TapeStore(folder, me)
 
@@ -305,11 +306,15 @@ def _check_flags(me: Rank, flags: dict[str, tuple[Rank, object]]) -> None:
             )
 
 
-def _check_serving(me: Rank, serving: bool, sessions: int | None, kept: Path | None) -> None:
+def _check_serving(
+    me: Rank, serving: bool, sessions: int | None, resume: bool, offline_store: Path | None
+) -> None:
     if serving and me is Rank.CLIENT:
         raise BadInput("--serve belongs to the server and the dealer (--rank 0, 2), this is the client")
-    if serving and kept is not None:
-        raise BadInput("--state and --offline-store are for one session, --serve has many; give one of them")
+    if serving and resume:
+        raise BadInput("--resume is said by the client where others --serve; give --serve --state alone here")
+    if serving and offline_store is not None:
+        raise BadInput("--offline-store is for one session, --serve has many; give one of them")
     if sessions is not None and not serving:
         raise BadInput("--sessions is how many sessions --serve takes at once; give --serve, too")
 
@@ -341,6 +346,32 @@ def _own(
             return None
 
 
+def _serve_one(
+    me: Rank,
+    settings: Settings,
+    own: Document | Question | None,
+    voice: Voice,
+    board: Board,
+    store: Store | None,
+    at_once: int,
+    network: Network,
+    say: Say,
+) -> None:
+    """One of many sessions, on its own thread; afterwards its files are free for whoever resumes it."""
+    patience = settings.timeouts.reconnect_s  # by then a client that is lost is known to be
+    keeper = Keeper(store, serving=at_once, patience=patience)
+    with closing(keeper), board.session(network.ledger) as watch:
+        try:
+            network.wait()
+            report = _run(me, network, settings, own, say, voice, watch, keeper, None)
+        except MpcacheError:
+            if (last := keeper.last) is not None:
+                say(f"kept {last_token(last)}; its client can go on with --resume")
+            raise
+    voice.event("report", report=report.to_dict())
+    say(closing_line(report))
+
+
 def _run(
     me: Rank,
     network: Network,
@@ -355,7 +386,8 @@ def _run(
     """One session on links that are connected."""
     links, ledger, public = network.links, network.ledger, settings.public
     watch.reached("hello")
-    agree(links, me, _said(settings, keeper, "live" if tapes is None else "prepared"))
+    others = agree(links, me, _said(settings, keeper, "live" if tapes is None else "prepared"))
+    keeper.heard({peer: hello.public["state"] for peer, hello in others.items()})
     match own:
         case Document():
             report = serve(links, ledger, public, own, say, watch, keeper, tapes)

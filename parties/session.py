@@ -10,8 +10,13 @@ from mpcache.link import Hello, Link
 from mpcache.rank import Rank
 from mpcache.states import AGREED
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 VALUE_CHARACTERS = 80  # of a differing value, in the error's line
+
+# What a party says of keeping the session (`state`), and what one says that serves and keeps sessions.
+NONE, KEPT, RESUMED = MODES = ("none", "kept", "resumed")
+AS_CLIENT = "as the client"
+_KEEPING = "--state and --resume, or one that serves with --state alone"  # what to start both with
 
 Side = tuple[Rank, Mapping[str, str]]
 
@@ -33,7 +38,10 @@ def agree(links: Mapping[Rank, Link], me: Rank, public: Mapping[str, str]) -> di
 
 
 def compare(mine: Hello, theirs: Hello, expected: Rank) -> None:
-    """Raise Mismatch unless `theirs` comes from `expected` and agrees with `mine`."""
+    """Raise Mismatch unless `theirs` comes from `expected` and agrees with `mine`.
+
+    A server or a dealer may keep the session as the client does: its `state` agrees with any of the others.
+    """
     if theirs.rank is not expected:
         raise Mismatch(
             f"Mismatch: {mine.rank.label} expects {expected.label} (rank {int(expected)}), but rank "
@@ -42,7 +50,20 @@ def compare(mine: Hello, theirs: Hello, expected: Rank) -> None:
     if theirs.version != mine.version:
         versions = [(hello.rank, str(hello.version)) for hello in (mine, theirs)]
         raise _mismatch("protocol version", versions, "release of mpcache")
-    _compare((mine.rank, mine.public), (theirs.rank, theirs.public), "--config")
+    sides: list[Side] = [(hello.rank, hello.public) for hello in (mine, theirs)]
+    if any(public.get("state") == AS_CLIENT for _, public in sides):
+        sides = _without_state(sides)
+    _compare(sides[0], sides[1], "--config")
+
+
+def _without_state(sides: Sequence[Side]) -> list[Side]:
+    """What is left to compare where one keeps as the client does. Raises Mismatch if `state` is none of
+    what that rank may say: the client itself has nobody to follow."""
+    for rank, public in sides:
+        if public.get("state") not in (MODES if rank is Rank.CLIENT else (*MODES, AS_CLIENT)):
+            said = [(rank, _shown(public.get("state"))) for rank, public in sides]
+            raise _mismatch("state", said, _KEEPING)
+    return [(rank, {n: value for n, value in public.items() if n != "state"}) for rank, public in sides]
 
 
 def confirm(links: Mapping[Rank, Link], me: Rank, facts: Mapping[str, str]) -> None:
@@ -68,7 +89,7 @@ def _compare(mine: Side, theirs: Side, remedy: str) -> None:
         values = [(rank, fields.get(name)) for rank, fields in sides]
         if values[0][1] != values[1][1]:
             shown = [(rank, _shown(value)) for rank, value in values]
-            remedy = "--state and --resume" if name == "state" else remedy
+            remedy = _KEEPING if name == "state" else remedy
             raise _mismatch(name[:VALUE_CHARACTERS], shown, remedy)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,9 @@ import torch
 
 from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
-from mpcache.errors import BadInput, MpcacheError, StateError
+from mpcache.errors import BadInput, Desync, MpcacheError, StateError
 from mpcache.ledger import Ledger
+from mpcache.local_link import local_pair
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report import Report
@@ -26,8 +29,10 @@ from mpcache.secure import rng
 from mpcache.secure.party import ComputingParty
 from mpcache.secure.rng import fresh_seed
 from parties import run
-from parties.checkpoint import KEPT_STEPS, Keeper, Store
+from parties.checkpoint import Keeper
 from parties.run import AHEAD, Document, Question, ask, deal, serve
+from parties.session import AS_CLIENT, RESUMED
+from parties.store import KEPT_STEPS, Files, Store
 from tests.parties.helpers import Job, Killed, context_of, plain_ids, together
 from tests.secure.test_transcript import check_uniform
 
@@ -393,11 +398,60 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
         Keeper(Store(tmp_path, C), resume=True).check()
 
 
-def test_two_processes_do_not_share_a_session(model: Model, tokens: list[int], cut_off: Path) -> None:
-    from parties.checkpoint import Files
-
+def test_a_session_that_runs_is_not_resumed(model: Model, tokens: list[int], cut_off: Path) -> None:
+    """One line, which peers get to read too; the one that runs keeps its files."""
     store = Store(cut_off, S)
-    first = Files(store, store.sessions()[0], KEPT_STEPS)
-    with pytest.raises(StateError, match="another process uses this session"):
-        Files(store, store.sessions()[0], KEPT_STEPS)
-    first.close()
+    running = Files(store, store.sessions()[0])
+    before = running.steps()
+    ends = play(PublicConfig(policy="full", max_new_tokens=TOKENS), model, tokens, cut_off, resume=True)
+    for rank in Rank:
+        assert re.search("server: the session kept as .* still runs; end that run first", str(ends[rank]))
+    assert running.steps() == before
+    running.close()
+
+
+def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+    """A client can be back before the others know that it was gone."""
+    name = "0" * 32
+    (server, one), (client, other) = (local_pair(Ledger(), Ledger(), rank, D) for rank in (S, C))
+    store = Store(tmp_path, D)
+    running = Files(store, name)
+    running.write(0, name, {})
+    for patience, words in ((0.0, "still runs"), (60.0, "no step in common")):
+        keeper = Keeper(store, serving=1, patience=patience)
+        keeper.heard({S: AS_CLIENT, C: RESUMED})
+        client.send_facts("resume/session", {"session": name, "run": name})
+        if patience:
+            threading.Timer(0.5, running.close).start()
+            for link in (server, client):
+                link.send_facts("resume/steps", {"steps": []})
+        with pytest.raises(StateError, match=words):
+            keeper.meet({S: one, C: other}, {})
+        assert keeper.last is None
+
+
+def test_a_new_session_takes_nobody_s_name(
+    model: Model, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept is not written over, whatever a server calls its session."""
+    monkeypatch.setattr(run, "secrets", SimpleNamespace(token_hex=lambda n: "ab" * n))
+    public = PublicConfig(policy="full", max_new_tokens=TOKENS)
+    play(public, model, tokens, tmp_path, cut=Cut(S, "decode3", 3))
+    files = {file: file.read_bytes() for file in tmp_path.glob("*/*/*.state")}
+    ends = play(public, model, tokens, tmp_path)
+    assert all("a new session abababab, which is kept already" in str(end) for end in ends.values())
+    assert {file: file.read_bytes() for file in tmp_path.glob("*/*/*.state")} == files
+
+
+@pytest.mark.parametrize("name", ["session", "run"])
+def test_a_client_s_names_are_names(name: str, tmp_path: Path) -> None:
+    """No path, and not more than a file's header holds. A party that serves takes them from strangers."""
+    client, dealer = local_pair(Ledger(), Ledger(), C, D)
+    store = Store(tmp_path, D)
+    Files(store, "0" * 32).write(0, "0" * 32, {})
+    names = {"session": "0" * 32, "run": "0" * 32}
+    keeper = Keeper(store, serving=1)
+    keeper.heard({S: AS_CLIENT, C: RESUMED})
+    client.send_facts("resume/session", names | {name: "../" + "0" * 40_000})
+    with pytest.raises(Desync, match="is not a session's name"):
+        keeper.meet({C: dealer}, {})

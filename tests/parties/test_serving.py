@@ -2,108 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from mpcache.config import PublicConfig, Settings
+from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
-from mpcache.report import Report
-from parties.checkpoint import Keeper
 from parties.grpc_link import Listener, Network, connect_all
 from parties.run import Question, ask
 from parties.session import agree
-from tests.parties.helpers import free_settings, plain_ids
-from tests.parties.processes import PARTY, Process, errors_of, start, started, write_config
+from tests.parties.helpers import free_settings
+from tests.parties.processes import Process
+from tests.parties.service import QUESTIONS, TOKENS, plain, said, serving
 
 S, C, D = Rank
-DOCUMENT = "and the number of the gate of the city is in the book"
-QUESTIONS = ("the gate of", "a city and", "number")
-TOKENS = 4
-
-
-def said(public: PublicConfig) -> dict[str, str]:
-    """What a client says in HELLO, without `--state` and `--offline-store`."""
-    return public.flat() | {"state": Keeper().mode, "tapes": "live"}
-
-
-def plain(model: Model, public: PublicConfig, question: str) -> list[int]:
-    context = model.tokenizer.encode(DOCUMENT, bos=True)
-    return plain_ids(model, public, context, question)
-
-
-@dataclass
-class Service:
-    """The two that stay, as processes."""
-
-    settings: Settings
-    server: Process
-    dealer: Process
-    noise: dict[Rank, list[str]]
-
-    def ask(self, question: str) -> Report:
-        """A client, in this process."""
-        with connect_all(C, self.settings, Ledger()) as network:
-            agree(network.links, C, said(self.settings.public))
-            own = Question(question, stop_at_eos=False)
-            return ask(network.links, network.ledger, self.settings.public, own)
-
-    def seen(self, rank: Rank, words: str, times: int = 1) -> None:
-        """Wait until lines with these words have been printed."""
-        limit = time.monotonic() + 90
-        while sum(words in line for line in self.noise[rank]) < times:
-            assert time.monotonic() < limit, self.noise[rank]
-            time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def serving(
-    model: Model, tmp_path: Path, tokens: int = TOKENS, sessions: int = 3, reconnect_s: float = 2
-) -> Iterator[Service]:
-    public = PublicConfig(policy="full", max_new_tokens=tokens)
-    settings = free_settings(connect_s=60, recv_s=60, reconnect_s=reconnect_s)
-    settings = settings.model_copy(update={"public": public})
-    config = write_config(settings, tmp_path / "config.yaml")
-    document = tmp_path / "document.txt"
-    document.write_text(DOCUMENT)
-    flags = ["--config", config, "--serve", "--sessions", sessions]
-    with started() as children:
-        children.append(start(PARTY, "--rank", 2, *flags))
-        children.append(start(PARTY, "--rank", 0, *flags, "--model", model.folder, "--context", document))
-        dealer, server = children
-        service = Service(settings, server, dealer, {S: [], D: []})
-        for rank, child in ((S, server), (D, dealer)):
-
-            def read(rank: Rank = rank, child: Process = child) -> None:
-                assert child.stderr is not None
-                for line in child.stderr:
-                    service.noise[rank].append(line)
-
-            threading.Thread(target=read, daemon=True).start()
-        for rank in (S, D):
-            service.seen(rank, "serving at")
-        yield service
-
-
-def stop(service: Service) -> None:
-    """Both end in order when they are told to."""
-    for child in (service.server, service.dealer):
-        child.send_signal(signal.SIGTERM)
-    for rank, child in ((S, service.server), (D, service.dealer)):
-        assert child.wait(timeout=20) == 143
-        service.seen(rank, "stopped by SIGTERM")
-        assert errors_of("".join(service.noise[rank])) == [f"error: {rank.label}: stopped by SIGTERM"]
 
 
 def test_one_after_another_and_several_at_once(model: Model, tmp_path: Path) -> None:
@@ -117,7 +34,7 @@ def test_one_after_another_and_several_at_once(model: Model, tmp_path: Path) -> 
         for rank in (S, D):
             service.seen(rank, f"done: {TOKENS} tokens", times=6)
         assert len({line.split()[2] for line in service.noise[S] if "done:" in line}) == 6  # sessions' names
-        stop(service)
+        service.stop()
 
 
 def test_a_failed_session_ends_alone_and_one_too_many_is_told(model: Model, tmp_path: Path) -> None:
@@ -137,7 +54,7 @@ def test_a_failed_session_ends_alone_and_one_too_many_is_told(model: Model, tmp_
             service.seen(rank, "ended: ")
         report = service.ask(QUESTIONS[0])
         assert report.token_ids == plain(model, settings.public, QUESTIONS[0])
-        stop(service)
+        service.stop()
 
 
 def test_no_mask_is_used_in_two_sessions(model: Model, tmp_path: Path) -> None:
@@ -226,4 +143,4 @@ def test_two_hundred_sessions_leave_nothing_behind(model: Model, tmp_path: Path)
         for child in (service.server, service.dealer):
             assert len(list(Path(f"/proc/{child.pid}/task").iterdir())) < 40  # threads
             assert len(list(Path(f"/proc/{child.pid}/fd").iterdir())) < 60
-        stop(service)
+        service.stop()

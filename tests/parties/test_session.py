@@ -15,7 +15,7 @@ from mpcache.ledger import Ledger
 from mpcache.link import Hello
 from mpcache.local_link import local_pair
 from mpcache.rank import Rank
-from parties.session import PROTOCOL_VERSION, agree, compare, confirm
+from parties.session import AS_CLIENT, KEPT, MODES, PROTOCOL_VERSION, agree, compare, confirm
 from tests.parties.helpers import free_settings, grpc_networks
 from tests.parties.processes import PARTY, errors_of, start, started, tiny_model, write_config
 
@@ -74,6 +74,40 @@ def test_another_config_ends_all_three() -> None:
 def test_each_kind_of_difference(theirs: Hello, words: str) -> None:
     with pytest.raises(Mismatch, match=words):
         compare(Hello(PROTOCOL_VERSION, S, "0", {"a": "1"}), theirs, C)
+
+
+def hello(rank: Rank, state: str | None) -> Hello:
+    return Hello(PROTOCOL_VERSION, rank, "0", {"a": "1"} | ({} if state is None else {"state": state}))
+
+
+@pytest.mark.parametrize(
+    ("peer", "state", "agrees"),
+    [
+        *((C, state, True) for state in MODES),
+        *((D, state, True) for state in (*MODES, AS_CLIENT)),
+        *((C, state, False) for state in (AS_CLIENT, "always", "", None)),
+        *((D, state, False) for state in ("always", None)),
+    ],
+)
+def test_one_that_serves_keeps_as_the_client_does(peer: Rank, state: str | None, agrees: bool) -> None:
+    """Both sides find the same; all else is compared as ever."""
+    mine, theirs = hello(S, AS_CLIENT), hello(peer, state)
+    for one, other in ((mine, theirs), (theirs, mine)):
+        if agrees:
+            compare(one, other, other.rank)
+            continue
+        words = "state is as the client at server, .* at (client|dealer); start both with the same --state"
+        with pytest.raises(Mismatch, match=words):
+            compare(one, other, other.rank)
+    more = Hello(PROTOCOL_VERSION, peer, "0", {"a": "2", "state": KEPT})
+    with pytest.raises(Mismatch, match="a is 1 at server, 2 at"):
+        compare(mine, more, peer)
+
+
+@pytest.mark.parametrize("state", ["none", "resumed", AS_CLIENT])
+def test_states_of_others_are_equal_or_differ(state: str) -> None:
+    with pytest.raises(Mismatch, match=f"state is kept at server, {state} at client; .* --state alone$"):
+        compare(hello(S, KEPT), hello(C, state), C)
 
 
 # ------------------------------------------------------------------------ what each makes of the facts

@@ -1,4 +1,4 @@
-"""Messages as frames (protos/party.proto): cutting, checking, putting together, counting.
+"""Links that carry messages as frames (`mpcache.message`): order, checks, counting.
 
 `FrameLink` is a Link over anything that carries frames of bytes to the peer in order. Whoever
 receives bytes hands them to `arrived`, on any thread, which refuses what may not come now and what
@@ -10,130 +10,28 @@ memory.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from math import prod
+from collections.abc import Mapping, Sequence
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from google.protobuf.message import DecodeError
 
 from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
 from mpcache.ledger import Ledger
-from mpcache.link import DTYPES, Hello, Link, Spec
+from mpcache.link import Hello, Link, Spec
+from mpcache.message import Coming, cut, is_one_field, kind_of
 from mpcache.network import Shaper
 from mpcache.rank import Rank
 from mpcache.states import AGREED, Order
-from mpcache.window import CHUNK_BYTES, FACTS_BYTES, LAYOUT_BYTES, SMALL_BYTES, Sent, cost, largest, room
+from mpcache.window import FACTS_BYTES, SMALL_BYTES, Sent, cost, largest, room
 from protos import party_pb2 as pb
 
 REASON_CHARACTERS = 2000
 LOOK_EVERY_S = 0.2  # while a shaped message is waited for
-_ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_KINDS = {field.number: field.name for field in pb.Frame.DESCRIPTOR.fields}
-
-if sys.byteorder != "little":  # tensors travel as they lie in memory
-    raise ImportError("mpcache runs on little-endian machines only")
-
-
-class Layout(NamedTuple):
-    """How the tensors of one message lie in its data. Units: bytes."""
-
-    text: str  # as both ends write it: `int64(3, 4) bool()`
-    starts: tuple[int, ...]
-    sizes: tuple[int, ...]
-    total: int
-
-
-@lru_cache(maxsize=4096)  # a decode step asks for the same ones again for every token
-def layout_of(specs: tuple[Spec, ...]) -> Layout:
-    text = " ".join(_NAMES[dtype] + str(tuple(shape)) for dtype, shape in specs)
-    sizes = tuple(prod(shape) * dtype.itemsize for dtype, shape in specs)
-    starts, end = [], 0
-    for size in sizes:
-        start = end + -end % _ALIGNMENT
-        starts.append(start)
-        end = start + size
-    return Layout(text, tuple(starts), sizes, end)
-
-
-def cut(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
-    """One message as serialised frames, each with at most CHUNK_BYTES of data. Copies the tensors."""
-    text = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors)).text
-    if len(text) > LAYOUT_BYTES:
-        raise ValueError(f"{len(tensors)} tensors at {step} are too many for one message")
-    parts = [tensor.numpy(force=True).tobytes() for tensor in tensors]
-    padded = [part + bytes(-len(part) % _ALIGNMENT) for part in parts[:-1]]
-    data = b"".join(padded + parts[-1:])
-    message = pb.Tensors(sequence=sequence, step=step, layout=text, data=data[:CHUNK_BYTES])
-    yield pb.Frame(tensors=message).SerializeToString()
-    for offset in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
-        piece = data[offset : offset + CHUNK_BYTES]
-        message = pb.Tensors(sequence=sequence, step=step, offset=offset, data=piece)
-        yield pb.Frame(tensors=message).SerializeToString()
-
-
-def kind_of(data: bytes) -> str:
-    """What a frame is, by its first byte, or what it would be: `tensors`."""
-    return _KINDS.get(data[0] >> 3, "an unknown message") if data else "an unknown message"
-
-
-def is_one_field(data: bytes) -> bool:
-    """Whether the frame's first field, of a length that it states, is all there is.
-
-    Else a few bytes could stand for a message each, and take fifty times their own memory when parsed.
-    """
-    size, start = 0, 1
-    for byte in data[1:6]:
-        size |= (byte & 0x7F) << 7 * (start - 1)
-        start += 1
-        if byte < 0x80:
-            return start + size == len(data)
-    return False
-
-
-class _Coming:
-    """A message that is being taken in, frame by frame."""
-
-    def __init__(self, step: str, specs: Sequence[Spec]) -> None:
-        self.step, self.specs = step, specs
-        self.layout = layout_of(tuple((dtype, tuple(shape)) for dtype, shape in specs))
-        self.offset = 0  # bytes that are there
-        self.begun = False
-        self._room: bytearray = bytearray()
-
-    @property
-    def complete(self) -> bool:
-        return self.begun and self.offset == self.layout.total
-
-    def add(self, data: bytes) -> None:
-        """The next bytes, which have been checked. The first ones give the message its memory."""
-        total = self.layout.total
-        if not self.begun:
-            self._room = bytearray(data if len(data) == total else total)
-        if len(data) < total:
-            self._room[self.offset : self.offset + len(data)] = data
-        self.begun = True
-        self.offset += len(data)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [
-            torch.frombuffer(self._room, dtype=dtype, count=prod(shape), offset=start).view(shape)
-            if size
-            else torch.empty(shape, dtype=dtype)
-            for (dtype, shape), start, size in zip(
-                self.specs, self.layout.starts, self.layout.sizes, strict=True
-            )
-        ]
-
-
 _LOOK = "look"  # wakes a sender that waits for room
 
 
@@ -253,7 +151,7 @@ class FrameLink(Link):
     def recv(
         self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
-        return self._recv(_Coming(step, specs), labels)
+        return self._recv(Coming(step, specs), labels)
 
     def swap(
         self,
@@ -268,7 +166,7 @@ class FrameLink(Link):
         if not expected or sum(tensor.nbytes for tensor in outgoing) <= self.sent.room // 2:
             return super().swap(step, outgoing, expected, labels_out, labels_in)
         self.ledger.book(step, rounds=1)
-        coming = _Coming(step, expected)
+        coming = Coming(step, expected)
         self._send(step, outgoing, labels_out, coming)
         return self._recv(coming, labels_in)
 
@@ -277,7 +175,7 @@ class FrameLink(Link):
         step: str,
         tensors: Sequence[torch.Tensor],
         labels: Sequence[str] | None,
-        coming: _Coming | None,
+        coming: Coming | None,
     ) -> None:
         self._check_alive(step)
         for data in cut(self._sent, step, tensors):
@@ -288,14 +186,14 @@ class FrameLink(Link):
         self._sent += 1
         self._book("sent", step, [t.nbytes for t in tensors], labels)
 
-    def _recv(self, coming: _Coming, labels: Sequence[str] | None) -> list[torch.Tensor]:
+    def _recv(self, coming: Coming, labels: Sequence[str] | None) -> list[torch.Tensor]:
         while not coming.complete:
             self._take(coming, self._next("tensors", coming.step))
         self._received += 1
         self._book("received", coming.step, coming.layout.sizes, labels)
         return coming.tensors()
 
-    def _make_room(self, step: str, size: int, coming: _Coming | None) -> None:
+    def _make_room(self, step: str, size: int, coming: Coming | None) -> None:
         """Wait until the peer has taken enough. If it sends, too (`coming`), take that in meanwhile:
         two that only send would wait for each other."""
         self._wants_room = True
@@ -427,7 +325,7 @@ class FrameLink(Link):
             time.sleep(min(left, LOOK_EVERY_S))
             self._check_alive(step)
 
-    def _take(self, coming: _Coming, frame: pb.Frame) -> None:
+    def _take(self, coming: Coming, frame: pb.Frame) -> None:
         """Check one frame against the message that is expected, and take what it holds."""
         message, step, offset = frame.tensors, coming.step, coming.offset
         self._check_order(step, message.step, message.sequence)

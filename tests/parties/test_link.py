@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
-from mpcache.frames import FrameLink, cut
+from mpcache.frames import FrameLink
+from mpcache.message import cut
 from mpcache.rank import Rank
 from mpcache.window import CHUNK_BYTES, largest
 from protos import party_pb2 as pb

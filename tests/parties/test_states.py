@@ -12,8 +12,9 @@ import torch
 
 from mpcache.config import PublicConfig
 from mpcache.errors import Desync, LinkError, PeerFailed
-from mpcache.frames import FrameLink, cut, is_one_field
+from mpcache.frames import FrameLink
 from mpcache.link import Hello
+from mpcache.message import cut, is_one_field
 from mpcache.rank import Rank
 from mpcache.states import Order, State, place_of
 from mpcache.window import FRAME_COST, MIB, SMALL_BYTES, Sent, largest, room

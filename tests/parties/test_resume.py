@@ -420,7 +420,7 @@ def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     for patience, words in ((0.0, "still runs"), (60.0, "no step in common")):
         keeper = Keeper(store, serving=1, patience=patience)
         keeper.heard({S: AS_CLIENT, C: RESUMED})
-        client.send_facts("resume/session", {"session": name, "run": name})
+        client.send_facts("resume/session", {"session": name, "run": "1" * 32})
         if patience:
             threading.Timer(0.5, running.close).start()
             for link in (server, client):

@@ -53,7 +53,7 @@ def compare(mine: Hello, theirs: Hello, expected: Rank) -> None:
     sides: list[Side] = [(hello.rank, hello.public) for hello in (mine, theirs)]
     if any(public.get("state") == AS_CLIENT for _, public in sides):
         sides = _without_state(sides)
-    _compare(sides[0], sides[1], "--config")
+    _compare(sides[0], sides[1], "--config and flags")
 
 
 def _without_state(sides: Sequence[Side]) -> list[Side]:

@@ -23,7 +23,8 @@ from mpcache.ledger import Ledger
 from mpcache.local_link import LocalLink, local_pair
 from mpcache.rank import Rank
 from mpcache.secure.shares import Resident, Share
-from parties.checkpoint import Files, Keeper, Store
+from parties.checkpoint import Keeper
+from parties.store import Files, Store
 from parties.tape_store import SEED, SUFFIX, USED, TapeLink, TapeStore
 from protos import party_pb2 as pb
 from tests.fuzz.mutate import damaged, replaced

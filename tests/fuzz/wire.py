@@ -30,7 +30,6 @@ from mpcache.config import PublicConfig
 from mpcache.link import Hello
 from mpcache.rank import Rank
 from mpcache.window import largest
-from parties.checkpoint import Keeper
 from parties.grpc_link import BEACON_KEY, REASON_KEY, SERVICE, SESSION_KEY
 from parties.session import PROTOCOL_VERSION
 from parties.stream import RANK_KEY, RECEIVED_KEY
@@ -38,6 +37,7 @@ from protos import party_pb2 as pb
 from tests.fuzz.mutate import NUMBERS, damaged
 from tests.parties.helpers import free_settings
 from tests.parties.processes import PARTY, ROOT, write_config
+from tests.parties.service import said
 
 LIMIT = largest(Rank.DEALER)  # bytes of a frame that it takes
 HEALTH = "/grpc.health.v1.Health"
@@ -133,7 +133,7 @@ def wires(folder: Path, made: Callable[[str, int, Any, Any, bytes], None]) -> No
     made("health RPC", 1, through(_ask_health), _health_case, _text([["Check", b"", 1]]))
     page = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
     made("metrics", 1, through(_ask_metrics), _metrics_case, _text([page, "end"]))
-    hello = Hello(PROTOCOL_VERSION, Rank.CLIENT, "00", _said())
+    hello = Hello(PROTOCOL_VERSION, Rank.CLIENT, "00", said(PublicConfig()))
     whole = {"method": "Connect", "streams": [_stream("5e" * 16, Rank.CLIENT, [_hello(hello)])]}
     made("Connect RPC", 1, through(_connect), _connect_case, _text(whole))
 
@@ -248,10 +248,6 @@ def _check_page(caller: socket.socket) -> None:
 # --------------------------------------------------------------------------------------------- Connect
 
 
-def _said() -> dict[str, str]:
-    return PublicConfig().flat() | {"state": Keeper().mode, "tapes": "live"}
-
-
 def _hello(hello: Hello) -> bytes:
     said = pb.Hello(version=hello.version, rank=int(hello.rank), nonce=hello.nonce, public=dict(hello.public))
     return pb.Frame(hello=said).SerializeToString()
@@ -296,7 +292,7 @@ def odd_metadata(rng: random.Random, pairs: list[list[Any]]) -> list[list[Any]]:
 
 def odd_frames(rng: random.Random, peer: Rank) -> list[Any]:
     """A peer's first frames: lost, doubled, swapped, damaged, replaced, too large (a number: of bytes)."""
-    hello = Hello(PROTOCOL_VERSION, peer, rng.randbytes(16).hex(), _said())
+    hello = Hello(PROTOCOL_VERSION, peer, rng.randbytes(16).hex(), said(PublicConfig()))
     facts = [pb.Frame(facts=pb.Facts(step=step, json=json.dumps({"session": "00", "context_tokens": 40})))
              for step in ("facts/model", "facts/question", "facts/agreed")]  # fmt: skip
     tensors = pb.Frame(tensors=pb.Tensors(step="seeds/tape", layout="uint8(32,)", data=bytes(32)))

@@ -11,14 +11,13 @@ from threading import Event
 
 import pytest
 
-from mpcache.config import Settings
 from mpcache.rank import Rank
 from mpcache.states import AGREED
 from mpcache.window import MIB, SMALL_BYTES, cost, largest, room
-from parties.session import PROTOCOL_VERSION
 from protos import party_pb2 as pb
 from tests.parties.helpers import free_settings
 from tests.parties.one_party import STATUS
+from tests.parties.test_states import BYE, HELLO, ack, facts, tensors
 
 import grpc  # isort: skip  # after the link, which quiets it
 
@@ -28,23 +27,12 @@ from parties.stream import RANK_KEY  # isort: skip
 SLACK = 12 * MIB  # a frame while it is parsed, what gRPC has under way, and one run from another
 FLOOD = 64 * MIB  # of room: four times what a party gives to the client
 
-HELLO = pb.Frame(
-    hello=pb.Hello(version=PROTOCOL_VERSION, rank=1, nonce="00", public=Settings().public.flat())
-).SerializeToString()
-FACTS = pb.Frame(facts=pb.Facts(step=AGREED, json="{}")).SerializeToString()
-BYE = pb.Frame(bye=pb.Bye()).SerializeToString()
-
 # Phases: what the client says before its flood, to a party with this task.
 PHASES: dict[str, tuple[list[bytes], str]] = {
     "hello": ([], "hang"),
     "setup": ([HELLO], "hang"),
-    "agreed": ([HELLO, FACTS], "confirm"),
+    "agreed": ([HELLO, facts(AGREED)], "confirm"),
 }
-
-
-def tensors(size: int) -> bytes:
-    message = pb.Tensors(sequence=1, step="decode1/layer0", layout="int64(1,)", data=bytes(size))
-    return bytes(pb.Frame(tensors=message).SerializeToString())
 
 
 def hello_of_many() -> bytes:
@@ -53,10 +41,10 @@ def hello_of_many() -> bytes:
 
 EMPTY_MESSAGES = b"\x12\x00\x1a\x00" * MIB  # tensors and facts in turns: two bytes of a frame for each
 FLOODS: dict[str, Callable[[], bytes]] = {
-    "large tensors": lambda: tensors(MIB),
-    "small tensors": lambda: tensors(8),
-    "facts": lambda: pb.Frame(facts=pb.Facts(sequence=1, step="decode1", json="{}")).SerializeToString(),
-    "confirmations": lambda: pb.Frame(ack=pb.Ack(frames=0)).SerializeToString(),
+    "large tensors": lambda: tensors("decode1", 1, MIB),
+    "small tensors": lambda: tensors("decode1", 1),
+    "facts": lambda: facts("decode1", sequence=1),
+    "confirmations": lambda: ack(0),
     "many messages in a frame": lambda: EMPTY_MESSAGES[: largest(Rank.SERVER)],
     "many messages in a small frame": lambda: EMPTY_MESSAGES[:SMALL_BYTES],
     "a hello of many entries": hello_of_many,
@@ -86,13 +74,13 @@ def peak(me: Rank, before: Iterable[bytes], flood: bytes | None, task: str) -> i
         yield BYE
         ended.wait(30)
 
-    with grpc.insecure_channel(addresses.of(me)) as channel, suppress(grpc.RpcError):
+    with grpc.insecure_channel(addresses.of(me)) as channel:
         connect = channel.stream_stream(f"/{SERVICE}/Connect")
-        for frame in connect(said(), metadata=about, wait_for_ready=True, timeout=60):
-            if pb.Frame.FromString(frame).WhichOneof("kind") in ("abort", "bye"):
-                break
+        with suppress(grpc.RpcError):
+            for frame in connect(said(), metadata=about, wait_for_ready=True, timeout=60):
+                if pb.Frame.FromString(frame).WhichOneof("kind") in ("abort", "bye"):
+                    break
         ended.set()
-    ended.set()
     out, text = child.communicate(timeout=60)
     beacon.close()
     assert "Traceback" not in text, text

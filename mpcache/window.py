@@ -19,6 +19,7 @@ CHUNK_BYTES = MIB  # of tensor data in one frame
 LAYOUT_BYTES = MIB
 FACTS_BYTES = 64 * KIB
 SMALL_BYTES = FACTS_BYTES + 8 * KIB  # a frame without tensors, with room for its other fields
+READ_AHEAD_BYTES = 4 * MIB  # that a carrier may have read before it hands a frame over
 FRAME_COST = 768  # bytes that a waiting frame takes beside its own, measured
 
 

@@ -36,7 +36,7 @@ from mpcache.errors import (
 from mpcache.ledger import Ledger
 from mpcache.network import shaper
 from mpcache.rank import Rank
-from mpcache.window import largest
+from mpcache.window import READ_AHEAD_BYTES, largest
 from parties.alive import Beacon, beacon_at
 from parties.identity import Trust
 from parties.stream import ABORT_LINGER_S, RANK_KEY, RECEIVED_KEY, GrpcLink, Metadata, count_of
@@ -59,6 +59,8 @@ PING_TIMEOUT_S = 15.0
 Options = list[tuple[str, Any]]
 
 OPTIONS: Options = [
+    ("grpc.http2.bdp_probe", 0),  # else gRPC reads ahead as far as it likes, past every room
+    ("grpc.http2.lookahead_bytes", READ_AHEAD_BYTES),
     ("grpc.keepalive_time_ms", int(PING_EVERY_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT_S * 1000)),
     ("grpc.http2.ping_timeout_ms", int(PING_TIMEOUT_S * 1000)),  # a minute by default, whatever is above

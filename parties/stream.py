@@ -264,8 +264,8 @@ class GrpcLink(FrameLink):
                 queue.put(None)
             elif not self._closed and self._failure is not None:
                 self._fail_all(self._failure)  # refused; `close` will tell the peer why
-            for _ in frames:  # until the peer, too, has got everything
-                pass
+            for data in frames:  # until the peer, too, has got everything
+                del data  # before the next one is read
             return True
         return False
 

@@ -6,6 +6,7 @@ Usage: python -m tests.parties.one_party RANK PEERS SERVER_ADDRESS DEALER_ADDRES
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from parties.grpc_link import Network, connect_all
 from parties.session import agree, confirm
 
 STATUS = Path("/proc/self/status")  # of this process, on Linux
+COMPUTE_S = 30.0
 WORD = [(torch.int64, (1,))]
 
 
@@ -34,13 +36,23 @@ def pass_round(network: Network) -> None:
         assert theirs.item() == int(peer)
 
 
-def confirm_and_hang(network: Network) -> None:
-    """Agree on the facts, of which there are none, and wait for a word that never comes."""
-    confirm(network.links, network.rank, {})
+def compute(network: Network) -> None:
+    """Take nothing from the links, as one that computes, until a peer sends what is refused."""
+    limit = time.monotonic() + COMPUTE_S
+    while network.failure is None and time.monotonic() < limit:
+        time.sleep(0.02)
     hang(network)
 
 
-TASKS: dict[str, Callable[[Network], None]] = {"hang": hang, "confirm": confirm_and_hang, "round": pass_round}
+def confirm_and_compute(network: Network) -> None:
+    """Agree on the facts, of which there are none, and compute."""
+    confirm(network.links, network.rank, {})
+    compute(network)
+
+
+TASKS: dict[str, Callable[[Network], None]] = {
+    "hang": hang, "compute": compute, "confirm": confirm_and_compute, "round": pass_round,
+}  # fmt: skip
 
 
 def main() -> int:

@@ -41,8 +41,13 @@ class Cache:
         return torch.arange(first, first + m)
 
     def append(self, ops: Ops, i: int, k: Value, v: Value) -> Program[None]:
-        """Add k, v (m, KV, d) to layer i."""
+        """Add k, v (m, KV, d), settled, to layer i. What reads the layer may run beside it (`together`,
+        this one first): it meets the new rows from its first round on, which is this one's, too."""
         layer = self.layers[i]
-        new_k, new_v = yield from together(ops.keep(k.transpose(0, 1)), ops.keep(v.transpose(0, 1), V_RING))
-        layer.k = ops.join([layer.k, new_k], 1)
-        layer.v = ops.join([layer.v, new_v], 1)
+        old_k, old_v = layer.k, layer.v
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+        new_k = yield from ops.announce(k)
+        new_v = yield from ops.announce(v, V_RING)
+        layer.k, layer.v = ops.join([old_k, new_k], 1), ops.join([old_v, new_v], 1)
+        new_k, new_v = yield from together(ops.deliver(k, new_k), ops.deliver(v, new_v))
+        layer.k, layer.v = ops.join([old_k, new_k], 1), ops.join([old_v, new_v], 1)

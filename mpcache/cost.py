@@ -31,7 +31,7 @@ from mpcache.secure.correlations import Request
 from mpcache.secure.fast import FastBitsOps, FastOps
 from mpcache.secure.party import ShapeParty, _sends
 from mpcache.secure.program import Ask, Call, Draw, Open, Opening, Program
-from mpcache.secure.shares import Resident, Share
+from mpcache.secure.shares import Awaited, Resident, Share
 from mpcache.secure.stock import StockOps
 from mpcache.session import Session
 
@@ -487,6 +487,8 @@ def _key(value: Any) -> Hashable:
             return (dict, *((k, _key(v)) for k, v in value.items()))
         case _RememberedSelection():
             return value.key
+        case Awaited():
+            return Awaited
     if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):  # shares, operands
         return (type(value), *(_key(getattr(value, name)) for name in value.__dataclass_fields__))
     return cast(Hashable, value)  # numbers, text; anything else is itself only

@@ -85,9 +85,8 @@ def block(
     """One layer: norm, qkv, select and attend, o, norm, mlp. The stream (m, width) stands as x and what
     the sublayer before adds to it: it is added where the next norm meets it."""
     x, q, k, v = yield from at("qkv", qkv(ops, shape, w, x, change, positions))
-    yield from at("append", cache.append(ops, i, k, v))
     view = policy.view(ops, shape, cache, i, positions)
-    a = yield from attend(view, policy, q)
+    _, a = yield from together(at("append", cache.append(ops, i, k, v)), attend(view, policy, q))
 
     def rest() -> Program[tuple[Value, Value]]:
         change = yield from at("o", ops.linear(a, w.o, w.o_bias))

@@ -17,7 +17,7 @@ import torch
 from kernels import Backend
 from mpcache.rank import Rank
 from mpcache.rope import Turn
-from mpcache.secure.program import Program
+from mpcache.secure.program import Program, local
 
 Value = Any  # torch.Tensor or Share
 Operand = Any  # a tensor prepared for repeated use: torch.Tensor, Share or Resident
@@ -71,6 +71,15 @@ class Ops(ABC):
         ring: bits that the products with it need. 48 holds products of two values below 2^14, 56
         sums of softmax weights times values, 64 products of three.
         """
+
+    def announce(self, x: Value, ring: int = 48) -> Program[Operand]:
+        """First half of `keep`, for a settled x, at no round: what comes out may be joined, and is an
+        operand of products whose opening shares the round of `deliver`, or comes later."""
+        return self.keep(x, ring)
+
+    def deliver(self, x: Value, announced: Operand) -> Program[Operand]:
+        """Second half: `announced`, with which nothing else has to wait."""
+        return local(announced)
 
     @abstractmethod
     def join(self, parts: Sequence[Operand], dim: int) -> Operand:

@@ -51,6 +51,7 @@ class Trust:
         self._credentials = credentials
         self._channels: dict[Rank, grpc.Channel] = {}
         self._connections, self._calls, self._latest = 0, 0, 0.0
+        self._seen: set[Rank] = set()  # peers that a look has found something wrong with
 
     @property
     def tls(self) -> bool:
@@ -103,7 +104,8 @@ class Trust:
     def look(self, peer: Rank, address: str) -> str | None:
         """Why the connection to a listening peer does not come about; None while it may yet come.
 
-        Blocks for a few seconds at most, and connects only if gRPC has just failed to.
+        Blocks for a few seconds at most, and connects only if gRPC has just failed to. Tells what it
+        found the second time: one that has just begun to listen needs as many connections to see us.
         """
         if not _fails(self._channels[peer]):
             return None
@@ -116,9 +118,13 @@ class Trust:
             context.load_cert_chain(certificate, key)
         try:
             with socket.create_connection((host.strip("[]"), int(port)), LOOK_TIMEOUT_S) as raw:
-                return self._look(peer, address, context, raw)
+                why = self._look(peer, address, context, raw)
         except OSError:
             return None  # nobody listens yet
+        first = peer not in self._seen
+        if why is not None:
+            self._seen.add(peer)
+        return None if first else why
 
     def _look(self, peer: Rank, address: str, context: ssl.SSLContext, raw: socket.socket) -> str | None:
         try:

@@ -72,6 +72,14 @@ class FastOps(Ops):
         self._check_own(x)
         return (yield from self.do.resident(x, ring))
 
+    def announce(self, x: Share, ring: int = 48) -> Program[Resident]:
+        if (x.bits, x.ring) != (self.bits, 64):
+            raise ValueError("only what is settled can be announced: else a round comes first")
+        return (yield from self.do.announce(x, ring))
+
+    def deliver(self, x: Share, announced: Resident) -> Program[Resident]:
+        return (yield from self.do.deliver(x, announced))
+
     def _check_own(self, x: Share) -> None:
         """Who knows a value sees whether it is in range. Raises OutOfRange."""
         if x.owner is not self.side.rank or isinstance(x.data, Blank) or x.data.numel() == 0:

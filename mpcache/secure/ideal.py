@@ -95,6 +95,13 @@ def resident(x: Share, ring: int = 64) -> Program[Resident]:
     return Resident(torch.zeros_like(x.data), x.data, x.bits, ring=ring)
 
 
+announce = resident
+
+
+def deliver(x: Share, announced: Resident) -> Program[Resident]:
+    return local(announced)
+
+
 def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Program[Share]:
     return _multiplied("product with an operand", x, w, torch.matmul, ring)
 

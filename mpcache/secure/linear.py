@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from mpcache.secure import correlations
 from mpcache.secure.correlations import Part, Request, cut
 from mpcache.secure.program import Opening, Program, draw, reveal
 from mpcache.secure.ring import matmul
-from mpcache.secure.shares import Resident, Share
+from mpcache.secure.shares import Awaited, Resident, Share
 from mpcache.secure.side import Side, bytes_for, drop
 
 
@@ -187,9 +187,21 @@ def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
 
 def resident(x: Share, ring: int = 64) -> Program[Resident]:
     """Open x - B once, with a mask B that stays (PROTOCOLS 1). One round; one way if x has an owner."""
+    return (yield from deliver(x, (yield from announce(x, ring))))
+
+
+def announce(x: Share, ring: int = 64) -> Program[Resident]:
+    """First half of `resident`: the mask, for what draws with it. No message."""
     mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
-    (opened,) = yield from reveal(masked(x.data - mask, ring, "resident, masked", x.owner))
-    return Resident(mask, opened, x.bits, None if values is None else values[0], ring)
+    return Resident(mask, Awaited(), x.bits, None if values is None else values[0], ring)
+
+
+def deliver(x: Share, announced: Resident) -> Program[Resident]:
+    """Second half: the round. What was made of `announced` meanwhile has its values, too."""
+    why = "resident, masked"
+    (opened,) = yield from reveal(masked(x.data - announced.mask, announced.ring, why, x.owner))
+    announced.opened.bring(opened)
+    return replace(announced, opened=opened)
 
 
 def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Program[Share]:
@@ -205,7 +217,7 @@ def times_resident(
     side: Side, e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, w: Resident
 ) -> torch.Tensor:
     """Shares of x @ w, with e = x - a opened and shares of the mask a and of c = a @ (w's mask)."""
-    return c + matmul(e, w.mask) + matmul(a, w.opened) + side.first(matmul(e, w.opened))
+    return c + matmul(e, w.mask) + matmul(a, w.public) + side.first(matmul(e, w.public))
 
 
 def product(

@@ -4,7 +4,17 @@
 """
 
 from mpcache.secure.activation import activate
-from mpcache.secure.linear import blur, product, product_resident, resident, shrink, truncate, truncate_times
+from mpcache.secure.linear import (
+    announce,
+    blur,
+    deliver,
+    product,
+    product_resident,
+    resident,
+    shrink,
+    truncate,
+    truncate_times,
+)  # fmt: skip
 from mpcache.secure.norm import norm_linear
 from mpcache.secure.positive import positive
 from mpcache.secure.power import reciprocal
@@ -12,6 +22,6 @@ from mpcache.secure.softmax import narrow, softmax
 from mpcache.secure.topk import top
 
 __all__ = [
-    "activate", "blur", "narrow", "norm_linear", "positive", "product", "product_resident", "reciprocal",
-    "resident", "shrink", "softmax", "top", "truncate", "truncate_times",
+    "activate", "announce", "blur", "deliver", "narrow", "norm_linear", "positive", "product",
+    "product_resident", "reciprocal", "resident", "shrink", "softmax", "top", "truncate", "truncate_times",
 ]  # fmt: skip

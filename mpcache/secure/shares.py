@@ -91,24 +91,30 @@ def cat(parts: Sequence[Share], dim: int) -> Share:
 class Resident:
     """A secret tensor W that is used again and again: opened once as V = W - B (PROTOCOLS 1).
 
-    mask: this party's share of B.  opened: V, public to both computing parties.
-    dealt: B itself, at the dealer only. All three have W's shape.
+    mask: this party's share of B.  opened: V, public to both computing parties; `Awaited` until the
+    round that opens it is over.  dealt: B itself, at the dealer only. All three have W's shape.
     ring: V, and so every product with it, is known modulo 2^ring only.
     """
 
     mask: torch.Tensor
-    opened: torch.Tensor
+    opened: Any  # torch.Tensor or Awaited
     bits: int
     dealt: torch.Tensor | None = None
     ring: int = 64
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.opened.shape)
+        return tuple(self.mask.shape)
+
+    @property
+    def public(self) -> torch.Tensor:
+        """V, once it is there. Raises RuntimeError before."""
+        value: torch.Tensor = self.opened.value if isinstance(self.opened, Awaited) else self.opened
+        return value
 
     def _local(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Resident:
         dealt = None if self.dealt is None else fn(self.dealt)
-        return Resident(fn(self.mask), fn(self.opened), self.bits, dealt, self.ring)
+        return Resident(fn(self.mask), awaiting(fn, self), self.bits, dealt, self.ring)
 
     def __getitem__(self, index: Any) -> Resident:
         return self._local(lambda x: x[index])
@@ -128,11 +134,37 @@ class Resident:
             dealt = torch.cat([self.dealt, other.dealt], dim)
         return Resident(
             torch.cat([self.mask, other.mask], dim),
-            torch.cat([self.opened, other.opened], dim),
+            awaiting(lambda *parts: torch.cat(parts, dim), self, other),
             self.bits,
             dealt,
             min(self.ring, other.ring),
         )
+
+
+class Awaited:
+    """What an opening that is under way brings, or what is to be made of it."""
+
+    def __init__(self, make: Callable[[], torch.Tensor] | None = None) -> None:
+        self._make = make
+        self._value: torch.Tensor | None = None
+
+    @property
+    def value(self) -> torch.Tensor:
+        if self._value is None:
+            if self._make is None:
+                raise RuntimeError("an operand is used before the round that opens it is over")
+            self._value = self._make()
+        return self._value
+
+    def bring(self, value: torch.Tensor) -> None:
+        self._value = value
+
+
+def awaiting(fn: Callable[..., torch.Tensor], *operands: Resident) -> torch.Tensor | Awaited:
+    """fn of what operands open to; later, if one is not there yet."""
+    if any(isinstance(w.opened, Awaited) for w in operands):
+        return Awaited(lambda: fn(*(w.public for w in operands)))
+    return fn(*(w.opened for w in operands))
 
 
 def encode(x: torch.Tensor, bits: int) -> torch.Tensor:

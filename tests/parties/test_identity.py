@@ -123,7 +123,7 @@ def test_who_is_not_pinned_is_refused_on_both_sides(
     case: str, homes: dict[Rank, Path], tmp_path: Path
 ) -> None:
     sides, at_client, at_dealer = CASES[case]
-    client, dealer = sides(with_pins(free_settings(connect_s=3), homes), homes, tmp_path / "spare")
+    client, dealer = sides(with_pins(free_settings(connect_s=5), homes), homes, tmp_path / "spare")
 
     def party(me: Rank, side: tuple[Settings, Path | None], peer: Rank) -> str:
         settings, folder = side

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -138,8 +139,10 @@ def test_two_hundred_sessions_leave_nothing_behind(model: Model, tmp_path: Path)
                 levels["server"].append(memory_mb(service.server))
                 levels["dealer"].append(memory_mb(service.dealer))
         print({name: [round(mb) for mb in level] for name, level in levels.items()})
+        # MB, over 140 sessions. The heap settles over some 400, 25 higher at the dealer, and stays; a network
+        # that each session left behind made it 130 at the server, 480 at the dealer.
         for level in levels.values():
-            assert max(level[5:]) - level[1] < 16  # MB, over 160 sessions
+            assert median(level[-3:]) - median(level[1:4]) < 24
         for child in (service.server, service.dealer):
             assert len(list(Path(f"/proc/{child.pid}/task").iterdir())) < 40  # threads
             assert len(list(Path(f"/proc/{child.pid}/fd").iterdir())) < 60

@@ -22,7 +22,7 @@ SHAPE = ModelShape(
     layers=6, width=512, heads=8, kv_heads=8, head_dim=64, ffn=2048, vocab=1000, max_positions=1 << 17,
     norm="rms", norm_eps=1e-5, activation="silu", gated=True, positions="rope",
 )  # fmt: skip
-PAPER = "mpcache:n_keep=1024,coarse=32,fine=16,coarse_keep=0.5,fine_keep=0.2"
+PAPER = "mpcache:n_keep=1.0,coarse=32,fine=16,coarse_keep=0.5,fine_keep=0.2"
 STEP = "decode1"
 
 

@@ -20,15 +20,22 @@ from mpcache.secure.shares import Resident, Share, cat, centred, encode
 from mpcache.secure.side import Side, bytes_for
 
 VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
-WEIGHT_BITS = 20  # fraction bits of softmax weights; the largest of a row may be e^-4.6
-AVERAGE_RING = 56  # weights times values: 20 + 16 fraction bits, up to 2^13 tokens, |value| < 32
+LONG_BITS = 20  # most fraction bits of a value that goes into a product as it is
+AVERAGE_RING = 56  # weights times values: with n tokens |value| < 32 (`weight_bits`)
 POSITIVE_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `positive`
 LONGEST = 1 << 13  # attended tokens per query
+WEIGHT_BITS = 22  # fraction bits of softmax weights; the largest of a row may be e^-4.6
 BLUR_BITS = 11  # what a party learns is blurred with a standard deviation of 2^-11 (`reveal`)
 
 
+def weight_bits(n: int) -> int:
+    """Fraction bits of n softmax weights: with 16 of the values, and 2^5 as their size, sums of n products
+    are below 2^(AVERAGE_RING - 2). 22 for 2^11 tokens, 20 for 2^13."""
+    return min(WEIGHT_BITS, AVERAGE_RING - 2 - 16 - 5 - (n - 1).bit_length())
+
+
 class FastOps(Ops):
-    """Values carry up to `WEIGHT_BITS` fraction bits where an operation says so, else `bits`.
+    """Values carry up to `LONG_BITS` fraction bits where an operation says so, else `bits`.
 
     A product keeps all its fraction bits; the next operation truncates what it needs (`fit`): each
     party drops bits by itself until no more than the value's size is left of the ring, and what an
@@ -101,7 +108,7 @@ class FastOps(Ops):
         return cat(parts, dim)
 
     def linear(self, x: Share, w: Resident, bias: Share | None = None) -> Program[Share]:
-        if x.bits > WEIGHT_BITS:
+        if x.bits > LONG_BITS:
             x = yield from self.fit(x)
         y = yield from self.do.product_resident(self.side, x, w)
         if bias is None:
@@ -135,7 +142,7 @@ class FastOps(Ops):
         return self.do.shrink(self.side, (yield from self.do.activate(self.side, kind, gate, up)), self.bits)
 
     def softmax(self, scores: Share, visible: torch.Tensor | None) -> Program[tuple[Share, Share]]:
-        return (yield from self.do.softmax(self.side, scores, visible, WEIGHT_BITS))
+        return (yield from self.do.softmax(self.side, scores, visible, weight_bits(scores.shape[-1])))
 
     def weigh(self, weights: Share, values: Resident) -> Program[Share]:
         return (yield from self.do.product_resident(self.side, weights, values, AVERAGE_RING))
@@ -145,10 +152,8 @@ class FastOps(Ops):
         return (yield from self.do.reciprocal(self.side, total, least, LONGEST))
 
     def times(self, x: Share, y: Share) -> Program[Share]:
-        if x.bits > WEIGHT_BITS:
-            return (
-                yield from self.do.truncate_times(self.side, self.do.shrink(self.side, x, WEIGHT_BITS), y)
-            )
+        if x.bits > LONG_BITS:
+            return (yield from self.do.truncate_times(self.side, self.do.shrink(self.side, x, LONG_BITS), y))
         return (yield from self.do.product(self.side, x, y))
 
     def positive(self, x: Share) -> Program[Share]:

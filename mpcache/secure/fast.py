@@ -20,7 +20,7 @@ from mpcache.secure.shares import Resident, Share, cat, centred, encode
 from mpcache.secure.side import Side, bytes_for
 
 VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
-LONG_BITS = 20  # most fraction bits of a value that goes into a product as it is
+LONG_BITS = 20  # fraction bits of a product's factor that had more than `WEIGHT_BITS`
 AVERAGE_RING = 56  # weights times values: with n tokens |value| < 32 (`weight_bits`)
 POSITIVE_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `positive`
 LONGEST = 1 << 13  # attended tokens per query
@@ -35,7 +35,7 @@ def weight_bits(n: int) -> int:
 
 
 class FastOps(Ops):
-    """Values carry up to `LONG_BITS` fraction bits where an operation says so, else `bits`.
+    """Values carry up to `WEIGHT_BITS` fraction bits where an operation says so, else `bits`.
 
     A product keeps all its fraction bits; the next operation truncates what it needs (`fit`): each
     party drops bits by itself until no more than the value's size is left of the ring, and what an
@@ -108,7 +108,7 @@ class FastOps(Ops):
         return cat(parts, dim)
 
     def linear(self, x: Share, w: Resident, bias: Share | None = None) -> Program[Share]:
-        if x.bits > LONG_BITS:
+        if x.bits > WEIGHT_BITS:
             x = yield from self.fit(x)
         y = yield from self.do.product_resident(self.side, x, w)
         if bias is None:
@@ -152,7 +152,7 @@ class FastOps(Ops):
         return (yield from self.do.reciprocal(self.side, total, least, LONGEST))
 
     def times(self, x: Share, y: Share) -> Program[Share]:
-        if x.bits > LONG_BITS:
+        if x.bits > WEIGHT_BITS:
             return (yield from self.do.truncate_times(self.side, self.do.shrink(self.side, x, LONG_BITS), y))
         return (yield from self.do.product(self.side, x, y))
 

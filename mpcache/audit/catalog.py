@@ -71,7 +71,7 @@ CATALOG: Mapping[str, Protocol] = {
     "one-hot": Protocol("table lookup by a rotated one-hot vector", "lookup.lookup", "exact", "rotation"),
     "exp": Protocol(
         "exponential by one key tree per element", "softmax.exp",
-        "1.4e-4 relative, zero below e^-16 to e^-18.3", "one key tree with a payload",
+        "1.4e-4 relative and 2e-6, zero below e^-16 to e^-18.3", "one key tree with a payload",
     ),
     "activation": Protocol(
         "activation as a sum of sines, with its truncation", "activation.activate", "1.5e-4 abs(x up)",

@@ -187,8 +187,8 @@ def softmax(
     step = scores_of.STEP << grid
     highest = raw.masked_fill(mask == 0, torch.iinfo(torch.int64).min).amax(-1, keepdim=True)
     c = (highest // step + 2) * step  # two buckets above, as `softmax.bound`
-    d = (c - raw) * mask
-    yield from claim("exp", d, scores_of.FARTHEST, grid, 0)
+    d = torch.where(mask == 1, c - raw, 1)
+    yield from claim("exp", d, scores_of.FARTHEST, grid, 1)
     e = encode(torch.exp(-d.double() * scores_of.UNIT), bits)
     e = e * mask * (d.double() * scores_of.UNIT < scores_of.WINDOW)
     return Share(e, bits), Share(e.sum(-1, keepdim=True), bits)

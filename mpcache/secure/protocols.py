@@ -14,7 +14,7 @@ from mpcache.secure.linear import (
     shrink,
     truncate,
     truncate_times,
-)  # fmt: skip
+)
 from mpcache.secure.norm import norm_linear
 from mpcache.secure.positive import positive
 from mpcache.secure.power import reciprocal

@@ -110,9 +110,9 @@ def softmax(
 
     Each weight is off by 1.4e-4 of itself (the grid) and by 3e-7 or 2^-bits / 2 more, whichever is larger (a
     standard deviation), while their sum may be as low as e^-SLACK. With the bits of `fast.weight_bits` the
-    weighted mean of n values comes out within 2e-4 + 6e-5 sqrt(n) of the largest of them: where a peak stands
-    above a floor of e^-11 for each of the others. In rows of other kinds the error is below 6e-4 for any n
-    up to 4096, and for scores of any size below LARGEST.
+    weighted mean of n values comes out within 2e-4 + 6e-5 sqrt(n) of the largest of them, for scores of any
+    size below LARGEST. It takes a peak above a floor of about e^-11 for each of the others to come near it:
+    rows of normal, flat or single scores stay below 6e-4, for n up to 5000.
     """
     if visible is not None:
         visible = visible.to(scores.data.device).expand(scores.shape)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import BoundedSemaphore, Thread
 from typing import Any
 
 import grpc
@@ -28,6 +28,7 @@ from parties.watch import Board
 
 HERE = "127.0.0.1"
 REQUEST_S = 10.0  # longest silence of a caller in the middle of its request for metrics
+CALLERS = 16  # for metrics, at once: each has a thread
 REQUEST_BYTES = 4 << 10  # of a question for health: a service's name
 
 
@@ -110,7 +111,20 @@ class _Pages(ThreadingHTTPServer):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family = found[0][0]
         self.registry = registry
+        self._places = BoundedSemaphore(CALLERS)
         super().__init__((host, port), _Page)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)  # as many as there may be are silent: come again
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):

@@ -10,6 +10,7 @@ import struct
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +309,31 @@ def test_metrics_wait_for_no_silent_caller(
         with urllib.request.urlopen(request, timeout=10) as page:
             assert b"mpcache_ready" in page.read()
     assert capfd.readouterr().err == ""
+
+
+def test_metrics_have_a_bounded_number_of_callers() -> None:
+    """Silent ones fill the places, not the process: the next one is turned away until one leaves."""
+    (port,) = free_ports(1)
+    with operated(Board(D), str(port), None), ExitStack() as callers:
+
+        def call() -> socket.socket:
+            caller = callers.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+            caller.sendall(b"GET /met")
+            return caller
+
+        silent = [call() for _ in range(operations.CALLERS)]
+        refused = call()
+        with suppress(ConnectionError):  # a reset, where it had not read what was asked
+            assert refused.recv(1) == b""
+        for caller in silent:
+            caller.close()
+
+        def page() -> bool:
+            with (
+                suppress(OSError),
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page,
+            ):
+                return b"mpcache_ready" in page.read()
+            return False
+
+        assert soon(page)

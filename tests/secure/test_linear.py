@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from mpcache.secure.linear import product, product_resident, resident, truncate
+from mpcache.rank import Rank
+from mpcache.secure.fast import FastOps
+from mpcache.secure.linear import announce, deliver, product, product_resident, resident, truncate
+from mpcache.secure.program import together
 from mpcache.secure.rng import Stream, fresh_seed
 from mpcache.secure.shares import Share, decode
 from tests.secure.harness import secure
@@ -74,3 +77,31 @@ def test_a_share_is_no_truth_value() -> None:
     with pytest.raises(ValueError, match="fraction bits"):
         Share(torch.ones(1, dtype=torch.int64), 16) + Share(torch.ones(1, dtype=torch.int64), 17)
     assert decode(torch.tensor([-(3 << 15)]), 16).item() == -1.5
+
+
+def test_new_rows_and_a_product_with_them_share_a_round() -> None:
+    """As the cache grows: the product is drawn for, and opened, before the rows are known."""
+    x, old, new = torch.randn(3, 4), torch.randn(4, 5), torch.randn(4, 2)
+
+    def protocol(ops, x, old, new):  # type: ignore[no-untyped-def]
+        kept = yield from resident(old)
+        announced = yield from announce(new)
+        grown = kept.append(announced, 1).transpose(0, 1)
+        with pytest.raises(RuntimeError, match="before the round that opens it"):
+            _ = grown.public
+        multiplied = product_resident(ops.side, x, grown.transpose(0, 1))
+        delivered, y = yield from together(deliver(new, announced), multiplied)
+        again = yield from product_resident(ops.side, x, kept.append(delivered, 1))
+        return Share(torch.cat([y.data, again.data]), y.bits)
+
+    played = secure(protocol, x, old, new)
+    expected = x.double() @ torch.cat([old, new], 1).double()
+    torch.testing.assert_close(played.value(), torch.cat([expected, expected]), atol=1e-3, rtol=0)
+    assert played.ledgers[0].total().rounds == 3
+
+
+def test_only_what_is_settled_is_announced() -> None:
+    """Else a truncation's round would come first, and what reads the rows beside it would be ahead."""
+    ops = FastOps(Rank.SERVER)
+    with pytest.raises(ValueError, match="settled"):
+        next(ops.announce(Share(torch.zeros(2, 3, dtype=torch.int64), 32, ring=48)))

@@ -11,6 +11,7 @@ from mpcache.secure import compare, power, softmax
 from mpcache.secure.activation import series
 from mpcache.secure.correlations import Part, Request
 from mpcache.secure.fast import WEIGHT_BITS
+from mpcache.secure.linear import shrink, truncate
 from mpcache.secure.lookup import lookup
 from mpcache.secure.program import Opening, draw, reveal, together
 from mpcache.secure.shares import Share, centred
@@ -170,6 +171,18 @@ def test_attention_output(n: int, kind: str) -> None:
     expected = torch.softmax(s.double(), -1) @ v.double()
     bound = 2e-4 + 6e-5 * math.sqrt(n) if kind == "peak and floor" else 6e-4
     assert (secure(protocol, s, v).value() - expected).abs().max() < bound * v.abs().max()
+
+
+def test_the_largest_weight_fits_its_ring() -> None:
+    """A distance of one step: e^-d is 1.4e-4 below 1, where the truncation's range ends."""
+    d = torch.arange(1, 9).repeat(500) * 2.0**-softmax.GRID
+
+    def protocol(ops, d):  # type: ignore[no-untyped-def]
+        e = yield from softmax.exp(ops.side, d)
+        return (yield from truncate(ops.side, shrink(ops.side, e, WEIGHT_BITS), WEIGHT_BITS))
+
+    error = secure(protocol, d, bits=softmax.GRID).value() - torch.exp(-d.double() * 8 / 7)
+    assert error.abs().max() < 6e-6
 
 
 def test_hidden_scores_change_nothing() -> None:

@@ -44,10 +44,8 @@ class Cache:
         """Add k, v (m, KV, d), settled, to layer i. What reads the layer may run beside it (`together`,
         this one first): it meets the new rows from its first round on, which is this one's, too."""
         layer = self.layers[i]
-        old_k, old_v = layer.k, layer.v
         k, v = k.transpose(0, 1), v.transpose(0, 1)
         new_k = yield from ops.announce(k)
         new_v = yield from ops.announce(v, V_RING)
-        layer.k, layer.v = ops.join([old_k, new_k], 1), ops.join([old_v, new_v], 1)
-        new_k, new_v = yield from together(ops.deliver(k, new_k), ops.deliver(v, new_v))
-        layer.k, layer.v = ops.join([old_k, new_k], 1), ops.join([old_v, new_v], 1)
+        layer.k, layer.v = ops.join([layer.k, new_k], 1), ops.join([layer.v, new_v], 1)
+        layer.k, layer.v = yield from together(ops.deliver(k, new_k, layer.k), ops.deliver(v, new_v, layer.v))

@@ -77,9 +77,9 @@ class Ops(ABC):
         operand of products whose opening shares the round of `deliver`, or comes later."""
         return self.keep(x, ring)
 
-    def deliver(self, x: Value, announced: Operand) -> Program[Operand]:
-        """Second half: `announced`, with which nothing else has to wait."""
-        return local(announced)
+    def deliver(self, x: Value, announced: Operand, joined: Operand) -> Program[Operand]:
+        """Second half: what `announced` was joined to, which nothing has to wait for any more."""
+        return local(joined)
 
     @abstractmethod
     def join(self, parts: Sequence[Operand], dim: int) -> Operand:

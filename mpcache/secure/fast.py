@@ -20,11 +20,11 @@ from mpcache.secure.shares import Resident, Share, cat, centred, encode
 from mpcache.secure.side import Side, bytes_for
 
 VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
+WEIGHT_BITS = 22  # fraction bits of softmax weights; the largest of a row may be e^-4.6
 LONG_BITS = 20  # fraction bits of a product's factor that had more than `WEIGHT_BITS`
 AVERAGE_RING = 56  # weights times values: with n tokens |value| < 32 (`weight_bits`)
 POSITIVE_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `positive`
 LONGEST = 1 << 13  # attended tokens per query
-WEIGHT_BITS = 22  # fraction bits of softmax weights; the largest of a row may be e^-4.6
 BLUR_BITS = 11  # what a party learns is blurred with a standard deviation of 2^-11 (`reveal`)
 
 
@@ -84,8 +84,8 @@ class FastOps(Ops):
             raise ValueError("only what is settled can be announced: else a round comes first")
         return (yield from self.do.announce(x, ring))
 
-    def deliver(self, x: Share, announced: Resident) -> Program[Resident]:
-        return (yield from self.do.deliver(x, announced))
+    def deliver(self, x: Share, announced: Resident, joined: Resident) -> Program[Resident]:
+        return (yield from self.do.deliver(x, announced, joined))
 
     def _check_own(self, x: Share) -> None:
         """Who knows a value sees whether it is in range. Raises OutOfRange."""

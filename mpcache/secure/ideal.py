@@ -98,8 +98,8 @@ def resident(x: Share, ring: int = 64) -> Program[Resident]:
 announce = resident
 
 
-def deliver(x: Share, announced: Resident) -> Program[Resident]:
-    return local(announced)
+def deliver(x: Share, announced: Resident, joined: Resident) -> Program[Resident]:
+    return local(joined)
 
 
 def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Program[Share]:

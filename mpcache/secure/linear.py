@@ -187,7 +187,8 @@ def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
 
 def resident(x: Share, ring: int = 64) -> Program[Resident]:
     """Open x - B once, with a mask B that stays (PROTOCOLS 1). One round; one way if x has an owner."""
-    return (yield from deliver(x, (yield from announce(x, ring))))
+    announced = yield from announce(x, ring)
+    return (yield from deliver(x, announced, announced))
 
 
 def announce(x: Share, ring: int = 64) -> Program[Resident]:
@@ -196,12 +197,12 @@ def announce(x: Share, ring: int = 64) -> Program[Resident]:
     return Resident(mask, Awaited(), x.bits, None if values is None else values[0], ring)
 
 
-def deliver(x: Share, announced: Resident) -> Program[Resident]:
-    """Second half: the round. What was made of `announced` meanwhile has its values, too."""
+def deliver(x: Share, announced: Resident, joined: Resident) -> Program[Resident]:
+    """Second half: the round. joined: what was made of `announced` meanwhile; it comes out opened."""
     why = "resident, masked"
     (opened,) = yield from reveal(masked(x.data - announced.mask, announced.ring, why, x.owner))
     announced.opened.bring(opened)
-    return replace(announced, opened=opened)
+    return replace(joined, opened=joined.public)
 
 
 def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Program[Share]:

@@ -328,7 +328,7 @@ def test_metrics_have_a_bounded_number_of_callers() -> None:
         for caller in silent:
             caller.close()
 
-        def page() -> bool:
+        def answered() -> bool:
             with (
                 suppress(OSError),
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page,
@@ -336,4 +336,4 @@ def test_metrics_have_a_bounded_number_of_callers() -> None:
                 return b"mpcache_ready" in page.read()
             return False
 
-        assert soon(page)
+        assert soon(answered)

@@ -86,12 +86,13 @@ def test_new_rows_and_a_product_with_them_share_a_round() -> None:
     def protocol(ops, x, old, new):  # type: ignore[no-untyped-def]
         kept = yield from resident(old)
         announced = yield from announce(new)
-        grown = kept.append(announced, 1).transpose(0, 1)
+        joined = kept.append(announced, 1)
+        grown = joined.transpose(0, 1)
         with pytest.raises(RuntimeError, match="before the round that opens it"):
             _ = grown.public
         multiplied = product_resident(ops.side, x, grown.transpose(0, 1))
-        delivered, y = yield from together(deliver(new, announced), multiplied)
-        again = yield from product_resident(ops.side, x, kept.append(delivered, 1))
+        delivered, y = yield from together(deliver(new, announced, joined), multiplied)
+        again = yield from product_resident(ops.side, x, delivered)
         return Share(torch.cat([y.data, again.data]), y.bits)
 
     played = secure(protocol, x, old, new)

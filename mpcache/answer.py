@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from kernels import Backend, backend
 from mpcache.config import PublicConfig
+from mpcache.engines.fast import LONGEST
+from mpcache.engines.plain import PlainOps
 from mpcache.errors import BadInput, PolicyError
-from mpcache.model import Model, ModelShape
-from mpcache.plain import PlainOps
+from mpcache.model.loading import Model, ModelShape
+from mpcache.model.prefill import Prefill, prefill
 from mpcache.policy import Bound, parse
-from mpcache.prefill import Prefill, prefill
-from mpcache.secure.fast import LONGEST
-from mpcache.secure.program import Program
+from mpcache.runtime.program import Program
 from mpcache.session import Session
+from mpcache_kernels import Backend, backend
 
 
 @dataclass(frozen=True)

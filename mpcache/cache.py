@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mpcache.ops import Operand, Ops, Value
-from mpcache.secure.program import Program, together
+from mpcache.runtime.program import Program, together
 
 V_RING = 56  # bits of the ring for products with v (`Ops.keep`): softmax weights, up to 2^13 tokens
 

@@ -13,21 +13,21 @@ import torch
 import typer
 from rich.table import Table
 
-from mpcache import terminal
 from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
 from mpcache.audit.command import audit
 from mpcache.config import PublicConfig, Settings, load_settings
+from mpcache.console import terminal
+from mpcache.console.inputs import DEMO_DOCUMENT, read_question, read_text
+from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.evaluate.command import evaluate
-from mpcache.inputs import DEMO_DOCUMENT, read_question, read_text
-from mpcache.launch import run_parties
-from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.model.loading import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, Bound
 from mpcache.policy.base import written
 from mpcache.rank import Rank
-from mpcache.report import card, comparison, summary
-from mpcache.signals import ignore_signals, stop_on_signals
-from mpcache.tokens import Tokenizer
+from mpcache.report.account import card, comparison, summary
+from mpcache_parties.launch import run_parties
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 

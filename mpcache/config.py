@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from mpcache.certificates import certificates_in
 from mpcache.errors import ConfigError
-from mpcache.identity import certificates_in
 from mpcache.rank import Rank
 
 
@@ -61,7 +61,7 @@ Pem = Annotated[str, AfterValidator(_certificates)]
 class PublicConfig(_Section):
     """What every party must agree on before anything secret moves."""
 
-    # fast and fast-bits differ in how a top-k compares; auto picks one of them by `network` (mpcache.choose).
+    # fast and fast-bits differ in how a top-k compares; auto picks one of them by `network` (mpcache.cost.choose).
     protocol: Literal["stock", "fast", "fast-bits", "auto"] = "fast"
     # NAME[:key=value,...]. Plain `mpcache` is the paper's setting; the default selects by Quest's exact
     # bound in every layer, which keeps the demo model's recall at one more round (docs/quality.md).

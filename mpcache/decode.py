@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mpcache.argmax import greedy
 from mpcache.cache import Cache
-from mpcache.highest import greedy
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
+from mpcache.model.rope import Turn, rope_tables
 from mpcache.ops import Operand, Ops, Value
 from mpcache.rank import Rank
-from mpcache.rope import Turn, rope_tables
-from mpcache.secure.program import Program, at, together
+from mpcache.runtime.program import Program, at, together
 
 if TYPE_CHECKING:
     from mpcache.policy import Bound, View

@@ -2,7 +2,7 @@
 
 One subclass per meaning: `PlainOps` (float tensors), `StockOps` (CrypTen), `FastOps` (ours). A
 value is whatever the subclass computes on - a torch tensor or a `Share`; both index, reshape,
-transpose, sum, add and subtract locally. Every operation is a program (mpcache.secure.program):
+transpose, sum, add and subtract locally. Every operation is a program (mpcache.runtime.program):
 it may cost rounds, and the readers of the program know them.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from kernels import Backend
+from mpcache.model.rope import Turn
 from mpcache.rank import Rank
-from mpcache.rope import Turn
-from mpcache.secure.program import Program, local
+from mpcache.runtime.program import Program, local
+from mpcache_kernels import Backend
 
 Value = Any  # torch.Tensor or Share
 Operand = Any  # a tensor prepared for repeated use: torch.Tensor, Share or Resident

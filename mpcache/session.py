@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from kernels import Backend
 from mpcache.cache import Cache
 from mpcache.decode import Layer, Operands, step
-from mpcache.model import LayerWeights, ModelShape, Weights
+from mpcache.model.loading import LayerWeights, ModelShape, Weights
+from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops
 from mpcache.policy import Bound
-from mpcache.prefill import Prefill
 from mpcache.rank import Rank
-from mpcache.secure.program import Program, at, run, together
+from mpcache.runtime.program import Program, at, run, together
+from mpcache_kernels import Backend
 
 # The rings that products with each matrix need (`Ops.keep`): queries and keys are rotated before they
 # are truncated.

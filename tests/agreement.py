@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from kernels import backend
-from mpcache.model import Model
+from mpcache.engines.plain import PlainOps
+from mpcache.model.loading import Model
+from mpcache.model.prefill import prefill
 from mpcache.ops import Ops
-from mpcache.plain import PlainOps
 from mpcache.policy import parse
-from mpcache.prefill import prefill
+from mpcache.protocols import softmax
 from mpcache.rank import Rank
-from mpcache.secure import softmax
 from mpcache.session import Session
+from mpcache_kernels import backend
 from tests.secure.play import play
 
 KERNELS = backend("cpu")

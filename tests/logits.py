@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from mpcache.demo.documents import make_document
-from mpcache.model import Model, demo_model_dir, load_model
+from mpcache.engines.plain import PlainOps, PlainSelection
+from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.model.prefill import Prefill, prefill
 from mpcache.ops import Ops
-from mpcache.plain import PlainOps, PlainSelection
 from mpcache.policy import POLICIES, parse
 from mpcache.policy.base import Bound
-from mpcache.prefill import Prefill, prefill
 from mpcache.rank import Rank
 from mpcache.session import Session
 from tests.agreement import KERNELS, record

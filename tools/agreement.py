@@ -23,9 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpcache.config import PublicConfig
-from mpcache.cost import PROTOCOLS
+from mpcache.cost.tally import PROTOCOLS
 from mpcache.demo.documents import make_document
-from mpcache.model import Model, demo_model_dir, load_model
+from mpcache.model.loading import Model, demo_model_dir, load_model
 from mpcache.policy import POLICIES
 from tests.agreement import compare
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from kernels import REFERENCE, Backend, backend
+from mpcache_kernels import REFERENCE, Backend, backend
 
 CLUSTER, SINK, RECENT = 16, 4, 16  # tokens
 WINDOW, ATTENDED = 0.2, 0.2  # of the context: the queries that judge importance; the tokens attended to

@@ -29,14 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from mpcache.certificates import Identity, make
 from mpcache.config import Addresses, Certificates, Settings
-from mpcache.identity import Identity, make
 from mpcache.ledger import Ledger
-from mpcache.link import Link, Spec
 from mpcache.rank import Rank
-from mpcache.window import largest
-from parties.grpc_link import Network, connect_all
-from parties.identity import trust
+from mpcache.transport.flow_control import largest
+from mpcache.transport.link import Link, Spec
+from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.tls import trust
 
 import grpc  # isort: skip  # after the link, which quiets it
 

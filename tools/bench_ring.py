@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from mpcache.secure import ring
-from mpcache.secure.rng import Stream, fresh_seed
+from mpcache.runtime import ring
+from mpcache.runtime.rng import Stream, fresh_seed
 
 SHAPES = [  # x and y: a decode step's products, then whole chunks
     ((1, 128), (128, 512)),

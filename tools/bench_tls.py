@@ -20,7 +20,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpcache.identity import make
+from mpcache.certificates import make
 from mpcache.rank import Rank
 
 
@@ -43,7 +43,7 @@ def config(folder: Path, tls: bool, tokens: int, policy: str) -> list[str]:
 def run(folder: Path, tls: bool, tokens: int, policy: str) -> tuple[float, float]:
     """CPU time of the three parties in s, and the client's time per token in ms."""
     flags = config(folder, tls, tokens, policy)
-    command = [sys.executable, "-m", "parties.party", *flags]
+    command = [sys.executable, "-m", "mpcache_parties", *flags]
     parties = []
     for rank in Rank:
         own = ["--no-stop-at-eos"] if rank is Rank.CLIENT else []

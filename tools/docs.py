@@ -17,19 +17,19 @@ import torch
 from mpcache.audit.catalog import CATALOG
 from mpcache.audit.explain import Said, Seen, Witness, explained, formula_of
 from mpcache.audit.formula import Names, modulus, total
-from mpcache.model import demo_model_dir, load_shape
+from mpcache.model.loading import demo_model_dir, load_shape
+from mpcache.protocols.compare import less
+from mpcache.protocols.linear import product, product_resident, resident, truncate, truncate_product
+from mpcache.protocols.lookup import lookup
+from mpcache.protocols.reciprocal import reciprocal
+from mpcache.protocols.softmax import exp
+from mpcache.protocols.topk import HotSelection, top
 from mpcache.rank import Rank
-from mpcache.secure.blank import Blank
-from mpcache.secure.compare import less
-from mpcache.secure.linear import product, product_resident, resident, truncate, truncate_product
-from mpcache.secure.lookup import lookup
-from mpcache.secure.power import reciprocal
-from mpcache.secure.program import Program, run
-from mpcache.secure.ring import matmul
-from mpcache.secure.shares import Resident, Share
-from mpcache.secure.side import Side
-from mpcache.secure.softmax import exp
-from mpcache.secure.topk import HotSelection, top
+from mpcache.runtime.meta import Blank
+from mpcache.runtime.program import Program, run
+from mpcache.runtime.ring import matmul
+from mpcache.runtime.shares import Resident, Share
+from mpcache.runtime.side import Side
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT, PAGE = ROOT / "mpcache/audit/protocols.md", ROOT / "docs/protocols.md"

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 
-from mpcache.cost import PROTOCOLS
+from mpcache.cost.tally import PROTOCOLS
 from mpcache.ledger import Entry
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
 from mpcache.policy import parse
 from mpcache.rank import Rank
-from mpcache.secure.party import ShapeParty
+from mpcache.runtime.party import ShapeParty
 from mpcache.session import Session
 
 SHAPE = ModelShape(

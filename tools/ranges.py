@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 
-from kernels import backend
 from mpcache.answer import Sampling, answer, decide
 from mpcache.demo.documents import make_document
+from mpcache.engines.checked import CheckedOps, Range, Ranges
 from mpcache.errors import MpcacheError
-from mpcache.model import Model, demo_model_dir, load_model
+from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse
-from mpcache.prefill import prefill
-from mpcache.secure.checked import CheckedOps, Range, Ranges
 from mpcache.session import Session
+from mpcache_kernels import backend
 
 ANSWER_TOKENS = 6  # " 4831." and the end of the line
 DEFAULT = (*(name for name, cls in POLICIES.items() if not cls.plain_only), "mpcache:score=bound,share=none")

@@ -12,19 +12,19 @@ from typing import Annotated, Any
 
 import typer
 
-from mpcache import terminal
 from mpcache.audit import measure as measuring
 from mpcache.audit.explain import explain as told
 from mpcache.audit.page import write_page
 from mpcache.audit.quality import points, read_quality
 from mpcache.audit.rows import Grid, resolved, rows, secure_policies, sweep
 from mpcache.audit.tables import breakdowns, measured_tables, tables, verdict, write_csv
-from mpcache.choose import CHOICES, NONE
+from mpcache.console import terminal
+from mpcache.console.inputs import listed
+from mpcache.cost.choose import CHOICES, NONE
 from mpcache.errors import BadInput, MpcacheError
-from mpcache.inputs import listed
-from mpcache.model import ModelShape, demo_model_dir, load_shape
-from mpcache.network import parse_network
-from mpcache.shapes import NAMES, config_of
+from mpcache.model.loading import ModelShape, demo_model_dir, load_shape
+from mpcache.model.shapes import NAMES, config_of
+from mpcache.transport.network import parse_network
 
 CONTEXTS = (512, 1024, 2048, 4096)
 MEASURED_TOKENS = 7  # answered in each run of --measure: six decode steps

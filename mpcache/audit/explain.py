@@ -13,20 +13,20 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from mpcache.argmax import GROUP
 from mpcache.audit.catalog import told_of
 from mpcache.audit.formula import Names, total
-from mpcache.cost import PROTOCOLS, CostParty, split
+from mpcache.cost.tally import PROTOCOLS, CostParty, split
 from mpcache.errors import MpcacheError
-from mpcache.highest import GROUP
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
 from mpcache.policy import Bound, parse
 from mpcache.policy.base import runs
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.evicting import LivingPlan
 from mpcache.rank import Rank
-from mpcache.secure.correlations import Request
-from mpcache.secure.party import COMPUTING
-from mpcache.secure.program import Opening
+from mpcache.runtime.correlations import Request
+from mpcache.runtime.party import COMPUTING
+from mpcache.runtime.program import Opening
 from mpcache.session import Session
 
 READINGS = 7  # of which formulas are made: more than they have unknowns

@@ -15,9 +15,9 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
-from mpcache.highest import GROUP
-from mpcache.secure.side import bytes_for
-from mpcache.secure.topk import size_for
+from mpcache.argmax import GROUP
+from mpcache.protocols.topk import size_for
+from mpcache.runtime.side import bytes_for
 
 Vector = tuple[int, ...]
 LARGEST = 64  # of a coefficient or a summand: a larger one would be a coincidence

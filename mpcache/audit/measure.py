@@ -17,16 +17,16 @@ from typing import Any
 
 from mpcache.answer import bind
 from mpcache.audit.rows import Grid, Row, Setting, price, whole
-from mpcache.choose import NONE, RATES, modelled
 from mpcache.config import PublicConfig
+from mpcache.console.inputs import DEMO_DOCUMENT, read_text
+from mpcache.cost.choose import NONE, RATES, modelled
 from mpcache.errors import BadInput
-from mpcache.inputs import DEMO_DOCUMENT, read_text
-from mpcache.launch import run_quietly
-from mpcache.model import load_tokenizer
-from mpcache.network import Rates
+from mpcache.model.loading import load_tokenizer
+from mpcache.model.tokenizer import Tokenizer
 from mpcache.rank import Rank
-from mpcache.report import Reports, p95
-from mpcache.tokens import Tokenizer
+from mpcache.report.account import Reports, p95
+from mpcache.transport.network import Rates
+from mpcache_parties.launch import run_quietly
 
 Key = tuple[str, str, int, str]  # a setting, and a network
 Say = Callable[[str], None]

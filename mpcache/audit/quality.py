@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.audit.rows import Grid, Row, price, resolved
-from mpcache.choose import modelled
+from mpcache.cost.choose import modelled
 from mpcache.errors import BadInput, PolicyError
 from mpcache.policy import parse
 from mpcache.policy.base import FULL_PERCENT

@@ -8,13 +8,13 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from mpcache.choose import AUTO, RATES, modelled, offline_ms, pick
-from mpcache.cost import Cost, Tally, cost
+from mpcache.console.inputs import listed
+from mpcache.cost.choose import AUTO, RATES, modelled, offline_ms, pick
+from mpcache.cost.tally import Cost, Tally, cost
 from mpcache.errors import BadInput, PolicyError
-from mpcache.inputs import listed
-from mpcache.model import ModelShape
-from mpcache.network import Profile, Rates
+from mpcache.model.loading import ModelShape
 from mpcache.policy import POLICIES, parse
+from mpcache.transport.network import Profile, Rates
 
 Row = dict[str, Any]
 Setting = tuple[str, str, int]  # policy, protocol, context in tokens

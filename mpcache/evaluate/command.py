@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from mpcache import terminal
 from mpcache.config import PublicConfig, load_settings
+from mpcache.console import terminal
+from mpcache.console.inputs import listed
 from mpcache.errors import BadInput
 from mpcache.evaluate.plot import check_plot, plot
 from mpcache.evaluate.rows import Results
@@ -22,8 +23,7 @@ from mpcache.evaluate.secure import confirm
 from mpcache.evaluate.sweep import FULL, Grid, bind, sweep, take
 from mpcache.evaluate.table import CAPTION, tables
 from mpcache.evaluate.tasks import TASKS
-from mpcache.inputs import listed
-from mpcache.model import demo_model_dir, load_model
+from mpcache.model.loading import demo_model_dir, load_model
 from mpcache.policy import POLICIES
 from mpcache.policy.base import FULL_PERCENT
 

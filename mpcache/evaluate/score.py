@@ -9,15 +9,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels import Backend, backend
 from mpcache.decode import Operands
+from mpcache.engines.plain import PlainOps
 from mpcache.evaluate.tasks import Sample, Task
-from mpcache.model import Model
-from mpcache.plain import PlainOps
+from mpcache.model.loading import Model
+from mpcache.model.prefill import Prefill, prefill
 from mpcache.policy import Bound
 from mpcache.policy.full import Full
-from mpcache.prefill import Prefill, prefill
 from mpcache.session import Session
+from mpcache_kernels import Backend, backend
 
 
 @dataclass(frozen=True)

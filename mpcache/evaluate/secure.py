@@ -3,7 +3,7 @@
 Each question is asked of three processes, as `mpcache generate` does. Their session has one question, so
 of a task with several each is a session of its own over the same document, which all that was said before
 opens. Bits per byte need logits after tokens that are given, which no process is asked for: there the
-three parties are threads of this one (`mpcache.threads`), with the same program, shares and messages.
+three parties are threads of this one (`mpcache.engines.threads`), with the same program, shares and messages.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 from mpcache.answer import Sampling, plain_answer
 from mpcache.answer import bind as bind_session
 from mpcache.config import PublicConfig
+from mpcache.engines.threads import run_threads
 from mpcache.evaluate.rows import Results, Tally, bits_per_byte
 from mpcache.evaluate.score import Engine, Score, Tokens, score
 from mpcache.evaluate.sweep import Grid, Say, bind, take
 from mpcache.evaluate.tasks import Sample
-from mpcache.launch import run_quietly
 from mpcache.policy import Bound, parse
 from mpcache.rank import Rank
 from mpcache.session import Session
-from mpcache.threads import run_threads
+from mpcache_parties.launch import run_quietly
 
 CONFIRMED = 16  # bits: tokens of the text that goes on, a private decode step each
 TOLERANCE = 0.01  # bits per byte: what fixed point may add to or take from one sample

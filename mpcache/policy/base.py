@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from kernels import Backend
 from mpcache.cache import V_RING, Cache, LayerCache
 from mpcache.errors import PolicyError
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
+from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.prefill import Prefill
 from mpcache.rank import Rank
-from mpcache.secure.program import Program, at, local, together
+from mpcache.runtime.program import Program, at, local, together
+from mpcache_kernels import Backend
 
 LEAKS = ("none", "count", "static-index", "step-index", "step-bit", "token-class")
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from kernels import Backend
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
 from mpcache.ops import Operand, Ops, Selection, Value
 from mpcache.policy.base import Known, LayerPlan, Plan, Policy, View, average
 from mpcache.rank import Rank
-from mpcache.secure.program import Program, at, local, together
+from mpcache.runtime.program import Program, at, local, together
+from mpcache_kernels import Backend
 
 LEVELS = ("coarse", "fine")
 BLOCKS = {"linear": ("auto", "mean", "extremes"), "mean": ("auto", "mean"), "bound": ("auto", "extremes")}

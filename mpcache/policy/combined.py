@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from kernels import Backend
 from mpcache.errors import PolicyError
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
+from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.base import Known, Plan, Policy, View
-from mpcache.prefill import Prefill
-from mpcache.secure.program import Program
+from mpcache.runtime.program import Program
+from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
-from mpcache.highest import highest
-from mpcache.model import ModelShape
+from mpcache.argmax import highest
+from mpcache.model.loading import ModelShape
 from mpcache.ops import Ops, Value
 from mpcache.policy.base import Known, LayerPlan, Plan, Policy, View, average
-from mpcache.secure.program import Program, at, local
+from mpcache.runtime.program import Program, at, local
 
 FAR = 190  # dead tokens' scores go down by so much: no weight is left as long as |score| < 73
 

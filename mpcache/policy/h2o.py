@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import Backend
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
+from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.base import Budget, Known, Plan, View, by_head
 from mpcache.policy.evicting import Evicting, LivingPlan
-from mpcache.prefill import Prefill
 from mpcache.rank import Rank
+from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import Backend
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
+from mpcache.model.prefill import Prefill
 from mpcache.policy.base import Budget, Budgets, Plan, tokens_of
 from mpcache.policy.clusters import Clustered, ClusterPlan
-from mpcache.prefill import Prefill
+from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import Backend
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
+from mpcache.model.prefill import Prefill
 from mpcache.policy.base import Budget, LayerPlan, Plan, Policy, by_head
-from mpcache.prefill import Prefill
+from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import Backend
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
+from mpcache.model.prefill import Prefill
+from mpcache.model.rope import rope_tables
 from mpcache.ops import Value
 from mpcache.policy.base import Budget, LayerPlan, Plan, Policy, View, average
-from mpcache.prefill import Prefill
-from mpcache.rope import rope_tables
-from mpcache.secure.program import Program, at, local, together
+from mpcache.runtime.program import Program, at, local, together
+from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import Backend
-from mpcache.model import ModelShape
+from mpcache.model.loading import ModelShape
+from mpcache.model.prefill import Prefill
 from mpcache.ops import Value
 from mpcache.policy.base import Budget, Plan, View
 from mpcache.policy.evicting import Evicting
-from mpcache.prefill import Prefill
+from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)

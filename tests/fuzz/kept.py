@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from mpcache import sealed, snapshot
 from mpcache.cache import Cache, LayerCache
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.local_link import LocalLink, local_pair
 from mpcache.rank import Rank
-from mpcache.secure.shares import Resident, Share
-from parties.checkpoint import Keeper
-from parties.store import Files, Store
-from parties.tape_store import SEED, SUFFIX, USED, TapeLink, TapeStore
-from protos import party_pb2 as pb
+from mpcache.runtime.shares import Resident, Share
+from mpcache.transport.local import LocalLink, local_pair
+from mpcache_parties.state import sealed, snapshot
+from mpcache_parties.state.checkpoint import Keeper
+from mpcache_parties.state.store import Files, Store
+from mpcache_parties.state.tapes import SEED, SUFFIX, USED, TapeLink, TapeStore
+from mpcache_protos import party_pb2 as pb
 from tests.fuzz.mutate import damaged, replaced
 
 SESSION, FIRST, SECOND, NEW = "5e" * 16, "01" * 16, "02" * 16, "03" * 16  # a session and its runs
@@ -183,7 +183,7 @@ class _new_run:
     """The client draws the name NEW: its peers' answers in a case were made for that."""
 
     def __enter__(self) -> None:
-        from parties import checkpoint
+        from mpcache_parties.state import checkpoint
 
         self._module: Any = checkpoint
         self._real = checkpoint.secrets

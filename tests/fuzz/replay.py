@@ -7,10 +7,10 @@ from typing import Any
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.local_link import LocalLink
-from mpcache.model import Model
+from mpcache.model.loading import Model
 from mpcache.rank import Rank
-from parties.run import Document, Question, ask, deal, serve
+from mpcache.transport.local import LocalLink
+from mpcache_parties.roles import Document, Question, ask, deal, serve
 from tests.leaks.record import recording
 from tests.parties.test_run import play
 

@@ -20,27 +20,27 @@ import yaml
 from google.protobuf.message import DecodeError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mpcache import sealed, snapshot
 from mpcache.answer import bind
 from mpcache.audit.command import read_quality
 from mpcache.cache import Cache, LayerCache
+from mpcache.certificates import Identity
+from mpcache.certificates import make as make_identity
 from mpcache.config import PublicConfig, Settings, load_settings
+from mpcache.console.inputs import read_text
 from mpcache.errors import MpcacheError
-from mpcache.frames import FrameLink
-from mpcache.identity import Identity
-from mpcache.identity import make as make_identity
-from mpcache.inputs import read_text
 from mpcache.ledger import Ledger
-from mpcache.link import Hello
-from mpcache.local_link import local_pair
-from mpcache.model import ModelShape, load_model, load_shape
+from mpcache.model.loading import ModelShape, load_model, load_shape
+from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import parse
 from mpcache.rank import Rank
-from mpcache.secure.shares import Resident, Share
-from mpcache.tokens import Tokenizer
-from parties.run import _more, _recv_tokenizer, _tokenizer, facts_of
-from parties.session import PROTOCOL_VERSION, compare
-from protos import party_pb2 as pb
+from mpcache.runtime.shares import Resident, Share
+from mpcache.transport.frames import FrameLink
+from mpcache.transport.link import Hello
+from mpcache.transport.local import local_pair
+from mpcache_parties.handshake import PROTOCOL_VERSION, compare
+from mpcache_parties.roles import _more, _recv_tokenizer, _tokenizer, facts_of
+from mpcache_parties.state import sealed, snapshot
+from mpcache_protos import party_pb2 as pb
 from tests.fuzz.kept import resumes, tapes
 from tests.fuzz.mutate import damaged, replaced
 from tests.fuzz.wire import wires

@@ -27,13 +27,13 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
 from mpcache.config import PublicConfig
-from mpcache.link import Hello
 from mpcache.rank import Rank
-from mpcache.window import largest
-from parties.grpc_link import BEACON_KEY, REASON_KEY, SERVICE, SESSION_KEY
-from parties.session import PROTOCOL_VERSION
-from parties.stream import RANK_KEY, RECEIVED_KEY
-from protos import party_pb2 as pb
+from mpcache.transport.flow_control import largest
+from mpcache.transport.link import Hello
+from mpcache_parties.handshake import PROTOCOL_VERSION
+from mpcache_parties.network.grpc_link import BEACON_KEY, REASON_KEY, SERVICE, SESSION_KEY
+from mpcache_parties.network.stream import RANK_KEY, RECEIVED_KEY
+from mpcache_protos import party_pb2 as pb
 from tests.fuzz.mutate import NUMBERS, damaged
 from tests.parties.helpers import free_settings
 from tests.parties.processes import PARTY, ROOT, write_config

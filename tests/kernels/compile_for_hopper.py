@@ -14,7 +14,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from kernels import triton_kernels
+from mpcache_kernels import triton_kernels
 
 SHARED_BYTES = 227 * 1024  # what one program may have on an H100 or H200
 

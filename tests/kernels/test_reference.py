@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from kernels import backend
-from kernels.reference import (
+from mpcache_kernels import backend
+from mpcache_kernels.reference import (
     cluster_bounds,
     cluster_extremes,
     cluster_means,
@@ -144,10 +144,10 @@ def test_the_backend_is_chosen_by_device_and_named() -> None:
 def test_a_cpu_run_does_not_import_triton() -> None:
     """Whatever the programs import, and a plaintext answer from the document to its second token."""
     program = """
-import sys, torch, mpcache.cli, parties.party
+import sys, torch, mpcache.cli, mpcache_parties.main
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig
-from mpcache.model import demo_model_dir, load_model
+from mpcache.model.loading import demo_model_dir, load_model
 model, public = load_model(demo_model_dir()), PublicConfig(max_new_tokens=2)
 answer = plain_answer(model, bind(model.shape, public, 200, 3), [5] * 200, [1, 2, 3], 2, Sampling(), ())
 assert answer.kernels == "reference" and len(answer.ids) == 2

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from kernels import Backend, backend, reference
+import mpcache_kernels
+from mpcache_kernels import Backend, backend, reference
 
 if sys.platform != "linux":
     pytest.skip("Triton runs on Linux only", allow_module_level=True)
@@ -24,9 +24,9 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from kernels import triton_kernels  # noqa: E402
-from kernels.triton_kernels import triton  # noqa: E402
-from mpcache.plain import PlainOps  # noqa: E402
+from mpcache.engines.plain import PlainOps  # noqa: E402
+from mpcache_kernels import triton_kernels  # noqa: E402
+from mpcache_kernels.triton_kernels import triton  # noqa: E402
 from tests.policy.test_policies import CONTEXT, MORE, SMALL, chunks  # noqa: E402
 from tests.policy.tiny import plain, shape, tokens  # noqa: E402
 

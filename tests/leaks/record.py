@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.frames import FrameLink
 from mpcache.rank import Rank
-from mpcache.secure.party import ComputingParty
-from mpcache.secure.program import Opening
-from protos import party_pb2 as pb
+from mpcache.runtime.party import ComputingParty
+from mpcache.runtime.program import Opening
+from mpcache.transport.frames import FrameLink
+from mpcache_protos import party_pb2 as pb
 
 DEALT = 512  # bytes of a dealer's message that a classifier gets
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from mpcache.config import PublicConfig
-from mpcache.model import Model
+from mpcache.model.loading import Model
 from mpcache.rank import Rank
-from mpcache.report import Report
-from parties.run import Question
+from mpcache.report.account import Report
+from mpcache_parties.roles import Question
 from tests.leaks.needle import Secret
 from tests.leaks.record import View, recording
 from tests.leaks.statistics import Bytes

@@ -17,7 +17,7 @@ from mpcache.policy import POLICIES
 from mpcache.policy.clusters import ClusterPlan, Pick
 from mpcache.policy.mpcache import MPCache
 from mpcache.rank import Rank
-from mpcache.secure.program import Program, at, together
+from mpcache.runtime.program import Program, at, together
 
 WHY = "chosen clusters (step-index)"
 

@@ -13,10 +13,10 @@ import torch
 
 from mpcache.config import PublicConfig
 from mpcache.ledger import Ledger
-from mpcache.model import Model
+from mpcache.model.loading import Model
 from mpcache.rank import Rank
-from mpcache.secure import party, rng
-from parties.run import Document, Question, ask, deal, serve
+from mpcache.runtime import party, rng
+from mpcache_parties.roles import Document, Question, ask, deal, serve
 from tests.leaks import needle, step_index
 from tests.leaks.record import recording
 from tests.leaks.sessions import MEANT, SELECTS, STEPS, Views, by_reason, sessions
@@ -159,7 +159,7 @@ def test_no_mask_comes_twice(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
     same = needle.secrets_for(1, 5) * 6
     policy = "mpcache" + SELECTS
     assert repeated_words([views for views, _ in sessions(model, same, policy)]) == 0
-    monkeypatch.setattr("parties.run.fresh_seed", lambda: bytes(rng.SEED_BYTES))
+    monkeypatch.setattr("mpcache_parties.roles.fresh_seed", lambda: bytes(rng.SEED_BYTES))
     assert repeated_words([views for views, _ in sessions(model, same[:5], policy)]) > 1000
 
 

@@ -18,11 +18,11 @@ from mpcache.audit import audit
 from mpcache.audit.page import page
 from mpcache.audit.rows import sweep
 from mpcache.audit.tables import duration, size
-from mpcache.cost import cost
+from mpcache.cost.tally import cost
 from mpcache.errors import BadInput, MpcacheError
-from mpcache.model import demo_model_dir, load_shape
-from mpcache.network import PROFILES
-from mpcache.shapes import NAMES, config_of
+from mpcache.model.loading import demo_model_dir, load_shape
+from mpcache.model.shapes import NAMES, config_of
+from mpcache.transport.network import PROFILES
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(audit)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from mpcache.choose import NONE, answer_ms, modelled, offline_ms, pick
-from mpcache.cost import cost
-from mpcache.model import demo_model_dir, load_shape
-from mpcache.network import Profile, parse_network
+from mpcache.cost.choose import NONE, answer_ms, modelled, offline_ms, pick
+from mpcache.cost.tally import cost
+from mpcache.model.loading import demo_model_dir, load_shape
 from mpcache.policy import parse
+from mpcache.transport.network import Profile, parse_network
 
 SHAPE = load_shape(demo_model_dir())
 CONTEXT, QUESTION, TOKENS = 880, 5, 6

@@ -17,10 +17,10 @@ import torch
 
 from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
+from mpcache.console.inputs import demo_question, read_question
 from mpcache.errors import BadInput
-from mpcache.inputs import demo_question, read_question
-from mpcache.launch import PartyFailed
-from mpcache.report import agreement, ms, p95, size
+from mpcache.report.account import agreement, ms, p95, size
+from mpcache_parties.launch import PartyFailed
 from tests.mpcache.conftest import Run
 from tests.parties.processes import CLI, SOON_S, Process, children_of, gone_soon, start, started
 
@@ -77,7 +77,7 @@ def test_no_process_shows_the_question(folder: Path, document: Path, tmp_path: P
             with suppress(OSError):
                 command = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 assert "gatekeeper" not in command
-                parties |= {command} if "parties.party" in command else set()
+                parties |= {command} if "mpcache_parties" in command else set()
         time.sleep(0.05)
     out, noise = process.communicate()
     assert process.returncode == 0, noise

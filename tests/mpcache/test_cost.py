@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import backend
-from mpcache.cost import Tally, cost, split
+from mpcache.cost.tally import Tally, cost, split
 from mpcache.ledger import Entry
-from mpcache.model import LayerWeights, ModelShape, Weights
+from mpcache.model.loading import LayerWeights, ModelShape, Weights
+from mpcache.model.prefill import Prefill
 from mpcache.policy import POLICIES, parse
-from mpcache.prefill import Prefill
 from mpcache.rank import Rank
 from mpcache.session import Session
+from mpcache_kernels import backend
 from tests.secure.play import Played, play
 
 QUESTION = 3

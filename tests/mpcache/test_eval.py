@@ -20,10 +20,10 @@ from mpcache.evaluate.score import Engine, Score, Tokens, score
 from mpcache.evaluate.secure import CONFIRMED, TOLERANCE
 from mpcache.evaluate.sweep import Grid, bind, sweep, take
 from mpcache.evaluate.tasks import ASKED, COPIED, DEPTHS, FACTS, GIVEN, TASKS, TIMES
-from mpcache.model import demo_model_dir, load_model
+from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse
 from mpcache.policy.base import FULL_PERCENT
-from mpcache.prefill import prefill
 from tests.mpcache.conftest import Run
 from tests.parties.processes import CLI, start, started, tiny_model
 

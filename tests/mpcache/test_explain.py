@@ -9,7 +9,7 @@ import pytest
 
 from mpcache.audit.explain import Explained, Reading, explained, read
 from mpcache.audit.formula import Names, evaluate, modulus, pairs, solve, total
-from mpcache.cost import cost
+from mpcache.cost.tally import cost
 from mpcache.policy import POLICIES
 from tests.mpcache.test_cost import GPT, LLAMA
 

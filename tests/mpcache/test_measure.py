@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from mpcache.audit.measure import Measured, calibrated, errors, plan, put_beside, text_of
 from mpcache.audit.rows import Grid, rows
-from mpcache.choose import NONE, RATES
+from mpcache.console.inputs import DEMO_DOCUMENT, read_text
+from mpcache.cost.choose import NONE, RATES
 from mpcache.errors import MpcacheError
-from mpcache.inputs import DEMO_DOCUMENT, read_text
-from mpcache.launch import PartyFailed
-from mpcache.model import demo_model_dir, load_shape, load_tokenizer
-from mpcache.network import PROFILES
+from mpcache.model.loading import demo_model_dir, load_shape, load_tokenizer
+from mpcache.transport.network import PROFILES
+from mpcache_parties.launch import PartyFailed
 from tests.mpcache.test_audit import app, failure
 from tests.parties.processes import CLI, SOON_S, children_of, gone_soon, start, started, tiny_model
 
@@ -81,7 +81,7 @@ def test_a_party_that_fails_first_is_the_error(model: Path, monkeypatch: pytest.
     def failing(*arguments: Any) -> Any:
         raise PartyFailed("server: no")
 
-    monkeypatch.setattr("mpcache.launch.run_parties", failing)
+    monkeypatch.setattr("mpcache_parties.launch.run_parties", failing)
     done = CliRunner().invoke(app, list(map(str, [*SMALL, "--shape", model, "--policy", "full"])))
     assert isinstance(done.exception, MpcacheError) and not done.stdout
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpcache import model as model_module
 from mpcache.errors import ModelError
-from mpcache.model import (
+from mpcache.model import loading as model_module
+from mpcache.model.loading import (
     ModelShape,
     RopeScaling,
     Weights,

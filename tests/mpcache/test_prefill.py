@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kernels import backend
 from mpcache.errors import BadInput
-from mpcache.model import Model, load_model
-from mpcache.prefill import normalise, prefill
+from mpcache.model.loading import Model, load_model
+from mpcache.model.prefill import normalise, prefill
+from mpcache_kernels import backend
 from tests.mpcache.tiny_models import KINDS, STORIES, VOCAB, make, save
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from mpcache.model import ModelShape, RopeScaling
-from mpcache.rope import rope_tables, rotate
+from mpcache.model.loading import ModelShape, RopeScaling
+from mpcache.model.rope import rope_tables, rotate
 
 SHAPE = ModelShape(
     layers=1, width=64, heads=4, kv_heads=2, head_dim=24, ffn=8, vocab=9, max_positions=4096, norm="rms",

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcache import sealed, snapshot
 from mpcache.cache import Cache, LayerCache
 from mpcache.errors import StateError
 from mpcache.rank import Rank
-from mpcache.secure.blank import Blank
-from mpcache.secure.shares import Resident, Share
+from mpcache.runtime.meta import Blank
+from mpcache.runtime.shares import Resident, Share
+from mpcache_parties.state import sealed, snapshot
 
 KEY = bytes(range(32))
 HEADER = {"kind": "test", "step": 3}
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys
 from pathlib import Path
-from mpcache import sealed
+from mpcache_parties.state import sealed
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:

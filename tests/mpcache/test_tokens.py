@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
+from mpcache.console.signals import Stopped
 from mpcache.errors import ModelError
-from mpcache.signals import Stopped
-from mpcache.tokens import Tokenizer
+from mpcache.model.tokenizer import Tokenizer
 from tests.mpcache.tiny_models import STORIES, VOCAB, tokenizer
 
 TEXTS = [

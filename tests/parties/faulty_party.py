@@ -13,9 +13,9 @@ import sys
 import time
 from typing import Any
 
-from mpcache.frames import FrameLink
-from mpcache.secure.party import ComputingParty, DealerParty
-from parties import party
+from mpcache.runtime.party import ComputingParty, DealerParty
+from mpcache.transport.frames import FrameLink
+from mpcache_parties import main as party
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 

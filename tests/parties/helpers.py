@@ -14,12 +14,12 @@ import torch
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import Addresses, PublicConfig, Settings, Timeouts
 from mpcache.errors import MpcacheError
-from mpcache.frames import FrameLink
 from mpcache.ledger import Ledger
-from mpcache.local_link import local_pair
-from mpcache.model import Model
+from mpcache.model.loading import Model
 from mpcache.rank import Rank
-from parties.grpc_link import Network, connect_all
+from mpcache.transport.frames import FrameLink
+from mpcache.transport.local import local_pair
+from mpcache_parties.network.grpc_link import Network, connect_all
 
 
 def context_of(model: Model, n: int) -> list[int]:

@@ -16,8 +16,8 @@ from mpcache.config import Addresses, Settings, Timeouts
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from parties.grpc_link import Network, connect_all
-from parties.session import agree, confirm
+from mpcache_parties.handshake import agree, confirm
+from mpcache_parties.network.grpc_link import Network, connect_all
 
 STATUS = Path("/proc/self/status")  # of this process, on Linux
 COMPUTE_S = 30.0

@@ -17,7 +17,7 @@ from mpcache.config import Settings
 from mpcache.rank import Rank
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTY, CLI = [sys.executable, "-m", "parties.party"], [sys.executable, "-m", "mpcache.cli"]
+PARTY, CLI = [sys.executable, "-m", "mpcache_parties"], [sys.executable, "-m", "mpcache.cli"]
 SOON_S = 10.0  # within which everybody must have ended after something went wrong
 
 Process = subprocess.Popen[str]

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from mpcache.config import PublicConfig, Settings
 from mpcache.ledger import Ledger
-from mpcache.model import Model
+from mpcache.model.loading import Model
 from mpcache.rank import Rank
-from mpcache.report import Report
-from parties.checkpoint import Keeper
-from parties.grpc_link import Network, connect_all
-from parties.run import Question, ask
-from parties.session import agree
+from mpcache.report.account import Report
+from mpcache_parties.handshake import agree
+from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.roles import Question, ask
+from mpcache_parties.state.checkpoint import Keeper
 from tests.parties.helpers import free_settings, plain_ids
 from tests.parties.processes import PARTY, Process, errors_of, start, started, write_config
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from parties import alive
-from parties.alive import Beacon, Refusals, beacon_at, listens
+from mpcache_parties.network import liveness as alive
+from mpcache_parties.network.liveness import Beacon, Refusals, beacon_at, listens
 
 HOST = "127.0.0.1"
 

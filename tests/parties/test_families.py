@@ -10,10 +10,10 @@ import pytest
 
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig
-from mpcache.model import Model, load_model
+from mpcache.model.loading import Model, load_model
 from mpcache.rank import Rank
-from mpcache.report import Report
-from parties.run import Question
+from mpcache.report.account import Report
+from mpcache_parties.roles import Question
 from tests.mpcache.tiny_models import make, save
 from tests.parties.processes import CLI, ROOT, start
 from tests.parties.test_run import QUESTION, play

@@ -13,7 +13,7 @@ import pytest
 
 from mpcache.config import PublicConfig, Settings
 from mpcache.rank import Rank
-from parties.alive import GONE_S
+from mpcache_parties.network.liveness import GONE_S
 from tests.parties.helpers import free_settings
 from tests.parties.processes import PARTY, Process, errors_of, start, started, write_config
 

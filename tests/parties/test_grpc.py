@@ -21,9 +21,9 @@ from mpcache.config import Addresses, Settings
 from mpcache.errors import ConfigError, LinkError, Mismatch, PeerFailed, PeerLost, PeerTimeout, PortInUse
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from parties import grpc_link
-from parties.grpc_link import Network, connect_all
-from parties.session import agree
+from mpcache_parties.handshake import agree
+from mpcache_parties.network import grpc_link
+from mpcache_parties.network.grpc_link import Network, connect_all
 from tests.parties.helpers import free_settings, grpc_networks
 from tests.parties.one_party import WORD
 

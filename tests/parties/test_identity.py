@@ -14,14 +14,14 @@ from threading import Thread
 import pytest
 import yaml
 
+from mpcache.certificates import Identity, make
 from mpcache.config import Certificates, Settings, load_settings
 from mpcache.errors import ConfigError, LinkError, MpcacheError
-from mpcache.identity import Identity, make
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from parties.grpc_link import connect_all
-from parties.identity import Trust, trust
-from parties.session import agree
+from mpcache_parties.handshake import agree
+from mpcache_parties.network.grpc_link import connect_all
+from mpcache_parties.network.tls import Trust, trust
 from tests.parties.helpers import free_settings
 from tests.parties.processes import PARTY, errors_of, start, started, tiny_model, write_config
 
@@ -286,7 +286,7 @@ def test_files_that_are_no_identity(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pin_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    from parties.keys import pin
+    from mpcache_parties.keys import pin
 
     def run(config: Path, *files: Path, **flags: bool) -> str:
         pin(list(files), config, **flags)

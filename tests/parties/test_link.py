@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
-from mpcache.frames import FrameLink
-from mpcache.message import cut
 from mpcache.rank import Rank
-from mpcache.window import CHUNK_BYTES, largest
-from protos import party_pb2 as pb
+from mpcache.transport.flow_control import CHUNK_BYTES, largest
+from mpcache.transport.frames import FrameLink
+from mpcache.transport.message import cut
+from mpcache_protos import party_pb2 as pb
 from tests.parties.helpers import linked
 
 Pair = tuple[FrameLink, FrameLink]

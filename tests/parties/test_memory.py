@@ -12,17 +12,17 @@ from threading import Event
 import pytest
 
 from mpcache.rank import Rank
-from mpcache.states import AGREED
-from mpcache.window import MIB, READ_AHEAD_BYTES, SMALL_BYTES, cost, largest, room
-from protos import party_pb2 as pb
+from mpcache.transport.flow_control import MIB, READ_AHEAD_BYTES, SMALL_BYTES, cost, largest, room
+from mpcache.transport.session_order import AGREED
+from mpcache_protos import party_pb2 as pb
 from tests.parties.helpers import free_settings
 from tests.parties.one_party import STATUS
 from tests.parties.test_states import BYE, HELLO, ack, facts, tensors
 
 import grpc  # isort: skip  # after the link, which quiets it
 
-from parties.grpc_link import BEACON_KEY, SERVICE, SESSION_KEY, Beacon  # isort: skip
-from parties.stream import RANK_KEY  # isort: skip
+from mpcache_parties.network.grpc_link import BEACON_KEY, SERVICE, SESSION_KEY, Beacon  # isort: skip
+from mpcache_parties.network.stream import RANK_KEY  # isort: skip
 
 COPIES = 10  # of a frame: as gRPC puts it together, hands it over and frees it, and while it is parsed
 FLOOD = 64 * MIB  # of room: four times what a party gives to the client

@@ -15,12 +15,12 @@ import torch
 
 from mpcache.config import Addresses, PublicConfig, Settings
 from mpcache.errors import ConfigError, LinkError
-from mpcache.frames import FrameLink
 from mpcache.ledger import Ledger
-from mpcache.local_link import local_pair
-from mpcache.network import PROFILES, Profile, Shaper, parse_network, shaper
 from mpcache.rank import Rank
-from parties.grpc_link import connect_all
+from mpcache.transport.frames import FrameLink
+from mpcache.transport.local import local_pair
+from mpcache.transport.network import PROFILES, Profile, Shaper, parse_network, shaper
+from mpcache_parties.network.grpc_link import connect_all
 from tests.parties.helpers import free_settings, grpc_networks
 
 S, C, D = Rank

@@ -22,12 +22,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, PortInUse
 from mpcache.ledger import Ledger
-from mpcache.model import load_model
+from mpcache.model.loading import load_model
 from mpcache.rank import Rank
-from parties import operations
-from parties.logs import Log
-from parties.operations import SERVICE, Metrics, operated, where
-from parties.watch import Board
+from mpcache_parties.operations import metrics as operations
+from mpcache_parties.operations.logs import Log
+from mpcache_parties.operations.metrics import SERVICE, Metrics, operated, where
+from mpcache_parties.operations.status import Board
 from tests.parties.helpers import free_settings
 from tests.parties.processes import (
     PARTY,

@@ -16,9 +16,9 @@ from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import Addresses, PublicConfig, Settings
 from mpcache.errors import LinkError, PeerLost
 from mpcache.ledger import Ledger
-from mpcache.model import load_model
+from mpcache.model.loading import load_model
 from mpcache.rank import Rank
-from parties.grpc_link import Network, connect_all
+from mpcache_parties.network.grpc_link import Network, connect_all
 from tests.parties.helpers import free_settings
 from tests.parties.processes import PARTY, Process, errors_of, start, started, tiny_model, write_config
 from tests.parties.proxy import Proxy, proxy

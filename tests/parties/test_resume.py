@@ -20,19 +20,19 @@ from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, Desync, MpcacheError, StateError
 from mpcache.ledger import Ledger
-from mpcache.local_link import local_pair
-from mpcache.model import Model
+from mpcache.model.loading import Model
 from mpcache.rank import Rank
-from mpcache.report import Report
-from mpcache.secure import party as party_module
-from mpcache.secure import rng
-from mpcache.secure.party import ComputingParty
-from mpcache.secure.rng import fresh_seed
-from parties import run
-from parties.checkpoint import Keeper
-from parties.run import AHEAD, Document, Question, ask, deal, serve
-from parties.session import AS_CLIENT, RESUMED
-from parties.store import KEPT_STEPS, Files, Store
+from mpcache.report.account import Report
+from mpcache.runtime import party as party_module
+from mpcache.runtime import rng
+from mpcache.runtime.party import ComputingParty
+from mpcache.runtime.rng import fresh_seed
+from mpcache.transport.local import local_pair
+from mpcache_parties import roles as run
+from mpcache_parties.handshake import AS_CLIENT, RESUMED
+from mpcache_parties.roles import AHEAD, Document, Question, ask, deal, serve
+from mpcache_parties.state.checkpoint import Keeper
+from mpcache_parties.state.store import KEPT_STEPS, Files, Store
 from tests.parties.helpers import Job, Killed, context_of, plain_ids, together
 from tests.secure.test_transcript import check_uniform
 
@@ -286,7 +286,7 @@ def test_no_seed_and_no_open_mask_is_on_disk(
     model: Model, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a checkpoint is made of, before it is sealed, holds none of the session's seeds."""
-    from mpcache import sealed
+    from mpcache_parties.state import sealed
 
     seeds: list[bytes] = []
     bodies: list[bytes] = []

@@ -16,20 +16,20 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import backend
 from mpcache.answer import Sampling, bind, decide, plain_answer
 from mpcache.config import PublicConfig, Settings
-from mpcache.cost import cost
+from mpcache.cost.tally import cost
 from mpcache.errors import BadInput, Desync, LinkError, MpcacheError, PeerFailed
-from mpcache.frames import FrameLink
 from mpcache.ledger import Ledger
-from mpcache.model import Model
-from mpcache.prefill import prefill
+from mpcache.model.loading import Model
+from mpcache.model.prefill import prefill
 from mpcache.rank import Rank
-from mpcache.report import Report, summary
-from parties.grpc_link import connect_all
-from parties.run import AHEAD, Document, Question, ask, deal, serve
-from parties.session import agree
+from mpcache.report.account import Report, summary
+from mpcache.transport.frames import FrameLink
+from mpcache_kernels import backend
+from mpcache_parties.handshake import agree
+from mpcache_parties.network.grpc_link import connect_all
+from mpcache_parties.roles import AHEAD, Document, Question, ask, deal, serve
 from tests.parties.helpers import context_of, free_settings, together
 from tests.parties.processes import PARTY, SOON_S, errors_of, start, started, write_config
 
@@ -151,7 +151,7 @@ def test_a_wrong_announcement_is_one_line(
     said: Any, words: str, model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = decide
-    monkeypatch.setattr("parties.run.decide", lambda *arguments: (honest(*arguments)[0], said))
+    monkeypatch.setattr("mpcache_parties.roles.decide", lambda *arguments: (honest(*arguments)[0], said))
     errors = play(THRESHOLD, model, tokens, Question(QUESTION))
     # Whoever looks first says so; the other one may hear it from the server.
     assert any(isinstance(errors[rank], Desync) for rank in (C, D)), errors

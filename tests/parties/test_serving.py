@@ -12,11 +12,11 @@ import torch
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
-from mpcache.model import Model
+from mpcache.model.loading import Model
 from mpcache.rank import Rank
-from parties.grpc_link import Listener, Network, connect_all
-from parties.run import Question, ask
-from parties.session import agree
+from mpcache_parties.handshake import agree
+from mpcache_parties.network.grpc_link import Listener, Network, connect_all
+from mpcache_parties.roles import Question, ask
 from tests.parties.helpers import free_settings
 from tests.parties.processes import Process
 from tests.parties.service import QUESTIONS, TOKENS, plain, said, serving

@@ -15,12 +15,12 @@ import torch
 
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model import Model
+from mpcache.model.loading import Model
 from mpcache.rank import Rank
-from parties.checkpoint import Keeper
-from parties.grpc_link import Network, connect_all
-from parties.session import AS_CLIENT, agree
-from parties.store import Store
+from mpcache_parties.handshake import AS_CLIENT, agree
+from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.state.checkpoint import Keeper
+from mpcache_parties.state.store import Store
 from tests.parties.helpers import Killed
 from tests.parties.processes import PARTY, Process, errors_of, start, started
 from tests.parties.service import QUESTIONS, Service, plain, said, serving

@@ -12,10 +12,10 @@ import pytest
 from mpcache.config import PublicConfig
 from mpcache.errors import Desync, LinkError, Mismatch, PeerFailed
 from mpcache.ledger import Ledger
-from mpcache.link import Hello
-from mpcache.local_link import local_pair
 from mpcache.rank import Rank
-from parties.session import AS_CLIENT, KEPT, MODES, PROTOCOL_VERSION, agree, compare, confirm
+from mpcache.transport.link import Hello
+from mpcache.transport.local import local_pair
+from mpcache_parties.handshake import AS_CLIENT, KEPT, MODES, PROTOCOL_VERSION, agree, compare, confirm
 from tests.parties.helpers import free_settings, grpc_networks
 from tests.parties.processes import PARTY, errors_of, start, started, tiny_model, write_config
 
@@ -153,7 +153,7 @@ def test_facts_that_are_none() -> None:
 OTHER_RELEASE = """
 from dataclasses import replace
 from mpcache.policy.full import Full
-from parties.party import main
+from mpcache_parties.main import main
 
 plan = Full.plan
 def another(self, context, shape):

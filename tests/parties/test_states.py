@@ -12,14 +12,14 @@ import torch
 
 from mpcache.config import PublicConfig
 from mpcache.errors import Desync, LinkError, PeerFailed
-from mpcache.frames import FrameLink
-from mpcache.link import Hello
-from mpcache.message import cut, is_one_field
 from mpcache.rank import Rank
-from mpcache.states import Order, State, place_of
-from mpcache.window import FRAME_COST, MIB, SMALL_BYTES, Sent, largest, room
-from parties.session import PROTOCOL_VERSION, agree
-from protos import party_pb2 as pb
+from mpcache.transport.flow_control import FRAME_COST, MIB, SMALL_BYTES, Sent, largest, room
+from mpcache.transport.frames import FrameLink
+from mpcache.transport.link import Hello
+from mpcache.transport.message import cut, is_one_field
+from mpcache.transport.session_order import Order, State, place_of
+from mpcache_parties.handshake import PROTOCOL_VERSION, agree
+from mpcache_protos import party_pb2 as pb
 from tests.parties.helpers import linked
 
 Pair = tuple[FrameLink, FrameLink]

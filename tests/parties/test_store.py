@@ -10,7 +10,7 @@ import pytest
 
 from mpcache.errors import Desync, InUse
 from mpcache.rank import Rank
-from parties.store import Files, Store
+from mpcache_parties.state.store import Files, Store
 
 
 @pytest.fixture

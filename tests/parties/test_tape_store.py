@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from mpcache import sealed
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PolicyError, StateError
-from mpcache.model import Model
+from mpcache.model.loading import Model
 from mpcache.rank import Rank
-from parties.prepare import prepare
-from parties.run import Document, Question, ask, serve
-from parties.tape_store import SEED, TapeLink, TapeStore
+from mpcache_parties.prepare import prepare
+from mpcache_parties.roles import Document, Question, ask, serve
+from mpcache_parties.state import sealed
+from mpcache_parties.state.tapes import SEED, TapeLink, TapeStore
 from tests.parties.helpers import Job, Killed, context_of, free_settings, plain_ids, together
 from tests.parties.processes import PARTY, SOON_S, errors_of, start, started, write_config
 

@@ -16,8 +16,8 @@ from mpcache.ops import Ops, Value
 from mpcache.policy import POLICIES, View, parse
 from mpcache.policy.full import Full
 from mpcache.rank import Rank
-from mpcache.secure.party import ComputingParty, Party
-from mpcache.secure.program import Open, Opening, Program
+from mpcache.runtime.party import ComputingParty, Party
+from mpcache.runtime.program import Open, Opening, Program
 from mpcache.session import Session
 from tests.policy.test_policies import CONTEXT, MORE, PRIVATE, chunks
 from tests.policy.tiny import KERNELS, model, plain, prefilled, shape, tokens

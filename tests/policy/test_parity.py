@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mpcache.cache import Cache
-from mpcache.plain import PlainOps
+from mpcache.engines.plain import PlainOps
+from mpcache.model.prefill import Prefill
 from mpcache.policy import Policy, parse
 from mpcache.policy.base import View
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.mpcache import largest_attention
-from mpcache.prefill import Prefill
-from mpcache.secure.program import run
+from mpcache.runtime.program import run
 from tests.policy.literal import Layer, Options, attended, importance, keep
 from tests.policy.tiny import KERNELS, shape
 

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import Backend
+from mpcache.engines.plain import PlainOps
 from mpcache.errors import PolicyError
 from mpcache.ledger import Ledger
+from mpcache.model.rope import rope_tables, rotate
 from mpcache.ops import Value
-from mpcache.plain import PlainOps
 from mpcache.policy import LEAKS, POLICIES, parse
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.rank import Rank
-from mpcache.rope import rope_tables, rotate
-from mpcache.secure.party import ShapeParty
-from mpcache.secure.program import Opening, Program, local, run
+from mpcache.runtime.party import ShapeParty
+from mpcache.runtime.program import Opening, Program, local, run
 from mpcache.session import Session
+from mpcache_kernels import Backend
 from tests.policy.tiny import KERNELS, cost, model, plain, prefilled, secure, shape, tokens
 
 CONTEXT = 24

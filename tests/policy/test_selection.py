@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from mpcache.engines.plain import PlainOps
 from mpcache.ops import Ops, Value
-from mpcache.plain import PlainOps
 from mpcache.policy.clusters import extremes, flat, split
 from mpcache.policy.evicting import highest
 from mpcache.rank import Rank
-from mpcache.secure.program import Program, run
-from mpcache.secure.shares import Share
+from mpcache.runtime.program import Program, run
+from mpcache.runtime.shares import Share
 from tests.secure.play import play
 
 CLOSE = 2**-11  # scores nearer than this may be told apart the other way round

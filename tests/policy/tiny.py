@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from kernels import backend
+from mpcache.engines.fast import FastOps
+from mpcache.engines.plain import PlainOps
 from mpcache.ledger import Ledger
-from mpcache.model import Model, ModelShape, Weights
+from mpcache.model.loading import Model, ModelShape, Weights
+from mpcache.model.prefill import Prefill, prefill
 from mpcache.ops import Ops
-from mpcache.plain import PlainOps
 from mpcache.policy import Policy, parse
-from mpcache.prefill import Prefill, prefill
 from mpcache.rank import Rank
-from mpcache.secure.fast import FastOps
-from mpcache.secure.party import Party, ShapeParty
+from mpcache.runtime.party import Party, ShapeParty
 from mpcache.session import Session
+from mpcache_kernels import backend
 from tests.secure.play import play
 
 VOCAB = 16

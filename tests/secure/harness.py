@@ -10,9 +10,9 @@ import torch
 
 from mpcache.ops import Ops
 from mpcache.rank import Rank
-from mpcache.secure.party import Party
-from mpcache.secure.program import Program, at, run
-from mpcache.secure.rng import Stream, fresh_seed
+from mpcache.runtime.party import Party
+from mpcache.runtime.program import Program, at, run
+from mpcache.runtime.rng import Stream, fresh_seed
 from tests.secure.play import Played, play
 
 Protocol = Callable[..., Program[Any]]

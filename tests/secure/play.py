@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from mpcache.engines.threads import Job, run_threads
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.secure.shares import Share
-from mpcache.threads import Job, run_threads
+from mpcache.runtime.shares import Share
 
 
 @dataclass

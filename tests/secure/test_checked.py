@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from mpcache import protocols
+from mpcache.engines import fast, ideal
+from mpcache.engines.checked import CheckedOps, Ranges
 from mpcache.errors import OutOfRange
 from mpcache.policy import parse
+from mpcache.protocols import norm, softmax
+from mpcache.protocols.activation import series
 from mpcache.rank import Rank
-from mpcache.secure import fast, ideal, norm, protocols, softmax
-from mpcache.secure.activation import series
-from mpcache.secure.checked import CheckedOps, Ranges
-from mpcache.secure.program import at, run
-from mpcache.secure.shares import Share
+from mpcache.runtime.program import at, run
+from mpcache.runtime.shares import Share
 from mpcache.session import Session
 from tests.policy import tiny
 from tests.policy.test_policies import ALL_PRIVATE

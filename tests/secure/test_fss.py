@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.secure.fss import KeyShape, evaluate, generate
-from mpcache.secure.rng import Stream, fresh_seed
+from mpcache.protocols.dcf import KeyShape, evaluate, generate
+from mpcache.runtime.rng import Stream, fresh_seed
 
 
 def keys(n: int, depth: int, start: int, width: int = 8):  # type: ignore[no-untyped-def]

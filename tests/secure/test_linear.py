@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from mpcache.engines.fast import FastOps
+from mpcache.protocols.linear import announce, deliver, product, product_resident, resident, truncate
 from mpcache.rank import Rank
-from mpcache.secure.fast import FastOps
-from mpcache.secure.linear import announce, deliver, product, product_resident, resident, truncate
-from mpcache.secure.program import together
-from mpcache.secure.rng import Stream, fresh_seed
-from mpcache.secure.shares import Share, decode
+from mpcache.runtime.program import together
+from mpcache.runtime.rng import Stream, fresh_seed
+from mpcache.runtime.shares import Share, decode
 from tests.secure.harness import secure
 
 

@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from mpcache.cache import V_RING
-from mpcache.secure import compare, power, softmax
-from mpcache.secure.activation import series
-from mpcache.secure.correlations import Part, Request
-from mpcache.secure.fast import WEIGHT_BITS
-from mpcache.secure.linear import shrink, truncate
-from mpcache.secure.lookup import lookup
-from mpcache.secure.program import Opening, draw, reveal, together
-from mpcache.secure.shares import Share, centred
-from mpcache.secure.side import bytes_for
-from mpcache.secure.softmax import narrow
+from mpcache.engines.fast import WEIGHT_BITS
+from mpcache.protocols import compare, softmax
+from mpcache.protocols import reciprocal as power
+from mpcache.protocols.activation import series
+from mpcache.protocols.linear import shrink, truncate
+from mpcache.protocols.lookup import lookup
+from mpcache.protocols.softmax import narrow
+from mpcache.runtime.correlations import Part, Request
+from mpcache.runtime.program import Opening, draw, reveal, together
+from mpcache.runtime.shares import Share, centred
+from mpcache.runtime.side import bytes_for
 from tests.secure.harness import secure
 from tests.secure.play import reconstruct
 

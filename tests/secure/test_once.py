@@ -11,8 +11,8 @@ import pytest
 from mpcache.errors import Reuse
 from mpcache.policy import parse
 from mpcache.rank import Rank
-from mpcache.secure import rng
-from mpcache.secure.rng import Tapes, fresh_seed
+from mpcache.runtime import rng
+from mpcache.runtime.rng import Tapes, fresh_seed
 from mpcache.session import Session
 from tests.policy import tiny
 from tests.secure.play import play

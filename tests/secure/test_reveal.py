@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from mpcache import protocols
 from mpcache.answer import Sampling
-from mpcache.cost import cost
+from mpcache.argmax import GROUP, greedy
+from mpcache.cost.tally import cost
+from mpcache.engines import ideal
 from mpcache.errors import BadInput
-from mpcache.highest import GROUP, greedy
 from mpcache.ops import Ops
 from mpcache.policy import parse
 from mpcache.rank import Rank
-from mpcache.secure import ideal, protocols
-from mpcache.secure.program import Opening
-from mpcache.secure.shares import Share, centred
+from mpcache.runtime.program import Opening
+from mpcache.runtime.shares import Share, centred
 from mpcache.session import Session
 from tests.policy import tiny
 from tests.secure.harness import secure

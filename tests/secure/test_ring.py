@@ -5,8 +5,8 @@ from itertools import product as pairs
 import pytest
 import torch
 
-from mpcache.secure.ring import matmul
-from mpcache.secure.rng import Stream, fresh_seed
+from mpcache.runtime.ring import matmul
+from mpcache.runtime.rng import Stream, fresh_seed
 
 LOWEST, HIGHEST = -(1 << 63), (1 << 63) - 1
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mpcache.engines import crypten_shim
+from mpcache.engines.crypten_shim import crypten
+from mpcache.engines.stock import blocking
 from mpcache.rank import Rank
-from mpcache.secure import crypten_shim
-from mpcache.secure.crypten_shim import crypten
-from mpcache.secure.program import Call, run
-from mpcache.secure.stock import blocking
+from mpcache.runtime.program import Call, run
 from tests.secure.harness import secure
 from tests.secure.play import play
 

@@ -11,8 +11,8 @@ import torch
 
 from mpcache.policy import parse
 from mpcache.rank import Rank
-from mpcache.secure.party import ComputingParty
-from mpcache.secure.program import Opening
+from mpcache.runtime.party import ComputingParty
+from mpcache.runtime.program import Opening
 from mpcache.session import Session
 from tests.policy import tiny
 from tests.secure.play import play
@@ -131,7 +131,7 @@ def test_the_check_sees_a_planted_bug() -> None:
 
 def test_a_stream_is_never_read_twice() -> None:
     """Masks of two phases, and of the same phase of two sessions, have nothing in common."""
-    from mpcache.secure.rng import Stream, fresh_seed
+    from mpcache.runtime.rng import Stream, fresh_seed
 
     seed = fresh_seed()
     assert not torch.equal(Stream(seed, "tape/a").tensor((64,)), Stream(seed, "tape/b").tensor((64,)))

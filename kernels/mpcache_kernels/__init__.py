@@ -1,0 +1,73 @@
+"""Kernels of the plaintext path, behind one seam.
+
+`backend(device)` is asked once per run, where the device is chosen; its name is shown to the user.
+`mpcache_kernels.reference` says what every function means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mpcache_kernels import reference
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of every kernel; the signatures are those in `mpcache_kernels.reference`."""
+
+    name: str
+    window_importance: Callable[[Tensor, Tensor, int], Tensor]
+    cluster_extremes: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    cluster_means: Callable[[Tensor, int], Tensor]
+    representatives: Callable[[Tensor, Tensor, float], Tensor]
+    cluster_representatives: Callable[[Tensor, int, float], Tensor]
+    cluster_scores: Callable[[Tensor, Tensor], Tensor]
+    cluster_bounds: Callable[[Tensor, Tensor, Tensor], Tensor]
+    select_and_attend: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
+
+
+REFERENCE = Backend(
+    name="reference",
+    window_importance=reference.window_importance,
+    cluster_extremes=reference.cluster_extremes,
+    cluster_means=reference.cluster_means,
+    representatives=reference.representatives,
+    cluster_representatives=reference.cluster_representatives,
+    cluster_scores=reference.cluster_scores,
+    cluster_bounds=reference.cluster_bounds,
+    select_and_attend=reference.select_and_attend,
+)
+
+
+def backend(device: torch.device | str) -> Backend:
+    """The kernels for tensors on `device`: Triton's on a GPU where Triton is installed, else the reference.
+
+    Triton is imported here, and only for a GPU: an installation without one never loads it.
+    """
+    # A name that torch does not know fails here, not at the first kernel.
+    return _gpu() if torch.device(device).type == "cuda" else REFERENCE
+
+
+@cache
+def _gpu() -> Backend:
+    if find_spec("triton") is None:
+        return replace(REFERENCE, name="reference (Triton is not installed)")
+    from mpcache_kernels import triton_kernels
+
+    return Backend(
+        name="triton",
+        window_importance=triton_kernels.window_importance,
+        cluster_extremes=triton_kernels.cluster_extremes,
+        cluster_means=triton_kernels.cluster_means,
+        representatives=reference.representatives,  # element by element, and small
+        cluster_representatives=triton_kernels.cluster_representatives,
+        cluster_scores=triton_kernels.cluster_scores,
+        cluster_bounds=triton_kernels.cluster_bounds,
+        select_and_attend=triton_kernels.select_and_attend,
+    )

@@ -1,0 +1,244 @@
+"""What the protocols of `fast` mean, on plain fixed-point integers, and the ranges they hold for.
+
+Each function has the name and the signature of the one in `mpcache.protocols`. A Share holds the
+whole secret here, as a true integer: it is not reduced to its ring, so a value that the ring cannot
+hold shows. What a protocol is declared for becomes a `Claim`, whose bound comes from the protocol's own
+constants; who reads the program judges it, where it knows the step. Functions are exact where a
+protocol approximates: errors of tables and masks are the protocols' tests' business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mpcache.engines.plain import PlainSelection
+from mpcache.model import prefill
+from mpcache.ops import Selection
+from mpcache.protocols import activation, linear, norm
+from mpcache.protocols import reciprocal as power
+from mpcache.protocols import selection as chosen
+from mpcache.protocols import softmax as scores_of
+from mpcache.protocols.activation import series
+from mpcache.protocols.compare import Digits, Keys
+from mpcache.protocols.softmax import narrow as narrow  # each party's own arithmetic: it means itself
+from mpcache.rank import Rank
+from mpcache.runtime.program import Call, Program, local
+from mpcache.runtime.shares import Resident, Share, decode, encode
+from mpcache.runtime.side import Side
+
+
+@dataclass(frozen=True)
+class Claim:
+    """All of `raw` is of size below `most` (`size`), or in [least, most). bits: its fraction bits."""
+
+    operation: str
+    raw: torch.Tensor
+    most: int
+    bits: int = 0
+    least: int | None = None
+
+    def __call__(self) -> None:
+        raise TypeError("a claim is judged by who reads the program (mpcache.engines.checked)")
+
+
+def claim(
+    operation: str, raw: torch.Tensor, most: int, bits: int = 0, least: int | None = None
+) -> Program[None]:
+    yield Call(Claim(operation, raw, most, bits, least))
+
+
+def _held(operation: str, x: Share, ring: int) -> Program[None]:
+    """x is a number of its ring, positive or negative."""
+    return claim(operation, x.data, 1 << (ring - 1), x.bits)
+
+
+def _multiplied(
+    operation: str, x: Share, y: Share | Resident, op: Callable[..., torch.Tensor], ring: int
+) -> Program[Share]:
+    """op(x, y) with all fraction bits, in a ring that must hold it."""
+    data = y.data if isinstance(y, Share) else y.mask + y.opened
+    bits, ring = x.bits + y.bits, min(ring, x.ring, y.ring)
+    size = op(x.data.double(), data.double())  # int64 would hide what wraps around
+    yield from claim(operation, size, 1 << (ring - 1), bits)
+    return Share(op(x.data, data), bits, ring=ring)
+
+
+# ------------------------------------------------------------------------- linear (secure/linear.py)
+
+
+def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
+    """Rounds to the nearest."""
+    f = x.bits - bits
+    if f <= 0 and x.ring == 64:
+        return Share(x.data << -f, bits, x.owner)
+    yield from claim("truncation", x.data, linear.room(x.ring) >> max(0, -f), x.bits)
+    if f <= 0:
+        return Share(x.data << -f, bits)
+    return Share((x.data + (1 << (f - 1))) >> f, bits)
+
+
+def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
+    x = yield from truncate(side, x, x.bits)
+    return (yield from _multiplied("product", x, y, torch.mul, 64))
+
+
+def shrink(side: Side, x: Share, bits: int) -> Share:
+    """Rounds to the nearest."""
+    f = x.bits - bits
+    return x if f <= 0 else Share((x.data + (1 << (f - 1))) >> f, bits, ring=x.ring - f)
+
+
+def resident(x: Share, ring: int = 64) -> Program[Resident]:
+    yield from _held("resident operand", x, ring)
+    return Resident(torch.zeros_like(x.data), x.data, x.bits, ring=ring)
+
+
+announce = resident
+
+
+def deliver(x: Share, announced: Resident, joined: Resident) -> Program[Resident]:
+    return local(joined)
+
+
+def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Program[Share]:
+    return _multiplied("product with an operand", x, w, torch.matmul, ring)
+
+
+def product(
+    side: Side, x: Share, y: Share, op: Callable[..., torch.Tensor] = torch.mul, ring: int = 64
+) -> Program[Share]:
+    return _multiplied("product", x, y, op, ring)
+
+
+# ------------------------------------------------------------------------------------- activations
+
+
+def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]:
+    yield from claim(kind, x.data, series(kind).half << x.bits, x.bits)
+    for value in [x] if up is None else [x, up]:
+        yield from claim("truncation", value.data, linear.room(value.ring), value.bits)
+    y, bits = prefill.activate(kind, decode(x.data, x.bits)), x.bits + activation.STEP_BITS
+    if up is not None:
+        product = x.data * up.data >> up.bits
+        yield from claim("gate times up", product, linear.room(activation.PRODUCT_RING), x.bits)
+        y = y * decode(up.data, up.bits)
+    return Share(encode(y, bits), bits)
+
+
+def positive(side: Side, x: Share, width: int) -> Program[Share]:
+    yield from claim("max(x, 0)", x.data, 1 << (width - 1), x.bits)
+    return replace(x, data=x.data.clamp(min=0), owner=None)
+
+
+def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
+    """None: what is learned is compared with the plain engine's."""
+    return local(torch.zeros_like(x.data))
+
+
+# ----------------------------------------------------------------------------- norm (secure/norm.py)
+
+
+def norm_linear(
+    side: Side,
+    stream: Resident | None,
+    change: Share,
+    eps: float,
+    w: Resident,
+    turn: Callable[[Share], Share],
+) -> Program[tuple[Resident, Share]]:
+    x = yield from truncate(side, change, change.bits)
+    if stream is not None:
+        x = replace(x, data=x.data + stream.opened)
+    width = x.shape[-1]
+    total = decode(x.data, x.bits).square().sum(-1, keepdim=True) + eps * width
+    high, low = (round(width * 2.0 ** (e + 2 * x.bits)) for e in (norm.VARIANCE_HIGH, norm.VARIANCE_LOW))
+    yield from claim("norm, sum of squares", total * 4.0**x.bits, high, 2 * x.bits, low)
+    y = turn((yield from _multiplied("product with an operand", x, w, torch.matmul, 64)))
+    yield from _held("product with an operand", y, y.ring)
+    y = shrink(side, y, norm.PRODUCT_BITS)
+    yield from claim("product, truncated", y.data, linear.room(min(y.ring, norm.PRODUCT_RING)), y.bits)
+    bits = y.bits + norm.root(width, x.bits)[2]
+    normed = decode(y.data, y.bits) * torch.rsqrt(total / width)
+    yield from claim("normed product", normed * 2.0**bits, 1 << 63, bits)
+    stream = Resident(torch.zeros_like(x.data), x.data, x.bits)
+    return stream, Share(encode(normed, bits), bits)
+
+
+def reciprocal(side: Side, x: Share, least: float, most: float) -> Program[Share]:
+    yield from claim("reciprocal", x.data, math.ceil(most * 2**x.bits), x.bits, math.floor(least * 2**x.bits))
+    _, bits = power.reciprocal_range(least, most, x.bits)
+    return Share(encode(1 / decode(x.data, x.bits), bits), bits)
+
+
+# ----------------------------------------------------------------------- softmax (secure/softmax.py)
+
+
+def softmax(
+    side: Side, scores: Share, visible: torch.Tensor | None, bits: int
+) -> Program[tuple[Share, Share]]:
+    """What is not visible is free: it takes part in no bound and in no sum."""
+    raw, grid = scores.data, scores_of.GRID
+    mask = torch.ones_like(raw) if visible is None else visible.expand(raw.shape)
+    seen = raw * mask
+    yield from claim("softmax, row", torch.tensor([raw.shape[-1]]), scores_of.LONGEST_ROW)
+    yield from claim("softmax, narrow score", seen, scores_of.LARGEST << grid, grid)
+    step = scores_of.STEP << grid
+    highest = raw.masked_fill(mask == 0, torch.iinfo(torch.int64).min).amax(-1, keepdim=True)
+    c = (highest // step + 2) * step  # two buckets above, as `softmax.bound`
+    d = torch.where(mask == 1, c - raw, 1)
+    yield from claim("exp", d, scores_of.FARTHEST, grid, 1)
+    e = encode(torch.exp(-d.double() * scores_of.UNIT), bits)
+    e = e * mask * (d.double() * scores_of.UNIT < scores_of.WINDOW)
+    return Share(e, bits), Share(e.sum(-1, keepdim=True), bits)
+
+
+# ------------------------------------------------------------------------- selection (secure/topk.py)
+
+
+class IdealSelection(PlainSelection):
+    """Known places, shares to gather and scatter."""
+
+    def gather(self, values: Share) -> Program[Share]:  # type: ignore[override]
+        ring = min(values.ring, chosen.RING)
+        yield from _held("gather", values, ring)
+        return replace(values, data=self.pick(values.data), ring=ring)
+
+    def scatter(self, weights: Share) -> Program[Share]:  # type: ignore[override]
+        yield from _held("scatter", weights, chosen.RING)
+        data = yield from super().scatter(weights.data)
+        return replace(weights, data=data, ring=chosen.RING)
+
+    def marks(self) -> Share:  # type: ignore[override]
+        return Share(super().marks().to(torch.int64), 0)
+
+
+def top(
+    side: Side,
+    scores: Share,
+    k: int,
+    values: Sequence[Share],
+    width: int,
+    comparison: type[Keys] | type[Digits] = Keys,
+) -> Program[tuple[Selection, list[Share]]]:
+    raw = scores.data
+    apart = raw.amax(-1) - raw.amin(-1)
+    yield from claim("top, difference", apart, 1 << (width - 1), scores.bits)
+    ring = min(v.ring for v in values)
+    order = torch.sort(raw, dim=-1, descending=True, stable=True).indices
+    selection = IdealSelection(order[..., :k], raw.shape[-1])
+    pieces = []
+    for value in values:
+        yield from _held("top, gathered", value, ring)
+        pieces.append(replace(value, data=selection.pick(value.data), ring=ring))
+    return selection, pieces
+
+
+__all__ = [
+    "Claim", "IdealSelection", "activate", "blur", "claim", "narrow", "norm_linear", "positive", "product",
+    "product_resident", "reciprocal", "resident", "shrink", "softmax", "top", "truncate",
+    "truncate_times",
+]  # fmt: skip

@@ -1,0 +1,148 @@
+"""The plaintext context path: one pass over the owner's document, on CPU or GPU.
+
+Float32 throughout. `normalise`, `activate` and `mlp` are what the decode program computes too; it is
+tested against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpcache.errors import BadInput
+from mpcache.model.loading import LayerWeights, Model, ModelShape
+from mpcache.model.rope import rope_tables, rotate
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """What a context of T tokens leaves behind. Tensors are float32 on the device that was asked for.
+
+    k, v: per layer (kv_heads, T, head_dim), keys rotated to their positions 0..T-1;
+    q_window: per layer (heads, w, head_dim), the last w queries, rotated, with 1/sqrt(head_dim) in
+    them; first_position: the position T - w of the first of them;
+    logits: (vocab,) after the last token, or (T, vocab) if all were asked for.
+    """
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    q_window: tuple[Tensor, ...]
+    first_position: int
+    logits: Tensor
+
+    def last_queries(self, window: int) -> Prefill:
+        """The same context as seen by so many last queries, at most as many as there are here."""
+        there = self.q_window[0].shape[1]
+        if not 0 <= window <= there:
+            raise ValueError(f"a window of {window} queries of {there}")
+        queries = tuple(q[:, there - window :] for q in self.q_window)
+        return replace(self, q_window=queries, first_position=self.first_position + there - window)
+
+
+def normalise(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension: RMSNorm, its gain being folded elsewhere.
+
+    LayerNorm as well: `mpcache.model.loading` makes the mean of x zero where a model has one.
+    """
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """x / (1 + e^-x) for "silu"; x * Phi(x) for "gelu", and its tanh approximation for "gelu_tanh"."""
+    return _ACTIVATIONS[name](x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """x (..., inputs) @ w (inputs, outputs) + b (outputs,)."""
+    return x @ w if b is None else torch.addmm(b, x, w)
+
+
+def mlp(x: Tensor, layer: LayerWeights, shape: ModelShape) -> Tensor:
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate; x and result (T, width)."""
+    hidden = linear(x, layer.w_up, layer.b_up)
+    if layer.w_gate is None:
+        hidden = activate(shape.activation, hidden)
+    else:
+        hidden = hidden * activate(shape.activation, linear(x, layer.w_gate, layer.b_gate))
+    return linear(hidden, layer.w_down, layer.b_down)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention. q: (heads, T, d), scaled; k, v: (kv_heads, T, d) -> (T, heads * d)."""
+    group = q.shape[0] // k.shape[0]
+    # Repeated here rather than by enable_gqa, which costs SDPA its memory-efficient float32 kernel.
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=1.0)[0]
+    return out.transpose(0, 1).flatten(1)
+
+
+@torch.no_grad()
+def prefill(
+    model: Model,
+    token_ids: Sequence[int],
+    device: torch.device | str = "cpu",
+    *,
+    window: int = 0,
+    all_logits: bool = False,
+) -> Prefill:
+    """Runs the model over a context of T tokens.
+
+    window: how many of the last queries to keep, 0..T (public). Raises BadInput when the context is
+    empty, longer than the model allows, or holds an id outside the vocabulary.
+    """
+    shape, weights = model.shape, model.weights
+    length = len(token_ids)
+    _check(token_ids, shape)
+    if not 0 <= window <= length:
+        raise ValueError(f"a window of {window} queries of {length}")
+    # Rows are picked where the tables live: they may be larger than what the device should hold.
+    ids = torch.tensor(token_ids)
+    x = weights.embed[ids].to(device)
+    if weights.positions is not None:
+        x = x + weights.positions[:length].to(device)
+    positions = torch.arange(length, device=device)
+    tables = rope_tables(shape, positions) if shape.positions == "rope" else None
+
+    keys, values, queries = [], [], []
+    for stored in weights.layers:
+        layer = stored.to(device)
+        h = normalise(x, shape.norm_eps)
+        q = linear(h, layer.wq, layer.bq).unflatten(-1, (shape.heads, shape.head_dim))
+        k = linear(h, layer.wk, layer.bk).unflatten(-1, (shape.kv_heads, shape.head_dim))
+        v = linear(h, layer.wv, layer.bv).unflatten(-1, (shape.kv_heads, shape.head_dim))
+        if tables is not None:
+            q, k = rotate(q, *tables), rotate(k, *tables)
+        q, k, v = (t.transpose(0, 1).contiguous() for t in (q, k, v))
+        x = x + linear(attend(q, k, v), layer.wo, layer.bo)
+        x = x + mlp(normalise(x, shape.norm_eps), layer, shape)
+        keys.append(k)
+        values.append(v)
+        queries.append(q[:, length - window :].clone())  # a view would keep all T queries alive
+
+    last = normalise(x if all_logits else x[-1:], shape.norm_eps)
+    lm_bias = None if weights.lm_bias is None else weights.lm_bias.to(device)
+    logits = linear(last, weights.lm_head.to(device), lm_bias)
+    return Prefill(
+        tuple(keys), tuple(values), tuple(queries), length - window, logits if all_logits else logits[0]
+    )
+
+
+def _check(token_ids: Sequence[int], shape: ModelShape) -> None:
+    if not token_ids:
+        raise BadInput("the context is empty; it needs at least one token")
+    if len(token_ids) > shape.max_positions:
+        allowed = shape.max_positions
+        raise BadInput(f"the context has {len(token_ids)} tokens, the model allows {allowed}; shorten it")
+    if not 0 <= min(token_ids) <= max(token_ids) < shape.vocab:
+        raise BadInput(f"the context holds token ids outside the model's vocabulary of {shape.vocab}")

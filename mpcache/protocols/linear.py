@@ -1,0 +1,239 @@
+"""Products and truncation: Beaver triples, resident operands, exact truncation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mpcache.rank import Rank
+from mpcache.runtime import correlations
+from mpcache.runtime.correlations import Part, Request, cut
+from mpcache.runtime.program import Opening, Program, draw, reveal
+from mpcache.runtime.ring import matmul
+from mpcache.runtime.shares import Awaited, Resident, Share
+from mpcache.runtime.side import Side, bytes_for, drop
+
+
+def room(ring: int) -> int:
+    """What a truncation in a ring of so many bits is right for: |x_raw| below this."""
+    return 1 << (ring - 2)
+
+
+def masked(x: torch.Tensor, ring: int, why: str, sender: Rank | None = None) -> Opening:
+    """An opening modulo 2^ring: so many bytes, and no more."""
+    return Opening(x, why, sender=sender, width=bytes_for(ring))
+
+
+def raised(side: Side, x: torch.Tensor, r: torch.Tensor, ring: int, why: str) -> Opening:
+    """Open x + 2^(ring-2) + r modulo 2^ring: what a truncation of |x| < 2^(ring-2) starts from."""
+    return masked(x + side.constant(room(ring), r) + r, ring, why)
+
+
+def affine(c: torch.Tensor, f: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Public p and q of an opened `raised` value: x truncated by f bits is p + q rb - rc, with the
+    parts rc and rb of its mask (`correlations.cut`). rb xor msb(c) tells whether 2^(ring-1) was passed."""
+    top, low = (c >> (ring - 1)) & 1, (c & ((1 << (ring - 1)) - 1)) >> f
+    passed = ring - 1 - f
+    return low - (1 << (passed - 1)) + (top << passed), (1 - 2 * top) << passed
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A truncated value as it comes out of its opening: p + q rb - rc. p, q: public.  rb, rc: shares.
+
+    Products of such values cost no further opening where the dealer shares the products of their parts.
+    """
+
+    p: torch.Tensor
+    q: torch.Tensor
+    rb: torch.Tensor
+    rc: torch.Tensor
+
+    @staticmethod
+    def of(c: torch.Tensor, f: int, ring: int, rb: torch.Tensor, rc: torch.Tensor) -> Cut:
+        return Cut(*affine(c, f, ring), rb, rc)
+
+    def share(self, side: Side) -> torch.Tensor:
+        return side.first(self.p) + self.q * self.rb - self.rc
+
+    def times(self, side: Side, y: Cut, crossed: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Shares of the product; crossed: shares of rb rb', rb rc', rc rb' and rc rc' (`cross`)."""
+        bb, bc, cb, cc = crossed
+        mine = y.p * (self.q * self.rb - self.rc) + self.p * (y.q * y.rb - y.rc)
+        return side.first(self.p * y.p) + mine + self.q * (y.q * bb - bc) - y.q * cb + cc
+
+
+def cross(
+    rb: torch.Tensor, rc: torch.Tensor, rb_: torch.Tensor, rc_: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """At the dealer: what `Cut.times` needs of two masks' parts."""
+    return rb * rb_, rb * rc_, rc * rb_, rc * rc_
+
+
+def shrink(side: Side, x: Share, bits: int) -> Share:
+    """To `bits` fraction bits, each party alone, no message: within one unit of x / 2^f, unbiased.
+
+    What is dropped below is lost above: the ring has so many bits less. That is what an opening should
+    have sent anyway: a value below 2^14 with 16 fraction bits needs 32 bits, `truncate` brings it back.
+    """
+    f = x.bits - bits
+    return x if f <= 0 else Share(drop(x.data, f) + side.constant(1, x.data), bits, ring=x.ring - f)
+
+
+def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
+    """To `bits` fraction bits and the whole ring: floor(x / 2^f) + {0, 1}, never off by a wrap.
+
+    For |x_raw| < 2^(ring-2). One round; with fewer fraction bits than wanted it is a shift and costs
+    nothing. Escudero et al., eprint 2020/338; PROTOCOLS 2.
+    """
+    f = x.bits - bits
+    if f <= 0 and x.ring == 64:
+        return Share(x.data << -f, bits, x.owner)
+    ring, f = x.ring, max(f, 0)
+    data = x.data << max(0, bits - x.bits)
+    r, rc, rb = yield from draw(correlations.truncation(x.shape, f, ring))
+    (c,) = yield from reveal(raised(side, data, r, ring, "masked for truncation"))
+    return Share(Cut.of(c, f, ring, rb, rc).share(side), bits)
+
+
+def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
+    """x, brought back to the whole ring, times y, which is there already: one round for both.
+
+    |x_raw| < 2^(ring-2). The dealer shares y's mask times the parts of x's (PROTOCOLS 2, fused).
+    """
+    factor = Scaled.shape(x, y.shape)
+    r, a, *parts = yield from draw(factor)
+    c, d = yield from reveal(
+        raised(side, x.data, r, x.ring, "masked for truncation"), masked(y.data - a, 64, "factor, masked")
+    )
+    return Scaled(side, x, a, c, parts).times(d, y.bits)
+
+
+def truncate_to_scale(
+    side: Side, x: Share, shape: tuple[int, ...]
+) -> Program[Callable[[Share], Program[Share]]]:
+    """`truncate_times` in two steps, for a factor of `shape` that comes later: a round now, one then."""
+    r, a, *parts = yield from draw(Scaled.shape(x, shape))
+    (c,) = yield from reveal(raised(side, x.data, r, x.ring, "masked for truncation"))
+    scaled = Scaled(side, x, a, c, parts)
+
+    def times(y: Share) -> Program[Share]:
+        (d,) = yield from reveal(masked(y.data - a, 64, "factor, masked"))
+        return scaled.times(d, y.bits)
+
+    return times
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """x was opened as c, to be truncated and multiplied by a factor with the mask a."""
+
+    side: Side
+    x: Share
+    a: torch.Tensor
+    c: torch.Tensor
+    parts: Sequence[torch.Tensor]
+
+    @staticmethod
+    def shape(x: Share, factor: tuple[int, ...]) -> Request:
+        def derive(r: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
+            rc, rb = cut(r, 0, x.ring)
+            return rc, rb, a * rc, a * rb
+
+        return Request("truncation/product", (Part(x.shape), Part(factor)), (Part(x.shape),) * 4, derive)
+
+    def times(self, d: torch.Tensor, bits: int) -> Share:
+        """By the factor opened as d, with so many fraction bits."""
+        rc, rb, arc, arb = self.parts
+        y = Cut.of(self.c, 0, self.x.ring, rb, rc)
+        return Share(d * y.share(self.side) + y.p * self.a + y.q * arb - arc, self.x.bits + bits)
+
+
+def truncate_product(side: Side, x: Share, y: Share) -> Program[Share]:
+    """x times y, both brought back to the whole ring by the same round; |raw| < 2^(ring-2)."""
+
+    def derive(r: torch.Tensor, r_: torch.Tensor) -> Sequence[torch.Tensor]:
+        (rc, rb), (rc_, rb_) = cut(r, 0, x.ring), cut(r_, 0, y.ring)
+        return rc, rb, rc_, rb_, *cross(rb, rc, rb_, rc_)
+
+    request = Request("truncations/product", (Part(x.shape),) * 2, (Part(x.shape),) * 8, derive)
+    r, r_, rc, rb, rc_, rb_, *crossed = yield from draw(request)
+    c, c_ = yield from reveal(
+        raised(side, x.data, r, x.ring, "masked for truncation"),
+        raised(side, y.data, r_, y.ring, "masked for truncation"),
+    )
+    one, two = Cut.of(c, 0, x.ring, rb, rc), Cut.of(c_, 0, y.ring, rb_, rc_)
+    return Share(one.times(side, two, crossed), x.bits + y.bits)
+
+
+def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
+    """A share of noise for each element of x, known to one party alone, who adds it: about normal, with
+    a standard deviation of 2^-bits and at most 6 times as large. No message.
+
+    A sum of 12 uniform numbers. On values that are multiples of a secret step s it leaves sinc(2^-bits /
+    s)^12 of the wave that would tell s: 8e-9 at most where s <= 2^-bits, 4e-3 at twice that.
+    """
+    wide = x.bits - bits  # bits of a uniform number, in units of x
+    (words,) = yield from draw(
+        Request("blur", (Part((*x.shape, 12), torch.int16, owner=by),), (), lambda r: ())
+    )
+    if side.rank is not by or words.is_meta:
+        return torch.zeros_like(x.data)
+    noise = (words.long() & ((1 << wide) - 1)).sum(-1)
+    return noise - 6 * ((1 << wide) - 1)
+
+
+def resident(x: Share, ring: int = 64) -> Program[Resident]:
+    """Open x - B once, with a mask B that stays (PROTOCOLS 1). One round; one way if x has an owner."""
+    announced = yield from announce(x, ring)
+    return (yield from deliver(x, announced, announced))
+
+
+def announce(x: Share, ring: int = 64) -> Program[Resident]:
+    """First half of `resident`: the mask, for what draws with it. No message."""
+    mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
+    return Resident(mask, Awaited(), x.bits, None if values is None else values[0], ring)
+
+
+def deliver(x: Share, announced: Resident, joined: Resident) -> Program[Resident]:
+    """Second half: the round. joined: what was made of `announced` meanwhile; it comes out opened."""
+    why = "resident, masked"
+    (opened,) = yield from reveal(masked(x.data - announced.mask, announced.ring, why, x.owner))
+    announced.opened.bring(opened)
+    return replace(joined, opened=joined.public)
+
+
+def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Program[Share]:
+    """(*b, m, k) @ resident (*b, k, n) modulo 2^ring, all fraction bits kept. One round; x is opened."""
+    ring = min(ring, x.ring, w.ring)
+    out = (*x.shape[:-1], w.shape[-1])
+    a, c = yield from draw(correlations.resident_product(x.shape, w, out, x.owner))
+    (e,) = yield from reveal(masked(x.data - a, ring, "activation, masked", x.owner))
+    return Share(times_resident(side, e, a, c, w), x.bits + w.bits, ring=ring)
+
+
+def times_resident(
+    side: Side, e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, w: Resident
+) -> torch.Tensor:
+    """Shares of x @ w, with e = x - a opened and shares of the mask a and of c = a @ (w's mask)."""
+    return c + matmul(e, w.mask) + matmul(a, w.public) + side.first(matmul(e, w.public))
+
+
+def product(
+    side: Side,
+    x: Share,
+    y: Share,
+    op: Callable[..., torch.Tensor] = torch.mul,
+    ring: int = 64,
+) -> Program[Share]:
+    """op(x, y), bilinear, modulo 2^ring, all fraction bits kept. One round (Beaver, CRYPTO 1991)."""
+    ring = min(ring, x.ring, y.ring)
+    shapes = (torch.empty(s, dtype=torch.int64, device="meta") for s in (x.shape, y.shape))
+    out = tuple(op(*shapes).shape)
+    a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op, f"triple/{op.__name__}"))
+    d, e = yield from reveal(
+        masked(x.data - a, ring, "factor, masked"), masked(y.data - b, ring, "factor, masked")
+    )
+    return Share(c + op(d, b) + op(a, e) + side.first(op(d, e)), x.bits + y.bits, ring=ring)

@@ -1,0 +1,104 @@
+"""Residual connection, RMSNorm and the linear layer after it, as one protocol of four rounds (PROTOCOLS 6).
+
+1. What the last sublayer adds is opened, to be truncated. The stream was opened before with a mask that
+   the dealer knows, so the sum of squares of stream and addition comes out of this opening.
+2. The new stream is opened, for the matrix; the sum is compared with all powers of four.
+3. The product is opened, to be truncated; the inverse root is looked up.
+4. The inverse root is opened, which multiplies what round 3 opened: the norm is applied after the matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+from mpcache.protocols.linear import Cut, raised, shrink, times_resident, truncate_to_scale
+from mpcache.protocols.reciprocal import Curve, Range, power
+from mpcache.runtime.correlations import Part, Request, cut, dealt, resident_product
+from mpcache.runtime.program import Opening, Program, at, draw, reveal, together
+from mpcache.runtime.shares import Resident, Share
+from mpcache.runtime.side import Side
+
+VARIANCE_LOW, VARIANCE_HIGH = -20, 17  # mean squares from 9.5e-7 to 1.3e5
+PRODUCT_BITS = 18  # fraction bits of stream times matrix, before it is scaled
+PRODUCT_RING = 40  # so |stream times matrix| < 2^20
+
+
+@cache
+def root(width: int, bits: int) -> tuple[Range, Curve, int]:
+    """How to take sqrt(width) 2^bits / sqrt(total), total the raw sum of `width` squares at `bits` bits:
+    the range of the total, the curve, and the result's fraction bits. Relative error 3.2e-5."""
+    spread = math.log2(width) + 2 * bits
+    where = Range.of(spread + VARIANCE_LOW, spread + VARIANCE_HIGH, 2)
+    scale = math.log2(width) / 2  # the part of sqrt(width) that is no power of two goes into the curve
+    whole = math.floor(scale)
+    curve = Curve(lambda u: torch.rsqrt(u) * 2 ** (scale - whole), 2, 7, 16, 10)
+    return where, curve, curve.bits + where.steps(2) - 1 + where.low // 2 - bits - whole
+
+
+def norm_linear(
+    side: Side,
+    stream: Resident | None,
+    change: Share,
+    eps: float,
+    w: Resident,
+    turn: Callable[[Share], Share],
+) -> Program[tuple[Resident, Share]]:
+    """x = stream + change (m, width), and turn(x @ w) / sqrt(mean square of x + eps).
+
+    stream: (m, width) at the change's fraction bits, opened; None for zero.  change: |raw| < 2^(ring-2).
+    turn: public and linear.  The mean squares lie in [2^-20, 2^17), |turn(x @ w)| below 2^14 (2^20 where
+    w's ring has 64 bits), and divided by the root below 2^10. The result keeps its
+    fraction bits; relative error 3.2e-5, and 2^-18 of the product. Four rounds.
+    """
+    x, total = yield from at("norm", _add(side, stream, change))
+    width, bits = change.shape[-1], change.bits
+    total = total + side.constant(round(eps * width * 2.0 ** (2 * bits)), total)
+    where, curve, root_bits = root(width, bits)
+
+    def multiplied() -> Program[tuple[Resident, Callable[[Share], Program[Share]]]]:
+        opened, y = yield from _times(side, Share(x, bits), w)
+        y = shrink(side, turn(y), PRODUCT_BITS)
+        y = Share(y.data, y.bits, ring=min(y.ring, PRODUCT_RING))
+        return opened, (yield from truncate_to_scale(side, y, tuple(total.shape)))
+
+    def inverse() -> Program[Share]:
+        y = yield from power(side, total.reshape(-1), where, curve)
+        return Share(y.reshape(total.shape), root_bits)
+
+    (opened, scaled), factor = yield from together(multiplied(), at("norm", inverse()))
+    return opened, (yield from scaled(factor))
+
+
+def _add(side: Side, stream: Resident | None, change: Share) -> Program[tuple[torch.Tensor, torch.Tensor]]:
+    """Shares of x = stream + change (m, width), brought back to the whole ring, and of the sums of its
+    squares (m, 1). One round."""
+    m, width = change.shape
+    each, row = Part((m, width)), Part((m, 1))
+
+    def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
+        # x = e + p + q rb + a, e and p public: a is what hides the stream and the change's low bits
+        rc, rb = cut(r, 0, change.ring)
+        a = -rc if stream is None else dealt(stream.dealt) - rc
+        return rc, rb, a * rb, (a * a).sum(-1, keepdim=True)
+
+    request = Request("norm", (each,), (each, each, each, row), derive)
+    r, rc, rb, a_rb, aa = yield from draw(request)
+    (c,) = yield from reveal(raised(side, change.data, r, change.ring, "masked for truncation"))
+    cut_ = Cut.of(c, 0, change.ring, rb, rc)
+    e, a = (cut_.p, -rc) if stream is None else (cut_.p + stream.opened, stream.mask - rc)
+    # (e + q rb + a)^2
+    squares = side.first(e * e) + 2 * e * a + 2 * cut_.q * (e * rb + a_rb) + cut_.q * cut_.q * rb
+    return side.first(e) + cut_.q * rb + a, squares.sum(-1, keepdim=True) + aa
+
+
+def _times(side: Side, x: Share, w: Resident) -> Program[tuple[Resident, Share]]:
+    """x opened under a fresh mask, and x @ w from the same opening. One round."""
+    out = (*x.shape[:-1], w.shape[-1])
+    a, c, values = yield from draw(resident_product(x.shape, w, out, keep=True))
+    (e,) = yield from reveal(Opening(x.data - a, "stream, masked"))
+    opened = Resident(a, e, x.bits, None if values is None else values[0])
+    return opened, Share(times_resident(side, e, a, c, w), x.bits + w.bits, ring=w.ring)

@@ -1,0 +1,180 @@
+"""Reciprocals and reciprocal square roots over a wide range, in two rounds (PROTOCOLS 6).
+
+Round 1: a positive x is opened once, masked. One key tree tells which of the thresholds
+2^low, 2^(low + step), ... it passes; a second one, with the mask as its payload, gives x times the same
+answers. So the exponent arrives as a one-hot vector and u = x * 2^-j as a share, without another message.
+Round 2: u is opened masked; a line for each interval of u, chosen by a rotated one-hot vector, is the
+function there. What the dealer shares of the vector - itself, times the parts of u's mask, and all
+that times the mask of the exponent's own factor - makes line, slope and factor one round.
+
+The factors are powers of two (steps of two for the square root), so they are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpcache.protocols import dcf as fss
+from mpcache.protocols.compare import key_parts
+from mpcache.protocols.dcf import KeyShape
+from mpcache.protocols.linear import affine, masked, raised
+from mpcache.protocols.lookup import one_hot
+from mpcache.runtime.correlations import Part, Request, cut
+from mpcache.runtime.program import Program, draw, reveal
+from mpcache.runtime.shares import Share
+from mpcache.runtime.side import Side, drop
+
+MARGIN = 16  # bits of x below its lowest exponent that are kept
+
+
+@dataclass(frozen=True)
+class Curve:
+    """fn on [1, 2^step), by lines over 2^cells intervals to the unit; fn(x 2^step) = fn(x) / 2.
+
+    grid: fraction bits of u.  slope: of the lines' slopes.
+    """
+
+    fn: Callable[[torch.Tensor], torch.Tensor]
+    step: int
+    cells: int
+    grid: int
+    slope: int
+
+    @property
+    def bits(self) -> int:
+        return self.grid + self.slope
+
+    @property
+    def size(self) -> int:
+        """Intervals, and room for one below zero and one above the last: a power of two."""
+        return 1 << (self.cells + self.step)
+
+    def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Value at v = 0 and slope (size,), integers, with v = u - 1 on the grid.
+
+        An interval's number may come out one too high (`drop`, and the carry of two masked numbers): each
+        line is the best for its interval and the one before.
+        """
+        number = torch.arange(self.size, dtype=torch.float64)
+        number = torch.where(number < self.size - 1, number, -1.0)
+        unit = 2.0**-self.cells
+        start, mid, end = (self.fn((1 + (number + i) * unit).clamp(min=0.5)) for i in (-1, 0, 1))
+        slope = torch.round((end - start) / (2 * unit) * 2**self.slope)
+        value = torch.round(((start + end) / 4 + mid / 2) * 2**self.bits)
+        width = 1 << (self.grid - self.cells)
+        return (value - slope * number * width).to(torch.int64), slope.to(torch.int64)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Raw x in [2^low, 2^high), high - low a multiple of the curve's step."""
+
+    low: int
+    high: int
+
+    @staticmethod
+    def of(low: float, high: float, step: int) -> Range:
+        """Covers [low, high), exponents; the whole range stays below 2^62."""
+        first = math.floor(low) // step * step
+        return Range(first, min(62 // step * step, first + -(-(math.ceil(high) - first) // step) * step))
+
+    def steps(self, step: int) -> int:
+        """Exponents to tell apart."""
+        return (self.high - self.low) // step
+
+
+def power(side: Side, x: torch.Tensor, where: Range, curve: Curve) -> Program[torch.Tensor]:
+    """fn(x 2^-low) at `curve.bits` + steps - 1 fraction bits, x (*s) shares of integers. Two rounds.
+
+    Relative error: that of the lines, and of u on its grid: see `RECIPROCAL`, `norm.ROOT`.
+    """
+    u, ring, factor = yield from _exponent(side, x, where, curve)
+    return (yield from _line(side, u, ring, factor, curve))
+
+
+def _exponent(
+    side: Side, x: torch.Tensor, where: Range, curve: Curve
+) -> Program[tuple[torch.Tensor, int, torch.Tensor]]:
+    """-> v = u - 1 on the curve's grid, within 2, modulo 2^ring; ring; and the factor, a power of two."""
+    n, step, k = math.prod(x.shape), curve.step, where.steps(curve.step)
+    shift = max(0, where.low - MARGIN)
+    low, high, ring = where.low - shift, where.high - shift, 64 - shift
+    x = drop(x.reshape(n), shift)
+    keys = KeyShape(2 * n, high + 1)  # first half: [x < theta], second half: x [x < theta]
+    mask = (1 << keys.depth) - 1
+    seeds, words, bit_parts = key_parts(keys)
+
+    def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
+        top = ((r >> keys.depth) & 1).repeat(2)
+        carried = torch.cat([torch.ones_like(r), r])
+        trees = fss.generate(keys, s, (r & mask).repeat(2), carried * (1 - 2 * top))
+        return carried * top, *trees
+
+    request = Request("compare", (Part((n,)), seeds), (Part((2 * n,)), words, bit_parts), derive)
+    r, own, tops, cw, cb = yield from draw(request)
+    (c,) = yield from reveal(masked(x + r, ring, "masked for comparison"))
+    points = c.unsqueeze(-1) - side.public([1 << (low + step * i) for i in range(1, k)])
+    _, t = fss.evaluate(keys, side.number, own, cw, cb, (points & mask).repeat(2, 1))
+    u, ru = (tops.unsqueeze(-1) + t).chunk(2)
+    m = (points >> keys.depth) & 1
+    below = side.first(m) + (1 - 2 * m) * u
+    x_below = c.unsqueeze(-1) * below - (m * r.unsqueeze(-1) + (1 - 2 * m) * ru)
+    # hot_i = [x < theta_(i+1)] - [x < theta_i]; u = sum of x hot_i 2^(step (k - 1 - i)), at the top
+    one, zero = side.constant(1, below[:, :1]), torch.zeros_like(below[:, :1])
+    hot = torch.cat([below, one], -1) - torch.cat([zero, below], -1)
+    x_hot = torch.cat([x_below, x.unsqueeze(-1)], -1) - torch.cat([zero, x_below], -1)
+    high_u = (x_hot * side.public([1 << step * (k - 1 - i) for i in range(k)])).sum(-1)
+    factor = (hot * side.public([1 << (k - 1 - i) for i in range(k)])).sum(-1)
+    excess = high - step - curve.grid
+    return drop(high_u, excess) - side.constant(1 << curve.grid, r), ring - excess, factor
+
+
+def _line(
+    side: Side, v: torch.Tensor, ring: int, factor: torch.Tensor, curve: Curve
+) -> Program[torch.Tensor]:
+    (n,), size = v.shape, curve.size
+    ring = min(ring, curve.grid + curve.step + 2)
+    fine = curve.grid - curve.cells
+
+    def derive(r: torch.Tensor, b: torch.Tensor) -> Sequence[torch.Tensor]:
+        hot = one_hot(r >> fine, size)
+        rc, rb = (part.unsqueeze(-1) * hot for part in cut(r, 0, ring))
+        return hot, rb, rc, *(b.unsqueeze(-1) * part for part in (hot, rb, rc))
+
+    request = Request("line", (Part((n,)), Part((n,))), (Part((n, size)),) * 6, derive)
+    r, b, *parts = yield from draw(request)
+    c, d = yield from reveal(
+        raised(side, v, r, ring, "index, rotated"), masked(factor - b, 64, "factor, masked")
+    )
+    # The offset of `raised` is a multiple of the table's size: number = (c - r) >> fine, or one more.
+    place = ((c >> fine).unsqueeze(-1) - side.public(range(size))) & (size - 1)
+    value, slope = (side.public(line) for line in curve.lines())
+    hot, rb, rc, b_hot, b_rb, b_rc = (part.gather(-1, place) for part in parts)
+    p, q = affine(c, 0, ring)  # v = p + q rb - rc
+
+    def line(one: torch.Tensor, top: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        base, tilt = (one * value).sum(-1), (one * slope).sum(-1)
+        return base + p * tilt + q * (top * slope).sum(-1) - (low * slope).sum(-1)
+
+    return d * line(hot, rb, rc) + line(b_hot, b_rb, b_rc)
+
+
+RECIPROCAL = Curve(lambda u: 1 / u, 1, 7, 14, 9)
+
+
+def reciprocal_range(least: float, most: float, bits: int) -> tuple[Range, int]:
+    """Of raw x with `bits` fraction bits, and the fraction bits of 1 / x: 23 for the largest x, and one
+    more for each factor of two below."""
+    where = Range.of(math.log2(least) + bits, math.log2(most) + bits, 1)
+    return where, RECIPROCAL.bits + where.steps(1) - 1 + where.low - bits
+
+
+def reciprocal(side: Side, x: Share, least: float, most: float) -> Program[Share]:
+    """1 / x for least <= x < most, (*s). Two rounds. Relative error 2e-4."""
+    where, bits = reciprocal_range(least, most, x.bits)
+    y = yield from power(side, x.data.reshape(-1), where, RECIPROCAL)
+    return Share(y.reshape(x.shape), bits)

@@ -1,0 +1,152 @@
+"""Oblivious top-k with one-hot slots, and the gather inside it: two rounds (PROTOCOLS 4).
+
+Round 1 opens every score masked; all differences are then public with known masks, so all pairs
+are compared without another message, and rank_i = how many beat i arrives in shares. Round 2 opens
+rank_i + rho_i modulo N; the dealer's one-hot of rho_i, rotated by that, is the slot matrix
+H[j, i] = [rank_i = j]. What the dealer also rotates by rho_i comes along for free: the masks of the
+values to gather, and the masks of the weights that will be scattered back. A third round between the two
+takes a ninth of the offline bytes of the comparisons (`compare.Digits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpcache.ops import Selection
+from mpcache.protocols import selection as chosen
+from mpcache.protocols.compare import Digits, Keys
+from mpcache.protocols.linear import masked
+from mpcache.protocols.lookup import one_hot
+from mpcache.runtime.correlations import Part, Request, dealt
+from mpcache.runtime.program import Program, draw, reveal
+from mpcache.runtime.shares import Share, cat
+from mpcache.runtime.side import Side
+
+
+def size_for(n: int) -> int:
+    """The power of two that ranks of n items are opened modulo."""
+    return 1 << max(1, (n - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class HotSelection(Selection):
+    """hot: shares of H (*rows, k, n), integers.  opened: rank + rho modulo N (*rows, n), public.
+
+    rotation: rho, at the dealer only.
+    """
+
+    side: Side
+    hot: torch.Tensor
+    opened: torch.Tensor
+    size: int
+    rotation: torch.Tensor | None
+
+    def slots(self) -> Share:
+        return Share(self.hot, 0)
+
+    def gather(self, values: Share) -> Program[Share]:
+        kept = yield from self.keep()
+        return (yield from kept.gather(values))
+
+    def keep(self) -> Program[Selection]:
+        return chosen.keep(self.side, self.slots())
+
+    def refine(self, finer: Selection, children: int) -> Program[Selection]:
+        return chosen.refine(self.side, self.slots(), finer.slots(), children)  # type: ignore[attr-defined]
+
+    def marks(self) -> Share:
+        return self.slots().sum(-2)
+
+    def scatter(self, weights: Share, ring: int = chosen.RING) -> Program[Share]:
+        """One round: only the weights are opened, modulo 2^ring. For each item i the dealer shares the
+        weights' masks rotated by rho_i: item i's mask stands at the public place rank_i + rho_i."""
+        *rows, k, c = weights.shape
+        n, size = self.hot.shape[-1], self.size
+
+        def derive(a: torch.Tensor) -> Sequence[torch.Tensor]:
+            # P[i, u] = a[u - rho_i mod N], zero where that is no slot
+            rho = dealt(self.rotation).unsqueeze(-1)
+            slot = (torch.arange(size) - rho) & (size - 1)  # (*rows, n, N)
+            padded = torch.cat([a, torch.zeros(*rows, size - k, c, dtype=torch.int64)], -2)
+            flat = slot.reshape(*rows, n * size, 1).expand(*rows, n * size, c)
+            return (padded.gather(-2, flat).reshape(*rows, n, size, c),)
+
+        request = Request("scatter", (Part(weights.shape),), (Part((*rows, n, size, c)),), derive)
+        a, spread = yield from draw(request)
+        (e,) = yield from reveal(masked(weights.data - a, ring, "weights, masked"))
+        place = self.opened.reshape(*rows, n, 1, 1).expand(*rows, n, 1, c)
+        return Share(
+            torch.matmul(self.hot.transpose(-1, -2), e) + spread.gather(-2, place).squeeze(-2),
+            weights.bits,
+            ring=ring,
+        )
+
+
+def top(
+    side: Side,
+    scores: Share,
+    k: int,
+    values: Sequence[Share],
+    width: int,
+    comparison: type[Keys] | type[Digits] = Keys,
+) -> Program[tuple[HotSelection, list[Share]]]:
+    """The k highest of (*rows, n), descending, ties to the lower index; values (*rows, n, c) gathered.
+
+    Scores are compared in a ring of `width` bits: their differences must stay below 2^(width-1)
+    raw. Values are gathered in their own ring. Two rounds, three where `Digits` compare.
+    """
+    *rows, n = scores.shape
+    first, second = torch.triu_indices(n, n, 1)
+    pairs = len(first)
+    size = size_for(n)
+    flat = 1
+    for r in rows:
+        flat *= r
+    # Ranks are opened modulo `size`: that many bits of the comparisons' outcomes are enough.
+    bit = torch.int8 if size <= 1 << 8 else torch.int16
+    compared = comparison(flat * pairs, width, bit)
+    together = cat(list(values), -1)
+    c = together.shape[-1]
+    dtype = torch.int32 if together.ring <= 32 else torch.int64
+
+    def derive(r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
+        difference = (r[..., first] - r[..., second]).reshape(-1)
+        hot = one_hot(rho, size)
+        return *compared.derive(difference, own), hot, hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
+
+    request = Request(
+        compared.kind,
+        (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c), dtype), *compared.random),
+        (*compared.derived, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
+        derive,
+        keep=True,
+    )
+    r, rho, m, *parts, hot, masks, kept = yield from draw(request)
+    opened, shown = yield from reveal(
+        masked(scores.data + r, width, "scores, masked"),
+        masked(together.data + m, together.ring, "values to gather, masked"),
+    )
+    # first < second loses only where it is strictly lower.
+    points = (opened[..., first] - opened[..., second]).reshape(-1)
+    loses = (yield from compared.sign(side, parts, points)).reshape(*rows, pairs)
+    # An item is beaten by every earlier one, but for those that lose to it, and by a later one if it loses.
+    earlier = side.first(torch.arange(n)).expand(*rows, n)
+    rank = earlier.index_add(-1, first, loses).index_add(-1, second, -loses)
+
+    (place,) = yield from reveal(masked(rank + rho, size.bit_length() - 1, "ranks, rotated"))
+    place = place & (size - 1)
+    slots = side.public(range(k))
+    where = (place.unsqueeze(-1) - slots) & (size - 1)  # (*rows, n, k)
+    h = hot.gather(-1, where).transpose(-1, -2)  # (*rows, k, n)
+    rotated = masks.gather(-2, where.unsqueeze(-1).expand(*where.shape, c)).sum(-3, dtype=torch.int64)
+    gathered = Share(torch.matmul(h, shown) - rotated, together.bits, ring=together.ring)
+    pieces, column = [], 0
+    for value in values:
+        pieces.append(gathered[..., column : column + value.shape[-1]])
+        column += value.shape[-1]
+    rotation = None if kept is None else kept[1]
+    return HotSelection(side, h, place, size, rotation), pieces

@@ -1,0 +1,215 @@
+"""Who answers a program: a computing party, the dealer, or the cost reading.
+
+All openings of the system go through `Party.open`; all correlated randomness through `Party.draw`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mpcache.engines import crypten_shim
+from mpcache.ledger import Ledger
+from mpcache.rank import Rank
+from mpcache.runtime.correlations import Part, Request
+from mpcache.runtime.meta import Blank
+from mpcache.runtime.program import Opening
+from mpcache.runtime.rng import Stream, Tapes
+from mpcache.transport.link import Link
+
+COMPUTING = (Rank.SERVER, Rank.CLIENT)
+
+
+def _sends(item: Opening, rank: Rank) -> bool:
+    """Whether `rank` sends its share of this opening to the other computing party."""
+    return item.sender in (None, rank) and item.to in (None, rank.peer)
+
+
+def _pack(x: torch.Tensor, width: int) -> torch.Tensor:
+    """The low `width` bytes of each int64, shape (*, width) uint8; whole words stay int64."""
+    if width == 8:
+        return x.contiguous()
+    # flat first: where a size is 1 a contiguous tensor may have any stride
+    return x.reshape(-1).contiguous().view(torch.uint8).reshape(*x.shape, 8)[..., :width].contiguous()
+
+
+def _unpack(x: torch.Tensor, width: int) -> torch.Tensor:
+    if width == 8:
+        return x
+    padded = torch.zeros(*x.shape[:-1], 8, dtype=torch.uint8)
+    padded[..., :width] = x
+    return padded.view(torch.int64).reshape(x.shape[:-1])
+
+
+def _spec(item: Opening) -> tuple[torch.dtype, tuple[int, ...]]:
+    shape = tuple(item.share.shape)
+    return (torch.int64, shape) if item.width == 8 else (torch.uint8, (*shape, item.width))
+
+
+class Party(ABC):
+    """Answers openings, draws and blocking calls for one rank."""
+
+    rank: Rank
+    ledger: Ledger
+
+    @abstractmethod
+    def begin(self, phase: str) -> None:
+        """Start a phase: fresh key streams, so that no mask of another phase can come again."""
+
+    @abstractmethod
+    def open(self, items: Sequence[Opening], step: str) -> list[Any]:
+        """Open tensors in one round; None for what this party does not learn."""
+
+    @abstractmethod
+    def draw(self, request: Request, step: str) -> list[Any]:
+        """This party's parts of a correlation; for a kept one also all values (None but at the dealer)."""
+
+    def call(self, run: Callable[[], Any], step: str) -> Any:
+        """Run blocking CrypTen code as this party."""
+        return crypten_shim.call(self, run, step)
+
+    def stream(self, kind: str) -> Stream | None:
+        """CrypTen's own generators: `prev`, `next` (shared by both parties) and `local`."""
+        return None
+
+
+class ComputingParty(Party):
+    """Rank 0 or 1: real shares over a link to the peer, corrections from the dealer.
+
+    seed: shared with the dealer.  pair_seeds: `prev` and `next`, shared with the peer.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        peer: Link,
+        dealer: Link,
+        seed: bytes,
+        pair_seeds: dict[str, bytes],
+        own_seed: bytes,
+        ledger: Ledger,
+    ) -> None:
+        self.rank, self.ledger = rank, ledger
+        self._peer, self._dealer = peer, dealer
+        self._tapes = Tapes(seed)
+        self._crypten_seeds = {**pair_seeds, "local": own_seed}
+        self._tape: Stream | None = None
+        self._streams: dict[str, Stream] = {}
+
+    def begin(self, phase: str) -> None:
+        self._tape = self._tapes.begin(phase)
+        # One seed is `prev` at one party and `next` at the other: the label must not tell them apart.
+        self._streams = {k: Stream(s, f"crypten/{phase}") for k, s in self._crypten_seeds.items()}
+
+    def open(self, items: Sequence[Opening], step: str) -> list[Any]:
+        mine = [i for i in items if _sends(i, self.rank)]
+        theirs = [i for i in items if _sends(i, self.rank.peer)]
+        received = self._peer.swap(
+            step,
+            [_pack(i.share, i.width) for i in mine],
+            [_spec(i) for i in theirs],
+            [i.step or step for i in mine],
+            [i.step or step for i in theirs],
+        )
+        arrived = dict(zip(map(id, theirs), received, strict=True))
+        opened: list[Any] = []
+        for item in items:
+            if item.to not in (None, self.rank):
+                opened.append(None)
+                continue
+            value = item.share if item.sender in (None, self.rank) else None
+            if id(item) in arrived:
+                other = _unpack(arrived[id(item)], item.width)
+                value = other if value is None else (value ^ other if item.xor else value + other)
+            if value is not None and item.width < 8:
+                value = value & ((1 << 8 * item.width) - 1)
+            opened.append(value)
+        return opened
+
+    def draw(self, request: Request, step: str) -> list[Any]:
+        if self._tape is None:
+            raise RuntimeError("draw before begin")
+        parts: list[Any] = [_expand(self._tape, part, self.rank) for part in request.random]
+        sent = request.sent_to(self.rank)
+        arrived = iter(self._dealer.recv(step, [p.spec for p in sent]) if sent else [])
+        for part in request.derived:
+            parts.append(next(arrived) if part in sent else self._tape.tensor(part.shape, part.dtype))
+        return [*parts, None] if request.keep else parts
+
+    def stream(self, kind: str) -> Stream | None:
+        return self._streams.get(kind)
+
+
+class ShapeParty(Party):
+    """Reads a program by shapes alone and books what `rank` would send and receive: the cost."""
+
+    def __init__(self, rank: Rank = Rank.SERVER) -> None:
+        self.rank, self.ledger = rank, Ledger()
+
+    def begin(self, phase: str) -> None:
+        pass
+
+    def open(self, items: Sequence[Opening], step: str) -> list[Any]:
+        for item in items:
+            n = math.prod(item.share.shape) * item.width
+            self.ledger.book(
+                item.step or step,
+                sent=n * _sends(item, self.rank),
+                received=n * _sends(item, self.rank.peer),
+            )
+        self.ledger.book(step, rounds=1)
+        return [Blank(i.share.shape, i.share.dtype) for i in items]
+
+    def draw(self, request: Request, step: str) -> list[Any]:
+        n = sum(part.nbytes for part in request.sent_to(self.rank))
+        if n:
+            self.ledger.book(step, offline_received=n)
+        parts: list[Any] = [Blank(p.shape, p.dtype) for p in request.parts]
+        return [*parts, None] if request.keep else parts
+
+
+class DealerParty(Party):
+    """Rank 2: reads the program by shapes and meets every draw, in the program's own order."""
+
+    rank = Rank.SERVER  # CrypTen asks for a rank; by shapes both computing parties run the same code
+
+    def __init__(self, links: dict[Rank, Link], seeds: dict[Rank, bytes], ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._links = links
+        self._seeds = {rank: Tapes(seed) for rank, seed in seeds.items()}
+        self._tapes: dict[Rank, Stream] = {}
+
+    def begin(self, phase: str) -> None:
+        self._tapes = {rank: tapes.begin(phase) for rank, tapes in self._seeds.items()}
+
+    def open(self, items: Sequence[Opening], step: str) -> list[Any]:
+        return [Blank(i.share.shape, i.share.dtype) for i in items]
+
+    def draw(self, request: Request, step: str) -> list[Any]:
+        values = [
+            part.combine(*(_expand(self._tapes[r], part, r) for r in COMPUTING)) for part in request.random
+        ]
+        derived = request.derive(*values)
+        server, client = [], []
+        for part, value in zip(request.derived, derived, strict=True):
+            if part.public:
+                client.append(value)
+                server.append(value)
+            else:
+                server.append(part.correct(value, self._tapes[Rank.CLIENT].tensor(part.shape, part.dtype)))
+        for rank, tensors in ((Rank.SERVER, server), (Rank.CLIENT, client)):
+            if tensors:
+                self._links[rank].send(step, tensors)
+        parts: list[Any] = [Blank(p.shape, p.dtype) for p in request.parts]
+        return [*parts, values] if request.keep else parts
+
+
+def _expand(tape: Stream, part: Part, rank: Rank) -> torch.Tensor:
+    """One party's random part, from its stream; zero if the other party owns it."""
+    if part.owner in (None, rank):
+        return tape.tensor(part.shape, part.dtype)
+    return torch.zeros(part.shape, dtype=part.dtype)

@@ -1,0 +1,185 @@
+"""What one party holds of a secret: shares, and resident operands.
+
+A secret x in fixed point with `bits` fraction bits is x_raw = round(x * 2^bits) in Z_2^64, held as
+additive shares x_raw = s0 + s1 (int64 tensors; wrapping is the ring's own arithmetic). A party
+never sees more than its own share. At the dealer and in the cost reading the same objects hold
+meta tensors: shapes without values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+
+from mpcache.rank import Rank
+from mpcache.runtime.meta import Blank
+
+
+@dataclass(frozen=True)
+class Share:
+    """One party's share of a tensor. Local operations only; no truth value, no equality.
+
+    data: int64, this party's share.  bits: fraction bits.
+    owner: a party that knows the whole secret; its share is the secret and the other's is zero.
+    ring: the shares add up to the secret modulo 2^ring only; what lies above is noise. Values that
+    are known to be small are computed in a small ring, whose openings are shorter, and come back to
+    2^64 with the next truncation.
+    """
+
+    data: Any  # torch.Tensor, or a Blank where there are only shapes
+    bits: int
+    owner: Rank | None = None
+    ring: int = 64
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("a share has no truth value: secrets never steer control flow")
+
+    def _local(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Share:
+        return replace(self, data=fn(self.data))
+
+    def __add__(self, other: Share) -> Share:
+        if self.bits != other.bits:
+            raise ValueError(f"adding shares with {self.bits} and {other.bits} fraction bits")
+        owner = self.owner if self.owner == other.owner else None
+        return Share(self.data + other.data, self.bits, owner, min(self.ring, other.ring))
+
+    def __neg__(self) -> Share:
+        return self._local(torch.neg)
+
+    def __sub__(self, other: Share) -> Share:
+        return self + (-other)
+
+    def __mul__(self, factor: int | torch.Tensor) -> Share:
+        """Times public integers."""
+        if isinstance(factor, torch.Tensor):
+            if factor.is_floating_point():
+                raise TypeError("multiply a share by integers; fixed-point factors change `bits`")
+            factor = factor if isinstance(self.data, Blank) else factor.to(self.data.device)
+        return self._local(lambda x: x * factor)
+
+    def __getitem__(self, index: Any) -> Share:
+        return self._local(lambda x: x[index])
+
+    def reshape(self, *shape: int) -> Share:
+        return self._local(lambda x: x.reshape(*shape))
+
+    def transpose(self, a: int, b: int) -> Share:
+        return self._local(lambda x: x.transpose(a, b))
+
+    def sum(self, dim: int, keepdim: bool = False) -> Share:
+        return self._local(lambda x: x.sum(dim, keepdim=keepdim))
+
+    def expand(self, *shape: int) -> Share:
+        return self._local(lambda x: x.expand(*shape))
+
+
+def cat(parts: Sequence[Share], dim: int) -> Share:
+    """Concatenate shares with equal fraction bits."""
+    if len({p.bits for p in parts}) != 1:
+        raise ValueError("concatenating shares with different fraction bits")
+    return Share(torch.cat([p.data for p in parts], dim), parts[0].bits, ring=min(p.ring for p in parts))
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A secret tensor W that is used again and again: opened once as V = W - B (PROTOCOLS 1).
+
+    mask: this party's share of B.  opened: V, public to both computing parties; `Awaited` until the
+    round that opens it is over.  dealt: B itself, at the dealer only. All three have W's shape.
+    ring: V, and so every product with it, is known modulo 2^ring only.
+    """
+
+    mask: torch.Tensor
+    opened: Any  # torch.Tensor or Awaited
+    bits: int
+    dealt: torch.Tensor | None = None
+    ring: int = 64
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.mask.shape)
+
+    @property
+    def public(self) -> torch.Tensor:
+        """V, once it is there. Raises RuntimeError before."""
+        value: torch.Tensor = self.opened.value if isinstance(self.opened, Awaited) else self.opened
+        return value
+
+    def _local(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Resident:
+        dealt = None if self.dealt is None else fn(self.dealt)
+        return Resident(fn(self.mask), awaiting(fn, self), self.bits, dealt, self.ring)
+
+    def __getitem__(self, index: Any) -> Resident:
+        return self._local(lambda x: x[index])
+
+    def reshape(self, *shape: int) -> Resident:
+        return self._local(lambda x: x.reshape(*shape))
+
+    def transpose(self, a: int, b: int) -> Resident:
+        return self._local(lambda x: x.transpose(a, b))
+
+    def append(self, other: Resident, dim: int) -> Resident:
+        """Concatenate: both keep the masks they were opened with."""
+        if self.bits != other.bits:
+            raise ValueError("appending residents with different fraction bits")
+        dealt = None
+        if self.dealt is not None and other.dealt is not None:
+            dealt = torch.cat([self.dealt, other.dealt], dim)
+        return Resident(
+            torch.cat([self.mask, other.mask], dim),
+            awaiting(lambda *parts: torch.cat(parts, dim), self, other),
+            self.bits,
+            dealt,
+            min(self.ring, other.ring),
+        )
+
+
+class Awaited:
+    """What an opening that is under way brings, or what is to be made of it."""
+
+    def __init__(self, make: Callable[[], torch.Tensor] | None = None) -> None:
+        self._make = make
+        self._value: torch.Tensor | None = None
+
+    @property
+    def value(self) -> torch.Tensor:
+        if self._value is None:
+            if self._make is None:
+                raise RuntimeError("an operand is used before the round that opens it is over")
+            self._value = self._make()
+        return self._value
+
+    def bring(self, value: torch.Tensor) -> None:
+        self._value = value
+
+
+def awaiting(fn: Callable[..., torch.Tensor], *operands: Resident) -> torch.Tensor | Awaited:
+    """fn of what operands open to; later, if one is not there yet."""
+    if any(isinstance(w.opened, Awaited) for w in operands):
+        return Awaited(lambda: fn(*(w.public for w in operands)))
+    return fn(*(w.opened for w in operands))
+
+
+def encode(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Real numbers to fixed point, rounded to nearest; integers exactly."""
+    if not x.is_floating_point():
+        return x.to(torch.int64) << bits
+    return torch.round(x.double() * 2**bits).to(torch.int64)
+
+
+def centred(raw: torch.Tensor, ring: int) -> torch.Tensor:
+    """Integers modulo 2^ring as the numbers nearest to zero."""
+    above = 64 - ring
+    return (raw << above) >> above
+
+
+def decode(raw: torch.Tensor, bits: int) -> torch.Tensor:
+    """Fixed point to real numbers (float64)."""
+    return raw.double() / 2**bits

@@ -1,0 +1,365 @@
+"""Links that carry messages as frames (`mpcache.transport.message`): order, checks, counting.
+
+`FrameLink` is a Link over anything that carries frames of bytes to the peer in order. Whoever
+receives bytes hands them to `arrived`, on any thread, which refuses what may not come now and what
+there is no room for (`mpcache.transport.session_order`, `mpcache.transport.flow_control`): by size and kind before it is parsed. The
+party's own thread takes them out, checks each against what the program expects, and only then gives it
+memory.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from queue import Empty, SimpleQueue
+from threading import Lock
+from typing import Any
+
+import torch
+from google.protobuf.message import DecodeError
+
+from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
+from mpcache.ledger import Ledger
+from mpcache.rank import Rank
+from mpcache.transport.flow_control import FACTS_BYTES, SMALL_BYTES, Sent, cost, largest, room
+from mpcache.transport.link import Hello, Link, Spec
+from mpcache.transport.message import Coming, cut, is_one_field, kind_of
+from mpcache.transport.network import Shaper
+from mpcache.transport.session_order import AGREED, Order
+from mpcache_protos import party_pb2 as pb
+
+REASON_CHARACTERS = 2000
+LOOK_EVERY_S = 0.2  # while a shaped message is waited for
+_LOOK = "look"  # wakes a sender that waits for room
+
+
+class FrameLink(Link):
+    """A Link over an ordered carrier of frames; a subclass says how they leave (`_carry`)."""
+
+    def __init__(self, me: Rank, peer: Rank, ledger: Ledger, timeout_s: float) -> None:
+        self.me, self.peer, self.ledger = me, peer, ledger
+        self.offline = Rank.DEALER in (me, peer)
+        self.timeout_s = timeout_s  # longest silence while waiting for a frame
+        # Frames with their sizes, and when they may be taken; None: a failure, or Bye.
+        self._inbox: SimpleQueue[tuple[pb.Frame, int, float] | str | None] = SimpleQueue()
+        self.shaper: Shaper | None = None  # what comes in is as slow as this network
+        # Both become wider with `facts/agreed`.
+        self.sent = Sent(room(me, peer, agreed=False))
+        self.room = room(peer, me, agreed=False)  # bytes of frames that may wait here
+        self._order = Order()
+        self._out = Lock()  # frames leave in the order in which they are kept
+        self._wants_room = False
+        self._failure: LinkError | None = None
+        self._closed = False
+        self._peer_ended = False  # it said Bye or Abort
+        self._sent = 0  # messages so far in each direction
+        self._received = 0
+        # Frames so far: `_came` and `_came_cost` on the carrier's thread, the others on the party's.
+        self._came = self._came_cost = 0
+        self._took = self._took_cost = self._confirmed_cost = 0
+
+    def widen(self) -> None:
+        """Both ways, as after `facts/agreed`."""
+        self.room = room(self.peer, self.me, agreed=True)
+        self.sent.room = room(self.me, self.peer, agreed=True)
+
+    @abstractmethod
+    def _carry(self, data: bytes) -> None:
+        """Hand one frame to the carrier. Never blocks."""
+
+    def _post(self, data: bytes) -> None:
+        """Keep a frame until the peer has it, and hand it to the carrier. Never blocks."""
+        with self._out:
+            self.sent.add(data)
+            self._carry(data)
+
+    def _abort(self, data: bytes) -> None:
+        """Hand over the last frame; what was sent before need not arrive."""
+        self._carry(data)
+
+    # What arrives, on the carrier's thread.
+
+    def arrived(self, data: bytes) -> bool:
+        """Take one frame in; False when it was the peer's last, or is refused: then the link has failed."""
+        if (complaint := self._too_large(data)) is not None:
+            return self._refuse(complaint)
+        try:
+            frame = pb.Frame.FromString(data)
+            # What was overwritten while it was read takes memory, too, up to 16 times its own.
+            if len(data) <= SMALL_BYTES and frame.ByteSize() != len(data):
+                raise DecodeError
+        except DecodeError:
+            self.fail(Desync(f"{self.peer.label} sent bytes that are not a frame; is it the same version?"))
+            return False
+        kind = frame.WhichOneof("kind") or "an unknown message"
+        if kind == "ack":
+            return self._confirmed(frame.ack.frames)
+        if kind == "abort":
+            self._peer_ended = True
+            reason = frame.abort.reason[:REASON_CHARACTERS]
+            self.fail(PeerFailed(f"{self.peer.label} ended the session: {reason}"))
+            return False
+        step = frame.tensors.step if kind == "tensors" else frame.facts.step
+        complaint = self._order.complaint(kind, step[:200])
+        self._came += 1
+        self._came_cost += cost(len(data))
+        if complaint is None and self._came_cost - self._took_cost > self.room:
+            complaint = f"more than the {self.room} bytes that may wait here"
+        if complaint is not None:
+            return self._refuse(complaint)
+        if kind == "bye":
+            self._peer_ended = True
+            self._inbox.put(None)
+            return False
+        due = 0.0 if self.shaper is None else self.shaper.due(len(data))
+        self._inbox.put((frame, len(data), due))
+        return True
+
+    def _too_large(self, data: bytes) -> str | None:
+        """What is wrong with a frame's size, before a parser gives it memory."""
+        if len(data) <= SMALL_BYTES:
+            return None
+        kind = kind_of(data)
+        legal = kind == "tensors" and len(data) <= largest(self.me)
+        return None if legal and is_one_field(data) else f"a frame of {len(data)} bytes of {kind}"
+
+    def _refuse(self, complaint: str) -> bool:
+        self.fail(Desync(f"Desync: {self.peer.label} sends {complaint}, which is not legal"))
+        return False
+
+    def _confirmed(self, frames: int) -> bool:
+        before = self.sent.taken
+        if not self.sent.took(frames):
+            self.fail(Desync(f"Desync: {self.peer.label} confirms frame {frames}, which was not sent"))
+            return False
+        if self._wants_room and frames > before:  # so that repeating itself fills nothing
+            self._inbox.put(_LOOK)
+        return True
+
+    def fail(self, error: LinkError) -> None:
+        """From now on every call raises this error; also wakes a waiting `recv`. First error wins."""
+        if self._failure is None:
+            self._failure = error
+        self._inbox.put(None)
+
+    # What the party's own thread does.
+
+    def send(self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None) -> None:
+        self._send(step, tensors, labels, None)
+
+    def recv(
+        self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        return self._recv(Coming(step, specs), labels)
+
+    def swap(
+        self,
+        step: str,
+        outgoing: Sequence[torch.Tensor],
+        expected: Sequence[Spec],
+        labels_out: Sequence[str] | None = None,
+        labels_in: Sequence[str] | None = None,
+    ) -> list[torch.Tensor]:
+        # What was sent before this round has been taken, up to a quarter of the room that is not
+        # confirmed yet: a message of half the room never waits. Two larger ones could, for each other.
+        if not expected or sum(tensor.nbytes for tensor in outgoing) <= self.sent.room // 2:
+            return super().swap(step, outgoing, expected, labels_out, labels_in)
+        self.ledger.book(step, rounds=1)
+        coming = Coming(step, expected)
+        self._send(step, outgoing, labels_out, coming)
+        return self._recv(coming, labels_in)
+
+    def _send(
+        self,
+        step: str,
+        tensors: Sequence[torch.Tensor],
+        labels: Sequence[str] | None,
+        coming: Coming | None,
+    ) -> None:
+        self._check_alive(step)
+        for data in cut(self._sent, step, tensors):
+            if not self.sent.fits(len(data)):
+                self._make_room(step, len(data), coming)
+            self.ledger.wire_bytes += len(data)
+            self._post(data)
+        self._sent += 1
+        self._book("sent", step, [t.nbytes for t in tensors], labels)
+
+    def _recv(self, coming: Coming, labels: Sequence[str] | None) -> list[torch.Tensor]:
+        while not coming.complete:
+            self._take(coming, self._next("tensors", coming.step))
+        self._received += 1
+        self._book("received", coming.step, coming.layout.sizes, labels)
+        return coming.tensors()
+
+    def _make_room(self, step: str, size: int, coming: Coming | None) -> None:
+        """Wait until the peer has taken enough. If it sends, too (`coming`), take that in meanwhile:
+        two that only send would wait for each other."""
+        self._wants_room = True
+        while not self.sent.fits(size):
+            if coming is not None and not coming.complete:
+                frame = self._next("tensors", step, or_look=True)
+                if frame is not None:
+                    self._take(coming, frame)
+                continue
+            limit = time.monotonic() + self.timeout_s
+            while not self.sent.wait(size, LOOK_EVERY_S):
+                self._check_alive(step)
+                if time.monotonic() >= limit:
+                    raise PeerTimeout(
+                        f"{self.me.label} at {step}: {self.peer.label} has taken nothing for "
+                        f"{self.timeout_s:g} s; it is stuck, or slow: then raise timeouts.recv_s"
+                    )
+        self._wants_room = False
+
+    def send_facts(self, step: str, facts: Mapping[str, object]) -> None:
+        self._check_alive(step)
+        text = json.dumps(dict(facts), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        size = len(text.encode())
+        if size > FACTS_BYTES:
+            raise ValueError(f"facts at {step} take {size} bytes; at most {FACTS_BYTES} are sent")
+        if step == AGREED:  # who reads this may be as far ahead as the plan allows
+            self.room = room(self.peer, self.me, agreed=True)
+        self._send_frame(pb.Frame(facts=pb.Facts(sequence=self._sent, step=step, json=text)))
+        self._sent += 1
+        self._book("sent", step, [size], None)
+
+    def recv_facts(self, step: str) -> dict[str, Any]:
+        message = self._next("facts", step).facts
+        self._check_order(step, message.step, message.sequence)
+        size = len(message.json.encode())
+        if size > FACTS_BYTES:
+            raise self._desync(f"{size} bytes of facts at {step}", f"at most {FACTS_BYTES}")
+        try:
+            facts = json.loads(message.json)
+        except (ValueError, RecursionError):
+            facts = None
+        if not isinstance(facts, dict):
+            raise self._desync(f"facts at {step} that are not a JSON object", "one there")
+        if step == AGREED:
+            self.sent.room = room(self.me, self.peer, agreed=True)
+        self._received += 1
+        self._book("received", step, [size], None)
+        return facts
+
+    def close(self, reason: str = "") -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._failure is None:
+            self._failure = LinkError("this link was closed here")
+        if reason:
+            abort = pb.Frame(abort=pb.Abort(reason=reason[:REASON_CHARACTERS]))
+            self._abort(abort.SerializeToString())
+        else:
+            self._post(pb.Frame(bye=pb.Bye()).SerializeToString())
+
+    def send_hello(self, hello: Hello) -> None:
+        self._check_alive("hello")
+        self._send_frame(
+            pb.Frame(
+                hello=pb.Hello(
+                    version=hello.version, rank=hello.rank, nonce=hello.nonce, public=dict(hello.public)
+                )
+            )
+        )
+
+    def recv_hello(self) -> Hello:
+        message = self._next("hello", "hello").hello
+        if message.rank not in tuple(Rank):
+            raise self._desync(f"rank {message.rank}", "0, 1 or 2")
+        return Hello(message.version, Rank(message.rank), message.nonce, dict(message.public))
+
+    # Helpers.
+
+    def _send_frame(self, frame: pb.Frame) -> None:
+        data = frame.SerializeToString()
+        self.ledger.wire_bytes += len(data)
+        self._post(data)
+
+    def _next(self, kind: str, step: str, or_look: bool = False) -> Any:
+        """The peer's next frame, which must be of this kind; with `or_look` None if there may be room."""
+        self._check_alive(step)
+        item: tuple[pb.Frame, int, float] | str | None = _LOOK
+        while item is _LOOK:
+            try:
+                item = self._inbox.get(timeout=self.timeout_s)
+            except Empty:
+                raise PeerTimeout(
+                    f"{self.me.label} at {step}: no word from {self.peer.label} for {self.timeout_s:g} s; "
+                    "it is stuck, or slow: then raise timeouts.recv_s"
+                ) from None
+            self._check_alive(step)
+            if or_look and item is _LOOK:
+                return None
+        if item is None:
+            self._inbox.put(None)  # for the next call, too
+            raise PeerLost(f"{self.me.label} at {step}: {self.peer.label} has ended its session")
+        assert not isinstance(item, str)
+        frame, size, due = item
+        self._until(due, step)
+        self.ledger.wire_bytes += size
+        self._took_one(size)
+        found = frame.WhichOneof("kind")
+        if found != kind:
+            where = frame.tensors.step or frame.facts.step or "its start"
+            raise self._desync(f"{found} at {where}", f"{kind} at {step}")
+        return frame
+
+    def _took_one(self, size: int) -> None:
+        """A frame has left the queue; now and then the peer is told."""
+        self._took += 1
+        self._took_cost += cost(size)
+        if self._took_cost - self._confirmed_cost >= self.room // 4:
+            self._confirmed_cost = self._took_cost
+            self._carry(self._ack())
+
+    def _ack(self) -> bytes:
+        data: bytes = pb.Frame(ack=pb.Ack(frames=self._took)).SerializeToString()
+        return data
+
+    def _until(self, due: float, step: str) -> None:
+        """Wait for a time of the shaper's clock, with an eye on the link."""
+        while due and (left := due - time.monotonic()) > 0:
+            time.sleep(min(left, LOOK_EVERY_S))
+            self._check_alive(step)
+
+    def _take(self, coming: Coming, frame: pb.Frame) -> None:
+        """Check one frame against the message that is expected, and take what it holds."""
+        message, step, offset = frame.tensors, coming.step, coming.offset
+        self._check_order(step, message.step, message.sequence)
+        expected = "" if coming.begun else coming.layout.text
+        if message.layout != expected:
+            theirs, ours = (text[:500] or "no tensor" for text in (message.layout, expected))
+            raise self._desync(f"{theirs} at {step}", f"{ours} there")
+        data: bytes = message.data
+        left = coming.layout.total - offset
+        if message.offset != offset or len(data) > left or len(data) < min(left, 1):
+            raise self._desync(
+                f"{len(data)} bytes from byte {message.offset} of {step}",
+                f"up to {left} from byte {offset} there",
+            )
+        coming.add(data)
+
+    def _check_alive(self, step: str) -> None:
+        if self._failure is not None:
+            raise type(self._failure)(f"{self.me.label} at {step}: {self._failure}")
+
+    def _check_order(self, step: str, their_step: str, sequence: int) -> None:
+        if their_step != step:
+            (first, where), (second, there) = sorted([(self.me, step), (self.peer, their_step)])
+            raise Desync(f"Desync: {first.label} is at {where}, {second.label} at {there}")
+        if sequence != self._received:
+            raise self._desync(f"message {sequence} at {step}", f"message {self._received} there")
+
+    def _desync(self, theirs: str, ours: str) -> Desync:
+        return Desync(f"Desync: {self.peer.label} sends {theirs}, {self.me.label} expects {ours}")
+
+    def _book(self, way: str, step: str, sizes: Sequence[int], labels: Sequence[str] | None) -> None:
+        if labels is not None and len(labels) != len(sizes):
+            raise ValueError(f"{len(labels)} labels for {len(sizes)} tensors at {step}")
+        amount = f"offline_{way}" if self.offline else way
+        for label, size in zip(labels or [step] * len(sizes), sizes, strict=True):
+            self.ledger.book(label, **{amount: size})

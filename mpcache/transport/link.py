@@ -1,0 +1,113 @@
+"""The seam between the protocols and the wire: tensors with one peer, in order, counted.
+
+`Link` is what the engines see. `mpcache.transport.local.LocalLink` connects two threads of one process
+(tests, the cost model's check); `mpcache_parties.network.grpc_link.GrpcLink` connects processes. Both are
+`mpcache.transport.frames.FrameLink`s, and one suite tests both.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mpcache.ledger import Ledger
+from mpcache.rank import Rank
+
+# What travels and what is kept, by the name that both wire and files give it.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+        torch.float64, torch.float32,
+    )
+}  # fmt: skip
+
+Spec = tuple[torch.dtype, tuple[int, ...]]  # what a receiver expects: dtype and shape
+
+
+@dataclass(frozen=True)
+class Hello:
+    """How a party introduces itself. All of it is public."""
+
+    version: int
+    rank: Rank
+    nonce: str  # random, hex; new in each run
+    public: Mapping[str, str] = field(default_factory=dict)  # the public config, flat
+
+
+class Link(ABC):
+    """An ordered, reliable channel to one peer.
+
+    Each message carries the sender's step name and a sequence number; the receiver states the
+    step, dtypes and shapes it expects, and anything else is a `Desync` that names both sides.
+    `labels` book each tensor's bytes under a finer step name than the message's own.
+    A link is used by one thread of its party.
+    """
+
+    me: Rank
+    peer: Rank
+    ledger: Ledger
+    offline: bool  # book traffic as offline: one end is the dealer
+
+    @abstractmethod
+    def send(self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None) -> None:
+        """Queue one message; returns before the peer has it. Books bytes, no round.
+
+        The tensors are copied: the caller may change them afterwards.
+        """
+
+    @abstractmethod
+    def recv(
+        self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        """Wait for the peer's next message. Books bytes, no round.
+
+        Raises Desync, PeerLost, PeerTimeout or PeerFailed.
+        """
+
+    def exchange(
+        self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        """Both send, then both receive tensors of the same dtypes and shapes: one round."""
+        return self.swap(step, tensors, [(t.dtype, tuple(t.shape)) for t in tensors], labels, labels)
+
+    def swap(
+        self,
+        step: str,
+        outgoing: Sequence[torch.Tensor],
+        expected: Sequence[Spec],
+        labels_out: Sequence[str] | None = None,
+        labels_in: Sequence[str] | None = None,
+    ) -> list[torch.Tensor]:
+        """Send what there is to send, receive what there is to receive: one round in all.
+
+        A message that goes one way only is a round too, at both ends: the receiver waits for it.
+        """
+        self.ledger.book(step, rounds=1)
+        if outgoing:
+            self.send(step, outgoing, labels_out)
+        return self.recv(step, expected, labels_in) if expected else []
+
+    @abstractmethod
+    def send_facts(self, step: str, facts: Mapping[str, object]) -> None:
+        """Queue a small JSON object of public facts (at most 64 KiB). Books bytes, no round."""
+
+    @abstractmethod
+    def recv_facts(self, step: str) -> dict[str, Any]:
+        """Wait for the peer's facts. Books bytes, no round. Raises as `recv` does."""
+
+    @abstractmethod
+    def send_hello(self, hello: Hello) -> None:
+        """Queue the introduction. Not booked but as `wire_bytes`."""
+
+    @abstractmethod
+    def recv_hello(self) -> Hello:
+        """Wait for the peer's introduction. Raises as `recv` does."""
+
+    @abstractmethod
+    def close(self, reason: str = "") -> None:
+        """End the channel. With a reason, the peer's next call raises PeerFailed with it."""

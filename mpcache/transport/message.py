@@ -1,0 +1,114 @@
+"""One message as frames (protos/party.proto): how its tensors lie, cutting it, putting it together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from mpcache.transport.flow_control import CHUNK_BYTES, LAYOUT_BYTES
+from mpcache.transport.link import DTYPES, Spec
+from mpcache_protos import party_pb2 as pb
+
+_ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_KINDS = {field.number: field.name for field in pb.Frame.DESCRIPTOR.fields}
+
+if sys.byteorder != "little":  # tensors travel as they lie in memory
+    raise ImportError("mpcache runs on little-endian machines only")
+
+
+class Layout(NamedTuple):
+    """How the tensors of one message lie in its data. Units: bytes."""
+
+    text: str  # as both ends write it: `int64(3, 4) bool()`
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    total: int
+
+
+@lru_cache(maxsize=4096)  # a decode step asks for the same ones again for every token
+def layout_of(specs: tuple[Spec, ...]) -> Layout:
+    text = " ".join(_NAMES[dtype] + str(tuple(shape)) for dtype, shape in specs)
+    sizes = tuple(prod(shape) * dtype.itemsize for dtype, shape in specs)
+    starts, end = [], 0
+    for size in sizes:
+        start = end + -end % _ALIGNMENT
+        starts.append(start)
+        end = start + size
+    return Layout(text, tuple(starts), sizes, end)
+
+
+def cut(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
+    """One message as serialised frames, each with at most CHUNK_BYTES of data. Copies the tensors."""
+    text = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors)).text
+    if len(text) > LAYOUT_BYTES:
+        raise ValueError(f"{len(tensors)} tensors at {step} are too many for one message")
+    parts = [tensor.numpy(force=True).tobytes() for tensor in tensors]
+    padded = [part + bytes(-len(part) % _ALIGNMENT) for part in parts[:-1]]
+    data = b"".join(padded + parts[-1:])
+    message = pb.Tensors(sequence=sequence, step=step, layout=text, data=data[:CHUNK_BYTES])
+    yield pb.Frame(tensors=message).SerializeToString()
+    for offset in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
+        piece = data[offset : offset + CHUNK_BYTES]
+        message = pb.Tensors(sequence=sequence, step=step, offset=offset, data=piece)
+        yield pb.Frame(tensors=message).SerializeToString()
+
+
+def kind_of(data: bytes) -> str:
+    """What a frame is, by its first byte, or what it would be: `tensors`."""
+    return _KINDS.get(data[0] >> 3, "an unknown message") if data else "an unknown message"
+
+
+def is_one_field(data: bytes) -> bool:
+    """Whether the frame's first field, of a length that it states, is all there is.
+
+    Else a few bytes could stand for a message each, and take fifty times their own memory when parsed.
+    """
+    size, start = 0, 1
+    for byte in data[1:6]:
+        size |= (byte & 0x7F) << 7 * (start - 1)
+        start += 1
+        if byte < 0x80:
+            return start + size == len(data)
+    return False
+
+
+class Coming:
+    """A message that is being taken in, frame by frame."""
+
+    def __init__(self, step: str, specs: Sequence[Spec]) -> None:
+        self.step, self.specs = step, specs
+        self.layout = layout_of(tuple((dtype, tuple(shape)) for dtype, shape in specs))
+        self.offset = 0  # bytes that are there
+        self.begun = False
+        self._room: bytearray = bytearray()
+
+    @property
+    def complete(self) -> bool:
+        return self.begun and self.offset == self.layout.total
+
+    def add(self, data: bytes) -> None:
+        """The next bytes, which have been checked. The first ones give the message its memory."""
+        total = self.layout.total
+        if not self.begun:
+            self._room = bytearray(data if len(data) == total else total)
+        if len(data) < total:
+            self._room[self.offset : self.offset + len(data)] = data
+        self.begun = True
+        self.offset += len(data)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [
+            torch.frombuffer(self._room, dtype=dtype, count=prod(shape), offset=start).view(shape)
+            if size
+            else torch.empty(shape, dtype=dtype)
+            for (dtype, shape), start, size in zip(
+                self.specs, self.layout.starts, self.layout.sizes, strict=True
+            )
+        ]

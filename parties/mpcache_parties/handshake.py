@@ -1,0 +1,102 @@
+"""How a session opens: the parties introduce themselves and compare what they must agree on."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+
+from mpcache.errors import Desync, Mismatch
+from mpcache.rank import Rank
+from mpcache.transport.link import Hello, Link
+from mpcache.transport.session_order import AGREED
+
+PROTOCOL_VERSION = 3
+VALUE_CHARACTERS = 80  # of a differing value, in the error's line
+
+# What a party says of keeping the session (`state`), and what one says that serves and keeps sessions.
+NONE, KEPT, RESUMED = MODES = ("none", "kept", "resumed")
+AS_CLIENT = "as the client"
+_KEEPING = "--state and --resume, or one that serves with --state alone"  # what to start both with
+
+Side = tuple[Rank, Mapping[str, str]]
+
+
+def agree(links: Mapping[Rank, Link], me: Rank, public: Mapping[str, str]) -> dict[Rank, Hello]:
+    """Exchange Hello on every link; return what each peer said.
+
+    `public` is `PublicConfig.flat()`. Raises Mismatch with the first differing field and both sides'
+    values, on both sides (whichever is slower may get it as the PeerFailed of the other).
+    """
+    mine = Hello(PROTOCOL_VERSION, me, secrets.token_hex(16), public)
+    for link in links.values():
+        link.send_hello(mine)
+    theirs = {}
+    for peer, link in links.items():
+        theirs[peer] = link.recv_hello()
+        compare(mine, theirs[peer], peer)
+    return theirs
+
+
+def compare(mine: Hello, theirs: Hello, expected: Rank) -> None:
+    """Raise Mismatch unless `theirs` comes from `expected` and agrees with `mine`.
+
+    A server or a dealer may keep the session as the client does: its `state` agrees with any of the others.
+    """
+    if theirs.rank is not expected:
+        raise Mismatch(
+            f"Mismatch: {mine.rank.label} expects {expected.label} (rank {int(expected)}), but rank "
+            f"{int(theirs.rank)} is there; check --rank and `addresses` in the config"
+        )
+    if theirs.version != mine.version:
+        versions = [(hello.rank, str(hello.version)) for hello in (mine, theirs)]
+        raise _mismatch("protocol version", versions, "release of mpcache")
+    sides: list[Side] = [(hello.rank, hello.public) for hello in (mine, theirs)]
+    if any(public.get("state") == AS_CLIENT for _, public in sides):
+        sides = _without_state(sides)
+    _compare(sides[0], sides[1], "--config and flags")
+
+
+def _without_state(sides: Sequence[Side]) -> list[Side]:
+    """What is left to compare where one keeps as the client does. Raises Mismatch if `state` is none of
+    what that rank may say: the client itself has nobody to follow."""
+    for rank, public in sides:
+        if public.get("state") not in (MODES if rank is Rank.CLIENT else (*MODES, AS_CLIENT)):
+            said = [(rank, _shown(public.get("state"))) for rank, public in sides]
+            raise _mismatch("state", said, _KEEPING)
+    return [(rank, {n: value for n, value in public.items() if n != "state"}) for rank, public in sides]
+
+
+def confirm(links: Mapping[Rank, Link], me: Rank, facts: Mapping[str, str]) -> None:
+    """Compare what each party has made of the public facts, before anything secret moves.
+
+    facts: the model's shape, lengths, kernels and the policy's plan, flat. Each party computes its
+    own, so that a plan of another release, or facts that differ from peer to peer, end the session
+    here. Raises Mismatch as `agree` does.
+    """
+    for link in links.values():
+        link.send_facts(AGREED, facts)
+    for peer, link in links.items():
+        theirs = link.recv_facts(AGREED)
+        if not all(isinstance(value, str) for value in theirs.values()):
+            raise Desync(f"Desync: {peer.label}'s facts are not text; is it the same version?")
+        _compare((me, facts), (peer, theirs), "release of mpcache")
+
+
+def _compare(mine: Side, theirs: Side, remedy: str) -> None:
+    """Raise Mismatch for the first field that differs: the same one at both, so in the lower rank's order."""
+    sides = sorted([mine, theirs], key=lambda side: side[0])
+    for name in dict.fromkeys([*sides[0][1], *sides[1][1]]):
+        values = [(rank, fields.get(name)) for rank, fields in sides]
+        if values[0][1] != values[1][1]:
+            shown = [(rank, _shown(value)) for rank, value in values]
+            remedy = _KEEPING if name == "state" else remedy
+            raise _mismatch(name[:VALUE_CHARACTERS], shown, remedy)
+
+
+def _shown(value: str | None) -> str:
+    return "not set" if value is None else " ".join(value.split())[:VALUE_CHARACTERS] or "empty"
+
+
+def _mismatch(name: str, sides: Sequence[tuple[Rank, str]], remedy: str) -> Mismatch:
+    values = ", ".join(f"{value} at {rank.label}" for rank, value in sorted(sides))
+    return Mismatch(f"Mismatch: {name} is {values}; start both with the same {remedy}")

@@ -1,0 +1,198 @@
+"""All three parties as processes of this machine: start, listen to, and end them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import yaml
+
+from mpcache.certificates import make
+from mpcache.config import Addresses, Certificates, PublicConfig, Settings
+from mpcache.errors import MpcacheError
+from mpcache.rank import Rank
+from mpcache.report.account import Report
+
+GRACE_S = 5.0  # for the others to say why, after a party failed
+END_S = 3.0  # for a party to end in order
+
+Event = dict[str, Any] | None  # None: the process has closed its stdout
+_EFFECTS = ("PeerLost", "PeerFailed")  # errors that another party's failure causes
+
+
+class PartyFailed(MpcacheError):
+    """A party ended without its part being done; the text is its own error's."""
+
+    def __init__(self, text: str, exit_code: int = 1) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def free_addresses() -> Addresses:
+    """Loopback addresses that nobody listens on now."""
+    with socket.socket() as one, socket.socket() as two:
+        for probe in (one, two):
+            probe.bind(("127.0.0.1", 0))
+        server, dealer = (f"127.0.0.1:{probe.getsockname()[1]}" for probe in (one, two))
+    return Addresses(server=server, dealer=dealer)
+
+
+def run_parties(
+    settings: Settings,
+    flags: Mapping[Rank, Sequence[str]],
+    question: str,
+    say: Callable[[str], None],
+    on_token: Callable[[int, str], None],
+) -> dict[Rank, Report]:
+    """One session between three processes on free ports, over TLS with identities of its own.
+
+    flags: each party's own; the question goes in a file, since everybody can see a process's flags.
+
+    Raises PartyFailed with the first cause, in one line. No process outlives this call; if this
+    process is killed they end by themselves, as their stdin closes.
+    """
+    settings = settings.model_copy(update={"addresses": free_addresses()})
+    events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
+    children: dict[Rank, subprocess.Popen[str]] = {}
+    with tempfile.TemporaryDirectory(prefix="mpcache-") as folder:
+        config = Path(folder) / "session.yaml"
+        settings = settings.model_copy(update={"certificates": _identities(Path(folder))})
+        config.write_text(yaml.safe_dump(settings.model_dump()), encoding="utf-8")
+        asked = Path(folder) / "question.txt"  # in a folder that only this user can enter
+        asked.write_text(question + "\n", encoding="utf-8", newline="")
+        own = {**flags, Rank.CLIENT: [*flags.get(Rank.CLIENT, ()), "--question-file", str(asked)]}
+        try:
+            for rank in Rank:
+                children[rank] = _start(rank, config, own.get(rank, ()), events)
+            return _listen(children, events, say, on_token)
+        finally:
+            _end(children)
+
+
+def run_quietly(public: PublicConfig, model: Path, document: Path, question: str) -> dict[Rank, Report]:
+    """`run_parties` for measuring: an answer of full length, and only what it took is of interest."""
+    flags = {
+        Rank.SERVER: ["--model", str(model), "--context", str(document)],
+        Rank.CLIENT: ["--no-stop-at-eos"],
+    }
+    return run_parties(Settings(public=public), flags, question, lambda text: None, lambda token, text: None)
+
+
+def _identities(folder: Path) -> Certificates:
+    """New identities for all three, in this folder, for one session."""
+    pinned = {}
+    for rank in Rank:
+        identity = make(rank)
+        identity.write(folder)
+        pinned[rank.label] = identity.certificate.decode()
+    return Certificates(**pinned)
+
+
+def _start(
+    rank: Rank, config: Path, flags: Sequence[str], events: SimpleQueue[tuple[Rank, Event]]
+) -> subprocess.Popen[str]:
+    # By name: what is above this package is not imported here. A session of its own, so that
+    # Ctrl-C reaches this process alone, which then ends the parties.
+    command = [
+        sys.executable,
+        "-m",
+        "mpcache_parties",
+        "--rank",
+        str(int(rank)),
+        "--config",
+        str(config),
+        "--identity",
+        str(config.parent),
+        "--events",
+    ]
+    child = subprocess.Popen(
+        [*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+    def read() -> None:
+        assert child.stdout is not None
+        for line in child.stdout:
+            events.put((rank, json.loads(line)))
+        events.put((rank, None))
+
+    threading.Thread(target=read, daemon=True).start()
+    return child
+
+
+def _listen(
+    children: Mapping[Rank, subprocess.Popen[str]],
+    events: SimpleQueue[tuple[Rank, Event]],
+    say: Callable[[str], None],
+    on_token: Callable[[int, str], None],
+) -> dict[Rank, Report]:
+    """Until all have ended, or the cause of a failure is known."""
+    reports: dict[Rank, Report] = {}
+    errors: dict[Rank, dict[str, Any]] = {}
+    running, deadline = set(children), float("inf")
+    while running and time.monotonic() < deadline:
+        try:
+            rank, event = events.get(timeout=max(0.0, min(deadline - time.monotonic(), 3600.0)))
+        except Empty:
+            continue
+        match event:
+            case {"event": "say", "text": text}:
+                say(text)
+            case {"event": "token", "id": token, "text": text}:
+                on_token(token, text)
+            case {"event": "report", "report": report}:
+                reports[rank] = Report.from_dict(report)
+            case {"event": "error", "name": name, "text": text, "exit_code": exit_code}:
+                errors[rank] = {"name": name, "text": text, "exit_code": exit_code}
+            case None:
+                running.discard(rank)
+                if children[rank].wait() == 0 and rank in reports:
+                    continue
+                if rank not in errors or errors[rank]["name"] not in _EFFECTS:
+                    break
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    if len(reports) == len(children) and not errors:
+        return reports
+    raise _cause(children, reports, errors)
+
+
+def _cause(
+    children: Mapping[Rank, subprocess.Popen[str]],
+    reports: Mapping[Rank, Report],
+    errors: Mapping[Rank, dict[str, Any]],
+) -> PartyFailed:
+    """The failure that the others follow from: of all errors, the one that no peer is the reason of."""
+    for rank, child in children.items():
+        if rank in errors or rank in reports or (code := child.poll()) is None:
+            continue
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else "failed; see its output above"
+        return PartyFailed(f"the {rank.label} process (rank {int(rank)}) {how}", 1)
+    found = sorted(
+        errors.values(), key=lambda error: _EFFECTS.index(error["name"]) if error["name"] in _EFFECTS else -1
+    )
+    if not found:
+        return PartyFailed("the parties did not end")
+    return PartyFailed(found[0]["text"], found[0]["exit_code"])
+
+
+def _end(children: Mapping[Rank, subprocess.Popen[str]]) -> None:
+    """In order if they take the hint of a closed stdin, else by force."""
+    for child in children.values():
+        if child.stdin is not None:
+            child.stdin.close()
+    deadline = time.monotonic() + END_S
+    for child in children.values():
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

@@ -15,7 +15,7 @@ from mpcache.engines.plain import PlainOps
 from mpcache.errors import BadInput, PolicyError
 from mpcache.model.loading import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
-from mpcache.policy import Bound, parse
+from mpcache.policy import BoundPolicy, parse
 from mpcache.runtime.program import Program
 from mpcache.session import Session
 from mpcache_kernels import Backend, backend
@@ -81,7 +81,7 @@ class Chooser:
         return int(tokens[torch.multinomial(allowed, 1, generator=self._generator)])
 
 
-def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -> Bound:
+def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -> BoundPolicy:
     """The policy with its plan, after the checks that every party makes on public facts alone.
 
     context, question: lengths in tokens. Raises BadInput or PolicyError.
@@ -98,7 +98,7 @@ def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -
             "--max-new-tokens"
         )
     policy = parse(public.policy)
-    if policy.decided and policy.leak == "count":
+    if policy.plan_is_public and policy.leak == "count":
         raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
@@ -111,12 +111,14 @@ def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -
     return bound
 
 
-def decide(policy: Bound, shape: ModelShape, prefilled: Prefill, kernels: Backend) -> tuple[Bound, list[int]]:
+def decide(
+    policy: BoundPolicy, shape: ModelShape, prefilled: Prefill, kernels: Backend
+) -> tuple[BoundPolicy, list[int]]:
     """At the document's owner: the policy with what the document decides, and that. Raises PolicyError."""
-    if policy.policy.decided:
+    if policy.policy.plan_is_public:
         return policy, []
-    counts = policy.policy.decide(prefilled, kernels)
-    return policy.policy.given(counts).bind(policy.plan.context, shape), counts
+    counts = policy.policy.count_from_document(prefilled, kernels)
+    return policy.policy.with_counts(counts).bind(policy.plan.context, shape), counts
 
 
 class Observer:
@@ -136,7 +138,7 @@ class TimedSession(Session):
     """
 
     def __init__(
-        self, ops: Any, party: Any, shape: ModelShape, policy: Bound, observer: Observer | None = None,
+        self, ops: Any, party: Any, shape: ModelShape, policy: BoundPolicy, observer: Observer | None = None,
         reveal: str = "logits",
     ) -> None:  # fmt: skip
         super().__init__(ops, party, shape, policy, reveal)
@@ -197,7 +199,7 @@ class PlainAnswer:
 
 def plain_answer(
     model: Model,
-    policy: Bound,
+    policy: BoundPolicy,
     context: Sequence[int],
     question: Sequence[int],
     limit: int,

@@ -13,11 +13,11 @@ LOGITS = 512  # |logit| stays below
 
 def greedy(ops: Ops, logits: Value) -> Program[Value]:
     """The place (1,) of the highest of (1, vocab) logits, or of one within 2^-16; nothing is opened bare."""
-    marks = yield from highest(ops, logits, 1, LOGITS)
+    marks = yield from argmax(ops, logits, 1, LOGITS)
     return (marks * torch.arange(logits.shape[-1])).sum(-1)
 
 
-def highest(ops: Ops, scores: Value, k: int, limit: int) -> Program[Value]:
+def argmax(ops: Ops, scores: Value, k: int, limit: int) -> Program[Value]:
     """Marks (A, n) of the k highest of (A, n), ties to the lower index; |score| < limit.
 
     One token of many is found in groups of 16, of which the last one may overlap the one before, and
@@ -25,13 +25,13 @@ def highest(ops: Ops, scores: Value, k: int, limit: int) -> Program[Value]:
     """
     sets, n = scores.shape
     if k > 1 or n <= 2 * GROUP:
-        selection, _ = yield from ops.top(scores, k, [scores.reshape(sets, n, 1)], limit=limit)
+        selection, _ = yield from ops.topk(scores, k, [scores.reshape(sets, n, 1)], limit=limit)
         return selection.marks()
     starts = [*range(0, n - GROUP, GROUP), n - GROUP]
     groups = ops.cat([scores[:, s : s + GROUP].reshape(sets, 1, GROUP) for s in starts], 1)
     values = groups.reshape(sets, len(starts), GROUP, 1)
-    within, (best,) = yield from ops.top(groups, 1, [values], limit=limit)
-    among = yield from highest(ops, best.reshape(sets, len(starts)), 1, limit)
+    within, (best,) = yield from ops.topk(groups, 1, [values], limit=limit)
+    among = yield from argmax(ops, best.reshape(sets, len(starts)), 1, limit)
     marks = yield from within.scatter(among.reshape(sets, len(starts), 1, 1))
     marks = marks.reshape(sets, len(starts), GROUP)
     before, last = marks[:, :-1].reshape(sets, -1), marks[:, -1]

@@ -14,7 +14,7 @@ import torch
 from mpcache.ops import Operand, Ops, Value
 from mpcache.runtime.program import Program, together
 
-V_RING = 56  # bits of the ring for products with v (`Ops.keep`): softmax weights, up to 2^13 tokens
+V_RING = 56  # bits of the ring for products with v (`Ops.prepare`): softmax weights, up to 2^13 tokens
 
 
 @dataclass
@@ -45,7 +45,9 @@ class Cache:
         this one first): it meets the new rows from its first round on, which is this one's, too."""
         layer = self.layers[i]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-        new_k = yield from ops.announce(k)
-        new_v = yield from ops.announce(v, V_RING)
-        layer.k, layer.v = ops.join([layer.k, new_k], 1), ops.join([layer.v, new_v], 1)
-        layer.k, layer.v = yield from together(ops.deliver(k, new_k, layer.k), ops.deliver(v, new_v, layer.v))
+        new_k = yield from ops.start_prepare(k)
+        new_v = yield from ops.start_prepare(v, V_RING)
+        layer.k, layer.v = ops.cat_operands([layer.k, new_k], 1), ops.cat_operands([layer.v, new_v], 1)
+        layer.k, layer.v = yield from together(
+            ops.finish_prepare(k, new_k, layer.k), ops.finish_prepare(v, new_v, layer.v)
+        )

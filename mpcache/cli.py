@@ -17,13 +17,14 @@ from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
 from mpcache.audit.command import audit
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console import terminal
-from mpcache.console.inputs import DEMO_DOCUMENT, read_question, read_text
+from mpcache.console.inputs import read_question, read_text
 from mpcache.console.signals import ignore_signals, stop_on_signals
+from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.evaluate.command import evaluate
 from mpcache.model.loading import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
-from mpcache.policy import POLICIES, Bound
+from mpcache.policy import POLICIES, BoundPolicy
 from mpcache.policy.base import written
 from mpcache.rank import Rank
 from mpcache.report.account import card, comparison, summary
@@ -95,7 +96,7 @@ class Task:
         ids = tokenizer.encode(read_text(file), bos=True), tokenizer.encode(question, bos=False)
         return Task(folder, file, question, shape, tokenizer, *ids, sampling, stop_at_eos)
 
-    def bind(self, public: PublicConfig) -> Bound:
+    def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
         return bind(self.shape, public, len(self.context), len(self.question))
 

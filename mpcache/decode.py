@@ -20,7 +20,7 @@ from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, together
 
 if TYPE_CHECKING:
-    from mpcache.policy import Bound, View
+    from mpcache.policy import BoundPolicy, LayerView
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Operands:
 
 
 def step(
-    ops: Ops, model: Operands, cache: Cache, policy: Bound, one_hots: Value, reveal: str = "logits"
+    ops: Ops, model: Operands, cache: Cache, policy: BoundPolicy, one_hots: Value, reveal: str = "logits"
 ) -> Program[torch.Tensor | None]:
     """(m, vocab) one-hot tokens of the client -> (vocab,) next-token logits, at the client only; or, with
     reveal "token", the number (1,) of the likeliest token alone."""
@@ -67,7 +67,7 @@ def step(
     head = ops.norm_linear(x[-1:], change[-1:], model.shape.norm_eps, model.lm_head, model.lm_bias)
     _, logits = yield from at("lm_head", head)
     if reveal == "token":
-        token = yield from at("token", greedy(ops, ops.narrow(logits)))
+        token = yield from at("token", greedy(ops, ops.in_small_ring(logits)))
         return (yield from at("token", ops.reveal(token, Rank.CLIENT, "token for the client")))
     return (yield from at("logits", ops.reveal(logits[0], Rank.CLIENT, "logits for the client")))
 
@@ -79,7 +79,7 @@ def embed(ops: Ops, model: Operands, one_hots: Value, positions: torch.Tensor) -
 
 
 def block(
-    ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: Bound,
+    ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: BoundPolicy,
     x: Value | None, change: Value, positions: torch.Tensor,
 ) -> Program[tuple[Value, Value]]:  # fmt: skip
     """One layer: norm, qkv, select and attend, o, norm, mlp. The stream (m, width) stands as x and what
@@ -104,12 +104,12 @@ def qkv(
     turned = shape.heads + shape.kv_heads
     turn = Turn(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
     x, y = yield from ops.norm_linear(x, change, shape.norm_eps, w.qkv, w.qkv_bias, turn)
-    y = yield from ops.settle(y)
+    y = yield from ops.rescale(y)
     y = y.reshape(-1, turned + shape.kv_heads, shape.head_dim)
     return [x, y[:, : shape.heads], y[:, shape.heads : turned], y[:, turned:]]
 
 
-def attend(view: View, policy: Bound, q: Value) -> Program[Value]:
+def attend(view: LayerView, policy: BoundPolicy, q: Value) -> Program[Value]:
     """q (m, H, d) over one layer's cache -> (m, H d), as the policy attends."""
     m, kv, g, d = view.m, view.shape.kv_heads, view.shape.group, view.shape.head_dim
     rows = q.reshape(m, kv, g, d).transpose(0, 1).reshape(kv, m * g, d)

@@ -20,7 +20,7 @@ from mpcache.runtime.program import Program, local
 from mpcache_kernels import Backend
 
 Value = Any  # torch.Tensor or Share
-Operand = Any  # a tensor prepared for repeated use: torch.Tensor, Share or Resident
+Operand = Any  # a tensor prepared for repeated use: torch.Tensor, Share or MaskedOperand
 
 
 class Selection(ABC):
@@ -35,7 +35,7 @@ class Selection(ABC):
         """(*rows, k, c) back to the items' own places: (*rows, n, c), zero where not chosen."""
 
     @abstractmethod
-    def keep(self) -> Program[Selection]:
+    def prepare(self) -> Program[Selection]:
         """Prepare for repeated use: every gather and scatter then opens the values alone."""
 
     @abstractmethod
@@ -61,28 +61,28 @@ class Ops(ABC):
         """A tensor that `owner` knows; the others pass None. `bits`: fraction bits, if not the default."""
 
     @abstractmethod
-    def settle(self, x: Value) -> Program[Value]:
+    def rescale(self, x: Value) -> Program[Value]:
         """x, ready to be used more than once."""
 
     @abstractmethod
-    def keep(self, x: Value, ring: int = 48) -> Program[Operand]:
+    def prepare(self, x: Value, ring: int = 48) -> Program[Operand]:
         """Prepare a tensor for repeated use as the right operand of `linear` (PROTOCOLS 1).
 
         ring: bits that the products with it need. 48 holds products of two values below 2^14, 56
         sums of softmax weights times values, 64 products of three.
         """
 
-    def announce(self, x: Value, ring: int = 48) -> Program[Operand]:
-        """First half of `keep`, for a settled x, at no round: what comes out may be joined, and is an
-        operand of products whose opening shares the round of `deliver`, or comes later."""
-        return self.keep(x, ring)
+    def start_prepare(self, x: Value, ring: int = 48) -> Program[Operand]:
+        """First half of `prepare`, for a settled x, at no round: what comes out may be joined, and is an
+        operand of products whose opening shares the round of `finish_prepare`, or comes later."""
+        return self.prepare(x, ring)
 
-    def deliver(self, x: Value, announced: Operand, joined: Operand) -> Program[Operand]:
-        """Second half: what `announced` was joined to, which nothing has to wait for any more."""
+    def finish_prepare(self, x: Value, started: Operand, joined: Operand) -> Program[Operand]:
+        """Second half: what `started` was joined to, which nothing has to wait for any more."""
         return local(joined)
 
     @abstractmethod
-    def join(self, parts: Sequence[Operand], dim: int) -> Operand:
+    def cat_operands(self, parts: Sequence[Operand], dim: int) -> Operand:
         """Concatenate operands; no cost."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Ops(ABC):
 
     @abstractmethod
     def scores(self, q: Value, keys: Operand) -> Program[Value]:
-        """Attention scores q . k: (*b, m, d) and operand (*b, n, d) -> (*b, m, n), for `top` and
+        """Attention scores q . k: (*b, m, d) and operand (*b, n, d) -> (*b, m, n), for `topk` and
         `softmax` only: an engine may hold them in a form of its own. They index, concatenate,
         reshape, add and subtract as values do."""
 
@@ -122,24 +122,24 @@ class Ops(ABC):
         column of a row is always visible (a token attends to itself)."""
 
     @abstractmethod
-    def weigh(self, weights: Value, values: Operand) -> Program[Value]:
+    def weighted_sum(self, weights: Value, values: Operand) -> Program[Value]:
         """Softmax's weights (*b, m, n) @ values (*b, n, d): (*b, m, d)."""
 
     @abstractmethod
-    def inverse(self, total: Value) -> Program[Value]:
+    def reciprocal(self, total: Value) -> Program[Value]:
         """1 / total, of a softmax's sum."""
 
     @abstractmethod
-    def times(self, x: Value, y: Value) -> Program[Value]:
+    def mul(self, x: Value, y: Value) -> Program[Value]:
         """x * y, element by element: softmax's weights, or their product with values, by the inverse."""
 
     @abstractmethod
-    def positive(self, x: Value) -> Program[Value]:
+    def relu(self, x: Value) -> Program[Value]:
         """max(x, 0), with x's own fraction bits; |x| < 2^15."""
 
     @abstractmethod
     def scale(self, x: Value, factor: float) -> Value:
-        """x times a public real, to 16 bits; no cost (`settle` or `keep` what comes out)."""
+        """x times a public real, to 16 bits; no cost (`rescale` or `prepare` what comes out)."""
 
     @abstractmethod
     def value(self, x: Operand) -> Value:
@@ -150,15 +150,15 @@ class Ops(ABC):
         """Public marks: 1 everywhere. No cost."""
 
     @abstractmethod
-    def hide(self, scores: Value, alive: Value, far: int) -> Value:
+    def mask_scores(self, scores: Value, alive: Value, far: int) -> Value:
         """Scores where alive (marks) is 1, `far` below them where it is 0. No cost."""
 
-    def narrow(self, x: Value) -> Value:
-        """x, straight out of an operation, for `top` only. No cost."""
+    def in_small_ring(self, x: Value) -> Value:
+        """x, straight out of an operation, for `topk` only. No cost."""
         return x
 
     @abstractmethod
-    def top(
+    def topk(
         self, scores: Value, k: int, values: Sequence[Value], limit: int = 512
     ) -> Program[tuple[Selection, list[Value]]]:
         """Choose the k highest of (*rows, n), |score| < limit, ties to the lower index, in descending

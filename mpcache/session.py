@@ -17,12 +17,12 @@ from mpcache.decode import Layer, Operands, step
 from mpcache.model.loading import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops
-from mpcache.policy import Bound
+from mpcache.policy import BoundPolicy
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, run, together
 from mpcache_kernels import Backend
 
-# The rings that products with each matrix need (`Ops.keep`): queries and keys are rotated before they
+# The rings that products with each matrix need (`Ops.prepare`): queries and keys are rotated before they
 # are truncated.
 _RINGS = {"embed": 48, "qkv": 64, "o": 48, "up": 48, "down": 48, "lm_head": 48}
 
@@ -57,7 +57,7 @@ def load(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operan
     ) -> Program[dict[str, Any]]:
         values = {name: own(mine.get(name), tensor) for name, tensor in like.items()}
         names = [name for name in values if name in _RINGS]
-        kept = yield from together(*(ops.keep(values[name], _RINGS[name]) for name in names))
+        kept = yield from together(*(ops.prepare(values[name], _RINGS[name]) for name in names))
         return values | dict(zip(names, kept, strict=True))
 
     layers = []
@@ -76,7 +76,7 @@ def load(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operan
 
 
 def fill(
-    ops: Ops, shape: ModelShape, policy: Bound, prefill: Prefill | None, kernels: Backend | None
+    ops: Ops, shape: ModelShape, policy: BoundPolicy, prefill: Prefill | None, kernels: Backend | None
 ) -> Program[Cache]:
     """The evicted context becomes the cache. `prefill` is None at all but the document's owner."""
     layers = []
@@ -92,7 +92,7 @@ class Session:
     """
 
     def __init__(
-        self, ops: Ops, party: Any, shape: ModelShape, policy: Bound, reveal: str = "logits"
+        self, ops: Ops, party: Any, shape: ModelShape, policy: BoundPolicy, reveal: str = "logits"
     ) -> None:
         self.ops, self.party, self.shape, self.policy, self.reveal = ops, party, shape, policy, reveal
         self.operands: Operands
@@ -119,8 +119,8 @@ class Session:
 
     def context(self, prefill: Prefill | None, kernels: Backend | None) -> None:
         self.policy.check(self.ops.name)
-        if not self.policy.policy.decided:
-            raise ValueError("the document has not decided this plan yet: see `Policy.decided`")
+        if not self.policy.policy.plan_is_public:
+            raise ValueError("the document has not decided this plan yet: see `Policy.plan_is_public`")
         self.cache = self._run("context", fill(self.ops, self.shape, self.policy, prefill, kernels))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:

@@ -38,16 +38,16 @@ class Agreement:
 
 
 def record(ops: Ops) -> list[tuple[Any, Any]]:
-    """Every (scores, selection) of `ops.top` from now on."""
+    """Every (scores, selection) of `ops.topk` from now on."""
     seen: list[tuple[Any, Any]] = []
-    top = ops.top
+    topk = ops.topk
 
     def recording(scores: Any, k: int, values: Any, **options: Any) -> Any:
-        result = yield from top(scores, k, values, **options)
+        result = yield from topk(scores, k, values, **options)
         seen.append((scores, result[0]))
         return result
 
-    ops.top = recording  # type: ignore[method-assign]
+    ops.topk = recording  # type: ignore[method-assign]
     return seen
 
 

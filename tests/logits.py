@@ -24,7 +24,7 @@ from mpcache.model.loading import Model, demo_model_dir, load_model
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.ops import Ops
 from mpcache.policy import POLICIES, parse
-from mpcache.policy.base import Bound
+from mpcache.policy.base import BoundPolicy
 from mpcache.rank import Rank
 from mpcache.session import Session
 from tests.agreement import KERNELS, record
@@ -38,7 +38,7 @@ class Replaying(PlainOps):
         super().__init__()
         self.choices = iter(choices)
 
-    def top(self, scores: torch.Tensor, k: int, values: Sequence[torch.Tensor], limit: int = 512) -> Any:
+    def topk(self, scores: torch.Tensor, k: int, values: Sequence[torch.Tensor], limit: int = 512) -> Any:
         chosen = PlainSelection(next(self.choices).reshape(*scores.shape[:-1], k), scores.shape[-1])
         return chosen, [chosen.pick(v) for v in values]
         yield
@@ -55,7 +55,7 @@ class Errors:
 
 
 def read(
-    ops: Ops, party: Any, model: Model, bound: Bound, filled: Prefill, chunks: Sequence[Sequence[int]],
+    ops: Ops, party: Any, model: Model, bound: BoundPolicy, filled: Prefill, chunks: Sequence[Sequence[int]],
     rank: Rank | None = None,
 ) -> list[torch.Tensor | None]:  # fmt: skip
     session = Session(ops, party, model.shape, bound)

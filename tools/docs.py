@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 
 from mpcache.audit.catalog import CATALOG
-from mpcache.audit.explain import Said, Seen, Witness, explained, formula_of
+from mpcache.audit.explain import StepTrace, TensorTrace, TraceParty, explained, formula_of
 from mpcache.audit.formula import Names, modulus, total
 from mpcache.model.loading import demo_model_dir, load_shape
 from mpcache.protocols.compare import less
-from mpcache.protocols.linear import product, product_resident, resident, truncate, truncate_product
+from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product, truncate, truncate_product
 from mpcache.protocols.lookup import lookup
 from mpcache.protocols.reciprocal import reciprocal
 from mpcache.protocols.softmax import exp
-from mpcache.protocols.topk import HotSelection, top
+from mpcache.protocols.topk import HotSelection, topk
 from mpcache.rank import Rank
-from mpcache.runtime.meta import Blank
+from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Program, run
 from mpcache.runtime.ring import matmul
-from mpcache.runtime.shares import Resident, Share
+from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,15 +46,15 @@ SIZES = {
 
 
 def share(*shape: int, bits: int = 16, ring: int = 64) -> Share:
-    return Share(Blank(shape), bits, ring=ring)
+    return Share(MetaTensor(shape), bits, ring=ring)
 
 
-def kept(*shape: int, ring: int = 64) -> Resident:
-    return Resident(Blank(shape), Blank(shape), 16, None, ring)
+def kept(*shape: int, ring: int = 64) -> MaskedOperand:
+    return MaskedOperand(MetaTensor(shape), MetaTensor(shape), 16, None, ring)
 
 
 def scatter(rows: int, n: int, k: int, c: int) -> Program[Share]:
-    hot, opened = Blank((rows, k, n)), Blank((rows, n))
+    hot, opened = MetaTensor((rows, k, n)), MetaTensor((rows, n))
     return HotSelection(SIDE, hot, opened, modulus(n), None).scatter(share(rows, k, c), 56)
 
 
@@ -63,10 +63,10 @@ EXAMPLES: Mapping[str, tuple[str, Callable[..., Program[object]]]] = {
     "truncation": (
         "n values, ring of 48 bits", lambda n, **_: truncate(SIDE, share(n, bits=32, ring=48), 16)
     ),
-    "mask": ("n values, ring of 48 bits", lambda n, **_: resident(share(n), 48)),
+    "mask": ("n values, ring of 48 bits", lambda n, **_: mask_operand(share(n), 48)),
     "resident": (
         "(m, k) times resident (k, n), ring of 48 bits",
-        lambda m, k, n, **_: product_resident(SIDE, share(m, k), kept(k, n, ring=48)),
+        lambda m, k, n, **_: matmul_masked_operand(SIDE, share(m, k), kept(k, n, ring=48)),
     ),
     "truncations/product": (
         "n values by n values, rings of 24 and 40 bits",
@@ -82,16 +82,16 @@ EXAMPLES: Mapping[str, tuple[str, Callable[..., Program[object]]]] = {
     ),
     "compare": (
         "n values of 32 bits, any number of public thresholds",
-        lambda n, **_: less(SIDE, Blank((n,)), 32),
+        lambda n, **_: less(SIDE, MetaTensor((n,)), 32),
     ),
     "one-hot": (
         "n values, a table of 1024 entries",
-        lambda n, **_: lookup(SIDE, Blank((n,)), torch.empty(1024, dtype=torch.int64)),
+        lambda n, **_: lookup(SIDE, MetaTensor((n,)), torch.empty(1024, dtype=torch.int64)),
     ),
     "exp": ("n values", lambda n, **_: exp(SIDE, share(n, bits=13, ring=24))),
     "top": (
         "k of n, scores of 24 bits, c values each, in each row",
-        lambda rows, n, k, c, **_: top(
+        lambda rows, n, k, c, **_: topk(
             SIDE, share(rows, n, bits=13, ring=24), k, [share(rows, n, c, bits=13, ring=24)], 24
         ),
     ),
@@ -102,8 +102,8 @@ EXAMPLES: Mapping[str, tuple[str, Callable[..., Program[object]]]] = {
 }  # fmt: skip
 
 
-def read(program: Program[object]) -> list[Said]:
-    witness = Witness()
+def read(program: Program[object]) -> list[StepTrace]:
+    witness = TraceParty()
     run(program, witness)
     return list(witness.said.values())
 
@@ -128,7 +128,7 @@ def blocks() -> Iterator[str]:
         )
 
 
-def _bytes(names: Names, readings: list[list[Seen]]) -> str:
+def _bytes(names: Names, readings: list[list[TensorTrace]]) -> str:
     text = formula_of(names, [[one.size for one in seen] for seen in zip(*readings, strict=True)])
     assert text is not None, readings[0]
     return f"`{text}`"

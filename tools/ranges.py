@@ -2,7 +2,7 @@
 
     python tools/ranges.py --documents 5 [--policy full --policy mpcache] [--model DIR] [--lenient]
 
-The debug engine (mpcache/secure/checked.py) answers every question greedily; the first value out of
+The debug engine (mpcache/protocols/checked.py) answers every question greedily; the first value out of
 its range ends the run with its operation and step. --lenient goes on and shows it in the table.
 """
 

@@ -349,10 +349,10 @@ def _attend_part(
         values = tl.load(v + token[:, None] * v_row + d[None, :], mask=mask, other=0)
         s = tl.where(valid[None, :], _dot(queries, tl.trans(keys), DOT) * LOG2E, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - new_top)
+        truncate_local = tl.exp2(top - new_top)
         weights = tl.exp2(s - new_top[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + _dot(weights, values, DOT)
+        total = total * truncate_local + tl.sum(weights, 1)
+        acc = acc * truncate_local[:, None] + _dot(weights, values, DOT)
         top = new_top
     to = (choice * heads_per_choice + members) * tl.num_programs(0) + split
     real = members < heads_per_choice

@@ -26,10 +26,10 @@ class Protocol:
 
 CATALOG: Mapping[str, Protocol] = {
     "mask": Protocol(
-        "a permanent mask: opened once as W - B, used again and again", "linear.resident", "exact", ""
+        "a permanent mask: opened once as W - B, used again and again", "linear.mask_operand", "exact", ""
     ),
     "resident": Protocol(
-        "product with a resident operand: only the activation is opened", "linear.product_resident",
+        "product with a resident operand: only the activation is opened", "linear.matmul_masked_operand",
         "exact modulo the ring", "masks kept for weights and cache",
     ),
     "truncation": Protocol(
@@ -56,12 +56,12 @@ CATALOG: Mapping[str, Protocol] = {
         "comparison by a key tree", "compare.less", "exact", "Boyle et al., EUROCRYPT 2021"
     ),
     "top": Protocol(
-        "oblivious top-k with one-hot slots: all pairs by key trees, then rotated ranks", "topk.top",
+        "oblivious top-k with one-hot slots: all pairs by key trees, then rotated ranks", "topk.topk",
         "ties to the lower index", "all pairs on one opening; Boyle et al., EUROCRYPT 2021",
     ),
     "top/digits": Protocol(
         "oblivious top-k with one-hot slots: all pairs by tables of the masks' digits, then rotated ranks",
-        "topk.top", "ties to the lower index",
+        "topk.topk", "ties to the lower index",
         "all pairs on one opening; one-time truth tables, Ishai et al., TCC 2013",
     ),
     "scatter": Protocol(

@@ -19,7 +19,7 @@ from mpcache.audit.formula import Names, total
 from mpcache.cost.tally import PROTOCOLS, CostParty, split
 from mpcache.errors import MpcacheError
 from mpcache.model.loading import ModelShape
-from mpcache.policy import Bound, parse
+from mpcache.policy import BoundPolicy, parse
 from mpcache.policy.base import runs
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.evicting import LivingPlan
@@ -33,7 +33,7 @@ READINGS = 7  # of which formulas are made: more than they have unknowns
 
 
 @dataclass(frozen=True)
-class Seen:
+class TensorTrace:
     """A tensor that is opened or dealt. size: its dimensions and its bytes per element; what the dealer
     sends to both counts twice."""
 
@@ -47,11 +47,11 @@ class Seen:
 
 
 @dataclass
-class Said:
+class StepTrace:
     """What one step of one layer opens and draws. keys: bytes of one key, for each kind of tree in it."""
 
-    opened: list[Seen] = field(default_factory=list)
-    dealt: list[Seen] = field(default_factory=list)
+    opened: list[TensorTrace] = field(default_factory=list)
+    dealt: list[TensorTrace] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     rounds: int = 0
     keys: list[int] = field(default_factory=list)
@@ -68,12 +68,12 @@ class Said:
         return self.rounds, tuple(self.kinds), len(self.keys), tuple(seen)
 
 
-class Witness(CostParty):
+class TraceParty(CostParty):
     """Reads every step of the decode program in full, and writes down what is opened to whom."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: dict[str, Said] = defaultdict(Said)
+        self.said: dict[str, StepTrace] = defaultdict(StepTrace)
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
         self.said[step].rounds += 1
@@ -81,7 +81,7 @@ class Witness(CostParty):
             to = "both" if item.to is None else item.to.label
             who = "" if item.sender is None else f", from the {item.sender.label}"
             said = self.said[item.step or step]
-            said.opened.append(Seen(item.why, to + who, (*item.share.shape, item.width)))
+            said.opened.append(TensorTrace(item.why, to + who, (*item.share.shape, item.width)))
         return super().open(items, step)
 
     def draw(self, request: Request, step: str) -> list[Any]:
@@ -91,17 +91,19 @@ class Witness(CostParty):
         tree = [part for part in request.derived if part.public]  # of shapes (keys, ...), sent to both
         if tree:
             said.keys.append(sum(part.nbytes for part in tree) // max(1, tree[0].shape[0]))
-            said.dealt.append(Seen(request.kind, "", (tree[0].shape[0], said.keys[-1], len(COMPUTING))))
+            said.dealt.append(
+                TensorTrace(request.kind, "", (tree[0].shape[0], said.keys[-1], len(COMPUTING)))
+            )
         for part in request.derived:
             if not part.public:
-                said.dealt.append(Seen(request.kind, "", (*part.shape, part.dtype.itemsize)))
+                said.dealt.append(TensorTrace(request.kind, "", (*part.shape, part.dtype.itemsize)))
         return super().draw(request, step)
 
 
 @dataclass(frozen=True)
 class Line:
     """What a step opens for one reason. times: tensors of this size.  formula: bytes in the symbols of
-    `Explained`, None where none was found.  size: as in `Seen`, at the sizes that were asked for."""
+    `Explained`, None where none was found.  size: as in `TensorTrace`, at the sizes that were asked for."""
 
     why: str
     to: str
@@ -140,9 +142,9 @@ class Step:
 class Reading:
     """One decode step, read at one size. symbols: of each layer (None: outside of the layers)."""
 
-    bound: Bound
+    bound: BoundPolicy
     symbols: Mapping[int | None, Mapping[str, int]]
-    steps: Mapping[tuple[int | None, str], Said]
+    steps: Mapping[tuple[int | None, str], StepTrace]
 
     @property
     def form(self) -> dict[tuple[int | None, str], tuple[Any, ...]]:
@@ -152,11 +154,11 @@ class Reading:
 def read(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Reading:
     """The first decode step after the question. Raises PolicyError."""
     bound = parse(spec).bind(context, shape).priced()
-    session = Session(PROTOCOLS[protocol](Rank.SERVER, device="meta"), Witness(), shape, bound)
+    session = Session(PROTOCOLS[protocol](Rank.SERVER, device="meta"), TraceParty(), shape, bound)
     session.setup(None)
     session.context(None, None)
     session.chunk(None, question)
-    session.party = witness = Witness()
+    session.party = witness = TraceParty()
     session.chunk(None, 1)
     steps = {split(name.partition("/")[2]): said for name, said in witness.said.items()}
     model = {
@@ -196,7 +198,7 @@ def _numbers(thing: Any) -> dict[str, int]:
 class Explained:
     """symbols: their values in each layer.  steps: by layer, in program order; None: outside."""
 
-    bound: Bound
+    bound: BoundPolicy
     symbols: Mapping[int | None, Mapping[str, int]]
     steps: Mapping[tuple[int | None, str], Step]
 

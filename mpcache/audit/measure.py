@@ -18,8 +18,9 @@ from typing import Any
 from mpcache.answer import bind
 from mpcache.audit.rows import Grid, Row, Setting, price, whole
 from mpcache.config import PublicConfig
-from mpcache.console.inputs import DEMO_DOCUMENT, read_text
+from mpcache.console.inputs import read_text
 from mpcache.cost.choose import NONE, RATES, modelled
+from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput
 from mpcache.model.loading import load_tokenizer
 from mpcache.model.tokenizer import Tokenizer

@@ -6,14 +6,12 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+from mpcache.demo import DEMO
 from mpcache.errors import BadInput, TextError
-
-_DEMO = Path(__file__).parent / "demo"
-DEMO_DOCUMENT = _DEMO / "document.txt"
 
 
 def demo_question() -> str:
-    return read_text(_DEMO / "question.txt").removesuffix("\n")
+    return read_text(DEMO / "question.txt").removesuffix("\n")
 
 
 def read_question(text: str | None, file: Path | None) -> str:

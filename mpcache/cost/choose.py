@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mpcache.cost.tally import PROTOCOLS, Cost, cost
 from mpcache.model.loading import ModelShape
-from mpcache.policy import Bound
+from mpcache.policy import BoundPolicy
 from mpcache.transport.network import Profile, Rates
 
 AUTO = "auto"
@@ -65,7 +65,7 @@ class Choice:
 
 
 def pick(
-    shape: ModelShape, policy: Bound, context: int, question: int, tokens: int, network: Profile | None,
+    shape: ModelShape, policy: BoundPolicy, context: int, question: int, tokens: int, network: Profile | None,
     bits: int = 16, reveal: str = "logits",
 ) -> Choice:  # fmt: skip
     """How to compare: key trees take the fewest rounds, digits a ninth of the dealer's bytes for a round more

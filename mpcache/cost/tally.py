@@ -3,7 +3,7 @@
 The decode program itself is read, on shapes alone (meta tensors), and what it asks for is counted:
 there is no second description that could drift. Rounds and bytes are those of a real run, to the byte
 (tests/mpcache/test_cost.py compares with the ledgers of three parties). An operation that was met
-before with the same shapes is not read again but repeated from memory (`Remembered`), so a model of
+before with the same shapes is not read again but repeated from memory (`MemoizedOps`), so a model of
 many layers costs little more than one layer, whatever a policy does in which of them.
 """
 
@@ -26,13 +26,13 @@ from mpcache.engines.fast import FastBitsOps, FastOps
 from mpcache.engines.stock import StockOps
 from mpcache.model.loading import ModelShape
 from mpcache.ops import Ops, Selection
-from mpcache.policy import Bound, parse
+from mpcache.policy import BoundPolicy, parse
 from mpcache.rank import Rank
 from mpcache.runtime.correlations import Request
-from mpcache.runtime.meta import Blank
+from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty, _sends
 from mpcache.runtime.program import Ask, Call, Draw, Open, Opening, Program
-from mpcache.runtime.shares import Awaited, Resident, Share
+from mpcache.runtime.shares import Awaited, MaskedOperand, Share
 from mpcache.session import Session
 
 PROTOCOLS: Mapping[str, type[FastOps] | type[StockOps]] = {
@@ -103,7 +103,7 @@ class Cost:
     """
 
     shape: ModelShape
-    policy: Bound
+    policy: BoundPolicy
     protocol: str
     question: int
     steps: int
@@ -167,7 +167,7 @@ def split(step: str) -> tuple[int | None, str]:
 
 def cost(
     shape: ModelShape,
-    policy: str | Bound,
+    policy: str | BoundPolicy,
     context: int = 0,
     question: int = 16,
     protocol: str = "fast",
@@ -200,7 +200,7 @@ def cost(
 def _setup(shape: ModelShape, protocol: str, bits: int) -> tuple[Steps, Operands]:
     """Set-up, which no policy changes."""
     party = CostParty()
-    session = Session(_remembered(protocol, bits), party, shape, cast(Bound, None))
+    session = Session(_remembered(protocol, bits), party, shape, cast(BoundPolicy, None))
     session.setup(None)
     return party.by_phase()["setup"], session.operands
 
@@ -208,14 +208,14 @@ def _setup(shape: ModelShape, protocol: str, bits: int) -> tuple[Steps, Operands
 @cache
 def _remembered(protocol: str, bits: int) -> Ops:
     ops = PROTOCOLS[protocol](Rank.SERVER, bits, device="meta")
-    return cast(Ops, Remembered(ops))
+    return cast(Ops, MemoizedOps(ops))
 
 
 def _bytes_held(thing: Any) -> int:
     """Bytes of all shares (8 per element) and resident operands (a mask and the opened values)."""
     if isinstance(thing, Share):
         return 8 * math.prod(thing.shape)
-    if isinstance(thing, Resident):
+    if isinstance(thing, MaskedOperand):
         return 16 * math.prod(thing.shape)
     if isinstance(thing, list | tuple):
         return sum(map(_bytes_held, thing))
@@ -228,7 +228,7 @@ def _bytes_held(thing: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Noted:
+class RecordedCall:
     """A blocking call that was read already, or counts that no ask tells: what it took, and its result."""
 
     tally: Tally
@@ -270,11 +270,11 @@ class CostParty(ShapeParty):
         tally.random_bytes += size
         self.largest = max(self.largest, size)
         _count(tally, request)
-        parts: list[Any] = [Blank(part.shape, part.dtype) for part in request.parts]
+        parts: list[Any] = [MetaTensor(part.shape, part.dtype) for part in request.parts]
         return [*parts, None] if request.keep else parts
 
     def call(self, run: Callable[[], Any], step: str) -> Any:
-        if isinstance(run, Noted):
+        if isinstance(run, RecordedCall):
             self.steps[step] += run.tally
             return run.result
         return crypten_shim.call(self, run, step)
@@ -329,7 +329,7 @@ def _count(tally: Tally, request: Request) -> None:
     tally.multiply_adds += 3 * products
 
 
-class Remembered:
+class MemoizedOps:
     """Ops on meta tensors that are read once per shapes of their arguments.
 
     The second time an operation books what it took and gives the same result, which has shapes and no
@@ -373,7 +373,7 @@ class Remembered:
         while True:
             try:
                 ask = program.send(reply)
-                if isinstance(ask, Call) and not isinstance(ask.run, Noted):
+                if isinstance(ask, Call) and not isinstance(ask.run, RecordedCall):
                     ask = _note(ask)
             except StopIteration as stop:
                 result = self._selections(key, stop.value)
@@ -385,7 +385,7 @@ class Remembered:
                     working += sum(part.nbytes for part in request.parts)
             asks.append(ask)
             reply = yield ask
-        last = Call(Noted(Tally(working=working, **_gathered(key, args))))
+        last = Call(RecordedCall(Tally(working=working, **_gathered(key, args))))
         asks.append(last)
         yield last
         self._programs[key] = _shortened(asks), result
@@ -395,10 +395,10 @@ class Remembered:
         """Selections are asked for programs, too."""
         if isinstance(result, tuple):
             return tuple(self._selections((key, i), part) for i, part in enumerate(result))
-        return _RememberedSelection(result, key) if isinstance(result, Selection) else result
+        return _MemoizedSelection(result, key) if isinstance(result, Selection) else result
 
 
-class _RememberedSelection(Remembered):
+class _MemoizedSelection(MemoizedOps):
     """A selection among remembered ops; `key`: what it was made from."""
 
     def __init__(self, selection: Selection, key: Hashable) -> None:
@@ -413,14 +413,14 @@ def _note(ask: Call) -> Call:
     tally = alone.steps[""]
     # CrypTen frees what it has used: its largest correlation, and as much that is masked and opened.
     tally.working = 2 * alone.largest
-    return Call(Noted(tally, result), ask.step)
+    return Call(RecordedCall(tally, result), ask.step)
 
 
 def _fresh(result: Any) -> Any:
     """An object of its own each time: programs may ask whether two values are one and the same."""
     if isinstance(result, list | tuple):
         return type(result)(map(_fresh, result))
-    if isinstance(result, Share | Resident | _RememberedSelection):
+    if isinstance(result, Share | MaskedOperand | _MemoizedSelection):
         twin = object.__new__(type(result))
         twin.__dict__.update(result.__dict__)
         return twin
@@ -440,7 +440,7 @@ def _shortened(asks: Sequence[Ask]) -> list[Ask]:
     between: Steps = {}
 
     def flush() -> None:
-        short.extend(Call(Noted(tally), step) for step, tally in between.items())
+        short.extend(Call(RecordedCall(tally), step) for step, tally in between.items())
         between.clear()
 
     for ask in asks:
@@ -462,14 +462,14 @@ def _shortened(asks: Sequence[Ask]) -> list[Ask]:
                 between[step] += party.steps[step]
             case Call(run, step):
                 between.setdefault(step, Tally())
-                between[step] += cast(Noted, run).tally
+                between[step] += cast(RecordedCall, run).tally
     flush()
     return short
 
 
 def _gathered(key: Any, args: Sequence[Any]) -> dict[str, int]:
     """Multiplications of a selection's gather, which its one request does not tell: k is not in it."""
-    if key[0] != "top":
+    if key[0] != "topk":
         return {}
     _, k, values = args[:3]
     products = k * sum(math.prod(value.shape) for value in values)
@@ -479,13 +479,13 @@ def _gathered(key: Any, args: Sequence[Any]) -> dict[str, int]:
 def _key(value: Any) -> Hashable:
     """What an operation's cost depends on: shapes and public numbers, never a tensor's values."""
     match value:
-        case torch.Tensor() | Blank():
+        case torch.Tensor() | MetaTensor():
             return (torch.Tensor, tuple(value.shape), value.dtype)
         case list() | tuple():
             return (list, *map(_key, value))
         case dict():
             return (dict, *((k, _key(v)) for k, v in value.items()))
-        case _RememberedSelection():
+        case _MemoizedSelection():
             return value.key
         case Awaited():
             return Awaited

@@ -8,23 +8,22 @@ from typing import Any
 
 import torch
 
-from mpcache import protocols
 from mpcache.errors import OutOfRange
 from mpcache.model.rope import Turn, rotate
 from mpcache.ops import Ops, Selection
-from mpcache.protocols import softmax
+from mpcache.protocols import softmax, suite
 from mpcache.protocols.compare import Digits, Keys
 from mpcache.rank import Rank
-from mpcache.runtime.meta import Blank
-from mpcache.runtime.program import Opening, Program, reveal
-from mpcache.runtime.shares import Resident, Share, cat, centred, encode
+from mpcache.runtime.meta import MetaTensor
+from mpcache.runtime.program import Opening, Program, open_masked
+from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, encode
 from mpcache.runtime.side import Side, bytes_for
 
 VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
 WEIGHT_BITS = 22  # fraction bits of softmax weights; the largest of a row may be e^-4.6
 LONG_BITS = 20  # fraction bits of a product's factor that had more than `WEIGHT_BITS`
 AVERAGE_RING = 56  # weights times values: with n tokens |value| < 32 (`weight_bits`)
-POSITIVE_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `positive`
+RELU_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `relu`
 LONGEST = 1 << 13  # attended tokens per query
 BLUR_BITS = 11  # what a party learns is blurred with a standard deviation of 2^-11 (`reveal`)
 
@@ -38,13 +37,13 @@ def weight_bits(n: int) -> int:
 class FastOps(Ops):
     """Values carry up to `WEIGHT_BITS` fraction bits where an operation says so, else `bits`.
 
-    A product keeps all its fraction bits; the next operation truncates what it needs (`fit`): each
+    A product keeps all its fraction bits; the next operation truncates what it needs (`rescale_to`): each
     party drops bits by itself until no more than the value's size is left of the ring, and what an
     opening brings back to the whole ring is then short.
     """
 
     name = "fast"
-    do: Any = protocols  # or their meaning, `ideal`, in mpcache.engines.checked
+    do: Any = suite  # or their meaning, `ideal`, in mpcache.engines.checked
     comparison: type[Keys] | type[Digits] = Keys  # of all pairs within a top-k
 
     def __init__(self, rank: Rank, bits: int = 16, device: str = "cpu") -> None:
@@ -55,42 +54,44 @@ class FastOps(Ops):
     ) -> Share:
         bits = self.bits if bits is None else bits
         if self.side.device == "meta":
-            return Share(Blank(tuple(shape)), bits, owner)
+            return Share(MetaTensor(tuple(shape)), bits, owner)
         if value is None or self.side.rank is not owner:
             return Share(torch.zeros(tuple(shape), dtype=torch.int64), bits, owner)
         return Share(encode(value.cpu(), bits).reshape(tuple(shape)), bits, owner)
 
-    def fit(self, x: Share, bits: int | None = None) -> Program[Share]:
+    def rescale_to(self, x: Share, bits: int | None = None) -> Program[Share]:
         """x at `bits` fraction bits, exactly; free if it has no more."""
         bits = self.bits if bits is None else bits
         if (x.bits, x.ring) == (bits, 64):
             return x
-        return (yield from self.do.truncate(self.side, self.do.shrink(self.side, x, bits), bits))
+        return (yield from self.do.truncate(self.side, self.do.truncate_local(self.side, x, bits), bits))
 
-    def small(self, x: Share) -> Share:
+    def in_small_ring(self, x: Share) -> Share:
         """x at `bits` fraction bits in a ring for |x| < 2^14; no cost."""
-        x = self.do.shrink(self.side, x, self.bits)
+        x = self.do.truncate_local(self.side, x, self.bits)
         return replace(x, ring=min(x.ring, x.bits + VALUE_BITS + 2))
 
-    def settle(self, x: Share) -> Program[Share]:
-        return (yield from self.fit(self.small(x)))
+    def rescale(self, x: Share) -> Program[Share]:
+        return (yield from self.rescale_to(self.in_small_ring(x)))
 
-    def keep(self, x: Share, ring: int = 48) -> Program[Resident]:
-        x = yield from self.fit(x)
+    def prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
+        x = yield from self.rescale_to(x)
         self._check_own(x)
-        return (yield from self.do.resident(x, ring))
+        return (yield from self.do.mask_operand(x, ring))
 
-    def announce(self, x: Share, ring: int = 48) -> Program[Resident]:
+    def start_prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         if (x.bits, x.ring) != (self.bits, 64):
-            raise ValueError("only what is settled can be announced: else a round comes first")
-        return (yield from self.do.announce(x, ring))
+            raise ValueError("only what is settled can be started: else a round comes first")
+        return (yield from self.do.start_mask_operand(x, ring))
 
-    def deliver(self, x: Share, announced: Resident, joined: Resident) -> Program[Resident]:
-        return (yield from self.do.deliver(x, announced, joined))
+    def finish_prepare(
+        self, x: Share, started: MaskedOperand, joined: MaskedOperand
+    ) -> Program[MaskedOperand]:
+        return (yield from self.do.finish_mask_operand(x, started, joined))
 
     def _check_own(self, x: Share) -> None:
         """Who knows a value sees whether it is in range. Raises OutOfRange."""
-        if x.owner is not self.side.rank or isinstance(x.data, Blank) or x.data.numel() == 0:
+        if x.owner is not self.side.rank or isinstance(x.data, MetaTensor) or x.data.numel() == 0:
             return
         low, high = (int(v) for v in x.data.aminmax())
         if max(-low, high) >= 1 << (x.bits + VALUE_BITS):
@@ -99,7 +100,7 @@ class FastOps(Ops):
                 f"range; protocol fast holds less than {1 << VALUE_BITS}: the answer would be wrong"
             )
 
-    def join(self, parts: Sequence[Any], dim: int) -> Any:
+    def cat_operands(self, parts: Sequence[Any], dim: int) -> Any:
         first, *rest = parts
         for part in rest:
             first = first.append(part, dim)
@@ -108,26 +109,28 @@ class FastOps(Ops):
     def cat(self, parts: Sequence[Share], dim: int) -> Share:
         return cat(parts, dim)
 
-    def linear(self, x: Share, w: Resident, bias: Share | None = None) -> Program[Share]:
+    def linear(self, x: Share, w: MaskedOperand, bias: Share | None = None) -> Program[Share]:
         if x.bits > WEIGHT_BITS:
-            x = yield from self.fit(x)
-        y = yield from self.do.product_resident(self.side, x, w)
+            x = yield from self.rescale_to(x)
+        y = yield from self.do.matmul_masked_operand(self.side, x, w)
         if bias is None:
             return y
         return replace(y, data=y.data + (bias.data << (y.bits - bias.bits)))
 
-    def scores(self, q: Share, keys: Resident) -> Program[Share]:
-        q = yield from self.fit(q)
-        return self.do.narrow((yield from self.do.product_resident(self.side, q, keys.transpose(-1, -2))))
+    def scores(self, q: Share, keys: MaskedOperand) -> Program[Share]:
+        q = yield from self.rescale_to(q)
+        return self.do.quantize_scores(
+            (yield from self.do.matmul_masked_operand(self.side, q, keys.transpose(-1, -2)))
+        )
 
     def norm_linear(
-        self, x: Resident | None, change: Share, eps: float, w: Resident, bias: Share | None = None,
+        self, x: MaskedOperand | None, change: Share, eps: float, w: MaskedOperand, bias: Share | None = None,
         turn: Turn | None = None,
-    ) -> Program[tuple[Resident, Share]]:  # fmt: skip
+    ) -> Program[tuple[MaskedOperand, Share]]:  # fmt: skip
         def turned(y: Share) -> Share:
             return y if turn is None else Share(turn(y.data, self.bits), y.bits + self.bits, ring=y.ring)
 
-        x, y = yield from self.do.norm_linear(self.side, x, self.small(change), eps, w, turned)
+        x, y = yield from self.do.norm_linear(self.side, x, self.in_small_ring(change), eps, w, turned)
         if bias is not None:
             bias = turned(replace(bias, data=bias.data.expand(*y.shape)))
             y = replace(y, data=y.data + (bias.data << (y.bits - bias.bits)))
@@ -136,51 +139,54 @@ class FastOps(Ops):
     def rotate(self, x: Share, cos: torch.Tensor, sin: torch.Tensor) -> Program[Share]:
         angles = (encode(t, self.bits) for t in (cos, sin))
         turned = Share(rotate(x.data, *angles), x.bits + self.bits, ring=x.ring)
-        return (yield from self.fit(turned))
+        return (yield from self.rescale_to(turned))
 
     def gate(self, kind: str, gate: Share, up: Share | None) -> Program[Share]:
-        gate, up = self.small(gate), None if up is None else self.small(up)
-        return self.do.shrink(self.side, (yield from self.do.activate(self.side, kind, gate, up)), self.bits)
+        gate, up = self.in_small_ring(gate), None if up is None else self.in_small_ring(up)
+        return self.do.truncate_local(
+            self.side, (yield from self.do.activate(self.side, kind, gate, up)), self.bits
+        )
 
     def softmax(self, scores: Share, visible: torch.Tensor | None) -> Program[tuple[Share, Share]]:
         return (yield from self.do.softmax(self.side, scores, visible, weight_bits(scores.shape[-1])))
 
-    def weigh(self, weights: Share, values: Resident) -> Program[Share]:
-        return (yield from self.do.product_resident(self.side, weights, values, AVERAGE_RING))
+    def weighted_sum(self, weights: Share, values: MaskedOperand) -> Program[Share]:
+        return (yield from self.do.matmul_masked_operand(self.side, weights, values, AVERAGE_RING))
 
-    def inverse(self, total: Share) -> Program[Share]:
+    def reciprocal(self, total: Share) -> Program[Share]:
         least = 2.0 ** -(2 * softmax.SLACK)  # e^-slack, and some
         return (yield from self.do.reciprocal(self.side, total, least, LONGEST))
 
-    def times(self, x: Share, y: Share) -> Program[Share]:
+    def mul(self, x: Share, y: Share) -> Program[Share]:
         if x.bits > WEIGHT_BITS:
-            return (yield from self.do.truncate_times(self.side, self.do.shrink(self.side, x, LONG_BITS), y))
+            return (
+                yield from self.do.truncate_times(
+                    self.side, self.do.truncate_local(self.side, x, LONG_BITS), y
+                )
+            )
         return (yield from self.do.product(self.side, x, y))
 
-    def positive(self, x: Share) -> Program[Share]:
-        return (yield from self.do.positive(self.side, x, POSITIVE_WIDTH))
+    def relu(self, x: Share) -> Program[Share]:
+        return (yield from self.do.relu(self.side, x, RELU_WIDTH))
 
     def scale(self, x: Share, factor: float) -> Share:
         return replace(x * round(factor * 2**16), bits=x.bits + 16)
 
-    def value(self, x: Resident) -> Share:
+    def value(self, x: MaskedOperand) -> Share:
         return Share(x.mask + self.side.first(x.opened), x.bits, ring=x.ring)
 
     def ones(self, shape: Sequence[int]) -> Share:
         return self.secret(torch.ones(tuple(shape)), shape, Rank.SERVER, bits=0)
 
-    def hide(self, scores: Share, alive: Share, far: int) -> Share:
+    def mask_scores(self, scores: Share, alive: Share, far: int) -> Share:
         away = (alive - self.ones(alive.shape)) * (far << scores.bits)
         return scores + replace(away, bits=scores.bits)
 
-    def narrow(self, x: Share) -> Share:
-        return self.small(x)
-
-    def top(
+    def topk(
         self, scores: Share, k: int, values: Sequence[Share], limit: int = 512
     ) -> Program[tuple[Selection, list[Share]]]:
         width = scores.bits + (2 * limit - 1).bit_length() + 1  # differences stay below 2 limit
-        chosen, gathered = yield from self.do.top(self.side, scores, k, values, width, self.comparison)
+        chosen, gathered = yield from self.do.topk(self.side, scores, k, values, width, self.comparison)
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
@@ -189,9 +195,9 @@ class FastOps(Ops):
         # Whole bytes, all of them significant: the recipient sees a share that is uniform.
         spare = -(x.ring - max(0, x.bits - self.bits)) % 8
         if x.bits > self.bits + spare:
-            x = self.do.shrink(self.side, x, self.bits + spare)
+            x = self.do.truncate_local(self.side, x, self.bits + spare)
             x = replace(x, data=x.data + (yield from self.do.blur(self.side, x, to.peer, BLUR_BITS)))
-        (raw,) = yield from reveal(Opening(x.data, why, to=to, width=bytes_for(x.ring)))
+        (raw,) = yield from open_masked(Opening(x.data, why, to=to, width=bytes_for(x.ring)))
         if raw is None:
             return None
         return centred(raw, x.ring).double() / 2**x.bits

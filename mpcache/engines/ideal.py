@@ -1,6 +1,6 @@
 """What the protocols of `fast` mean, on plain fixed-point integers, and the ranges they hold for.
 
-Each function has the name and the signature of the one in `mpcache.protocols`. A Share holds the
+Each function has the name and the signature of the one in `mpcache.protocols.suite`. A Share holds the
 whole secret here, as a true integer: it is not reduced to its ring, so a value that the ring cannot
 hold shows. What a protocol is declared for becomes a `Claim`, whose bound comes from the protocol's own
 constants; who reads the program judges it, where it knows the step. Functions are exact where a
@@ -24,10 +24,12 @@ from mpcache.protocols import selection as chosen
 from mpcache.protocols import softmax as scores_of
 from mpcache.protocols.activation import series
 from mpcache.protocols.compare import Digits, Keys
-from mpcache.protocols.softmax import narrow as narrow  # each party's own arithmetic: it means itself
+from mpcache.protocols.softmax import (
+    quantize_scores as quantize_scores,  # each party's own arithmetic: it means itself
+)
 from mpcache.rank import Rank
 from mpcache.runtime.program import Call, Program, local
-from mpcache.runtime.shares import Resident, Share, decode, encode
+from mpcache.runtime.shares import MaskedOperand, Share, decode, encode
 from mpcache.runtime.side import Side
 
 
@@ -57,7 +59,7 @@ def _held(operation: str, x: Share, ring: int) -> Program[None]:
 
 
 def _multiplied(
-    operation: str, x: Share, y: Share | Resident, op: Callable[..., torch.Tensor], ring: int
+    operation: str, x: Share, y: Share | MaskedOperand, op: Callable[..., torch.Tensor], ring: int
 ) -> Program[Share]:
     """op(x, y) with all fraction bits, in a ring that must hold it."""
     data = y.data if isinstance(y, Share) else y.mask + y.opened
@@ -67,7 +69,7 @@ def _multiplied(
     return Share(op(x.data, data), bits, ring=ring)
 
 
-# ------------------------------------------------------------------------- linear (secure/linear.py)
+# ------------------------------------------------------------------------- linear (protocols/linear.py)
 
 
 def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
@@ -86,25 +88,25 @@ def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
     return (yield from _multiplied("product", x, y, torch.mul, 64))
 
 
-def shrink(side: Side, x: Share, bits: int) -> Share:
+def truncate_local(side: Side, x: Share, bits: int) -> Share:
     """Rounds to the nearest."""
     f = x.bits - bits
     return x if f <= 0 else Share((x.data + (1 << (f - 1))) >> f, bits, ring=x.ring - f)
 
 
-def resident(x: Share, ring: int = 64) -> Program[Resident]:
+def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
     yield from _held("resident operand", x, ring)
-    return Resident(torch.zeros_like(x.data), x.data, x.bits, ring=ring)
+    return MaskedOperand(torch.zeros_like(x.data), x.data, x.bits, ring=ring)
 
 
-announce = resident
+start_mask_operand = mask_operand
 
 
-def deliver(x: Share, announced: Resident, joined: Resident) -> Program[Resident]:
+def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand) -> Program[MaskedOperand]:
     return local(joined)
 
 
-def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Program[Share]:
+def matmul_masked_operand(side: Side, x: Share, w: MaskedOperand, ring: int = 64) -> Program[Share]:
     return _multiplied("product with an operand", x, w, torch.matmul, ring)
 
 
@@ -129,7 +131,7 @@ def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share
     return Share(encode(y, bits), bits)
 
 
-def positive(side: Side, x: Share, width: int) -> Program[Share]:
+def relu(side: Side, x: Share, width: int) -> Program[Share]:
     yield from claim("max(x, 0)", x.data, 1 << (width - 1), x.bits)
     return replace(x, data=x.data.clamp(min=0), owner=None)
 
@@ -139,17 +141,17 @@ def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
     return local(torch.zeros_like(x.data))
 
 
-# ----------------------------------------------------------------------------- norm (secure/norm.py)
+# ----------------------------------------------------------------------------- norm (protocols/norm.py)
 
 
 def norm_linear(
     side: Side,
-    stream: Resident | None,
+    stream: MaskedOperand | None,
     change: Share,
     eps: float,
-    w: Resident,
+    w: MaskedOperand,
     turn: Callable[[Share], Share],
-) -> Program[tuple[Resident, Share]]:
+) -> Program[tuple[MaskedOperand, Share]]:
     x = yield from truncate(side, change, change.bits)
     if stream is not None:
         x = replace(x, data=x.data + stream.opened)
@@ -159,12 +161,12 @@ def norm_linear(
     yield from claim("norm, sum of squares", total * 4.0**x.bits, high, 2 * x.bits, low)
     y = turn((yield from _multiplied("product with an operand", x, w, torch.matmul, 64)))
     yield from _held("product with an operand", y, y.ring)
-    y = shrink(side, y, norm.PRODUCT_BITS)
+    y = truncate_local(side, y, norm.PRODUCT_BITS)
     yield from claim("product, truncated", y.data, linear.room(min(y.ring, norm.PRODUCT_RING)), y.bits)
     bits = y.bits + norm.root(width, x.bits)[2]
     normed = decode(y.data, y.bits) * torch.rsqrt(total / width)
     yield from claim("normed product", normed * 2.0**bits, 1 << 63, bits)
-    stream = Resident(torch.zeros_like(x.data), x.data, x.bits)
+    stream = MaskedOperand(torch.zeros_like(x.data), x.data, x.bits)
     return stream, Share(encode(normed, bits), bits)
 
 
@@ -174,7 +176,7 @@ def reciprocal(side: Side, x: Share, least: float, most: float) -> Program[Share
     return Share(encode(1 / decode(x.data, x.bits), bits), bits)
 
 
-# ----------------------------------------------------------------------- softmax (secure/softmax.py)
+# ----------------------------------------------------------------------- softmax (protocols/softmax.py)
 
 
 def softmax(
@@ -196,11 +198,11 @@ def softmax(
     return Share(e, bits), Share(e.sum(-1, keepdim=True), bits)
 
 
-# ------------------------------------------------------------------------- selection (secure/topk.py)
+# ------------------------------------------------------------------------- selection (protocols/topk.py)
 
 
 class IdealSelection(PlainSelection):
-    """Known places, shares to gather and scatter."""
+    """PlaintextContext places, shares to gather and scatter."""
 
     def gather(self, values: Share) -> Program[Share]:  # type: ignore[override]
         ring = min(values.ring, chosen.RING)
@@ -216,7 +218,7 @@ class IdealSelection(PlainSelection):
         return Share(super().marks().to(torch.int64), 0)
 
 
-def top(
+def topk(
     side: Side,
     scores: Share,
     k: int,
@@ -238,7 +240,7 @@ def top(
 
 
 __all__ = [
-    "Claim", "IdealSelection", "activate", "blur", "claim", "narrow", "norm_linear", "positive", "product",
-    "product_resident", "reciprocal", "resident", "shrink", "softmax", "top", "truncate",
+    "Claim", "IdealSelection", "activate", "blur", "claim", "quantize_scores", "norm_linear", "relu", "product",
+    "matmul_masked_operand", "reciprocal", "mask_operand", "truncate_local", "softmax", "topk", "truncate",
     "truncate_times",
 ]  # fmt: skip

@@ -33,7 +33,7 @@ class PlainSelection(Selection):
         index = self.index.unsqueeze(-1).expand(weights.shape)
         return local(weights.new_zeros(*rows, self.n, c).scatter(-2, index, weights))
 
-    def keep(self) -> Program[Selection]:
+    def prepare(self) -> Program[Selection]:
         return local(self)
 
     def refine(self, finer: Selection, children: int) -> Program[Selection]:
@@ -64,16 +64,16 @@ class PlainOps(Ops):
         assert value is not None, "the plain reading knows every input"
         return value.float().to(self.device).reshape(tuple(shape))
 
-    def settle(self, x: torch.Tensor) -> Program[torch.Tensor]:
+    def rescale(self, x: torch.Tensor) -> Program[torch.Tensor]:
         return local(x)
 
-    def keep(self, x: torch.Tensor, ring: int = 48) -> Program[torch.Tensor]:
+    def prepare(self, x: torch.Tensor, ring: int = 48) -> Program[torch.Tensor]:
         return local(x)
 
-    def join(self, parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    def cat_operands(self, parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
         return torch.cat(list(parts), dim)
 
-    cat = join
+    cat = cat_operands
 
     def linear(
         self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
@@ -110,16 +110,16 @@ class PlainOps(Ops):
         e = torch.exp(scores - scores.amax(-1, keepdim=True))
         return local((e, e.sum(-1, keepdim=True)))
 
-    def weigh(self, weights: torch.Tensor, values: torch.Tensor) -> Program[torch.Tensor]:
+    def weighted_sum(self, weights: torch.Tensor, values: torch.Tensor) -> Program[torch.Tensor]:
         return local(weights @ values)
 
-    def inverse(self, total: torch.Tensor) -> Program[torch.Tensor]:
+    def reciprocal(self, total: torch.Tensor) -> Program[torch.Tensor]:
         return local(1 / total)
 
-    def times(self, x: torch.Tensor, y: torch.Tensor) -> Program[torch.Tensor]:
+    def mul(self, x: torch.Tensor, y: torch.Tensor) -> Program[torch.Tensor]:
         return local(x * y)
 
-    def positive(self, x: torch.Tensor) -> Program[torch.Tensor]:
+    def relu(self, x: torch.Tensor) -> Program[torch.Tensor]:
         return local(x.clamp(min=0))
 
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -131,10 +131,10 @@ class PlainOps(Ops):
     def ones(self, shape: Sequence[int]) -> torch.Tensor:
         return torch.ones(tuple(shape), device=self.device)
 
-    def hide(self, scores: torch.Tensor, alive: torch.Tensor, far: int) -> torch.Tensor:
+    def mask_scores(self, scores: torch.Tensor, alive: torch.Tensor, far: int) -> torch.Tensor:
         return scores + (alive - 1) * far
 
-    def top(
+    def topk(
         self, scores: torch.Tensor, k: int, values: Sequence[torch.Tensor], limit: int = 512
     ) -> Program[tuple[Selection, list[torch.Tensor]]]:
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices

@@ -18,7 +18,7 @@ from mpcache.engines.crypten_shim import MPCTensor, crypten
 from mpcache.model.rope import Turn, rotate
 from mpcache.ops import Ops, Selection
 from mpcache.rank import Rank
-from mpcache.runtime.program import Call, Opening, Program, at, local, reveal
+from mpcache.runtime.program import Call, Opening, Program, at, local, open_masked
 from mpcache.runtime.shares import Share, cat, encode
 
 # The inverse square root of a mean square v: exponents of v that are told apart (stock).
@@ -52,7 +52,7 @@ class StockSelection(Selection):
 
     hot: Share
 
-    def keep(self) -> Program[Selection]:
+    def prepare(self) -> Program[Selection]:
         return local(self)
 
     def refine(self, finer: Selection, children: int) -> Program[Selection]:
@@ -95,13 +95,13 @@ class StockOps(Ops):
             data = encode(value.cpu(), bits).reshape(tuple(shape))
         return Share(data, bits, owner)
 
-    def settle(self, x: Share) -> Program[Share]:
+    def rescale(self, x: Share) -> Program[Share]:
         return local(x)
 
-    def keep(self, x: Share, ring: int = 48) -> Program[Any]:
+    def prepare(self, x: Share, ring: int = 48) -> Program[Any]:
         return local(x)
 
-    def join(self, parts: Sequence[Any], dim: int) -> Any:
+    def cat_operands(self, parts: Sequence[Any], dim: int) -> Any:
         return cat(parts, dim)
 
     def cat(self, parts: Sequence[Share], dim: int) -> Share:
@@ -189,10 +189,10 @@ class StockOps(Ops):
             e = e * visible
         return e, e.sum(-1, keepdim=True)
 
-    def weigh(self, weights: Share, values: Share) -> Program[Share]:
+    def weighted_sum(self, weights: Share, values: Share) -> Program[Share]:
         return blocking(lambda w, v: w.matmul(v), weights, values)
 
-    def inverse(self, total: Share) -> Program[Share]:
+    def reciprocal(self, total: Share) -> Program[Share]:
         def run(t: Any) -> Any:
             # CrypTen's start value diverges above 666: an eighth of 1..5000 stays below.
             with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
@@ -200,10 +200,10 @@ class StockOps(Ops):
 
         return blocking(run, total)
 
-    def times(self, x: Share, y: Share) -> Program[Share]:
+    def mul(self, x: Share, y: Share) -> Program[Share]:
         return blocking(lambda a, b: a * b, x, y)
 
-    def positive(self, x: Share) -> Program[Share]:
+    def relu(self, x: Share) -> Program[Share]:
         return blocking(lambda a: a.relu(), x)
 
     def scale(self, x: Share, factor: float) -> Share:
@@ -216,11 +216,11 @@ class StockOps(Ops):
     def ones(self, shape: Sequence[int]) -> Share:
         return self.secret(torch.ones(tuple(shape)), shape, Rank.SERVER, bits=0)
 
-    def hide(self, scores: Share, alive: Share, far: int) -> Share:
+    def mask_scores(self, scores: Share, alive: Share, far: int) -> Share:
         away = (alive - self.ones(alive.shape)) * (far << scores.bits)
         return scores + Share(away.data, scores.bits)
 
-    def top(
+    def topk(
         self, scores: Share, k: int, values: Sequence[Share], limit: int = 512
     ) -> Program[tuple[Selection, list[Share]]]:
         n = scores.shape[-1]
@@ -249,5 +249,5 @@ class StockOps(Ops):
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
-        (raw,) = yield from reveal(Opening(x.data, why, to=to))
+        (raw,) = yield from open_masked(Opening(x.data, why, to=to))
         return None if raw is None else raw.double() / 2**x.bits

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpcache.evaluate.score import Score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Task
-from mpcache.policy import Bound
+from mpcache.policy import BoundPolicy
 
 Row = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Tally:
     def bits_per_byte(self) -> float:
         return bits_per_byte(self.scores)
 
-    def count(self, bound: Bound) -> None:
+    def count(self, bound: BoundPolicy) -> None:
         """One more sample is asked under this policy and plan."""
         self.spec = self.spec or bound.policy.spec
         self.attended += bound.plan.attended

@@ -14,7 +14,7 @@ from mpcache.engines.plain import PlainOps
 from mpcache.evaluate.tasks import Sample, Task
 from mpcache.model.loading import Model
 from mpcache.model.prefill import Prefill, prefill
-from mpcache.policy import Bound
+from mpcache.policy import BoundPolicy
 from mpcache.policy.full import Full
 from mpcache.session import Session
 from mpcache_kernels import Backend, backend
@@ -94,7 +94,7 @@ class Engine:
         known = prefill(self.model, context, self.device, window=window)
         return Read(known, replace(self.kernels, window_importance=_once(self.kernels.window_importance)))
 
-    def session(self, policy: Bound, read: Read) -> Session:
+    def session(self, policy: BoundPolicy, read: Read) -> Session:
         """After the context; it may have been read with more queries than the policy looks at."""
         session = Session(self.ops, None, self.model.shape, policy)
         session.operands = self.operands

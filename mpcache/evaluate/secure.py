@@ -21,7 +21,7 @@ from mpcache.evaluate.rows import Results, Tally, bits_per_byte
 from mpcache.evaluate.score import Engine, Score, Tokens, score
 from mpcache.evaluate.sweep import Grid, Say, bind, take
 from mpcache.evaluate.tasks import Sample
-from mpcache.policy import Bound, parse
+from mpcache.policy import BoundPolicy, parse
 from mpcache.rank import Rank
 from mpcache.session import Session
 from mpcache_parties.launch import run_quietly
@@ -63,7 +63,7 @@ def confirm(
                 _answer(engine, secure, bound, alone, network)
 
 
-def _answer(engine: Engine, cell: Tally, bound: Bound, sample: Sample, network: str) -> None:
+def _answer(engine: Engine, cell: Tally, bound: BoundPolicy, sample: Sample, network: str) -> None:
     """One question of three processes."""
     (turn,), tokens = sample.turns, engine.tokens(sample)
     question, answer, _ = tokens.turns[0]
@@ -81,7 +81,7 @@ def _answer(engine: Engine, cell: Tally, bound: Bound, sample: Sample, network: 
     cell.agreed.append(ids == plain.ids)
 
 
-def _go_on(engine: Engine, cell: Tally, bound: Bound, sample: Sample, tokens: Tokens) -> None:
+def _go_on(engine: Engine, cell: Tally, bound: BoundPolicy, sample: Sample, tokens: Tokens) -> None:
     """The beginning of one long answer, token by token, through three threads."""
     question, answer, _ = tokens.turns[0]
     answer = answer[:CONFIRMED]

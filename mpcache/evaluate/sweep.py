@@ -13,7 +13,7 @@ from mpcache.errors import BadInput, PolicyError
 from mpcache.evaluate.rows import Results, Tally
 from mpcache.evaluate.score import Engine, Tokens, score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Sample, Task
-from mpcache.policy import Bound, parse
+from mpcache.policy import BoundPolicy, parse
 from mpcache.policy.base import FULL_PERCENT
 
 FULL = "full"
@@ -36,7 +36,7 @@ class Grid:
     context: int
 
 
-def bind(engine: Engine, spec: str, budget: int, context: int) -> Bound:
+def bind(engine: Engine, spec: str, budget: int, context: int) -> BoundPolicy:
     """The policy, set to `budget` percent of `context` tokens. Raises PolicyError."""
     shape = engine.model.shape
     return parse(spec).at_percent(budget, context, shape).bind(context, shape)

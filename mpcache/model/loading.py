@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mpcache.demo import DEMO
 from mpcache.errors import ModelError
 from mpcache.model.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from mpcache.errors import PolicyError
-from mpcache.policy.base import LEAKS, Bound, Plan, Policy, View
+from mpcache.policy.base import LEAKS, BoundPolicy, LayerView, Plan, Policy
 from mpcache.policy.calibration import Oracle, Random
 from mpcache.policy.combined import Combined
 from mpcache.policy.full import Full
@@ -59,7 +59,7 @@ def _combine(first: Policy, then: Policy) -> Policy:
     if not then.selects:
         able = ", ".join(name for name, cls in POLICIES.items() if cls.selects)
         raise PolicyError(f"policy {then.name} selects nothing; on the right of | may stand {able}")
-    then.behind()
+    then.as_selector()
     return Combined(first, then)
 
 
@@ -102,4 +102,4 @@ def _hint(word: str, known: Any) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-__all__ = ["LEAKS", "POLICIES", "Bound", "Plan", "Policy", "View", "parse"]
+__all__ = ["LEAKS", "POLICIES", "BoundPolicy", "Plan", "Policy", "LayerView", "parse"]

@@ -90,7 +90,7 @@ def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
 
 
 @dataclass(frozen=True)
-class View:
+class LayerView:
     """What a policy sees of layer `index` in one step of m tokens: `rows` queries per KV head, one
     for each token and head of a group, the heads of a token together."""
 
@@ -144,7 +144,7 @@ class Policy(ABC):
     def plan(self, context: int, shape: ModelShape) -> Plan:
         """The integers for a context of so many tokens. Raises PolicyError."""
 
-    def behind(self) -> Policy:
+    def as_selector(self) -> Policy:
         """As it runs behind another's eviction: it evicts nothing. Raises PolicyError."""
         return self
 
@@ -167,7 +167,7 @@ class Policy(ABC):
             return self
         return self.at_budget(max(1, int(context * percent // FULL_PERCENT)), context, shape)
 
-    def choosing(self, tokens: int, context: int, shape: ModelShape) -> Policy:
+    def selector_at_budget(self, tokens: int, context: int, shape: ModelShape) -> Policy:
         """`at_budget` by choosing alone: on the right of |, where it evicts nothing. Raises PolicyError."""
         return self.at_budget(tokens, context, shape)
 
@@ -176,8 +176,8 @@ class Policy(ABC):
             f"policy {self.name}: cannot attend to {tokens} tokens or fewer; it needs {least} or more: {why}"
         )
 
-    def bind(self, context: int, shape: ModelShape) -> Bound:
-        return Bound(self, self.plan(context, shape))
+    def bind(self, context: int, shape: ModelShape) -> BoundPolicy:
+        return BoundPolicy(self, self.plan(context, shape))
 
     @property
     def leak(self) -> str:
@@ -185,16 +185,16 @@ class Policy(ABC):
         return self.leaks
 
     @property
-    def decided(self) -> bool:
+    def plan_is_public(self) -> bool:
         """Whether the plan follows from public sizes. If not, `plan` gives the largest one, the owner of
-        the document `decide`s and announces counts, and all go on with `given` (leak class `count`)."""
+        the document `count_from_document`s and announces counts, and all go on with `with_counts` (leak class `count`)."""
         return True
 
-    def decide(self, prefill: Prefill, kernels: Backend) -> list[int]:
+    def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
         """Server, plaintext: a number for each layer, by the document."""
         return []
 
-    def given(self, counts: Sequence[int]) -> Policy:
+    def with_counts(self, counts: Sequence[int]) -> Policy:
         """The policy with announced counts: decided. They are checked by `plan`, as any option is."""
         return self
 
@@ -207,7 +207,7 @@ class Policy(ABC):
         return torch.arange(plan.context)
 
     def remember(
-        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
     ) -> Program[Any]:
         """What the policy keeps of a layer beside k and v (`LayerCache.memory`). known: at the server."""
         return local(None)
@@ -222,15 +222,15 @@ class Policy(ABC):
         if prefill is not None and kernels is not None:
             rows = self.evict(prefill, index, plan, kernels)
             k, v = (take(t[index], rows) for t in (prefill.k, prefill.v))
-            known = Known(prefill, kernels, rows, k)
+            known = PlaintextContext(prefill, kernels, rows, k)
         k, v, memory = yield from together(
-            ops.keep(ops.secret(k, (kv, n, d), Rank.SERVER)),
-            ops.keep(ops.secret(v, (kv, n, d), Rank.SERVER), V_RING),
+            ops.prepare(ops.secret(k, (kv, n, d), Rank.SERVER)),
+            ops.prepare(ops.secret(v, (kv, n, d), Rank.SERVER), V_RING),
             self.remember(ops, shape, plan, index, known),
         )
         return LayerCache(k, v, memory)
 
-    def attend(self, view: View, q: Value) -> Program[Value]:
+    def attend(self, view: LayerView, q: Value) -> Program[Value]:
         """q (KV, rows, d), scaled, over the layer's cache -> (KV, rows, d)."""
         ops, layer = view.ops, view.layer
         scores = yield from at("scores", ops.scores(q, layer.k))
@@ -238,7 +238,7 @@ class Policy(ABC):
         out, _ = yield from average(view, local(e), total)
         return out
 
-    def observe(self, view: View) -> Program[None]:
+    def observe(self, view: LayerView) -> Program[None]:
         """After attention, beside the rest of the layer: remember, evict, form clusters."""
         return local(None)
 
@@ -271,21 +271,21 @@ class Policy(ABC):
         return [self.count(option, whole, "the context", budget) for budget in budgets]
 
 
-def average(view: View, weights: Program[Value], total: Value) -> Program[tuple[Value, Value]]:
+def average(view: LayerView, weights: Program[Value], total: Value) -> Program[tuple[Value, Value]]:
     """Softmax's deferred division: weights (KV, rows, n) over the cached values, by total (KV, rows, 1)
     -> (KV, rows, d), and 1 / total. What the weights still cost runs beside the reciprocal."""
     ops = view.ops
 
     def weighted() -> Program[Value]:
         w = yield from weights
-        return (yield from at("attend", ops.weigh(w, view.layer.v)))
+        return (yield from at("attend", ops.weighted_sum(w, view.layer.v)))
 
-    out, inverse = yield from together(weighted(), at("attend/inverse", ops.inverse(total)))
-    return (yield from at("attend", ops.times(out, inverse))), inverse
+    out, inverse = yield from together(weighted(), at("attend/inverse", ops.reciprocal(total)))
+    return (yield from at("attend", ops.mul(out, inverse))), inverse
 
 
 @dataclass(frozen=True)
-class Known:
+class PlaintextContext:
     """What the server knows of a layer that it fills. rows: as `evict` says.  k: (KV, kept, d)."""
 
     prefill: Prefill
@@ -316,7 +316,7 @@ def written(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundPolicy:
     """A policy with its plan, as the decode program calls it."""
 
     policy: Policy
@@ -328,9 +328,9 @@ class Bound:
             spec = self.policy.spec
             raise PolicyError(f"policy {spec}: runs in plaintext only, not with protocol {protocol}")
 
-    def priced(self) -> Bound:
+    def priced(self) -> BoundPolicy:
         """Itself, if public sizes tell what it costs. Raises PolicyError."""
-        if not self.policy.decided:
+        if not self.policy.plan_is_public:
             raise PolicyError(
                 f"policy {self.policy.spec}: the document decides what stays; to price it, give the counts "
                 f"of a run for each of the {len(self.plan.layers)} layers, as in n_keep=512/256/..."
@@ -342,5 +342,7 @@ class Bound:
     ) -> Program[LayerCache]:
         return (yield from self.policy.fill(ops, shape, self.plan, index, prefill, kernels))
 
-    def view(self, ops: Ops, shape: ModelShape, cache: Cache, index: int, positions: torch.Tensor) -> View:
-        return View(ops, shape, self.plan, cache, index, positions)
+    def view(
+        self, ops: Ops, shape: ModelShape, cache: Cache, index: int, positions: torch.Tensor
+    ) -> LayerView:
+        return LayerView(ops, shape, self.plan, cache, index, positions)

@@ -9,7 +9,7 @@ import torch
 from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Value
-from mpcache.policy.base import Budget, LayerPlan, Plan, Policy, View, average
+from mpcache.policy.base import Budget, LayerPlan, LayerView, Plan, Policy, average
 from mpcache.runtime.program import Program, at, local
 from mpcache_kernels import Backend
 
@@ -60,7 +60,7 @@ class Oracle(Policy):
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Oracle:
         return replace(self, k=tokens)
 
-    def attend(self, view: View, q: Value) -> Program[Value]:
+    def attend(self, view: LayerView, q: Value) -> Program[Value]:
         ops, kept = view.ops, view.plan.layers[view.index].kept
         scores: torch.Tensor = yield from at("scores", ops.scores(q, view.layer.k))
         order = torch.sort(scores[..., :kept], descending=True, stable=True).indices

@@ -21,7 +21,7 @@ import torch
 
 from mpcache.model.loading import ModelShape
 from mpcache.ops import Operand, Ops, Selection, Value
-from mpcache.policy.base import Known, LayerPlan, Plan, Policy, View, average
+from mpcache.policy.base import LayerPlan, LayerView, PlaintextContext, Plan, Policy, average
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
@@ -141,7 +141,7 @@ class Clustered(Policy):
             sink, recent, tuple(sizes), counts, tuple(cut), leader,
         )  # fmt: skip
 
-    def budget(self, view: View) -> ClusterPlan:
+    def budget(self, view: LayerView) -> ClusterPlan:
         plan = view.plan.layers[view.index]
         assert isinstance(plan, ClusterPlan)
         return plan
@@ -149,7 +149,7 @@ class Clustered(Policy):
     # ----------------------------------------------------------------------------- representatives
 
     def remember(
-        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
     ) -> Program[Clusters | None]:
         """The server's representatives of the kept context become operands."""
         mine = plan.layers[index]
@@ -163,11 +163,13 @@ class Clustered(Policy):
                 pair = self._of(known, known.k[:, mine.sink : mine.sink + n * size], size)
             for part, wanted in zip(pair, (n > 0, n > 0 and self.score == "bound"), strict=True):
                 like = (shape.kv_heads, n, shape.head_dim)
-                parts.append(ops.keep(ops.secret(part, like, Rank.SERVER)) if wanted else local(None))
+                parts.append(ops.prepare(ops.secret(part, like, Rank.SERVER)) if wanted else local(None))
         kept = yield from together(*parts)
         return Clusters(mine.counts[0], kept[0::2], kept[1::2])
 
-    def _of(self, known: Known, k: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _of(
+        self, known: PlaintextContext, k: torch.Tensor, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """In plaintext: floor and span (KV, n, d) of clusters of k (KV, n size, d)."""
         if self.score == "mean":
             return known.kernels.cluster_means(k, size), None
@@ -176,7 +178,7 @@ class Clustered(Policy):
         r_max, r_min = known.kernels.cluster_extremes(k, size)
         return r_min, r_max - r_min
 
-    def observe(self, view: View) -> Program[None]:
+    def observe(self, view: LayerView) -> Program[None]:
         """A tail that is a coarse cluster longer than `recent` gives its oldest tokens away."""
         plan, mine, ops = self.budget(view), view.layer.memory, view.ops
         if mine is None:
@@ -215,13 +217,13 @@ class Clustered(Policy):
                 spans.append(high - low)
             else:
                 floors.append(ops.scale(high, self.alpha) + ops.scale(low, 1 - self.alpha))
-        kept = yield from together(*(ops.keep(x) for x in (*reversed(floors), *reversed(spans))))
+        kept = yield from together(*(ops.prepare(x) for x in (*reversed(floors), *reversed(spans))))
         levels = len(sizes)
         return kept[:levels], kept[levels:] or [None] * levels
 
     # ----------------------------------------------------------------------------------- attention
 
-    def attend(self, view: View, q: Value) -> Program[Value]:
+    def attend(self, view: LayerView, q: Value) -> Program[Value]:
         plan, mine, ops = self.budget(view), view.layer.memory, view.ops
         if not plan.sizes:
             return (yield from super().attend(view, q))
@@ -270,7 +272,9 @@ class Clustered(Policy):
         out, _ = yield from average(view, spread(), total)
         return out
 
-    def _with_kernels(self, view: View, kernels: Backend, choice: Choice | None, q: Value) -> Program[Value]:
+    def _with_kernels(
+        self, view: LayerView, kernels: Backend, choice: Choice | None, q: Value
+    ) -> Program[Value]:
         """The same in the clear, for one token: tokens that are not chosen are not touched."""
         plan, mine = self.budget(view), view.layer.memory
         heads = q.flatten(0, 1)
@@ -294,12 +298,12 @@ class Clustered(Policy):
         out = kernels.select_and_attend(heads, k, v, rows, size, plan.sink, recent)
         return out.unflatten(0, q.shape[:2])
 
-    def _reused(self, view: View) -> bool:
+    def _reused(self, view: LayerView) -> bool:
         """Whether another layer, or this one in a later step, will use this layer's choice."""
         followers = [plan for i, plan in enumerate(view.plan.layers) if i != view.index]
         return self.refresh > 1 or any(getattr(plan, "leader", None) == view.index for plan in followers)
 
-    def _due(self, view: View, plan: ClusterPlan, mine: Clusters) -> bool:
+    def _due(self, view: LayerView, plan: ClusterPlan, mine: Clusters) -> bool:
         """Whether this step chooses: public, by counting."""
         numbers = [mine.clusters * (plan.sizes[0] // size) for size in plan.sizes]
         if all(keep >= n for keep, n in zip(plan.keeps, numbers, strict=True)):
@@ -307,14 +311,14 @@ class Clustered(Policy):
             return False
         return mine.choice is None or view.m > 1 or mine.age >= self.refresh
 
-    def _scores(self, view: View, mine: Clusters, q: Value) -> Program[tuple[Value, list[Value]]]:
+    def _scores(self, view: LayerView, mine: Clusters, q: Value) -> Program[tuple[Value, list[Value]]]:
         """(KV, rows, n) of the tokens; and per level (*rows, clusters) by which they are chosen."""
         ops, k = view.ops, view.layer.k
-        every = ops.scores(q, ops.join([k, *mine.floors], 1))
+        every = ops.scores(q, ops.cat_operands([k, *mine.floors], 1))
         if self.score == "bound":
 
             def above() -> Program[Value]:
-                return (yield from ops.scores((yield from ops.positive(q)), ops.join(mine.spans, 1)))
+                return (yield from ops.scores((yield from ops.relu(q)), ops.cat_operands(mine.spans, 1)))
 
             scores, over = yield from together(every, above())
         else:
@@ -340,23 +344,23 @@ class Clustered(Policy):
             n = rank.shape[-1]
             if keep < n:
                 below = [split(x, n) for x in carried]
-                selection, below = yield from at(f"select/{name}", ops.top(rank, keep, below))
+                selection, below = yield from at(f"select/{name}", ops.topk(rank, keep, below))
                 carried = [flat(x) for x in below]
                 picks.append(Pick(selection, keep, n))
         return carried[0], picks
 
     # -------------------------------------------------------------------------- heads of one group
 
-    def _folded(self, view: View, x: Value) -> Value:
+    def _folded(self, view: LayerView, x: Value) -> Value:
         """(KV, m g, n) -> (KV, m, n, g)."""
         kv, rows, n = x.shape
         return x.reshape(kv, view.m, rows // view.m, n).transpose(2, 3)
 
-    def _fold(self, view: View, x: Value) -> Value:
+    def _fold(self, view: LayerView, x: Value) -> Value:
         """(KV, m g, n) to the rows that choose: as it is, or (KV, m, n g)."""
         return flat(self._folded(view, x)) if self.gqa == "sum" else x
 
-    def _unfold(self, view: View, x: Value) -> Value:
+    def _unfold(self, view: LayerView, x: Value) -> Value:
         if self.gqa == "head":
             return x
         kv, m, columns = x.shape
@@ -384,7 +388,7 @@ def _keep(picks: Sequence[Pick], clusters: int) -> Program[Choice]:
     """The levels' picks as one choice."""
     first, *rest = picks
     if not rest:
-        return Choice((yield from first.selection.keep()), first.slots, first.items, clusters)
+        return Choice((yield from first.selection.prepare()), first.slots, first.items, clusters)
     selection, slots, items = first.selection, first.slots, first.items
     for finer in rest:
         children = finer.items // slots
@@ -414,13 +418,13 @@ def extremes(ops: Ops, high: Value, low: Value) -> Program[tuple[Value, Value]]:
         a, b = high[:, :, :half], high[:, :, half : 2 * half]
         c, e = low[:, :, :half], low[:, :, half : 2 * half]
         if high is low:
-            over = under = yield from ops.positive(a - b)
+            over = under = yield from ops.relu(a - b)
         else:
-            over, under = yield from together(ops.positive(a - b), ops.positive(c - e))
+            over, under = yield from together(ops.relu(a - b), ops.relu(c - e))
         odd = slice(2 * half, None)
         high, low = ops.cat([b + over, high[:, :, odd]], 2), ops.cat([c - under, low[:, :, odd]], 2)
     return high[:, :, 0], low[:, :, 0]
 
 
 def _append(ops: Ops, old: Operand | None, new: Operand | None) -> Operand | None:
-    return new if old is None else old if new is None else ops.join([old, new], 1)
+    return new if old is None else old if new is None else ops.cat_operands([old, new], 1)

@@ -18,7 +18,7 @@ from mpcache.errors import PolicyError
 from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import Known, Plan, Policy, View
+from mpcache.policy.base import LayerView, PlaintextContext, Plan, Policy
 from mpcache.runtime.program import Program
 from mpcache_kernels import Backend
 
@@ -60,7 +60,7 @@ class Combined(Policy):
         layers = []
         for i, mine in enumerate(first.layers):
             try:
-                layer = self.then.behind().plan(mine.kept, shape).layers[i]
+                layer = self.then.as_selector().plan(mine.kept, shape).layers[i]
             except PolicyError as error:
                 raise PolicyError(f"behind {self.first.spec}, {error}") from None
             leader = getattr(layer, "leader", i)
@@ -76,25 +76,25 @@ class Combined(Policy):
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Combined:
         """The second chooses that many of what the first leaves. The first stays as it is, but where it
         leaves fewer: then it leaves that many, and there is nothing to choose."""
-        if not self.decided:
+        if not self.plan_is_public:
             raise PolicyError(f"policy {self.spec}: the document decides what stays, so no budget is known")
         first, kept = self.first, self.first.plan(context, shape).kept
         if kept < tokens:
             first, kept = first.at_budget(tokens, context, shape), tokens
-        then = self.then.choosing(tokens, kept, shape)
+        then = self.then.selector_at_budget(tokens, kept, shape)
         return replace(self, first=first, then=then)
 
     # ------------------------------------------------------------------------- the first, at the server
 
     @property
-    def decided(self) -> bool:
-        return self.first.decided
+    def plan_is_public(self) -> bool:
+        return self.first.plan_is_public
 
-    def decide(self, prefill: Prefill, kernels: Backend) -> list[int]:
-        return self.first.decide(prefill, kernels)
+    def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
+        return self.first.count_from_document(prefill, kernels)
 
-    def given(self, counts: Sequence[int]) -> Combined:
-        return replace(self, first=self.first.given(counts))
+    def with_counts(self, counts: Sequence[int]) -> Combined:
+        return replace(self, first=self.first.with_counts(counts))
 
     def window(self, context: int) -> int:
         return self.first.window(context)
@@ -107,12 +107,12 @@ class Combined(Policy):
     # ------------------------------------------------------------------------------ the second, on shares
 
     def remember(
-        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
     ) -> Program[Any]:
         return self.then.remember(ops, shape, plan, index, known)
 
-    def attend(self, view: View, q: Value) -> Program[Value]:
+    def attend(self, view: LayerView, q: Value) -> Program[Value]:
         return self.then.attend(view, q)
 
-    def observe(self, view: View) -> Program[None]:
+    def observe(self, view: LayerView) -> Program[None]:
         return self.then.observe(view)

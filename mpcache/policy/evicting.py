@@ -16,13 +16,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
-from mpcache.argmax import highest
+from mpcache.argmax import argmax
 from mpcache.model.loading import ModelShape
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import Known, LayerPlan, Plan, Policy, View, average
+from mpcache.policy.base import LayerPlan, LayerView, PlaintextContext, Plan, Policy, average
 from mpcache.runtime.program import Program, at, local
 
-FAR = 190  # dead tokens' scores go down by so much: no weight is left as long as |score| < 73
+MASKED_SCORE = 190  # dead tokens' scores go down by so much: no weight is left as long as |score| < 73
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LivingPlan(LayerPlan):
 
 
 @dataclass
-class Living:
+class ValidMask:
     """importance: secret (A, n), for A sets of heads that evict together.  alive: marks (A, n), None
     while nobody died.  living: how many live.  weights, inverse: this step's attention.
     """
@@ -53,38 +53,42 @@ class Evicting(Policy):
         return Plan(context, (LivingPlan(kept, kept, 0, living, recent),) * shape.layers)
 
     def remember(
-        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None
-    ) -> Program[Living]:
-        return local(Living(self.paid(ops, shape, plan, index, known), plan.layers[index].kept))
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
+    ) -> Program[ValidMask]:
+        return local(
+            ValidMask(self.initial_importance(ops, shape, plan, index, known), plan.layers[index].kept)
+        )
 
-    def paid(self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None) -> Value | None:
+    def initial_importance(
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
+    ) -> Value | None:
         """The kept tokens' importance when the context has been read (A, kept); None: none is carried."""
         return None
 
     @abstractmethod
-    def judge(self, view: View, attention: Value, before: Value | None) -> tuple[Value, int]:
+    def importance(self, view: LayerView, attention: Value, before: Value | None) -> tuple[Value, int]:
         """Attention (KV, rows, n) to importance (A, n), |importance| below a public limit."""
 
-    def attend(self, view: View, q: Value) -> Program[Value]:
+    def attend(self, view: LayerView, q: Value) -> Program[Value]:
         ops, mine, n = view.ops, view.layer.memory, view.tokens
         scores = yield from at("scores", ops.scores(q, view.layer.k))
         if mine.alive is not None:
             mine.alive = ops.cat([mine.alive, ops.ones((mine.alive.shape[0], view.m))], -1)
             marks = mine.alive.reshape(mine.alive.shape[0], 1, n).expand(*scores.shape)
-            scores = ops.hide(scores, marks, FAR)
+            scores = ops.mask_scores(scores, marks, MASKED_SCORE)
         e, total = yield from at("softmax", ops.softmax(scores, view.visible(n)))
         out, inverse = yield from average(view, local(e), total)
         mine.weights, mine.inverse = e, inverse
         mine.living += view.m
         return out
 
-    def observe(self, view: View) -> Program[None]:
+    def observe(self, view: LayerView) -> Program[None]:
         ops, mine, n = view.ops, view.layer.memory, view.tokens
         plan = view.plan.layers[view.index]
         assert isinstance(plan, LivingPlan)
-        attention = yield from at("attention", ops.times(mine.weights, mine.inverse))
-        attention = yield from at("attention", ops.settle(attention))
-        mine.importance, limit = self.judge(view, attention, mine.importance)
+        attention = yield from at("attention", ops.mul(mine.weights, mine.inverse))
+        attention = yield from at("attention", ops.rescale(attention))
+        mine.importance, limit = self.importance(view, attention, mine.importance)
         gone = mine.living - plan.living
         if gone < 1:
             return
@@ -93,7 +97,7 @@ class Evicting(Policy):
         if mine.alive is None:
             mine.alive = ops.ones((candidates.shape[0], n))
         else:
-            candidates = ops.hide(candidates, mine.alive[..., :old], 2 * limit)
-        dead = yield from at("evict", highest(ops, candidates, gone, 2 * limit))
+            candidates = ops.mask_scores(candidates, mine.alive[..., :old], 2 * limit)
+        dead = yield from at("evict", argmax(ops, candidates, gone, 2 * limit))
         mine.alive = ops.cat([mine.alive[..., :old] - dead, mine.alive[..., old:]], -1)
         mine.living -= gone

@@ -9,7 +9,7 @@ import torch
 from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import Budget, Known, Plan, View, by_head
+from mpcache.policy.base import Budget, LayerView, PlaintextContext, Plan, by_head
 from mpcache.policy.evicting import Evicting, LivingPlan
 from mpcache.rank import Rank
 from mpcache_kernels import Backend
@@ -50,13 +50,15 @@ class H2O(Evicting):
         paid[:, max(0, plan.context - mine.recent) :] = torch.inf
         return torch.sort(paid, descending=True, stable=True).indices[:, : mine.kept].sort(-1).values
 
-    def paid(self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: Known | None) -> Value:
+    def initial_importance(
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
+    ) -> Value:
         size, paid = (shape.kv_heads, plan.layers[index].kept), None
         if known is not None:  # summed over a group's heads, as `judge` does
             paid = by_head(known.prefill, index, known.kernels).gather(1, known.rows) * shape.group
         return ops.secret(paid, size, Rank.SERVER)
 
-    def judge(self, view: View, attention: Value, before: Value | None) -> tuple[Value, int]:
+    def importance(self, view: LayerView, attention: Value, before: Value | None) -> tuple[Value, int]:
         """Summed over all queries so far and the heads of a group: at most one each."""
         paid, m = attention.sum(1), view.m
         old = paid[..., :-m] + before

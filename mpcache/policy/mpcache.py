@@ -70,7 +70,11 @@ class MPCache(Clustered):
         for option in ("sink", "recent"):
             if getattr(self, option) < 0:
                 raise self.fail(option, "0 or more tokens")
-        kept = self.per_layer("n_keep", context, shape.layers) if self.decided else [context] * shape.layers
+        kept = (
+            self.per_layer("n_keep", context, shape.layers)
+            if self.plan_is_public
+            else [context] * shape.layers
+        )
         leaders = self.leaders(shape.layers)
         layers = []
         for i, (n, leader) in enumerate(zip(kept, leaders, strict=True)):
@@ -101,7 +105,7 @@ class MPCache(Clustered):
             return replace(self, n_keep=tokens, threshold=0.0, dynamic=False)
         return replace(self._filled(tokens, whole, coarse, fine), n_keep=whole, threshold=0.0)
 
-    def choosing(self, tokens: int, context: int, shape: ModelShape) -> MPCache:
+    def selector_at_budget(self, tokens: int, context: int, shape: ModelShape) -> MPCache:
         """What fills no cluster of the context always attends, too."""
         if context <= tokens:
             return replace(self, coarse_keep=1.0, fine_keep=1.0)
@@ -121,17 +125,17 @@ class MPCache(Clustered):
     def window(self, context: int) -> int:
         return min(context, tokens_of(self.queries, context))
 
-    def behind(self) -> MPCache:
+    def as_selector(self) -> MPCache:
         for option in ("n_keep", "threshold"):
             if getattr(self, option) != getattr(type(self), option):
                 raise self.fail(option, "none on the right of |, where it evicts nothing")
         return replace(self, n_keep=1.0, dynamic=True)
 
     @property
-    def decided(self) -> bool:
+    def plan_is_public(self) -> bool:
         return not self.threshold or self.n_keep != type(self).n_keep
 
-    def decide(self, prefill: Prefill, kernels: Backend) -> list[int]:
+    def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
         """Tokens of each layer above the threshold, at least one; a sharing layer keeps its leader's."""
         context = prefill.k[0].shape[1]
         leaders = self.leaders(len(prefill.k))
@@ -141,7 +145,7 @@ class MPCache(Clustered):
         }
         return [max(1, above[i]) for i in leaders]
 
-    def given(self, counts: Sequence[int]) -> MPCache:
+    def with_counts(self, counts: Sequence[int]) -> MPCache:
         return replace(self, n_keep=tuple(counts))
 
     def _importance(self, prefill: Prefill, layer: int, context: int, kernels: Backend) -> torch.Tensor:

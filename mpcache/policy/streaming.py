@@ -18,7 +18,7 @@ from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.model.rope import rope_tables
 from mpcache.ops import Value
-from mpcache.policy.base import Budget, LayerPlan, Plan, Policy, View, average
+from mpcache.policy.base import Budget, LayerPlan, LayerView, Plan, Policy, average
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
 
@@ -61,7 +61,7 @@ class Streaming(Policy):
         first = min(self.sink, mine.kept)
         return torch.cat([torch.arange(first), torch.arange(plan.context - mine.kept + first, plan.context)])
 
-    def attend(self, view: View, q: Value) -> Program[Value]:
+    def attend(self, view: LayerView, q: Value) -> Program[Value]:
         ops, (sink, recent), n = view.ops, _sizes(view), view.tokens
         rows = view.positions.repeat_interleave(view.shape.group)
         shift = (rows.clamp(max=sink + recent) - rows)[:: view.shape.group]
@@ -85,21 +85,21 @@ class Streaming(Policy):
         out, _ = yield from average(view, local(e), total)
         return out
 
-    def observe(self, view: View) -> Program[None]:
+    def observe(self, view: LayerView) -> Program[None]:
         (sink, recent), layer, n = _sizes(view), view.layer, view.tokens
         if n > sink + recent:
-            layer.k = view.ops.join([layer.k[:, :sink], layer.k[:, n - recent :]], 1)
-            layer.v = view.ops.join([layer.v[:, :sink], layer.v[:, n - recent :]], 1)
+            layer.k = view.ops.cat_operands([layer.k[:, :sink], layer.k[:, n - recent :]], 1)
+            layer.v = view.ops.cat_operands([layer.v[:, :sink], layer.v[:, n - recent :]], 1)
         return local(None)
 
 
-def _sizes(view: View) -> tuple[int, int]:
+def _sizes(view: LayerView) -> tuple[int, int]:
     plan = view.plan.layers[view.index]
     assert isinstance(plan, WindowPlan)
     return plan.sink, plan.recent
 
 
-def turn(view: View, q: Value, shift: torch.Tensor) -> Program[Value]:
+def turn(view: LayerView, q: Value, shift: torch.Tensor) -> Program[Value]:
     """q (KV, m g, d) rotated by `shift` (m,) more positions."""
     m, kv, g, d = view.m, view.shape.kv_heads, view.shape.group, view.shape.head_dim
     rows = q.reshape(kv, m, g, d).transpose(0, 1).reshape(m, kv * g, d)

@@ -9,7 +9,7 @@ import torch
 from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Value
-from mpcache.policy.base import Budget, Plan, View
+from mpcache.policy.base import Budget, LayerView, Plan
 from mpcache.policy.evicting import Evicting
 from mpcache_kernels import Backend
 
@@ -39,7 +39,7 @@ class Tova(Evicting):
         best = torch.sort(paid, descending=True, stable=True).indices[: plan.layers[layer].kept]
         return best.sort().values
 
-    def judge(self, view: View, attention: Value, before: Value | None) -> tuple[Value, int]:
+    def importance(self, view: LayerView, attention: Value, before: Value | None) -> tuple[Value, int]:
         """Of the last token's queries, summed over all heads: at most one each."""
         last = attention[:, attention.shape[1] - view.shape.group :].sum(1)
         return last.sum(0, keepdim=True), 1 << view.shape.heads.bit_length()

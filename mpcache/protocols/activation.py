@@ -16,9 +16,9 @@ from functools import cache
 
 import torch
 
-from mpcache.protocols.linear import Cut, cross, raised, shrink, truncate_product, truncate_times
-from mpcache.runtime.correlations import Part, Request, cut
-from mpcache.runtime.program import Program, draw, reveal
+from mpcache.protocols.linear import Cut, cross, raised, truncate_local, truncate_product, truncate_times
+from mpcache.runtime.correlations import Part, Request, mask_parts
+from mpcache.runtime.program import Program, draw, open_masked
 from mpcache.runtime.shares import Share, encode
 from mpcache.runtime.side import Side
 
@@ -75,7 +75,7 @@ def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share
     step, value = yield from _step(side, kind, x, up)
     if up is None:
         return (yield from truncate_times(side, step, value))
-    value = shrink(side, value, x.bits)
+    value = truncate_local(side, value, x.bits)
     return (yield from truncate_product(side, step, Share(value.data, x.bits, ring=PRODUCT_RING)))
 
 
@@ -87,7 +87,7 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
     values = [x] if up is None else [x, up]
 
     def derive(*masks: torch.Tensor) -> Sequence[torch.Tensor]:
-        pieces = [cut(r, 0, v.ring)[::-1] for r, v in zip(masks, values, strict=True)]
+        pieces = [mask_parts(r, 0, v.ring)[::-1] for r, v in zip(masks, values, strict=True)]
         waves = (encode(w, _SHARED_BITS).to(torch.int32) for w in _waves(masks[0], period, terms))
         crossed = cross(*pieces[0], *pieces[1]) if up is not None else ()
         return *waves, *(part for piece in pieces for part in piece), *crossed
@@ -96,7 +96,7 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
     parts = (Part((*x.shape, terms), torch.int32),) * 2 + (each,) * (2 if up is None else 8)
     drawn = yield from draw(Request("activation", (each,) * len(values), parts, derive))
     masks, (sin_r, cos_r, rb, rc, *others) = drawn[: len(values)], drawn[len(values) :]
-    c, *c_up = yield from reveal(
+    c, *c_up = yield from open_masked(
         *(
             raised(side, v.data, r, v.ring, "masked for activation")
             for v, r in zip(values, masks, strict=True)
@@ -117,4 +117,4 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
     if up is not None:
         theirs = Cut.of(c_up[0], 0, up.ring, *others[:2])
         value = Share(mine.times(side, theirs, others[2:]), x.bits + up.bits)
-    return shrink(side, Share(step, out, ring=32), STEP_BITS), value
+    return truncate_local(side, Share(step, out, ring=32), STEP_BITS), value

@@ -21,10 +21,10 @@ from functools import cache
 import numpy as np
 import torch
 
-from mpcache.protocols import dcf as fss
+from mpcache.protocols import dcf
 from mpcache.protocols.dcf import KeyShape
 from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Opening, Program, draw, local, reveal
+from mpcache.runtime.program import Opening, Program, draw, local, open_masked
 from mpcache.runtime.side import Side, bytes_for
 
 
@@ -72,14 +72,14 @@ class Keys:
         """At the dealer: msb(r), words and bits for masks r (n,)."""
         keys = self.shape
         top = (mask >> keys.depth) & 1
-        words, bits = fss.generate(keys, seeds, mask & ((1 << keys.depth) - 1), 1 - 2 * top)
+        words, bits = dcf.dcf_keygen(keys, seeds, mask & ((1 << keys.depth) - 1), 1 - 2 * top)
         return top.to(self.dtype), words, bits
 
     def points(self, side: Side, parts: Sequence[torch.Tensor], opened: torch.Tensor) -> torch.Tensor:
         """Shares of [x < 0] at opened values (n, points): one tree serves them all."""
         seeds, top, words, bits = parts
         keys = self.shape
-        _, t = fss.evaluate(keys, side.number, seeds, words, bits, opened & ((1 << keys.depth) - 1))
+        _, t = dcf.dcf_eval(keys, side.number, seeds, words, bits, opened & ((1 << keys.depth) - 1))
         return _signed(side, keys.depth, opened, top.long().unsqueeze(-1) + t)
 
     def sign(self, side: Side, parts: Sequence[torch.Tensor], opened: torch.Tensor) -> Program[torch.Tensor]:
@@ -162,7 +162,7 @@ class Digits:
         """Shares of [x < 0] at opened values (n,). One round."""
         masks, tables, products = parts
         m = self.digits
-        (entries,) = yield from reveal(
+        (entries,) = yield from open_masked(
             Opening(self._entries(masks, tables, opened), "digits, compared and masked",
                     width=bytes_for(2 * m - 1), xor=True)
         )  # fmt: skip
@@ -214,6 +214,8 @@ def less(
     keys = Keys(n, width, dtype)
     request = Request("compare", (Part((n,)), *keys.random), keys.derived, keys.derive)
     r, *parts = yield from draw(request)
-    (opened,) = yield from reveal(Opening(x.reshape(n) + r, "masked for comparison", width=bytes_for(width)))
+    (opened,) = yield from open_masked(
+        Opening(x.reshape(n) + r, "masked for comparison", width=bytes_for(width))
+    )
     points = opened.unsqueeze(-1) - side.public(thresholds)
     return keys.points(side, parts, points).reshape(*x.shape, len(thresholds))

@@ -100,7 +100,7 @@ class KeyShape:
         return (self.n, self.levels + self.width * self.values)
 
 
-def generate(
+def dcf_keygen(
     shape: KeyShape, seeds: tuple[torch.Tensor, torch.Tensor], alpha: torch.Tensor, beta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Correction words and bytes (the same for both parties) from both parties' root seeds.
@@ -155,7 +155,7 @@ def generate(
     return torch.from_numpy(words.view(np.int64)), torch.from_numpy(packed)
 
 
-def evaluate(
+def dcf_eval(
     shape: KeyShape,
     party: int,
     seeds: torch.Tensor,

@@ -9,11 +9,11 @@ import torch
 
 from mpcache.rank import Rank
 from mpcache.runtime import correlations
-from mpcache.runtime.correlations import Part, Request, cut
-from mpcache.runtime.program import Opening, Program, draw, reveal
+from mpcache.runtime.correlations import Part, Request, mask_parts
+from mpcache.runtime.program import Opening, Program, draw, open_masked
 from mpcache.runtime.ring import matmul
-from mpcache.runtime.shares import Awaited, Resident, Share
-from mpcache.runtime.side import Side, bytes_for, drop
+from mpcache.runtime.shares import Awaited, MaskedOperand, Share
+from mpcache.runtime.side import Side, bytes_for, drop_low_bits
 
 
 def room(ring: int) -> int:
@@ -72,14 +72,14 @@ def cross(
     return rb * rb_, rb * rc_, rc * rb_, rc * rc_
 
 
-def shrink(side: Side, x: Share, bits: int) -> Share:
+def truncate_local(side: Side, x: Share, bits: int) -> Share:
     """To `bits` fraction bits, each party alone, no message: within one unit of x / 2^f, unbiased.
 
     What is dropped below is lost above: the ring has so many bits less. That is what an opening should
     have sent anyway: a value below 2^14 with 16 fraction bits needs 32 bits, `truncate` brings it back.
     """
     f = x.bits - bits
-    return x if f <= 0 else Share(drop(x.data, f) + side.constant(1, x.data), bits, ring=x.ring - f)
+    return x if f <= 0 else Share(drop_low_bits(x.data, f) + side.constant(1, x.data), bits, ring=x.ring - f)
 
 
 def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
@@ -94,7 +94,7 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     ring, f = x.ring, max(f, 0)
     data = x.data << max(0, bits - x.bits)
     r, rc, rb = yield from draw(correlations.truncation(x.shape, f, ring))
-    (c,) = yield from reveal(raised(side, data, r, ring, "masked for truncation"))
+    (c,) = yield from open_masked(raised(side, data, r, ring, "masked for truncation"))
     return Share(Cut.of(c, f, ring, rb, rc).share(side), bits)
 
 
@@ -105,7 +105,7 @@ def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
     """
     factor = Scaled.shape(x, y.shape)
     r, a, *parts = yield from draw(factor)
-    c, d = yield from reveal(
+    c, d = yield from open_masked(
         raised(side, x.data, r, x.ring, "masked for truncation"), masked(y.data - a, 64, "factor, masked")
     )
     return Scaled(side, x, a, c, parts).times(d, y.bits)
@@ -116,11 +116,11 @@ def truncate_to_scale(
 ) -> Program[Callable[[Share], Program[Share]]]:
     """`truncate_times` in two steps, for a factor of `shape` that comes later: a round now, one then."""
     r, a, *parts = yield from draw(Scaled.shape(x, shape))
-    (c,) = yield from reveal(raised(side, x.data, r, x.ring, "masked for truncation"))
+    (c,) = yield from open_masked(raised(side, x.data, r, x.ring, "masked for truncation"))
     scaled = Scaled(side, x, a, c, parts)
 
     def times(y: Share) -> Program[Share]:
-        (d,) = yield from reveal(masked(y.data - a, 64, "factor, masked"))
+        (d,) = yield from open_masked(masked(y.data - a, 64, "factor, masked"))
         return scaled.times(d, y.bits)
 
     return times
@@ -139,7 +139,7 @@ class Scaled:
     @staticmethod
     def shape(x: Share, factor: tuple[int, ...]) -> Request:
         def derive(r: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
-            rc, rb = cut(r, 0, x.ring)
+            rc, rb = mask_parts(r, 0, x.ring)
             return rc, rb, a * rc, a * rb
 
         return Request("truncation/product", (Part(x.shape), Part(factor)), (Part(x.shape),) * 4, derive)
@@ -155,12 +155,12 @@ def truncate_product(side: Side, x: Share, y: Share) -> Program[Share]:
     """x times y, both brought back to the whole ring by the same round; |raw| < 2^(ring-2)."""
 
     def derive(r: torch.Tensor, r_: torch.Tensor) -> Sequence[torch.Tensor]:
-        (rc, rb), (rc_, rb_) = cut(r, 0, x.ring), cut(r_, 0, y.ring)
+        (rc, rb), (rc_, rb_) = mask_parts(r, 0, x.ring), mask_parts(r_, 0, y.ring)
         return rc, rb, rc_, rb_, *cross(rb, rc, rb_, rc_)
 
     request = Request("truncations/product", (Part(x.shape),) * 2, (Part(x.shape),) * 8, derive)
     r, r_, rc, rb, rc_, rb_, *crossed = yield from draw(request)
-    c, c_ = yield from reveal(
+    c, c_ = yield from open_masked(
         raised(side, x.data, r, x.ring, "masked for truncation"),
         raised(side, y.data, r_, y.ring, "masked for truncation"),
     )
@@ -185,37 +185,37 @@ def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
     return noise - 6 * ((1 << wide) - 1)
 
 
-def resident(x: Share, ring: int = 64) -> Program[Resident]:
+def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
     """Open x - B once, with a mask B that stays (PROTOCOLS 1). One round; one way if x has an owner."""
-    announced = yield from announce(x, ring)
-    return (yield from deliver(x, announced, announced))
+    started = yield from start_mask_operand(x, ring)
+    return (yield from finish_mask_operand(x, started, started))
 
 
-def announce(x: Share, ring: int = 64) -> Program[Resident]:
-    """First half of `resident`: the mask, for what draws with it. No message."""
+def start_mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
+    """First half of `mask_operand`: the mask, for what draws with it. No message."""
     mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
-    return Resident(mask, Awaited(), x.bits, None if values is None else values[0], ring)
+    return MaskedOperand(mask, Awaited(), x.bits, None if values is None else values[0], ring)
 
 
-def deliver(x: Share, announced: Resident, joined: Resident) -> Program[Resident]:
-    """Second half: the round. joined: what was made of `announced` meanwhile; it comes out opened."""
+def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand) -> Program[MaskedOperand]:
+    """Second half: the round. joined: what was made of `started` meanwhile; it comes out opened."""
     why = "resident, masked"
-    (opened,) = yield from reveal(masked(x.data - announced.mask, announced.ring, why, x.owner))
-    announced.opened.bring(opened)
+    (opened,) = yield from open_masked(masked(x.data - started.mask, started.ring, why, x.owner))
+    started.opened.bring(opened)
     return replace(joined, opened=joined.public)
 
 
-def product_resident(side: Side, x: Share, w: Resident, ring: int = 64) -> Program[Share]:
+def matmul_masked_operand(side: Side, x: Share, w: MaskedOperand, ring: int = 64) -> Program[Share]:
     """(*b, m, k) @ resident (*b, k, n) modulo 2^ring, all fraction bits kept. One round; x is opened."""
     ring = min(ring, x.ring, w.ring)
     out = (*x.shape[:-1], w.shape[-1])
-    a, c = yield from draw(correlations.resident_product(x.shape, w, out, x.owner))
-    (e,) = yield from reveal(masked(x.data - a, ring, "activation, masked", x.owner))
-    return Share(times_resident(side, e, a, c, w), x.bits + w.bits, ring=ring)
+    a, c = yield from draw(correlations.masked_operand_product(x.shape, w, out, x.owner))
+    (e,) = yield from open_masked(masked(x.data - a, ring, "activation, masked", x.owner))
+    return Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=ring)
 
 
-def times_resident(
-    side: Side, e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, w: Resident
+def share_of_product(
+    side: Side, e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, w: MaskedOperand
 ) -> torch.Tensor:
     """Shares of x @ w, with e = x - a opened and shares of the mask a and of c = a @ (w's mask)."""
     return c + matmul(e, w.mask) + matmul(a, w.public) + side.first(matmul(e, w.public))
@@ -233,7 +233,7 @@ def product(
     shapes = (torch.empty(s, dtype=torch.int64, device="meta") for s in (x.shape, y.shape))
     out = tuple(op(*shapes).shape)
     a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op, f"triple/{op.__name__}"))
-    d, e = yield from reveal(
+    d, e = yield from open_masked(
         masked(x.data - a, ring, "factor, masked"), masked(y.data - b, ring, "factor, masked")
     )
     return Share(c + op(d, b) + op(a, e) + side.first(op(d, e)), x.bits + y.bits, ring=ring)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Opening, Program, draw, reveal
+from mpcache.runtime.program import Opening, Program, draw, open_masked
 from mpcache.runtime.side import Side, bytes_for
 
 
@@ -19,7 +19,7 @@ def one_hot(rotation: torch.Tensor, size: int, dtype: torch.dtype = torch.int64)
     return hot.scatter_(-1, (rotation & (size - 1)).unsqueeze(-1), 1)
 
 
-def rotated(
+def one_hot_of(
     side: Side, index: torch.Tensor, size: int, dtype: torch.dtype = torch.int64
 ) -> Program[torch.Tensor]:
     """Shares of the one-hot vector of index mod size: (*s) -> (*s, size) in `dtype`'s ring. One round."""
@@ -28,7 +28,7 @@ def rotated(
     request = Request("one-hot", (Part(shape),), (hot,), lambda rho: (one_hot(rho, size, dtype),))
     rho, h = yield from draw(request)
     bits = size.bit_length() - 1
-    (c,) = yield from reveal(Opening(index + rho, "index, rotated", width=bytes_for(bits)))
+    (c,) = yield from open_masked(Opening(index + rho, "index, rotated", width=bytes_for(bits)))
     # index = v exactly where rho = c - v.
     where = (c.unsqueeze(-1) - side.public(range(size))) & (size - 1)
     return h.gather(-1, where)
@@ -36,5 +36,5 @@ def rotated(
 
 def lookup(side: Side, index: torch.Tensor, table: torch.Tensor) -> Program[torch.Tensor]:
     """Shares of table[index mod N]: (*s) -> (*s). table: (N,) public integers, N a power of two."""
-    hot = yield from rotated(side, index, table.shape[0])
+    hot = yield from one_hot_of(side, index, table.shape[0])
     return (hot * side.public(table)).sum(-1)

@@ -15,11 +15,11 @@ from functools import cache
 
 import torch
 
-from mpcache.protocols.linear import Cut, raised, shrink, times_resident, truncate_to_scale
+from mpcache.protocols.linear import Cut, raised, share_of_product, truncate_local, truncate_to_scale
 from mpcache.protocols.reciprocal import Curve, Range, power
-from mpcache.runtime.correlations import Part, Request, cut, dealt, resident_product
-from mpcache.runtime.program import Opening, Program, at, draw, reveal, together
-from mpcache.runtime.shares import Resident, Share
+from mpcache.runtime.correlations import Part, Request, dealt, mask_parts, masked_operand_product
+from mpcache.runtime.program import Opening, Program, at, draw, open_masked, together
+from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
 
 VARIANCE_LOW, VARIANCE_HIGH = -20, 17  # mean squares from 9.5e-7 to 1.3e5
@@ -41,12 +41,12 @@ def root(width: int, bits: int) -> tuple[Range, Curve, int]:
 
 def norm_linear(
     side: Side,
-    stream: Resident | None,
+    stream: MaskedOperand | None,
     change: Share,
     eps: float,
-    w: Resident,
+    w: MaskedOperand,
     turn: Callable[[Share], Share],
-) -> Program[tuple[Resident, Share]]:
+) -> Program[tuple[MaskedOperand, Share]]:
     """x = stream + change (m, width), and turn(x @ w) / sqrt(mean square of x + eps).
 
     stream: (m, width) at the change's fraction bits, opened; None for zero.  change: |raw| < 2^(ring-2).
@@ -59,9 +59,9 @@ def norm_linear(
     total = total + side.constant(round(eps * width * 2.0 ** (2 * bits)), total)
     where, curve, root_bits = root(width, bits)
 
-    def multiplied() -> Program[tuple[Resident, Callable[[Share], Program[Share]]]]:
+    def multiplied() -> Program[tuple[MaskedOperand, Callable[[Share], Program[Share]]]]:
         opened, y = yield from _times(side, Share(x, bits), w)
-        y = shrink(side, turn(y), PRODUCT_BITS)
+        y = truncate_local(side, turn(y), PRODUCT_BITS)
         y = Share(y.data, y.bits, ring=min(y.ring, PRODUCT_RING))
         return opened, (yield from truncate_to_scale(side, y, tuple(total.shape)))
 
@@ -73,7 +73,9 @@ def norm_linear(
     return opened, (yield from scaled(factor))
 
 
-def _add(side: Side, stream: Resident | None, change: Share) -> Program[tuple[torch.Tensor, torch.Tensor]]:
+def _add(
+    side: Side, stream: MaskedOperand | None, change: Share
+) -> Program[tuple[torch.Tensor, torch.Tensor]]:
     """Shares of x = stream + change (m, width), brought back to the whole ring, and of the sums of its
     squares (m, 1). One round."""
     m, width = change.shape
@@ -81,13 +83,13 @@ def _add(side: Side, stream: Resident | None, change: Share) -> Program[tuple[to
 
     def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
         # x = e + p + q rb + a, e and p public: a is what hides the stream and the change's low bits
-        rc, rb = cut(r, 0, change.ring)
+        rc, rb = mask_parts(r, 0, change.ring)
         a = -rc if stream is None else dealt(stream.dealt) - rc
         return rc, rb, a * rb, (a * a).sum(-1, keepdim=True)
 
     request = Request("norm", (each,), (each, each, each, row), derive)
     r, rc, rb, a_rb, aa = yield from draw(request)
-    (c,) = yield from reveal(raised(side, change.data, r, change.ring, "masked for truncation"))
+    (c,) = yield from open_masked(raised(side, change.data, r, change.ring, "masked for truncation"))
     cut_ = Cut.of(c, 0, change.ring, rb, rc)
     e, a = (cut_.p, -rc) if stream is None else (cut_.p + stream.opened, stream.mask - rc)
     # (e + q rb + a)^2
@@ -95,10 +97,10 @@ def _add(side: Side, stream: Resident | None, change: Share) -> Program[tuple[to
     return side.first(e) + cut_.q * rb + a, squares.sum(-1, keepdim=True) + aa
 
 
-def _times(side: Side, x: Share, w: Resident) -> Program[tuple[Resident, Share]]:
+def _times(side: Side, x: Share, w: MaskedOperand) -> Program[tuple[MaskedOperand, Share]]:
     """x opened under a fresh mask, and x @ w from the same opening. One round."""
     out = (*x.shape[:-1], w.shape[-1])
-    a, c, values = yield from draw(resident_product(x.shape, w, out, keep=True))
-    (e,) = yield from reveal(Opening(x.data - a, "stream, masked"))
-    opened = Resident(a, e, x.bits, None if values is None else values[0])
-    return opened, Share(times_resident(side, e, a, c, w), x.bits + w.bits, ring=w.ring)
+    a, c, values = yield from draw(masked_operand_product(x.shape, w, out, keep=True))
+    (e,) = yield from open_masked(Opening(x.data - a, "stream, masked"))
+    opened = MaskedOperand(a, e, x.bits, None if values is None else values[0])
+    return opened, Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=w.ring)

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 
 import torch
 
-from mpcache.protocols import dcf as fss
+from mpcache.protocols import dcf
 from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import affine, masked, raised
 from mpcache.protocols.lookup import one_hot
-from mpcache.runtime.correlations import Part, Request, cut
-from mpcache.runtime.program import Program, draw, reveal
+from mpcache.runtime.correlations import Part, Request, mask_parts
+from mpcache.runtime.program import Program, draw, open_masked
 from mpcache.runtime.shares import Share
-from mpcache.runtime.side import Side, drop
+from mpcache.runtime.side import Side, drop_low_bits
 
 MARGIN = 16  # bits of x below its lowest exponent that are kept
 
@@ -103,7 +103,7 @@ def _exponent(
     n, step, k = math.prod(x.shape), curve.step, where.steps(curve.step)
     shift = max(0, where.low - MARGIN)
     low, high, ring = where.low - shift, where.high - shift, 64 - shift
-    x = drop(x.reshape(n), shift)
+    x = drop_low_bits(x.reshape(n), shift)
     keys = KeyShape(2 * n, high + 1)  # first half: [x < theta], second half: x [x < theta]
     mask = (1 << keys.depth) - 1
     seeds, words, bit_parts = key_parts(keys)
@@ -111,14 +111,14 @@ def _exponent(
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         top = ((r >> keys.depth) & 1).repeat(2)
         carried = torch.cat([torch.ones_like(r), r])
-        trees = fss.generate(keys, s, (r & mask).repeat(2), carried * (1 - 2 * top))
+        trees = dcf.dcf_keygen(keys, s, (r & mask).repeat(2), carried * (1 - 2 * top))
         return carried * top, *trees
 
     request = Request("compare", (Part((n,)), seeds), (Part((2 * n,)), words, bit_parts), derive)
     r, own, tops, cw, cb = yield from draw(request)
-    (c,) = yield from reveal(masked(x + r, ring, "masked for comparison"))
+    (c,) = yield from open_masked(masked(x + r, ring, "masked for comparison"))
     points = c.unsqueeze(-1) - side.public([1 << (low + step * i) for i in range(1, k)])
-    _, t = fss.evaluate(keys, side.number, own, cw, cb, (points & mask).repeat(2, 1))
+    _, t = dcf.dcf_eval(keys, side.number, own, cw, cb, (points & mask).repeat(2, 1))
     u, ru = (tops.unsqueeze(-1) + t).chunk(2)
     m = (points >> keys.depth) & 1
     below = side.first(m) + (1 - 2 * m) * u
@@ -130,7 +130,7 @@ def _exponent(
     high_u = (x_hot * side.public([1 << step * (k - 1 - i) for i in range(k)])).sum(-1)
     factor = (hot * side.public([1 << (k - 1 - i) for i in range(k)])).sum(-1)
     excess = high - step - curve.grid
-    return drop(high_u, excess) - side.constant(1 << curve.grid, r), ring - excess, factor
+    return drop_low_bits(high_u, excess) - side.constant(1 << curve.grid, r), ring - excess, factor
 
 
 def _line(
@@ -142,12 +142,12 @@ def _line(
 
     def derive(r: torch.Tensor, b: torch.Tensor) -> Sequence[torch.Tensor]:
         hot = one_hot(r >> fine, size)
-        rc, rb = (part.unsqueeze(-1) * hot for part in cut(r, 0, ring))
+        rc, rb = (part.unsqueeze(-1) * hot for part in mask_parts(r, 0, ring))
         return hot, rb, rc, *(b.unsqueeze(-1) * part for part in (hot, rb, rc))
 
     request = Request("line", (Part((n,)), Part((n,))), (Part((n, size)),) * 6, derive)
     r, b, *parts = yield from draw(request)
-    c, d = yield from reveal(
+    c, d = yield from open_masked(
         raised(side, v, r, ring, "index, rotated"), masked(factor - b, 64, "factor, masked")
     )
     # The offset of `raised` is a multiple of the table's size: number = (c - r) >> fine, or one more.

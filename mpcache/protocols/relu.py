@@ -13,17 +13,17 @@ from collections.abc import Sequence
 
 import torch
 
-from mpcache.protocols import dcf as fss
+from mpcache.protocols import dcf
 from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import masked
 from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Program, draw, reveal
+from mpcache.runtime.program import Program, draw, open_masked
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side
 
 
-def positive(side: Side, x: Share, width: int) -> Program[Share]:
+def relu(side: Side, x: Share, width: int) -> Program[Share]:
     """max(x, 0) for |x_raw| < 2^(width-1), in x's own ring, exactly. One round, two trees per element."""
     n = math.prod(x.shape)
     keys = KeyShape(2 * n, width - 1)  # first half: [x < 0], second half: r [x < 0]
@@ -33,14 +33,14 @@ def positive(side: Side, x: Share, width: int) -> Program[Share]:
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         top = (r >> keys.depth) & 1
         carried = torch.cat([torch.ones_like(r), r])
-        trees = fss.generate(keys, s, (r & low).repeat(2), carried * (1 - 2 * top.repeat(2)))
+        trees = dcf.dcf_keygen(keys, s, (r & low).repeat(2), carried * (1 - 2 * top.repeat(2)))
         return carried * top.repeat(2), *trees
 
     request = Request("compare", (Part((n,)), seeds), (Part((2 * n,)), words, bits), derive)
     r, own, tops, cw, cb = yield from draw(request)
-    (c,) = yield from reveal(masked(x.data.reshape(n) + r, x.ring, "masked for max(x, 0)"))
+    (c,) = yield from open_masked(masked(x.data.reshape(n) + r, x.ring, "masked for max(x, 0)"))
     points = (c & low).repeat(2).unsqueeze(-1)
-    _, t = fss.evaluate(keys, side.number, own, cw, cb, points)
+    _, t = dcf.dcf_eval(keys, side.number, own, cw, cb, points)
     u, ru = (tops + t.squeeze(-1)).chunk(2)
     m = (c >> keys.depth) & 1
     # x [x < 0] = (c - r) (m + (1 - 2m) u)

@@ -10,37 +10,41 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mpcache.ops import Selection
-from mpcache.protocols.linear import product, product_resident, resident
+from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product
 from mpcache.runtime.program import Program, local
 from mpcache.runtime.ring import matmul
-from mpcache.runtime.shares import Resident, Share
+from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
 
 RING = 56  # scores to gather and softmax weights to scatter fit
 
 
 @dataclass(frozen=True)
-class KeptSelection(Selection):
+class PreparedSelection(Selection):
     """hot: the slot matrix (*rows, k, n), integers.  share: the same, as shares."""
 
     side: Side
     share: Share
-    hot: Resident
+    hot: MaskedOperand
 
     def gather(self, values: Share) -> Program[Share]:
         """One round: only the values are opened."""
         columns = values.transpose(-1, -2)
-        return (yield from product_resident(self.side, columns, self.hot.transpose(-1, -2))).transpose(-1, -2)
+        return (yield from matmul_masked_operand(self.side, columns, self.hot.transpose(-1, -2))).transpose(
+            -1, -2
+        )
 
     def scatter(self, weights: Share) -> Program[Share]:
         """One round: only the weights are opened."""
-        return (yield from product_resident(self.side, weights.transpose(-1, -2), self.hot)).transpose(-1, -2)
+        return (yield from matmul_masked_operand(self.side, weights.transpose(-1, -2), self.hot)).transpose(
+            -1, -2
+        )
 
-    def keep(self) -> Program[Selection]:
+    def prepare(self) -> Program[Selection]:
         return local(self)
 
     def refine(self, finer: Selection, children: int) -> Program[Selection]:
-        return refine(self.side, self.share, finer.slots(), children)  # type: ignore[attr-defined]
+        return refine_selection(self.side, self.share, finer.slots(), children)  # type: ignore[attr-defined]
 
     def slots(self) -> Share:
         return self.share
@@ -49,16 +53,16 @@ class KeptSelection(Selection):
         return self.share.sum(-2)
 
 
-def keep(side: Side, hot: Share) -> Program[Selection]:
+def prepare_selection(side: Side, hot: Share) -> Program[Selection]:
     """One round: the slot matrix (*rows, k, n) is opened under a mask that stays."""
-    return KeptSelection(side, hot, (yield from resident(hot, RING)))
+    return PreparedSelection(side, hot, (yield from mask_operand(hot, RING)))
 
 
-def refine(side: Side, coarse: Share, fine: Share, children: int) -> Program[Selection]:
+def refine_selection(side: Side, coarse: Share, fine: Share, children: int) -> Program[Selection]:
     """coarse (*rows, k, n) and fine (*rows, k2, k children): (*rows, k2, n children). Two rounds."""
     *rows, k2, _ = fine.shape
     k, n = coarse.shape[-2:]
     by_child = fine.reshape(*rows, k2, k, children).transpose(-1, -2).transpose(-2, -3)
     hot = yield from product(side, by_child.reshape(*rows, children * k2, k), coarse, matmul, RING)
     hot = hot.reshape(*rows, children, k2, n).transpose(-3, -2).transpose(-2, -1)
-    return (yield from keep(side, replace(hot.reshape(*rows, k2, n * children), ring=RING)))
+    return (yield from prepare_selection(side, replace(hot.reshape(*rows, k2, n * children), ring=RING)))

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 
 import torch
 
-from mpcache.protocols import dcf as fss
+from mpcache.protocols import dcf
 from mpcache.protocols.compare import key_parts, less
 from mpcache.protocols.dcf import KeyShape
-from mpcache.protocols.linear import masked, shrink, truncate
-from mpcache.protocols.lookup import rotated
+from mpcache.protocols.linear import masked, truncate, truncate_local
+from mpcache.protocols.lookup import one_hot_of
 from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Program, draw, reveal
+from mpcache.runtime.program import Program, draw, open_masked
 from mpcache.runtime.shares import Share
-from mpcache.runtime.side import Side, drop
+from mpcache.runtime.side import Side, drop_low_bits
 
 GRID = 13  # fraction bits of narrow scores, which are 7/8 of the scores: 1.4e-4 a step
 NARROW = 24  # bits of the ring they live in: differences below 1024
@@ -40,7 +40,7 @@ WINDOW = UNIT * (1 << _LOW)  # 18.3: e^-18.3 = 1.1e-8 and smaller become zero
 _KEY_BITS, _PUBLIC_BITS = 43, 19  # fraction bits of e^(r - window) and of e^-(d + r)
 
 
-def narrow(scores: Share) -> Share:
+def quantize_scores(scores: Share) -> Share:
     """Scores as grid points in a small ring, each party alone: 7/8 of them, error of one step.
 
     A factor of 7/8 makes the window of exp a power of two of grid steps.
@@ -48,7 +48,7 @@ def narrow(scores: Share) -> Share:
     low = scores.bits + 3 - GRID
     if scores.ring - low < NARROW:
         raise ValueError(f"scores in a ring of {scores.ring} bits are too narrow")
-    return Share(drop(scores.data * 7, low), GRID, ring=NARROW)
+    return Share(drop_low_bits(scores.data * 7, low), GRID, ring=NARROW)
 
 
 def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[torch.Tensor]:
@@ -57,8 +57,10 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
     |narrow score| < LARGEST, n < LONGEST_ROW. Each score's bucket becomes a one-hot vector; their sum
     tells for each bucket how many scores lie in or above it; the buckets with any are counted.
     """
-    bucket = drop(scores.data, scores.bits + STEP.bit_length() - 1) + side.constant(BUCKETS // 2, scores.data)
-    hot = yield from rotated(side, bucket, BUCKETS, torch.int16)
+    bucket = drop_low_bits(scores.data, scores.bits + STEP.bit_length() - 1) + side.constant(
+        BUCKETS // 2, scores.data
+    )
+    hot = yield from one_hot_of(side, bucket, BUCKETS, torch.int16)
     if visible is not None:
         hot = hot * visible.to(torch.int16).to(hot.device).unsqueeze(-1)
     histogram = hot.sum(-2, dtype=torch.int64)
@@ -83,17 +85,17 @@ def exp(side: Side, d: Share) -> Program[Share]:
 
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         payload = torch.exp((r & low).double() * UNIT - WINDOW) * 2**_KEY_BITS
-        return fss.generate(keys, s, (r & whole) >> rest, payload.round().to(torch.int64))
+        return dcf.dcf_keygen(keys, s, (r & whole) >> rest, payload.round().to(torch.int64))
 
     r, own, cw, cb = yield from draw(Request("exp", (Part((n,)), seeds), (words, bit_parts), derive))
-    (c,) = yield from reveal(masked(d.data.reshape(n) + r, _LOW + _HIGH, "masked for exp"))
+    (c,) = yield from open_masked(masked(d.data.reshape(n) + r, _LOW + _HIGH, "masked for exp"))
     c = (c & whole).unsqueeze(-1)
     # d lies in the window if c and r share their top bits (then c's low bits are not below r's, for d is
     # not negative), or if c's top bits are one higher and its low bits are below r's. Leading bits tell:
     # where they are equal d is small in the first case, and at the window's end in the second.
-    same, under = fss.evaluate(keys, side.number, own, cw, cb, c >> rest)
+    same, under = dcf.dcf_eval(keys, side.number, own, cw, cb, c >> rest)
     before = ((c - (1 << _LOW)) & whole) >> rest
-    _, wrapped = fss.evaluate(keys, side.number, own, cw, cb, before)
+    _, wrapped = dcf.dcf_eval(keys, side.number, own, cw, cb, before)
     bits = _KEY_BITS + _PUBLIC_BITS
     if c.is_meta:
         return Share(torch.empty_like(d.data), bits)
@@ -118,7 +120,7 @@ def softmax(
         visible = visible.to(scores.data.device).expand(scores.shape)
     c = yield from bound(side, scores, visible)
     e = yield from exp(side, Share((c << GRID) - scores.data, GRID))
-    e = yield from truncate(side, shrink(side, e, bits), bits)
+    e = yield from truncate(side, truncate_local(side, e, bits), bits)
     if visible is not None:
         e = e * visible
     return e, e.sum(-1, keepdim=True)

@@ -22,7 +22,7 @@ from mpcache.protocols.compare import Digits, Keys
 from mpcache.protocols.linear import masked
 from mpcache.protocols.lookup import one_hot
 from mpcache.runtime.correlations import Part, Request, dealt
-from mpcache.runtime.program import Program, draw, reveal
+from mpcache.runtime.program import Program, draw, open_masked
 from mpcache.runtime.shares import Share, cat
 from mpcache.runtime.side import Side
 
@@ -49,14 +49,14 @@ class HotSelection(Selection):
         return Share(self.hot, 0)
 
     def gather(self, values: Share) -> Program[Share]:
-        kept = yield from self.keep()
+        kept = yield from self.prepare()
         return (yield from kept.gather(values))
 
-    def keep(self) -> Program[Selection]:
-        return chosen.keep(self.side, self.slots())
+    def prepare(self) -> Program[Selection]:
+        return chosen.prepare_selection(self.side, self.slots())
 
     def refine(self, finer: Selection, children: int) -> Program[Selection]:
-        return chosen.refine(self.side, self.slots(), finer.slots(), children)  # type: ignore[attr-defined]
+        return chosen.refine_selection(self.side, self.slots(), finer.slots(), children)  # type: ignore[attr-defined]
 
     def marks(self) -> Share:
         return self.slots().sum(-2)
@@ -77,7 +77,7 @@ class HotSelection(Selection):
 
         request = Request("scatter", (Part(weights.shape),), (Part((*rows, n, size, c)),), derive)
         a, spread = yield from draw(request)
-        (e,) = yield from reveal(masked(weights.data - a, ring, "weights, masked"))
+        (e,) = yield from open_masked(masked(weights.data - a, ring, "weights, masked"))
         place = self.opened.reshape(*rows, n, 1, 1).expand(*rows, n, 1, c)
         return Share(
             torch.matmul(self.hot.transpose(-1, -2), e) + spread.gather(-2, place).squeeze(-2),
@@ -86,7 +86,7 @@ class HotSelection(Selection):
         )
 
 
-def top(
+def topk(
     side: Side,
     scores: Share,
     k: int,
@@ -126,7 +126,7 @@ def top(
         keep=True,
     )
     r, rho, m, *parts, hot, masks, kept = yield from draw(request)
-    opened, shown = yield from reveal(
+    opened, shown = yield from open_masked(
         masked(scores.data + r, width, "scores, masked"),
         masked(together.data + m, together.ring, "values to gather, masked"),
     )
@@ -137,7 +137,7 @@ def top(
     earlier = side.first(torch.arange(n)).expand(*rows, n)
     rank = earlier.index_add(-1, first, loses).index_add(-1, second, -loses)
 
-    (place,) = yield from reveal(masked(rank + rho, size.bit_length() - 1, "ranks, rotated"))
+    (place,) = yield from open_masked(masked(rank + rho, size.bit_length() - 1, "ranks, rotated"))
     place = place & (size - 1)
     slots = side.public(range(k))
     where = (place.unsqueeze(-1) - slots) & (size - 1)  # (*rows, n, k)

@@ -16,7 +16,7 @@ import torch
 
 from mpcache.rank import Rank
 from mpcache.runtime.ring import matmul
-from mpcache.runtime.shares import Resident
+from mpcache.runtime.shares import MaskedOperand
 
 Shape = tuple[int, ...]
 
@@ -122,8 +122,8 @@ def shared_bit(shape: Shape) -> Request:
     )
 
 
-def resident_product(
-    x: Shape, w: Resident, out: Shape, owner: Rank | None = None, keep: bool = False
+def masked_operand_product(
+    x: Shape, w: MaskedOperand, out: Shape, owner: Rank | None = None, keep: bool = False
 ) -> Request:
     """A fresh mask a for x and c = a @ B for a resident operand with mask B (PROTOCOLS 1)."""
     return Request(
@@ -135,7 +135,7 @@ def resident_product(
     )
 
 
-def cut(r: torch.Tensor, bits: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_parts(r: torch.Tensor, bits: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a truncation's mask r: rc = (r mod 2^(ring-1)) >> bits and its top bit rb (PROTOCOLS 2)."""
     return (r & ((1 << (ring - 1)) - 1)) >> bits, (r >> (ring - 1)) & 1
 
@@ -144,6 +144,6 @@ def truncation(shape: Shape, bits: int, ring: int = 64) -> Request:
     """r uniform, with rc and rb."""
 
     def derive(r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return cut(r, bits, ring)
+        return mask_parts(r, bits, ring)
 
     return Request("truncation", (Part(shape),), (Part(shape), Part(shape)), derive)

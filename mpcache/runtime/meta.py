@@ -1,7 +1,7 @@
 """Tensors without values: what the dealer and the cost reading compute on.
 
 torch's meta tensors do the same, but each operation on them costs about as much as a small real one.
-A `Blank` infers an operation's result once per combination of shapes and remembers it: layers and
+A `MetaTensor` infers an operation's result once per combination of shapes and remembers it: layers and
 tokens repeat themselves.
 """
 
@@ -16,7 +16,7 @@ import torch
 _memory: dict[Any, Any] = {}
 
 
-class Blank:
+class MetaTensor:
     """A shape and a dtype that behave as a tensor."""
 
     __slots__ = ("dtype", "shape")
@@ -27,7 +27,7 @@ class Blank:
         self.shape, self.dtype = torch.Size(shape), dtype
 
     def __repr__(self) -> str:
-        return f"Blank({tuple(self.shape)}, {self.dtype})"
+        return f"MetaTensor({tuple(self.shape)}, {self.dtype})"
 
     def __bool__(self) -> NoReturn:
         raise TypeError("a tensor without values has no truth value")
@@ -50,11 +50,11 @@ class Blank:
     def __getitem__(self, index: Any) -> Any:
         return infer(torch.Tensor.__getitem__, (self, index), {})
 
-    def to(self, *_: Any, dtype: torch.dtype | None = None) -> Blank:
+    def to(self, *_: Any, dtype: torch.dtype | None = None) -> MetaTensor:
         wanted = next((a for a in _ if isinstance(a, torch.dtype)), dtype)
-        return Blank(self.shape, wanted or self.dtype)
+        return MetaTensor(self.shape, wanted or self.dtype)
 
-    def clone(self) -> Blank:
+    def clone(self) -> MetaTensor:
         return self
 
     contiguous = clone
@@ -63,21 +63,21 @@ class Blank:
 def _operator(name: str) -> None:
     func = getattr(torch.Tensor, name)
 
-    def method(self: Blank, *args: Any) -> Any:
+    def method(self: MetaTensor, *args: Any) -> Any:
         return infer(func, (self, *args), {})
 
-    def elementwise(self: Blank, *args: Any) -> Any:
+    def elementwise(self: MetaTensor, *args: Any) -> Any:
         # The common case, without torch: integers of one dtype, broadcast.
         other = args[0] if args else 0
         if type(other) is int and not self.dtype.is_floating_point:
             return self
-        if isinstance(other, Blank | torch.Tensor) and other.dtype == self.dtype:
+        if isinstance(other, MetaTensor | torch.Tensor) and other.dtype == self.dtype:
             if other.shape == self.shape:
                 return self
-            return Blank(tuple(torch.broadcast_shapes(self.shape, other.shape)), self.dtype)
+            return MetaTensor(tuple(torch.broadcast_shapes(self.shape, other.shape)), self.dtype)
         return method(self, *args)
 
-    setattr(Blank, name, method if name in ("__matmul__", "__truediv__") else elementwise)
+    setattr(MetaTensor, name, method if name in ("__matmul__", "__truediv__") else elementwise)
 
 
 _NAMES = (
@@ -112,13 +112,13 @@ def infer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _elements(x: Any) -> int:
-    if isinstance(x, Blank | torch.Tensor):
+    if isinstance(x, MetaTensor | torch.Tensor):
         return math.prod(x.shape)
     return sum(map(_elements, x)) if isinstance(x, tuple | list) else 0
 
 
 def _key(x: Any) -> Any:
-    if isinstance(x, Blank | torch.Tensor):
+    if isinstance(x, MetaTensor | torch.Tensor):
         return ("tensor", tuple(x.shape), x.dtype)
     if isinstance(x, tuple | list):
         return tuple(_key(i) for i in x)
@@ -128,7 +128,7 @@ def _key(x: Any) -> Any:
 
 
 def _stand_in(x: Any, device: str) -> Any:
-    if isinstance(x, Blank | torch.Tensor):
+    if isinstance(x, MetaTensor | torch.Tensor):
         return torch.zeros((), dtype=x.dtype, device=device).expand(x.shape)
     if isinstance(x, dict):
         return {k: _stand_in(v, device) for k, v in x.items()}
@@ -139,12 +139,12 @@ def _stand_in(x: Any, device: str) -> Any:
 
 def _blanks(x: Any) -> Any:
     if isinstance(x, torch.Tensor):
-        return Blank(tuple(x.shape), x.dtype)
+        return MetaTensor(tuple(x.shape), x.dtype)
     if isinstance(x, tuple | list) and not isinstance(x, torch.Size):
         return type(x)(_blanks(i) for i in x)
     return x
 
 
 def materialise(x: Any, device: torch.device | str) -> Any:
-    """A Blank as a tensor of zeros (no values on the meta device); other things as they are."""
-    return torch.zeros(x.shape, dtype=x.dtype, device=device) if isinstance(x, Blank) else x
+    """A MetaTensor as a tensor of zeros (no values on the meta device); other things as they are."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=device) if isinstance(x, MetaTensor) else x

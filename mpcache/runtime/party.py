@@ -16,7 +16,7 @@ from mpcache.engines import crypten_shim
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.meta import Blank
+from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening
 from mpcache.runtime.rng import Stream, Tapes
 from mpcache.transport.link import Link
@@ -162,13 +162,13 @@ class ShapeParty(Party):
                 received=n * _sends(item, self.rank.peer),
             )
         self.ledger.book(step, rounds=1)
-        return [Blank(i.share.shape, i.share.dtype) for i in items]
+        return [MetaTensor(i.share.shape, i.share.dtype) for i in items]
 
     def draw(self, request: Request, step: str) -> list[Any]:
         n = sum(part.nbytes for part in request.sent_to(self.rank))
         if n:
             self.ledger.book(step, offline_received=n)
-        parts: list[Any] = [Blank(p.shape, p.dtype) for p in request.parts]
+        parts: list[Any] = [MetaTensor(p.shape, p.dtype) for p in request.parts]
         return [*parts, None] if request.keep else parts
 
 
@@ -187,7 +187,7 @@ class DealerParty(Party):
         self._tapes = {rank: tapes.begin(phase) for rank, tapes in self._seeds.items()}
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
-        return [Blank(i.share.shape, i.share.dtype) for i in items]
+        return [MetaTensor(i.share.shape, i.share.dtype) for i in items]
 
     def draw(self, request: Request, step: str) -> list[Any]:
         values = [
@@ -204,7 +204,7 @@ class DealerParty(Party):
         for rank, tensors in ((Rank.SERVER, server), (Rank.CLIENT, client)):
             if tensors:
                 self._links[rank].send(step, tensors)
-        parts: list[Any] = [Blank(p.shape, p.dtype) for p in request.parts]
+        parts: list[Any] = [MetaTensor(p.shape, p.dtype) for p in request.parts]
         return [*parts, values] if request.keep else parts
 
 

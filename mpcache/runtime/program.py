@@ -88,7 +88,7 @@ def _join(name: str, step: str) -> str:
     return f"{name}/{step}" if step else name
 
 
-def reveal(*openings: Opening) -> Program[list[Any]]:
+def open_masked(*openings: Opening) -> Program[list[Any]]:
     """Open tensors in one round."""
     answer: list[Any] = yield Open(openings)
     return answer

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from mpcache.rank import Rank
-from mpcache.runtime.meta import Blank
+from mpcache.runtime.meta import MetaTensor
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Share:
     2^64 with the next truncation.
     """
 
-    data: Any  # torch.Tensor, or a Blank where there are only shapes
+    data: Any  # torch.Tensor, or a MetaTensor where there are only shapes
     bits: int
     owner: Rank | None = None
     ring: int = 64
@@ -61,7 +61,7 @@ class Share:
         if isinstance(factor, torch.Tensor):
             if factor.is_floating_point():
                 raise TypeError("multiply a share by integers; fixed-point factors change `bits`")
-            factor = factor if isinstance(self.data, Blank) else factor.to(self.data.device)
+            factor = factor if isinstance(self.data, MetaTensor) else factor.to(self.data.device)
         return self._local(lambda x: x * factor)
 
     def __getitem__(self, index: Any) -> Share:
@@ -88,7 +88,7 @@ def cat(parts: Sequence[Share], dim: int) -> Share:
 
 
 @dataclass(frozen=True)
-class Resident:
+class MaskedOperand:
     """A secret tensor W that is used again and again: opened once as V = W - B (PROTOCOLS 1).
 
     mask: this party's share of B.  opened: V, public to both computing parties; `Awaited` until the
@@ -112,27 +112,27 @@ class Resident:
         value: torch.Tensor = self.opened.value if isinstance(self.opened, Awaited) else self.opened
         return value
 
-    def _local(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Resident:
+    def _local(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> MaskedOperand:
         dealt = None if self.dealt is None else fn(self.dealt)
-        return Resident(fn(self.mask), awaiting(fn, self), self.bits, dealt, self.ring)
+        return MaskedOperand(fn(self.mask), awaiting(fn, self), self.bits, dealt, self.ring)
 
-    def __getitem__(self, index: Any) -> Resident:
+    def __getitem__(self, index: Any) -> MaskedOperand:
         return self._local(lambda x: x[index])
 
-    def reshape(self, *shape: int) -> Resident:
+    def reshape(self, *shape: int) -> MaskedOperand:
         return self._local(lambda x: x.reshape(*shape))
 
-    def transpose(self, a: int, b: int) -> Resident:
+    def transpose(self, a: int, b: int) -> MaskedOperand:
         return self._local(lambda x: x.transpose(a, b))
 
-    def append(self, other: Resident, dim: int) -> Resident:
+    def append(self, other: MaskedOperand, dim: int) -> MaskedOperand:
         """Concatenate: both keep the masks they were opened with."""
         if self.bits != other.bits:
             raise ValueError("appending residents with different fraction bits")
         dealt = None
         if self.dealt is not None and other.dealt is not None:
             dealt = torch.cat([self.dealt, other.dealt], dim)
-        return Resident(
+        return MaskedOperand(
             torch.cat([self.mask, other.mask], dim),
             awaiting(lambda *parts: torch.cat(parts, dim), self, other),
             self.bits,
@@ -160,7 +160,7 @@ class Awaited:
         self._value = value
 
 
-def awaiting(fn: Callable[..., torch.Tensor], *operands: Resident) -> torch.Tensor | Awaited:
+def awaiting(fn: Callable[..., torch.Tensor], *operands: MaskedOperand) -> torch.Tensor | Awaited:
     """fn of what operands open to; later, if one is not there yet."""
     if any(isinstance(w.opened, Awaited) for w in operands):
         return Awaited(lambda: fn(*(w.public for w in operands)))

@@ -36,7 +36,7 @@ class Side:
         return self.first(torch.full_like(like, value))
 
 
-def drop(x: torch.Tensor, bits: int) -> torch.Tensor:
+def drop_low_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Divide by 2^bits into the ring of 2^(64-bits), each party alone, no message.
 
     floor(x / 2^bits) - {0, 1} modulo 2^(64-bits): without wrap errors as long as what follows uses

@@ -18,8 +18,9 @@ import typer
 
 from mpcache.answer import Sampling
 from mpcache.config import Settings, load_settings
-from mpcache.console.inputs import DEMO_DOCUMENT, read_question, read_text
+from mpcache.console.inputs import read_question, read_text
 from mpcache.console.signals import ignore_signals, stop_on_signals
+from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError
 from mpcache.ledger import Ledger
 from mpcache.model.loading import demo_model_dir, load_model
@@ -32,11 +33,11 @@ from mpcache_parties.network.grpc_link import Network, Say, cannot_take_part, co
 from mpcache_parties.network.tls import trust
 from mpcache_parties.operations.logs import Log
 from mpcache_parties.operations.metrics import operated
-from mpcache_parties.operations.status import Board, Watch
+from mpcache_parties.operations.status import PartyStatus, SessionStatus
 from mpcache_parties.prepare import prepare
 from mpcache_parties.roles import Document, Question, ask, deal, serve
 from mpcache_parties.serving import AT_ONCE, serve_all
-from mpcache_parties.state.checkpoint import Keeper
+from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import Store
 from mpcache_parties.state.tapes import TapeStore
 
@@ -51,7 +52,7 @@ app = typer.Typer(
 
 
 @dataclass
-class Voice:
+class Output:
     """What this party says: lines for people, or (`events`) JSON lines for the process that started it."""
 
     events: bool
@@ -198,12 +199,12 @@ def party(
         return
     if rank is None:
         raise typer.BadParameter("give --rank 0 (server), 1 (client) or 2 (dealer)", param_hint="--rank")
-    me, voice = Rank(rank), Voice(events)
+    me, voice = Rank(rank), Output(events)
     if events:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     stop_on_signals(me.label)
     torch.set_num_threads(1)  # three parties with a thread per core each would fight for the cores
-    settings, shown, keeper = Settings(), ExitStack(), Keeper()
+    settings, shown, keeper = Settings(), ExitStack(), Checkpointer()
     try:
         voice.log = Log(me.label, log, log_level)
         settings = load_settings(
@@ -218,7 +219,7 @@ def party(
         trusted = trust(me, settings, identity, insecure)
         if insecure:
             voice.say(f"{me.label}: warning: --insecure: the links are neither encrypted nor authenticated")
-        board = shown.enter_context(operated(Board(me, voice.log), metrics, health))
+        board = shown.enter_context(operated(PartyStatus(me, voice.log), metrics, health))
         voice.log("start", version=PROTOCOL_VERSION, tls=trusted.tls, values=settings.public.flat())
         try:
             _check_flags(me, {"model": (Rank.SERVER, model), "context": (Rank.SERVER, context),
@@ -267,18 +268,18 @@ def party(
         shown.__exit__(*sys.exc_info())
 
 
-def _keeper(me: Rank, state: Path | None, state_key: Path | None, resume: bool) -> Keeper:
+def _keeper(me: Rank, state: Path | None, state_key: Path | None, resume: bool) -> Checkpointer:
     """What --state, --state-key and --resume ask for. Raises BadInput or StateError."""
     if state is None and (resume or state_key is not None):
         raise BadInput(
             f"--{'resume' if resume else 'state-key'} needs --state DIR, where the session is kept"
         )
-    keeper = Keeper(None if state is None else Store(state, me, state_key), resume)
+    keeper = Checkpointer(None if state is None else Store(state, me, state_key), resume)
     keeper.check()
     return keeper
 
 
-def _tapes(me: Rank, folder: Path | None, preparing: bool, keeper: Keeper) -> TapeStore | None:
+def _tapes(me: Rank, folder: Path | None, preparing: bool, keeper: Checkpointer) -> TapeStore | None:
     """What --offline-store and --prepare ask for. Raises BadInput or StateError."""
     if me is Rank.DEALER:
         if folder is not None:
@@ -350,8 +351,8 @@ def _serve_one(
     me: Rank,
     settings: Settings,
     own: Document | Question | None,
-    voice: Voice,
-    board: Board,
+    voice: Output,
+    board: PartyStatus,
     store: Store | None,
     at_once: int,
     network: Network,
@@ -359,7 +360,7 @@ def _serve_one(
 ) -> None:
     """One of many sessions, on its own thread; afterwards its files are free for whoever resumes it."""
     patience = settings.timeouts.reconnect_s  # by then a client that is lost is known to be
-    keeper = Keeper(store, serving=at_once, patience=patience)
+    keeper = Checkpointer(store, serving=at_once, patience=patience)
     with closing(keeper), board.session(network.ledger) as watch:
         try:
             network.wait()
@@ -378,9 +379,9 @@ def _run(
     settings: Settings,
     own: Document | Question | None,
     say: Say,
-    voice: Voice,
-    watch: Watch,
-    keeper: Keeper,
+    voice: Output,
+    watch: SessionStatus,
+    keeper: Checkpointer,
     tapes: TapeStore | None,
 ) -> Report:
     """One session on links that are connected."""
@@ -399,7 +400,7 @@ def _run(
     return report
 
 
-def _said(settings: Settings, keeper: Keeper, tapes: str) -> dict[str, str]:
+def _said(settings: Settings, keeper: Checkpointer, tapes: str) -> dict[str, str]:
     """All that the parties must have in common before they begin."""
     return settings.public.flat() | {"state": keeper.mode, "tapes": tapes}
 

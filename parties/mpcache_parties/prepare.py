@@ -41,7 +41,7 @@ def prepare(
     Raises StateError (a full disk), PolicyError (a plan that the document decides) or what a link raises.
     """
     _, facts = agreed_facts(me, links, own, public)
-    if not facts.policy.policy.decided:
+    if not facts.policy.policy.plan_is_public:
         raise PolicyError(f"policy {public.policy}: the document decides its plan; no tape can be prepared")
     if store is None:
         _deal(links, public, facts, say)

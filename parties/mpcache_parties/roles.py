@@ -31,7 +31,7 @@ from mpcache.model.loading import Model, ModelShape, Weights
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.model.tokenizer import LibraryError, Tokenizer
 from mpcache.model.tokenizer import parse as parse_tokenizer
-from mpcache.policy import Bound
+from mpcache.policy import BoundPolicy
 from mpcache.rank import Rank
 from mpcache.report.account import Report, ms
 from mpcache.runtime.party import ComputingParty, DealerParty
@@ -40,8 +40,8 @@ from mpcache.transport.link import Link
 from mpcache.transport.network import parse_network
 from mpcache_kernels import REFERENCE, Backend, backend
 from mpcache_parties.handshake import confirm
-from mpcache_parties.operations.status import Watch
-from mpcache_parties.state.checkpoint import Keeper, Snapshot
+from mpcache_parties.operations.status import SessionStatus
+from mpcache_parties.state.checkpoint import Checkpointer, Snapshot
 from mpcache_parties.state.tapes import TapeLink, TapeStore
 
 AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds the tapes that wait
@@ -81,7 +81,7 @@ class Facts:
     context: int  # tokens
     question: int  # tokens
     kernels: str
-    policy: Bound
+    policy: BoundPolicy
     digests: Mapping[str, str]  # of the weights and the tokenizer
     protocol: str  # the config's, or what `auto` picked, and why
     picked: str = ""
@@ -103,15 +103,15 @@ def serve(
     public: PublicConfig,
     own: Document,
     say: Say = quiet,
-    watch: Watch | None = None,
-    keeper: Keeper | None = None,
+    watch: SessionStatus | None = None,
+    keeper: Checkpointer | None = None,
     tapes: TapeStore | None = None,
 ) -> Report:
     """Rank 0: opens its masked weights, reads the document, evicts, and computes blindly.
 
     tapes: what the dealer dealt before, in place of a link to it.
     """
-    client, watch, keeper = links[Rank.CLIENT], watch or Watch(), keeper or Keeper()
+    client, watch, keeper = links[Rank.CLIENT], watch or SessionStatus(), keeper or Checkpointer()
     identity = public.flat() | {"model": own.model.digest, "document": _digest(own.tokens)}
     earlier = keeper.meet(links, identity)
     stored, facts = agreed_facts(Rank.SERVER, links, own, public, earlier)
@@ -142,7 +142,7 @@ def serve(
 
 
 def _session(
-    me: Rank, party: Any, facts: Facts, public: PublicConfig, watch: Watch, device: str = "cpu"
+    me: Rank, party: Any, facts: Facts, public: PublicConfig, watch: SessionStatus, device: str = "cpu"
 ) -> TimedSession:
     ops = PROTOCOLS[facts.protocol](me, public.fraction_bits, device)
     return TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
@@ -181,8 +181,8 @@ def ask(
     own: Question,
     say: Say = quiet,
     on_token: Callable[[int, str], None] = lambda token, text: None,
-    watch: Watch | None = None,
-    keeper: Keeper | None = None,
+    watch: SessionStatus | None = None,
+    keeper: Checkpointer | None = None,
     tapes: TapeStore | None = None,
 ) -> Report:
     """Rank 1: learns the logits, chooses the tokens; `on_token` gets each with the text it settles.
@@ -190,7 +190,7 @@ def ask(
     A resumed answer is told from its beginning, and no token of it is chosen twice.
     """
     own.sampling.check(public.reveal)
-    server, watch, keeper = links[Rank.SERVER], watch or Watch(), keeper or Keeper()
+    server, watch, keeper = links[Rank.SERVER], watch or SessionStatus(), keeper or Checkpointer()
     identity = public.flat() | {
         "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos)
     }  # fmt: skip
@@ -250,12 +250,12 @@ def deal(
     ledger: Ledger,
     public: PublicConfig,
     say: Say = quiet,
-    watch: Watch | None = None,
-    keeper: Keeper | None = None,
+    watch: SessionStatus | None = None,
+    keeper: Checkpointer | None = None,
 ) -> Report:
     """Rank 2: reads the same program by shapes alone and sends the correlated randomness ahead."""
     server, client = links[Rank.SERVER], links[Rank.CLIENT]
-    watch, keeper = watch or Watch(), keeper or Keeper()
+    watch, keeper = watch or SessionStatus(), keeper or Checkpointer()
     earlier = keeper.meet(links, public.flat())
     stored, facts = agreed_facts(Rank.DEALER, links, None, public, earlier)
 
@@ -317,10 +317,10 @@ def _chunks(step: int) -> str:
 # ------------------------------------------------------------------------------------------ seeds
 
 
-class _Wait:
+class TimedDealerLink:
     """A link to the dealer that adds up how long its reader waits, in ms."""
 
-    def __init__(self, link: Link, watch: Watch) -> None:
+    def __init__(self, link: Link, watch: SessionStatus) -> None:
         self._link, self._watch, self.ms = link, watch, 0.0
 
     def close(self) -> None:
@@ -354,8 +354,8 @@ def _tape(links: Links, tapes: TapeStore | None, facts: Facts, public: PublicCon
 
 
 def _computing_party(
-    me: Rank, links: Links, ledger: Ledger, watch: Watch, dealer: Link
-) -> tuple[ComputingParty, _Wait]:
+    me: Rank, links: Links, ledger: Ledger, watch: SessionStatus, dealer: Link
+) -> tuple[ComputingParty, TimedDealerLink]:
     """Takes a seed from the dealer and trades one with the peer: my `next` is its `prev`."""
     peer = links[me.peer]
     seed_spec = [(torch.uint8, (SEED_BYTES,))]
@@ -363,7 +363,7 @@ def _computing_party(
     mine = fresh_seed()
     (theirs,) = peer.exchange("seeds/pair", [tensor_of(mine)])
     pair = {"next": mine, "prev": _bytes(theirs)}
-    wait = _Wait(dealer, watch)
+    wait = TimedDealerLink(dealer, watch)
     party = ComputingParty(me, peer, cast(Link, wait), _bytes(tape), pair, fresh_seed(), ledger)
     return party, wait
 
@@ -486,7 +486,7 @@ def _check_room(shape: ModelShape, context: int) -> None:
 def _announce(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
     """What the document decides about the plan becomes public, before the context phase."""
     policy, counts = decide(facts.policy, facts.shape, prefilled, kernels)
-    if not facts.policy.policy.decided:
+    if not facts.policy.policy.plan_is_public:
         for link in links.values():
             link.send_facts("facts/counts", {"counts": counts})
     return replace(facts, policy=policy)
@@ -494,19 +494,19 @@ def _announce(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) 
 
 def _announced(server: Link, facts: Facts) -> Facts:
     """The other end of `_announce`. Raises Desync on counts that no such plan can have."""
-    if facts.policy.policy.decided:
+    if facts.policy.policy.plan_is_public:
         return facts
     return _given(facts, server.recv_facts("facts/counts").get("counts"))
 
 
 def _given(facts: Facts, counts: Any) -> Facts:
     policy = facts.policy.policy
-    if policy.decided:
+    if policy.plan_is_public:
         return facts
     if not isinstance(counts, list) or any(type(n) is not int for n in counts):
         raise Desync(f"Desync: the server announces counts {counts!r:.60}, not a list of whole numbers")
     try:
-        return replace(facts, policy=policy.given(counts).bind(facts.context, facts.shape))
+        return replace(facts, policy=policy.with_counts(counts).bind(facts.context, facts.shape))
     except PolicyError as error:
         raise Desync(f"Desync: the server announces counts that do not fit: {error}") from None
 
@@ -570,7 +570,7 @@ def _more(client: Link, step: int) -> bool:
 # ---------------------------------------------------------------------------------------- account
 
 
-def _report(me: Rank, facts: Facts, ledger: Ledger, session: TimedSession, keeper: Keeper) -> Report:
+def _report(me: Rank, facts: Facts, ledger: Ledger, session: TimedSession, keeper: Checkpointer) -> Report:
     return Report(
         rank=int(me),
         protocol=facts.protocol,

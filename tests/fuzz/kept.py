@@ -20,10 +20,10 @@ from mpcache.cache import Cache, LayerCache
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.runtime.shares import Resident, Share
+from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.transport.local import LocalLink, local_pair
 from mpcache_parties.state import sealed, snapshot
-from mpcache_parties.state.checkpoint import Keeper
+from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import Files, Store
 from mpcache_parties.state.tapes import SEED, SUFFIX, USED, TapeLink, TapeStore
 from mpcache_protos import party_pb2 as pb
@@ -100,7 +100,7 @@ def resumes(place: Path, found: Callable[[str, int, Any, Any, bytes], None]) -> 
 def _keep(folder: Path, rank: Rank) -> None:
     """A session's files as a party leaves them."""
     share = Share(torch.arange(12).reshape(2, 6), 16, Rank.SERVER)
-    cache = Cache([LayerCache(Resident(share.data, share.data, 16), share, None)], 6)
+    cache = Cache([LayerCache(MaskedOperand(share.data, share.data, 16), share, None)], 6)
     files = Files(Store(folder, rank), SESSION, 6)
     step = {"cache": cache, "own": {"ids": [1]}, "wire_bytes": 9, "phases": {}}
     for number, run in HELD[rank].items():
@@ -154,7 +154,7 @@ def _resume(folder: Path, rank: Rank, texts: list[bytes], before: Contents) -> N
         if peer is Rank.CLIENT:
             said = [("resume/session", about), *said, ("close", end)]
         links[peer] = told(rank, peer, *said)
-    keeper = Keeper(Store(folder, rank), resume=True)
+    keeper = Checkpointer(Store(folder, rank), resume=True)
     own = folder / rank.label
     try:
         loaded = None
@@ -213,7 +213,7 @@ def _check_files(before: Contents, now: Contents, step: int) -> None:
             assert now.get(name, b"") == (b"" if number > step else before.get(name, b"-")), name
 
 
-def _go_on(keeper: Keeper, loaded: Any) -> None:
+def _go_on(keeper: Checkpointer, loaded: Any) -> None:
     """The next step can be written, in the run that the client named."""
     session: Any = SimpleNamespace(cache=loaded.cache, chunks=loaded.step + 1, ms={}, cpu_ms={})
     keeper.token(session, Ledger(), loaded.own)

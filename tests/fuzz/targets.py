@@ -33,7 +33,7 @@ from mpcache.model.loading import ModelShape, load_model, load_shape
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import parse
 from mpcache.rank import Rank
-from mpcache.runtime.shares import Resident, Share
+from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
 from mpcache.transport.local import local_pair
@@ -228,7 +228,7 @@ def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
 
     bytes_of("checkpoint", 6, state, [file.read_bytes()])
     share = Share(torch.arange(6).reshape(2, 3), 16, Rank.SERVER)
-    layer = LayerCache(Resident(share.data, share.data, 16), share, None)
+    layer = LayerCache(MaskedOperand(share.data, share.data, 16), share, None)
     tree = {
         "cache": Cache([layer], 7),
         "words": ["x", 1, 2.5, None],

@@ -262,22 +262,22 @@ def test_impossible_sizes() -> None:
 
 
 def test_a_gpu_gets_triton_and_without_it_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels._gpu.cache_clear()
+    mpcache_kernels._gpu.cache_clear()
     chosen = backend("cuda:0")
     assert chosen.name == "triton" and chosen is backend(torch.device("cuda"))
     ours = {f.name for f in fields(Backend) if hasattr(triton_kernels, f.name)}
     assert ours == {f.name for f in fields(Backend)} - {"name", "representatives"}
     assert all(getattr(chosen, name) is getattr(triton_kernels, name) for name in ours)
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    kernels._gpu.cache_clear()
+    monkeypatch.setattr(mpcache_kernels, "find_spec", lambda name: None)
+    mpcache_kernels._gpu.cache_clear()
     assert backend("cuda").name == "reference (Triton is not installed)"
-    kernels._gpu.cache_clear()
+    mpcache_kernels._gpu.cache_clear()
 
 
 @pytest.mark.parametrize("policy", ["mpcache, shared, summed, refreshed", "mpcache, bound", "quest"])
 def test_policies_run_on_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eviction, clusters, scores and attention of the plain engine, against the single operations."""
-    kernels._gpu.cache_clear()
+    mpcache_kernels._gpu.cache_clear()
     spec, s, ask = (SMALL | MORE)[policy], shape(), chunks(3, 1, 1, 1, 1)
     want, _ = plain(spec, s, tokens(CONTEXT), ask)
     if not CUDA:  # this prefill is on the CPU

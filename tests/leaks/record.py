@@ -29,7 +29,7 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
-class Seen:
+class TensorTrace:
     """One opened tensor: its step and reason, and its values (elements, width) as bytes."""
 
     step: str
@@ -40,7 +40,7 @@ class Seen:
 
 
 @dataclass
-class View:
+class LayerView:
     """One party's session. slots: of each peer's messages, in order: what, where, how large.
     facts: what was said in the clear.  tensors: message contents, with their steps and layouts."""
 
@@ -49,7 +49,7 @@ class View:
     tensors: dict[Rank, list[tuple[str, str, bytes]]] = field(
         default_factory=lambda: {rank: [] for rank in Rank}
     )
-    opened: list[Seen] = field(default_factory=list)
+    opened: list[TensorTrace] = field(default_factory=list)
     order: list[Slot] = field(default_factory=list)  # of the openings: steps, reasons, shapes
     frames: dict[Rank, list[bytes]] = field(default_factory=lambda: {rank: [] for rank in Rank})
 
@@ -89,7 +89,7 @@ class View:
             received = None
             if item.sender is None:
                 received = _bytes(value ^ item.share if item.xor else value - item.share, item.width)
-            self.opened.append(Seen(here, item.why, item.width, _bytes(value, item.width), received))
+            self.opened.append(TensorTrace(here, item.why, item.width, _bytes(value, item.width), received))
 
     def words(self, phases: Sequence[str]) -> Bytes:
         """Contents of these phases, in order, as one row of bytes for a classifier. Of a message of the
@@ -115,9 +115,9 @@ def _bytes(x: torch.Tensor, width: int) -> Bytes:
 
 
 @contextmanager
-def recording() -> Iterator[dict[Rank, View]]:
+def recording() -> Iterator[dict[Rank, LayerView]]:
     """Views of the one session that runs meanwhile in this process, whatever links it uses."""
-    views = {rank: View() for rank in Rank}
+    views = {rank: LayerView() for rank in Rank}
     arrived, opened = FrameLink.arrived, ComputingParty.open
 
     def arriving(link: FrameLink, data: bytes) -> bool:

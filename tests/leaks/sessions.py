@@ -13,7 +13,7 @@ from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.roles import Question
 from tests.leaks.needle import Secret
-from tests.leaks.record import View, recording
+from tests.leaks.record import LayerView, recording
 from tests.leaks.statistics import Bytes
 from tests.parties.test_run import play
 
@@ -21,7 +21,7 @@ SELECTS = ":n_keep=1.0,coarse=4,fine=4,sink=0,recent=0,coarse_keep=1,fine_keep=1
 STEPS = ("context", "question", "decode1")
 MEANT = "logits for the client"  # the one opened value that is a secret in the clear, at the client
 
-Views = dict[Rank, View]
+Views = dict[Rank, LayerView]
 
 
 def sessions(
@@ -40,7 +40,7 @@ def sessions(
         yield views, client
 
 
-def by_reason(views: Iterable[View], received: bool) -> dict[tuple[str, str, int], Bytes]:
+def by_reason(views: Iterable[LayerView], received: bool) -> dict[tuple[str, str, int], Bytes]:
     """Opened values (or the shares that came in for them) of all views, by reason, place and width.
 
     CrypTen opens masked bits as whole words of value 0 or 1: those come packed, 8 to a byte.

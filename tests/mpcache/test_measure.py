@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from mpcache.audit.measure import Measured, calibrated, errors, plan, put_beside, text_of
 from mpcache.audit.rows import Grid, rows
-from mpcache.console.inputs import DEMO_DOCUMENT, read_text
+from mpcache.console.inputs import read_text
 from mpcache.cost.choose import NONE, RATES
+from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import MpcacheError
 from mpcache.model.loading import demo_model_dir, load_shape, load_tokenizer
 from mpcache.transport.network import PROFILES

@@ -297,7 +297,7 @@ def test_a_broken_index(folder: Path, index: str, says: str) -> None:
 def test_the_demo_model_is_there_or_said_to_be_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(model_module, "__file__", str(tmp_path / "model.py"))
+    monkeypatch.setattr(model_module, "DEMO", tmp_path / "demo")
     with pytest.raises(ModelError, match="the demo model is not there"):
         demo_model_dir()
     (tmp_path / "demo" / "model").mkdir(parents=True)

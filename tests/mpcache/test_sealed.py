@@ -15,8 +15,8 @@ import torch
 from mpcache.cache import Cache, LayerCache
 from mpcache.errors import StateError
 from mpcache.rank import Rank
-from mpcache.runtime.meta import Blank
-from mpcache.runtime.shares import Resident, Share
+from mpcache.runtime.meta import MetaTensor
+from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache_parties.state import sealed, snapshot
 
 KEY = bytes(range(32))
@@ -117,8 +117,10 @@ def grown(more: int) -> Cache:
     """A layer of three tokens and `more`, the same ones each time."""
     torch.manual_seed(0)
     rows = torch.randint(-9, 9, (2, 8, 4))[:, : 3 + more]
-    k = Resident(rows, rows + 1, 16, ring=48)
-    v = Resident(Blank((2, 3 + more, 4)), torch.zeros(2, 3 + more, 4, dtype=torch.int64), 16, dealt=rows * 2)  # type: ignore[arg-type]
+    k = MaskedOperand(rows, rows + 1, 16, ring=48)
+    v = MaskedOperand(
+        MetaTensor((2, 3 + more, 4)), torch.zeros(2, 3 + more, 4, dtype=torch.int64), 16, dealt=rows * 2
+    )  # type: ignore[arg-type]
     return Cache(
         [LayerCache(k, v, {"share": Share(rows.sum(1), 16, Rank.SERVER), "n": (1, 2.5, None, True)})], 9
     )
@@ -134,7 +136,7 @@ def test_a_tree_comes_back(tmp_path: Path) -> None:
     data = bytearray(b"".join(map(bytes, snapshot.dump(tree))))
     back = snapshot.load(data)
     assert same(tree, back)
-    assert isinstance(back["cache"].layers[0].v.mask, Blank) and back["cache"].layers[0].v.ring == 64
+    assert isinstance(back["cache"].layers[0].v.mask, MetaTensor) and back["cache"].layers[0].v.ring == 64
     assert back["cache"].layers[0].memory["share"].owner is Rank.SERVER
 
 
@@ -147,7 +149,7 @@ def test_only_what_is_new_is_written() -> None:
     with pytest.raises(StateError):
         snapshot.load(data)  # not without what came before
     other = snapshot.tensors_of(
-        Cache([LayerCache(Resident(torch.ones(2, 3, 4), torch.ones(2, 3, 4), 16), None)], 9)
+        Cache([LayerCache(MaskedOperand(torch.ones(2, 3, 4), torch.ones(2, 3, 4), 16), None)], 9)
     )
     whole = bytearray(b"".join(map(bytes, snapshot.dump(late, other))))
     assert same(snapshot.load(whole, other), late)

@@ -18,7 +18,7 @@ from mpcache.report.account import Report
 from mpcache_parties.handshake import agree
 from mpcache_parties.network.grpc_link import Network, connect_all
 from mpcache_parties.roles import Question, ask
-from mpcache_parties.state.checkpoint import Keeper
+from mpcache_parties.state.checkpoint import Checkpointer
 from tests.parties.helpers import free_settings, plain_ids
 from tests.parties.processes import PARTY, Process, errors_of, start, started, write_config
 
@@ -28,9 +28,9 @@ QUESTIONS = ("the gate of", "a city and", "number")
 TOKENS = 4
 
 
-def said(public: PublicConfig, keeper: Keeper | None = None) -> dict[str, str]:
+def said(public: PublicConfig, keeper: Checkpointer | None = None) -> dict[str, str]:
     """What a client says in HELLO, without `--offline-store`."""
-    return public.flat() | {"state": (keeper or Keeper()).mode, "tapes": "live"}
+    return public.flat() | {"state": (keeper or Checkpointer()).mode, "tapes": "live"}
 
 
 def plain(model: Model, public: PublicConfig, question: str) -> list[int]:
@@ -79,12 +79,12 @@ class Service:
     def ask(
         self,
         question: str,
-        keeper: Keeper | None = None,
+        keeper: Checkpointer | None = None,
         on_token: Callable[[int, str], None] = lambda token, text: None,
         on_links: Callable[[Network], None] = lambda network: None,
     ) -> Report:
         """A client, in this process."""
-        keeper, public = keeper or Keeper(), self.settings.public
+        keeper, public = keeper or Checkpointer(), self.settings.public
         with contextlib.closing(keeper), connect_all(C, self.settings, Ledger()) as network:
             others = agree(network.links, C, said(public, keeper))
             keeper.heard({peer: hello.public["state"] for peer, hello in others.items()})

@@ -31,7 +31,7 @@ from mpcache.transport.local import local_pair
 from mpcache_parties import roles as run
 from mpcache_parties.handshake import AS_CLIENT, RESUMED
 from mpcache_parties.roles import AHEAD, Document, Question, ask, deal, serve
-from mpcache_parties.state.checkpoint import Keeper
+from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import KEPT_STEPS, Files, Store
 from tests.parties.helpers import Job, Killed, context_of, plain_ids, together
 from tests.secure.test_transcript import check_uniform
@@ -78,7 +78,7 @@ def play(
     shown: list[int] | None = None,
 ) -> dict[Rank, Any]:
     """The three parties as threads; what each ended with. A cut ends one, and so its links."""
-    keepers = {rank: Keeper(Store(state, rank) if state else None, resume) for rank in Rank}
+    keepers = {rank: Checkpointer(Store(state, rank) if state else None, resume) for rank in Rank}
 
     def on_token(token: int, text: str) -> None:
         if shown is not None and token >= 0:  # not what was held back until the end
@@ -209,13 +209,13 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     """Every key stream that is made, and every share that is opened, with its maker."""
     notes = Heard()
 
-    class Noted(rng.Stream):
+    class RecordedCall(rng.Stream):
         def __init__(self, seed: bytes, label: str) -> None:
             notes.keys.append((notes.ranks[threading.get_ident()], rng.derive_key(seed, label)))
             super().__init__(seed, label)
 
-    monkeypatch.setattr(party_module, "Stream", Noted)
-    monkeypatch.setattr(rng, "Stream", Noted)
+    monkeypatch.setattr(party_module, "Stream", RecordedCall)
+    monkeypatch.setattr(rng, "Stream", RecordedCall)
     opening = ComputingParty.open
 
     def open_(self: ComputingParty, items: Any, step: str) -> list[Any]:
@@ -395,7 +395,7 @@ def test_old_files_put_back_are_not_mixed_with_new_ones(
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="client: no session to resume in .*: start without --resume"):
-        Keeper(Store(tmp_path, C), resume=True).check()
+        Checkpointer(Store(tmp_path, C), resume=True).check()
 
 
 def test_a_session_that_runs_is_not_resumed(model: Model, tokens: list[int], cut_off: Path) -> None:
@@ -418,7 +418,7 @@ def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     running = Files(store, name)
     running.write(0, name, {})
     for patience, words in ((0.0, "still runs"), (60.0, "no step in common")):
-        keeper = Keeper(store, serving=1, patience=patience)
+        keeper = Checkpointer(store, serving=1, patience=patience)
         keeper.heard({S: AS_CLIENT, C: RESUMED})
         client.send_facts("resume/session", {"session": name, "run": "1" * 32})
         if patience:
@@ -450,7 +450,7 @@ def test_a_client_s_names_are_names(name: str, tmp_path: Path) -> None:
     store = Store(tmp_path, D)
     Files(store, "0" * 32).write(0, "0" * 32, {})
     names = {"session": "0" * 32, "run": "0" * 32}
-    keeper = Keeper(store, serving=1)
+    keeper = Checkpointer(store, serving=1)
     keeper.heard({S: AS_CLIENT, C: RESUMED})
     client.send_facts("resume/session", names | {name: "../" + "0" * 40_000})
     with pytest.raises(Desync, match="is not a session's name"):

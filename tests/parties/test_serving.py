@@ -118,7 +118,7 @@ def test_streams_of_different_sessions_never_meet() -> None:
 
 
 def memory_mb(child: Process) -> float:
-    """Resident memory of a process, in MB."""
+    """MaskedOperand memory of a process, in MB."""
     status = Path(f"/proc/{child.pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1000

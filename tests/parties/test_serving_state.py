@@ -19,7 +19,7 @@ from mpcache.model.loading import Model
 from mpcache.rank import Rank
 from mpcache_parties.handshake import AS_CLIENT, agree
 from mpcache_parties.network.grpc_link import Network, connect_all
-from mpcache_parties.state.checkpoint import Keeper
+from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import Store
 from tests.parties.helpers import Killed
 from tests.parties.processes import PARTY, Process, errors_of, start, started
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QUESTION = QUESTIONS[0]
 
 
-def client_of(state: Path, resume: bool = False) -> Keeper:
+def client_of(state: Path, resume: bool = False) -> Checkpointer:
     """What a client keeps in this folder."""
-    return Keeper(Store(state, C), resume)
+    return Checkpointer(Store(state, C), resume)
 
 
 def kept(state: Path, rank: Rank) -> list[str]:
@@ -41,7 +41,7 @@ def kept(state: Path, rank: Rank) -> list[str]:
     return sorted(folder.name for folder in (state / rank.label).iterdir() if folder.is_dir())
 
 
-def cut_off(service: Service, keeper: Keeper, messages: int = 25) -> list[torch.Tensor]:
+def cut_off(service: Service, keeper: Checkpointer, messages: int = 25) -> list[torch.Tensor]:
     """A client that dies in decode step 2, at its nth message from the server; what it had of that step."""
     taken: list[torch.Tensor] = []
 

@@ -13,7 +13,7 @@ import torch
 
 from mpcache.ledger import Ledger
 from mpcache.ops import Ops, Value
-from mpcache.policy import POLICIES, View, parse
+from mpcache.policy import POLICIES, LayerView, parse
 from mpcache.policy.full import Full
 from mpcache.rank import Rank
 from mpcache.runtime.party import ComputingParty, Party
@@ -31,7 +31,7 @@ LOGITS = "logits for the client"
 
 
 @dataclass
-class Seen:
+class TensorTrace:
     """One session. values: what a computing party learns from openings, by its rank and the reason.
     reasons: of all openings, with the recipient (None: both).  logits: at the client."""
 
@@ -42,7 +42,7 @@ class Seen:
 
 
 @cache
-def watch(spec: str, secrets: int = 0, run: int = 0) -> Seen:
+def watch(spec: str, secrets: int = 0, run: int = 0) -> TensorTrace:
     """A session whose weights, document and question come from `secrets`; `run` tells repetitions apart."""
     s, context, ask = shape(), tokens(CONTEXT, 1 + secrets), chunks(2, 1, 1, seed=2 + secrets)
     values: dict[tuple[Rank, str], list[torch.Tensor]] = defaultdict(list)
@@ -71,10 +71,10 @@ def watch(spec: str, secrets: int = 0, run: int = 0) -> Seen:
 
     played = play(program)
     joined = {key: torch.cat(parts) for key, parts in values.items()}
-    return Seen(joined, reasons, played.client, played.ledgers)
+    return TensorTrace(joined, reasons, played.client, played.ledgers)
 
 
-def assert_masked(one: Seen, two: Seen) -> None:
+def assert_masked(one: TensorTrace, two: TensorTrace) -> None:
     """Two runs on the same secrets open values that are as unlike as fresh draws; the logits apart."""
     assert one.values.keys() == two.values.keys()
     for key, first in one.values.items():
@@ -113,7 +113,7 @@ class Leaky(Full):
 
     name = "leaky"
 
-    def attend(self, view: View, q: Value) -> Program[Value]:
+    def attend(self, view: LayerView, q: Value) -> Program[Value]:
         yield Open((Opening(q.data, "queries, masked"),))
         return (yield from super().attend(view, q))
 

@@ -12,7 +12,7 @@ from mpcache.cache import Cache
 from mpcache.engines.plain import PlainOps
 from mpcache.model.prefill import Prefill
 from mpcache.policy import Policy, parse
-from mpcache.policy.base import View
+from mpcache.policy.base import LayerView
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.mpcache import largest_attention
 from mpcache.runtime.program import run
@@ -104,7 +104,7 @@ def check(spec: str, context: int, kv: int, group: int, steps: list[int], seed: 
             keys[i][:, position : position + m] = new_k.transpose(0, 1)
             new_v = eye[:, position : position + m].transpose(0, 1)
             run(cache.append(ops, i, new_k, new_v), None)  # type: ignore[arg-type]
-            view = View(ops, s, bound.plan, cache, i, positions)
+            view = LayerView(ops, s, bound.plan, cache, i, positions)
             out = run(policy.attend(view, q), None)  # type: ignore[arg-type]
             run(policy.observe(view), None)  # type: ignore[arg-type]
 
@@ -181,7 +181,7 @@ def test_largest_attention_is_the_literal_one() -> None:
 def test_the_published_rule_reveals_a_count() -> None:
     policy: Policy = parse("mpcache:threshold=0.2,queries=0.5,sink=1,recent=2")
     assert policy.leak == "count" and parse("mpcache").leak == "none"
-    assert not policy.decided and parse("mpcache").decided
+    assert not policy.plan_is_public and parse("mpcache").plan_is_public
     s = shape(layers=2, heads=4, kv_heads=2, head_dim=D)
     assert [layer.kept for layer in policy.plan(30, s).layers] == [30, 30]  # the most it can be
     counts = set()
@@ -190,8 +190,8 @@ def test_the_published_rule_reveals_a_count() -> None:
         k = tuple(torch.randn(2, 30, D, generator=g) for _ in range(2))
         q = tuple(2 * torch.randn(4, 15, D, generator=g) for _ in range(2))
         prefilled = Prefill(k, k, q, 15, torch.zeros(1))
-        resolved = policy.given(policy.decide(prefilled, KERNELS))
-        assert resolved.decided and resolved.leak == "count"
+        resolved = policy.with_counts(policy.count_from_document(prefilled, KERNELS))
+        assert resolved.plan_is_public and resolved.leak == "count"
         plan = resolved.plan(30, s)
         for i in range(2):
             rows = policy.evict(prefilled, i, plan, KERNELS)

@@ -92,10 +92,10 @@ class Counting(PlainOps):
         super().__init__()
         self.seen: list[tuple[int, int]] = []
 
-    def weigh(self, weights: Value, values: Value) -> Program[Value]:
+    def weighted_sum(self, weights: Value, values: Value) -> Program[Value]:
         numbers = (weights > 0).sum(-1)
         self.seen.append((int(numbers.min()), int(numbers.max())))
-        return super().weigh(weights, values)
+        return super().weighted_sum(weights, values)
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, CONTEXT])
@@ -324,7 +324,7 @@ def test_any_two_that_may_stand_together(first: str, then: str) -> None:
     _, session = plain(f"{SMALL[first]}|{right}", s, tokens(CONTEXT), chunks(1), ops=ops)
     kept = [layer.kept for layer in left.plan(CONTEXT, s).layers]
     assert [layer.kept for layer in session.policy.plan.layers] == kept
-    behind = [parse(right).behind().plan(n, s).layers[i].attended for i, n in enumerate(kept)]
+    behind = [parse(right).as_selector().plan(n, s).layers[i].attended for i, n in enumerate(kept)]
     assert [most - 1 for _, most in ops.seen] == behind and all(
         b < n for b, n in zip(behind, kept, strict=True)
     )
@@ -407,9 +407,9 @@ def test_the_least_attended_token_dies(name: str) -> None:
     noted: list[torch.Tensor] = []
 
     class Noting(PlainOps):
-        def weigh(self, weights: Value, values: Value) -> Program[Value]:
+        def weighted_sum(self, weights: Value, values: Value) -> Program[Value]:
             noted.append(weights / weights.sum(-1, keepdim=True))
-            return super().weigh(weights, values)
+            return super().weighted_sum(weights, values)
 
     _, session = plain(SMALL[name], s, context, [], ops=Noting())
     sets = s.kv_heads if name == "h2o" else 1

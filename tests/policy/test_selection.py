@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from mpcache.argmax import argmax
 from mpcache.engines.plain import PlainOps
 from mpcache.ops import Ops, Value
 from mpcache.policy.clusters import extremes, flat, split
-from mpcache.policy.evicting import highest
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, run
 from mpcache.runtime.shares import Share
@@ -57,8 +57,8 @@ def test_a_kept_choice_gathers_scatters_and_marks(n: int, k: int, protocol: str)
     scores, values, weights = apart(3, n), torch.randn(3, n, 4), torch.rand(3, k, 4)
 
     def program(ops: Ops, s: Value, v: Value, w: Value) -> Program[list[Value]]:
-        selection, (first,) = yield from ops.top(s, k, [v])
-        kept = yield from selection.keep()
+        selection, (first,) = yield from ops.topk(s, k, [v])
+        kept = yield from selection.prepare()
         again = yield from kept.gather(v)
         there = yield from kept.scatter(w)
         direct = yield from selection.gather(v)
@@ -73,8 +73,8 @@ def test_two_levels_become_one_choice(protocol: str) -> None:
     coarse, fine, tokens = apart(2, 6), apart(2, 12), torch.randn(2, 12, 3)
 
     def program(ops: Ops, c: Value, f: Value, t: Value) -> Program[list[Value]]:
-        first, (f2, t2) = yield from ops.top(c, 4, [split(f, 6), split(flat(t), 6)])
-        second, (t3,) = yield from ops.top(flat(f2), 3, [split(flat(t2), 8)])
+        first, (f2, t2) = yield from ops.topk(c, 4, [split(f, 6), split(flat(t), 6)])
+        second, (t3,) = yield from ops.topk(flat(f2), 3, [split(flat(t2), 8)])
         choice = yield from first.refine(second, 2)
         return [t3, (yield from choice.gather(t)), choice.marks(), (yield from choice.scatter(t3))]
 
@@ -90,7 +90,7 @@ def test_selections_are_equal_but_for_close_scores() -> None:
         scores = torch.randn(4, 16) * 3
 
         def program(ops: Ops, s: Value) -> Program[list[Value]]:
-            selection, _ = yield from ops.top(s, 5, [split(s, 16)])
+            selection, _ = yield from ops.topk(s, 5, [split(s, 16)])
             return [selection.marks()]
 
         ((got, want),) = both(program, scores)
@@ -105,7 +105,7 @@ def test_positive_is_exact(protocol: str) -> None:
     x = torch.tensor([[-3.0, -(2.0**-16), 0.0, 2.0**-16, 5.5, -1000.0, 1000.0]])
 
     def program(ops: Ops, v: Value) -> Program[list[Value]]:
-        return [(yield from ops.positive(v))]
+        return [(yield from ops.relu(v))]
 
     ((got, want),) = both(program, x, protocol=protocol)
     torch.testing.assert_close(got, want, atol=0 if protocol != "stock" else 1e-3, rtol=0)
@@ -129,7 +129,7 @@ def test_the_highest_of_many_is_found_in_groups(n: int) -> None:
     scores = torch.randint(0, 40, (2, n)) / 4.0  # with ties: the lower index
 
     def program(ops: Ops, s: Value) -> Program[list[Value]]:
-        return [(yield from highest(ops, s, 1, 64))]
+        return [(yield from argmax(ops, s, 1, 64))]
 
     ((got, plain),) = both(program, scores)
     want = torch.zeros(2, n)
@@ -142,13 +142,15 @@ def test_hidden_scores_get_no_weight() -> None:
     scores = torch.randn(1, 2, 6)
 
     def program(ops: Ops, q: Value) -> Program[list[Value]]:
-        keys = yield from ops.keep(ops.secret(torch.eye(6)[None], (1, 6, 6), Rank.SERVER))
+        keys = yield from ops.prepare(ops.secret(torch.eye(6)[None], (1, 6, 6), Rank.SERVER))
         alive = ops.ones((1, 6))
-        selection, _ = yield from ops.top(q[:, 0], 2, [split(q[:, 0], 6)])
+        selection, _ = yield from ops.topk(q[:, 0], 2, [split(q[:, 0], 6)])
         alive = alive - selection.marks()
-        hidden = ops.hide((yield from ops.scores(q, keys)), alive.reshape(1, 1, 6).expand(1, 2, 6), 192)
+        hidden = ops.mask_scores(
+            (yield from ops.scores(q, keys)), alive.reshape(1, 1, 6).expand(1, 2, 6), 192
+        )
         e, total = yield from ops.softmax(hidden, None)
-        return [(yield from ops.times(e, (yield from ops.inverse(total))))]
+        return [(yield from ops.mul(e, (yield from ops.reciprocal(total))))]
 
     ((got, want),) = both(program, scores)
     torch.testing.assert_close(got, want, atol=2e-3, rtol=0)

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache import protocols
 from mpcache.engines import fast, ideal
 from mpcache.engines.checked import CheckedOps, Ranges
 from mpcache.errors import OutOfRange
 from mpcache.policy import parse
-from mpcache.protocols import norm, softmax
+from mpcache.protocols import norm, softmax, suite
 from mpcache.protocols.activation import series
 from mpcache.rank import Rank
 from mpcache.runtime.program import at, run
@@ -28,8 +27,8 @@ from tests.secure.harness import secure
 
 
 def test_the_meanings_have_the_protocols_names_and_signatures() -> None:
-    for name in protocols.__all__:
-        mine, theirs = (inspect.signature(getattr(m, name)).parameters for m in (ideal, protocols))
+    for name in suite.__all__:
+        mine, theirs = (inspect.signature(getattr(m, name)).parameters for m in (ideal, suite))
         assert {n: p.default for n, p in mine.items()} == {n: p.default for n, p in theirs.items()}, name
 
 
@@ -79,25 +78,25 @@ OPS = CheckedOps()
 LOW, HIGH = 2.0 ** (norm.VARIANCE_LOW / 2), 2.0 ** (norm.VARIANCE_HIGH / 2)
 EDGES: dict[str, tuple[float, float, Callable[[float], Any]]] = {
     # the last value that is allowed, one that is not, and what they go through
-    "truncation": (2.0**14 - 1, 2.0**14, lambda x: OPS.settle(one(x, 32, 48))),
+    "truncation": (2.0**14 - 1, 2.0**14, lambda x: OPS.rescale(one(x, 32, 48))),
     "product with an operand": (2.0**15 - 1, 2.0**15, lambda x: OPS.linear(one(x, 16, 48), kept(1.0))),
-    "resident operand": (2.0**31 - 1, 2.0**31, lambda x: ideal.resident(one(x, 16), 48)),
+    "resident operand": (2.0**31 - 1, 2.0**31, lambda x: ideal.mask_operand(one(x, 16), 48)),
     "silu": (series("silu").half - 0.01, series("silu").half, lambda x: OPS.gate("silu", one(x, 16), None)),
     "gelu": (-series("gelu").half + 0.01, -series("gelu").half, lambda x: OPS.gate("gelu", one(x, 16), None)),
-    "max(x, 0)": (-(2.0**15) + 1, -(2.0**15) - 1, lambda x: OPS.positive(one(x, 16))),
+    "max(x, 0)": (-(2.0**15) + 1, -(2.0**15) - 1, lambda x: OPS.relu(one(x, 16))),
     "norm, high": (HIGH * 0.99, HIGH * 1.01, lambda x: normed(one(x, 16), 1e-6)),
     "norm, low": (LOW * 1.01, LOW * 0.98, lambda x: normed(one(x, 16), 0.0)),
     "gate times up": (511.0, 513.0, lambda x: OPS.gate("silu", one(31.99, 16), one(x, 16))),
-    "reciprocal, high": (fast.LONGEST - 1, fast.LONGEST, lambda x: OPS.inverse(one(x, fast.WEIGHT_BITS))),
-    "reciprocal, low": (2.0**-9, 2.0**-10, lambda x: OPS.inverse(one(x, fast.WEIGHT_BITS))),
+    "reciprocal, high": (fast.LONGEST - 1, fast.LONGEST, lambda x: OPS.reciprocal(one(x, fast.WEIGHT_BITS))),
+    "reciprocal, low": (2.0**-9, 2.0**-10, lambda x: OPS.reciprocal(one(x, fast.WEIGHT_BITS))),
     "score": (-softmax.LARGEST + 0.01, -softmax.LARGEST, lambda x: OPS.softmax(one(x, softmax.GRID), None)),
-    "top": (1023.9, 1024.0, lambda x: OPS.top(pair(x), 1, [pair(x).reshape(1, 2, 1)])),
+    "top": (1023.9, 1024.0, lambda x: OPS.topk(pair(x), 1, [pair(x).reshape(1, 2, 1)])),
     "average": (127.9, 128.1, lambda x: product(x)),
 }  # fmt: skip
 
 
 def kept(x: float) -> Any:
-    return run(OPS.keep(one(x, 16)), Ranges())
+    return run(OPS.prepare(one(x, 16)), Ranges())
 
 
 def normed(x: Share, eps: float) -> Any:
@@ -109,8 +108,8 @@ def pair(x: float) -> Share:
 
 
 def product(x: float) -> Any:
-    y = yield from OPS.times(one(x, 36, 56), one(1.0, 35))
-    return (yield from OPS.fit(y))
+    y = yield from OPS.mul(one(x, 36, 56), one(1.0, 35))
+    return (yield from OPS.rescale_to(y))
 
 
 @pytest.mark.parametrize("name", EDGES)
@@ -123,10 +122,10 @@ def test_the_edge_of_each_range(name: str) -> None:
 
 @pytest.mark.parametrize(("x", "right"), [(31.9, True), (62.0, False)])
 def test_what_it_refuses_would_be_wrong(x: float, right: bool) -> None:
-    """The private protocols, on both sides of a bound: the sines of SiLU repeat from 64 on."""
+    """The private suite, on both sides of a bound: the sines of SiLU repeat from 64 on."""
 
     def protocol(ops: Any, share: Share) -> Any:
-        return (yield from ops.settle((yield from ops.gate("silu", share, None))))
+        return (yield from ops.rescale((yield from ops.gate("silu", share, None))))
 
     value = secure(protocol, torch.tensor([x])).value()
     assert (abs(float(value) - x) < 1e-2) is right
@@ -138,7 +137,9 @@ def test_softmax_at_the_end_of_its_range_in_private() -> None:
     s = torch.tensor([[[0.0, 1.0, -edge], [edge, 0.0, edge - 1]]])
 
     def protocol(ops: Any, scores: Share) -> Any:
-        e, total = yield from ops.softmax(softmax.narrow(Share(scores.data << 16, 32, ring=48)), None)
+        e, total = yield from ops.softmax(
+            softmax.quantize_scores(Share(scores.data << 16, 32, ring=48)), None
+        )
         return Share(torch.cat([e.data, total.data], -1), e.bits)
 
     for _ in range(20):  # whether a bucket comes out one too low is the masks' choice
@@ -151,12 +152,12 @@ def test_the_server_refuses_weights_that_are_out_of_range() -> None:
     ops = fast.FastOps(Rank.SERVER)
     x = torch.full((2, 2), 2.0**fast.VALUE_BITS)
     with pytest.raises(OutOfRange, match="server: a weight, key or value of 16384 is out of range"):
-        next(ops.keep(ops.secret(x, x.shape, Rank.SERVER)))
-    next(ops.keep(ops.secret(x - 1, x.shape, Rank.SERVER)))
+        next(ops.prepare(ops.secret(x, x.shape, Rank.SERVER)))
+    next(ops.prepare(ops.secret(x - 1, x.shape, Rank.SERVER)))
 
 
 def test_spare_bits() -> None:
     ranges = Ranges()
-    run(at("a", OPS.positive(one(2.0**10, 16))), ranges)
+    run(at("a", OPS.relu(one(2.0**10, 16))), ranges)
     (found,) = ranges
     assert math.isclose(found.spare_bits, 5) and found.step == "a"

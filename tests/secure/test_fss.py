@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.protocols.dcf import KeyShape, evaluate, generate
+from mpcache.protocols.dcf import KeyShape, dcf_eval, dcf_keygen
 from mpcache.runtime.rng import Stream, fresh_seed
 
 
@@ -14,7 +14,7 @@ def keys(n: int, depth: int, start: int, width: int = 8):  # type: ignore[no-unt
     alpha = stream.tensor((n,)) & ((1 << depth) - 1)
     beta = stream.tensor((n,))
     seeds = stream.tensor((n, 2)), stream.tensor((n, 2))
-    return shape, alpha, beta, seeds, stream, *generate(shape, seeds, alpha, beta)
+    return shape, alpha, beta, seeds, stream, *dcf_keygen(shape, seeds, alpha, beta)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -29,7 +29,7 @@ def test_shares_of_the_comparison(depth: int, start: int, width: int) -> None:
     low = (1 << (depth - start)) - 1
     same_top = (alpha.unsqueeze(1) & ~low & top) | (stream.tensor((400, 3)) & low)
     x = torch.cat([near, same_top, stream.tensor((400, 3)) & top], 1)
-    (w0, b0), (w1, b1) = (evaluate(shape, p, seeds[p], words, bits, x) for p in (0, 1))
+    (w0, b0), (w1, b1) = (dcf_eval(shape, p, seeds[p], words, bits, x) for p in (0, 1))
     agree = (x >> (depth - start)) == (alpha >> (depth - start)).unsqueeze(1)
     beta = beta.unsqueeze(1) & whole
     assert torch.equal((b0 + b1) & whole, beta * (agree & (x < alpha.unsqueeze(1))))
@@ -42,7 +42,7 @@ def test_every_point_of_a_small_domain(width: int) -> None:
     shape, alpha, beta, seeds, _, words, bits = keys(64, 6, 0, width)
     whole = -1 if width == 8 else 255
     x = torch.arange(64).expand(64, 64).contiguous()
-    below = sum(evaluate(shape, p, seeds[p], words, bits, x)[1] for p in (0, 1))
+    below = sum(dcf_eval(shape, p, seeds[p], words, bits, x)[1] for p in (0, 1))
     assert torch.equal(below & whole, (beta & whole).unsqueeze(1) * (x < alpha.unsqueeze(1)))
 
 
@@ -54,8 +54,8 @@ def test_one_partys_outputs_do_not_tell_the_secret() -> None:
     x = torch.full((n, 1), 1 << 11)
     for alpha in (0, (1 << depth) - 1):
         seeds = stream.tensor((n, 2)), stream.tensor((n, 2))
-        words, bits = generate(shape, seeds, torch.full((n,), alpha), torch.ones(n, dtype=torch.int64))
-        _, below = evaluate(shape, 0, seeds[0], words, bits, x)
+        words, bits = dcf_keygen(shape, seeds, torch.full((n,), alpha), torch.ones(n, dtype=torch.int64))
+        _, below = dcf_eval(shape, 0, seeds[0], words, bits, x)
         words[:, ::2] ^= stream.tensor((n, shape.levels)) & 1  # zero by construction: the control bit's place
         bits, values = bits[:, : shape.levels], bits[:, shape.levels :].contiguous()
         for tensor in (below, words, values):

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from mpcache.engines.fast import FastOps
-from mpcache.protocols.linear import announce, deliver, product, product_resident, resident, truncate
+from mpcache.protocols.linear import (
+    finish_mask_operand,
+    mask_operand,
+    matmul_masked_operand,
+    product,
+    start_mask_operand,
+    truncate,
+)
 from mpcache.rank import Rank
 from mpcache.runtime.program import together
 from mpcache.runtime.rng import Stream, fresh_seed
@@ -44,8 +51,8 @@ def test_products_are_exact_in_their_ring() -> None:
     for ring in (48, 56, 64):
 
         def protocol(ops, a, b, ring=ring):  # type: ignore[no-untyped-def]
-            kept = yield from resident(b, ring)
-            return (yield from product_resident(ops.side, a, kept, ring))
+            kept = yield from mask_operand(b, ring)
+            return (yield from matmul_masked_operand(ops.side, a, kept, ring))
 
         played = secure(protocol, x, w, bits=0)
         y = (played.server.data + played.client.data) & ((1 << ring) - 1)
@@ -63,8 +70,8 @@ def test_a_small_ring_returns_to_the_whole_with_truncation() -> None:
     x, y = torch.randn(50, 8), torch.randn(8, 6)
 
     def protocol(ops, a, b):  # type: ignore[no-untyped-def]
-        kept = yield from ops.keep(b)
-        return (yield from ops.settle((yield from ops.linear(a, kept))))
+        kept = yield from ops.prepare(b)
+        return (yield from ops.rescale((yield from ops.linear(a, kept))))
 
     played = secure(protocol, x, y)
     assert played.server.ring == 64
@@ -84,15 +91,15 @@ def test_new_rows_and_a_product_with_them_share_a_round() -> None:
     x, old, new = torch.randn(3, 4), torch.randn(4, 5), torch.randn(4, 2)
 
     def protocol(ops, x, old, new):  # type: ignore[no-untyped-def]
-        kept = yield from resident(old)
-        announced = yield from announce(new)
+        kept = yield from mask_operand(old)
+        announced = yield from start_mask_operand(new)
         joined = kept.append(announced, 1)
         grown = joined.transpose(0, 1)
         with pytest.raises(RuntimeError, match="before the round that opens it"):
             _ = grown.public
-        multiplied = product_resident(ops.side, x, grown.transpose(0, 1))
-        delivered, y = yield from together(deliver(new, announced, joined), multiplied)
-        again = yield from product_resident(ops.side, x, delivered)
+        multiplied = matmul_masked_operand(ops.side, x, grown.transpose(0, 1))
+        delivered, y = yield from together(finish_mask_operand(new, announced, joined), multiplied)
+        again = yield from matmul_masked_operand(ops.side, x, delivered)
         return Share(torch.cat([y.data, again.data]), y.bits)
 
     played = secure(protocol, x, old, new)
@@ -105,4 +112,4 @@ def test_only_what_is_settled_is_announced() -> None:
     """Else a truncation's round would come first, and what reads the rows beside it would be ahead."""
     ops = FastOps(Rank.SERVER)
     with pytest.raises(ValueError, match="settled"):
-        next(ops.announce(Share(torch.zeros(2, 3, dtype=torch.int64), 32, ring=48)))
+        next(ops.start_prepare(Share(torch.zeros(2, 3, dtype=torch.int64), 32, ring=48)))

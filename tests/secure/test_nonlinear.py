@@ -11,11 +11,11 @@ from mpcache.engines.fast import WEIGHT_BITS
 from mpcache.protocols import compare, softmax
 from mpcache.protocols import reciprocal as power
 from mpcache.protocols.activation import series
-from mpcache.protocols.linear import shrink, truncate
+from mpcache.protocols.linear import truncate, truncate_local
 from mpcache.protocols.lookup import lookup
-from mpcache.protocols.softmax import narrow
+from mpcache.protocols.softmax import quantize_scores
 from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Opening, draw, reveal, together
+from mpcache.runtime.program import Opening, draw, open_masked, together
 from mpcache.runtime.shares import Share, centred
 from mpcache.runtime.side import bytes_for
 from tests.secure.harness import secure
@@ -50,7 +50,7 @@ def test_signs_over_the_whole_ring(kind: type[compare.Keys], dtype: torch.dtype,
     def protocol(ops, share):  # type: ignore[no-untyped-def]
         request = Request("compare", (Part(x.shape), *how.random), how.derived, how.derive)
         r, *parts = yield from draw(request)
-        (c,) = yield from reveal(Opening(share.data + r, "masked", width=bytes_for(width)))
+        (c,) = yield from open_masked(Opening(share.data + r, "masked", width=bytes_for(width)))
         return Share((yield from how.sign(ops.side, parts, c)), 0)
 
     played = secure(protocol, x, bits=0)
@@ -78,13 +78,13 @@ def test_activations(kind: str, edge: float, gated: bool) -> None:
         return Share(share.data << 16, 32, ring=48)
 
     def protocol(ops, a, b):  # type: ignore[no-untyped-def]
-        return (yield from ops.settle((yield from ops.gate(kind, raised(a), raised(b) if gated else None))))
+        return (yield from ops.rescale((yield from ops.gate(kind, raised(a), raised(b) if gated else None))))
 
     act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}[kind](x)
     expected = act * up if gated else act
     error = (secure(protocol, x, up).value() - expected).abs()
     # Each factor is off by half a unit as it is encoded and by one as each party drops bits by itself
-    # (`shrink`); the step's slope is below 1.1, and the product goes out within three units.
+    # (`truncate_local`); the step's slope is below 1.1, and the product goes out within three units.
     units = 2.0**-16 * (3 + 1.5 * (1.1 * up.abs() + x.abs()) if gated else torch.tensor(3.0))
     assert (error <= 1.5e-4 * (x * up if gated else x).abs() + units).all()
     assert max(abs(b) for b in series(kind).b[-3:]) < 1e-4
@@ -105,7 +105,7 @@ def test_norm_over_the_whole_range_of_variances(variance: float, width: int) -> 
     eye = torch.ones(width, 1)
 
     def protocol(ops, x, w, half, eye):  # type: ignore[no-untyped-def]
-        w, eye = yield from together(ops.keep(w), ops.keep(eye))
+        w, eye = yield from together(ops.prepare(w), ops.prepare(eye))
         # twice, as in a layer: what was opened once is the stream of the next
         stream, _ = yield from ops.norm_linear(None, half, 1e-6, eye)
         (stream, y) = yield from ops.norm_linear(stream, x - half, 1e-6, w)
@@ -164,10 +164,10 @@ def test_attention_output(n: int, kind: str) -> None:
     s, v = SCORES[kind](n), torch.randn(2, n, 8)
 
     def protocol(ops, scores, values):  # type: ignore[no-untyped-def]
-        values = yield from ops.keep(values, V_RING)
-        e, total = yield from ops.softmax(narrow(scores), None)
-        out, inverse = yield from together(ops.weigh(e, values), ops.inverse(total))
-        return (yield from ops.settle((yield from ops.times(out, inverse))))
+        values = yield from ops.prepare(values, V_RING)
+        e, total = yield from ops.softmax(quantize_scores(scores), None)
+        out, inverse = yield from together(ops.weighted_sum(e, values), ops.reciprocal(total))
+        return (yield from ops.rescale((yield from ops.mul(out, inverse))))
 
     expected = torch.softmax(s.double(), -1) @ v.double()
     bound = 2e-4 + 6e-5 * math.sqrt(n) if kind == "peak and floor" else 6e-4
@@ -180,7 +180,7 @@ def test_the_largest_weight_fits_its_ring() -> None:
 
     def protocol(ops, d):  # type: ignore[no-untyped-def]
         e = yield from softmax.exp(ops.side, d)
-        return (yield from truncate(ops.side, shrink(ops.side, e, WEIGHT_BITS), WEIGHT_BITS))
+        return (yield from truncate(ops.side, truncate_local(ops.side, e, WEIGHT_BITS), WEIGHT_BITS))
 
     error = secure(protocol, d, bits=softmax.GRID).value() - torch.exp(-d.double() * 8 / 7)
     assert error.abs().max() < 6e-6
@@ -192,7 +192,7 @@ def test_hidden_scores_change_nothing() -> None:
     visible = torch.tensor([[1, 0, 1, 1, 0, 1]] * 3)
 
     def protocol(ops, scores):  # type: ignore[no-untyped-def]
-        e, total = yield from ops.softmax(narrow(scores), visible)
+        e, total = yield from ops.softmax(quantize_scores(scores), visible)
         return Share(torch.cat([e.data, total.data], -1), e.bits)
 
     opened = secure(protocol, s).value()
@@ -207,7 +207,7 @@ def test_the_bound_is_close_above_the_maximum() -> None:
     )
 
     def protocol(ops, scores):  # type: ignore[no-untyped-def]
-        return Share((yield from softmax.bound(ops.side, narrow(scores), None)), 0)
+        return Share((yield from softmax.bound(ops.side, quantize_scores(scores), None)), 0)
 
     above = centred(secure(protocol, s).value().long(), 16) * 8 / 7 - s.amax(-1, keepdim=True)
     assert above.min() > 0 and above.max() <= softmax.SLACK + 1e-3

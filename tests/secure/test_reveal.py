@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache import protocols
 from mpcache.answer import Sampling
 from mpcache.argmax import GROUP, greedy
 from mpcache.cost.tally import cost
@@ -16,6 +15,7 @@ from mpcache.engines import ideal
 from mpcache.errors import BadInput
 from mpcache.ops import Ops
 from mpcache.policy import parse
+from mpcache.protocols import suite
 from mpcache.rank import Rank
 from mpcache.runtime.program import Opening
 from mpcache.runtime.shares import Share, centred
@@ -38,7 +38,9 @@ def test_one_of_the_highest(n: int) -> None:
     def protocol(ops: Ops, share: Share) -> Any:
         places = []
         for row in range(6):
-            places.append((yield from greedy(ops, ops.narrow(Share(share.data[row : row + 1] << 16, 32)))))
+            places.append(
+                (yield from greedy(ops, ops.in_small_ring(Share(share.data[row : row + 1] << 16, 32))))
+            )
         return ops.cat(places, 0)
 
     played = secure(protocol, (logits * 2**16).round() / 2**16)
@@ -140,12 +142,12 @@ def test_logits_do_not_tell_the_size_of_what_was_normed(rms: float, monkeypatch:
     w = (torch.randn(64, 512) / 4 * 2**16).round() / 2**16
 
     def protocol(ops: Ops, x: Share, w: Share) -> Any:
-        _, y = yield from ops.norm_linear(None, x, 1e-5, (yield from ops.keep(w)))
+        _, y = yield from ops.norm_linear(None, x, 1e-5, (yield from ops.prepare(w)))
         return (yield from ops.reveal(y[0], Rank.CLIENT, "logits for the client"))
 
     seen = secure(protocol, x, w).client
     expected = (x.double() @ w.double())[0] * torch.rsqrt(x.double().square().mean() + 1e-5)
     assert (seen - expected).abs().max() < 6 * 2**-11 + 1e-3
     assert peak(seen) < 1
-    monkeypatch.setattr(protocols, "blur", ideal.blur)
+    monkeypatch.setattr(suite, "blur", ideal.blur)
     assert peak(secure(protocol, x, w).client) > 2  # the check sees what it is for

@@ -136,4 +136,4 @@ def test_openings_have_one_door() -> None:
                 doors.append(f"{path.relative_to(ROOT)}")
             if name == "Opening":
                 assert len(node.args) >= 2 or any(k.arg == "why" for k in node.keywords), path
-    assert doors == ["mpcache/secure/party.py"]
+    assert doors == ["mpcache/runtime/party.py"]

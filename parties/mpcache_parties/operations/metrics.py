@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 
 from mpcache.errors import BadInput, PortInUse
 from mpcache_parties.network.grpc_link import SERVICE
-from mpcache_parties.operations.status import Board
+from mpcache_parties.operations.status import PartyStatus
 
 HERE = "127.0.0.1"
 REQUEST_S = 10.0  # longest silence of a caller in the middle of its request for metrics
@@ -33,7 +33,7 @@ REQUEST_BYTES = 4 << 10  # of a question for health: a service's name
 
 
 @contextmanager
-def operated(board: Board, metrics: str | None, health: str | None) -> Iterator[Board]:
+def operated(board: PartyStatus, metrics: str | None, health: str | None) -> Iterator[PartyStatus]:
     """The board, shown at [HOST:]PORT where asked for; not ready any more when the party ends."""
     with ExitStack() as stack:
         if metrics is not None:
@@ -49,7 +49,7 @@ def operated(board: Board, metrics: str | None, health: str | None) -> Iterator[
 class Metrics(Collector):
     """A board as Prometheus reads it."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: PartyStatus) -> None:
         self._board = board
 
     def collect(self) -> Iterator[Metric]:
@@ -131,7 +131,7 @@ class _Pages(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def show_metrics(board: Board, place: str) -> Callable[[], None]:
+def show_metrics(board: PartyStatus, place: str) -> Callable[[], None]:
     """Serve `/metrics` at [HOST:]PORT; the result ends it. Raises BadInput or PortInUse."""
     host, port = where("--metrics", place)
     registry = CollectorRegistry()
@@ -155,16 +155,16 @@ def show_metrics(board: Board, place: str) -> Callable[[], None]:
 class _Health(health.HealthServicer):
     """The standard one keeps every name that was ever watched; this one keeps its own two."""
 
-    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
+    def SessionStatus(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
         if request.service in (health.OVERALL_HEALTH, SERVICE):
-            return super().Watch(request, context, send_response_callback)
+            return super().SessionStatus(request, context, send_response_callback)
         status = health_pb2.HealthCheckResponse
         send_response_callback(status(status=status.SERVICE_UNKNOWN))
         send_response_callback(None)  # the end: it will never be known
         return None
 
 
-def show_health(board: Board, place: str) -> Callable[[], None]:
+def show_health(board: PartyStatus, place: str) -> Callable[[], None]:
     """Answer grpc.health.v1.Health at [HOST:]PORT: SERVING while the board is ready, else NOT_SERVING.
 
     The result ends it. Raises BadInput or PortInUse.

@@ -32,7 +32,7 @@ class Totals:
         self.dealer_wait_s += other.dealer_wait_s
 
 
-class Watch(Observer):
+class SessionStatus(Observer):
     """One session, from its own thread's view; others only read."""
 
     def __init__(self, ledger: Ledger | None = None, log: Log | None = None) -> None:
@@ -69,7 +69,7 @@ class Watch(Observer):
         self.totals.dealer_wait_s += seconds
 
 
-class Board:
+class PartyStatus:
     """All sessions of this party since it started.
 
     ready: it takes part, or waits for others to: not while it starts, not while it ends.
@@ -81,7 +81,7 @@ class Board:
         self.ready = False
         self.on_ready: list[Callable[[bool], None]] = []
         self.ended: dict[str, int] = {"done": 0, "failed": 0}  # sessions
-        self._now: list[Watch] = []
+        self._now: list[SessionStatus] = []
         self._past = Totals()
         self._lock = Lock()
 
@@ -91,9 +91,9 @@ class Board:
             tell(ready)
 
     @contextmanager
-    def session(self, ledger: Ledger) -> Iterator[Watch]:
+    def session(self, ledger: Ledger) -> Iterator[SessionStatus]:
         """A session as long as it lasts; one that ends with an error counts as failed."""
-        watch, outcome = Watch(ledger, self.log), "failed"
+        watch, outcome = SessionStatus(ledger, self.log), "failed"
         with self._lock:
             self._now.append(watch)
         try:

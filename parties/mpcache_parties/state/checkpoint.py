@@ -45,7 +45,7 @@ class Snapshot:
 
 
 @dataclass
-class Keeper:
+class Checkpointer:
     """Keeps one session at one party; without a store it keeps nothing.
 
     A new session: `begin` after the context, `token` after each chunk, `end`. A resumed one: `meet`,

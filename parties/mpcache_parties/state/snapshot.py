@@ -22,11 +22,11 @@ from mpcache.engines.stock import StockSelection
 from mpcache.errors import StateError
 from mpcache.model.loading import ModelShape, RopeScaling
 from mpcache.policy.clusters import Choice, Clusters
-from mpcache.policy.evicting import Living
-from mpcache.protocols.selection import KeptSelection
+from mpcache.policy.evicting import ValidMask
+from mpcache.protocols.selection import PreparedSelection
 from mpcache.rank import Rank
-from mpcache.runtime.meta import Blank
-from mpcache.runtime.shares import Resident, Share
+from mpcache.runtime.meta import MetaTensor
+from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
 from mpcache.transport.link import DTYPES
 from mpcache_parties.state import sealed
@@ -34,8 +34,8 @@ from mpcache_parties.state import sealed
 CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        Cache, LayerCache, Layer, Operands, ModelShape, RopeScaling, Resident, Share,
-        Side, KeptSelection, StockSelection, Choice, Clusters, Living,
+        Cache, LayerCache, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, Share,
+        Side, PreparedSelection, StockSelection, Choice, Clusters, ValidMask,
     )
 }  # fmt: skip
 _ALIGNMENT = 8  # bytes
@@ -118,7 +118,7 @@ def _pack(x: Any, path: str, since: Tensors, table: list[torch.Tensor]) -> Any:
         return {"meta": _name(x.dtype), "shape": list(x.shape)}
     if isinstance(x, torch.Tensor):
         return _pack_tensor(x, since.get(path), table)
-    if isinstance(x, Blank):
+    if isinstance(x, MetaTensor):
         return {"blank": _name(x.dtype), "shape": list(x.shape)}
     if isinstance(x, Rank):
         return {"rank": int(x)}
@@ -172,7 +172,7 @@ class _Reader:
         if not isinstance(node, dict):
             return node
         if "blank" in node:
-            return Blank(tuple(node["shape"]), DTYPES[node["blank"]])
+            return MetaTensor(tuple(node["shape"]), DTYPES[node["blank"]])
         if "meta" in node:
             return torch.empty(node["shape"], dtype=DTYPES[node["meta"]], device="meta")
         if "dtype" in node:

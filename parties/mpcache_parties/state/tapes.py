@@ -25,7 +25,7 @@ import torch
 from mpcache.errors import StateError
 from mpcache.rank import Rank
 from mpcache.runtime.correlations import Request
-from mpcache.runtime.meta import Blank
+from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty
 from mpcache.transport.link import Hello, Link, Spec
 from mpcache_parties.state import sealed, snapshot
@@ -194,7 +194,7 @@ class TapeWriter(ShapeParty):
         if sent:
             tensors = self._dealer.recv(step, [p.spec for p in sent])
             self._messages.append({"step": step, "tensors": tensors})
-        parts: list[Any] = [Blank(p.shape, p.dtype) for p in request.parts]
+        parts: list[Any] = [MetaTensor(p.shape, p.dtype) for p in request.parts]
         return [*parts, None] if request.keep else parts
 
     def flush(self) -> None:

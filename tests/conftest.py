@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpcache.model.loading import Model, load_model
-from tests.parties.processes import tiny_model
+from tests.support.processes import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from mpcache.cost.tally import PROTOCOLS
 from mpcache.demo.documents import make_document
 from mpcache.model.loading import Model, demo_model_dir, load_model
 from mpcache.policy import POLICIES
-from tests.agreement import compare
+from tests.support.agreement import compare
 
 
 @dataclass

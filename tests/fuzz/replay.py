@@ -11,8 +11,8 @@ from mpcache.model.loading import Model
 from mpcache.rank import Rank
 from mpcache.transport.local import LocalLink
 from mpcache_parties.roles import Document, Question, ask, deal, serve
-from tests.leaks.record import recording
-from tests.parties.test_run import play
+from tests.parties.test_roles import play
+from tests.support.record import recording
 
 Conversation = dict[Rank, dict[Rank, list[bytes]]]  # what each party heard, from whom, frame by frame
 

@@ -68,7 +68,7 @@ def check_line(error: MpcacheError) -> None:
 
 def targets(folder: Path) -> dict[str, Target]:
     """All targets; `folder` is theirs to write to."""
-    from tests.mpcache.tiny_models import make, save
+    from tests.support.tiny_models import make, save
 
     torch.set_num_threads(1)
     model = save(make("llama-gqa"), folder / "model")

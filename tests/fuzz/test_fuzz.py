@@ -24,8 +24,8 @@ from mpcache_parties.network.grpc_link import RANK_KEY, SERVICE, SESSION_KEY, co
 from tests.fuzz.replay import Conversation, converse, replay
 from tests.fuzz.run import check_line
 from tests.fuzz.wire import bytes_of, odd_frames, odd_metadata
-from tests.parties.helpers import free_settings
-from tests.parties.processes import ROOT
+from tests.support.links import free_settings
+from tests.support.processes import ROOT
 
 QUICK, MANY = 2500, 100_000  # cases
 

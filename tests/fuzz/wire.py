@@ -35,9 +35,9 @@ from mpcache_parties.network.grpc_link import BEACON_KEY, REASON_KEY, SERVICE, S
 from mpcache_parties.network.stream import RANK_KEY, RECEIVED_KEY
 from mpcache_protos import party_pb2 as pb
 from tests.fuzz.mutate import NUMBERS, damaged
-from tests.parties.helpers import free_settings
-from tests.parties.processes import PARTY, ROOT, write_config
-from tests.parties.service import said
+from tests.support.links import free_settings
+from tests.support.processes import PARTY, ROOT, write_config
+from tests.support.service import said
 
 LIMIT = largest(Rank.DEALER)  # bytes of a frame that it takes
 HEALTH = "/grpc.health.v1.Health"

@@ -15,6 +15,7 @@ import torch
 
 import mpcache_kernels
 from mpcache_kernels import Backend, backend, reference
+from tests.support.paths import ROOT
 
 if sys.platform != "linux":
     pytest.skip("Triton runs on Linux only", allow_module_level=True)
@@ -27,8 +28,8 @@ if not CUDA:
 from mpcache.engines.plain import PlainOps  # noqa: E402
 from mpcache_kernels import triton_kernels  # noqa: E402
 from mpcache_kernels.triton_kernels import triton  # noqa: E402
-from tests.policy.test_policies import CONTEXT, MORE, SMALL, chunks  # noqa: E402
-from tests.policy.tiny import plain, shape, tokens  # noqa: E402
+from tests.mpcache.policy.test_policies import CONTEXT, MORE, SMALL, chunks  # noqa: E402
+from tests.support.tiny_policies import plain, shape, tokens  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -281,7 +282,7 @@ def test_policies_run_on_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> N
     spec, s, ask = (SMALL | MORE)[policy], shape(), chunks(3, 1, 1, 1, 1)
     want, _ = plain(spec, s, tokens(CONTEXT), ask)
     if not CUDA:  # this prefill is on the CPU
-        monkeypatch.setattr("tests.policy.tiny.KERNELS", backend("cuda"))
+        monkeypatch.setattr("tests.support.tiny_policies.KERNELS", backend("cuda"))
     got, _ = plain(spec, s, tokens(CONTEXT), ask, ops=PlainOps(backend("cuda"), DEVICE))
     for a, b in zip(got, want, strict=True):
         check(a, b, 1e-3)
@@ -291,8 +292,8 @@ def test_policies_run_on_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_launch_compiles_for_hopper(tmp_path: Path) -> None:
     d = 80  # the tiles of 128, and their masks as well
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    program = [sys.executable, "-m", "tests.kernels.compile_for_hopper", str(d)]
-    root = Path(__file__).resolve().parents[2]
+    program = [sys.executable, "-m", "tests.support.compile_for_hopper", str(d)]
+    root = ROOT
     done = subprocess.run(program, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -18,10 +18,10 @@ from mpcache.rank import Rank
 from mpcache.runtime import party, rng
 from mpcache_parties.roles import Document, Question, ask, deal, serve
 from tests.leaks import needle, step_index
-from tests.leaks.record import recording
-from tests.leaks.sessions import MEANT, SELECTS, STEPS, Views, by_reason, sessions
-from tests.leaks.statistics import Bytes, above_chance, predicted, uniformity
-from tests.parties.helpers import free_settings, grpc_networks
+from tests.support.leak_sessions import MEANT, SELECTS, STEPS, Views, by_reason, sessions
+from tests.support.links import free_settings, grpc_networks
+from tests.support.record import recording
+from tests.support.uniformity import Bytes, above_chance, predicted, uniformity
 
 COMPUTING = (Rank.SERVER, Rank.CLIENT)
 LEAST = 45  # values of a reason that a test of it needs

@@ -9,8 +9,9 @@ import pytest
 from mpcache.config import Settings, load_settings
 from mpcache.errors import ConfigError
 from mpcache.rank import Rank
+from tests.support.paths import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def test_local_yaml_states_the_defaults() -> None:

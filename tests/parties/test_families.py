@@ -14,9 +14,9 @@ from mpcache.model.loading import Model, load_model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.roles import Question
-from tests.mpcache.tiny_models import make, save
-from tests.parties.processes import CLI, ROOT, start
-from tests.parties.test_run import QUESTION, play
+from tests.parties.test_roles import QUESTION, play
+from tests.support.processes import CLI, ROOT, start
+from tests.support.tiny_models import make, save
 
 KINDS = ["gpt2", "gpt2-gelu"]  # GELU by its tanh approximation, and exact
 TEXT = "and the number of the gate of the city is in the book " * 3

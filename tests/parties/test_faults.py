@@ -14,11 +14,11 @@ import pytest
 from mpcache.config import PublicConfig, Settings
 from mpcache.rank import Rank
 from mpcache_parties.network.liveness import GONE_S
-from tests.parties.helpers import free_settings
-from tests.parties.processes import PARTY, Process, errors_of, start, started, write_config
+from tests.support.links import free_settings
+from tests.support.processes import PARTY, Process, errors_of, start, started, write_config
 
 S, C, D = Rank
-FAULTY = [sys.executable, "-m", "tests.parties.faulty_party"]
+FAULTY = [sys.executable, "-m", "tests.support.faulty_party"]
 RECONNECT_S, RECV_S = 60, 8
 BUSY_S = 10  # what a busy machine adds
 

@@ -17,9 +17,9 @@ from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
 from mpcache_parties.network.grpc_link import Listener, Network, connect_all
 from mpcache_parties.roles import Question, ask
-from tests.parties.helpers import free_settings
-from tests.parties.processes import Process
-from tests.parties.service import QUESTIONS, TOKENS, plain, said, serving
+from tests.support.links import free_settings
+from tests.support.processes import Process
+from tests.support.service import QUESTIONS, TOKENS, plain, said, serving
 
 S, C, D = Rank
 

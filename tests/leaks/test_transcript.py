@@ -1,0 +1,140 @@
+"""What a party receives: sizes, order and reasons do not depend on secrets, contents look uniform."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mpcache.policy import parse
+from mpcache.rank import Rank
+from mpcache.runtime.party import ComputingParty
+from mpcache.runtime.program import Opening
+from mpcache.session import Session
+from tests.policy import tiny
+from tests.support.play import play
+
+SPEC = "mpcache:coarse=4,fine=2,n_keep=20,recent=2,sink=1"
+CONTEXT, QUESTION = 24, 3
+
+
+class Transcript:
+    """Everything that one party receives, by its link and its reason."""
+
+    def __init__(self) -> None:
+        self.slots: list[tuple[str, str, tuple[int, ...], str]] = []
+        self.words: dict[str, list[np.ndarray]] = defaultdict(list)
+
+    def watch(self, party: ComputingParty, reasons: list[list[Opening]]) -> None:
+        for name, link in (("peer", party._peer), ("dealer", party._dealer)):
+            receive = link.recv
+
+            def recv(
+                step: str, specs: Any, labels: Any = None, name: str = name, receive: Any = receive
+            ) -> Any:
+                arrived = receive(step, specs, labels)
+                items = reasons.pop(0) if name == "peer" else [None] * len(arrived)
+                for tensor, item in zip(arrived, items, strict=True):
+                    why = item.why if item else "tape"
+                    self.slots.append((name, step, tuple(tensor.shape), why))
+                    self.words[why].append(tensor.contiguous().view(torch.uint8).numpy().ravel())
+                return arrived
+
+            link.recv = recv  # type: ignore[method-assign]
+
+
+def listen(seed: int, question: list[int], who: Rank, protocol: str) -> Transcript:
+    """One context and question of fixed size; weights, document and question differ with the seed."""
+    shape = tiny.shape()
+    context = tiny.tokens(CONTEXT, seed)
+    bound = parse(SPEC).bind(CONTEXT, shape)
+    heard = Transcript()
+
+    def program(ops: Any, party: Any, rank: Rank) -> None:
+        if rank is who:
+            reasons: list[list[Opening]] = []
+            heard.watch(party, reasons)
+            opening = party.open
+
+            def open_(items: Any, step: str) -> Any:
+                coming = [i for i in items if i.sender in (None, rank.peer) and i.to in (None, rank)]
+                if coming:
+                    reasons.append(coming)
+                return opening(items, step)
+
+            party.open = open_
+        mine = rank is Rank.SERVER
+        session = Session(ops, party, shape, bound)
+        session.setup(tiny.model(shape, seed).weights if mine else None)
+        prefill = tiny.prefilled(bound.policy, shape, context, seed) if mine else None
+        session.context(prefill, tiny.KERNELS if mine else None)
+        session.chunk(question if rank is Rank.CLIENT else None, QUESTION)
+        session.chunk([question[0]] if rank is Rank.CLIENT else None, 1)
+
+    play(program, protocol)
+    return heard
+
+
+@pytest.fixture(scope="module", params=["fast", "fast-bits"])
+def transcripts(request: Any) -> dict[tuple[Rank, int], Transcript]:
+    questions = {0: [1, 2, 3], 1: [9, 9, 9]}
+    return {
+        (who, s): listen(s, q, who, request.param)
+        for who in (Rank.SERVER, Rank.CLIENT)
+        for s, q in questions.items()
+    }
+
+
+@pytest.mark.parametrize("who", [Rank.SERVER, Rank.CLIENT])
+def test_slots_do_not_depend_on_secrets(transcripts: Any, who: Rank) -> None:
+    first, second = transcripts[who, 0], transcripts[who, 1]
+    assert len(first.slots) > 100
+    assert first.slots == second.slots
+
+
+@pytest.mark.parametrize("who", [Rank.SERVER, Rank.CLIENT])
+def test_openings_look_uniform(transcripts: Any, who: Rank) -> None:
+    """Each reason's bytes, over all of a run: every bit balanced, bytes uniform (chi square, 6 sigma).
+
+    The client's logits are the one thing that is not masked: its server share is uniform all the same.
+    """
+    for seed in (0, 1):
+        for why, pieces in transcripts[who, seed].words.items():
+            if why == "tape":
+                continue  # correction bits of key trees are two bits in a byte; see test_fss
+            data = np.concatenate(pieces)
+            if why == "ranks, rotated":
+                continue  # one byte holds a rank modulo a smaller power of two, and noise above
+            assert check_uniform(data) < 6, (who, why, len(data))
+
+
+def check_uniform(data: np.ndarray) -> float:
+    """The largest deviation, in standard deviations, of bit means and of the byte histogram."""
+    bits = np.unpackbits(data.reshape(-1, 1), axis=1).mean(0)
+    worst_bit = abs(bits - 0.5).max() * 2 * len(data) ** 0.5
+    expected = len(data) / 256
+    chi = ((np.bincount(data, minlength=256) - expected) ** 2 / expected).sum()
+    return float(max(worst_bit, (chi - 255) / (2 * 255) ** 0.5))
+
+
+def test_the_check_sees_a_planted_bug() -> None:
+    """A mask that is one bit short, or a share sent bare, does not pass."""
+    uniform = np.random.default_rng(0).integers(0, 256, 40_000, dtype=np.uint8)
+    assert check_uniform(uniform) < 6
+    assert check_uniform(uniform & 0x7F) > 6
+    bare = (torch.randn(5000) * 2**16).long().view(torch.uint8).numpy()
+    assert check_uniform(bare) > 6
+
+
+def test_a_stream_is_never_read_twice() -> None:
+    """Masks of two phases, and of the same phase of two sessions, have nothing in common."""
+    from mpcache.runtime.rng import Stream, fresh_seed
+
+    seed = fresh_seed()
+    assert not torch.equal(Stream(seed, "tape/a").tensor((64,)), Stream(seed, "tape/b").tensor((64,)))
+    assert not torch.equal(Stream(seed, "tape/a").tensor((64,)), Stream(fresh_seed(), "tape/a").tensor((64,)))
+    stream = Stream(seed, "tape/a")
+    assert not torch.equal(stream.tensor((64,)), stream.tensor((64,)))

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import processors
+
+from mpcache.console.signals import Stopped
+from mpcache.errors import ModelError
+from mpcache.model.tokenizer import Tokenizer
+from tests.support.paths import STORIES
+from tests.support.tiny_models import VOCAB, tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "the gate",
+    "  two  spaces ",
+    "a é€😀\nb  c",
+    "日本語 and 🏳️‍🌈!",
+    "a real \ufffd in it \ufffd",
+    "tab\t\n\n",
+]
+
+
+@pytest.fixture(scope="module", params=["byte-level", "byte-fallback"])
+def made(request: pytest.FixtureRequest) -> Tokenizer:
+    if request.param == "byte-level":
+        return Tokenizer(tokenizer(), VOCAB, 1)
+    if not STORIES.is_dir():
+        pytest.skip("the stories260K folder is not beside this checkout")
+    return Tokenizer.load(STORIES, 512, 1)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(made: Tokenizer, text: str) -> None:
+    assert made.decode(made.encode(text, bos=False)) == text
+    assert made.decode(made.encode(text, bos=True)) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stream_joins_up_to_the_whole(made: Tokenizer, text: str) -> None:
+    ids = made.encode(text, bos=True)
+    stream = made.stream()
+    parts = [stream.push(token) for token in ids]
+    assert "".join(parts) + stream.end() == text
+    assert stream.end() == ""
+
+
+def test_a_stream_of_any_tokens_joins_up(made: Tokenizer) -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        # Byte tokens more often than not: most of these are no UTF-8.
+        ids = [rng.randrange(made.vocab if rng.random() < 0.3 else 259) for _ in range(rng.randrange(12))]
+        stream = made.stream()
+        assert "".join(map(stream.push, ids)) + stream.end() == made.decode(ids)
+
+
+def test_a_stream_shows_words_at_once_and_characters_when_whole(made: Tokenizer) -> None:
+    stream = made.stream()
+    assert "".join(stream.push(token) for token in made.encode("the gate", bos=False)) == "the gate"
+    stream = made.stream()
+    assert not any("\ufffd" in stream.push(token) for token in made.encode("😀 x", bos=False))
+
+
+def test_bos_exactly_once(made: Tokenizer) -> None:
+    plain = made.encode("the gate", bos=False)
+    assert plain[0] != 1
+    assert made.encode("the gate", bos=True) == [1, *plain]
+    assert made.encode("<s>the gate", bos=True).count(1) == 1
+    assert made.encode("", bos=True) == [1]
+
+
+def test_bos_of_a_post_processor_is_not_doubled() -> None:
+    inner = tokenizer()
+    assert not Tokenizer(inner, VOCAB, 1).adds_bos
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = Tokenizer(inner, VOCAB, 1)
+    assert made.adds_bos
+    assert made.encode("the", bos=True).count(1) == 1
+    assert made.encode("the", bos=False).count(1) == 0
+
+
+def test_a_model_without_bos_gets_none() -> None:
+    made = Tokenizer(tokenizer(), VOCAB, None)
+    assert made.encode("the", bos=True) == made.encode("the", bos=False)
+    assert not made.adds_bos
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path) -> None:
+    inner = tokenizer()
+    inner.enable_truncation(3)
+    inner.enable_padding(length=50)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
+    made = Tokenizer.load(tmp_path, VOCAB, 1)
+    assert 3 < len(made.encode("xyzwv", bos=False)) < 50
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no tokenizer.json in it"):
+        Tokenizer.load(tmp_path, VOCAB, 1)
+    (tmp_path / "tokenizer.json").write_text("{\n\n}")
+    with pytest.raises(ModelError) as error:
+        Tokenizer.load(tmp_path, VOCAB, 1)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match="beyond the model's 40"):
+        Tokenizer(tokenizer(), 40, 1).encode("the gate", bos=False)
+    with pytest.raises(ModelError, match="cannot be tokenized"):
+        Tokenizer(tokenizer(), VOCAB, 1).encode("a \ud800 surrogate", bos=False)
+
+
+def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    inner: tokenizers.Tokenizer = tokenizer()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    first = Tokenizer.load(tmp_path, VOCAB, 1).digest
+    inner.add_tokens(["new"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    assert len(first) == 64 and Tokenizer.load(tmp_path, VOCAB, 1).digest != first
+
+
+def test_a_stop_signal_is_not_the_texts_fault(made: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exception comes up wherever the program is; it is not an error of the tokenizer's library."""
+
+    class Interrupted:
+        def encode(self, *given: object, **options: object) -> None:
+            raise Stopped("mpcache: stopped by SIGINT", 2)
+
+    monkeypatch.setattr(made, "_inner", Interrupted())
+    with pytest.raises(Stopped):
+        made.encode("a text", bos=False)

@@ -1,0 +1,124 @@
+"""What is really opened, by whom it is seen, and that nothing of it follows from a secret."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from mpcache.ledger import Ledger
+from mpcache.ops import Ops, Value
+from mpcache.policy import POLICIES, LayerView, parse
+from mpcache.policy.full import Full
+from mpcache.rank import Rank
+from mpcache.runtime.party import ComputingParty, Party
+from mpcache.runtime.program import Open, Opening, Program
+from mpcache.session import Session
+from tests.mpcache.policy.test_policies import CONTEXT, MORE, PRIVATE, chunks
+from tests.support.play import play
+from tests.support.tiny_policies import KERNELS, model, plain, prefilled, shape, tokens
+
+SPECS = [
+    *[pytest.param(spec, id=name) for name, spec in PRIVATE.items()],
+    *[pytest.param(spec, id=name, marks=pytest.mark.slow) for name, spec in MORE.items()],
+]
+LOGITS = "logits for the client"
+
+
+@dataclass
+class TensorTrace:
+    """One session. values: what a computing party learns from openings, by its rank and the reason.
+    reasons: of all openings, with the recipient (None: both).  logits: at the client."""
+
+    values: dict[tuple[Rank, str], torch.Tensor]
+    reasons: set[tuple[str, Rank | None]]
+    logits: list[torch.Tensor]
+    ledgers: dict[Rank, Ledger]
+
+
+@cache
+def watch(spec: str, secrets: int = 0, run: int = 0) -> TensorTrace:
+    """A session whose weights, document and question come from `secrets`; `run` tells repetitions apart."""
+    s, context, ask = shape(), tokens(CONTEXT, 1 + secrets), chunks(2, 1, 1, seed=2 + secrets)
+    values: dict[tuple[Rank, str], list[torch.Tensor]] = defaultdict(list)
+    reasons: set[tuple[str, Rank | None]] = set()
+
+    def program(ops: Ops, party: Party, rank: Rank) -> list[Any]:
+        policy = parse(spec)
+        if isinstance(party, ComputingParty):
+            opening = party.open
+
+            def note(items: Sequence[Opening], step: str) -> list[Any]:
+                opened = opening(items, step)
+                for item, value in zip(items, opened, strict=True):
+                    reasons.add((item.why, item.to))
+                    if value is not None:
+                        values[rank, item.why].append(value.flatten().clone())
+                return opened
+
+            party.open = note  # type: ignore[method-assign]
+        session = Session(ops, party, s, policy.bind(CONTEXT, s))
+        mine = rank is Rank.SERVER
+        session.setup(model(s, secrets).weights if mine else None)
+        known = prefilled(policy, s, context, secrets) if mine else None
+        session.context(known, KERNELS if mine else None)
+        return [session.chunk(chunk if rank is Rank.CLIENT else None, len(chunk)) for chunk in ask]
+
+    played = play(program)
+    joined = {key: torch.cat(parts) for key, parts in values.items()}
+    return TensorTrace(joined, reasons, played.client, played.ledgers)
+
+
+def assert_masked(one: TensorTrace, two: TensorTrace) -> None:
+    """Two runs on the same secrets open values that are as unlike as fresh draws; the logits apart."""
+    assert one.values.keys() == two.values.keys()
+    for key, first in one.values.items():
+        if key == (Rank.CLIENT, LOGITS):
+            continue
+        equal = float((first == two.values[key]).double().mean())
+        chance = 1 / min(256, max(2, len(first.unique()) // 2))  # a bit's, or less for wider values
+        limit = chance + 6 * (chance * (1 - chance) / len(first)) ** 0.5
+        assert equal <= limit, (*key, equal, limit, len(first))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_openings_are_those_declared(spec: str) -> None:
+    """Leak class none: the client sees its logits; whatever else anybody sees is masked afresh."""
+    assert parse(spec).leak == "none"
+    one, two = watch(spec), watch(spec, run=1)
+    assert one.reasons == two.reasons
+    assert {(why, to) for why, to in one.reasons if to is not None} == {(LOGITS, Rank.CLIENT)}
+    assert (Rank.SERVER, LOGITS) not in one.values
+    want, _ = plain(spec, shape(), tokens(CONTEXT), chunks(2, 1, 1))
+    assert all((a - b).abs().max() < 0.02 for a, b in zip(one.logits, want, strict=True))
+    assert_masked(one, two)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_ledgers_do_not_depend_on_secrets(spec: str) -> None:
+    """Weights, document and question differ; each step of each party's ledger is equal."""
+    one, two = watch(spec), watch(spec, secrets=5)
+    for rank in Rank:
+        ours, theirs = ({k: asdict(e) for k, e in seen.ledgers[rank].steps.items()} for seen in (one, two))
+        assert ours == theirs
+
+
+class Leaky(Full):
+    """Opens each query without a mask."""
+
+    name = "leaky"
+
+    def attend(self, view: LayerView, q: Value) -> Program[Value]:
+        yield Open((Opening(q.data, "queries, masked"),))
+        return (yield from super().attend(view, q))
+
+
+def test_an_opening_without_a_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, "leaky", Leaky)
+    with pytest.raises(AssertionError, match="queries, masked"):
+        assert_masked(watch("leaky"), watch("leaky", run=1))

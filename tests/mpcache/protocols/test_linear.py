@@ -1,0 +1,115 @@
+"""Truncation and products, exact to the last bit that they promise."""
+
+import pytest
+import torch
+
+from mpcache.engines.fast import FastOps
+from mpcache.protocols.linear import (
+    finish_mask_operand,
+    mask_operand,
+    matmul_masked_operand,
+    product,
+    start_mask_operand,
+    truncate,
+)
+from mpcache.rank import Rank
+from mpcache.runtime.program import together
+from mpcache.runtime.rng import Stream, fresh_seed
+from mpcache.runtime.shares import Share, decode
+from tests.support.harness import secure
+
+
+def raw(n: int, bound: int) -> torch.Tensor:
+    """Uniform integers in [-bound, bound), with both ends."""
+    x = (Stream(fresh_seed(), "test").tensor((n,)) & (2 * bound - 1)) - bound
+    x[0], x[1], x[2] = -bound, bound - 1, 0
+    return x
+
+
+@pytest.mark.parametrize(
+    ("ring", "n"),
+    [(48, 20_000), (56, 20_000), pytest.param(64, 1_000_000, marks=pytest.mark.slow), (64, 20_000)],
+)
+def test_truncation_is_never_off_by_a_wrap(ring: int, n: int) -> None:
+    """At the edge of its range: |x| near 2^(ring-2); the result is the floor or one more."""
+    bound = 1 << (ring - 2)
+    x = raw(n, bound)
+    x[n // 2 :] = x[n // 2 :] % 4096 + bound - 4096  # the edge itself
+
+    def protocol(ops, share):  # type: ignore[no-untyped-def]
+        return (yield from truncate(ops.side, Share(share.data, 32, ring=ring), 16))
+
+    played = secure(protocol, x, bits=0)
+    y = played.server.data + played.client.data
+    error = y - (x >> 16)
+    assert error.min() >= 0 and error.max() <= 1
+    assert played.ledgers[0].total().sent == n * ring // 8
+
+
+def test_products_are_exact_in_their_ring() -> None:
+    x, w = raw(12, 1 << 20).reshape(3, 4), raw(20, 1 << 20).reshape(4, 5)
+    for ring in (48, 56, 64):
+
+        def protocol(ops, a, b, ring=ring):  # type: ignore[no-untyped-def]
+            kept = yield from mask_operand(b, ring)
+            return (yield from matmul_masked_operand(ops.side, a, kept, ring))
+
+        played = secure(protocol, x, w, bits=0)
+        y = (played.server.data + played.client.data) & ((1 << ring) - 1)
+        assert torch.equal(y, (x @ w) & ((1 << ring) - 1))
+        assert played.server.ring == ring
+
+    def beaver(ops, a, b):  # type: ignore[no-untyped-def]
+        return (yield from product(ops.side, a, b, torch.matmul))
+
+    played = secure(beaver, x, w, bits=0)
+    assert torch.equal(played.server.data + played.client.data, x @ w)
+
+
+def test_a_small_ring_returns_to_the_whole_with_truncation() -> None:
+    x, y = torch.randn(50, 8), torch.randn(8, 6)
+
+    def protocol(ops, a, b):  # type: ignore[no-untyped-def]
+        kept = yield from ops.prepare(b)
+        return (yield from ops.rescale((yield from ops.linear(a, kept))))
+
+    played = secure(protocol, x, y)
+    assert played.server.ring == 64
+    assert (played.value() - x @ y).abs().max() < 3e-4
+
+
+def test_a_share_is_no_truth_value() -> None:
+    with pytest.raises(TypeError, match="truth value"):
+        bool(Share(torch.ones(1, dtype=torch.int64), 16))
+    with pytest.raises(ValueError, match="fraction bits"):
+        Share(torch.ones(1, dtype=torch.int64), 16) + Share(torch.ones(1, dtype=torch.int64), 17)
+    assert decode(torch.tensor([-(3 << 15)]), 16).item() == -1.5
+
+
+def test_new_rows_and_a_product_with_them_share_a_round() -> None:
+    """As the cache grows: the product is drawn for, and opened, before the rows are known."""
+    x, old, new = torch.randn(3, 4), torch.randn(4, 5), torch.randn(4, 2)
+
+    def protocol(ops, x, old, new):  # type: ignore[no-untyped-def]
+        kept = yield from mask_operand(old)
+        announced = yield from start_mask_operand(new)
+        joined = kept.append(announced, 1)
+        grown = joined.transpose(0, 1)
+        with pytest.raises(RuntimeError, match="before the round that opens it"):
+            _ = grown.public
+        multiplied = matmul_masked_operand(ops.side, x, grown.transpose(0, 1))
+        delivered, y = yield from together(finish_mask_operand(new, announced, joined), multiplied)
+        again = yield from matmul_masked_operand(ops.side, x, delivered)
+        return Share(torch.cat([y.data, again.data]), y.bits)
+
+    played = secure(protocol, x, old, new)
+    expected = x.double() @ torch.cat([old, new], 1).double()
+    torch.testing.assert_close(played.value(), torch.cat([expected, expected]), atol=1e-3, rtol=0)
+    assert played.ledgers[0].total().rounds == 3
+
+
+def test_only_what_is_settled_is_announced() -> None:
+    """Else a truncation's round would come first, and what reads the rows beside it would be ahead."""
+    ops = FastOps(Rank.SERVER)
+    with pytest.raises(ValueError, match="settled"):
+        next(ops.start_prepare(Share(torch.zeros(2, 3, dtype=torch.int64), 32, ring=48)))

@@ -1,0 +1,104 @@
+"""What a hostile peer can make a party's process allocate: no more than the room of the phase it is in."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from threading import Event
+
+import pytest
+
+from mpcache.rank import Rank
+from mpcache.transport.flow_control import MIB, READ_AHEAD_BYTES, SMALL_BYTES, cost, largest, room
+from mpcache.transport.session_order import AGREED
+from mpcache_protos import party_pb2 as pb
+from tests.mpcache.transport.test_session_order import BYE, HELLO, ack, facts, tensors
+from tests.support.links import free_settings
+from tests.support.one_party import STATUS
+
+import grpc  # isort: skip  # after the link, which quiets it
+
+from mpcache_parties.network.grpc_link import BEACON_KEY, SERVICE, SESSION_KEY, Beacon  # isort: skip
+from mpcache_parties.network.stream import RANK_KEY  # isort: skip
+
+COPIES = 10  # of a frame: as gRPC puts it together, hands it over and frees it, and while it is parsed
+FLOOD = 64 * MIB  # of room: four times what a party gives to the client
+
+# Phases: what the client says before its flood, to a party with this task. One that waits for a word
+# refuses the first frame that is none; one that computes has them all wait.
+PHASES: dict[str, tuple[list[bytes], str]] = {
+    "hello": ([], "hang"),
+    "setup": ([HELLO], "compute"),
+    "agreed": ([HELLO, facts(AGREED)], "confirm"),
+}
+
+
+def hello_of_many() -> bytes:
+    return bytes(pb.Frame(hello=pb.Hello(public={f"{n:x}": "" for n in range(300_000)})).SerializeToString())
+
+
+EMPTY_MESSAGES = b"\x12\x00\x1a\x00" * MIB  # tensors and facts in turns: two bytes of a frame for each
+FLOODS: dict[str, Callable[[], bytes]] = {
+    "large tensors": lambda: tensors("decode1", 1, MIB),
+    "small tensors": lambda: tensors("decode1", 1),
+    "facts": lambda: facts("decode1", sequence=1),
+    "confirmations": lambda: ack(0),
+    "many messages in a frame": lambda: EMPTY_MESSAGES[: largest(Rank.SERVER)],
+    "many messages in a small frame": lambda: EMPTY_MESSAGES[:SMALL_BYTES],
+    "a hello of many entries": hello_of_many,
+    "more than a frame": lambda: bytes(FLOOD),
+}
+
+
+def peak(me: Rank, before: Iterable[bytes], flood: bytes | None, task: str) -> int:
+    """Bytes of memory that a party's process took at most. Its only peer, the client, sends these frames,
+    the flood over and over until it is refused."""
+    settings = free_settings()
+    addresses = settings.addresses
+    command = [sys.executable, "-m", "tests.support.one_party", str(int(me)), f"{int(me)}{int(Rank.CLIENT)}"]
+    child = subprocess.Popen(
+        [*command, addresses.server, addresses.dealer, task],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    beacon = Beacon(addresses.of(me))
+    about = ((RANK_KEY, "1"), (SESSION_KEY, secrets.token_hex(16)), (BEACON_KEY, str(beacon.port)))
+    ended = Event()
+
+    def said() -> Iterator[bytes]:
+        yield from before
+        for _ in range(0 if flood is None else 1 + FLOOD // cost(len(flood))):
+            if not ended.is_set():
+                yield flood
+        yield BYE
+        ended.wait(30)
+
+    with grpc.insecure_channel(addresses.of(me)) as channel:
+        connect = channel.stream_stream(f"/{SERVICE}/Connect")
+        with suppress(grpc.RpcError):
+            for frame in connect(said(), metadata=about, wait_for_ready=True, timeout=60):
+                if pb.Frame.FromString(frame).WhichOneof("kind") in ("abort", "bye"):
+                    break
+        ended.set()
+    out, text = child.communicate(timeout=60)
+    beacon.close()
+    assert "Traceback" not in text, text
+    return int(out.split("VmHWM:")[1].split()[0]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATUS.exists(), reason="a process's peak memory is read as Linux tells it")
+@pytest.mark.parametrize(
+    ("me", "phase"), [*((Rank.SERVER, phase) for phase in PHASES), (Rank.DEALER, "setup")]
+)
+def test_a_flood_takes_no_more_than_the_room(me: Rank, phase: str) -> None:
+    before, task = PHASES[phase]
+    honest = peak(me, before, None, task)
+    under_way = READ_AHEAD_BYTES + COPIES * largest(Rank.SERVER)
+    most = room(Rank.CLIENT, me, phase == "agreed") + under_way
+    for name, flood in FLOODS.items():
+        more = peak(me, before, flood(), task) - honest
+        print(f"{me.label}, {phase}: {name}: {more / MIB:.1f} MiB")
+        assert more <= most, name

@@ -1,0 +1,321 @@
+"""A whole session: on local links, and between processes that fail in every way a user can meet."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpcache.answer import Sampling, bind, decide, plain_answer
+from mpcache.config import PublicConfig, Settings
+from mpcache.cost.tally import cost
+from mpcache.errors import BadInput, Desync, LinkError, MpcacheError, PeerFailed
+from mpcache.ledger import Ledger
+from mpcache.model.loading import Model
+from mpcache.model.prefill import prefill
+from mpcache.rank import Rank
+from mpcache.report.account import Report, summary
+from mpcache.transport.frames import FrameLink
+from mpcache_kernels import backend
+from mpcache_parties.handshake import agree
+from mpcache_parties.network.grpc_link import connect_all
+from mpcache_parties.roles import AHEAD, Document, Question, ask, deal, serve
+from tests.support.links import context_of, free_settings, together
+from tests.support.processes import PARTY, SOON_S, errors_of, start, started, write_config
+
+S, C, D = Rank
+QUESTION = "the gate of"
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Model) -> list[int]:
+    """A context of 90 tokens."""
+    return context_of(model, 90)
+
+
+# ------------------------------------------------------------------------------------ local links
+
+
+def play(
+    public: PublicConfig, model: Model, tokens: list[int], question: Question
+) -> dict[Rank, Report | MpcacheError]:
+    """The three parties as threads; what each ended with."""
+    return together(
+        {
+            S: lambda links, ledger: serve(links, ledger, public, Document(model, tokens)),
+            C: lambda links, ledger: ask(links, ledger, public, question),
+            D: lambda links, ledger: deal(links, ledger, public),
+        }
+    )
+
+
+def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
+    public = PublicConfig(policy="mpcache", max_new_tokens=4)
+    reports = play(public, model, tokens, Question(QUESTION, stop_at_eos=False))
+    assert all(isinstance(report, Report) for report in reports.values()), reports
+    server, client, dealer = (reports[rank] for rank in Rank)
+    asked = model.tokenizer.encode(QUESTION, bos=False)
+    bound = bind(model.shape, public, len(tokens), len(asked))
+    plain = plain_answer(model, bound, tokens, asked, 4, Sampling(), ())
+
+    assert client.token_ids == plain.ids
+    assert client.text == model.tokenizer.decode(plain.ids)
+    names = ["setup", "context", "question", "decode1", "decode2", "decode3"]
+    for report in (server, client, dealer):
+        assert list(report.phases) == names
+        assert (report.context_tokens, report.question_tokens) == (len(tokens), len(asked))
+        assert Report.from_dict(report.to_dict()) == report
+    for name in names:
+        ours, theirs, tape = (report.phases[name] for report in (server, client, dealer))
+        assert (ours.sent, ours.received, ours.rounds) == (theirs.received, theirs.sent, theirs.rounds)
+        assert tape.offline_sent == ours.offline_received + theirs.offline_received
+    assert server.prefill_ms > 0
+    assert client.dealer_wait_ms > 0
+    run = summary(public.policy, "none", reports, plain, client.text)  # type: ignore[arg-type]
+    last = [report.phases["decode2"] for report in (server, client, dealer)]
+    assert run["private"]["rounds_per_token"] == last[0].rounds
+    assert run["private"]["online_bytes_per_token"] == (last[0].sent + last[1].sent) / 2
+    assert run["private"]["offline_bytes_per_token"] == last[2].offline_sent
+    assert run["setup_bytes"] > 4 * sum(t.numel() for _, t in model.weights.items() if t.dim() == 2)
+    assert run["agreement"] == 1
+
+
+THRESHOLD = PublicConfig(policy="mpcache:threshold=0.1,coarse=8,fine=4", max_new_tokens=3)
+
+
+def test_what_the_document_decides_is_announced(model: Model, tokens: list[int]) -> None:
+    """Leak class count: all three go on with the numbers that the server found, and with them alone."""
+    reports = play(THRESHOLD, model, tokens, Question(QUESTION, stop_at_eos=False))
+    server, client, dealer = (reports[rank] for rank in Rank)
+    assert isinstance(server, Report) and isinstance(client, Report) and isinstance(dealer, Report), reports
+    asked = model.tokenizer.encode(QUESTION, bos=False)
+    bound = bind(model.shape, THRESHOLD, len(tokens), len(asked))
+    window = bound.policy.window(len(tokens))
+    known, _ = decide(bound, model.shape, prefill(model, tokens, window=window), backend("cpu"))
+    kept = [layer.kept for layer in known.plan.layers]
+    assert max(kept) < len(tokens) and len(set(kept)) > 1
+    assert server.kept_tokens == client.kept_tokens == dealer.kept_tokens == kept
+    assert client.token_ids == plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
+    # What it cost is what the audit says of these counts.
+    given = f"{THRESHOLD.policy},n_keep={'/'.join(map(str, kept))}"
+    priced = cost(model.shape, given, len(tokens), len(asked), new_tokens=3).total("decode")
+    steps = [client.phases[name] for name in ("decode1", "decode2")]
+    assert sum(step.rounds for step in steps) == priced.rounds
+
+
+@pytest.mark.parametrize("policy", [THRESHOLD.policy, THRESHOLD.policy + "|quest:page=4", "mpcache", "full"])
+def test_counts_are_sent_where_the_leak_is_declared(
+    policy: str, model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all facts that are sent, `count` adds one message, a number for each layer; `none` adds none."""
+    said: list[tuple[Rank, Rank, str, set[str]]] = []
+    honest = FrameLink.send_facts
+
+    def send(link: FrameLink, step: str, facts: Mapping[str, object]) -> None:
+        said.append((link.me, link.peer, step, set(facts)))
+        honest(link, step, facts)
+
+    monkeypatch.setattr(FrameLink, "send_facts", send)
+    public = PublicConfig(policy=policy, max_new_tokens=1)
+    reports = play(public, model, tokens, Question(QUESTION))
+    assert all(isinstance(report, Report) for report in reports.values()), reports
+    leak = bind(model.shape, public, len(tokens), 3).policy.leak
+    counts = [entry for entry in said if "counts" in entry[3]]
+    announced = [(S, peer, "facts/counts", {"counts"}) for peer in (C, D)]
+    assert sorted(counts) == (announced if leak == "count" else [])
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ([0, 5, 5], "n_keep=0/5/5 is out of range; allowed: 1 to 90"),
+        ([5, 5, 91], "n_keep=5/5/91 is out of range; allowed: 1 to 90"),
+        ([5, 5], "n_keep=5/5 is out of range; allowed: one number, or one for each of the 3 layers"),
+        ([5, 5, 0.5], "not a list of whole numbers"),
+        ([5, True, 5], "not a list of whole numbers"),
+        ("5/5/5", "not a list of whole numbers"),
+        (None, "announces counts None"),
+    ],
+)
+def test_a_wrong_announcement_is_one_line(
+    said: Any, words: str, model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = decide
+    monkeypatch.setattr("mpcache_parties.roles.decide", lambda *arguments: (honest(*arguments)[0], said))
+    errors = play(THRESHOLD, model, tokens, Question(QUESTION))
+    # Whoever looks first says so; the other one may hear it from the server.
+    assert any(isinstance(errors[rank], Desync) for rank in (C, D)), errors
+    for error in errors.values():
+        assert isinstance(error, Desync | PeerFailed)
+        assert "\n" not in str(error)
+        with pytest.raises(MpcacheError, match=words):
+            raise error
+
+
+def test_the_end_token_ends_all_three(model: Model, tokens: list[int]) -> None:
+    """The dealer is told, too: it makes no more tapes than AHEAD beyond what is used."""
+    public = PublicConfig(policy="full", max_new_tokens=20)
+    asked = model.tokenizer.encode(QUESTION, bos=False)
+    bound = bind(model.shape, public, len(tokens), len(asked))
+    ids = plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
+    ends = replace(model, shape=replace(model.shape, eos_ids=(ids[1],)))
+    answered = ids[: ids.index(ids[1]) + 1]
+    reports = play(public, ends, tokens, Question(QUESTION))
+    server, client, dealer = (reports[rank] for rank in Rank)
+    assert isinstance(server, Report) and isinstance(client, Report) and isinstance(dealer, Report), reports
+    assert client.token_ids == answered
+    assert len(server.phases) == len(client.phases) == 2 + len(answered)
+    assert len(client.phases) <= len(dealer.phases) <= len(client.phases) + AHEAD
+
+
+def test_what_the_model_cannot_hold_is_the_same_line_everywhere(model: Model, tokens: list[int]) -> None:
+    public = PublicConfig(policy="full", max_new_tokens=100)
+    errors = play(public, model, tokens, Question(QUESTION))
+    words = "make .* tokens, the model allows 128; shorten the context or lower --max-new-tokens"
+    assert any(isinstance(error, BadInput) for error in errors.values())
+    for error in errors.values():
+        assert isinstance(error, BadInput | PeerFailed)
+        with pytest.raises(MpcacheError, match=words):
+            raise error
+
+
+# -------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def files(tmp_path: Path, model: Model, tokens: list[int]) -> tuple[Settings, Path, Path]:
+    """Settings on free ports; their file; the document."""
+    settings = free_settings(connect_s=60, recv_s=60)
+    public = PublicConfig(policy="full", max_new_tokens=25)
+    settings = settings.model_copy(update={"public": public})
+    document = tmp_path / "document.txt"
+    document.write_text(model.tokenizer.decode(tokens[:16]))
+    return settings, write_config(settings, tmp_path / "config.yaml"), document
+
+
+@pytest.mark.parametrize("victim", list(Rank))
+def test_a_party_killed_in_mid_answer(victim: Rank, folder: Path, files: tuple[Settings, Path, Path]) -> None:
+    _, config, document = files
+    flags: dict[Rank, list[object]] = {
+        S: ["--model", folder, "--context", document],
+        C: ["--question", QUESTION, "--no-stop-at-eos"],
+        D: [],
+    }
+    with started() as children:
+        for rank in (C, S, D):
+            children.append(start(PARTY, "--rank", int(rank), "--config", config, *flags[rank]))
+        client, server, dealer = children
+        assert client.stdout is not None
+        assert client.stdout.read(1), client.communicate()[1]  # the answer has begun
+        processes = {S: server, C: client, D: dealer}
+        os.kill(processes[victim].pid, signal.SIGKILL)
+        limit = time.monotonic() + SOON_S
+        for rank in set(Rank) - {victim}:
+            _, noise = processes[rank].communicate(timeout=limit - time.monotonic())
+            assert processes[rank].returncode == 3
+            (line,) = errors_of(noise)
+            assert f"lost {victim.label}: its process or the connection ended" in line
+
+
+BAD = {
+    "missing-model": (S, ["--model", "/no/such/folder"], 2, "/no/such/folder: no such model folder"),
+    "missing-document": (S, ["--context", "/no/document"], 2, "/no/document: cannot be read: No such file"),
+    "empty-question": (C, ["--question", " "], 2, "the question is empty"),
+    "policy": (D, ["--policy", "mpcach"], 2, r"unknown policy 'mpcach' \(did you mean mpcache\?\)"),
+    "policy-option": (C, ["--policy", "mpcache:nkeep=3"], 2, "no option 'nkeep'"),
+    "another's-flag": (C, ["--context", "x"], 2, "--context belongs to the server"),
+    "another-config": (D, ["--max-new-tokens", "26"], 3, "max_new_tokens is 25 at .*, 26 at dealer"),
+    "port": (S, [], 3, "is in use by another program|is not the server: it does not answer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_all(
+    case: str, folder: Path, files: tuple[Settings, Path, Path], tmp_path: Path
+) -> None:
+    """The bad party is a process; the two that wait for it learn the reason."""
+    settings, config, _ = files
+    rank, flags, code, words = BAD[case]
+
+    def wait(peer: Rank) -> LinkError:
+        with pytest.raises(LinkError) as caught, connect_all(peer, settings, Ledger()) as network:
+            agree(network.links, peer, settings.public.flat())
+            network[rank].recv_facts("facts/model")
+        return caught.value
+
+    with started() as children, socket.socket() as other, ThreadPoolExecutor(2) as pool:
+        if case == "port":
+            other.bind(("127.0.0.1", int(settings.addresses.server.rpartition(":")[2])))
+            other.listen()
+        peers = [pool.submit(wait, peer) for peer in set(Rank) - {rank}]
+        children.append(start(PARTY, "--rank", int(rank), "--config", config, *flags))
+        assert children[0].stderr is not None
+        lines = [children[0].stderr.readline()]
+        while lines[-1].startswith(f"{rank.label}: waiting"):
+            lines.append(children[0].stderr.readline())
+        begin = time.monotonic()  # the start of a process takes seconds on a busy machine
+        out, noise = children[0].communicate(timeout=SOON_S)
+        errors = [peer.result(timeout=SOON_S) for peer in peers]
+        assert time.monotonic() - begin < SOON_S
+    assert (children[0].returncode, out) == (code, "")
+    (line,) = errors_of("".join(lines) + noise)
+    assert re.search(words, line)
+    for text in map(str, errors):
+        assert "\n" not in text
+        if "/no/" in line:  # a path is nobody else's business
+            assert "its own input cannot be used" in text and "/no/" not in text
+        else:
+            assert re.search(words, text)
+
+
+def test_kernels_that_the_config_asks_for(model: Model, tokens: list[int]) -> None:
+    public = PublicConfig(policy="full", max_new_tokens=1, kernels="reference")
+    reports = play(public, model, tokens, Question(QUESTION))
+    assert isinstance(reports[S], Report) and reports[S].kernels == "reference"
+    if torch.cuda.is_available():
+        return
+    errors = play(public.model_copy(update={"kernels": "triton"}), model, tokens, Question(QUESTION))
+    for error in errors.values():
+        assert "public.kernels is triton: the server has no GPU" in str(error)
+
+
+def test_a_party_that_never_comes(files: tuple[Settings, Path, Path], folder: Path) -> None:
+    _, config, document = files
+    with started() as children:
+        for flags in (["--rank", 0, "--model", folder, "--context", document], ["--rank", 2]):
+            children.append(start(PARTY, "--config", config, "--connect-timeout", 2, *flags))
+        for child in children:
+            _, noise = child.communicate(timeout=60)
+            assert child.returncode == 3
+            (line,) = errors_of(noise)
+            assert "gave up waiting for " in line and "client to connect" in line
+
+
+def test_a_stop_signal_ends_all(files: tuple[Settings, Path, Path], folder: Path) -> None:
+    """One party is told to stop; the others hear why. (The stopped one is the server.)"""
+    _, config, document = files
+    with started() as children:
+        children.append(start(PARTY, "--config", config, "--rank", 1, "--question", QUESTION))
+        children.append(start(PARTY, "--config", config, "--rank", 2))
+        children.append(
+            start(PARTY, "--config", config, "--rank", 0, "--model", folder, "--context", document)
+        )
+        client, dealer, server = children
+        assert client.stdout is not None
+        client.stdout.read(1)
+        server.send_signal(signal.SIGTERM)
+        for child, code in ((server, 143), (client, 3), (dealer, 3)):
+            _, noise = child.communicate(timeout=3 * SOON_S)  # the token in flight is finished first
+            assert child.returncode == code
+            (line,) = errors_of(noise)
+            assert "server: stopped by SIGTERM" in line

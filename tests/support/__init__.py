@@ -1,0 +1,1 @@
+"""What tests share. Nothing imports from a `test_*.py`."""

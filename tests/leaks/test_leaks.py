@@ -17,7 +17,7 @@ from mpcache.model.loading import Model
 from mpcache.rank import Rank
 from mpcache.runtime import party, rng
 from mpcache_parties.roles import Document, Question, ask, deal, serve
-from tests.leaks import needle, step_index
+from tests.support import needle, step_index
 from tests.support.leak_sessions import MEANT, SELECTS, STEPS, Views, by_reason, sessions
 from tests.support.links import free_settings, grpc_networks
 from tests.support.record import recording

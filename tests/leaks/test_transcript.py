@@ -14,7 +14,7 @@ from mpcache.rank import Rank
 from mpcache.runtime.party import ComputingParty
 from mpcache.runtime.program import Opening
 from mpcache.session import Session
-from tests.policy import tiny
+from tests.support import tiny_policies as tiny
 from tests.support.play import play
 
 SPEC = "mpcache:coarse=4,fine=2,n_keep=20,recent=2,sink=1"

@@ -20,7 +20,7 @@ from mpcache.rank import Rank
 from mpcache.runtime.program import Opening
 from mpcache.runtime.shares import Share, centred
 from mpcache.session import Session
-from tests.policy import tiny
+from tests.support import tiny_policies as tiny
 from tests.support.harness import secure
 from tests.support.play import Played, play
 

@@ -22,7 +22,7 @@ from mpcache.runtime.program import at, run
 from mpcache.runtime.shares import Share
 from mpcache.session import Session
 from tests.mpcache.policy.test_policies import ALL_PRIVATE
-from tests.policy import tiny
+from tests.support import tiny_policies as tiny
 from tests.support.harness import secure
 
 

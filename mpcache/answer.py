@@ -13,7 +13,7 @@ from mpcache.config import PublicConfig
 from mpcache.engines.fast import LONGEST
 from mpcache.engines.plain import PlainOps
 from mpcache.errors import BadInput, PolicyError
-from mpcache.model.loading import Model, ModelShape
+from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.policy import BoundPolicy, parse
 from mpcache.runtime.program import Program

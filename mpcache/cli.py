@@ -22,7 +22,7 @@ from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.evaluate.command import evaluate
-from mpcache.model.loading import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, BoundPolicy
 from mpcache.policy.base import written

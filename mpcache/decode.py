@@ -13,7 +13,7 @@ import torch
 
 from mpcache.argmax import greedy
 from mpcache.cache import Cache
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.rope import Turn, rope_tables
 from mpcache.ops import Operand, Ops, Value
 from mpcache.rank import Rank

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.demo.documents import make_document
-from mpcache.model.loading import demo_model_dir, load_tokenizer
+from mpcache.model import demo_model_dir, load_tokenizer
 
 HEAD = (
     "| context | policy | protocol | plaintext ms/token | private ms/token | rounds/token | "

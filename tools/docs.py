@@ -17,7 +17,7 @@ import torch
 from mpcache.audit.catalog import CATALOG
 from mpcache.audit.explain import StepTrace, TensorTrace, TraceParty, explained, formula_of
 from mpcache.audit.formula import Names, modulus, total
-from mpcache.model.loading import demo_model_dir, load_shape
+from mpcache.model import demo_model_dir, load_shape
 from mpcache.protocols.compare import less
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product, truncate, truncate_product
 from mpcache.protocols.lookup import lookup

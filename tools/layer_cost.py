@@ -12,7 +12,7 @@ import argparse
 
 from mpcache.cost.tally import PROTOCOLS
 from mpcache.ledger import Entry
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.policy import parse
 from mpcache.rank import Rank
 from mpcache.runtime.party import ShapeParty

@@ -20,7 +20,7 @@ from mpcache.answer import Sampling, answer, decide
 from mpcache.demo.documents import make_document
 from mpcache.engines.checked import CheckedOps, Range, Ranges
 from mpcache.errors import MpcacheError
-from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse
 from mpcache.session import Session

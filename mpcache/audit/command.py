@@ -22,7 +22,7 @@ from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.cost.choose import CHOICES, NONE
 from mpcache.errors import BadInput, MpcacheError
-from mpcache.model.loading import ModelShape, demo_model_dir, load_shape
+from mpcache.model import ModelShape, demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
 from mpcache.transport.network import parse_network
 

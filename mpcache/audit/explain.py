@@ -18,7 +18,7 @@ from mpcache.audit.catalog import told_of
 from mpcache.audit.formula import Names, total
 from mpcache.cost.tally import PROTOCOLS, CostParty, split
 from mpcache.errors import MpcacheError
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy, parse
 from mpcache.policy.base import runs
 from mpcache.policy.clusters import ClusterPlan

@@ -22,7 +22,7 @@ from mpcache.console.inputs import read_text
 from mpcache.cost.choose import NONE, RATES, modelled
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput
-from mpcache.model.loading import load_tokenizer
+from mpcache.model import load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.rank import Rank
 from mpcache.report.account import Reports, p95

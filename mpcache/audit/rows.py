@@ -12,7 +12,7 @@ from mpcache.console.inputs import listed
 from mpcache.cost.choose import AUTO, RATES, modelled, offline_ms, pick
 from mpcache.cost.tally import Cost, Tally, cost
 from mpcache.errors import BadInput, PolicyError
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.policy import POLICIES, parse
 from mpcache.transport.network import Profile, Rates
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpcache.cost.tally import PROTOCOLS, Cost, cost
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy
 from mpcache.transport.network import Profile, Rates
 

@@ -24,7 +24,7 @@ from mpcache.decode import Operands
 from mpcache.engines import crypten_shim
 from mpcache.engines.fast import FastBitsOps, FastOps
 from mpcache.engines.stock import StockOps
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.ops import Ops, Selection
 from mpcache.policy import BoundPolicy, parse
 from mpcache.rank import Rank

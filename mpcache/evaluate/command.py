@@ -23,7 +23,7 @@ from mpcache.evaluate.secure import confirm
 from mpcache.evaluate.sweep import FULL, Grid, bind, sweep, take
 from mpcache.evaluate.table import CAPTION, tables
 from mpcache.evaluate.tasks import TASKS
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import POLICIES
 from mpcache.policy.base import FULL_PERCENT
 

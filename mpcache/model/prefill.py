@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpcache.errors import BadInput
-from mpcache.model.loading import LayerWeights, Model, ModelShape
+from mpcache.model.loading import Model
 from mpcache.model.rope import rope_tables, rotate
+from mpcache.model.shape import ModelShape
+from mpcache.model.weights import LayerWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Prefill:
 def normalise(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension: RMSNorm, its gain being folded elsewhere.
 
-    LayerNorm as well: `mpcache.model.loading` makes the mean of x zero where a model has one.
+    LayerNorm as well: `mpcache.model.folding` makes the mean of x zero where a model has one.
     """
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcache.model.loading import ModelShape
+from mpcache.model.shape import ModelShape
 
 
 def frequencies(shape: ModelShape) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from mpcache.cache import V_RING, Cache, LayerCache
 from mpcache.errors import PolicyError
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.rank import Rank

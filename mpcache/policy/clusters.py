@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Selection, Value
 from mpcache.policy.base import LayerPlan, LayerView, PlaintextContext, Plan, Policy, average
 from mpcache.rank import Rank

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.policy.base import Budget, LayerPlan, Plan, Policy, by_head
 from mpcache_kernels import Backend

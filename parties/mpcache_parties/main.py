@@ -23,7 +23,7 @@ from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import parse
 from mpcache.rank import Rank
 from mpcache.report.account import Report, ms, number, size

@@ -27,7 +27,7 @@ from mpcache.cost.choose import AUTO, pick
 from mpcache.cost.tally import PROTOCOLS
 from mpcache.errors import ConfigError, Desync, ModelError, PolicyError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model, ModelShape, Weights
+from mpcache.model import Model, ModelShape, Weights
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.model.tokenizer import LibraryError, Tokenizer
 from mpcache.model.tokenizer import parse as parse_tokenizer

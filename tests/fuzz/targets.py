@@ -29,7 +29,8 @@ from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import ModelShape, load_model, load_shape
+from mpcache.model import load_model, load_shape
+from mpcache.model.families import shape_from_config
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import parse
 from mpcache.rank import Rank
@@ -184,7 +185,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     json_of("party config values", 5, settings, [sections])
 
     _kept(place, bytes_of, json_of)
-    shape = ModelShape.from_config(configs[0])
+    shape = shape_from_config(configs[0])
     specs = ("mpcache:n_keep=0.5,coarse=16,fine=8,coarse_keep=0.5,share=0-1", "quest:page=4,pages=2",
              "streaming:sink=2,recent=5", "snapkv:cap=8,queries=3,pool=3", "h2o:heavy=4,recent=3",
              "tova:cap=6", "mpcache:n_keep=10/20/30,alpha=0.3,score=bound,threshold=0.1")  # fmt: skip

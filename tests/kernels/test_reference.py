@@ -147,7 +147,7 @@ def test_a_cpu_run_does_not_import_triton() -> None:
 import sys, torch, mpcache.cli, mpcache_parties.main
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 model, public = load_model(demo_model_dir()), PublicConfig(max_new_tokens=2)
 answer = plain_answer(model, bind(model.shape, public, 200, 3), [5] * 200, [1, 2, 3], 2, Sampling(), ())
 assert answer.kernels == "reference" and len(answer.ids) == 2

@@ -10,7 +10,7 @@ import pytest
 
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig
-from mpcache.model.loading import Model, load_model
+from mpcache.model import Model, load_model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.roles import Question

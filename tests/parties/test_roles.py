@@ -21,7 +21,7 @@ from mpcache.config import PublicConfig, Settings
 from mpcache.cost.tally import cost
 from mpcache.errors import BadInput, Desync, LinkError, MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.model.prefill import prefill
 from mpcache.rank import Rank
 from mpcache.report.account import Report, summary

@@ -15,7 +15,7 @@ from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import Addresses, PublicConfig, Settings, Timeouts
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.local import local_pair

@@ -20,7 +20,7 @@ from mpcache.audit.rows import sweep
 from mpcache.audit.tables import duration, size
 from mpcache.cost.tally import cost
 from mpcache.errors import BadInput, MpcacheError
-from mpcache.model.loading import demo_model_dir, load_shape
+from mpcache.model import demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
 from mpcache.transport.network import PROFILES
 

@@ -4,7 +4,7 @@ import pytest
 
 from mpcache.cost.choose import NONE, answer_ms, modelled, offline_ms, pick
 from mpcache.cost.tally import cost
-from mpcache.model.loading import demo_model_dir, load_shape
+from mpcache.model import demo_model_dir, load_shape
 from mpcache.policy import parse
 from mpcache.transport.network import Profile, parse_network
 

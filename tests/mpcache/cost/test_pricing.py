@@ -13,7 +13,7 @@ import torch
 
 from mpcache.cost.tally import Tally, cost, split
 from mpcache.ledger import Entry
-from mpcache.model.loading import LayerWeights, ModelShape, Weights
+from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
 from mpcache.policy import POLICIES, parse
 from mpcache.rank import Rank

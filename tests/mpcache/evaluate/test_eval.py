@@ -20,7 +20,7 @@ from mpcache.evaluate.score import Engine, Score, Tokens, score
 from mpcache.evaluate.secure import CONFIRMED, TOLERANCE
 from mpcache.evaluate.sweep import Grid, bind, sweep, take
 from mpcache.evaluate.tasks import ASKED, COPIED, DEPTHS, FACTS, GIVEN, TASKS, TIMES
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse
 from mpcache.policy.base import FULL_PERCENT

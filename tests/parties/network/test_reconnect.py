@@ -16,7 +16,7 @@ from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import Addresses, PublicConfig, Settings
 from mpcache.errors import LinkError, PeerLost
 from mpcache.ledger import Ledger
-from mpcache.model.loading import load_model
+from mpcache.model import load_model
 from mpcache.rank import Rank
 from mpcache_parties.network.grpc_link import Network, connect_all
 from tests.support.links import free_settings

@@ -20,7 +20,7 @@ from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, Desync, MpcacheError, StateError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.runtime import party as party_module

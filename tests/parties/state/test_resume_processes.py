@@ -11,7 +11,7 @@ import pytest
 
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig, Settings
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from tests.support.links import free_settings
 from tests.support.processes import (

@@ -13,7 +13,7 @@ import pytest
 from mpcache.answer import Sampling, bind, plain_answer
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PolicyError, StateError
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache_parties.prepare import prepare
 from mpcache_parties.roles import Document, Question, ask, serve

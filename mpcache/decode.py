@@ -14,7 +14,7 @@ import torch
 from mpcache.argmax import greedy
 from mpcache.cache import Cache
 from mpcache.model import ModelShape
-from mpcache.model.rope import Turn, rope_tables
+from mpcache.model.rope import Rotation, rope_tables
 from mpcache.ops import Operand, Ops, Value
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, together
@@ -102,7 +102,7 @@ def qkv(
 ) -> Program[list[Value]]:
     """(m, width) -> the stream; q (m, H, d), scaled by 1/sqrt d; k, v (m, KV, d); q and k rotated."""
     turned = shape.heads + shape.kv_heads
-    turn = Turn(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
+    turn = Rotation(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
     x, y = yield from ops.norm_linear(x, change, shape.norm_eps, w.qkv, w.qkv_bias, turn)
     y = yield from ops.rescale(y)
     y = y.reshape(-1, turned + shape.kv_heads, shape.head_dim)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mpcache.model.rope import Turn
+from mpcache.model.rope import Rotation
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, local
 from mpcache_kernels import Backend
@@ -102,7 +102,7 @@ class Ops(ABC):
     @abstractmethod
     def norm_linear(
         self, x: Value | None, change: Value, eps: float, w: Operand, bias: Value | None = None,
-        turn: Turn | None = None,
+        turn: Rotation | None = None,
     ) -> Program[tuple[Value, Value]]:  # fmt: skip
         """Residual connection, norm to unit root mean square, linear layer, rotation: x + change
         (m, width), and turn(norm(x + change) @ w + bias). x: what came out of here before; None: zero.

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from mpcache.model.prefill import activate, normalise
-from mpcache.model.rope import Turn, rotate
+from mpcache.model.prefill import apply_activation, normalise
+from mpcache.model.rope import Rotation, rotate
 from mpcache.ops import Ops, Selection
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, local
@@ -86,7 +86,7 @@ class PlainOps(Ops):
 
     def norm_linear(
         self, x: torch.Tensor | None, change: torch.Tensor, eps: float, w: torch.Tensor,
-        bias: torch.Tensor | None = None, turn: Turn | None = None,
+        bias: torch.Tensor | None = None, turn: Rotation | None = None,
     ) -> Program[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
         x = change if x is None else x + change
         y = normalise(x, eps) @ w
@@ -99,7 +99,7 @@ class PlainOps(Ops):
         return local(rotate(x, cos.to(x), sin.to(x)))
 
     def gate(self, kind: str, gate: torch.Tensor, up: torch.Tensor | None) -> Program[torch.Tensor]:
-        y = activate(kind, gate)
+        y = apply_activation(kind, gate)
         return local(y if up is None else y * up)
 
     def softmax(

@@ -29,8 +29,7 @@ from mpcache.errors import ConfigError, Desync, ModelError, PolicyError
 from mpcache.ledger import Ledger
 from mpcache.model import Model, ModelShape, Weights
 from mpcache.model.prefill import Prefill, prefill
-from mpcache.model.tokenizer import LibraryError, Tokenizer
-from mpcache.model.tokenizer import parse as parse_tokenizer
+from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.policy import BoundPolicy
 from mpcache.rank import Rank
 from mpcache.report.account import Report, ms

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from mpcache.answer import Sampling, answer, decide
+from mpcache.answer import answer, bind_to_document
 from mpcache.demo.documents import make_document
 from mpcache.engines.checked import CheckedOps, Range, Ranges
 from mpcache.errors import MpcacheError
 from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse
+from mpcache.sampling import Sampling
 from mpcache.session import Session
 from mpcache_kernels import backend
 
@@ -46,7 +47,7 @@ def check(model: Model, spec: str, context: list[int], question: str, ranges: Ra
     policy = parse(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=policy.policy.window(len(context)))
     kernels = backend("cpu")
-    policy, _ = decide(policy, model.shape, filled, kernels)
+    policy, _ = bind_to_document(policy, model.shape, filled, kernels)
     session = Session(CheckedOps(), ranges, model.shape, policy)
     session.setup(model.weights)
     session.context(filled, kernels)

@@ -15,13 +15,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpcache.answer import bind
 from mpcache.audit.rows import Grid, Row, Setting, price, whole
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import read_text
 from mpcache.cost.choose import NONE, RATES, modelled
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput
+from mpcache.limits import bind_policy
 from mpcache.model import load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.rank import Rank
@@ -84,7 +84,7 @@ def plan(grid: Grid, rows: Sequence[Row]) -> list[tuple[Key, PublicConfig]]:
             policy=spec, protocol=protocol, network=network, max_new_tokens=grid.new_tokens,
             reveal="token" if grid.reveal == "token" else "logits",
         )  # fmt: skip
-        bind(grid.shape, public, context, grid.question)
+        bind_policy(grid.shape, public, context, grid.question)
         runs.append(((spec, protocol, context, network), public))
     return runs
 

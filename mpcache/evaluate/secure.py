@@ -13,16 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpcache.answer import Sampling, plain_answer
-from mpcache.answer import bind as bind_session
+from mpcache.answer import plain_answer
 from mpcache.config import PublicConfig
 from mpcache.engines.threads import run_threads
 from mpcache.evaluate.rows import Results, Tally, bits_per_byte
 from mpcache.evaluate.score import Engine, Score, Tokens, score
 from mpcache.evaluate.sweep import Grid, Say, bind, take
 from mpcache.evaluate.tasks import Sample
+from mpcache.limits import bind_policy
 from mpcache.policy import BoundPolicy, parse
 from mpcache.rank import Rank
+from mpcache.sampling import Sampling
 from mpcache.session import Session
 from mpcache_parties.launch import run_quietly
 
@@ -68,7 +69,7 @@ def _answer(engine: Engine, cell: Tally, bound: BoundPolicy, sample: Sample, net
     (turn,), tokens = sample.turns, engine.tokens(sample)
     question, answer, _ = tokens.turns[0]
     public = PublicConfig(policy=bound.policy.spec, max_new_tokens=len(answer), network=network)
-    bind_session(engine.model.shape, public, len(tokens.context), len(question))
+    bind_policy(engine.model.shape, public, len(tokens.context), len(question))
     plain = plain_answer(
         engine.model, bound, tokens.context, question, len(answer), Sampling(), (), engine.device
     )

@@ -20,7 +20,6 @@ import yaml
 from google.protobuf.message import DecodeError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mpcache.answer import bind
 from mpcache.audit.command import read_quality
 from mpcache.cache import Cache, LayerCache
 from mpcache.certificates import Identity
@@ -29,6 +28,7 @@ from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
+from mpcache.limits import bind_policy
 from mpcache.model import load_model, load_shape
 from mpcache.model.families import shape_from_config
 from mpcache.model.tokenizer import Tokenizer
@@ -120,7 +120,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     def config(data: bytes) -> None:
         (own / "config.json").write_bytes(data)
         shape = load_shape(own)
-        bind(shape, PublicConfig(policy="mpcache:n_keep=0.5", max_new_tokens=4), 40, 4)
+        bind_policy(shape, PublicConfig(policy="mpcache:n_keep=0.5", max_new_tokens=4), 40, 4)
 
     json_of("config.json", 14, config, configs)
 
@@ -193,7 +193,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     def policy(data: bytes) -> None:
         spec = data.decode("utf-8", "surrogateescape")
         public = load_settings(None, {"public.policy": spec, "public.max_new_tokens": 4}).public
-        bind(shape, public, 60, 4)
+        bind_policy(shape, public, 60, 4)
         parse(spec)
 
     bytes_of("policy", 10, policy, [spec.encode() for spec in specs])

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import demo_question, read_question
 from mpcache.errors import BadInput
 from mpcache.report.account import agreement, ms, p95, size
+from mpcache.sampling import Sampling
 from mpcache_parties.launch import PartyFailed
 from tests.mpcache.conftest import Run
 from tests.support.processes import CLI, SOON_S, Process, children_of, gone_soon, start, started

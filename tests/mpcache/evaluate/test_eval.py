@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling, plain_answer
+from mpcache.answer import plain_answer
 from mpcache.cli import main
 from mpcache.demo.documents import load_lines
 from mpcache.evaluate import plot as plotting
@@ -24,6 +24,7 @@ from mpcache.model import demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse
 from mpcache.policy.base import FULL_PERCENT
+from mpcache.sampling import Sampling
 from tests.mpcache.conftest import Run
 from tests.support.processes import CLI, start, started, tiny_model
 

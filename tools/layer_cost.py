@@ -1,4 +1,4 @@
-"""Rounds and bytes of one decoder layer, by the ledger, without any party running.
+"""Count rounds and bytes of one decoder layer, by the ledger, without any party running.
 
     python tools/layer_cost.py [--context 1024] [--protocol fast|fast-bits|stock] [POLICY ...]
 
@@ -27,7 +27,7 @@ STEP = "decode1"
 
 
 def layers(spec: str, context: int, protocol: str) -> list[dict[str, Entry]]:
-    """Per layer, what each of its operations costs in one decode step."""
+    """Return, per layer, what each of its operations costs in one decode step."""
     party = ShapeParty(Rank.SERVER)
     ops = PROTOCOLS[protocol](Rank.SERVER, device="meta")
     session = Session(ops, party, SHAPE, parse(spec).bind(context, SHAPE))
@@ -45,6 +45,7 @@ def layers(spec: str, context: int, protocol: str) -> list[dict[str, Entry]]:
 
 
 def main() -> None:
+    """Print what the layers of each policy cost."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--context", type=int, default=1024)
     arguments.add_argument("policies", nargs="*", default=["full", PAPER])

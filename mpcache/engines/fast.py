@@ -29,8 +29,10 @@ BLUR_BITS = 11  # what a party learns is blurred with a standard deviation of 2^
 
 
 def weight_bits(n: int) -> int:
-    """Fraction bits of n softmax weights: with 16 of the values, and 2^5 as their size, sums of n products
-    are below 2^(AVERAGE_RING - 2). 22 for 2^11 tokens, 20 for 2^13."""
+    """Return the fraction bits of n softmax weights: 22 for 2^11 tokens, 20 for 2^13.
+
+    With 16 of the values, and 2^5 as their size, sums of n products are below 2^(AVERAGE_RING - 2).
+    """
     return min(WEIGHT_BITS, AVERAGE_RING - 2 - 16 - 5 - (n - 1).bit_length())
 
 
@@ -60,14 +62,14 @@ class FastOps(Engine[Share, MaskedOperand]):
         return Share(encode(value.cpu(), bits).reshape(tuple(shape)), bits, owner)
 
     def rescale_to(self, x: Share, bits: int | None = None) -> Program[Share]:
-        """x at `bits` fraction bits, exactly; free if it has no more."""
+        """X at `bits` fraction bits, exactly; free if it has no more."""
         bits = self.bits if bits is None else bits
         if (x.bits, x.ring) == (bits, 64):
             return x
         return (yield from self.do.truncate(self.side, self.do.truncate_local(self.side, x, bits), bits))
 
     def in_small_ring(self, x: Share) -> Share:
-        """x at `bits` fraction bits in a ring for |x| < 2^14; no cost."""
+        """X at `bits` fraction bits in a ring for |x| < 2^14; no cost."""
         x = self.do.truncate_local(self.side, x, self.bits)
         return replace(x, ring=min(x.ring, x.bits + VALUE_BITS + 2))
 
@@ -190,8 +192,11 @@ class FastOps(Engine[Share, MaskedOperand]):
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
-        """Products are blurred by the other party (`blur`): a logit is a whole number of 2^-18 / rms, so
-        that exact logits would tell the last hidden state's root mean square, which is no public size."""
+        """Open to one party. One round.
+
+        Products are blurred by the other party (`blur`): a logit is a whole number of 2^-18 / rms, so
+        that exact logits would tell the last hidden state's root mean square, which is no public size.
+        """
         # Whole bytes, all of them significant: the recipient sees a share that is uniform.
         spare = -(x.ring - max(0, x.bits - self.bits)) % 8
         if x.bits > self.bits + spare:
@@ -204,8 +209,10 @@ class FastOps(Engine[Share, MaskedOperand]):
 
 
 class FastBitsOps(FastOps):
-    """`--protocol fast-bits`: a top-k compares the mask's digits instead of walking key trees. One more
-    round for each top-k, and a ninth of its comparisons' offline bytes."""
+    """`--protocol fast-bits`: a top-k compares the mask's digits instead of walking key trees.
+
+    Each top-k takes one more round, and a ninth of its comparisons' offline bytes.
+    """
 
     name = "fast-bits"
     comparison = Digits

@@ -51,11 +51,12 @@ class Claim:
 def claim(
     operation: str, raw: torch.Tensor, most: int, bits: int = 0, least: int | None = None
 ) -> Program[None]:
+    """Claim a range, to be judged where the program is read, at the step that is known there."""
     yield Call(Claim(operation, raw, most, bits, least))
 
 
 def _held(operation: str, x: Share, ring: int) -> Program[None]:
-    """x is a number of its ring, positive or negative."""
+    """X is a number of its ring, positive or negative."""
     return claim(operation, x.data, 1 << (ring - 1), x.bits)
 
 
@@ -74,28 +75,30 @@ def _multiplied(
 
 
 def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
-    """Rounds to the nearest."""
+    """Round to the nearest."""
     f = x.bits - bits
     if f <= 0 and x.ring == 64:
         return Share(x.data << -f, bits, x.owner)
-    yield from claim("truncation", x.data, linear.room(x.ring) >> max(0, -f), x.bits)
+    yield from claim("truncation", x.data, linear.truncation_room(x.ring) >> max(0, -f), x.bits)
     if f <= 0:
         return Share(x.data << -f, bits)
     return Share((x.data + (1 << (f - 1))) >> f, bits)
 
 
 def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
+    """Multiply, x truncated first."""
     x = yield from truncate(side, x, x.bits)
     return (yield from _multiplied("product", x, y, torch.mul, 64))
 
 
 def truncate_local(side: Side, x: Share, bits: int) -> Share:
-    """Rounds to the nearest."""
+    """Round to the nearest."""
     f = x.bits - bits
     return x if f <= 0 else Share((x.data + (1 << (f - 1))) >> f, bits, ring=x.ring - f)
 
 
 def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
+    """Prepare an operand: known, and of its ring."""
     yield from _held("resident operand", x, ring)
     return MaskedOperand(torch.zeros_like(x.data), x.data, x.bits, ring=ring)
 
@@ -104,16 +107,19 @@ start_mask_operand = mask_operand
 
 
 def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand) -> Program[MaskedOperand]:
+    """Return what was joined: nothing waits."""
     return local(joined)
 
 
 def matmul_masked_operand(side: Side, x: Share, w: MaskedOperand, ring: int = 64) -> Program[Share]:
+    """Multiply by an operand, in a ring that must hold the result."""
     return _multiplied("product with an operand", x, w, torch.matmul, ring)
 
 
 def product(
     side: Side, x: Share, y: Share, op: Callable[..., torch.Tensor] = torch.mul, ring: int = 64
 ) -> Program[Share]:
+    """Multiply, in a ring that must hold the result."""
     return _multiplied("product", x, y, op, ring)
 
 
@@ -121,18 +127,20 @@ def product(
 
 
 def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]:
+    """Return x * step(x), or that times up."""
     yield from claim(kind, x.data, series(kind).half << x.bits, x.bits)
     for value in [x] if up is None else [x, up]:
-        yield from claim("truncation", value.data, linear.room(value.ring), value.bits)
+        yield from claim("truncation", value.data, linear.truncation_room(value.ring), value.bits)
     y, bits = prefill.activate(kind, decode(x.data, x.bits)), x.bits + activation.STEP_BITS
     if up is not None:
         product = x.data * up.data >> up.bits
-        yield from claim("gate times up", product, linear.room(activation.PRODUCT_RING), x.bits)
+        yield from claim("gate times up", product, linear.truncation_room(activation.PRODUCT_RING), x.bits)
         y = y * decode(up.data, up.bits)
     return Share(encode(y, bits), bits)
 
 
 def relu(side: Side, x: Share, width: int) -> Program[Share]:
+    """Return max(x, 0)."""
     yield from claim("max(x, 0)", x.data, 1 << (width - 1), x.bits)
     return replace(x, data=x.data.clamp(min=0), owner=None)
 
@@ -153,6 +161,7 @@ def norm_linear(
     w: MaskedOperand,
     turn: Callable[[Share], Share],
 ) -> Program[tuple[MaskedOperand, Share]]:
+    """Normalise and multiply, as `norm.norm_linear`."""
     x = yield from truncate(side, change, change.bits)
     if stream is not None:
         x = replace(x, data=x.data + stream.opened)
@@ -163,7 +172,9 @@ def norm_linear(
     y = turn((yield from _multiplied("product with an operand", x, w, torch.matmul, 64)))
     yield from _held("product with an operand", y, y.ring)
     y = truncate_local(side, y, norm.PRODUCT_BITS)
-    yield from claim("product, truncated", y.data, linear.room(min(y.ring, norm.PRODUCT_RING)), y.bits)
+    yield from claim(
+        "product, truncated", y.data, linear.truncation_room(min(y.ring, norm.PRODUCT_RING)), y.bits
+    )
     bits = y.bits + norm.root(width, x.bits)[2]
     normed = decode(y.data, y.bits) * torch.rsqrt(total / width)
     yield from claim("normed product", normed * 2.0**bits, 1 << 63, bits)
@@ -172,6 +183,7 @@ def norm_linear(
 
 
 def reciprocal(side: Side, x: Share, least: float, most: float) -> Program[Share]:
+    """Return 1 / x."""
     yield from claim("reciprocal", x.data, math.ceil(most * 2**x.bits), x.bits, math.floor(least * 2**x.bits))
     _, bits = power.reciprocal_range(least, most, x.bits)
     return Share(encode(1 / decode(x.data, x.bits), bits), bits)
@@ -183,7 +195,7 @@ def reciprocal(side: Side, x: Share, least: float, most: float) -> Program[Share
 def softmax(
     side: Side, scores: Share, visible: torch.Tensor | None, bits: int
 ) -> Program[tuple[Share, Share]]:
-    """What is not visible is free: it takes part in no bound and in no sum."""
+    """Compute what is visible; the rest is free: it takes part in no bound and in no sum."""
     raw, grid = scores.data, scores_of.GRID
     mask = torch.ones_like(raw) if visible is None else visible.expand(raw.shape)
     seen = raw * mask
@@ -236,6 +248,7 @@ def topk(
     width: int,
     comparison: type[Keys] | type[Digits] = Keys,
 ) -> Program[tuple[IdealSelection, list[Share]]]:
+    """Choose the k highest, ties to the lower index."""
     raw = scores.data
     apart = raw.amax(-1) - raw.amin(-1)
     yield from claim("top, difference", apart, 1 << (width - 1), scores.bits)
@@ -250,7 +263,7 @@ def topk(
 
 
 __all__ = [
-    "Claim", "IdealSelection", "activate", "blur", "claim", "finish_mask_operand", "start_mask_operand", "quantize_scores", "norm_linear", "relu", "product",
-    "matmul_masked_operand", "reciprocal", "mask_operand", "truncate_local", "softmax", "topk", "truncate",
-    "truncate_times",
+    "Claim", "IdealSelection", "activate", "blur", "claim", "finish_mask_operand", "mask_operand",
+    "matmul_masked_operand", "norm_linear", "product", "quantize_scores", "reciprocal", "relu", "softmax",
+    "start_mask_operand", "topk", "truncate", "truncate_local", "truncate_times",
 ]  # fmt: skip

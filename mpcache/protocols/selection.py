@@ -47,14 +47,14 @@ class PreparedSelection(SlotSelection):
     hot: MaskedOperand
 
     def gather(self, values: Share) -> Program[Share]:
-        """One round: only the values are opened."""
+        """Gather values. One round: only they are opened."""
         columns = values.transpose(-1, -2)
         return (yield from matmul_masked_operand(self.side, columns, self.hot.transpose(-1, -2))).transpose(
             -1, -2
         )
 
     def scatter(self, weights: Share) -> Program[Share]:
-        """One round: only the weights are opened."""
+        """Scatter weights. One round: only they are opened."""
         return (yield from matmul_masked_operand(self.side, weights.transpose(-1, -2), self.hot)).transpose(
             -1, -2
         )
@@ -67,12 +67,12 @@ class PreparedSelection(SlotSelection):
 
 
 def prepare_selection(side: Side, hot: Share) -> Program[SlotSelection]:
-    """One round: the slot matrix (*rows, k, n) is opened under a mask that stays."""
+    """Open the slot matrix (*rows, k, n) under a mask that stays. One round."""
     return PreparedSelection(side, hot, (yield from mask_operand(hot, RING)))
 
 
 def refine_selection(side: Side, coarse: Share, fine: Share, children: int) -> Program[SlotSelection]:
-    """coarse (*rows, k, n) and fine (*rows, k2, k children): (*rows, k2, n children). Two rounds."""
+    """Join coarse (*rows, k, n) and fine (*rows, k2, k children) to (*rows, k2, n children). Two rounds."""
     *rows, k2, _ = fine.shape
     k, n = coarse.shape[-2:]
     by_child = fine.reshape(*rows, k2, k, children).transpose(-1, -2).transpose(-2, -3)

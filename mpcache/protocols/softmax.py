@@ -72,9 +72,9 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
 
 
 def exp(side: Side, d: Share) -> Program[Share]:
-    """e^-d of a narrow d > 0 with 62 fraction bits, zero from 18.3 on, and from 16 on at times. One round.
+    """Compute e^-d of a narrow d > 0 with 62 fraction bits. One round.
 
-    Relative error 3e-6, and 2e-6 absolute: the two factors' bits; the grid adds 1.4e-4 relative.
+    It is zero from 18.3 on, and from 16 on at times. Relative error 3e-6, and 2e-6 absolute: the two factors' bits; the grid adds 1.4e-4 relative.
     d < FARTHEST.
     """
     n = math.prod(d.shape)
@@ -108,7 +108,7 @@ def exp(side: Side, d: Share) -> Program[Share]:
 def softmax(
     side: Side, scores: Share, visible: torch.Tensor | None, bits: int
 ) -> Program[tuple[Share, Share]]:
-    """Narrow scores (*b, n) to e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds.
+    """Turn narrow scores (*b, n) into e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds.
 
     Each weight is off by 1.4e-4 of itself (the grid) and by 3e-7 or 2^-bits / 2 more, whichever is larger (a
     standard deviation), while their sum may be as low as e^-SLACK. With the bits of `fast.weight_bits` the

@@ -26,7 +26,7 @@ from mpcache.limits import bind_policy
 from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, BoundPolicy
-from mpcache.policy.base import written
+from mpcache.policy.plan import written
 from mpcache.rank import Rank
 from mpcache.report.account import card, comparison, summary
 from mpcache.sampling import Sampling

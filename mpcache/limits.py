@@ -6,10 +6,10 @@ Every party makes these checks, on public facts alone, before anything secret is
 from __future__ import annotations
 
 from mpcache.config import PublicConfig
-from mpcache.engines.fast import LONGEST
 from mpcache.errors import BadInput, PolicyError
 from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy, parse
+from mpcache.protocols.ranges import LONGEST_ATTENDED
 
 
 def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question: int) -> BoundPolicy:
@@ -43,9 +43,9 @@ def _check_positions(shape: ModelShape, public: PublicConfig, context: int, ques
 
 def _check_attended(bound: BoundPolicy, public: PublicConfig, question: int) -> None:
     attended = bound.plan.attended + question + public.max_new_tokens
-    if public.protocol != "stock" and attended > LONGEST:
+    if public.protocol != "stock" and attended > LONGEST_ATTENDED:
         raise PolicyError(
             f"policy {bound.policy.spec}: a query may attend to {attended} tokens of context, question and "
-            f"answer; protocol {public.protocol} holds {LONGEST}: give it smaller budgets, or shorten the "
-            "context"
+            f"answer; protocol {public.protocol} holds {LONGEST_ATTENDED}: give it smaller budgets, or "
+            "shorten the context"
         )

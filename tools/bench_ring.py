@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from mpcache.runtime import ring
-from mpcache.runtime.rng import Stream, fresh_seed
+from mpcache.runtime.rng import KeyStream, fresh_seed
 
 SHAPES = [  # x and y: a decode step's products, then whole chunks
     ((1, 128), (128, 512)),
@@ -59,7 +59,7 @@ def best_ms(call: Callable[[], torch.Tensor], repeats: int = 15) -> float:
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    words = Stream(fresh_seed(), "bench")
+    words = KeyStream(fresh_seed(), "bench")
     print(f"{'product':<30}{'int64 ms':>10}{'limbs ms':>10}{'limbs / int64':>15}")
     for a, b in SHAPES:
         x, y = words.tensor(a), words.tensor(b)

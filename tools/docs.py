@@ -1,4 +1,4 @@
-"""docs/protocols.md from its text, the catalog of protocols, and the programs themselves.
+"""Write docs/protocols.md from its text, the catalog of protocols, and the programs themselves.
 
     python tools/docs.py [--check]
 

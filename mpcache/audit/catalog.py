@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Protocol:
-    """says: in a few words.  code: the function that is its definition, under mpcache.secure.  error:
+    """says: in a few words.  code: the function that is its definition, under mpcache.protocols.  error:
     its bound.  source: the paper, or what it follows from."""
 
     says: str
@@ -45,7 +45,7 @@ CATALOG: Mapping[str, Protocol] = {
         "as the truncations", "Escudero et al., eprint 2020/338",
     ),
     "line": Protocol(
-        "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector", "power.power",
+        "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector", "reciprocal.power",
         "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
     ),
     "blur": Protocol(

@@ -109,6 +109,7 @@ def names() -> Names:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         told = set(docstrings(tree))
+        found.words |= set(module_name(path).split("."))
         found.modules[module_name(path)] = {
             *_bound(tree.body), *(child.stem for child in path.parent.iterdir() if path.name == "__init__.py")
         }  # fmt: skip

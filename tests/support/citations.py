@@ -28,8 +28,8 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if not path.name.endswith("_pb2.py") and "__pycache__" not in path.parts
 )
-# History and what users type: names there need not be names of today's code.
-OLD_NAMES = {"CHANGELOG.md", "log.md"}
+# Pages that tell history: a single word there need not be a name of today's code.
+HISTORY = {"CHANGELOG.md", "log.md"}
 
 PATH = re.compile(rf"(?<![\w/.:<-])((?:{'|'.join((*ROOMS, *IMPORTS))})/[\w./*-]*[\w*/])(?:::(\w+))?")
 BARE_FILE = re.compile(r"(?<![\w/.*-])((?:[\w-]+/)*[\w-]+\.(?:py|md))\b(?!/)")
@@ -213,7 +213,8 @@ def links_missing(text: str, page: Path) -> Iterator[str]:
             yield target
 
 
-def names_missing(text: str) -> Iterator[str]:
+def names_missing(text: str, single: bool = True) -> Iterator[str]:
+    """Dotted names, and single ones in backticks unless they are left out."""
     for name in MODULE.findall(text):
         if not DATA.search(name) and not name.startswith("mpcache.v1") and not names().has(name.split(".")):
             yield name
@@ -222,7 +223,7 @@ def names_missing(text: str) -> Iterator[str]:
         if DOTTED.match(word) and not DATA.search(word):
             if not word.startswith("mpcache.v1") and not names().has(word.split(".")):
                 yield word
-        elif NAME.match(word) and not {word, _METRIC.sub("", word)} & names().words:
+        elif single and NAME.match(word) and not {word, _METRIC.sub("", word)} & names().words:
             yield word
 
 
@@ -230,8 +231,7 @@ def of_page(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     outside_blocks = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     found = [*paths_missing(text), *sections_missing(text, page), *links_missing(text, page)]
-    if page.name not in OLD_NAMES:
-        found += names_missing(outside_blocks)
+    found += names_missing(outside_blocks, single=page.name not in HISTORY)
     return found + ELSEWHERE.findall(LINK.sub("", text))
 
 

@@ -41,8 +41,11 @@ class Cache:
         return torch.arange(first, first + m)
 
     def append(self, ops: Ops, i: int, k: Value, v: Value) -> Program[None]:
-        """Add k, v (m, KV, d), settled, to layer i. What reads the layer may run beside it (`together`,
-        this one first): it meets the new rows from its first round on, which is this one's, too."""
+        """Add k, v (m, KV, d), rescaled, to layer i.
+
+        What reads the layer may run beside this program (`together`, this one first): it meets the new rows
+        from its first round on, which is this program's, too.
+        """
         layer = self.layers[i]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
         new_k = yield from ops.start_prepare(k)

@@ -25,7 +25,7 @@ from mpcache.evaluate.command import evaluate
 from mpcache.model.loading import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, BoundPolicy
-from mpcache.policy.base import written
+from mpcache.policy.plan import written
 from mpcache.rank import Rank
 from mpcache.report.account import card, comparison, summary
 from mpcache_parties.launch import run_parties

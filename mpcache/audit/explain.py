@@ -20,13 +20,12 @@ from mpcache.cost.tally import PROTOCOLS, CostParty, split
 from mpcache.errors import MpcacheError
 from mpcache.model.loading import ModelShape
 from mpcache.policy import BoundPolicy, parse
-from mpcache.policy.base import runs
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.evicting import LivingPlan
+from mpcache.policy.plan import runs
 from mpcache.rank import Rank
-from mpcache.runtime.correlations import Request
 from mpcache.runtime.party import COMPUTING
-from mpcache.runtime.program import Opening
+from mpcache.runtime.program import Opening, Request, RequestKind
 from mpcache.session import Session
 
 READINGS = 7  # of which formulas are made: more than they have unknowns
@@ -52,7 +51,7 @@ class StepTrace:
 
     opened: list[TensorTrace] = field(default_factory=list)
     dealt: list[TensorTrace] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
+    kinds: list[RequestKind] = field(default_factory=list)
     rounds: int = 0
     keys: list[int] = field(default_factory=list)
 
@@ -130,7 +129,7 @@ class Step:
     a key of each of its trees, symbols of the formulas where they depend on the sizes."""
 
     name: str
-    kinds: tuple[str, ...]
+    kinds: tuple[RequestKind, ...]
     rounds: int
     keys: tuple[int, ...]
     opened: tuple[Line, ...]
@@ -343,5 +342,5 @@ def _told(step: Step) -> Iterator[str]:
         yield f"    from the dealer, ahead: {formula}{step.offline_bytes:,} B{told}"
 
 
-def _kinds(kinds: Sequence[str]) -> str:
+def _kinds(kinds: Sequence[RequestKind]) -> str:
     return "; ".join(told_of(kind) for kind in kinds) or "nothing from the dealer"

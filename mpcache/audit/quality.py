@@ -12,7 +12,7 @@ from mpcache.audit.rows import Grid, Row, price, resolved
 from mpcache.cost.choose import modelled
 from mpcache.errors import BadInput, PolicyError
 from mpcache.policy import parse
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
 
 FIELDS = ("task", "question", "n", "engine")  # beside what is checked
 

@@ -25,7 +25,7 @@ from mpcache.evaluate.table import CAPTION, tables
 from mpcache.evaluate.tasks import TASKS
 from mpcache.model.loading import demo_model_dir, load_model
 from mpcache.policy import POLICIES
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
 
 QUESTIONS = ("inside", "after")
 CONTEXT = 880  # tokens of a document, where the model allows as many

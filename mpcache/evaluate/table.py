@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from mpcache.evaluate.rows import Row
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

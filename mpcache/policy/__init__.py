@@ -10,12 +10,13 @@ from dataclasses import fields
 from typing import Any
 
 from mpcache.errors import PolicyError
-from mpcache.policy.base import LEAKS, BoundPolicy, LayerView, Plan, Policy
+from mpcache.policy.base import BoundPolicy, LayerView, Policy
 from mpcache.policy.calibration import Oracle, Random
 from mpcache.policy.combined import Combined
 from mpcache.policy.full import Full
 from mpcache.policy.h2o import H2O
 from mpcache.policy.mpcache import MPCache
+from mpcache.policy.plan import LeakClass, Plan
 from mpcache.policy.quest import Quest
 from mpcache.policy.snapkv import SnapKV
 from mpcache.policy.streaming import Streaming
@@ -102,4 +103,4 @@ def _hint(word: str, known: Any) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-__all__ = ["LEAKS", "POLICIES", "BoundPolicy", "Plan", "Policy", "LayerView", "parse"]
+__all__ = ["LeakClass", "POLICIES", "BoundPolicy", "Plan", "Policy", "LayerView", "parse"]

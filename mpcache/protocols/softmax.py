@@ -19,8 +19,7 @@ from mpcache.protocols.compare import key_parts, less
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import masked, truncate, truncate_local
 from mpcache.protocols.lookup import one_hot_of
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -73,9 +72,9 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
 
 
 def exp(side: Side, d: Share) -> Program[Share]:
-    """e^-d of a narrow d > 0 with 62 fraction bits, zero from 18.3 on, and from 16 on at times. One round.
+    """Compute e^-d of a narrow d > 0 with 62 fraction bits. One round.
 
-    Relative error 3e-6, and 2e-6 absolute: the two factors' bits; the grid adds 1.4e-4 relative.
+    It is zero from 18.3 on, and from 16 on at times. Relative error 3e-6, and 2e-6 absolute: the two factors' bits; the grid adds 1.4e-4 relative.
     d < FARTHEST.
     """
     n = math.prod(d.shape)
@@ -87,7 +86,8 @@ def exp(side: Side, d: Share) -> Program[Share]:
         payload = torch.exp((r & low).double() * UNIT - WINDOW) * 2**_KEY_BITS
         return dcf.dcf_keygen(keys, s, (r & whole) >> rest, payload.round().to(torch.int64))
 
-    r, own, cw, cb = yield from draw(Request("exp", (Part((n,)), seeds), (words, bit_parts), derive))
+    request = Request(RequestKind.EXP, (Part((n,)), seeds), (words, bit_parts), derive, keys.work(points=2))
+    r, own, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(d.data.reshape(n) + r, _LOW + _HIGH, "masked for exp"))
     c = (c & whole).unsqueeze(-1)
     # d lies in the window if c and r share their top bits (then c's low bits are not below r's, for d is
@@ -108,7 +108,7 @@ def exp(side: Side, d: Share) -> Program[Share]:
 def softmax(
     side: Side, scores: Share, visible: torch.Tensor | None, bits: int
 ) -> Program[tuple[Share, Share]]:
-    """Narrow scores (*b, n) to e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds.
+    """Turn narrow scores (*b, n) into e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds.
 
     Each weight is off by 1.4e-4 of itself (the grid) and by 3e-7 or 2^-bits / 2 more, whichever is larger (a
     standard deviation), while their sum may be as low as e^-SLACK. With the bits of `fast.weight_bits` the

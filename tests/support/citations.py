@@ -115,6 +115,14 @@ def names() -> Names:
         }  # fmt: skip
         for node in ast.walk(tree):
             found.words |= set(_words(node, told))
+            match node:
+                case ast.Assign(
+                    targets=[ast.Name(id=name)], value=ast.Subscript(value=ast.Name(id=base))
+                ) if base[0].isupper():  # a generic class of ours by a name of its own
+                    found.members.setdefault(name, set())
+                    found.bases.setdefault(name, set()).add(base)
+                case _:
+                    pass
             if isinstance(node, ast.ClassDef):
                 selves = (n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and _on_self(n))
                 found.members.setdefault(node.name, set()).update(_bound(node.body), selves)

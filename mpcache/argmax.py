@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from mpcache.ops import Ops, Value
+from mpcache.protocols.ranges import LARGEST_LOGIT
 from mpcache.runtime.program import Program
 
 GROUP = 16  # numbers that are compared pair by pair
-LOGITS = 512  # |logit| stays below
 
 
 def greedy(ops: Ops, logits: Value) -> Program[Value]:
     """Find the place (1,) of the highest of (1, vocab) logits, or of one within 2^-16: nothing is opened."""
-    marks = yield from argmax(ops, logits, 1, LOGITS)
+    marks = yield from argmax(ops, logits, 1, LARGEST_LOGIT)
     return (marks * torch.arange(logits.shape[-1])).sum(-1)
 
 

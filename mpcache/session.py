@@ -18,13 +18,10 @@ from mpcache.model.loading import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
 from mpcache.ops import AnyEngine, Ops
 from mpcache.policy import BoundPolicy
+from mpcache.protocols.ranges import OPERAND_RINGS
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, run, together
 from mpcache_kernels import Backend
-
-# The rings that products with each matrix need (`Ops.prepare`): queries and keys are rotated before they
-# are truncated.
-_RINGS = {"embed": 48, "qkv": 64, "o": 48, "up": 48, "down": 48, "lm_head": 48}
 
 
 def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:
@@ -56,8 +53,8 @@ def load_operands(ops: Ops, shape: ModelShape, weights: Weights | None) -> Progr
         mine: Mapping[str, torch.Tensor | None], like: Mapping[str, torch.Tensor | None]
     ) -> Program[dict[str, Any]]:
         values = {name: own(mine.get(name), tensor) for name, tensor in like.items()}
-        names = [name for name in values if name in _RINGS]
-        kept = yield from together(*(ops.prepare(values[name], _RINGS[name]) for name in names))
+        names = [name for name in values if name in OPERAND_RINGS]
+        kept = yield from together(*(ops.prepare(values[name], OPERAND_RINGS[name]) for name in names))
         return values | dict(zip(names, kept, strict=True))
 
     layers = []

@@ -10,30 +10,25 @@ import torch
 from mpcache.errors import OutOfRange
 from mpcache.model.rope import Turn, rotate
 from mpcache.ops import Engine, SelectionOf
-from mpcache.protocols import softmax, suite
+from mpcache.protocols import suite
 from mpcache.protocols.compare import Digits, Keys
+from mpcache.protocols.ranges import (
+    BLUR_BITS,
+    BOUND_SLACK,
+    LONG_BITS,
+    LONGEST_ATTENDED,
+    RELU_WIDTH,
+    VALUE_BITS,
+    WEIGHT_BITS,
+    WEIGHTED_SUM_RING,
+    weight_bits,
+)
 from mpcache.protocols.suite import Suite
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Program, open_secret
 from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode
 from mpcache.runtime.side import Side, bytes_for
-
-VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
-WEIGHT_BITS = 22  # fraction bits of softmax weights; the largest of a row may be e^-4.6
-LONG_BITS = 20  # fraction bits of a product's factor that had more than `WEIGHT_BITS`
-AVERAGE_RING = 56  # weights times values: with n tokens |value| < 32 (`weight_bits`)
-RELU_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `relu`
-LONGEST = 1 << 13  # attended tokens per query
-BLUR_BITS = 11  # what a party learns is blurred with a standard deviation of 2^-11 (`reveal`)
-
-
-def weight_bits(n: int) -> int:
-    """Return the fraction bits of n softmax weights: 22 for 2^11 tokens, 20 for 2^13.
-
-    With 16 of the values, and 2^5 as their size, sums of n products are below 2^(AVERAGE_RING - 2).
-    """
-    return min(WEIGHT_BITS, AVERAGE_RING - 2 - 16 - 5 - (n - 1).bit_length())
 
 
 class FastOps(Engine[Share, MaskedOperand]):
@@ -153,11 +148,11 @@ class FastOps(Engine[Share, MaskedOperand]):
         return (yield from self.do.softmax(self.side, scores, visible, weight_bits(scores.shape[-1])))
 
     def weighted_sum(self, weights: Share, values: MaskedOperand) -> Program[Share]:
-        return (yield from self.do.matmul_masked_operand(self.side, weights, values, AVERAGE_RING))
+        return (yield from self.do.matmul_masked_operand(self.side, weights, values, WEIGHTED_SUM_RING))
 
     def reciprocal(self, total: Share) -> Program[Share]:
-        least = 2.0 ** -(2 * softmax.SLACK)  # e^-slack, and some
-        return (yield from self.do.reciprocal(self.side, total, least, LONGEST))
+        least = 2.0 ** -(2 * BOUND_SLACK)  # e^-slack, and some
+        return (yield from self.do.reciprocal(self.side, total, least, LONGEST_ATTENDED))
 
     def mul(self, x: Share, y: Share) -> Program[Share]:
         if x.bits > WEIGHT_BITS:

@@ -19,10 +19,8 @@ import torch
 from mpcache.engines.plain import PlainSelection
 from mpcache.model import prefill
 from mpcache.ops import SelectionOf
-from mpcache.protocols import activation, linear, norm
+from mpcache.protocols import linear, norm, ranges
 from mpcache.protocols import reciprocal as power
-from mpcache.protocols import selection as chosen
-from mpcache.protocols import softmax as scores_of
 from mpcache.protocols.activation import series
 from mpcache.protocols.compare import Digits, Keys
 from mpcache.protocols.softmax import (
@@ -131,10 +129,10 @@ def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share
     yield from claim(kind, x.data, series(kind).half << x.bits, x.bits)
     for value in [x] if up is None else [x, up]:
         yield from claim("truncation", value.data, linear.truncation_room(value.ring), value.bits)
-    y, bits = prefill.activate(kind, decode(x.data, x.bits)), x.bits + activation.STEP_BITS
+    y, bits = prefill.activate(kind, decode(x.data, x.bits)), x.bits + ranges.STEP_BITS
     if up is not None:
         product = x.data * up.data >> up.bits
-        yield from claim("gate times up", product, linear.truncation_room(activation.PRODUCT_RING), x.bits)
+        yield from claim("gate times up", product, linear.truncation_room(ranges.GATE_RING), x.bits)
         y = y * decode(up.data, up.bits)
     return Share(encode(y, bits), bits)
 
@@ -167,13 +165,15 @@ def norm_linear(
         x = replace(x, data=x.data + stream.opened)
     width = x.shape[-1]
     total = decode(x.data, x.bits).square().sum(-1, keepdim=True) + eps * width
-    high, low = (round(width * 2.0 ** (e + 2 * x.bits)) for e in (norm.VARIANCE_HIGH, norm.VARIANCE_LOW))
+    high, low = (
+        round(width * 2.0 ** (e + 2 * x.bits)) for e in (ranges.MEAN_SQUARE_HIGH, ranges.MEAN_SQUARE_LOW)
+    )
     yield from claim("norm, sum of squares", total * 4.0**x.bits, high, 2 * x.bits, low)
     y = turn((yield from _multiplied("product with an operand", x, w, torch.matmul, 64)))
     yield from _held("product with an operand", y, y.ring)
-    y = truncate_local(side, y, norm.PRODUCT_BITS)
+    y = truncate_local(side, y, ranges.NORM_PRODUCT_BITS)
     yield from claim(
-        "product, truncated", y.data, linear.truncation_room(min(y.ring, norm.PRODUCT_RING)), y.bits
+        "product, truncated", y.data, linear.truncation_room(min(y.ring, ranges.NORM_PRODUCT_RING)), y.bits
     )
     bits = y.bits + norm.root(width, x.bits)[2]
     normed = decode(y.data, y.bits) * torch.rsqrt(total / width)
@@ -196,18 +196,18 @@ def softmax(
     side: Side, scores: Share, visible: torch.Tensor | None, bits: int
 ) -> Program[tuple[Share, Share]]:
     """Compute what is visible; the rest is free: it takes part in no bound and in no sum."""
-    raw, grid = scores.data, scores_of.GRID
+    raw, grid = scores.data, ranges.SCORE_BITS
     mask = torch.ones_like(raw) if visible is None else visible.expand(raw.shape)
     seen = raw * mask
-    yield from claim("softmax, row", torch.tensor([raw.shape[-1]]), scores_of.LONGEST_ROW)
-    yield from claim("softmax, narrow score", seen, scores_of.LARGEST << grid, grid)
-    step = scores_of.STEP << grid
+    yield from claim("softmax, row", torch.tensor([raw.shape[-1]]), ranges.LONGEST_ROW)
+    yield from claim("softmax, narrow score", seen, ranges.LARGEST_SCORE << grid, grid)
+    step = ranges.BUCKET_STEP << grid
     highest = raw.masked_fill(mask == 0, torch.iinfo(torch.int64).min).amax(-1, keepdim=True)
     c = (highest // step + 2) * step  # two buckets above, as `softmax.bound`
     d = torch.where(mask == 1, c - raw, 1)
-    yield from claim("exp", d, scores_of.FARTHEST, grid, 1)
-    e = encode(torch.exp(-d.double() * scores_of.UNIT), bits)
-    e = e * mask * (d.double() * scores_of.UNIT < scores_of.WINDOW)
+    yield from claim("exp", d, ranges.FARTHEST_SCORE, grid, 1)
+    e = encode(torch.exp(-d.double() * ranges.SCORE_UNIT), bits)
+    e = e * mask * (d.double() * ranges.SCORE_UNIT < ranges.EXP_WINDOW)
     return Share(e, bits), Share(e.sum(-1, keepdim=True), bits)
 
 
@@ -221,14 +221,14 @@ class IdealSelection(SelectionOf[Share]):
         self.places = places
 
     def gather(self, values: Share) -> Program[Share]:
-        ring = min(values.ring, chosen.RING)
+        ring = min(values.ring, ranges.SELECTION_RING)
         yield from _held("gather", values, ring)
         return replace(values, data=self.places.pick(values.data), ring=ring)
 
     def scatter(self, weights: Share) -> Program[Share]:
-        yield from _held("scatter", weights, chosen.RING)
+        yield from _held("scatter", weights, ranges.SELECTION_RING)
         data = yield from self.places.scatter(weights.data)
-        return replace(weights, data=data, ring=chosen.RING)
+        return replace(weights, data=data, ring=ranges.SELECTION_RING)
 
     def prepare(self) -> Program[IdealSelection]:
         return local(self)

@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from mpcache.cache import V_RING, Cache, LayerCache
+from mpcache.cache import Cache, LayerCache
 from mpcache.errors import PolicyError
 from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.plan import FULL_PERCENT, Budget, Budgets, LeakClass, Plan, tokens_of, written
+from mpcache.protocols.ranges import WEIGHTED_SUM_RING
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
@@ -207,7 +208,7 @@ class Policy(ABC):
             known = PlaintextContext(prefill, kernels, rows, k)
         k, v, memory = yield from together(
             ops.prepare(ops.secret(k, (kv, n, d), Rank.SERVER)),
-            ops.prepare(ops.secret(v, (kv, n, d), Rank.SERVER), V_RING),
+            ops.prepare(ops.secret(v, (kv, n, d), Rank.SERVER), WEIGHTED_SUM_RING),
             self.remember(ops, shape, plan, index, known),
         )
         return LayerCache(k, v, memory)

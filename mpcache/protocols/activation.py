@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 from mpcache.protocols.linear import Cut, cross, raised, truncate_local, truncate_product, truncate_times
+from mpcache.protocols.ranges import GATE_RING, STEP_BITS
 from mpcache.runtime.correlations import mask_parts
 from mpcache.runtime.program import (
     NO_WORK,
@@ -65,8 +66,6 @@ def series(kind: str) -> Series:
 
 
 _SHARED_BITS, _PUBLIC_BITS = 12, 17  # fraction bits of the dealer's sines and of the public factors
-STEP_BITS = 16  # of the step, when it multiplies
-PRODUCT_RING = 32  # |gate * up| < 2^14 at 16 fraction bits
 
 
 def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +85,7 @@ def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share
     if up is None:
         return (yield from truncate_times(side, step, value))
     value = truncate_local(side, value, x.bits)
-    return (yield from truncate_product(side, step, Share(value.data, x.bits, ring=PRODUCT_RING)))
+    return (yield from truncate_product(side, step, Share(value.data, x.bits, ring=GATE_RING)))
 
 
 def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Share, Share]]:

@@ -20,7 +20,8 @@ import torch
 from mpcache.protocols.compare import Digits, Keys
 from mpcache.protocols.linear import masked
 from mpcache.protocols.lookup import one_hot
-from mpcache.protocols.selection import RING, SlotSelection, prepare_selection
+from mpcache.protocols.ranges import SELECTION_RING
+from mpcache.protocols.selection import SlotSelection, prepare_selection
 from mpcache.runtime.correlations import dealt
 from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked, products_of
 from mpcache.runtime.shares import Share, cat
@@ -55,7 +56,7 @@ class HotSelection(SlotSelection):
     def prepare(self) -> Program[SlotSelection]:
         return prepare_selection(self.side, self.slots())
 
-    def scatter(self, weights: Share, ring: int = RING) -> Program[Share]:
+    def scatter(self, weights: Share, ring: int = SELECTION_RING) -> Program[Share]:
         """Put weights back at their items' places. One round: only the weights are opened, modulo 2^ring.
 
         For each item i the dealer shares the weights' masks rotated by rho_i: item i's mask stands at the

@@ -15,7 +15,7 @@ from mpcache.engines.plain import PlainOps
 from mpcache.errors import BadInput, PolicyError
 from mpcache.model.loading import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
-from mpcache.policy import BoundPolicy, parse
+from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.runtime.program import Program
 from mpcache.session import Session
 from mpcache_kernels import Backend, backend
@@ -97,7 +97,7 @@ def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -
             f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
             "--max-new-tokens"
         )
-    policy = parse(public.policy)
+    policy = parse_policy(public.policy)
     if policy.plan_is_public and policy.leak == "count":
         raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
     bound = policy.bind(context, shape)

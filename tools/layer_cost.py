@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 
-from mpcache.cost.tally import PROTOCOLS
+from mpcache.engines.registry import PROTOCOLS
 from mpcache.ledger import Entry
 from mpcache.model.loading import ModelShape
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.party import ShapeParty
 from mpcache.session import Session
@@ -30,7 +30,7 @@ def layers(spec: str, context: int, protocol: str) -> list[dict[str, Entry]]:
     """Per layer, what each of its operations costs in one decode step."""
     party = ShapeParty(Rank.SERVER)
     ops = PROTOCOLS[protocol](Rank.SERVER, device="meta")
-    session = Session(ops, party, SHAPE, parse(spec).bind(context, SHAPE))
+    session = Session(ops, party, SHAPE, parse_policy(spec).bind(context, SHAPE))
     session.setup(None)
     session.context(None, None)
     session.chunk(None, 1)

@@ -22,7 +22,7 @@ from mpcache.engines.checked import CheckedOps, Range, Ranges
 from mpcache.errors import MpcacheError
 from mpcache.model.loading import Model, demo_model_dir, load_model
 from mpcache.model.prefill import prefill
-from mpcache.policy import POLICIES, parse
+from mpcache.policy import POLICIES, parse_policy
 from mpcache.session import Session
 from mpcache_kernels import backend
 
@@ -43,7 +43,7 @@ def documents(model: Model, n: int, tokens: int, questions: int) -> Iterator[tup
 
 def check(model: Model, spec: str, context: list[int], question: str, ranges: Ranges) -> None:
     """Raises OutOfRange."""
-    policy = parse(spec).bind(len(context), model.shape)
+    policy = parse_policy(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=policy.policy.window(len(context)))
     kernels = backend("cpu")
     policy, _ = decide(policy, model.shape, filled, kernels)

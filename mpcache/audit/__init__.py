@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mpcache.audit.command import audit
+from mpcache.audit.audit_command import audit
 
 __all__ = ["audit"]

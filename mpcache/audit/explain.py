@@ -16,10 +16,12 @@ from typing import Any
 from mpcache.argmax import GROUP
 from mpcache.audit.catalog import told_of
 from mpcache.audit.formula import Names, total
-from mpcache.cost.tally import PROTOCOLS, CostParty, split
+from mpcache.cost.reader import CostParty
+from mpcache.cost.tally import split_step
+from mpcache.engines.registry import PROTOCOLS
 from mpcache.errors import MpcacheError
 from mpcache.model.loading import ModelShape
-from mpcache.policy import BoundPolicy, parse
+from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.policy.base import runs
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.evicting import LivingPlan
@@ -139,7 +141,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Reading:
+class StepReading:
     """One decode step, read at one size. symbols: of each layer (None: outside of the layers)."""
 
     bound: BoundPolicy
@@ -151,16 +153,16 @@ class Reading:
         return {name: said.form for name, said in self.steps.items()}
 
 
-def read(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Reading:
+def read_step(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> StepReading:
     """The first decode step after the question. Raises PolicyError."""
-    bound = parse(spec).bind(context, shape).priced()
+    bound = parse_policy(spec).bind(context, shape).priced()
     session = Session(PROTOCOLS[protocol](Rank.SERVER, device="meta"), TraceParty(), shape, bound)
     session.setup(None)
     session.context(None, None)
     session.chunk(None, question)
     session.party = witness = TraceParty()
     session.chunk(None, 1)
-    steps = {split(name.partition("/")[2]): said for name, said in witness.said.items()}
+    steps = {split_step(name.partition("/")[2]): said for name, said in witness.said.items()}
     model = {
         "D": shape.width, "H": shape.heads, "KV": shape.kv_heads, "g": shape.group, "d": shape.head_dim,
         "F": shape.ffn, "V": shape.vocab,
@@ -175,7 +177,7 @@ def read(shape: ModelShape, spec: str, context: int, question: int, protocol: st
         if isinstance(plan, LivingPlan):  # what may be dropped
             found["old"] = n - plan.recent
         symbols[i] = found
-    return Reading(bound, symbols, steps)
+    return StepReading(bound, symbols, steps)
 
 
 def _numbers(thing: Any) -> dict[str, int]:
@@ -205,14 +207,14 @@ class Explained:
 
 def explained(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Explained:
     """A decode step with formulas, which other readings of it at other sizes give. Raises PolicyError."""
-    first = read(shape, spec, context, question, protocol)
+    first = read_step(shape, spec, context, question, protocol)
     readings = [first]
     if protocol == "fast":
         for other in _others(shape, context, question):
             if len(readings) == READINGS:
                 break
             with suppress(MpcacheError, ValueError):  # a fixed budget may not fit there
-                reading = read(other[0], spec, *other[1:], protocol)
+                reading = read_step(other[0], spec, *other[1:], protocol)
                 if reading.form == first.form:
                     readings.append(reading)
     steps = {}
@@ -280,7 +282,7 @@ def _others(shape: ModelShape, context: int, question: int) -> Iterator[tuple[Mo
             yield changed, other, question + (1, 3, 4, 6, 9, 2, 5, 7, 8, 10)[i]
 
 
-def explain(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Iterator[str]:
+def explain_policy(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Iterator[str]:
     """Lines of text, for the first decode step after the question."""
     plan = explained(shape, spec, context, question, protocol)
     policy = plan.bound.policy

@@ -20,7 +20,7 @@ from mpcache.protocols.topk import size_for
 from mpcache.runtime.side import bytes_for
 
 Vector = tuple[int, ...]
-LARGEST = 64  # of a coefficient or a summand: a larger one would be a coincidence
+LARGEST_COEFFICIENT = 64  # of a coefficient or a summand: a larger one would be a coincidence
 
 
 class Names:
@@ -34,7 +34,7 @@ class Names:
         self.found: dict[Vector, str | None] = {}
 
     def of(self, values: Vector) -> str | None:
-        """An expression that `evaluate` takes; None where none was found."""
+        """An expression that `evaluate_formula` takes; None where none was found."""
         if values not in self.found:
             self.found[values] = None  # while it is looked for
             self.found[values] = self._search(values)
@@ -70,7 +70,7 @@ class Names:
         for names in combinations(self.symbols, terms):
             columns = [(1,) * len(values), *(self.symbols[name] for name in names)]
             solved = solve(columns, values)
-            if solved is None or any(c.denominator > 1 or abs(c) > LARGEST for c in solved):
+            if solved is None or any(c.denominator > 1 or abs(c) > LARGEST_COEFFICIENT for c in solved):
                 continue
             if all(solved[1:]):
                 return _sum(int(solved[0]), list(zip(map(int, solved[1:]), names, strict=True)))
@@ -184,7 +184,7 @@ def total(products: Iterable[Sequence[str]]) -> str:
     return " + ".join(terms) or "0"
 
 
-def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+def evaluate_formula(expression: str, sizes: Mapping[str, int]) -> int:
     """What an expression gives; it comes from this module, never from outside."""
     known: dict[str, Any] = {
         "__builtins__": {},

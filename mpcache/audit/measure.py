@@ -9,28 +9,30 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mpcache.answer import bind
-from mpcache.audit.rows import Grid, Row, Setting, price, whole
+from mpcache.audit.priced_rows import AuditGrid, AuditRow, Setting, price_setting
+from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import read_text
-from mpcache.cost.choose import NONE, RATES, modelled
+from mpcache.console.terminal import Say
+from mpcache.cost.rates import RATES, Rates, modelled
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput
 from mpcache.model.loading import load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.rank import Rank
 from mpcache.report.account import Reports, p95
-from mpcache.transport.network import Rates
+from mpcache.report.units import whole
+from mpcache.transport.network import NO_NETWORK
 from mpcache_parties.launch import run_quietly
 
 Key = tuple[str, str, int, str]  # a setting, and a network
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,23 @@ class Measured:
         return replace(self, token_ms=[*self.token_ms, *run.token_ms], first_token_ms=first)
 
 
-def plan(grid: Grid, rows: Sequence[Row]) -> list[tuple[Key, PublicConfig]]:
+def plan(grid: AuditGrid, rows: Sequence[AuditRow]) -> list[tuple[Key, PublicConfig]]:
     """The runs that these rows need, in order: of each setting those without a network stand around the
     others.
 
     Raises BadInput where a setting could not run, before the first of them does.
     """
     settings = dict.fromkeys((row["policy"], row["protocol"], row["context_tokens"]) for row in rows)
-    networks = [NONE.name]
-    for network in dict.fromkeys(network.name for network in grid.networks if network.name != NONE.name):
-        networks += [network, NONE.name]
+    networks = [NO_NETWORK.name]
+    for network in dict.fromkeys(
+        network.name for network in grid.networks if network.name != NO_NETWORK.name
+    ):
+        networks += [network, NO_NETWORK.name]
     runs = []
     for (spec, protocol, context), network in product(settings, networks):
         public = PublicConfig(
-            policy=spec, protocol=protocol, network=network, max_new_tokens=grid.new_tokens,
-            reveal="token" if grid.reveal == "token" else "logits",
+            policy=spec, protocol=ProtocolName(protocol), network=network, max_new_tokens=grid.new_tokens,
+            reveal=grid.reveal,
         )  # fmt: skip
         bind(grid.shape, public, context, grid.question)
         runs.append(((spec, protocol, context, network), public))
@@ -129,7 +133,7 @@ def text_of(tokenizer: Tokenizer, source: str, n: int, bos: bool) -> str:
     raise BadInput(f"no text of exactly {n} tokens was found for this tokenizer; measure another length")
 
 
-def calibrated(runs: Mapping[Key, Measured], grid: Grid) -> dict[Setting, Rates]:
+def calibrated(runs: Mapping[Key, Measured], grid: AuditGrid) -> dict[Setting, Rates]:
     """This machine's rates for each setting, from its runs without a network: the median of all their tokens.
 
     What such a token takes beyond the work that its counts tell is put on its rounds: calls, messages,
@@ -138,10 +142,10 @@ def calibrated(runs: Mapping[Key, Measured], grid: Grid) -> dict[Setting, Rates]
     """
     found: dict[Setting, Rates] = {}
     for (spec, protocol, context, network), run in runs.items():
-        if network == NONE.name:
-            priced = price(grid, spec, context, protocol)
+        if network == NO_NETWORK.name:
+            priced = price_setting(grid, spec, context, protocol)
             tally, steps = priced.total("decode"), priced.steps
-            work = modelled(priced, NONE, replace(RATES, round_ms=0))["compute"]
+            work = modelled(priced, NO_NETWORK, replace(RATES, round_ms=0))["compute"]
             round_ms = (run.ms - work) * steps / tally.rounds
             times = min(1.0, run.ms / work)  # a machine that does the work alone in less time
             found[spec, protocol, context] = RATES.slower(times, max(0.0, round_ms))
@@ -153,7 +157,7 @@ def calibrated(runs: Mapping[Key, Measured], grid: Grid) -> dict[Setting, Rates]
     return found
 
 
-def put_beside(rows: Sequence[Row], runs: Mapping[Key, Measured]) -> None:
+def put_beside(rows: Sequence[AuditRow], runs: Mapping[Key, Measured]) -> None:
     """Adds what was measured to each row, and None where it was not.
 
     `difference`: measured over modelled time, less one. A dealer whose bytes take longer than the token
@@ -164,18 +168,18 @@ def put_beside(rows: Sequence[Row], runs: Mapping[Key, Measured]) -> None:
         row["measured_ms_per_token"] = round(run.ms, 3) if run else None
         row["measured_ms_p95"] = round(p95(run.token_ms), 3) if run else None
         row["measured_first_token_ms"] = round(run.first_token_ms, 3) if run else None
-        row["measured_rounds_per_token"] = whole(run.rounds) if run else None
-        row["measured_online_bytes_per_token"] = whole(run.online) if run else None
-        row["measured_offline_bytes_per_token"] = whole(run.offline) if run else None
+        row["measured_rounds_per_token"] = whole(round(run.rounds, 3)) if run else None
+        row["measured_online_bytes_per_token"] = whole(round(run.online, 3)) if run else None
+        row["measured_offline_bytes_per_token"] = whole(round(run.offline, 3)) if run else None
         pace = max(row["modelled_ms_per_token"], row["offline_transfer_ms"])
         row["difference"] = round(run.ms / pace - 1, 4) if run else None
 
 
-def errors(rows: Sequence[Row]) -> dict[str, Any]:
+def errors(rows: Sequence[AuditRow]) -> dict[str, Any]:
     """Per shaped network: number of runs, and the mean and the largest absolute difference."""
     by_network: dict[str, list[float]] = {}
     for row in rows:
-        if row["network"] != NONE.name and row["difference"] is not None:
+        if row["network"] != NO_NETWORK.name and row["difference"] is not None:
             by_network.setdefault(row["network"], []).append(abs(row["difference"]))
     return {
         name: {

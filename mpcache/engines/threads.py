@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from mpcache.cost.tally import PROTOCOLS
+from mpcache.engines.registry import PROTOCOLS
 from mpcache.ledger import Ledger
 from mpcache.ops import Ops
 from mpcache.rank import Rank

@@ -28,7 +28,7 @@ BITS_AT_MOST = 2.5  # bits per byte, the same; a good compressor of single verse
 
 
 @dataclass(frozen=True)
-class Turn:
+class TaskTurn:
     """A question and its answer, which begins with a space. part: what it is counted under, too."""
 
     question: str
@@ -41,7 +41,7 @@ class Sample:
     """One session: a context, and the turns that follow it, each after the right answer before it."""
 
     context: str
-    turns: tuple[Turn, ...]
+    turns: tuple[TaskTurn, ...]
 
     def inside(self) -> Sample:
         """The first question is the end of the context, but for its last word, which asks."""
@@ -90,7 +90,7 @@ def passkey(rng: random.Random, count_tokens: CountTokens, context: int, i: int)
     """One fact, at a depth."""
     depth = DEPTHS[i % len(DEPTHS)]
     text, facts = make_document(rng, count_tokens, context, 1, [depth])
-    return Sample(text, tuple(Turn(*fact, f"depth {depth:.2f}") for fact in facts))
+    return Sample(text, tuple(TaskTurn(*fact, f"depth {depth:.2f}") for fact in facts))
 
 
 def recall(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
@@ -100,7 +100,7 @@ def recall(rng: random.Random, count_tokens: CountTokens, context: int, i: int) 
     return Sample(
         text,
         tuple(
-            Turn(("\n" if j else "") + question, answer, f"question {j + 1}")
+            TaskTurn(("\n" if j else "") + question, answer, f"question {j + 1}")
             for j, (question, answer) in enumerate(asked)
         ),
     )
@@ -119,7 +119,7 @@ def copy(rng: random.Random, count_tokens: CountTokens, context: int, i: int) ->
     text = insert_at_depths(verses, [verse] * TIMES, [rng.random() for _ in range(TIMES)])
     words = verse.split(" ")
     question, answer = " ".join(words[:GIVEN]), " " + " ".join(words[GIVEN : GIVEN + COPIED])
-    return Sample(text, (Turn(question, answer, f"{GIVEN} words given"),))
+    return Sample(text, (TaskTurn(question, answer, f"{GIVEN} words given"),))
 
 
 def bits(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
@@ -132,7 +132,7 @@ def bits(rng: random.Random, count_tokens: CountTokens, context: int, i: int) ->
     word, _, rest = "\n".join(verses).partition(" ")
     if not before or not rest:
         raise ValueError("no verse fits")
-    return Sample("".join(verse + "\n" for verse in before), (Turn(word, " " + rest, "continued"),))
+    return Sample("".join(verse + "\n" for verse in before), (TaskTurn(word, " " + rest, "continued"),))
 
 
 TASKS: dict[str, Task] = {

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from mpcache.config import PublicConfig
-from mpcache.cost.tally import PROTOCOLS
+from mpcache.engines.registry import PROTOCOLS
 from mpcache.errors import PolicyError
 from mpcache.rank import Rank
-from mpcache.report.account import size
+from mpcache.report.units import size
 from mpcache.runtime.party import DealerParty
 from mpcache.runtime.rng import SEED_BYTES, fresh_seed
 from mpcache.session import Session

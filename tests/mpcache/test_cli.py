@@ -19,7 +19,8 @@ from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import demo_question, read_question
 from mpcache.errors import BadInput
-from mpcache.report.account import agreement, ms, p95, size
+from mpcache.report.account import agreement, p95
+from mpcache.report.units import duration, size
 from mpcache_parties.launch import PartyFailed
 from tests.mpcache.conftest import Run
 from tests.support.processes import CLI, SOON_S, Process, children_of, gone_soon, start, started
@@ -321,7 +322,7 @@ def test_figures() -> None:
         "12.3 MB",
         "5 GB",
     ]
-    assert [ms(n) for n in (4.321, 123.4, 1234.5)] == ["4.32 ms", "123 ms", "1.23 s"]
+    assert [duration(n) for n in (4.321, 123.4, 1234.5)] == ["4.32 ms", "123 ms", "1.23 s"]
     assert p95(range(1, 101)) == 95
     assert p95([7.0]) == 7.0
     assert agreement([1, 2, 3], [1, 2]) == pytest.approx(2 / 3)

@@ -7,6 +7,7 @@ and the same rule (`mpcache/audit/page.html`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ DURATIONS: Sequence[Unit] = (Unit("ms", 1000, 1000), Unit("s", 600, 60), Unit("m
 
 def size(n: float) -> str:
     """Return n bytes in decimal units: 1234567 -> `1.23 MB`. Bytes themselves are whole."""
-    return _scaled(round(n) if n < 1000 else n, BYTES)
+    return _scaled(math.floor(n + 0.5) if n < 1000 else n, BYTES)
 
 
 def duration(ms: float) -> str:
@@ -55,6 +56,6 @@ def _scaled(n: float, units: Sequence[Unit]) -> str:
 def _digits(n: float) -> str:
     """Three significant digits without an exponent; whole from 100 on."""
     if n >= 100 or n == 0:
-        return f"{n:.0f}"
+        return str(math.floor(n + 0.5))
     text = f"{n:.3g}"
     return text if "e" not in text else f"{n:.12f}".rstrip("0").rstrip(".")

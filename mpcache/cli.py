@@ -45,7 +45,7 @@ from mpcache.evaluate.eval_command import evaluate
 from mpcache.model.loading import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, BoundPolicy
-from mpcache.policy.base import written
+from mpcache.policy.plan import written
 from mpcache.rank import Rank
 from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison

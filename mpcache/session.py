@@ -16,7 +16,7 @@ from mpcache.cache import Cache
 from mpcache.decode import Layer, Operands, step
 from mpcache.model.loading import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
-from mpcache.ops import Ops
+from mpcache.ops import AnyEngine, Ops
 from mpcache.policy import BoundPolicy
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, run, together
@@ -92,7 +92,7 @@ class Session:
     """
 
     def __init__(
-        self, ops: Ops, party: Any, shape: ModelShape, policy: BoundPolicy, reveal: str = "logits"
+        self, ops: AnyEngine, party: Any, shape: ModelShape, policy: BoundPolicy, reveal: str = "logits"
     ) -> None:
         self.ops, self.party, self.shape, self.policy, self.reveal = ops, party, shape, policy, reveal
         self.operands: Operands
@@ -119,7 +119,7 @@ class Session:
 
     def context(self, prefill: Prefill | None, kernels: Backend | None) -> None:
         self.policy.check(self.ops.name)
-        if not self.policy.policy.plan_is_public:
+        if not self.policy.plan_is_public:
             raise ValueError("the document has not decided this plan yet: see `Policy.plan_is_public`")
         self.cache = self._run("context", fill(self.ops, self.shape, self.policy, prefill, kernels))
 

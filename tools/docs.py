@@ -26,7 +26,7 @@ from mpcache.protocols.softmax import exp
 from mpcache.protocols.topk import HotSelection, topk
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.program import Program, run
+from mpcache.runtime.program import Program, RequestKind, run
 from mpcache.runtime.ring import matmul
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
@@ -59,43 +59,43 @@ def scatter(rows: int, n: int, k: int, c: int) -> Program[Share]:
 
 
 # What is read for each protocol of the catalog, with the sizes that are symbols in it.
-EXAMPLES: Mapping[str, tuple[str, Callable[..., Program[object]]]] = {
-    "truncation": (
+EXAMPLES: Mapping[RequestKind, tuple[str, Callable[..., Program[object]]]] = {
+    RequestKind.TRUNCATION: (
         "n values, ring of 48 bits", lambda n, **_: truncate(SIDE, share(n, bits=32, ring=48), 16)
     ),
-    "mask": ("n values, ring of 48 bits", lambda n, **_: mask_operand(share(n), 48)),
-    "resident": (
+    RequestKind.MASK: ("n values, ring of 48 bits", lambda n, **_: mask_operand(share(n), 48)),
+    RequestKind.MASKED_OPERAND: (
         "(m, k) times resident (k, n), ring of 48 bits",
         lambda m, k, n, **_: matmul_masked_operand(SIDE, share(m, k), kept(k, n, ring=48)),
     ),
-    "truncations/product": (
+    RequestKind.TRUNCATIONS_PRODUCT: (
         "n values by n values, rings of 24 and 40 bits",
         lambda n, **_: truncate_product(SIDE, share(n, ring=24), share(n, ring=40)),
     ),
-    "line": (
+    RequestKind.LINE: (
         "n reciprocals from 2^-7 to 2^13",
         lambda n, **_: reciprocal(SIDE, share(n, bits=20), 2.0**-7, 2.0**13),
     ),
-    "triple/mul": ("n values by n values", lambda n, **_: product(SIDE, share(n), share(n))),
-    "triple/matmul": (
+    RequestKind.TRIPLE_MUL: ("n values by n values", lambda n, **_: product(SIDE, share(n), share(n))),
+    RequestKind.TRIPLE_MATMUL: (
         "(m, k) times (k, n)", lambda m, k, n, **_: product(SIDE, share(m, k), share(k, n), matmul)
     ),
-    "compare": (
+    RequestKind.COMPARE: (
         "n values of 32 bits, any number of public thresholds",
         lambda n, **_: less(SIDE, MetaTensor((n,)), 32),
     ),
-    "one-hot": (
+    RequestKind.ONE_HOT: (
         "n values, a table of 1024 entries",
         lambda n, **_: lookup(SIDE, MetaTensor((n,)), torch.empty(1024, dtype=torch.int64)),
     ),
-    "exp": ("n values", lambda n, **_: exp(SIDE, share(n, bits=13, ring=24))),
-    "top": (
+    RequestKind.EXP: ("n values", lambda n, **_: exp(SIDE, share(n, bits=13, ring=24))),
+    RequestKind.TOPK: (
         "k of n, scores of 24 bits, c values each, in each row",
         lambda rows, n, k, c, **_: topk(
             SIDE, share(rows, n, bits=13, ring=24), k, [share(rows, n, c, bits=13, ring=24)], 24
         ),
     ),
-    "scatter": (
+    RequestKind.SCATTER: (
         "k slots of c weights, to n items, in each row",
         lambda rows, n, k, c, **_: scatter(rows, n, k, c),
     ),

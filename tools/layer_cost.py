@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from mpcache.engines.registry import PROTOCOLS
+from mpcache.engines.registry import PROTOCOLS, engine
 from mpcache.ledger import Entry
 from mpcache.model.loading import ModelShape
 from mpcache.policy import parse_policy
@@ -29,7 +29,7 @@ STEP = "decode1"
 def layers(spec: str, context: int, protocol: str) -> list[dict[str, Entry]]:
     """Per layer, what each of its operations costs in one decode step."""
     party = ShapeParty(Rank.SERVER)
-    ops = PROTOCOLS[protocol](Rank.SERVER, device="meta")
+    ops = engine(protocol, Rank.SERVER, device="meta")
     session = Session(ops, party, SHAPE, parse_policy(spec).bind(context, SHAPE))
     session.setup(None)
     session.context(None, None)

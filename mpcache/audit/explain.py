@@ -18,17 +18,16 @@ from mpcache.audit.catalog import told_of
 from mpcache.audit.formula import Names, total
 from mpcache.cost.reader import CostParty
 from mpcache.cost.tally import split_step
-from mpcache.engines.registry import PROTOCOLS
+from mpcache.engines.registry import engine
 from mpcache.errors import MpcacheError
 from mpcache.model.loading import ModelShape
 from mpcache.policy import BoundPolicy, parse_policy
-from mpcache.policy.base import runs
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.evicting import LivingPlan
+from mpcache.policy.plan import runs
 from mpcache.rank import Rank
-from mpcache.runtime.correlations import Request
 from mpcache.runtime.party import COMPUTING
-from mpcache.runtime.program import Opening
+from mpcache.runtime.program import Opening, Request, RequestKind
 from mpcache.session import Session
 
 READINGS = 7  # of which formulas are made: more than they have unknowns
@@ -54,7 +53,7 @@ class StepTrace:
 
     opened: list[TensorTrace] = field(default_factory=list)
     dealt: list[TensorTrace] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
+    kinds: list[RequestKind] = field(default_factory=list)
     rounds: int = 0
     keys: list[int] = field(default_factory=list)
 
@@ -132,7 +131,7 @@ class Step:
     a key of each of its trees, symbols of the formulas where they depend on the sizes."""
 
     name: str
-    kinds: tuple[str, ...]
+    kinds: tuple[RequestKind, ...]
     rounds: int
     keys: tuple[int, ...]
     opened: tuple[Line, ...]
@@ -156,7 +155,7 @@ class StepReading:
 def read_step(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> StepReading:
     """The first decode step after the question. Raises PolicyError."""
     bound = parse_policy(spec).bind(context, shape).priced()
-    session = Session(PROTOCOLS[protocol](Rank.SERVER, device="meta"), TraceParty(), shape, bound)
+    session = Session(engine(protocol, Rank.SERVER, device="meta"), TraceParty(), shape, bound)
     session.setup(None)
     session.context(None, None)
     session.chunk(None, question)
@@ -345,5 +344,5 @@ def _told(step: Step) -> Iterator[str]:
         yield f"    from the dealer, ahead: {formula}{step.offline_bytes:,} B{told}"
 
 
-def _kinds(kinds: Sequence[str]) -> str:
+def _kinds(kinds: Sequence[RequestKind]) -> str:
     return "; ".join(told_of(kind) for kind in kinds) or "nothing from the dealer"

@@ -13,7 +13,7 @@ from mpcache.choices import ProtocolName
 from mpcache.cost.rates import modelled
 from mpcache.errors import BadInput, PolicyError
 from mpcache.policy import parse_policy
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
 
 FIELDS = ("task", "question", "n", "engine")  # beside what is checked
 

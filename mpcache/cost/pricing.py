@@ -18,7 +18,7 @@ from mpcache.choices import ProtocolName, Reveal
 from mpcache.cost.reader import CostParty, MemoizedOps
 from mpcache.cost.tally import Cost, Steps
 from mpcache.decode import Operands
-from mpcache.engines.registry import PROTOCOLS
+from mpcache.engines.registry import engine
 from mpcache.model.loading import ModelShape
 from mpcache.ops import Ops
 from mpcache.policy import BoundPolicy, parse_policy
@@ -79,8 +79,7 @@ def _setup(shape: ModelShape, protocol: str, bits: int) -> tuple[Steps, Operands
 
 @cache
 def _memoized(protocol: str, bits: int) -> Ops:
-    ops = PROTOCOLS[protocol](Rank.SERVER, bits, device="meta")
-    return cast(Ops, MemoizedOps(ops))
+    return cast(Ops, MemoizedOps(engine(protocol, Rank.SERVER, bits, "meta")))
 
 
 def _bytes_held(thing: Any) -> int:

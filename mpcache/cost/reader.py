@@ -17,13 +17,11 @@ from typing import Any, cast
 import torch
 
 from mpcache.cost.tally import Steps, Tally
-from mpcache.engines import crypten_shim
-from mpcache.ops import Selection
+from mpcache.ops import Selection, SelectionOf
 from mpcache.rank import Rank
-from mpcache.runtime.correlations import Request
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.party import ShapeParty, _sends
-from mpcache.runtime.program import Ask, Call, Draw, Open, Opening, Program
+from mpcache.runtime.party import ShapeParty, sends
+from mpcache.runtime.program import Ask, Call, Draw, Open, Opening, Program, Request
 from mpcache.runtime.shares import Awaited, MaskedOperand, Share
 
 
@@ -34,7 +32,7 @@ class RecordedCall:
     tally: Tally
     result: Any = None
 
-    def __call__(self) -> Any:
+    def __call__(self, party: Any, step: str) -> Any:
         raise RuntimeError("only the cost reading answers this")
 
 
@@ -51,10 +49,10 @@ class CostParty(ShapeParty):
         for item in items:
             n = math.prod(item.share.shape) * item.width
             tally = self.steps[item.step or step]
-            if _sends(item, Rank.SERVER):
+            if sends(item, Rank.SERVER):
                 tally.server_sent += n
                 server += n
-            if _sends(item, Rank.CLIENT):
+            if sends(item, Rank.CLIENT):
                 tally.client_sent += n
                 client += n
         tally = self.steps[step]
@@ -73,11 +71,11 @@ class CostParty(ShapeParty):
         parts: list[Any] = [MetaTensor(part.shape, part.dtype) for part in request.parts]
         return [*parts, None] if request.keep else parts
 
-    def call(self, run: Callable[[], Any], step: str) -> Any:
+    def call(self, run: Callable[[Any, str], Any], step: str) -> Any:
         if isinstance(run, RecordedCall):
             self.steps[step] += run.tally
             return run.result
-        return crypten_shim.call(self, run, step)
+        return run(self, step)
 
     def by_phase(self) -> dict[str, Steps]:
         """Return the steps of each phase under their names in it."""
@@ -89,44 +87,13 @@ class CostParty(ShapeParty):
 
 
 def _count(tally: Tally, request: Request) -> None:
-    """Book what a correlation is for, from its kind and its parts' shapes.
-
-    A product of two masked secrets takes three products at the server, two at the client.
-    """
-    first, shapes = request.parts[0].shape, [part.shape for part in request.derived]
-    n = math.prod(first)
-    products = 0
-    match request.kind:
-        case "compare" | "top" | "exp":
-            (words,) = (p for p in request.derived if p.public and p.dtype == torch.int64)
-            keys, depth = words.shape[0], words.shape[1] // 2
-            tally.comparisons += keys
-            # Per level a child and a value; the exponential's keys are evaluated at two points.
-            tally.key_blocks += 2 * keys * depth * (2 if request.kind == "exp" else 1)
-        case "top/digits":  # entries of digits' tables, and products of their masks
-            pairs, products_each = shapes[1]
-            tally.comparisons += pairs
-            tally.multiply_adds += 2 * pairs * products_each
-        case "bit":  # CrypTen turns the sign bit of each comparison into arithmetic shares
-            tally.comparisons += n
-        case "one-hot":
-            tally.lookups += n
-            tally.multiply_adds += math.prod(shapes[0])
-        case "line":  # three inner products with values and slopes, with and without the factor
-            tally.lookups += n
-            tally.multiply_adds += 8 * math.prod(shapes[0])
-        case "activation":  # a sum of sines and cosines; and the product with `up` where there is one
-            tally.lookups += n
-            tally.multiply_adds += 2 * math.prod(shapes[0])
-            products = n if len(shapes) > 4 else 0
-        case "resident" | "triple/matmul":  # (*b, m, k) by (*b, k, n)
-            products = math.prod(shapes[0]) * first[-1]
-        case "triple/mul" | "square" | "truncation/product" | "truncations/product" | "norm":
-            products = math.prod(shapes[0])
-        case "scatter":  # (*rows, k, c) by slots (*rows, k, n)
-            products = n * shapes[0][-3]
-    tally.multiplications += products
-    tally.multiply_adds += 3 * products
+    """Add what a correlation is used for."""
+    work = request.work
+    tally.comparisons += work.comparisons
+    tally.multiplications += work.multiplications
+    tally.lookups += work.lookups
+    tally.multiply_adds += work.multiply_adds
+    tally.key_blocks += work.key_blocks
 
 
 class MemoizedOps:
@@ -154,7 +121,7 @@ class MemoizedOps:
                 return _fresh(self._results[key])
             result = method(*args, **kwargs)
             if isinstance(result, GeneratorType):
-                return self._read(key, result, args)
+                return self._read(key, result)
             self._results[key] = result
             return result
 
@@ -166,7 +133,7 @@ class MemoizedOps:
             yield ask
         return _fresh(result)
 
-    def _read(self, key: Hashable, program: Program[Any], args: Sequence[Any]) -> Program[Any]:
+    def _read(self, key: Hashable, program: Program[Any]) -> Program[Any]:
         asks: list[Ask] = []
         working = 0
         reply: Any = None
@@ -185,7 +152,7 @@ class MemoizedOps:
                     working += sum(part.nbytes for part in request.parts)
             asks.append(ask)
             reply = yield ask
-        last = Call(RecordedCall(Tally(working=working, **_gathered(key, args))))
+        last = Call(RecordedCall(Tally(working=working)))
         asks.append(last)
         yield last
         self._programs[key] = _shortened(asks), result
@@ -195,7 +162,7 @@ class MemoizedOps:
         """Wrap selections among a result, since they are asked for programs, too."""
         if isinstance(result, tuple):
             return tuple(self._selections((key, i), part) for i, part in enumerate(result))
-        return _MemoizedSelection(result, key) if isinstance(result, Selection) else result
+        return _MemoizedSelection(result, key) if isinstance(result, SelectionOf) else result
 
 
 class _MemoizedSelection(MemoizedOps):
@@ -265,15 +232,6 @@ def _shortened(asks: Sequence[Ask]) -> list[Ask]:
                 between[step] += cast(RecordedCall, run).tally
     flush()
     return short
-
-
-def _gathered(key: Any, args: Sequence[Any]) -> dict[str, int]:
-    """Count a selection's gather, which its one request does not tell: k is not in it."""
-    if key[0] != "topk":
-        return {}
-    _, k, values = args[:3]
-    products = k * sum(math.prod(value.shape) for value in values)
-    return {"multiplications": products, "multiply_adds": 2 * products}
 
 
 def _key(value: Any) -> Hashable:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from mpcache.errors import OutOfRange
 from mpcache.model.rope import Turn, rotate
-from mpcache.ops import Ops, Selection
+from mpcache.ops import Engine, SelectionOf
 from mpcache.protocols import softmax, suite
 from mpcache.protocols.compare import Digits, Keys
+from mpcache.protocols.suite import Suite
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.program import Opening, Program, open_masked
-from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, encode
+from mpcache.runtime.program import Opening, Program, open_secret
+from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode
 from mpcache.runtime.side import Side, bytes_for
 
 VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
@@ -34,7 +34,7 @@ def weight_bits(n: int) -> int:
     return min(WEIGHT_BITS, AVERAGE_RING - 2 - 16 - 5 - (n - 1).bit_length())
 
 
-class FastOps(Ops):
+class FastOps(Engine[Share, MaskedOperand]):
     """Values carry up to `WEIGHT_BITS` fraction bits where an operation says so, else `bits`.
 
     A product keeps all its fraction bits; the next operation truncates what it needs (`rescale_to`): each
@@ -43,7 +43,7 @@ class FastOps(Ops):
     """
 
     name = "fast"
-    do: Any = suite  # or their meaning, `ideal`, in mpcache.engines.checked
+    do: Suite = suite  # or their meaning, `ideal`, in mpcache.engines.checked
     comparison: type[Keys] | type[Digits] = Keys  # of all pairs within a top-k
 
     def __init__(self, rank: Rank, bits: int = 16, device: str = "cpu") -> None:
@@ -100,7 +100,7 @@ class FastOps(Ops):
                 f"range; protocol fast holds less than {1 << VALUE_BITS}: the answer would be wrong"
             )
 
-    def cat_operands(self, parts: Sequence[Any], dim: int) -> Any:
+    def cat_operands(self, parts: Sequence[MaskedOperand], dim: int) -> MaskedOperand:
         first, *rest = parts
         for part in rest:
             first = first.append(part, dim)
@@ -184,7 +184,7 @@ class FastOps(Ops):
 
     def topk(
         self, scores: Share, k: int, values: Sequence[Share], limit: int = 512
-    ) -> Program[tuple[Selection, list[Share]]]:
+    ) -> Program[tuple[SelectionOf[Share], list[Share]]]:
         width = scores.bits + (2 * limit - 1).bit_length() + 1  # differences stay below 2 limit
         chosen, gathered = yield from self.do.topk(self.side, scores, k, values, width, self.comparison)
         return chosen, gathered
@@ -197,10 +197,10 @@ class FastOps(Ops):
         if x.bits > self.bits + spare:
             x = self.do.truncate_local(self.side, x, self.bits + spare)
             x = replace(x, data=x.data + (yield from self.do.blur(self.side, x, to.peer, BLUR_BITS)))
-        (raw,) = yield from open_masked(Opening(x.data, why, to=to, width=bytes_for(x.ring)))
+        raw = yield from open_secret(Opening(x.data, why, to=to, width=bytes_for(x.ring)))
         if raw is None:
             return None
-        return centred(raw, x.ring).double() / 2**x.bits
+        return decode(centred(raw, x.ring), x.bits)
 
 
 class FastBitsOps(FastOps):

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from mpcache.engines.plain import PlainSelection
 from mpcache.model import prefill
-from mpcache.ops import Selection
+from mpcache.ops import SelectionOf
 from mpcache.protocols import activation, linear, norm
 from mpcache.protocols import reciprocal as power
 from mpcache.protocols import selection as chosen
@@ -43,7 +44,7 @@ class Claim:
     bits: int = 0
     least: int | None = None
 
-    def __call__(self) -> None:
+    def __call__(self, party: Any, step: str) -> None:
         raise TypeError("a claim is judged by who reads the program (mpcache.engines.checked)")
 
 
@@ -201,21 +202,30 @@ def softmax(
 # ------------------------------------------------------------------------- selection (protocols/topk.py)
 
 
-class IdealSelection(PlainSelection):
-    """PlaintextContext places, shares to gather and scatter."""
+class IdealSelection(SelectionOf[Share]):
+    """Known places, shares to gather and scatter."""
 
-    def gather(self, values: Share) -> Program[Share]:  # type: ignore[override]
+    def __init__(self, places: PlainSelection) -> None:
+        self.places = places
+
+    def gather(self, values: Share) -> Program[Share]:
         ring = min(values.ring, chosen.RING)
         yield from _held("gather", values, ring)
-        return replace(values, data=self.pick(values.data), ring=ring)
+        return replace(values, data=self.places.pick(values.data), ring=ring)
 
-    def scatter(self, weights: Share) -> Program[Share]:  # type: ignore[override]
+    def scatter(self, weights: Share) -> Program[Share]:
         yield from _held("scatter", weights, chosen.RING)
-        data = yield from super().scatter(weights.data)
+        data = yield from self.places.scatter(weights.data)
         return replace(weights, data=data, ring=chosen.RING)
 
-    def marks(self) -> Share:  # type: ignore[override]
-        return Share(super().marks().to(torch.int64), 0)
+    def prepare(self) -> Program[IdealSelection]:
+        return local(self)
+
+    def refine(self, finer: IdealSelection, children: int) -> Program[IdealSelection]:
+        return IdealSelection((yield from self.places.refine(finer.places, children)))
+
+    def marks(self) -> Share:
+        return Share(self.places.marks().to(torch.int64), 0)
 
 
 def topk(
@@ -225,22 +235,22 @@ def topk(
     values: Sequence[Share],
     width: int,
     comparison: type[Keys] | type[Digits] = Keys,
-) -> Program[tuple[Selection, list[Share]]]:
+) -> Program[tuple[IdealSelection, list[Share]]]:
     raw = scores.data
     apart = raw.amax(-1) - raw.amin(-1)
     yield from claim("top, difference", apart, 1 << (width - 1), scores.bits)
     ring = min(v.ring for v in values)
     order = torch.sort(raw, dim=-1, descending=True, stable=True).indices
-    selection = IdealSelection(order[..., :k], raw.shape[-1])
+    places = PlainSelection(order[..., :k], raw.shape[-1])
     pieces = []
     for value in values:
         yield from _held("top, gathered", value, ring)
-        pieces.append(replace(value, data=selection.pick(value.data), ring=ring))
-    return selection, pieces
+        pieces.append(replace(value, data=places.pick(value.data), ring=ring))
+    return IdealSelection(places), pieces
 
 
 __all__ = [
-    "Claim", "IdealSelection", "activate", "blur", "claim", "quantize_scores", "norm_linear", "relu", "product",
+    "Claim", "IdealSelection", "activate", "blur", "claim", "finish_mask_operand", "start_mask_operand", "quantize_scores", "norm_linear", "relu", "product",
     "matmul_masked_operand", "reciprocal", "mask_operand", "truncate_local", "softmax", "topk", "truncate",
     "truncate_times",
 ]  # fmt: skip

@@ -9,13 +9,13 @@ import torch
 
 from mpcache.model.prefill import activate, normalise
 from mpcache.model.rope import Turn, rotate
-from mpcache.ops import Ops, Selection
+from mpcache.ops import Engine, SelectionOf
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, local
 from mpcache_kernels import Backend
 
 
-class PlainSelection(Selection):
+class PlainSelection(SelectionOf[torch.Tensor]):
     """Chosen positions in the clear. index: (*rows, k), descending score, ties to the lower index."""
 
     def __init__(self, index: torch.Tensor, n: int) -> None:
@@ -33,11 +33,10 @@ class PlainSelection(Selection):
         index = self.index.unsqueeze(-1).expand(weights.shape)
         return local(weights.new_zeros(*rows, self.n, c).scatter(-2, index, weights))
 
-    def prepare(self) -> Program[Selection]:
+    def prepare(self) -> Program[PlainSelection]:
         return local(self)
 
-    def refine(self, finer: Selection, children: int) -> Program[Selection]:
-        assert isinstance(finer, PlainSelection)
+    def refine(self, finer: PlainSelection, children: int) -> Program[PlainSelection]:
         parent = self.index.gather(-1, finer.index // children)
         return local(type(self)(parent * children + finer.index % children, self.n * children))
 
@@ -46,7 +45,7 @@ class PlainSelection(Selection):
         return marks.scatter(-1, self.index, 1.0)
 
 
-class PlainOps(Ops):
+class PlainOps(Engine[torch.Tensor, torch.Tensor]):
     """`Ops` on torch float tensors; no rounds, no bytes.
 
     kernels: for the steps that have one, on `device`; without them each operation stands for itself, as
@@ -136,7 +135,7 @@ class PlainOps(Ops):
 
     def topk(
         self, scores: torch.Tensor, k: int, values: Sequence[torch.Tensor], limit: int = 512
-    ) -> Program[tuple[Selection, list[torch.Tensor]]]:
+    ) -> Program[tuple[PlainSelection, list[torch.Tensor]]]:
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         chosen = PlainSelection(order[..., :k], scores.shape[-1])
         return local((chosen, [chosen.pick(v) for v in values]))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from mpcache.engines.registry import PROTOCOLS
+from mpcache.engines.registry import engine
 from mpcache.ledger import Ledger
 from mpcache.ops import Ops
 from mpcache.rank import Rank
@@ -53,10 +53,9 @@ def run_threads(job: Job, protocol: str = "fast", bits: int = 16) -> dict[Rank, 
     def body(rank: Rank) -> None:
         torch.set_num_threads(1)  # as each party does
         dealer = rank is Rank.DEALER
-        cls = PROTOCOLS[protocol]
-        ops = cls(Rank.SERVER if dealer else rank, bits, device="meta" if dealer else "cpu")
+        ops = engine(protocol, Rank.SERVER if dealer else rank, bits, "meta" if dealer else "cpu")
         try:
-            results[rank] = job(cast(Ops, ops), parties[rank], rank)
+            results[rank] = job(ops, parties[rank], rank)
         except BaseException as error:
             errors.append(error)
             close(f"{rank.label}: {error!r}")

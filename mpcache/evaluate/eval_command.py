@@ -26,7 +26,7 @@ from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, run_sweep, ta
 from mpcache.evaluate.tasks import TASKS
 from mpcache.model.loading import demo_model_dir, load_model
 from mpcache.policy import POLICIES
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
 from mpcache.transport.network import NETWORKS
 
 QUESTIONS = ("inside", "after")

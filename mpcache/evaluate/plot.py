@@ -9,7 +9,7 @@ from typing import Any
 
 from mpcache.errors import BadInput
 from mpcache.evaluate.results import EvalRow
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
 
 COLUMNS = 3
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from mpcache.evaluate.results import EvalRow
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
 
 
 def quality_tables(rows: Sequence[EvalRow]) -> list[Table]:

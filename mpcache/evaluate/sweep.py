@@ -15,7 +15,7 @@ from mpcache.evaluate.results import Cell, Results
 from mpcache.evaluate.score import Engine, Tokens, score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Sample, Task
 from mpcache.policy import BoundPolicy, parse_policy
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
 
 FULL = "full"
 

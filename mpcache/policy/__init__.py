@@ -6,7 +6,8 @@ policy is a file of its own.
 
 from __future__ import annotations
 
-from mpcache.policy.base import LEAKS, BoundPolicy, LayerView, Plan, Policy
+from mpcache.policy.base import BoundPolicy, LayerView, Policy
+from mpcache.policy.plan import LeakClass, Plan
 from mpcache.policy.registry import POLICIES, parse_policy
 
-__all__ = ["LEAKS", "POLICIES", "BoundPolicy", "LayerView", "Plan", "Policy", "parse_policy"]
+__all__ = ["POLICIES", "BoundPolicy", "LayerView", "LeakClass", "Plan", "Policy", "parse_policy"]

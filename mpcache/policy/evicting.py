@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from mpcache.argmax import argmax
 from mpcache.model.loading import ModelShape
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import LayerPlan, LayerView, PlaintextContext, Plan, Policy, average
+from mpcache.policy.base import LayerView, PlaintextContext, Policy, average
+from mpcache.policy.plan import LayerPlan, Plan
 from mpcache.runtime.program import Program, at, local
 
 MASKED_SCORE = 190  # dead tokens' scores go down by so much: no weight is left as long as |score| < 73

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpcache.model.loading import ModelShape
-from mpcache.policy.base import LayerPlan, Plan, Policy
+from mpcache.policy.base import Policy
+from mpcache.policy.plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 
 from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy.base import Budget, Budgets, Plan, tokens_of
 from mpcache.policy.clusters import Clustered, ClusterPlan
+from mpcache.policy.plan import Budget, Budgets, Plan, tokens_of
 from mpcache_kernels import Backend
 
 

@@ -8,7 +8,8 @@ import torch
 
 from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy.base import Budget, LayerPlan, Plan, Policy, by_head
+from mpcache.policy.base import Policy, by_head
+from mpcache.policy.plan import Budget, LayerPlan, Plan
 from mpcache_kernels import Backend
 
 

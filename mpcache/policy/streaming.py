@@ -18,7 +18,8 @@ from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.model.rope import rope_tables
 from mpcache.ops import Value
-from mpcache.policy.base import Budget, LayerPlan, LayerView, Plan, Policy, average
+from mpcache.policy.base import LayerView, Policy, average
+from mpcache.policy.plan import Budget, LayerPlan, Plan
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
 

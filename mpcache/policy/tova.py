@@ -9,8 +9,9 @@ import torch
 from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Value
-from mpcache.policy.base import Budget, LayerView, Plan
+from mpcache.policy.base import LayerView
 from mpcache.policy.evicting import Evicting
+from mpcache.policy.plan import Budget, Plan
 from mpcache_kernels import Backend
 
 

@@ -17,8 +17,18 @@ from functools import cache
 import torch
 
 from mpcache.protocols.linear import Cut, cross, raised, truncate_local, truncate_product, truncate_times
-from mpcache.runtime.correlations import Part, Request, mask_parts
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.program import (
+    NO_WORK,
+    Part,
+    Program,
+    Request,
+    RequestKind,
+    Work,
+    draw,
+    open_masked,
+    products_of,
+)
 from mpcache.runtime.shares import Share, encode
 from mpcache.runtime.side import Side
 
@@ -92,9 +102,10 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
         crossed = cross(*pieces[0], *pieces[1]) if up is not None else ()
         return *waves, *(part for piece in pieces for part in piece), *crossed
 
-    each = Part(x.shape)
+    each, n = Part(x.shape), math.prod(x.shape)
     parts = (Part((*x.shape, terms), torch.int32),) * 2 + (each,) * (2 if up is None else 8)
-    drawn = yield from draw(Request("activation", (each,) * len(values), parts, derive))
+    work = Work(lookups=n, multiply_adds=2 * n * terms) + (products_of(n) if up is not None else NO_WORK)
+    drawn = yield from draw(Request(RequestKind.ACTIVATION, (each,) * len(values), parts, derive, work))
     masks, (sin_r, cos_r, rb, rc, *others) = drawn[: len(values)], drawn[len(values) :]
     c, *c_up = yield from open_masked(
         *(

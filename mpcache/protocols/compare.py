@@ -23,8 +23,17 @@ import torch
 
 from mpcache.protocols import dcf
 from mpcache.protocols.dcf import KeyShape
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Opening, Program, draw, local, open_masked
+from mpcache.runtime.program import (
+    Opening,
+    Part,
+    Program,
+    Request,
+    RequestKind,
+    Work,
+    draw,
+    local,
+    open_masked,
+)
 from mpcache.runtime.side import Side, bytes_for
 
 
@@ -52,11 +61,16 @@ class Keys:
     width: int
     dtype: torch.dtype = torch.int64
 
-    kind = "top"
+    kind = RequestKind.TOPK
 
     @property
     def shape(self) -> KeyShape:
         return KeyShape(self.n, self.width - 1, width=self.dtype.itemsize)
+
+    @property
+    def work(self) -> Work:
+        """One evaluation of each key."""
+        return self.shape.work()
 
     @property
     def random(self) -> tuple[Part, ...]:
@@ -112,7 +126,7 @@ class Digits:
     width: int
     dtype: torch.dtype = torch.int64
 
-    kind = "top/digits"
+    kind = RequestKind.TOPK_DIGITS
 
     @property
     def depth(self) -> int:
@@ -132,6 +146,11 @@ class Digits:
     def base(self) -> int:
         """Bits of a digit; a table fills whole bytes."""
         return max(3, -(-self.depth // self.digits))
+
+    @property
+    def work(self) -> Work:
+        """Entries of digits' tables, and products of their masks."""
+        return Work(comparisons=self.n, multiply_adds=2 * self.n * (3 << (self.digits - 1)))
 
     @property
     def random(self) -> tuple[Part, ...]:
@@ -212,7 +231,7 @@ def less(
     """
     n = math.prod(x.shape)
     keys = Keys(n, width, dtype)
-    request = Request("compare", (Part((n,)), *keys.random), keys.derived, keys.derive)
+    request = Request(RequestKind.COMPARE, (Part((n,)), *keys.random), keys.derived, keys.derive, keys.work)
     r, *parts = yield from draw(request)
     (opened,) = yield from open_masked(
         Opening(x.reshape(n) + r, "masked for comparison", width=bytes_for(width))

@@ -25,6 +25,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
+from mpcache.runtime.program import Work
+
 Words = npt.NDArray[np.uint64]
 
 # Public constants: the first digits of pi as a key, and one tweak for each output of the generator.
@@ -79,6 +81,10 @@ class KeyShape:
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
         return np.dtype(f"u{self.width}")
+
+    def work(self, points: int = 1) -> Work:
+        """Count the evaluation of all keys at so many points: a child and a value for each level."""
+        return Work(comparisons=self.n, key_blocks=2 * self.n * self.levels * points)
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,8 +10,18 @@ import torch
 
 from mpcache.rank import Rank
 from mpcache.runtime import correlations
-from mpcache.runtime.correlations import Part, Request, mask_parts
-from mpcache.runtime.program import Opening, Program, draw, open_masked
+from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.program import (
+    NO_WORK,
+    Opening,
+    Part,
+    Program,
+    Request,
+    RequestKind,
+    draw,
+    open_masked,
+    products_of,
+)
 from mpcache.runtime.ring import matmul
 from mpcache.runtime.shares import Awaited, MaskedOperand, Share
 from mpcache.runtime.side import Side, bytes_for, drop_low_bits
@@ -142,7 +153,13 @@ class Scaled:
             rc, rb = mask_parts(r, 0, x.ring)
             return rc, rb, a * rc, a * rb
 
-        return Request("truncation/product", (Part(x.shape), Part(factor)), (Part(x.shape),) * 4, derive)
+        return Request(
+            RequestKind.TRUNCATION_PRODUCT,
+            (Part(x.shape), Part(factor)),
+            (Part(x.shape),) * 4,
+            derive,
+            products_of(math.prod(x.shape)),
+        )
 
     def times(self, d: torch.Tensor, bits: int) -> Share:
         """By the factor opened as d, with so many fraction bits."""
@@ -158,7 +175,10 @@ def truncate_product(side: Side, x: Share, y: Share) -> Program[Share]:
         (rc, rb), (rc_, rb_) = mask_parts(r, 0, x.ring), mask_parts(r_, 0, y.ring)
         return rc, rb, rc_, rb_, *cross(rb, rc, rb_, rc_)
 
-    request = Request("truncations/product", (Part(x.shape),) * 2, (Part(x.shape),) * 8, derive)
+    each = Part(x.shape)
+    request = Request(
+        RequestKind.TRUNCATIONS_PRODUCT, (each,) * 2, (each,) * 8, derive, products_of(math.prod(x.shape))
+    )
     r, r_, rc, rb, rc_, rb_, *crossed = yield from draw(request)
     c, c_ = yield from open_masked(
         raised(side, x.data, r, x.ring, "masked for truncation"),
@@ -177,11 +197,11 @@ def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
     """
     wide = x.bits - bits  # bits of a uniform number, in units of x
     (words,) = yield from draw(
-        Request("blur", (Part((*x.shape, 12), torch.int16, owner=by),), (), lambda r: ())
+        Request(RequestKind.BLUR, (Part((*x.shape, 12), torch.int16, owner=by),), (), lambda r: (), NO_WORK)
     )
     if side.rank is not by or words.is_meta:
         return torch.zeros_like(x.data)
-    noise = (words.long() & ((1 << wide) - 1)).sum(-1)
+    noise: torch.Tensor = (words.long() & ((1 << wide) - 1)).sum(-1)
     return noise - 6 * ((1 << wide) - 1)
 
 
@@ -232,7 +252,7 @@ def product(
     ring = min(ring, x.ring, y.ring)
     shapes = (torch.empty(s, dtype=torch.int64, device="meta") for s in (x.shape, y.shape))
     out = tuple(op(*shapes).shape)
-    a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op, f"triple/{op.__name__}"))
+    a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op))
     d, e = yield from open_masked(
         masked(x.data - a, ring, "factor, masked"), masked(y.data - b, ring, "factor, masked")
     )

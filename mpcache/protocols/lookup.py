@@ -6,10 +6,11 @@ integers.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Opening, Program, draw, open_masked
+from mpcache.runtime.program import Opening, Part, Program, Request, RequestKind, Work, draw, open_masked
 from mpcache.runtime.side import Side, bytes_for
 
 
@@ -25,13 +26,17 @@ def one_hot_of(
     """Shares of the one-hot vector of index mod size: (*s) -> (*s, size) in `dtype`'s ring. One round."""
     shape = tuple(index.shape)
     hot = Part((*shape, size), dtype=dtype)
-    request = Request("one-hot", (Part(shape),), (hot,), lambda rho: (one_hot(rho, size, dtype),))
+    work = Work(lookups=math.prod(shape), multiply_adds=math.prod(hot.shape))
+    request = Request(
+        RequestKind.ONE_HOT, (Part(shape),), (hot,), lambda rho: (one_hot(rho, size, dtype),), work
+    )
     rho, h = yield from draw(request)
     bits = size.bit_length() - 1
     (c,) = yield from open_masked(Opening(index + rho, "index, rotated", width=bytes_for(bits)))
     # index = v exactly where rho = c - v.
     where = (c.unsqueeze(-1) - side.public(range(size))) & (size - 1)
-    return h.gather(-1, where)
+    rotated: torch.Tensor = h.gather(-1, where)
+    return rotated
 
 
 def lookup(side: Side, index: torch.Tensor, table: torch.Tensor) -> Program[torch.Tensor]:

@@ -17,8 +17,19 @@ import torch
 
 from mpcache.protocols.linear import Cut, raised, share_of_product, truncate_local, truncate_to_scale
 from mpcache.protocols.reciprocal import Curve, Range, power
-from mpcache.runtime.correlations import Part, Request, dealt, mask_parts, masked_operand_product
-from mpcache.runtime.program import Opening, Program, at, draw, open_masked, together
+from mpcache.runtime.correlations import dealt, mask_parts, masked_operand_product
+from mpcache.runtime.program import (
+    Opening,
+    Part,
+    Program,
+    Request,
+    RequestKind,
+    at,
+    draw,
+    open_masked,
+    products_of,
+    together,
+)
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
 
@@ -87,14 +98,14 @@ def _add(
         a = -rc if stream is None else dealt(stream.dealt) - rc
         return rc, rb, a * rb, (a * a).sum(-1, keepdim=True)
 
-    request = Request("norm", (each,), (each, each, each, row), derive)
+    request = Request(RequestKind.NORM, (each,), (each, each, each, row), derive, products_of(m * width))
     r, rc, rb, a_rb, aa = yield from draw(request)
     (c,) = yield from open_masked(raised(side, change.data, r, change.ring, "masked for truncation"))
-    cut_ = Cut.of(c, 0, change.ring, rb, rc)
-    e, a = (cut_.p, -rc) if stream is None else (cut_.p + stream.opened, stream.mask - rc)
+    opened = Cut.of(c, 0, change.ring, rb, rc)
+    e, a = (opened.p, -rc) if stream is None else (opened.p + stream.opened, stream.mask - rc)
     # (e + q rb + a)^2
-    squares = side.first(e * e) + 2 * e * a + 2 * cut_.q * (e * rb + a_rb) + cut_.q * cut_.q * rb
-    return side.first(e) + cut_.q * rb + a, squares.sum(-1, keepdim=True) + aa
+    squares = side.first(e * e) + 2 * e * a + 2 * opened.q * (e * rb + a_rb) + opened.q * opened.q * rb
+    return side.first(e) + opened.q * rb + a, squares.sum(-1, keepdim=True) + aa
 
 
 def _times(side: Side, x: Share, w: MaskedOperand) -> Program[tuple[MaskedOperand, Share]]:

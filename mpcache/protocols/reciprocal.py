@@ -23,8 +23,8 @@ from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import affine, masked, raised
 from mpcache.protocols.lookup import one_hot
-from mpcache.runtime.correlations import Part, Request, mask_parts
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -114,7 +114,9 @@ def _exponent(
         trees = dcf.dcf_keygen(keys, s, (r & mask).repeat(2), carried * (1 - 2 * top))
         return carried * top, *trees
 
-    request = Request("compare", (Part((n,)), seeds), (Part((2 * n,)), words, bit_parts), derive)
+    request = Request(
+        RequestKind.COMPARE, (Part((n,)), seeds), (Part((2 * n,)), words, bit_parts), derive, keys.work()
+    )
     r, own, tops, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(x + r, ring, "masked for comparison"))
     points = c.unsqueeze(-1) - side.public([1 << (low + step * i) for i in range(1, k)])
@@ -145,7 +147,9 @@ def _line(
         rc, rb = (part.unsqueeze(-1) * hot for part in mask_parts(r, 0, ring))
         return hot, rb, rc, *(b.unsqueeze(-1) * part for part in (hot, rb, rc))
 
-    request = Request("line", (Part((n,)), Part((n,))), (Part((n, size)),) * 6, derive)
+    # Three inner products with values and slopes, with and without the factor.
+    work = Work(lookups=n, multiply_adds=8 * n * size)
+    request = Request(RequestKind.LINE, (Part((n,)), Part((n,))), (Part((n, size)),) * 6, derive, work)
     r, b, *parts = yield from draw(request)
     c, d = yield from open_masked(
         raised(side, v, r, ring, "index, rotated"), masked(factor - b, 64, "factor, masked")
@@ -160,7 +164,8 @@ def _line(
         base, tilt = (one * value).sum(-1), (one * slope).sum(-1)
         return base + p * tilt + q * (top * slope).sum(-1) - (low * slope).sum(-1)
 
-    return d * line(hot, rb, rc) + line(b_hot, b_rb, b_rc)
+    result: torch.Tensor = d * line(hot, rb, rc) + line(b_hot, b_rb, b_rc)
+    return result
 
 
 RECIPROCAL = Curve(lambda u: 1 / u, 1, 7, 14, 9)

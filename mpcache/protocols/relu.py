@@ -17,8 +17,7 @@ from mpcache.protocols import dcf
 from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import masked
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side
 
@@ -36,7 +35,9 @@ def relu(side: Side, x: Share, width: int) -> Program[Share]:
         trees = dcf.dcf_keygen(keys, s, (r & low).repeat(2), carried * (1 - 2 * top.repeat(2)))
         return carried * top.repeat(2), *trees
 
-    request = Request("compare", (Part((n,)), seeds), (Part((2 * n,)), words, bits), derive)
+    request = Request(
+        RequestKind.COMPARE, (Part((n,)), seeds), (Part((2 * n,)), words, bits), derive, keys.work()
+    )
     r, own, tops, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(x.data.reshape(n) + r, x.ring, "masked for max(x, 0)"))
     points = (c & low).repeat(2).unsqueeze(-1)

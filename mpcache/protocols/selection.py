@@ -7,9 +7,10 @@ selection, and steps between two refreshes, are made of.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 
-from mpcache.ops import Selection
+from mpcache.ops import SelectionOf
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product
 from mpcache.runtime.program import Program, local
 from mpcache.runtime.ring import matmul
@@ -19,8 +20,26 @@ from mpcache.runtime.side import Side
 RING = 56  # scores to gather and softmax weights to scatter fit
 
 
+class SlotSelection(SelectionOf[Share]):
+    """A selection whose slot matrix H (*rows, k, n), H[j, i] = [item i is chosen j-th], is held in shares."""
+
+    side: Side
+
+    @abstractmethod
+    def slots(self) -> Share:
+        """Return H, integers."""
+
+    def refine(self, finer: SlotSelection, children: int) -> Program[SlotSelection]:
+        """Join coarse and finer choice to one. Two rounds, and one for the preparation."""
+        return refine_selection(self.side, self.slots(), finer.slots(), children)
+
+    def marks(self) -> Share:
+        """Mark what is chosen: the slots' sum."""
+        return self.slots().sum(-2)
+
+
 @dataclass(frozen=True)
-class PreparedSelection(Selection):
+class PreparedSelection(SlotSelection):
     """hot: the slot matrix (*rows, k, n), integers.  share: the same, as shares."""
 
     side: Side
@@ -40,25 +59,19 @@ class PreparedSelection(Selection):
             -1, -2
         )
 
-    def prepare(self) -> Program[Selection]:
+    def prepare(self) -> Program[SlotSelection]:
         return local(self)
-
-    def refine(self, finer: Selection, children: int) -> Program[Selection]:
-        return refine_selection(self.side, self.share, finer.slots(), children)  # type: ignore[attr-defined]
 
     def slots(self) -> Share:
         return self.share
 
-    def marks(self) -> Share:
-        return self.share.sum(-2)
 
-
-def prepare_selection(side: Side, hot: Share) -> Program[Selection]:
+def prepare_selection(side: Side, hot: Share) -> Program[SlotSelection]:
     """One round: the slot matrix (*rows, k, n) is opened under a mask that stays."""
     return PreparedSelection(side, hot, (yield from mask_operand(hot, RING)))
 
 
-def refine_selection(side: Side, coarse: Share, fine: Share, children: int) -> Program[Selection]:
+def refine_selection(side: Side, coarse: Share, fine: Share, children: int) -> Program[SlotSelection]:
     """coarse (*rows, k, n) and fine (*rows, k2, k children): (*rows, k2, n children). Two rounds."""
     *rows, k2, _ = fine.shape
     k, n = coarse.shape[-2:]

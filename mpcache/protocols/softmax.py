@@ -19,8 +19,7 @@ from mpcache.protocols.compare import key_parts, less
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import masked, truncate, truncate_local
 from mpcache.protocols.lookup import one_hot_of
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -87,7 +86,8 @@ def exp(side: Side, d: Share) -> Program[Share]:
         payload = torch.exp((r & low).double() * UNIT - WINDOW) * 2**_KEY_BITS
         return dcf.dcf_keygen(keys, s, (r & whole) >> rest, payload.round().to(torch.int64))
 
-    r, own, cw, cb = yield from draw(Request("exp", (Part((n,)), seeds), (words, bit_parts), derive))
+    request = Request(RequestKind.EXP, (Part((n,)), seeds), (words, bit_parts), derive, keys.work(points=2))
+    r, own, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(d.data.reshape(n) + r, _LOW + _HIGH, "masked for exp"))
     c = (c & whole).unsqueeze(-1)
     # d lies in the window if c and r share their top bits (then c's low bits are not below r's, for d is

@@ -8,12 +8,17 @@ tokens repeat themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 
 _memory: dict[Any, Any] = {}
+
+
+def broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that two shapes broadcast to. Raises RuntimeError where they do not."""
+    return tuple(torch.broadcast_shapes(tuple(a), tuple(b)))  # type: ignore[no-untyped-call]
 
 
 class MetaTensor:
@@ -74,7 +79,7 @@ def _operator(name: str) -> None:
         if isinstance(other, MetaTensor | torch.Tensor) and other.dtype == self.dtype:
             if other.shape == self.shape:
                 return self
-            return MetaTensor(tuple(torch.broadcast_shapes(self.shape, other.shape)), self.dtype)
+            return MetaTensor(broadcast(self.shape, other.shape), self.dtype)
         return method(self, *args)
 
     setattr(MetaTensor, name, method if name in ("__matmul__", "__truediv__") else elementwise)

@@ -36,15 +36,15 @@ class Tapes:
     def __init__(self, seed: bytes) -> None:
         self._seed, self._given = seed, set[str]()
 
-    def begin(self, phase: str) -> Stream:
+    def begin(self, phase: str) -> KeyStream:
         """The stream of a phase. Raises Reuse if it was begun before."""
         if phase in self._given:
             raise Reuse(f"the randomness of {phase} was used already; a phase runs once in a session")
         self._given.add(phase)
-        return Stream(self._seed, f"tape/{phase}")
+        return KeyStream(self._seed, f"tape/{phase}")
 
 
-class Stream:
+class KeyStream:
     """The AES-256-CTR key stream of one (seed, label), read in order and never twice."""
 
     def __init__(self, seed: bytes, label: str) -> None:

@@ -182,4 +182,5 @@ def centred(raw: torch.Tensor, ring: int) -> torch.Tensor:
 
 def decode(raw: torch.Tensor, bits: int) -> torch.Tensor:
     """Fixed point to real numbers (float64)."""
-    return raw.double() / 2**bits
+    real: torch.Tensor = raw.double() / 2**bits
+    return real

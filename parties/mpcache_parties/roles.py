@@ -24,7 +24,7 @@ from mpcache.answer import Sampling, TimedSession, answer, bind, decide
 from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.cost.choose import AUTO, pick
-from mpcache.engines.registry import PROTOCOLS
+from mpcache.engines.registry import engine
 from mpcache.errors import ConfigError, Desync, ModelError, PolicyError
 from mpcache.ledger import Ledger
 from mpcache.model.loading import Model, ModelShape, Weights
@@ -145,7 +145,7 @@ def serve(
 def _session(
     me: Rank, party: Any, facts: Facts, public: PublicConfig, watch: SessionStatus, device: str = "cpu"
 ) -> TimedSession:
-    ops = PROTOCOLS[facts.protocol](me, public.fraction_bits, device)
+    ops = engine(facts.protocol, me, public.fraction_bits, device)
     return TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
 
 

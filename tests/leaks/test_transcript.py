@@ -131,10 +131,10 @@ def test_the_check_sees_a_planted_bug() -> None:
 
 def test_a_stream_is_never_read_twice() -> None:
     """Masks of two phases, and of the same phase of two sessions, have nothing in common."""
-    from mpcache.runtime.rng import Stream, fresh_seed
+    from mpcache.runtime.rng import KeyStream, fresh_seed
 
     seed = fresh_seed()
-    assert not torch.equal(Stream(seed, "tape/a").tensor((64,)), Stream(seed, "tape/b").tensor((64,)))
-    assert not torch.equal(Stream(seed, "tape/a").tensor((64,)), Stream(fresh_seed(), "tape/a").tensor((64,)))
-    stream = Stream(seed, "tape/a")
+    assert not torch.equal(KeyStream(seed, "tape/a").tensor((64,)), KeyStream(seed, "tape/b").tensor((64,)))
+    assert not torch.equal(KeyStream(seed, "tape/a").tensor((64,)), KeyStream(fresh_seed(), "tape/a").tensor((64,)))
+    stream = KeyStream(seed, "tape/a")
     assert not torch.equal(stream.tensor((64,)), stream.tensor((64,)))

@@ -24,9 +24,9 @@ import torch
 
 from mpcache.errors import StateError
 from mpcache.rank import Rank
-from mpcache.runtime.correlations import Request
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty
+from mpcache.runtime.program import Request
 from mpcache.transport.link import Hello, Link, Spec
 from mpcache_parties.state import sealed, snapshot
 

@@ -23,7 +23,7 @@ from mpcache.evaluate.tasks import ASKED, COPIED, DEPTHS, FACTS, GIVEN, TASKS, T
 from mpcache.model.loading import demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse_policy
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
 from tests.mpcache.conftest import Run
 from tests.support.processes import CLI, start, started, tiny_model
 

@@ -14,8 +14,7 @@ from mpcache.protocols.activation import series
 from mpcache.protocols.linear import truncate, truncate_local
 from mpcache.protocols.lookup import lookup
 from mpcache.protocols.softmax import quantize_scores
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Opening, draw, open_masked, together
+from mpcache.runtime.program import Opening, Part, Request, RequestKind, draw, open_masked, together
 from mpcache.runtime.shares import Share, centred
 from mpcache.runtime.side import bytes_for
 from tests.support.harness import secure
@@ -48,7 +47,9 @@ def test_signs_over_the_whole_ring(kind: type[compare.Keys], dtype: torch.dtype,
     how = kind(len(x), width, dtype)
 
     def protocol(ops, share):  # type: ignore[no-untyped-def]
-        request = Request("compare", (Part(x.shape), *how.random), how.derived, how.derive)
+        request = Request(
+            RequestKind.COMPARE, (Part(x.shape), *how.random), how.derived, how.derive, how.work
+        )
         r, *parts = yield from draw(request)
         (c,) = yield from open_masked(Opening(share.data + r, "masked", width=bytes_for(width)))
         return Share((yield from how.sign(ops.side, parts, c)), 0)

@@ -209,13 +209,13 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     """Every key stream that is made, and every share that is opened, with its maker."""
     notes = Heard()
 
-    class RecordedCall(rng.Stream):
+    class RecordedCall(rng.KeyStream):
         def __init__(self, seed: bytes, label: str) -> None:
             notes.keys.append((notes.ranks[threading.get_ident()], rng.derive_key(seed, label)))
             super().__init__(seed, label)
 
-    monkeypatch.setattr(party_module, "Stream", RecordedCall)
-    monkeypatch.setattr(rng, "Stream", RecordedCall)
+    monkeypatch.setattr(party_module, "KeyStream", RecordedCall)
+    monkeypatch.setattr(rng, "KeyStream", RecordedCall)
     opening = ComputingParty.open
 
     def open_(self: ComputingParty, items: Any, step: str) -> list[Any]:

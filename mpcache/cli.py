@@ -80,7 +80,7 @@ class Inquiry:
     def read(
         model: Path | None, context: Path | None, question: str, sampling: Sampling, stop_at_eos: bool
     ) -> Inquiry:
-        """Everything but the weights; raises BadInput before any process is started."""
+        """Read everything but the weights; raises BadInput before any process is started."""
         folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
         shape, tokenizer = load_shape(folder), load_tokenizer(folder)
         ids = tokenizer.encode(read_text(file), bos=True), tokenizer.encode(question, bos=False)
@@ -97,7 +97,7 @@ class Inquiry:
         on_token: Callable[[int, str], None],
         every: Sequence[str] = (),
     ) -> dict[Rank, Any]:
-        """Three processes. every: flags that all of them get."""
+        """Run three processes, and return their reports. every: flags that all of them get."""
         sampling = self.sampling
         flags = {
             Rank.SERVER: ["--model", str(self.model), "--context", str(self.context_file)],
@@ -145,7 +145,7 @@ def generate(
     resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """A private answer: server, client and dealer as three processes of this machine.
+    """Answer a question privately: server, client and dealer as three processes of this machine.
 
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
@@ -206,7 +206,7 @@ def compare(
     stop_at_eos: StopAtEosOption = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Private against plaintext, for each policy and protocol: latency, rounds, bytes, agreement."""
+    """Compare private with plaintext, per policy and protocol: latency, rounds, bytes, agreement."""
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
@@ -233,7 +233,7 @@ def compare(
 
 @app.command()
 def policies(as_json: JsonOption = False) -> None:
-    """What there is: each policy, what it needs and leaks beyond public sizes, its options and defaults."""
+    """List the policies: what each needs and leaks beyond public sizes, its options and defaults."""
     rows = [
         {
             "name": name,
@@ -284,13 +284,13 @@ def _settings(
 
 
 def _entry(name: str, text: str) -> None:
-    """A name in bold, and the (beginning of the) text that belongs to it."""
+    """Write a name in bold, and the (beginning of the) text that belongs to it."""
     out.print(f"[bold]{name:<11}[/]", end="")
     _write(text.lstrip(" "))
 
 
 def _write(text: str) -> None:
-    """Model text as it is: no markup, no wrapping."""
+    """Write model text as it is: no markup, no wrapping."""
     out.file.write(text)
     out.file.flush()
 
@@ -300,6 +300,7 @@ app.command("eval")(evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; an error of the user's or a party's is one line on stderr, and an exit code above 0."""
     stop_on_signals("mpcache")
     torch.set_num_threads(1)  # as each party does: else the comparison is not one
     try:

@@ -78,7 +78,7 @@ class PublicConfig(_Section):
     kernels: Literal["auto", "reference", "triton"] = "auto"
 
     def flat(self) -> dict[str, str]:
-        """Every field as text, the policy's options apart (`policy.n_keep`), for Hello."""
+        """Return every field as text, the policy's options apart (`policy.n_keep`), for Hello."""
         fields = {name: str(value) for name, value in self.model_dump().items()}
         parts = parse_parts(self.policy)
         fields["policy"] = "|".join(part.name for part in parts)
@@ -95,7 +95,7 @@ class Addresses(_Section):
     dealer: Address = "127.0.0.1:7102"
 
     def of(self, rank: Rank) -> str:
-        """Where this rank listens; ValueError for the client."""
+        """Return where this rank listens; raises ValueError for the client."""
         if rank is Rank.CLIENT:
             raise ValueError("the client does not listen")
         return self.server if rank is Rank.SERVER else self.dealer

@@ -1,4 +1,4 @@
-"""`mpcache audit`: what each eviction setting costs, priced by `mpcache.cost.tally` and laid out."""
+"""`mpcache audit`: what each eviction setting costs, priced by `mpcache.cost.pricing` and laid out."""
 
 from __future__ import annotations
 

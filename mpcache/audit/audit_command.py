@@ -66,7 +66,7 @@ def audit(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What each eviction setting costs in rounds, bytes and time: exact, with no party running."""
+    """Price each eviction setting in rounds, bytes and time: exact, with no party running."""
     if explain is not None:
         others = {
             "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
@@ -200,7 +200,7 @@ def _show(
 
 
 def shape_of(text: str) -> tuple[str, ModelShape]:
-    """A shape and its name: demo, a packaged one, or a folder. Raises ModelError."""
+    """Find a shape and its name: demo, a packaged one, or a folder. Raises BadInput or ModelError."""
     if text == "demo":
         return text, load_shape(demo_model_dir())
     if text in NAMES:
@@ -212,7 +212,7 @@ def shape_of(text: str) -> tuple[str, ModelShape]:
 
 
 def _weights_of(given: str) -> Path:
-    """The model folder behind --shape, which the parties need. Raises BadInput."""
+    """Find the model folder behind --shape, which the parties need. Raises BadInput."""
     folder = demo_model_dir() if given == "demo" else Path(given)
     if given in NAMES or not any(folder.glob("*.safetensors")):
         raise BadInput(
@@ -226,9 +226,11 @@ def _policies(given: list[str] | None, sweeps: list[str]) -> list[str]:
 
 
 def _contexts(text: str | None, given: str, shape: ModelShape, more: int = 0) -> list[int]:
-    """Context lengths that the model can take, with `more` tokens after them. A packaged shape with
-    rotary positions may be priced beyond them, as they can be stretched at no cost; a model that is
-    there could not run."""
+    """Read context lengths that the model can take, with `more` tokens after them. Raises BadInput.
+
+    A packaged shape with rotary positions may be priced beyond its lengths, since such positions can be
+    stretched at no cost. A model with weights could not run there.
+    """
     limit = shape.max_positions - more
     if limit < 1:
         raise BadInput(f"question and answer make {more} tokens, the model allows {shape.max_positions}")

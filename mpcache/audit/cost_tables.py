@@ -19,7 +19,7 @@ PARTS = {"layer": "layers", "op": "ops"}
 
 
 def cost_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
-    """A table per protocol and context; a row per policy, with a column pair per network."""
+    """Make a table per protocol and context: a row per policy, with a column pair per network."""
     for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
         mine = list(group)
         networks = list(dict.fromkeys(r["network"] for r in mine))
@@ -44,7 +44,7 @@ def cost_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
 
 
 def measured_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
-    """A table per protocol and context: modelled and measured, a line per policy and network."""
+    """Make a table per protocol and context: modelled and measured, a line per policy and network."""
     for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
         table = _table(f"context {context:,} tokens, protocol {protocol}: measured beside modelled")
         table.add_column("policy", overflow="fold", min_width=10)
@@ -68,7 +68,7 @@ def measured_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
 
 
 def verdict(result: AuditRow) -> Iterator[str]:
-    """What the measurement says about the model, in lines."""
+    """Say in lines what the measurement tells about the model."""
     rounds = [rate["round_ms"] for rate in result["calibration"]]
     if rounds:
         yield (
@@ -93,7 +93,7 @@ def _table(title: str) -> Table:
 
 
 def breakdowns(rows: Sequence[AuditRow], by: str) -> Iterator[Table]:
-    """Which layer or operation pays, per policy, protocol and context (the network does not matter)."""
+    """Show which layer or operation pays, per policy, protocol and context; the network does not matter."""
     seen = set()
     for row in rows:
         key = row["policy"], row["protocol"], row["context_tokens"]
@@ -120,13 +120,14 @@ def breakdowns(rows: Sequence[AuditRow], by: str) -> Iterator[Table]:
 
 
 def label(part: AuditRow, by: str) -> str:
+    """Name a part of a row: its operation, or its layer."""
     if by == "op":
         return str(part["op"])
     return f"{part['layer']}{' (shares selection)' if part['shares_selection'] else ''}"
 
 
 def _alike(parts: Sequence[tuple[str, AuditRow]]) -> list[tuple[str, AuditRow]]:
-    """Neighbouring layers of the same cost in one line, each with its own amounts."""
+    """Put neighbouring layers of the same cost into one line, with the amounts of each."""
     merged: list[tuple[str, AuditRow]] = []
 
     def cost_of(item: tuple[str, AuditRow]) -> Any:
@@ -140,7 +141,7 @@ def _alike(parts: Sequence[tuple[str, AuditRow]]) -> list[tuple[str, AuditRow]]:
 
 
 def write_csv(path: Path, rows: Sequence[AuditRow], by: str | None) -> None:
-    """One line per row, or per part of a row. Raises BadInput."""
+    """Write one line per row, or per part of a row. Raises BadInput where the file cannot be written."""
     lines = []
     for row in rows:
         flat = {k: v for k, v in row.items() if not isinstance(v, dict | list)}

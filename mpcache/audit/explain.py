@@ -35,8 +35,10 @@ READINGS = 7  # of which formulas are made: more than they have unknowns
 
 @dataclass(frozen=True)
 class TensorTrace:
-    """A tensor that is opened or dealt. size: its dimensions and its bytes per element; what the dealer
-    sends to both counts twice."""
+    """A tensor that is opened or dealt.
+
+    size: its dimensions and its bytes per element; what the dealer sends to both counts twice.
+    """
 
     why: str
     to: str
@@ -103,8 +105,11 @@ class TraceParty(CostParty):
 
 @dataclass(frozen=True)
 class Line:
-    """What a step opens for one reason. times: tensors of this size.  formula: bytes in the symbols of
-    `Explained`, None where none was found.  size: as in `TensorTrace`, at the sizes that were asked for."""
+    """What a step opens for one reason.
+
+    times: tensors of this size.  formula: bytes in the symbols of `Explained`, None where none was found.
+    size: as in `TensorTrace`, at the sizes that were asked for.
+    """
 
     why: str
     to: str
@@ -127,8 +132,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one layer: its protocols, rounds, openings, and the dealer's bytes. keys: bytes of
-    a key of each of its trees, symbols of the formulas where they depend on the sizes."""
+    """One step of one layer: its protocols, rounds, openings, and the dealer's bytes.
+
+    keys: bytes of a key of each of its trees, symbols of the formulas where they depend on the sizes.
+    """
 
     name: str
     kinds: tuple[RequestKind, ...]
@@ -153,7 +160,7 @@ class StepReading:
 
 
 def read_step(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> StepReading:
-    """The first decode step after the question. Raises PolicyError."""
+    """Read the first decode step after the question, at one size. Raises PolicyError."""
     bound = parse_policy(spec).bind(context, shape).priced()
     session = Session(engine(protocol, Rank.SERVER, device="meta"), TraceParty(), shape, bound)
     session.setup(None)
@@ -180,7 +187,7 @@ def read_step(shape: ModelShape, spec: str, context: int, question: int, protoco
 
 
 def _numbers(thing: Any) -> dict[str, int]:
-    """The integers of a dataclass, those of a tuple numbered from 1."""
+    """Collect the integers of a dataclass, those of a tuple numbered from 1."""
     if not is_dataclass(thing):
         return {}
     found: dict[str, int] = {}
@@ -205,7 +212,7 @@ class Explained:
 
 
 def explained(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Explained:
-    """A decode step with formulas, which other readings of it at other sizes give. Raises PolicyError."""
+    """Read a decode step and find its formulas, which readings at other sizes give. Raises PolicyError."""
     first = read_step(shape, spec, context, question, protocol)
     readings = [first]
     if protocol == "fast":
@@ -242,7 +249,10 @@ def explained(shape: ModelShape, spec: str, context: int, question: int, protoco
 
 
 def formula_of(names: Names, tensors: Sequence[Sequence[tuple[int, ...]]]) -> str | None:
-    """Bytes of some tensors, each with its size at every reading; None where no formula was found."""
+    """Write bytes of some tensors as a formula; None where none was found.
+
+    tensors: each with its size at every reading.
+    """
     if not names.symbols:
         return None
     products = []
@@ -255,8 +265,11 @@ def formula_of(names: Names, tensors: Sequence[Sequence[tuple[int, ...]]]) -> st
 
 
 def _others(shape: ModelShape, context: int, question: int) -> Iterator[tuple[ModelShape, int, int]]:
-    """Other sizes of the same kind: the width stays a power of two or none, the context on its side of
-    1024, where policies change their defaults."""
+    """Yield other sizes of the same kind.
+
+    The width stays a power of two, or stays none; the context stays on its side of 1024, where policies
+    change their defaults.
+    """
     widths = (
         (shape.width // 2, shape.width // 4) if shape.width > 1024 else (2 * shape.width, 4 * shape.width)
     )
@@ -282,7 +295,7 @@ def _others(shape: ModelShape, context: int, question: int) -> Iterator[tuple[Mo
 
 
 def explain_policy(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Iterator[str]:
-    """Lines of text, for the first decode step after the question."""
+    """Yield lines of text about the first decode step after the question. Raises PolicyError."""
     plan = explained(shape, spec, context, question, protocol)
     policy = plan.bound.policy
     yield f"{policy.spec}: {policy.source}"

@@ -37,8 +37,11 @@ Key = tuple[str, str, int, str]  # a setting, and a network
 
 @dataclass(frozen=True)
 class Measured:
-    """One answer of three real parties. token_ms: the client's decode steps; the rest is per decode step,
-    as in `audit.rows`. first_token_ms: from the context on."""
+    """One answer of three real parties.
+
+    token_ms: the client's decode steps; the rest is per decode step, as in `audit.priced_rows`.
+    first_token_ms: from the context on.
+    """
 
     token_ms: Sequence[float]
     first_token_ms: float
@@ -71,8 +74,9 @@ class Measured:
 
 
 def plan(grid: AuditGrid, rows: Sequence[AuditRow]) -> list[tuple[Key, PublicConfig]]:
-    """The runs that these rows need, in order: of each setting those without a network stand around the
-    others.
+    """List the runs that these rows need, in order.
+
+    The runs of a setting without a network stand around its others.
 
     Raises BadInput where a setting could not run, before the first of them does.
     """
@@ -114,7 +118,7 @@ def measure(
 
 
 def text_of(tokenizer: Tokenizer, source: str, n: int, bos: bool) -> str:
-    """A text of exactly n tokens, made of what `source` says, again and again. Raises BadInput."""
+    """Make a text of exactly n tokens from what `source` says, again and again. Raises BadInput."""
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, bos))
@@ -134,7 +138,7 @@ def text_of(tokenizer: Tokenizer, source: str, n: int, bos: bool) -> str:
 
 
 def calibrated(runs: Mapping[Key, Measured], grid: AuditGrid) -> dict[Setting, Rates]:
-    """This machine's rates for each setting, from its runs without a network: the median of all their tokens.
+    """Fit this machine's rates to each setting's runs without a network: the median of all their tokens.
 
     What such a token takes beyond the work that its counts tell is put on its rounds: calls, messages,
     and waiting for a core that another party, or the dealer, has. A setting that was not run takes the
@@ -158,7 +162,7 @@ def calibrated(runs: Mapping[Key, Measured], grid: AuditGrid) -> dict[Setting, R
 
 
 def put_beside(rows: Sequence[AuditRow], runs: Mapping[Key, Measured]) -> None:
-    """Adds what was measured to each row, and None where it was not.
+    """Add what was measured to each row, and None where it was not.
 
     `difference`: measured over modelled time, less one. A dealer whose bytes take longer than the token
     sets the pace (`offline_transfer_ms`), so the larger of the two is what a measurement is held against.
@@ -176,7 +180,7 @@ def put_beside(rows: Sequence[AuditRow], runs: Mapping[Key, Measured]) -> None:
 
 
 def errors(rows: Sequence[AuditRow]) -> dict[str, Any]:
-    """Per shaped network: number of runs, and the mean and the largest absolute difference."""
+    """Sum up, per shaped network, the runs, and the mean and the largest absolute difference."""
     by_network: dict[str, list[float]] = {}
     for row in rows:
         if row["network"] != NO_NETWORK.name and row["difference"] is not None:

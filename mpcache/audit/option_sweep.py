@@ -11,7 +11,7 @@ from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.grammar import PolicyPart, parse_parts, write_parts
 from mpcache.policy.registry import option_names
 
-Options = Sequence[tuple[str, str]]  # keys and values
+OptionPairs = Sequence[tuple[str, str]]  # keys and values
 
 
 def secure_policies() -> list[str]:
@@ -48,7 +48,7 @@ def sweep_options(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:
 
 
 def _values(sweeps: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each swept option."""
+    """Read the values of each swept option."""
     values: dict[str, list[str]] = {}
     for text in sweeps:
         key, _, given = text.partition("=")
@@ -60,11 +60,11 @@ def _values(sweeps: Sequence[str]) -> dict[str, list[str]]:
     return values
 
 
-def _combinations(values: Mapping[str, Sequence[str]], keys: Sequence[str]) -> Iterator[Options]:
+def _combinations(values: Mapping[str, Sequence[str]], keys: Sequence[str]) -> Iterator[OptionPairs]:
     for chosen in product(*(values[key] for key in keys)):
         yield list(zip(keys, chosen, strict=True))
 
 
-def _with(part: PolicyPart, options: Options) -> PolicyPart:
+def _with(part: PolicyPart, options: OptionPairs) -> PolicyPart:
     known = option_names(part)
     return part.with_options(pair for pair in options if pair[0] in known)

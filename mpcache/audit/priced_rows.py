@@ -52,8 +52,10 @@ def price_rows(
     rates: Mapping[Setting, Rates] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[AuditRow]:
-    """Price the grid. `note` hears what was left out and why. rates: of each setting, where they were
-    measured. Raises PolicyError.
+    """Price the grid: a row per policy, protocol, context and network. Raises PolicyError.
+
+    by: `layer` or `op`, which each row is broken down by.  rates: of each setting, where they were measured.
+    note: hears what was left out and why.
 
     Units: rounds, bytes, ms, per generated token; `online_bytes` is sent by one computing party (the
     mean of both), `offline_bytes` by the dealer. `ratio_to_full`: modelled latency over that of `full`.
@@ -85,7 +87,7 @@ def resolved(
     grid: AuditGrid, spec: str, context: int, protocol: str, network: Profile,
     note: Callable[[str], None] = lambda text: None,
 ) -> str:  # fmt: skip
-    """The protocol that `auto` stands for here; any other one as it is. Raises PolicyError."""
+    """Return the protocol that `auto` stands for here; any other one as it is. Raises PolicyError."""
     if protocol != AUTO:
         return protocol
     bound = price_setting(grid, spec, context, ProtocolName.FAST).policy
@@ -95,7 +97,7 @@ def resolved(
 
 
 def price_setting(grid: AuditGrid, spec: str, context: int, protocol: str) -> Cost:
-    """One setting of the grid. Raises PolicyError."""
+    """Price one setting of the grid. Raises PolicyError."""
     policy = parse_policy(spec)
     if policy.in_the_clear:
         raise PolicyError(f"policy {policy.spec}: runs in plaintext only, so it has no price")

@@ -19,7 +19,10 @@ FIELDS = ("task", "question", "n", "engine")  # beside what is checked
 
 
 def read_quality(path: Path) -> list[AuditRow]:
-    """Rows with `policy` and `accuracy` (0 to 1), as `mpcache eval --json` gives them. Raises BadInput."""
+    """Read rows with `policy` and `accuracy` (0 to 1), as `mpcache eval --json` prints them.
+
+    Raises BadInput, or PolicyError where a row names a policy that is none.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -55,8 +58,10 @@ def _between(value: Any, most: float) -> bool:
 
 
 def points(evaluated: Sequence[AuditRow], grid: AuditGrid, note: Callable[[str], None]) -> list[AuditRow]:
-    """Each evaluated row at each context, protocol and network of the grid: its accuracy, and what one token
-    costs there. A budget is so many percent of that context. `note` hears what has no price, and why.
+    """Price each evaluated row at each context, protocol and network of the grid.
+
+    A point is a row's accuracy beside what one token costs there; a budget is in percent of that context.
+    note: hears what has no price, and why.
     """
     found: list[AuditRow] = []
     unpriced: dict[str, None] = {}

@@ -41,16 +41,26 @@ def price(
 
     Parameters
     ----------
-    shape : the model's; its weights are not needed.
-    policy : as text, or bound already; then it brings its own context.
-    context, question : lengths in tokens.
-    protocol : a name in `PROTOCOLS`.
-    new_tokens : length of the answer. The question itself gives the first token, so there is one decode
-        step less.
-    bits : fraction bits of the fixed point.
-    reveal : what the client learns of each step.
+    shape
+        The model's; its weights are not needed.
+    policy
+        As text, or bound already; then it brings its own context.
+    context, question
+        Lengths in tokens.
+    protocol
+        A name in `mpcache.engines.registry.PROTOCOLS`.
+    new_tokens
+        Length of the answer. The question itself gives the first token: there is one decode step less.
+    bits
+        Fraction bits of the fixed point.
+    reveal
+        What the client learns of each step.
 
-    Raises PolicyError for a policy that is unknown, does not fit, or has no price.
+    Raises
+    ------
+    PolicyError
+        The policy is unknown, does not fit, or has no price.
+
     """
     if isinstance(policy, str):
         policy = parse_policy(policy).bind(context, shape)

@@ -20,7 +20,7 @@ from mpcache.errors import BadInput
 from mpcache.evaluate.plot import check_plot, plot
 from mpcache.evaluate.quality_tables import CAPTION, quality_tables
 from mpcache.evaluate.results import Results
-from mpcache.evaluate.score import Engine
+from mpcache.evaluate.score import EvalModel
 from mpcache.evaluate.secure import confirm_privately
 from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, run_sweep, take_sample
 from mpcache.evaluate.tasks import TASKS
@@ -60,7 +60,7 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer quality of each policy at equal budgets, on the plain engine.
+    """Measure the answer quality of each policy at equal budgets, on the plain engine.
 
     Ctrl-C ends the sweep and keeps what is done.
     """
@@ -76,7 +76,7 @@ def evaluate(
     specs = list(dict.fromkeys(policy or [*POLICIES, PublicConfig().policy]))
     if plot_file is not None:
         check_plot(plot_file)
-    engine = Engine(load_model(model or demo_model_dir()), "cuda" if torch.cuda.is_available() else "cpu")
+    engine = EvalModel(load_model(model or demo_model_dir()), "cuda" if torch.cuda.is_available() else "cpu")
     grid = EvalGrid(
         tuple(tasks),
         tuple(questions),
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _show(
-    results: Results, grid: EvalGrid, engine: Engine, plot_file: Path | None, as_json: bool, complete: bool
+    results: Results, grid: EvalGrid, engine: EvalModel, plot_file: Path | None, as_json: bool, complete: bool
 ) -> None:
     rows = results.rows()
     for note in results.notes:
@@ -136,13 +136,13 @@ def _show(
         terminal.say(f"wrote {plot_file}")
 
 
-def _check(engine: Engine, spec: str, grid: EvalGrid) -> None:
-    """Raises PolicyError for a policy that cannot be set to the largest of the budgets."""
+def _check(engine: EvalModel, spec: str, grid: EvalGrid) -> None:
+    """Raise PolicyError for a policy that cannot be set to the largest of the budgets."""
     bind_at_budget(engine, spec, FULL_PERCENT if spec == FULL else max(grid.budgets), grid.context)
 
 
 def _context(given: int | None, allowed: int, room: int) -> int:
-    """Tokens of a document. Raises BadInput."""
+    """Return the tokens of a document. Raises BadInput."""
     context = min(DOCUMENT_TOKENS, allowed - room - 1) if given is None else given
     if not 32 <= context < allowed:
         raise BadInput(f"--context is {context}; the model takes 32 to {allowed - room} with these tasks")

@@ -15,7 +15,7 @@ COLUMNS = 3
 
 
 def check_plot(file: Path) -> None:
-    """Before anything is computed. Raises BadInput."""
+    """Check before anything is computed that a plot can be drawn. Raises BadInput."""
     if find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib, which is not installed: pip install 'mpcache[plot]'")
     if file.suffix != ".svg":
@@ -25,7 +25,7 @@ def check_plot(file: Path) -> None:
 
 
 def plot(rows: Sequence[EvalRow], file: Path) -> None:
-    """Plain rows of judged tasks; the full cache is the dashed line. Raises BadInput."""
+    """Draw the plain rows of judged tasks; the full cache is the dashed line. Raises BadInput."""
     import matplotlib
 
     matplotlib.use("svg")

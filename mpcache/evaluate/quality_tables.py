@@ -11,7 +11,7 @@ from mpcache.policy.plan import FULL_PERCENT
 
 
 def quality_tables(rows: Sequence[EvalRow]) -> list[Table]:
-    """Accuracy with its interval, or bits per byte; `secure` rows are a table of their own."""
+    """Lay out accuracy with its interval, or bits per byte; `secure` rows are a table of their own."""
     found = []
     kinds = dict.fromkeys((row["task"], row["question"], row["engine"]) for row in rows)
     for task, question, engine in kinds:
@@ -34,8 +34,11 @@ def quality_tables(rows: Sequence[EvalRow]) -> list[Table]:
 
 
 def cell_text(row: EvalRow) -> str:
-    """98 (90-100), in percent; 1.57 (39) for bits per byte. Secure: how many answers were the plain engine's,
-    or how far off its bits per byte the farthest sample was."""
+    """Write a cell: 98 (90-100), in percent; 1.57 (39) for bits per byte.
+
+    Secure rows add how many answers were the plain engine's, or how far the farthest sample was off the
+    plain engine's bits per byte.
+    """
     percent = f"{100 * row['accuracy']:.0f}"
     if "bits_per_byte" in row:
         text = f"{row['bits_per_byte']:.2f} ({percent})"

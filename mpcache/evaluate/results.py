@@ -16,7 +16,7 @@ EvalRow = dict[str, Any]
 
 
 def wilson(right: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
+    """Return the 95 % interval of a share (Wilson, 1927): its ends, from 0 to 1."""
     if not asked:
         return 0.0, 1.0
     p, n = right / asked, asked
@@ -55,13 +55,13 @@ class Cell:
         return bits_per_byte_of(self.scores)
 
     def count(self, bound: BoundPolicy) -> None:
-        """One more sample is asked under this policy and plan."""
+        """Count one more sample that is asked under this policy and plan."""
         self.spec = self.spec or bound.policy.spec
         self.attended += bound.plan.attended
         self.context += bound.plan.context
 
     def passes(self) -> bool:
-        """As the full cache: whether the model does the task at all."""
+        """Return whether the model does the task at all; this is the full cache's cell."""
         if self.task.by_token:
             return self.bits_per_byte <= BITS_AT_MOST
         return self.accuracy >= FULL_AT_LEAST
@@ -95,6 +95,7 @@ class Cell:
 
 
 def bits_per_byte_of(scores: Sequence[Score]) -> float:
+    """Return the bits that a byte of the answers took, the mean over all bytes."""
     return sum(score.nats for score in scores) / math.log(2) / sum(score.bytes for score in scores)
 
 

@@ -18,7 +18,7 @@ from mpcache.config import PublicConfig
 from mpcache.console.terminal import Say
 from mpcache.engines.threads import run_threads
 from mpcache.evaluate.results import Cell, Results, bits_per_byte_of
-from mpcache.evaluate.score import Engine, Score, Tokens, score
+from mpcache.evaluate.score import EvalModel, Score, Tokens, score
 from mpcache.evaluate.sweep import EvalGrid, bind_at_budget, take_sample
 from mpcache.evaluate.tasks import Sample
 from mpcache.policy import BoundPolicy, parse_policy
@@ -31,7 +31,7 @@ TOLERANCE = 0.01  # bits per byte: what fixed point may add to or take from one 
 
 
 def confirm_privately(
-    engine: Engine,
+    engine: EvalModel,
     grid: EvalGrid,
     cells: Sequence[Cell],
     count: int,
@@ -39,9 +39,10 @@ def confirm_privately(
     results: Results,
     say: Say,
 ) -> None:
-    """The first `count` samples of each cell of the sweep, privately: whether each answer is right, and
-    whether every token is the plain engine's; of bits, whether they are within TOLERANCE of the plain
-    engine's. Raises PartyFailed.
+    """Ask the first `count` samples of each cell of the sweep privately. Raises PartyFailed.
+
+    Each is counted by whether the answer is right, and whether every token is the plain engine's; bits per
+    byte by whether they are within TOLERANCE of the plain engine's.
     """
     for plain in cells:
         if not plain.judged or not plain.scores:
@@ -69,8 +70,8 @@ def confirm_privately(
                 _answer(engine, secure, bound, alone, network)
 
 
-def _answer(engine: Engine, cell: Cell, bound: BoundPolicy, sample: Sample, network: str) -> None:
-    """One question of three processes."""
+def _answer(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, network: str) -> None:
+    """Ask three processes one question."""
     (turn,), tokens = sample.turns, engine.tokens(sample)
     question, answer, _ = tokens.turns[0]
     public = PublicConfig(policy=bound.policy.spec, max_new_tokens=len(answer), network=network)
@@ -87,8 +88,8 @@ def _answer(engine: Engine, cell: Cell, bound: BoundPolicy, sample: Sample, netw
     cell.agreed.append(ids == plain.ids)
 
 
-def _go_on(engine: Engine, cell: Cell, bound: BoundPolicy, sample: Sample, tokens: Tokens) -> None:
-    """The beginning of one long answer, token by token, through three threads."""
+def _go_on(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, tokens: Tokens) -> None:
+    """Score the beginning of one long answer, token by token, through three threads."""
     question, answer, _ = tokens.turns[0]
     answer = answer[:CONFIRMED]
     size = len(engine.model.tokenizer.decode(answer).encode())

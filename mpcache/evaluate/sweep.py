@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mpcache.console.terminal import Say
 from mpcache.errors import BadInput, PolicyError
 from mpcache.evaluate.results import Cell, Results
-from mpcache.evaluate.score import Engine, Tokens, score
+from mpcache.evaluate.score import EvalModel, Tokens, score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Sample, Task
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.policy.plan import FULL_PERCENT
@@ -22,7 +22,9 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class EvalGrid:
-    """What is asked. policies: as the user writes them, without full.  budgets: percent of the context.
+    """What is asked.
+
+    policies: as the user writes them, without full.  budgets: percent of the context.
     samples: answers per task and cell.  context: tokens of a document, at most.
     """
 
@@ -35,14 +37,16 @@ class EvalGrid:
     context: int
 
 
-def bind_at_budget(engine: Engine, spec: str, budget: int, context: int) -> BoundPolicy:
-    """The policy, set to `budget` percent of `context` tokens. Raises PolicyError."""
+def bind_at_budget(engine: EvalModel, spec: str, budget: int, context: int) -> BoundPolicy:
+    """Bind the policy, set to `budget` percent of `context` tokens. Raises PolicyError."""
     shape = engine.model.shape
     return parse_policy(spec).at_percent(budget, context, shape).bind(context, shape)
 
 
-def take_sample(engine: Engine, task: Task, question: str, grid: EvalGrid, i: int) -> tuple[Sample, Tokens]:
-    """Sample i of a task. Raises BadInput when the session does not fit into the model."""
+def take_sample(
+    engine: EvalModel, task: Task, question: str, grid: EvalGrid, i: int
+) -> tuple[Sample, Tokens]:
+    """Take sample i of a task. Raises BadInput when the session does not fit into the model."""
     tokenizer, limit = engine.model.tokenizer, engine.model.shape.max_positions
     count_tokens = lambda text: len(tokenizer.encode(text, bos=False))  # noqa: E731
     sample = task.sample(i, grid.seed, count_tokens, grid.context)
@@ -57,9 +61,10 @@ def take_sample(engine: Engine, task: Task, question: str, grid: EvalGrid, i: in
     return sample, tokens
 
 
-def run_sweep(engine: Engine, grid: EvalGrid, results: Results, say: Say) -> None:
-    """Adds to `results` as it goes, whole samples at a time: an interrupted sweep's rows stand on the
-    same samples. Raises BadInput.
+def run_sweep(engine: EvalModel, grid: EvalGrid, results: Results, say: Say) -> None:
+    """Ask every policy at every budget, and add to `results` whole samples at a time. Raises BadInput.
+
+    The rows of an interrupted sweep stand on the same samples, too.
     """
     for task in grid.tasks:
         for question in [q for q in task.questions if q in grid.questions]:
@@ -81,7 +86,7 @@ def run_sweep(engine: Engine, grid: EvalGrid, results: Results, say: Say) -> Non
 
 
 def gated_out(full: Cell) -> str:
-    """Why a task is not judged, in words."""
+    """Say in words why a task is not judged."""
     name = f"{full.task.name}, question {full.question}"
     if full.task.by_token:
         reached, wanted = f"{full.bits_per_byte:.2f} bits per byte", f"at most {BITS_AT_MOST}"
@@ -90,8 +95,8 @@ def gated_out(full: Cell) -> str:
     return f"{name}: not judged: the full cache reaches {reached}, {wanted} is needed"
 
 
-def _ask(engine: Engine, grid: EvalGrid, cells: Sequence[Cell], results: Results, say: Say) -> None:
-    """All samples of one task to these cells."""
+def _ask(engine: EvalModel, grid: EvalGrid, cells: Sequence[Cell], results: Results, say: Say) -> None:
+    """Ask all samples of one task for these cells."""
     if not cells:
         return
     task, question = cells[0].task, cells[0].question

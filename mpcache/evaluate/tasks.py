@@ -44,14 +44,16 @@ class Sample:
     turns: tuple[TaskTurn, ...]
 
     def inside(self) -> Sample:
-        """The first question is the end of the context, but for its last word, which asks."""
+        """Move the first question to the end of the context, but for its last word, which asks."""
         first, *later = self.turns
         head, _, word = first.question.rpartition(" ")
         return Sample(self.context + head, (replace(first, question=" " + word), *later))
 
     def apart(self) -> list[Sample]:
-        """Each turn as a session of its own, in which all that was said before it, with the right answers,
-        is the beginning of its question."""
+        """Make each turn a session of its own.
+
+        All that was said before a turn, with the right answers, is the beginning of its question.
+        """
         found, said = [], ""
         for turn in self.turns:
             found.append(Sample(self.context, (replace(turn, question=said + turn.question),)))
@@ -61,9 +63,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """make(rng, count tokens, context tokens, i): the i-th sample.  per_document: answers that one
-    sample counts for in `--samples`.  room: tokens that questions and answers take beyond the context,
-    at most, with a tokenizer like the demo's.  by_token: every token of the answer is an answer.
+    """A kind of question whose answers are known.
+
+    make(rng, count tokens, context tokens, i): the i-th sample.  per_document: answers that one sample
+    counts for in `--samples`.  room: tokens that questions and answers take beyond the context, at most,
+    with a tokenizer like the demo's.  by_token: every token of the answer is an answer.
     """
 
     name: str
@@ -75,11 +79,11 @@ class Task:
     questions: tuple[str, ...] = ("inside", "after")
 
     def samples(self, answers: int) -> int:
-        """How many documents give so many answers."""
+        """Return how many documents give this many answers."""
         return -(-answers // self.per_document)
 
     def sample(self, i: int, seed: int, count_tokens: CountTokens, context: int) -> Sample:
-        """Document i of a seed, of at most `context` tokens. Raises BadInput."""
+        """Make document i of a seed, of at most `context` tokens. Raises BadInput."""
         try:
             return self.make(random.Random(f"eval {self.name} {seed} {i}"), count_tokens, context, i)
         except ValueError as error:
@@ -87,14 +91,14 @@ class Task:
 
 
 def passkey(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
-    """One fact, at a depth."""
+    """Hide one fact in a document, at a depth."""
     depth = DEPTHS[i % len(DEPTHS)]
     text, facts = make_document(rng, count_tokens, context, 1, [depth])
     return Sample(text, tuple(TaskTurn(*fact, f"depth {depth:.2f}") for fact in facts))
 
 
 def recall(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
-    """Some of a document's facts, asked one after another in one session."""
+    """Ask some of a document's facts, one after another in one session."""
     text, facts = make_document(rng, count_tokens, context, FACTS)
     asked = facts[:ASKED]
     return Sample(
@@ -107,7 +111,7 @@ def recall(rng: random.Random, count_tokens: CountTokens, context: int, i: int) 
 
 
 def copy(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
-    """A verse that stands in several places is begun, and is to go on word for word."""
+    """Begin a verse that stands in several places, and is to go on word for word."""
     long_enough = [
         verse for verse in load_lines("verses.txt") if GIVEN + COPIED <= len(verse.split(" ")) <= 40
     ]
@@ -123,7 +127,7 @@ def copy(rng: random.Random, count_tokens: CountTokens, context: int, i: int) ->
 
 
 def bits(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
-    """Verses that go on: one question, its first word, and a long answer."""
+    """Let verses go on: one question, their first word, and a long answer."""
     verses = take_verses(rng, count_tokens, context + CONTINUED)
     before: list[str] = []
     used = 0

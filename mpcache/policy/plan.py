@@ -83,7 +83,7 @@ def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def written(value: Any) -> str:
-    """An option's value as `parse` reads it."""
+    """An option's value as `parse_policy` reads it."""
     if isinstance(value, tuple):
         return "/".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -140,7 +140,10 @@ def summary(
 
 
 def kept_of(report: Report) -> dict[str, float]:
-    """Sum up one party's checkpoints of this run: median and largest, of ms and of bytes on disk."""
+    """Return what one party's checkpoints took in this run, in ms and in bytes on disk.
+
+    The median stands for a token's; the largest is the context's.
+    """
     return {
         "ms_median": statistics.median(report.checkpoint_ms),
         "ms_largest": max(report.checkpoint_ms),

@@ -16,7 +16,7 @@ from mpcache.cli import main
 from mpcache.demo.documents import load_lines
 from mpcache.evaluate import plot as plotting
 from mpcache.evaluate.results import Cell, Results, wilson
-from mpcache.evaluate.score import Engine, Score, Tokens, score
+from mpcache.evaluate.score import EvalModel, Score, Tokens, score
 from mpcache.evaluate.secure import CONFIRMED, TOLERANCE
 from mpcache.evaluate.sweep import EvalGrid, bind_at_budget, run_sweep, take_sample
 from mpcache.evaluate.tasks import ASKED, COPIED, DEPTHS, FACTS, GIVEN, TASKS, TIMES
@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as the command itself does
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(load_model(demo_model_dir()))
+def engine() -> EvalModel:
+    return EvalModel(load_model(demo_model_dir()))
 
 
 def grid(*policies: str, task: str = "passkey", **changes: Any) -> EvalGrid:
@@ -116,7 +116,7 @@ def test_wilson(right: int, asked: int, low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize("spec", ["full", "random", "mpcache:score=bound,share=none"])
-def test_a_right_answer_is_what_greedy_decoding_gives(engine: Engine, spec: str) -> None:
+def test_a_right_answer_is_what_greedy_decoding_gives(engine: EvalModel, spec: str) -> None:
     """For one question the score is that of the plain engine's own answer, right or wrong."""
     found = set()
     for i in range(4):
@@ -136,7 +136,7 @@ def test_a_right_answer_is_what_greedy_decoding_gives(engine: Engine, spec: str)
 
 
 @pytest.mark.parametrize("spec", POLICIES)
-def test_one_read_context_serves_every_policy(engine: Engine, spec: str) -> None:
+def test_one_read_context_serves_every_policy(engine: EvalModel, spec: str) -> None:
     """Read with all queries, and used before at another budget: the same logits as by itself."""
     _, tokens = take_sample(engine, TASKS["passkey"], "after", grid(), 0)
     n, (ask, _, _) = len(tokens.context), tokens.turns[0]
@@ -150,7 +150,7 @@ def test_one_read_context_serves_every_policy(engine: Engine, spec: str) -> None
     torch.testing.assert_close(logits[0], logits[1])
 
 
-def test_a_wrong_answer_harms_no_later_one(engine: Engine) -> None:
+def test_a_wrong_answer_harms_no_later_one(engine: EvalModel) -> None:
     """With the full cache: later questions are asked after what should have been said."""
     task, (sample, tokens) = TASKS["recall"], take_sample(engine, TASKS["recall"], "after", grid(), 1)
     (ask, answer, size), *later = tokens.turns
@@ -163,7 +163,7 @@ def test_a_wrong_answer_harms_no_later_one(engine: Engine) -> None:
     assert [s.right for s in scores] == [0, 1, 1, 1]
 
 
-def test_bits_per_byte_is_the_models_loss(engine: Engine) -> None:
+def test_bits_per_byte_is_the_models_loss(engine: EvalModel) -> None:
     """Teacher-forced through the decode program, against one pass over all of the text."""
     task, (sample, tokens) = TASKS["bits"], take_sample(engine, TASKS["bits"], "after", grid(), 0)
     full = bind_at_budget(engine, "full", FULL_PERCENT, len(tokens.context))
@@ -185,7 +185,7 @@ def test_bits_per_byte_is_the_models_loss(engine: Engine) -> None:
 def test_a_task_that_the_model_cannot_do_is_not_judged(tmp_path: Path) -> None:
     """A random model: the full cache's row, a note, and no other policy's."""
     results = Results()
-    random_model = Engine(load_model(tiny_model(tmp_path)))
+    random_model = EvalModel(load_model(tiny_model(tmp_path)))
     run_sweep(random_model, grid("snapkv", context=64), results, lambda text: None)
     assert [(r["policy"], r["question"], r["judged"]) for r in results.rows()] == [
         ("full", "inside", False),
@@ -194,7 +194,7 @@ def test_a_task_that_the_model_cannot_do_is_not_judged(tmp_path: Path) -> None:
     assert "not judged: the full cache reaches 0 %, at least 95 % is needed" in results.notes[0]
 
 
-def test_a_budget_that_a_policy_cannot_meet_is_left_out(engine: Engine) -> None:
+def test_a_budget_that_a_policy_cannot_meet_is_left_out(engine: EvalModel) -> None:
     results = Results()
     run_sweep(engine, grid("quest", budgets=(5, 20)), results, lambda text: None)
     assert {(row["policy"], row["budget_percent"]) for row in results.rows()} == {
@@ -375,7 +375,7 @@ def test_a_turn_apart_begins_with_what_was_said() -> None:
         said = only.question + only.answer
 
 
-def test_chunks_are_what_a_score_takes_in(engine: Engine) -> None:
+def test_chunks_are_what_a_score_takes_in(engine: EvalModel) -> None:
     sample, tokens = take_sample(engine, TASKS["recall"], "after", grid(), 0)
     session = engine.session(
         bind_at_budget(engine, "full", FULL_PERCENT, len(tokens.context)), engine.read(tokens.context, 0)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from mpcache.config import PublicConfig
-from mpcache.engines.fast import LONGEST
 from mpcache.engines.plain import PlainOps
 from mpcache.errors import BadInput, PolicyError
 from mpcache.model.loading import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.protocols.ranges import LONGEST_ATTENDED
 from mpcache.runtime.program import Program
 from mpcache.session import Session
 from mpcache_kernels import Backend, backend
@@ -103,10 +103,11 @@ def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
     attended = bound.plan.attended + question + public.max_new_tokens
-    if public.protocol != "stock" and attended > LONGEST:
+    if public.protocol != "stock" and attended > LONGEST_ATTENDED:
         raise PolicyError(
             f"policy {policy.spec}: a query may attend to {attended} tokens of context, question and answer; "
-            f"protocol {public.protocol} holds {LONGEST}: give it smaller budgets, or shorten the context"
+            f"protocol {public.protocol} holds {LONGEST_ATTENDED}: give it smaller "
+            "budgets, or shorten the context"
         )
     return bound
 

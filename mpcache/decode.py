@@ -55,8 +55,11 @@ class Operands:
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream (m, width). opened: the sum that the last norm met.  pending: what the sublayer
-    after it adds, which the next norm takes in."""
+    """The residual stream (m, width).
+
+    opened: the sum that the last norm met.  pending: what the sublayer after it adds, which the next norm
+    takes in.
+    """
 
     opened: Operand | None
     pending: Value
@@ -69,8 +72,10 @@ class Stream:
 def step(
     ops: Ops, model: Operands, cache: Cache, policy: BoundPolicy, one_hots: Value, reveal: str = "logits"
 ) -> Program[torch.Tensor | None]:
-    """Turn (m, vocab) one-hot tokens of the client into (vocab,) next-token logits, at the client only; or,
-    with reveal "token", into the number (1,) of the likeliest token alone."""
+    """Turn (m, vocab) one-hot tokens of the client into (vocab,) next-token logits, at the client only.
+
+    With reveal "token" the client learns the number (1,) of the likeliest token alone.
+    """
     positions = cache.advance(one_hots.shape[0])
     stream = Stream(None, (yield from at("embed", embed(ops, model, one_hots, positions))))
     for i, layer in enumerate(model.layers):
@@ -112,8 +117,10 @@ def block(
 def qkv(
     ops: Ops, shape: ModelShape, w: Layer, stream: Stream, positions: torch.Tensor
 ) -> Program[tuple[Operand, Value, Value, Value]]:
-    """Return the opened stream (m, width); q (m, H, d), scaled by 1/sqrt d; k, v (m, KV, d); q and k are
-    rotated."""
+    """Return the opened stream (m, width), q (m, H, d), and k, v (m, KV, d).
+
+    q is scaled by 1/sqrt d; q and k are rotated.
+    """
     turned = shape.heads + shape.kv_heads
     turn = Turn(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
     opened, y = yield from ops.norm_linear(

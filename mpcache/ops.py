@@ -61,7 +61,7 @@ class Value(ABC):  # noqa: B024 - a name for programs; engines bring their own
 
 
 class Operand(ABC):  # noqa: B024
-    """A tensor prepared for repeated products, as programs see it: `MaskedOperand`, `Share` or torch.Tensor."""
+    """A tensor prepared for repeated products: `MaskedOperand`, `Share` or torch.Tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,8 +95,10 @@ class SelectionOf(ABC, Generic[V]):
 
     @abstractmethod
     def refine(self, finer: Any, children: int) -> Program[Any]:
-        """Join a choice among this one's chosen items, split into `children` each: one choice of the
-        n * children items, prepared."""
+        """Join a choice among this one's chosen items, split into `children` each.
+
+        What comes out is one choice of the n * children items, prepared.
+        """
 
     @abstractmethod
     def marks(self) -> V:
@@ -113,7 +115,7 @@ class Engine(ABC, Generic[V, O]):
     def secret(
         self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, bits: int | None = None
     ) -> V:
-        """Hold a tensor that `owner` knows; the others pass None. `bits`: fraction bits, if not the default."""
+        """Hold a tensor that `owner` knows; the others pass None. bits: fraction bits, or the default."""
 
     @abstractmethod
     def rescale(self, x: V) -> Program[V]:
@@ -128,8 +130,11 @@ class Engine(ABC, Generic[V, O]):
         """
 
     def start_prepare(self, x: V, ring: int = 48) -> Program[O]:
-        """Run the first half of `prepare`, for a rescaled x, at no round: what comes out may be joined, and
-        is an operand of products whose opening shares the round of `finish_prepare`, or comes later."""
+        """Run the first half of `prepare`, for a rescaled x, at no round.
+
+        What comes out may be joined, and is an operand of products whose opening shares the round of
+        `finish_prepare`, or comes later.
+        """
         return self.prepare(x, ring)
 
     def finish_prepare(self, x: V, started: O, joined: O) -> Program[O]:
@@ -150,17 +155,19 @@ class Engine(ABC, Generic[V, O]):
 
     @abstractmethod
     def scores(self, q: V, keys: O) -> Program[V]:
-        """Score q . k: (*b, m, d) and operand (*b, n, d) -> (*b, m, n), for `topk` and `softmax` only:
-        an engine may hold scores in a form of its own. They index, concatenate, reshape, add and
-        subtract as values do."""
+        """Score q . k: (*b, m, d) and operand (*b, n, d) -> (*b, m, n), for `topk` and `softmax` only.
+
+        An engine may hold scores in a form of its own. They index, concatenate, reshape, add and subtract
+        as values do.
+        """
 
     @abstractmethod
     def norm_linear(
         self, x: O | None, change: V, eps: float, w: O, bias: V | None = None, turn: Turn | None = None
     ) -> Program[tuple[O, V]]:
-        """Add to the residual stream, normalise, multiply, rotate: x + change (m, width), and
-        turn(norm(x + change) @ w + bias), where norm gives unit root mean square.
+        """Add to the residual stream, normalise to unit root mean square, multiply and rotate.
 
+        Returns x + change (m, width), and turn(norm(x + change) @ w + bias).
         x: what came out of here before; None: zero.  change: may come straight out of an operation.
         Gains, and LayerNorm's mean, are folded into w.
         """
@@ -217,9 +224,13 @@ class Engine(ABC, Generic[V, O]):
         return x
 
     @abstractmethod
-    def topk(self, scores: V, k: int, values: Sequence[V], limit: int = 512) -> Program[tuple[SelectionOf[V], list[V]]]:
-        """Choose the k highest of (*rows, n), |score| < limit, ties to the lower index, in descending
-        order; gather each of `values` (*rows, n, c) to (*rows, k, c)."""
+    def topk(
+        self, scores: V, k: int, values: Sequence[V], limit: int = 512
+    ) -> Program[tuple[SelectionOf[V], list[V]]]:
+        """Choose the k highest of (*rows, n) in descending order, and gather each of `values` by them.
+
+        |score| < limit; ties go to the lower index. values: (*rows, n, c) become (*rows, k, c).
+        """
 
     @abstractmethod
     def reveal(self, x: V, to: Rank, why: str) -> Program[torch.Tensor | None]:

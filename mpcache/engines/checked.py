@@ -48,9 +48,9 @@ class CheckedOps(FastOps):
 
 @dataclass
 class Range:
-    """What one operation saw. Units: the value's own, not raw. The bound: [low, high), or the size below
-    `high` where `low` is None.
+    """What one operation saw, in the value's own units, not raw ones.
 
+    The bound is [low, high), or the size below `high` where `low` is None.
     largest, smallest: of all values (of their sizes, where `low` is None).  step: of the largest.
     """
 

@@ -10,28 +10,25 @@ import torch
 from mpcache.errors import OutOfRange
 from mpcache.model.rope import Turn, rotate
 from mpcache.ops import Engine, SelectionOf
-from mpcache.protocols import softmax, suite
+from mpcache.protocols import suite
 from mpcache.protocols.compare import Digits, Keys
+from mpcache.protocols.ranges import (
+    BLUR_BITS,
+    BOUND_SLACK,
+    LONG_BITS,
+    LONGEST_ATTENDED,
+    RELU_WIDTH,
+    VALUE_BITS,
+    WEIGHT_BITS,
+    WEIGHTED_SUM_RING,
+    weight_bits,
+)
 from mpcache.protocols.suite import Suite
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Program, open_secret
 from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode
 from mpcache.runtime.side import Side, bytes_for
-
-VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
-WEIGHT_BITS = 22  # fraction bits of softmax weights; the largest of a row may be e^-4.6
-LONG_BITS = 20  # fraction bits of a product's factor that had more than `WEIGHT_BITS`
-AVERAGE_RING = 56  # weights times values: with n tokens |value| < 32 (`weight_bits`)
-RELU_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `relu`
-LONGEST = 1 << 13  # attended tokens per query
-BLUR_BITS = 11  # what a party learns is blurred with a standard deviation of 2^-11 (`reveal`)
-
-
-def weight_bits(n: int) -> int:
-    """Fraction bits of n softmax weights: with 16 of the values, and 2^5 as their size, sums of n products
-    are below 2^(AVERAGE_RING - 2). 22 for 2^11 tokens, 20 for 2^13."""
-    return min(WEIGHT_BITS, AVERAGE_RING - 2 - 16 - 5 - (n - 1).bit_length())
 
 
 class FastOps(Engine[Share, MaskedOperand]):
@@ -60,14 +57,14 @@ class FastOps(Engine[Share, MaskedOperand]):
         return Share(encode(value.cpu(), bits).reshape(tuple(shape)), bits, owner)
 
     def rescale_to(self, x: Share, bits: int | None = None) -> Program[Share]:
-        """x at `bits` fraction bits, exactly; free if it has no more."""
+        """X at `bits` fraction bits, exactly; free if it has no more."""
         bits = self.bits if bits is None else bits
         if (x.bits, x.ring) == (bits, 64):
             return x
         return (yield from self.do.truncate(self.side, self.do.truncate_local(self.side, x, bits), bits))
 
     def in_small_ring(self, x: Share) -> Share:
-        """x at `bits` fraction bits in a ring for |x| < 2^14; no cost."""
+        """X at `bits` fraction bits in a ring for |x| < 2^14; no cost."""
         x = self.do.truncate_local(self.side, x, self.bits)
         return replace(x, ring=min(x.ring, x.bits + VALUE_BITS + 2))
 
@@ -151,11 +148,11 @@ class FastOps(Engine[Share, MaskedOperand]):
         return (yield from self.do.softmax(self.side, scores, visible, weight_bits(scores.shape[-1])))
 
     def weighted_sum(self, weights: Share, values: MaskedOperand) -> Program[Share]:
-        return (yield from self.do.matmul_masked_operand(self.side, weights, values, AVERAGE_RING))
+        return (yield from self.do.matmul_masked_operand(self.side, weights, values, WEIGHTED_SUM_RING))
 
     def reciprocal(self, total: Share) -> Program[Share]:
-        least = 2.0 ** -(2 * softmax.SLACK)  # e^-slack, and some
-        return (yield from self.do.reciprocal(self.side, total, least, LONGEST))
+        least = 2.0 ** -(2 * BOUND_SLACK)  # e^-slack, and some
+        return (yield from self.do.reciprocal(self.side, total, least, LONGEST_ATTENDED))
 
     def mul(self, x: Share, y: Share) -> Program[Share]:
         if x.bits > WEIGHT_BITS:
@@ -190,8 +187,11 @@ class FastOps(Engine[Share, MaskedOperand]):
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
-        """Products are blurred by the other party (`blur`): a logit is a whole number of 2^-18 / rms, so
-        that exact logits would tell the last hidden state's root mean square, which is no public size."""
+        """Open to one party. One round.
+
+        Products are blurred by the other party (`blur`): a logit is a whole number of 2^-18 / rms, so
+        that exact logits would tell the last hidden state's root mean square, which is no public size.
+        """
         # Whole bytes, all of them significant: the recipient sees a share that is uniform.
         spare = -(x.ring - max(0, x.bits - self.bits)) % 8
         if x.bits > self.bits + spare:
@@ -204,8 +204,10 @@ class FastOps(Engine[Share, MaskedOperand]):
 
 
 class FastBitsOps(FastOps):
-    """`--protocol fast-bits`: a top-k compares the mask's digits instead of walking key trees. One more
-    round for each top-k, and a ninth of its comparisons' offline bytes."""
+    """`--protocol fast-bits`: a top-k compares the mask's digits instead of walking key trees.
+
+    Each top-k takes one more round, and a ninth of its comparisons' offline bytes.
+    """
 
     name = "fast-bits"
     comparison = Digits

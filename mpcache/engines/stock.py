@@ -26,12 +26,12 @@ V_LOW, V_HIGH = -18, 10
 
 
 def wrap(x: Share) -> Any:
-    """A Share as CrypTen's tensor (CrypTen works in place: it gets a copy)."""
+    """Wrap a Share as CrypTen's tensor (CrypTen works in place: it gets a copy)."""
     return MPCTensor.from_shares(x.data.clone(), precision=x.bits)
 
 
 def unwrap(t: Any) -> Share:
-    """CrypTen's tensor as a Share."""
+    """Unwrap CrypTen's tensor: a Share."""
     return Share(t.share, int(math.log2(t.encoder.scale)))
 
 
@@ -131,7 +131,7 @@ class StockOps(Engine[Share, Share]):
         return local(Share(rotated.data.div(1 << self.bits, rounding_mode="trunc"), x.bits))
 
     def rotated(self, x: Share, cos: torch.Tensor, sin: torch.Tensor) -> Share:
-        """Times public fixed-point angles: `bits` more fraction bits, no truncation yet."""
+        """Multiply by public fixed-point angles: `bits` more fraction bits, no truncation yet."""
         c, s = encode(cos, self.bits), encode(sin, self.bits)
         return Share(rotate(x.data, c.to(self.device), s.to(self.device)), x.bits + self.bits)
 

@@ -26,8 +26,9 @@ Job = Callable[[Ops, Party, Rank], Any]
 
 
 def run_threads(job: Job, protocol: str = "fast", bits: int = 16) -> dict[Rank, tuple[Any, Ledger]]:
-    """`job(ops, party, rank)` at each of the three; the dealer's ops hold shapes only. What each returned,
-    and its ledger. Raises what the first one to fail raised; no thread outlives this call.
+    """Run `job(ops, party, rank)` at each of the three: what each returned, and its ledger.
+
+    The dealer's ops hold shapes only. Raises what the first one to fail raised; no thread outlives this call.
     """
     ledgers = {rank: Ledger() for rank in Rank}
     links: dict[Rank, dict[Rank, Link]] = {rank: {} for rank in Rank}

@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from mpcache.cache import V_RING, Cache, LayerCache
+from mpcache.cache import Cache, LayerCache
 from mpcache.errors import PolicyError
 from mpcache.model.loading import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.plan import FULL_PERCENT, Budget, Budgets, LeakClass, Plan, tokens_of, written
+from mpcache.protocols.ranges import WEIGHTED_SUM_RING
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
@@ -31,8 +32,10 @@ from mpcache_kernels import Backend
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a policy sees of layer `index` in one step of m tokens: `rows` queries per KV head, one
-    for each token and head of a group, the heads of a token together."""
+    """What a policy sees of layer `index` in one step of m tokens.
+
+    `rows` are queries per KV head, one for each token and head of a group, the heads of a token together.
+    """
 
     ops: Ops
     shape: ModelShape
@@ -56,7 +59,7 @@ class LayerView:
         return self.positions.shape[0]
 
     def visible(self, n: int) -> torch.Tensor | None:
-        """Causal mask (rows, n), 1 where attended, of n columns that end with this step's tokens.
+        """Return the causal mask (rows, n), 1 where attended, of n columns that end with this step's tokens.
 
         None for one token, which sees all.
         """
@@ -84,7 +87,7 @@ class Policy(ABC):
 
     @abstractmethod
     def plan(self, context: int, shape: ModelShape) -> Plan:
-        """The integers for a context of so many tokens. Raises PolicyError."""
+        """Plan for a context of so many tokens. Raises PolicyError."""
 
     def bind(self, context: int, shape: ModelShape) -> BoundPolicy:
         return BoundPolicy(self, self.plan(context, shape))
@@ -108,34 +111,40 @@ class Policy(ABC):
 
     @property
     def plan_is_public(self) -> bool:
-        """Whether the plan follows from public sizes. If not, `plan` gives the largest one, the owner of
-        the document `count_from_document`s and announces counts, and all go on with `with_counts` (leak class `count`)."""
+        """Whether the plan follows from public sizes.
+
+        If not, `plan` gives the largest one, the document's owner announces what `count_from_document` finds,
+        and all go on with `with_counts` (leak class `count`).
+        """
         return True
 
     def with_counts(self, counts: Sequence[int]) -> Policy:
-        """The policy with announced counts: decided. They are checked by `plan`, as any option is."""
+        """Take announced counts as options, which `plan` checks: the plan is public then."""
         return self
 
     def as_selector(self) -> Policy:
-        """As it runs behind another's eviction: it evicts nothing. Raises PolicyError."""
+        """Return the policy as it runs behind another's eviction: it evicts nothing. Raises PolicyError."""
         return self
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Policy:
-        """This policy, its budget options set so that in no layer a query attends to more than `tokens`
-        of `context` tokens, and to fewer by less than one cluster, where it has any. Other options stay.
-        Raises PolicyError when it cannot attend to so few.
+        """Set the budget options to so many tokens. Other options stay.
+
+        In no layer a query attends to more than `tokens` of `context` tokens, and to fewer by less than one
+        cluster, where there are any. Raises PolicyError when the policy cannot attend to so few.
         """
         raise PolicyError(f"policy {self.spec}: its options cannot be set to a budget of tokens")
 
     def at_percent(self, percent: float, context: int, shape: ModelShape) -> Policy:
-        """At a budget of so many percent of the context, rounded down to whole tokens, at least one; 100:
-        this policy as it is. Raises PolicyError."""
+        """Set the budget to so many percent of the context; 100 changes nothing. Raises PolicyError.
+
+        The budget is rounded down to whole tokens, at least one.
+        """
         if percent >= FULL_PERCENT:
             return self
         return self.at_budget(max(1, int(context * percent // FULL_PERCENT)), context, shape)
 
     def selector_at_budget(self, tokens: int, context: int, shape: ModelShape) -> Policy:
-        """`at_budget` by choosing alone: on the right of |, where it evicts nothing. Raises PolicyError."""
+        """Set the budget by choosing alone, on the right of |. Raises PolicyError."""
         return self.at_budget(tokens, context, shape)
 
     def too_few(self, tokens: int, least: int, why: str) -> PolicyError:
@@ -148,7 +157,7 @@ class Policy(ABC):
         return PolicyError(f"policy {self.name}: {option}={value} is out of range; allowed: {allowed}")
 
     def count(self, option: str, whole: int, what: str, budget: Budget | None = None) -> int:
-        """A budget option as a whole number, 1 to `whole`. Raises PolicyError."""
+        """Turn a budget option into a whole number, 1 to `whole`. Raises PolicyError."""
         budget = getattr(self, option) if budget is None else budget
         n = tokens_of(budget, whole)
         if not 1 <= n <= whole or not 0 < budget <= (1 if isinstance(budget, float) else whole):
@@ -156,7 +165,7 @@ class Policy(ABC):
         return n
 
     def per_layer(self, option: str, whole: int, layers: int) -> list[int]:
-        """A budget option for each layer. Raises PolicyError."""
+        """Turn a budget option into a whole number for each layer. Raises PolicyError."""
         budgets: Budgets = getattr(self, option)
         if not isinstance(budgets, tuple):
             budgets = (budgets,) * layers
@@ -167,15 +176,15 @@ class Policy(ABC):
     # ------------------------------------------------------------------ the document's owner, in plaintext
 
     def window(self, context: int) -> int:
-        """How many of the context's last queries `evict` and `remember` look at."""
+        """Say how many of the context's last queries `evict` and `remember` look at."""
         return 0
 
     def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
-        """Server, plaintext: a number for each layer, by the document."""
+        """Count what stays in each layer, by the document."""
         return []
 
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
-        """Server, plaintext: positions that stay, ascending: (kept,), or (KV, kept) by head."""
+        """Choose the positions that stay, ascending: (kept,), or (KV, kept) by head."""
         return torch.arange(plan.context)
 
     # ------------------------------------------------------------------------------ all parties, on shares
@@ -183,14 +192,14 @@ class Policy(ABC):
     def remember(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
     ) -> Program[Any]:
-        """What the policy keeps of a layer beside k and v (`LayerCache.memory`). known: at the server."""
+        """Keep what the policy needs of a layer beside k and v (`LayerCache.memory`). known: at the owner."""
         return local(None)
 
     def fill(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int,
         prefill: Prefill | None, kernels: Backend | None,
     ) -> Program[LayerCache]:  # fmt: skip
-        """The evicted context of one layer becomes its cache. `prefill`: at the document's owner."""
+        """Make one layer's cache of the evicted context. prefill, kernels: at the document's owner."""
         n, kv, d = plan.layers[index].kept, shape.kv_heads, shape.head_dim
         known = k = v = None
         if prefill is not None and kernels is not None:
@@ -199,13 +208,13 @@ class Policy(ABC):
             known = PlaintextContext(prefill, kernels, rows, k)
         k, v, memory = yield from together(
             ops.prepare(ops.secret(k, (kv, n, d), Rank.SERVER)),
-            ops.prepare(ops.secret(v, (kv, n, d), Rank.SERVER), V_RING),
+            ops.prepare(ops.secret(v, (kv, n, d), Rank.SERVER), WEIGHTED_SUM_RING),
             self.remember(ops, shape, plan, index, known),
         )
         return LayerCache(k, v, memory)
 
     def attend(self, view: LayerView, q: Value) -> Program[Value]:
-        """q (KV, rows, d), scaled, over the layer's cache -> (KV, rows, d)."""
+        """Attend with q (KV, rows, d), scaled, over the layer's cache -> (KV, rows, d)."""
         ops, layer = view.ops, view.layer
         scores = yield from at("scores", ops.scores(q, layer.k))
         e, total = yield from at("softmax", ops.softmax(scores, view.visible(view.tokens)))
@@ -213,13 +222,15 @@ class Policy(ABC):
         return out
 
     def observe(self, view: LayerView) -> Program[None]:
-        """After attention, beside the rest of the layer: remember, evict, form clusters."""
+        """Remember, evict, form clusters: after attention, beside the rest of the layer."""
         return local(None)
 
 
 def average(view: LayerView, weights: Program[Value], total: Value) -> Program[tuple[Value, Value]]:
-    """Softmax's deferred division: weights (KV, rows, n) over the cached values, by total (KV, rows, 1)
-    -> (KV, rows, d), and 1 / total. What the weights still cost runs beside the reciprocal."""
+    """Average cached values by weights (KV, rows, n) over total (KV, rows, 1): (KV, rows, d), and 1 / total.
+
+    The division of softmax comes last. What the weights still cost runs beside the reciprocal.
+    """
     ops = view.ops
 
     def weighted() -> Program[Value]:
@@ -241,14 +252,14 @@ class PlaintextContext:
 
 
 def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """x (KV, T, ...) at rows (n,) or (KV, n): (KV, n, ...)."""
+    """Take x (KV, T, ...) at rows (n,) or (KV, n): (KV, n, ...)."""
     if rows.dim() == 1:
         return x[:, rows]
     return torch.stack([head[mine] for head, mine in zip(x, rows, strict=True)])
 
 
 def by_head(prefill: Prefill, layer: int, kernels: Backend) -> torch.Tensor:
-    """What the window's queries pay to each token, per KV head, mean over its group: (KV, T)."""
+    """Sum what the window's queries pay to each token, per KV head, mean over its group: (KV, T)."""
     q, k = prefill.q_window[layer], prefill.k[layer]
     heads = zip(q.chunk(len(k)), k.chunk(len(k)), strict=True)
     return torch.stack([kernels.window_importance(*pair, prefill.first_position) for pair in heads])

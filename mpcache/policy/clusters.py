@@ -35,7 +35,9 @@ BLOCKS = {"linear": ("auto", "mean", "extremes"), "mean": ("auto", "mean"), "bou
 
 @dataclass(frozen=True)
 class ClusterPlan(LayerPlan):
-    """sizes: tokens per cluster, coarse to fine; none: the layer attends to everything.
+    """Public integers of a layer that chooses clusters.
+
+    sizes: tokens per cluster, coarse to fine; none: the layer attends to everything.
     counts: clusters of the kept context.  keeps: how many are attended to, per level.
     leader: the layer whose choice is used, this one itself or an earlier one.
     """
@@ -63,7 +65,9 @@ class Choice:
 
 @dataclass
 class Clusters:
-    """A layer's clusters now. clusters: coarse ones.  floors: representatives per level (KV, n, d).
+    """A layer's clusters now.
+
+    clusters: coarse ones.  floors: representatives per level (KV, n, d).
     spans: for `bound`, r_max - r_min per level, the floors being r_min.  age: steps since the choice.
     """
 
@@ -76,7 +80,9 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Clustered(Policy):
-    """score: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, q+.r_max + q-.r_min.
+    """Options of the policies that choose clusters.
+
+    score: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, q+.r_max + q-.r_min.
     alpha: weight of r_max.  gqa: head; or sum, the heads of a group choose together by their scores'
     sum.  share: default, none, or layers with one choice, as in 2-3/4-5-6.  refresh: steps that use
     one choice.  blocks: representatives of generated tokens: mean needs no comparison, extremes needs
@@ -154,7 +160,7 @@ class Clustered(Policy):
     def remember(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
     ) -> Program[Clusters | None]:
-        """The server's representatives of the kept context become operands."""
+        """Prepare the owner's representatives of the kept context as operands."""
         mine = plan.layers[index]
         assert isinstance(mine, ClusterPlan)
         if not mine.sizes or mine.leader != index:
@@ -173,7 +179,7 @@ class Clustered(Policy):
         return Clusters(mine.counts[0], kept[0::2], kept[1::2])
 
     def observe(self, view: LayerView) -> Program[None]:
-        """A tail that is a coarse cluster longer than `recent` gives its oldest tokens away."""
+        """Form clusters of the oldest tokens of a tail that is a coarse cluster longer than `recent`."""
         plan, mine, ops = self.budget(view), view.layer.memory, view.ops
         if mine is None:
             return
@@ -230,7 +236,7 @@ class Clustered(Policy):
             mine.choice, mine.age = choice, 0 if view.m == 1 else self.refresh
 
         def spread() -> Program[Value]:
-            """The weights back at their tokens' places, where resident V waits for them."""
+            """Put the weights back at their tokens' places, where the masked V waits for them."""
             w = self._fold(view, e[..., :n])
             if choice is None:
                 w = yield from at("scatter", _put_back(picks, w))
@@ -350,14 +356,14 @@ class Pick:
 
 
 def _put_back(picks: Sequence[Pick], w: Value) -> Program[Value]:
-    """The chosen tokens' weights (*rows, tokens) to all tokens' places, from the finest level up."""
+    """Put the chosen tokens' weights (*rows, tokens) at all tokens' places, from the finest level up."""
     for pick in reversed(picks):
         w = flat((yield from pick.selection.scatter(by_item(w, pick.slots))))
     return w
 
 
 def _keep(picks: Sequence[Pick], clusters: int) -> Program[Choice]:
-    """The levels' picks as one choice."""
+    """Join the levels' picks to one choice."""
     first, *rest = picks
     if not rest:
         return Choice((yield from first.selection.prepare()), first.slots, first.items, clusters)

@@ -75,8 +75,11 @@ class Combined(Policy):
         return CombinedPlan(context, tuple(layers), first)
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Combined:
-        """The second chooses that many of what the first leaves. The first stays as it is, but where it
-        leaves fewer: then it leaves that many, and there is nothing to choose."""
+        """Let the second choose that many of what the first leaves.
+
+        The first stays as it is, but where it leaves fewer: then it leaves that many, and there is nothing
+        to choose.
+        """
         if not self.plan_is_public:
             raise PolicyError(f"policy {self.spec}: the document decides what stays, so no budget is known")
         first, kept = self.first, self.first.plan(context, shape).kept

@@ -11,6 +11,8 @@ from mpcache.policy.plan import LayerPlan, Plan
 
 @dataclass(frozen=True)
 class Full(Policy):
+    """No options: nothing is evicted, nothing is chosen."""
+
     name = "full"
     source = "no eviction"
     needs = "nothing"

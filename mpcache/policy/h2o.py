@@ -18,7 +18,9 @@ from mpcache_kernels import Backend
 
 @dataclass(frozen=True)
 class H2O(Evicting):
-    """heavy: tokens that live by the attention that all queries so far paid them, per KV head.
+    """Options of h2o.
+
+    heavy: tokens that live by the attention that all queries so far paid them, per KV head.
     recent: last tokens, which live anyway. Each new token ends the least of the others.
     """
 
@@ -60,7 +62,7 @@ class H2O(Evicting):
         return ops.secret(paid, size, Rank.SERVER)
 
     def importance(self, view: LayerView, attention: Value, before: Value | None) -> tuple[Value, int]:
-        """Summed over all queries so far and the heads of a group: at most one each."""
+        """Sum over all queries so far and the heads of a group: at most one each."""
         paid, m = attention.sum(1), view.m
         assert before is not None, "h2o carries importance from the context on"
         old = paid[..., :-m] + before

@@ -27,7 +27,7 @@ Budgets = Budget | tuple[Budget, ...]  # one for all layers, or one for each: 51
 
 
 def tokens_of(budget: Budget, whole: int, at_least: int = 1) -> int:
-    """A budget as a whole number: ratios are rounded up, once, here."""
+    """Turn a budget into a whole number: ratios are rounded up, once, here."""
     n = math.ceil(budget * whole - 1e-9) if isinstance(budget, float) else budget
     return max(at_least, n)
 
@@ -74,7 +74,7 @@ class Plan:
 
 
 def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Neighbouring layers that are equal, under one name: `layers 0 to 5`."""
+    """Group neighbouring layers that are equal under one name: `layers 0 to 5`."""
     start = 0
     for i in range(1, len(items) + 1):
         if i == len(items) or items[i] != items[start]:
@@ -83,7 +83,7 @@ def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def written(value: Any) -> str:
-    """An option's value as `parse_policy` reads it."""
+    """Write an option's value as the policy grammar reads it."""
     if isinstance(value, tuple):
         return "/".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

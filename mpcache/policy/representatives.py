@@ -29,8 +29,10 @@ def in_plaintext(
 def on_shares(
     ops: Ops, k: Value, sizes: Sequence[int], score: str, alpha: float, extreme: bool
 ) -> Program[tuple[list[Operand], list[Operand | None]]]:
-    """Compute floors and spans, per level, of clusters of k (KV, n coarse, d). log2(coarse) rounds, and one
-    to prepare them, where extremes are needed (`score` bound, or `extreme`); else that one alone."""
+    """Compute floors and spans, per level, of clusters of k (KV, n coarse, d).
+
+    One round prepares them; extremes (`score` bound, or `extreme`) take log2(coarse) more.
+    """
     kv, length, d = k.shape
     extreme = extreme or score == "bound"
     floors: list[Value] = []

@@ -15,7 +15,9 @@ from mpcache_kernels import Backend
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """cap: context tokens that stay, per KV head; the last `queries` among them.  queries: the last
+    """Options of snapkv.
+
+    cap: context tokens that stay, per KV head; the last `queries` among them.  queries: the last
     ones, which vote.  pool: tokens over which votes are averaged, so that neighbours stay together.
     """
 

@@ -101,7 +101,7 @@ def _sizes(view: LayerView) -> tuple[int, int]:
 
 
 def turn(view: LayerView, q: Value, shift: torch.Tensor) -> Program[Value]:
-    """q (KV, m g, d) rotated by `shift` (m,) more positions."""
+    """Q (KV, m g, d) rotated by `shift` (m,) more positions."""
     m, kv, g, d = view.m, view.shape.kv_heads, view.shape.group, view.shape.head_dim
     rows = q.reshape(kv, m, g, d).transpose(0, 1).reshape(m, kv * g, d)
     rows = yield from view.ops.rotate(rows, *rope_tables(view.shape, shift))

@@ -41,6 +41,6 @@ class Tova(Evicting):
         return best.sort().values
 
     def importance(self, view: LayerView, attention: Value, before: Value | None) -> tuple[Value, int]:
-        """Of the last token's queries, summed over all heads: at most one each."""
+        """Sum the last token's queries over all heads: at most one each."""
         last = attention[:, attention.shape[1] - view.shape.group :].sum(1)
         return last.sum(0, keepdim=True), 1 << view.shape.heads.bit_length()

@@ -54,8 +54,10 @@ def _signed(side: Side, depth: int, opened: torch.Tensor, u: torch.Tensor) -> to
 
 @dataclass(frozen=True)
 class Keys:
-    """n comparisons by key trees (Boyle et al., EUROCRYPT 2021): about 16 bytes per bit of the width,
-    to both parties, and no further round. Outcomes in `dtype`'s ring."""
+    """n comparisons by key trees (Boyle et al., EUROCRYPT 2021), with outcomes in `dtype`'s ring.
+
+    They take about 16 bytes per bit of the width, to both parties, and no further round.
+    """
 
     n: int
     width: int
@@ -83,7 +85,7 @@ class Keys:
     def derive(
         self, mask: torch.Tensor, seeds: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """At the dealer: msb(r), words and bits for masks r (n,)."""
+        """Derive msb(r), words and bits for masks r (n,), at the dealer."""
         keys = self.shape
         top = (mask >> keys.depth) & 1
         words, bits = dcf.dcf_keygen(keys, seeds, mask & ((1 << keys.depth) - 1), 1 - 2 * top)
@@ -111,9 +113,9 @@ def _tables(base: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Digits:
-    """n comparisons of the mask's digits: one more round of a byte, a ninth of the offline bytes of
-    `Keys`, and to the server alone. Outcomes in `dtype`'s ring.
+    """n comparisons of the mask's digits, with outcomes in `dtype`'s ring.
 
+    They take one more round of a byte, and a ninth of the offline bytes of `Keys`, to the server alone.
     r has m digits d_j, the highest first. The dealer shares, for each, the tables of [v < d_j] and
     [v = d_j] over all v, by XOR (one-time truth tables; Ishai et al., TCC 2013). c chooses an entry of each,
     locally: l_j and e_j; and t = sum_j l_j prod_(i<j) e_i, of which one summand at most is 1. The entries
@@ -164,8 +166,11 @@ class Digits:
         return tables, Part((self.n, 3 << (m - 1)), self.dtype)
 
     def derive(self, mask: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """At the dealer: the tables; and msb(r), then with b = 1 - 2 msb(r) as a factor the products of
-        the masks of e_0, e_1, ... over all subsets, alone and times the mask of each l_j."""
+        """Derive the tables and the products of masks, at the dealer.
+
+        The products: msb(r), then with b = 1 - 2 msb(r) as a factor those of the masks of e_0, e_1, ... over
+        all subsets, alone and times the mask of each l_j.
+        """
         m, top = self.digits, (mask >> self.depth) & 1
         less, same = _tables(self.base)
         digit = self._split(mask)
@@ -201,7 +206,7 @@ class Digits:
         return _signed(side, self.depth, opened, u.long())
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
-        """The digits of x mod 2^depth (n,), the highest first: (n, m)."""
+        """Split x mod 2^depth (n,) into its digits, the highest first: (n, m)."""
         low = x & ((1 << self.depth) - 1)
         shifts = torch.arange(self.digits - 1, -1, -1) * self.base
         return (low.unsqueeze(-1) >> shifts) & ((1 << self.base) - 1)
@@ -224,7 +229,7 @@ def less(
     thresholds: Sequence[int] = (0,),
     dtype: torch.dtype = torch.int64,
 ) -> Program[torch.Tensor]:
-    """Shares of [x < theta] for each public threshold: x (*s) -> (*s, thresholds), in `dtype`'s ring.
+    """Compute shares of [x < theta] for each public threshold: x (*s) -> (*s, thresholds), in `dtype`'s ring.
 
     x: shares modulo 2^width of values with |x - theta| < 2^(width-1). One round, one key tree per
     element whatever the number of thresholds: the same opening is evaluated at shifted points.

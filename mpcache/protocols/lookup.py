@@ -15,7 +15,7 @@ from mpcache.runtime.side import Side, bytes_for
 
 
 def one_hot(rotation: torch.Tensor, size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """At the dealer: (*s) uniform words -> (*s, size), 1 at rotation mod size (a power of two)."""
+    """Turn (*s) uniform words into (*s, size), 1 at rotation mod size (a power of two), at the dealer."""
     hot = torch.zeros(*rotation.shape, size, dtype=dtype)
     return hot.scatter_(-1, (rotation & (size - 1)).unsqueeze(-1), 1)
 
@@ -23,7 +23,7 @@ def one_hot(rotation: torch.Tensor, size: int, dtype: torch.dtype = torch.int64)
 def one_hot_of(
     side: Side, index: torch.Tensor, size: int, dtype: torch.dtype = torch.int64
 ) -> Program[torch.Tensor]:
-    """Shares of the one-hot vector of index mod size: (*s) -> (*s, size) in `dtype`'s ring. One round."""
+    """Compute the one-hot vector of index mod size: (*s) -> (*s, size) in `dtype`'s ring. One round."""
     shape = tuple(index.shape)
     hot = Part((*shape, size), dtype=dtype)
     work = Work(lookups=math.prod(shape), multiply_adds=math.prod(hot.shape))
@@ -40,6 +40,6 @@ def one_hot_of(
 
 
 def lookup(side: Side, index: torch.Tensor, table: torch.Tensor) -> Program[torch.Tensor]:
-    """Shares of table[index mod N]: (*s) -> (*s). table: (N,) public integers, N a power of two."""
+    """Compute shares of table[index mod N]: (*s) -> (*s). table: (N,) public integers, N a power of two."""
     hot = yield from one_hot_of(side, index, table.shape[0])
     return (hot * side.public(table)).sum(-1)

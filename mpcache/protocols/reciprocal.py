@@ -56,7 +56,7 @@ class Curve:
     def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Value at v = 0 and slope (size,), integers, with v = u - 1 on the grid.
 
-        An interval's number may come out one too high (`drop`, and the carry of two masked numbers): each
+        An interval's number may come out one too high (`drop_low_bits`, and the carry of two masked numbers): each
         line is the best for its interval and the one before.
         """
         number = torch.arange(self.size, dtype=torch.float64)
@@ -78,7 +78,7 @@ class Range:
 
     @staticmethod
     def of(low: float, high: float, step: int) -> Range:
-        """Covers [low, high), exponents; the whole range stays below 2^62."""
+        """Cover [low, high), exponents; the whole range stays below 2^62."""
         first = math.floor(low) // step * step
         return Range(first, min(62 // step * step, first + -(-(math.ceil(high) - first) // step) * step))
 
@@ -88,7 +88,7 @@ class Range:
 
 
 def power(side: Side, x: torch.Tensor, where: Range, curve: Curve) -> Program[torch.Tensor]:
-    """fn(x 2^-low) at `curve.bits` + steps - 1 fraction bits, x (*s) shares of integers. Two rounds.
+    """Compute fn(x 2^-low) at `curve.bits` + steps - 1 fraction bits, x (*s) shares of integers. Two rounds.
 
     Relative error: that of the lines, and of u on its grid: see `RECIPROCAL`, `norm.ROOT`.
     """
@@ -172,8 +172,10 @@ RECIPROCAL = Curve(lambda u: 1 / u, 1, 7, 14, 9)
 
 
 def reciprocal_range(least: float, most: float, bits: int) -> tuple[Range, int]:
-    """Of raw x with `bits` fraction bits, and the fraction bits of 1 / x: 23 for the largest x, and one
-    more for each factor of two below."""
+    """Return the range of raw x with `bits` fraction bits, and the fraction bits of 1 / x.
+
+    They are 23 for the largest x, and one more for each factor of two below.
+    """
     where = Range.of(math.log2(least) + bits, math.log2(most) + bits, 1)
     return where, RECIPROCAL.bits + where.steps(1) - 1 + where.low - bits
 

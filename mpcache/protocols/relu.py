@@ -23,7 +23,7 @@ from mpcache.runtime.side import Side
 
 
 def relu(side: Side, x: Share, width: int) -> Program[Share]:
-    """max(x, 0) for |x_raw| < 2^(width-1), in x's own ring, exactly. One round, two trees per element."""
+    """Compute max(x, 0) for |x_raw| < 2^(width-1), in x's own ring, exactly. One round, two trees each."""
     n = math.prod(x.shape)
     keys = KeyShape(2 * n, width - 1)  # first half: [x < 0], second half: r [x < 0]
     seeds, words, bits = key_parts(keys)

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 
 from mpcache.ops import SelectionOf
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product
+from mpcache.protocols.ranges import SELECTION_RING
 from mpcache.runtime.program import Program, local
 from mpcache.runtime.ring import matmul
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
-
-RING = 56  # scores to gather and softmax weights to scatter fit
 
 
 class SlotSelection(SelectionOf[Share]):
@@ -47,14 +46,14 @@ class PreparedSelection(SlotSelection):
     hot: MaskedOperand
 
     def gather(self, values: Share) -> Program[Share]:
-        """One round: only the values are opened."""
+        """Gather values. One round: only they are opened."""
         columns = values.transpose(-1, -2)
         return (yield from matmul_masked_operand(self.side, columns, self.hot.transpose(-1, -2))).transpose(
             -1, -2
         )
 
     def scatter(self, weights: Share) -> Program[Share]:
-        """One round: only the weights are opened."""
+        """Scatter weights. One round: only they are opened."""
         return (yield from matmul_masked_operand(self.side, weights.transpose(-1, -2), self.hot)).transpose(
             -1, -2
         )
@@ -67,15 +66,17 @@ class PreparedSelection(SlotSelection):
 
 
 def prepare_selection(side: Side, hot: Share) -> Program[SlotSelection]:
-    """One round: the slot matrix (*rows, k, n) is opened under a mask that stays."""
-    return PreparedSelection(side, hot, (yield from mask_operand(hot, RING)))
+    """Open the slot matrix (*rows, k, n) under a mask that stays. One round."""
+    return PreparedSelection(side, hot, (yield from mask_operand(hot, SELECTION_RING)))
 
 
 def refine_selection(side: Side, coarse: Share, fine: Share, children: int) -> Program[SlotSelection]:
-    """coarse (*rows, k, n) and fine (*rows, k2, k children): (*rows, k2, n children). Two rounds."""
+    """Join coarse (*rows, k, n) and fine (*rows, k2, k children) to (*rows, k2, n children). Two rounds."""
     *rows, k2, _ = fine.shape
     k, n = coarse.shape[-2:]
     by_child = fine.reshape(*rows, k2, k, children).transpose(-1, -2).transpose(-2, -3)
-    hot = yield from product(side, by_child.reshape(*rows, children * k2, k), coarse, matmul, RING)
+    hot = yield from product(side, by_child.reshape(*rows, children * k2, k), coarse, matmul, SELECTION_RING)
     hot = hot.reshape(*rows, children, k2, n).transpose(-3, -2).transpose(-2, -1)
-    return (yield from prepare_selection(side, replace(hot.reshape(*rows, k2, n * children), ring=RING)))
+    return (
+        yield from prepare_selection(side, replace(hot.reshape(*rows, k2, n * children), ring=SELECTION_RING))
+    )

@@ -20,7 +20,8 @@ import torch
 from mpcache.protocols.compare import Digits, Keys
 from mpcache.protocols.linear import masked
 from mpcache.protocols.lookup import one_hot
-from mpcache.protocols.selection import RING, SlotSelection, prepare_selection
+from mpcache.protocols.ranges import SELECTION_RING
+from mpcache.protocols.selection import SlotSelection, prepare_selection
 from mpcache.runtime.correlations import dealt
 from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked, products_of
 from mpcache.runtime.shares import Share, cat
@@ -28,7 +29,7 @@ from mpcache.runtime.side import Side
 
 
 def size_for(n: int) -> int:
-    """The power of two that ranks of n items are opened modulo."""
+    """Return the power of two that ranks of n items are opened modulo."""
     return 1 << max(1, (n - 1).bit_length())
 
 
@@ -55,9 +56,12 @@ class HotSelection(SlotSelection):
     def prepare(self) -> Program[SlotSelection]:
         return prepare_selection(self.side, self.slots())
 
-    def scatter(self, weights: Share, ring: int = RING) -> Program[Share]:
-        """One round: only the weights are opened, modulo 2^ring. For each item i the dealer shares the
-        weights' masks rotated by rho_i: item i's mask stands at the public place rank_i + rho_i."""
+    def scatter(self, weights: Share, ring: int = SELECTION_RING) -> Program[Share]:
+        """Put weights back at their items' places. One round: only the weights are opened, modulo 2^ring.
+
+        For each item i the dealer shares the weights' masks rotated by rho_i: item i's mask stands at the
+        public place rank_i + rho_i.
+        """
         *rows, k, c = weights.shape
         n, size = self.hot.shape[-1], self.size
 
@@ -94,7 +98,7 @@ def topk(
     width: int,
     comparison: type[Keys] | type[Digits] = Keys,
 ) -> Program[tuple[HotSelection, list[Share]]]:
-    """The k highest of (*rows, n), descending, ties to the lower index; values (*rows, n, c) gathered.
+    """Choose the k highest of (*rows, n), descending, ties to the lower index; gather values (*rows, n, c).
 
     Scores are compared in a ring of `width` bits: their differences must stay below 2^(width-1)
     raw. Values are gathered in their own ring. Two rounds, three where `Digits` compare.

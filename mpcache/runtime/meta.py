@@ -97,7 +97,7 @@ _SMALL = 1 << 18  # elements up to which a result is inferred on zeros
 
 
 def infer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a torch function in which tensors have no values.
+    """Infer the result of a torch function in which tensors have no values.
 
     Small ones are computed on zeros, which is quick; the others on meta tensors, whose first use
     makes torch load its compiler for some seconds.
@@ -151,5 +151,5 @@ def _blanks(x: Any) -> Any:
 
 
 def materialise(x: Any, device: torch.device | str) -> Any:
-    """A MetaTensor as a tensor of zeros (no values on the meta device); other things as they are."""
+    """Turn a MetaTensor into zeros (no values on the meta device); leave other things as they are."""
     return torch.zeros(x.shape, dtype=x.dtype, device=device) if isinstance(x, MetaTensor) else x

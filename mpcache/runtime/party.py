@@ -23,12 +23,12 @@ COMPUTING = (Rank.SERVER, Rank.CLIENT)
 
 
 def sends(item: Opening, rank: Rank) -> bool:
-    """Whether `rank` sends its share of this opening to the other computing party."""
+    """Tell whether `rank` sends its share of this opening to the other computing party."""
     return item.sender in (None, rank) and item.to in (None, rank.peer)
 
 
 def _pack(x: torch.Tensor, width: int) -> torch.Tensor:
-    """The low `width` bytes of each int64, shape (*, width) uint8; whole words stay int64."""
+    """Take the low `width` bytes of each int64, shape (*, width) uint8; whole words stay int64."""
     if width == 8:
         return x.contiguous()
     # flat first: where a size is 1 a contiguous tensor may have any stride
@@ -64,14 +64,14 @@ class Party(ABC):
 
     @abstractmethod
     def draw(self, request: Request, step: str) -> list[Any]:
-        """This party's parts of a correlation; for a kept one also all values (None but at the dealer)."""
+        """Draw this party's parts; of a kept correlation also all values (None but at the dealer)."""
 
     def call(self, run: Callable[[Any, str], Any], step: str) -> Any:
         """Run code that blocks and communicates by itself (CrypTen's), as this party at this step."""
         return run(self, step)
 
     def stream(self, kind: str) -> KeyStream | None:
-        """CrypTen's own generators: `prev`, `next` (shared by both parties) and `local`."""
+        """Return one of CrypTen's own generators: `prev`, `next` (shared by both parties) and `local`."""
         return None
 
 
@@ -207,7 +207,7 @@ class DealerParty(Party):
 
 
 def _expand(tape: KeyStream, part: Part, rank: Rank) -> torch.Tensor:
-    """One party's random part, from its stream; zero if the other party owns it."""
+    """Expand one party's random part from its stream; zero if the other party owns it."""
     if part.owner in (None, rank):
         return tape.tensor(part.shape, part.dtype)
     return torch.zeros(part.shape, dtype=part.dtype)

@@ -196,8 +196,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Call:
-    """A function of the party and the step that communicates by itself and blocks (CrypTen). Answered by
-    its result."""
+    """A function of the party and the step that communicates by itself and blocks (CrypTen).
+
+    Answered by its result.
+    """
 
     run: Callable[[Any, str], Any]
     step: str = ""

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mpcache.answer import bind
-from mpcache.audit.audit_command import read_quality
+from mpcache.audit.quality import read_quality
 from mpcache.cache import Cache, LayerCache
 from mpcache.certificates import Identity
 from mpcache.certificates import make as make_identity

@@ -13,7 +13,7 @@ from mpcache.model.loading import Model
 from mpcache.model.prefill import prefill
 from mpcache.ops import Ops
 from mpcache.policy import parse_policy
-from mpcache.protocols import softmax
+from mpcache.protocols import ranges
 from mpcache.rank import Rank
 from mpcache.session import Session
 from mpcache_kernels import backend
@@ -57,7 +57,7 @@ def opened(server: Any, client: Any) -> torch.Tensor:
         return (server.data + client.data).double() / 2**server.bits
     raw = (server.data + client.data) & ((1 << server.ring) - 1)
     raw = raw - ((raw >> (server.ring - 1)) << server.ring)
-    return raw.double() * softmax.UNIT
+    return raw.double() * ranges.SCORE_UNIT
 
 
 def generate(

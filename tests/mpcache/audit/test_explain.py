@@ -30,7 +30,7 @@ def plan_of(kind: str, spec: str) -> Explained:
 
 def bytes_of(reading: StepReading) -> dict[object, tuple[Counter[str], int]]:
     """By step: what is opened for each reason, and what the dealer sends."""
-    found = {}
+    found: dict[object, tuple[Counter[str], int]] = {}
     for key, said in reading.steps.items():
         opened: Counter[str] = Counter()
         for seen in said.opened:

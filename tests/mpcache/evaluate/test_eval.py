@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mpcache.answer import Sampling, plain_answer
+from mpcache.audit.quality import read_quality
 from mpcache.cli import main
 from mpcache.demo.documents import load_lines
 from mpcache.evaluate import plot as plotting
@@ -241,8 +242,6 @@ def test_json(run_here: Run, tmp_path: Path) -> None:
     drawn = file.read_text()
     assert drawn.startswith("<?xml") and "snapkv" in drawn and "passkey, question after" in drawn
     # The audit reads what this prints.
-    from mpcache.audit.audit_command import read_quality
-
     saved = tmp_path / "quality.json"
     saved.write_text(out)
     assert read_quality(saved) == rows

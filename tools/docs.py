@@ -1,4 +1,4 @@
-"""docs/protocols.md from its text, the catalog of protocols, and the programs themselves.
+"""Write docs/protocols.md from its text, the catalog of protocols, and the programs themselves.
 
     python tools/docs.py [--check]
 
@@ -65,7 +65,7 @@ EXAMPLES: Mapping[RequestKind, tuple[str, Callable[..., Program[object]]]] = {
     ),
     RequestKind.MASK: ("n values, ring of 48 bits", lambda n, **_: mask_operand(share(n), 48)),
     RequestKind.MASKED_OPERAND: (
-        "(m, k) times resident (k, n), ring of 48 bits",
+        "(m, k) times masked (k, n), ring of 48 bits",
         lambda m, k, n, **_: matmul_masked_operand(SIDE, share(m, k), kept(k, n, ring=48)),
     ),
     RequestKind.TRUNCATIONS_PRODUCT: (

@@ -1,4 +1,4 @@
-"""Rounds and bytes of one decoder layer, by the ledger, without any party running.
+"""Print rounds and bytes of one decoder layer, by the ledger, without any party running.
 
     python tools/layer_cost.py [--context 1024] [--protocol fast|fast-bits|stock] [POLICY ...]
 
@@ -26,16 +26,16 @@ PAPER = "mpcache:n_keep=1.0,coarse=32,fine=16,coarse_keep=0.5,fine_keep=0.2"
 STEP = "decode1"
 
 
-def layers(spec: str, context: int, protocol: str) -> list[dict[str, Entry]]:
-    """Per layer, what each of its operations costs in one decode step."""
+def layers(spec: str, context: int, protocol: str, shape: ModelShape = SHAPE) -> list[dict[str, Entry]]:
+    """Return per layer what each of its operations costs in one decode step."""
     party = ShapeParty(Rank.SERVER)
     ops = engine(protocol, Rank.SERVER, device="meta")
-    session = Session(ops, party, SHAPE, parse_policy(spec).bind(context, SHAPE))
+    session = Session(ops, party, shape, parse_policy(spec).bind(context, shape))
     session.setup(None)
     session.context(None, None)
     session.chunk(None, 1)
     session.chunk(None, 1)
-    costs: list[dict[str, Entry]] = [{} for _ in range(SHAPE.layers)]
+    costs: list[dict[str, Entry]] = [{} for _ in range(shape.layers)]
     for name, entry in party.ledger.steps.items():
         phase, _, rest = name.partition("/")
         layer, _, op = rest.partition("/")

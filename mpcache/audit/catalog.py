@@ -31,7 +31,7 @@ CATALOG: Mapping[RequestKind, Protocol] = {
         "a permanent mask: opened once as W - B, used again and again", "linear.mask_operand", "exact", ""
     ),
     RequestKind.MASKED_OPERAND: Protocol(
-        "product with a resident operand: only the activation is opened", "linear.matmul_masked_operand",
+        "product with a masked operand: only the activation is opened", "linear.matmul_masked_operand",
         "exact modulo the ring", "masks kept for weights and cache",
     ),
     RequestKind.TRUNCATION: Protocol(
@@ -47,8 +47,8 @@ CATALOG: Mapping[RequestKind, Protocol] = {
         "as the truncations", "Escudero et al., eprint 2020/338",
     ),
     RequestKind.LINE: Protocol(
-        "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector", "power.power",
-        "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
+        "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector",
+        "reciprocal.power", "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
     ),
     RequestKind.BLUR: Protocol(
         "noise of the other party's on what one party learns", "linear.blur", "2^-11 standard deviation",
@@ -70,7 +70,9 @@ CATALOG: Mapping[RequestKind, Protocol] = {
         "weights put back through the selection", "topk.HotSelection.scatter", "exact",
         "masks rotated with the slots",
     ),
-    RequestKind.ONE_HOT: Protocol("table lookup by a rotated one-hot vector", "lookup.lookup", "exact", "rotation"),
+    RequestKind.ONE_HOT: Protocol(
+        "table lookup by a rotated one-hot vector", "lookup.lookup", "exact", "rotation"
+    ),
     RequestKind.EXP: Protocol(
         "exponential by one key tree per element", "softmax.exp",
         "1.4e-4 relative and 2e-6, zero below e^-16 to e^-18.3", "one key tree with a payload",

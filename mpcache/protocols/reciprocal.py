@@ -56,8 +56,8 @@ class Curve:
     def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Value at v = 0 and slope (size,), integers, with v = u - 1 on the grid.
 
-        An interval's number may come out one too high (`drop_low_bits`, and the carry of two masked numbers): each
-        line is the best for its interval and the one before.
+        An interval's number may come out one too high (`drop_low_bits`, and the carry of two masked
+        numbers): each line is the best for its interval and the one before.
         """
         number = torch.arange(self.size, dtype=torch.float64)
         number = torch.where(number < self.size - 1, number, -1.0)

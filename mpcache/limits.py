@@ -8,7 +8,7 @@ from __future__ import annotations
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, PolicyError
 from mpcache.model import ModelShape
-from mpcache.policy import BoundPolicy, parse
+from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.protocols.ranges import LONGEST_ATTENDED
 
 
@@ -18,7 +18,7 @@ def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question:
     context, question: lengths in tokens. Raises BadInput or PolicyError.
     """
     _check_positions(shape, public, context, question)
-    policy = parse(public.policy)
+    policy = parse_policy(public.policy)
     if policy.plan_is_public and policy.leak == "count":
         raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
     bound = policy.bind(context, shape)

@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpcache.config import PublicConfig
-from mpcache.cost.tally import PROTOCOLS
 from mpcache.demo.documents import make_document
+from mpcache.engines.registry import PROTOCOLS
 from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.policy import POLICIES
 from tests.support.agreement import compare

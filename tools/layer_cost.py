@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 
-from mpcache.cost.tally import PROTOCOLS
+from mpcache.engines.registry import PROTOCOLS, engine
 from mpcache.ledger import Entry
 from mpcache.model import ModelShape
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.party import ShapeParty
 from mpcache.session import Session
@@ -29,8 +29,8 @@ STEP = "decode1"
 def layers(spec: str, context: int, protocol: str, shape: ModelShape = SHAPE) -> list[dict[str, Entry]]:
     """Return per layer what each of its operations costs in one decode step."""
     party = ShapeParty(Rank.SERVER)
-    ops = PROTOCOLS[protocol](Rank.SERVER, device="meta")
-    session = Session(ops, party, shape, parse(spec).bind(context, shape))
+    ops = engine(protocol, Rank.SERVER, device="meta")
+    session = Session(ops, party, shape, parse_policy(spec).bind(context, shape))
     session.setup(None)
     session.context(None, None)
     session.chunk(None, 1)

@@ -22,7 +22,7 @@ from mpcache.engines.checked import CheckedOps, Range, Ranges
 from mpcache.errors import MpcacheError
 from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.model.prefill import prefill
-from mpcache.policy import POLICIES, parse
+from mpcache.policy import POLICIES, parse_policy
 from mpcache.sampling import Sampling
 from mpcache.session import Session
 from mpcache_kernels import backend
@@ -47,7 +47,7 @@ def check(model: Model, spec: str, context: list[int], question: str, ranges: Ra
 
     Raises OutOfRange where those are strict.
     """
-    policy = parse(spec).bind(len(context), model.shape)
+    policy = parse_policy(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=policy.policy.window(len(context)))
     kernels = backend("cpu")
     policy, _ = bind_to_document(policy, model.shape, filled, kernels)

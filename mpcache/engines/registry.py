@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from mpcache.choices import ProtocolName
 from mpcache.engines.fast import FastBitsOps, FastOps
 from mpcache.errors import BadInput
 from mpcache.ops import AnyEngine
 from mpcache.rank import Rank
 
-STOCK = "stock"
+STOCK = ProtocolName.STOCK
 FAST: dict[str, type[FastOps]] = {ops.name: ops for ops in (FastOps, FastBitsOps)}
 PROTOCOLS = (*FAST, STOCK)  # what may run between parties
 

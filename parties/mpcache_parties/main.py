@@ -23,9 +23,10 @@ from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError
 from mpcache.ledger import Ledger
 from mpcache.model import demo_model_dir, load_model
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
-from mpcache.report.account import Report, ms, number, size
+from mpcache.report.account import Report
+from mpcache.report.units import duration, number, size
 from mpcache.sampling import Sampling
 from mpcache_parties.handshake import NONE, PROTOCOL_VERSION, agree
 from mpcache_parties.keys import keygen, pin
@@ -100,7 +101,7 @@ def closing_line(report: Report) -> str:
     who = Rank(report.rank).label
     steps = len(report.phases) - 2  # without set-up and context
     offline = report.per_token("offline_sent") + report.per_token("offline_received")
-    parts = [f"{who}: done: {steps} token{'s' * (steps != 1)}, {ms(report.per_token('ms'))} each"]
+    parts = [f"{who}: done: {steps} token{'s' * (steps != 1)}, {duration(report.per_token('ms'))} each"]
     if report.rank != Rank.DEALER:
         parts.append(f"{number(report.per_token('rounds'))} rounds, {size(report.per_token('sent'))} sent")
     parts.append(f"{size(offline)} {'sent' if report.rank == Rank.DEALER else 'from the dealer'}")
@@ -228,7 +229,7 @@ def party(
                               "temperature": (Rank.CLIENT, temperature),
                               "top-p": (Rank.CLIENT, top_p), "seed": (Rank.CLIENT, seed)})  # fmt: skip
             _check_serving(me, serve_on, sessions, resume, offline_store)
-            parse(settings.public.policy)
+            parse_policy(settings.public.policy)
             sampling = Sampling(temperature or 0.0, 1.0 if top_p is None else top_p, seed or 0)
             if events and str(question_file) == "-":
                 raise BadInput("--events and --question-file -: both want stdin")

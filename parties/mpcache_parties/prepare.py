@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from mpcache.config import PublicConfig
-from mpcache.cost.tally import PROTOCOLS
+from mpcache.engines.registry import engine
 from mpcache.errors import PolicyError
 from mpcache.rank import Rank
-from mpcache.report.account import size
+from mpcache.report.units import size
 from mpcache.runtime.party import DealerParty
 from mpcache.runtime.rng import SEED_BYTES, fresh_seed
 from mpcache.session import Session
@@ -81,7 +81,7 @@ def _store(me: Rank, dealer: Link, public: PublicConfig, facts: Facts, store: Ta
 
 def _read(facts: Facts, public: PublicConfig, party: Any, done: Callable[[str], None]) -> None:
     """A whole session by shapes; `done` after each phase."""
-    ops = PROTOCOLS[facts.protocol](Rank.SERVER, public.fraction_bits, device="meta")
+    ops = engine(facts.protocol, Rank.SERVER, public.fraction_bits, "meta")
     session = Session(ops, party, facts.shape, facts.policy, public.reveal)
     session.setup(None)
     done("setup")

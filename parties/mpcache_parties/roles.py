@@ -24,7 +24,7 @@ from mpcache.answer import TimedSession, answer, bind_to_document
 from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.cost.choose import AUTO, pick
-from mpcache.cost.tally import PROTOCOLS
+from mpcache.engines.registry import engine
 from mpcache.errors import ConfigError, Desync, ModelError, PolicyError
 from mpcache.ledger import Ledger
 from mpcache.limits import bind_policy
@@ -33,7 +33,8 @@ from mpcache.model.prefill import Prefill, prefill
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.policy import BoundPolicy
 from mpcache.rank import Rank
-from mpcache.report.account import Report, ms
+from mpcache.report.account import Report
+from mpcache.report.units import duration
 from mpcache.runtime.party import ComputingParty, DealerParty
 from mpcache.runtime.rng import SEED_BYTES, fresh_seed
 from mpcache.sampling import Sampling
@@ -145,7 +146,7 @@ def serve(
 def _session(
     me: Rank, party: Any, facts: Facts, public: PublicConfig, watch: SessionStatus, device: str = "cpu"
 ) -> TimedSession:
-    ops = PROTOCOLS[facts.protocol](me, public.fraction_bits, device)
+    ops = engine(facts.protocol, me, public.fraction_bits, device)
     return TimedSession(ops, party, facts.shape, facts.policy, watch, public.reveal)
 
 
@@ -156,7 +157,7 @@ def _open(
     eviction in ms."""
     kernels, kernel_ms = _timed(_kernels(public.kernels, own.device))
     session.setup(own.model.weights)
-    say(f"server: set-up: weights masked and opened in {ms(session.ms['setup'])}")
+    say(f"server: set-up: weights masked and opened in {duration(session.ms['setup'])}")
     start = time.perf_counter()
     window = facts.policy.policy.window(facts.context)
     prefilled = prefill(own.model, own.tokens, own.device, window=window)
@@ -168,7 +169,7 @@ def _open(
     prefill_ms += sum(kernel_ms)
     say(
         f"server: context of {facts.context} tokens, {facts.policy.plan.kept} kept: "
-        f"prefill and eviction {ms(prefill_ms)} (kernels: {facts.kernels})"
+        f"prefill and eviction {duration(prefill_ms)} (kernels: {facts.kernels})"
     )
     for line in facts.policy.plan.lines():
         say(f"server: {line}")
@@ -210,7 +211,7 @@ def ask(
 
     if earlier is None:
         session.setup(None)
-        say(f"client: set-up: masked weights received in {ms(session.ms['setup'])}")
+        say(f"client: set-up: masked weights received in {duration(session.ms['setup'])}")
         session.policy = (facts := _announced(server, facts)).policy
         session.context(None, None)
         n = facts.policy.plan.kept

@@ -20,7 +20,7 @@ import yaml
 from google.protobuf.message import DecodeError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mpcache.audit.command import read_quality
+from mpcache.audit.quality import read_quality
 from mpcache.cache import Cache, LayerCache
 from mpcache.certificates import Identity
 from mpcache.certificates import make as make_identity
@@ -32,7 +32,7 @@ from mpcache.limits import bind_policy
 from mpcache.model import load_model, load_shape
 from mpcache.model.families import shape_from_config
 from mpcache.model.tokenizer import Tokenizer
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.transport.frames import FrameLink
@@ -194,7 +194,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
         spec = data.decode("utf-8", "surrogateescape")
         public = load_settings(None, {"public.policy": spec, "public.max_new_tokens": 4}).public
         bind_policy(shape, public, 60, 4)
-        parse(spec)
+        parse_policy(spec)
 
     bytes_of("policy", 10, policy, [spec.encode() for spec in specs])
 

@@ -20,7 +20,8 @@ from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.transport.flow_control import largest
-from mpcache_parties.network.grpc_link import RANK_KEY, SERVICE, SESSION_KEY, connect_all, new_session
+from mpcache_parties.network.grpc_link import SERVICE, SESSION_KEY, connect_all, new_session
+from mpcache_parties.network.stream import RANK_KEY
 from tests.fuzz.replay import Conversation, converse, replay
 from tests.fuzz.run import check_line
 from tests.fuzz.wire import bytes_of, odd_frames, odd_metadata

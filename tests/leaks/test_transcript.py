@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.party import ComputingParty
 from mpcache.runtime.program import Opening
@@ -50,7 +50,7 @@ def listen(seed: int, question: list[int], who: Rank, protocol: str) -> Transcri
     """One context and question of fixed size; weights, document and question differ with the seed."""
     shape = tiny.shape()
     context = tiny.tokens(CONTEXT, seed)
-    bound = parse(SPEC).bind(CONTEXT, shape)
+    bound = parse_policy(SPEC).bind(CONTEXT, shape)
     heard = Transcript()
 
     def program(ops: Any, party: Any, rank: Rank) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from mpcache.answer import bind_to_document, plain_answer
 from mpcache.config import PublicConfig, Settings
-from mpcache.cost.tally import cost
+from mpcache.cost.pricing import price
 from mpcache.errors import BadInput, Desync, LinkError, MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
 from mpcache.limits import bind_policy
@@ -110,7 +110,7 @@ def test_what_the_document_decides_is_announced(model: Model, tokens: list[int])
     assert client.token_ids == plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
     # What it cost is what the audit says of these counts.
     given = f"{THRESHOLD.policy},n_keep={'/'.join(map(str, kept))}"
-    priced = cost(model.shape, given, len(tokens), len(asked), new_tokens=3).total("decode")
+    priced = price(model.shape, given, len(tokens), len(asked), new_tokens=3).total("decode")
     steps = [client.phases[name] for name in ("decode1", "decode2")]
     assert sum(step.rounds for step in steps) == priced.rounds
 

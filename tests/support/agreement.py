@@ -12,7 +12,7 @@ from mpcache.engines.plain import PlainOps
 from mpcache.model import Model
 from mpcache.model.prefill import prefill
 from mpcache.ops import Ops
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.protocols import ranges
 from mpcache.rank import Rank
 from mpcache.session import Session
@@ -80,7 +80,7 @@ def compare(
     model: Model, context: Sequence[int], question: Sequence[int], n: int, spec: str, protocol: str = "fast"
 ) -> Agreement:
     """The same document, question and greedy choice, plain and by three parties."""
-    bound = parse(spec).bind(len(context), model.shape)
+    bound = parse_policy(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=bound.policy.window(len(context)))
     plain_ops = PlainOps()
     plain_seen = record(plain_ops)

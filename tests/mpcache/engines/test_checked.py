@@ -14,7 +14,7 @@ import torch
 from mpcache.engines import fast, ideal
 from mpcache.engines.checked import CheckedOps, Ranges
 from mpcache.errors import OutOfRange
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.protocols import ranges, softmax, suite
 from mpcache.protocols.activation import series
 from mpcache.rank import Rank
@@ -51,7 +51,7 @@ def read(
 ) -> tuple[list[torch.Tensor], Session]:
     """One session of the tiny model, its first `qkv` matrix scaled."""
     shape = tiny.shape()
-    policy = parse(spec)
+    policy = parse_policy(spec)
     session = Session(CheckedOps(), ranges, shape, policy.bind(len(context), shape))
     weights = tiny.model(shape).weights
     first, *rest = weights.layers

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpcache.errors import Reuse
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime import rng
 from mpcache.runtime.rng import Tapes, fresh_seed
@@ -53,7 +53,7 @@ class Reads:
 
 def run_session() -> None:
     shape, context = tiny.shape(), tiny.tokens(24)
-    bound = parse(SPEC).bind(24, shape)
+    bound = parse_policy(SPEC).bind(24, shape)
 
     def program(ops: Any, party: Any, rank: Rank) -> None:
         threading.current_thread().name = rank.label

@@ -21,7 +21,9 @@ from tests.support.one_party import STATUS
 
 import grpc  # isort: skip  # after the link, which quiets it
 
-from mpcache_parties.network.grpc_link import BEACON_KEY, SERVICE, SESSION_KEY, Beacon  # isort: skip
+from mpcache_parties.network.grpc_link import BEACON_KEY, SERVICE, SESSION_KEY
+from mpcache_parties.network.liveness import Beacon
+
 from mpcache_parties.network.stream import RANK_KEY  # isort: skip
 
 COPIES = 10  # of a frame: as gRPC puts it together, hands it over and frees it, and while it is parsed

@@ -24,9 +24,10 @@ from mpcache.errors import BadInput, PortInUse
 from mpcache.ledger import Ledger
 from mpcache.model import load_model
 from mpcache.rank import Rank
+from mpcache_parties.network.grpc_link import SERVICE
 from mpcache_parties.operations import metrics as operations
 from mpcache_parties.operations.logs import Log
-from mpcache_parties.operations.metrics import SERVICE, Metrics, operated, where
+from mpcache_parties.operations.metrics import Metrics, operated, where
 from mpcache_parties.operations.status import PartyStatus
 from tests.support.links import free_settings
 from tests.support.processes import (

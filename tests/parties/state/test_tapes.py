@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mpcache.answer import plain_answer
+from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PolicyError, StateError
 from mpcache.limits import bind_policy
@@ -172,7 +173,7 @@ def test_tapes_of_other_sizes_are_left_alone(
 @SLOW
 def test_batches_are_used_in_turn_and_stock_too(model: Model, tokens: list[int], tmp_path: Path) -> None:
     """Two batches serve two answers, a shorter one among them; the third is refused."""
-    public = PublicConfig(policy="full", max_new_tokens=3, protocol="stock")
+    public = PublicConfig(policy="full", max_new_tokens=3, protocol=ProtocolName.STOCK)
     for _ in range(2):
         prepared(model, tokens, tmp_path, public)
     shorter = public.model_copy(update={"max_new_tokens": 2})

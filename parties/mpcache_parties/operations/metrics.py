@@ -155,9 +155,9 @@ def show_metrics(board: PartyStatus, place: str) -> Callable[[], None]:
 class _Health(health.HealthServicer):
     """The standard one keeps every name that was ever watched; this one keeps its own two."""
 
-    def SessionStatus(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
+    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
         if request.service in (health.OVERALL_HEALTH, SERVICE):
-            return super().SessionStatus(request, context, send_response_callback)
+            return super().Watch(request, context, send_response_callback)
         status = health_pb2.HealthCheckResponse
         send_response_callback(status(status=status.SERVICE_UNKNOWN))
         send_response_callback(None)  # the end: it will never be known

@@ -33,16 +33,17 @@ from mpcache.certificates import Identity, make
 from mpcache.config import Addresses, Certificates, Settings
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import largest
+from mpcache.transport.flow_control import largest_frame
 from mpcache.transport.link import Link, Spec
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import trust
 
 import grpc  # isort: skip  # after the link, which quiets it
 
 BATCH = 20
 SIZES = {"8 B": 8, "4 kB": 4096, "64 kB": 65536, "1 MB": 1 << 20}
-OPTIONS = [("grpc.max_receive_message_length", largest(Rank.SERVER))]
+OPTIONS = [("grpc.max_receive_message_length", largest_frame(Rank.SERVER))]
 
 
 def echo(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

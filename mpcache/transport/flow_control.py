@@ -23,14 +23,14 @@ READ_AHEAD_BYTES = 4 * MIB  # that a carrier may have read before it hands a fra
 FRAME_COST = 768  # bytes that a waiting frame takes beside its own, measured
 
 
-def largest(receiver: Rank) -> int:
+def largest_frame(receiver: Rank) -> int:
     """Bytes of a frame that this receiver takes, whatever is in it."""
     if receiver is Rank.DEALER:
         return SMALL_BYTES  # it gets facts, never a tensor
     return CHUNK_BYTES + LAYOUT_BYTES + 8 * KIB
 
 
-def room(sender: Rank, receiver: Rank, agreed: bool) -> int:
+def queue_room(sender: Rank, receiver: Rank, agreed: bool) -> int:
     """Bytes of frames that may wait at the receiver, `FRAME_COST` for each included.
 
     agreed: on the plan of the session. A peer that has not come so far has little to say.
@@ -42,7 +42,7 @@ def room(sender: Rank, receiver: Rank, agreed: bool) -> int:
     return 32 * MIB if sender is Rank.DEALER else 16 * MIB
 
 
-def cost(size: int) -> int:
+def frame_cost(size: int) -> int:
     """What a frame of `size` bytes takes of the room."""
     return size + FRAME_COST
 
@@ -69,7 +69,7 @@ class Sent:
 
     def fits(self, size: int) -> bool:
         """Whether there is room for a frame of so many bytes."""
-        return self._cost + cost(size) <= self.room
+        return self._cost + frame_cost(size) <= self.room
 
     def wait(self, size: int, seconds: float) -> bool:
         """Wait for `fits`; False when the time is up."""
@@ -80,7 +80,7 @@ class Sent:
         """Keep a frame that is being sent."""
         with self._changed:
             self._frames.append(frame)
-            self._cost += cost(len(frame))
+            self._cost += frame_cost(len(frame))
 
     def took(self, frames: int) -> bool:
         """The peer's program has taken so many in all. False if that cannot be."""
@@ -88,7 +88,7 @@ class Sent:
             if not self._taken <= frames <= self.total:
                 return False
             while self._taken < frames:
-                self._cost -= cost(len(self._frames.popleft()))
+                self._cost -= frame_cost(len(self._frames.popleft()))
                 self._taken += 1
             self._changed.notify_all()
             return True

@@ -44,7 +44,7 @@ def layout_of(specs: tuple[Spec, ...]) -> Layout:
     return Layout(text, tuple(starts), sizes, end)
 
 
-def cut(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
+def split_message(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
     """One message as serialised frames, each with at most CHUNK_BYTES of data. Copies the tensors."""
     text = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors)).text
     if len(text) > LAYOUT_BYTES:
@@ -79,7 +79,7 @@ def is_one_field(data: bytes) -> bool:
     return False
 
 
-class Coming:
+class IncomingMessage:
     """A message that is being taken in, frame by frame."""
 
     def __init__(self, step: str, specs: Sequence[Spec]) -> None:

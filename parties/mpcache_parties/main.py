@@ -29,7 +29,9 @@ from mpcache.rank import Rank
 from mpcache.report.account import Report, ms, number, size
 from mpcache_parties.handshake import NONE, PROTOCOL_VERSION, agree
 from mpcache_parties.keys import keygen, pin
-from mpcache_parties.network.grpc_link import Network, Say, cannot_take_part, connect_all
+from mpcache_parties.network.connect import cannot_take_part, connect_all
+from mpcache_parties.network.grpc_link import Say
+from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import trust
 from mpcache_parties.operations.logs import Log
 from mpcache_parties.operations.metrics import operated

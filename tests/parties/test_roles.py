@@ -28,7 +28,7 @@ from mpcache.report.account import Report, summary
 from mpcache.transport.frames import FrameLink
 from mpcache_kernels import backend
 from mpcache_parties.handshake import agree
-from mpcache_parties.network.grpc_link import connect_all
+from mpcache_parties.network.connect import connect_all
 from mpcache_parties.roles import AHEAD, Document, Question, ask, deal, serve
 from tests.support.links import context_of, free_settings, together
 from tests.support.processes import PARTY, SOON_S, errors_of, start, started, write_config

@@ -15,7 +15,9 @@ from mpcache.ledger import Ledger
 from mpcache.model.loading import Model
 from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
-from mpcache_parties.network.grpc_link import Listener, Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.listener import Listener
+from mpcache_parties.network.session_network import Network
 from mpcache_parties.roles import Question, ask
 from tests.support.links import free_settings
 from tests.support.processes import Process

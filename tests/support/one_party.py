@@ -17,7 +17,8 @@ from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.handshake import agree, confirm
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 
 STATUS = Path("/proc/self/status")  # of this process, on Linux
 COMPUTE_S = 30.0

@@ -16,7 +16,8 @@ from mpcache.model.loading import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.handshake import agree
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 from mpcache_parties.roles import Question, ask
 from mpcache_parties.state.checkpoint import Checkpointer
 from tests.support.links import free_settings, plain_ids

@@ -23,7 +23,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from mpcache.errors import BadInput, PortInUse
-from mpcache_parties.network.grpc_link import SERVICE
+from mpcache_parties.network.channels import SERVICE
 from mpcache_parties.operations.status import PartyStatus
 
 HERE = "127.0.0.1"

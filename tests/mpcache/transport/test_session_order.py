@@ -13,10 +13,10 @@ import torch
 from mpcache.config import PublicConfig
 from mpcache.errors import Desync, LinkError, PeerFailed
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import FRAME_COST, MIB, SMALL_BYTES, Sent, largest, room
+from mpcache.transport.flow_control import FRAME_COST, MIB, SMALL_BYTES, Sent, largest_frame, queue_room
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
-from mpcache.transport.message import cut, is_one_field
+from mpcache.transport.message import is_one_field, split_message
 from mpcache.transport.session_order import Order, State, place_of
 from mpcache_parties.handshake import PROTOCOL_VERSION, agree
 from mpcache_protos import party_pb2 as pb
@@ -202,9 +202,9 @@ def test_the_rooms(agreed: bool) -> None:
     for me in Rank:
         for peer in set(Rank) - {me}:
             # The larger one of two frames goes through while the smaller one waits to be confirmed.
-            assert room(peer, me, agreed) >= max(1.5 * largest(me), 8 * SMALL_BYTES)
-            assert room(peer, me, True) >= room(peer, me, False)
-    assert room(Rank.DEALER, Rank.SERVER, agreed) == (32 if agreed else 4) * MIB
+            assert queue_room(peer, me, agreed) >= max(1.5 * largest_frame(me), 8 * SMALL_BYTES)
+            assert queue_room(peer, me, True) >= queue_room(peer, me, False)
+    assert queue_room(Rank.DEALER, Rank.SERVER, agreed) == (32 if agreed else 4) * MIB
 
 
 def test_a_frame_of_one_field() -> None:
@@ -290,6 +290,6 @@ def test_a_receiver_that_takes_nothing_is_a_timeout(pair: Pair) -> None:
 def test_hello_takes_part_in_the_order() -> None:
     with linked("local", Rank.SERVER, Rank.CLIENT) as (server, client):
         client.send_hello(Hello(PROTOCOL_VERSION, Rank.CLIENT, "00", {}))
-        client._post(next(cut(0, "decode1/a", [torch.zeros(1)])))
+        client._post(next(split_message(0, "decode1/a", [torch.zeros(1)])))
         server.recv_hello()
         assert server._order.place == (State.DECODE, 1)

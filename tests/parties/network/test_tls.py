@@ -20,7 +20,7 @@ from mpcache.errors import ConfigError, LinkError, MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
-from mpcache_parties.network.grpc_link import connect_all
+from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.tls import Trust, trust
 from tests.support.links import free_settings
 from tests.support.processes import PARTY, errors_of, start, started, tiny_model, write_config

@@ -18,7 +18,8 @@ from mpcache.ledger import Ledger
 from mpcache.model.loading import Model
 from mpcache.rank import Rank
 from mpcache_parties.handshake import AS_CLIENT, agree
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import Store
 from tests.leaks.test_transcript import check_uniform

@@ -81,7 +81,7 @@ class Identity:
         return Identity(rank, found[0], found[1])
 
 
-def make(rank: Rank) -> Identity:
+def make_identity(rank: Rank) -> Identity:
     """A new key from the system's entropy, and its certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host_of(rank))])
@@ -132,6 +132,6 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-def short(print_: str) -> str:
+def short_fingerprint(print_: str) -> str:
     """Enough of a fingerprint to tell two apart in an error line."""
     return f"sha256:{print_[:16]}"

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from mpcache.certificates import Identity, make
+from mpcache.certificates import Identity, make_identity
 from mpcache.config import Addresses, Certificates, Settings
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
@@ -115,7 +115,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for rank in Rank:
-            make(rank).write(folder)
+            make_identity(rank).write(folder)
         other = multiprocessing.get_context("spawn").Process(
             target=other_side, args=(address, tls_address, bare_address, folder, rounds), daemon=True
         )

@@ -111,3 +111,16 @@ class Link(ABC):
     @abstractmethod
     def close(self, reason: str = "") -> None:
         """End the channel. With a reason, the peer's next call raises PeerFailed with it."""
+
+
+Links = Mapping[Rank, Link]  # one party's, by peer
+
+
+def tensor_of(data: bytes) -> torch.Tensor:
+    """Return bytes as a tensor of uint8, to be sent: (len(data),)."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Return the bytes that `tensor_of` made a tensor of."""
+    return tensor.numpy().tobytes()

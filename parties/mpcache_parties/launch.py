@@ -10,18 +10,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import yaml
 
-from mpcache.certificates import make
+from mpcache.certificates import make_identity
 from mpcache.config import Addresses, Certificates, PublicConfig, Settings
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
 from mpcache.report.account import Report
+from mpcache_parties.operations.output import EventKind
+from mpcache_parties.resources import OnToken, show_no_token
+from mpcache_parties.say import Say, quiet
 
 GRACE_S = 5.0  # for the others to say why, after a party failed
 END_S = 3.0  # for a party to end in order
@@ -51,8 +54,8 @@ def run_parties(
     settings: Settings,
     flags: Mapping[Rank, Sequence[str]],
     question: str,
-    say: Callable[[str], None],
-    on_token: Callable[[int, str], None],
+    say: Say,
+    on_token: OnToken,
 ) -> dict[Rank, Report]:
     """One session between three processes on free ports, over TLS with identities of its own.
 
@@ -85,14 +88,14 @@ def run_quietly(public: PublicConfig, model: Path, document: Path, question: str
         Rank.SERVER: ["--model", str(model), "--context", str(document)],
         Rank.CLIENT: ["--no-stop-at-eos"],
     }
-    return run_parties(Settings(public=public), flags, question, lambda text: None, lambda token, text: None)
+    return run_parties(Settings(public=public), flags, question, quiet, show_no_token)
 
 
 def _identities(folder: Path) -> Certificates:
     """New identities for all three, in this folder, for one session."""
     pinned = {}
     for rank in Rank:
-        identity = make(rank)
+        identity = make_identity(rank)
         identity.write(folder)
         pinned[rank.label] = identity.certificate.decode()
     return Certificates(**pinned)
@@ -101,20 +104,9 @@ def _identities(folder: Path) -> Certificates:
 def _start(
     rank: Rank, config: Path, flags: Sequence[str], events: SimpleQueue[tuple[Rank, Event]]
 ) -> subprocess.Popen[str]:
-    # By name: what is above this package is not imported here. A session of its own, so that
-    # Ctrl-C reaches this process alone, which then ends the parties.
-    command = [
-        sys.executable,
-        "-m",
-        "mpcache_parties",
-        "--rank",
-        str(int(rank)),
-        "--config",
-        str(config),
-        "--identity",
-        str(config.parent),
-        "--events",
-    ]
+    # A session of its own, so that Ctrl-C reaches this process alone, which then ends the parties.
+    own = ["--rank", str(int(rank)), "--config", str(config), "--identity", str(config.parent)]
+    command = [sys.executable, "-m", "mpcache_parties", *own, "--events"]
     child = subprocess.Popen(
         [*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -132,8 +124,8 @@ def _start(
 def _listen(
     children: Mapping[Rank, subprocess.Popen[str]],
     events: SimpleQueue[tuple[Rank, Event]],
-    say: Callable[[str], None],
-    on_token: Callable[[int, str], None],
+    say: Say,
+    on_token: OnToken,
 ) -> dict[Rank, Report]:
     """Until all have ended, or the cause of a failure is known."""
     reports: dict[Rank, Report] = {}
@@ -145,13 +137,13 @@ def _listen(
         except Empty:
             continue
         match event:
-            case {"event": "say", "text": text}:
+            case {"event": EventKind.SAY, "text": text}:
                 say(text)
-            case {"event": "token", "id": token, "text": text}:
+            case {"event": EventKind.TOKEN, "id": token, "text": text}:
                 on_token(token, text)
-            case {"event": "report", "report": report}:
+            case {"event": EventKind.REPORT, "report": report}:
                 reports[rank] = Report.from_dict(report)
-            case {"event": "error", "name": name, "text": text, "exit_code": exit_code}:
+            case {"event": EventKind.ERROR, "name": name, "text": text, "exit_code": exit_code}:
                 errors[rank] = {"name": name, "text": text, "exit_code": exit_code}
             case None:
                 running.discard(rank)

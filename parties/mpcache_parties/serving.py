@@ -20,10 +20,10 @@ from mpcache.config import Settings
 from mpcache.console.signals import check_stop
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
-from mpcache_parties.network.grpc_link import Say
 from mpcache_parties.network.listener import Listener
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust
+from mpcache_parties.say import Say
 
 Serve = Callable[[Network, Say], None]  # one session, from its first stream to its end
 

@@ -13,7 +13,7 @@ from mpcache.config import PublicConfig
 from mpcache.model.loading import Model, load_model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
-from mpcache_parties.roles import Question
+from mpcache_parties.private_inputs import Question
 from tests.parties.test_roles import QUESTION, play
 from tests.support.processes import CLI, ROOT, start
 from tests.support.tiny_models import make, save

@@ -29,7 +29,9 @@ from mpcache.transport.frames import FrameLink
 from mpcache_kernels import backend
 from mpcache_parties.handshake import agree
 from mpcache_parties.network.connect import connect_all
-from mpcache_parties.roles import AHEAD, Document, Question, ask, deal, serve
+from mpcache_parties.private_inputs import Document, Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import AHEAD, ask, deal, serve
 from tests.support.links import context_of, free_settings, together
 from tests.support.processes import PARTY, SOON_S, errors_of, start, started, write_config
 
@@ -52,9 +54,9 @@ def play(
     """The three parties as threads; what each ended with."""
     return together(
         {
-            S: lambda links, ledger: serve(links, ledger, public, Document(model, tokens)),
-            C: lambda links, ledger: ask(links, ledger, public, question),
-            D: lambda links, ledger: deal(links, ledger, public),
+            S: lambda links, ledger: serve(SessionResources(links, ledger, public), Document(model, tokens)),
+            C: lambda links, ledger: ask(SessionResources(links, ledger, public), question),
+            D: lambda links, ledger: deal(SessionResources(links, ledger, public)),
         }
     )
 
@@ -151,7 +153,7 @@ def test_a_wrong_announcement_is_one_line(
     said: Any, words: str, model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = decide
-    monkeypatch.setattr("mpcache_parties.roles.decide", lambda *arguments: (honest(*arguments)[0], said))
+    monkeypatch.setattr("mpcache_parties.facts.decide", lambda *arguments: (honest(*arguments)[0], said))
     errors = play(THRESHOLD, model, tokens, Question(QUESTION))
     # Whoever looks first says so; the other one may hear it from the server.
     assert any(isinstance(errors[rank], Desync) for rank in (C, D)), errors

@@ -19,19 +19,19 @@ from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.network.channels import CONNECT, DIAL_OPTIONS, channel_options, dials
-from mpcache_parties.network.grpc_link import Say
 from mpcache_parties.network.grpc_server import start_server
 from mpcache_parties.network.listener import Listener
 from mpcache_parties.network.metadata import RANK_KEY, REASON_CHARACTERS, REASON_KEY, new_session
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust
+from mpcache_parties.say import Say, quiet
 
 
 def connect_all(
     rank: Rank,
     settings: Settings,
     ledger: Ledger,
-    say: Say = lambda text: None,
+    say: Say = quiet,
     peers: Iterable[Rank] = Rank,
     trust: Trust | None = None,
 ) -> Network:
@@ -54,7 +54,7 @@ def open_network(
     rank: Rank,
     settings: Settings,
     ledger: Ledger,
-    say: Say = lambda text: None,
+    say: Say = quiet,
     peers: Iterable[Rank] = Rank,
     trust: Trust | None = None,
 ) -> Network:
@@ -82,7 +82,7 @@ def cannot_take_part(rank: Rank, settings: Settings, trust: Trust, reason: str, 
     def refuse(frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         who = dict(context.invocation_metadata()).get(RANK_KEY)
         peer = next((peer for peer in to_come if str(int(peer)) == who), None)
-        to_come.discard(peer)  # type: ignore[arg-type]
+        to_come.discard(peer)
         came.release()
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"it cannot take part: {reason}")
         raise AssertionError  # abort raises

@@ -27,6 +27,7 @@ from mpcache.rank import Rank
 from mpcache.transport.frames import FrameLink
 from mpcache_parties.network.liveness import ASK_EVERY_S, Refusals, listens
 from mpcache_parties.network.metadata import RANK_KEY, RECEIVED_KEY, Metadata, count_of
+from mpcache_parties.say import Say
 
 logging.getLogger("grpc").addHandler(logging.NullHandler())
 logging.getLogger("grpc").propagate = False
@@ -34,7 +35,6 @@ logging.getLogger("grpc").propagate = False
 ABORT_LINGER_S = 1.0  # for the reason to reach the peer
 AGAIN_AFTER_S = 0.1  # between two attempts to reconnect
 
-Say = Callable[[str], None]
 Queue = SimpleQueue[bytes | None]  # what gRPC's sending thread takes from; None ends the stream
 Dial = Callable[[Iterator[bytes], Metadata], Any]  # opens a stream: frames to send -> gRPC's call
 

@@ -15,7 +15,7 @@ from mpcache.errors import LinkError, Mismatch, PeerFailed
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.network.channels import dials
-from mpcache_parties.network.grpc_link import GrpcLink, Say
+from mpcache_parties.network.grpc_link import GrpcLink
 from mpcache_parties.network.grpc_server import start_server
 from mpcache_parties.network.liveness import beacon_at
 from mpcache_parties.network.metadata import (
@@ -29,6 +29,7 @@ from mpcache_parties.network.metadata import (
 )
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust
+from mpcache_parties.say import Say, quiet
 
 
 class Listener:
@@ -45,7 +46,7 @@ class Listener:
         first: Network | None = None,
         limit: int = 1,
         trust: Trust | None = None,
-        say: Say = lambda text: None,
+        say: Say = quiet,
     ) -> None:
         """Raises PortInUse or ConfigError."""
         self.rank, self.settings, self.limit = rank, settings, limit

@@ -22,11 +22,12 @@ from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.transport.network import shaper
 from mpcache_parties.network.channels import CONNECT, DIAL_OPTIONS, channel_options, dials
-from mpcache_parties.network.grpc_link import ABORT_LINGER_S, GrpcLink, Say
+from mpcache_parties.network.grpc_link import ABORT_LINGER_S, GrpcLink
 from mpcache_parties.network.liveness import Beacon
 from mpcache_parties.network.metadata import BEACON_KEY, RANK_KEY, SESSION_KEY, Metadata
 from mpcache_parties.network.probe import foreign_program_at
 from mpcache_parties.network.tls import Trust
+from mpcache_parties.say import Say, quiet
 
 SAY_EVERY_S = 5.0
 LOOK_EVERY_S = 1.0
@@ -48,7 +49,7 @@ class Network:
         peers: Iterable[Rank] = Rank,
         trust: Trust | None = None,
         session: str | None = None,
-        say: Say = lambda text: None,
+        say: Say = quiet,
     ) -> None:
         self.rank = rank
         self.settings = settings

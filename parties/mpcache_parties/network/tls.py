@@ -22,7 +22,7 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from mpcache.certificates import Identity, certificates_in, fingerprint, host_of, rank_of, short
+from mpcache.certificates import Identity, certificates_in, fingerprint, host_of, rank_of, short_fingerprint
 from mpcache.config import Settings
 from mpcache.errors import ConfigError
 from mpcache.rank import Rank
@@ -140,7 +140,9 @@ class Trust:
             if self._credentials is None:
                 return None
             return f"what listens at {address} does not speak TLS; start {peer.label} with --identity DIR"
-        mine = short(fingerprint(x509.load_pem_x509_certificate(self._credentials.own.certificate)))
+        mine = short_fingerprint(
+            fingerprint(x509.load_pem_x509_certificate(self._credentials.own.certificate))
+        )
         own = self._credentials.own.rank.label
         return f"{peer.label} at {address} refuses {own}'s certificate {mine}; pin it there, for {own}"
 
@@ -156,8 +158,8 @@ class Trust:
             whose = f"the {owner.label}'s certificate"
         elif named is not None:
             whose = f"a certificate for {named.label} that is not pinned"
-        prints = " or ".join(short(fingerprint(each)) for each in pinned)
-        found = f"{whose} is shown ({short(fingerprint(shown))})"
+        prints = " or ".join(short_fingerprint(fingerprint(each)) for each in pinned)
+        found = f"{whose} is shown ({short_fingerprint(fingerprint(shown))})"
         return f"{found}, not the {claimed.label}'s ({prints}); check --identity and `certificates`"
 
 
@@ -211,7 +213,7 @@ def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> 
         raise ConfigError(f"no certificate is pinned for {' and '.join(missing)}; run {what}")
     mine = x509.load_pem_x509_certificate(own.certificate)
     if mine not in pins[me]:
-        found = short(fingerprint(mine))
+        found = short_fingerprint(fingerprint(mine))
         raise ConfigError(
             f"{Identity.files(folder, me)[1]}: is {found}, the config pins another for {me.label}; "
             "use the pinned identity, or pin this one in every party's config"

@@ -1,9 +1,9 @@
-"""What one party keeps of a session, so that the session can be resumed.
+"""Keep one party's part of a session, so that the session can be resumed.
 
-Each party writes its own shares and nothing else (parties/store.py); no seed and no mask that is still to
-be used is ever on disk. On resuming the parties tell each other which steps they hold, and of which run;
-all load the last one that all three hold, forget what comes after it, and go on with new streams from new
-seeds (docs/threat-model.md).
+Each party writes its own shares and nothing else (`mpcache_parties.state.store`); no seed and no mask that
+is still to be used is ever on disk. On resuming the parties tell each other which steps they hold, and of
+which run; all load the last one that all three hold, forget what comes after it, and go on with new streams
+from new seeds (docs/threat-model.md).
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from mpcache.errors import BadInput, Desync, InUse, StateError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.report.account import Phase, phases_of
-from mpcache.transport.link import Link
-from mpcache_parties.handshake import AS_CLIENT, KEPT, NONE, RESUMED
+from mpcache.transport.link import Links
+from mpcache_parties.handshake import KeepMode
 from mpcache_parties.state import snapshot
 from mpcache_parties.state.store import KEPT_STEPS, Files, Store, check_name
 
 LOOK_EVERY_S = 0.1  # whether a session that is to be resumed has been let go of
 
-Links = Mapping[Rank, Link]
-
 
 @dataclass
-class Snapshot:
+class Checkpoint:
     """A party's session after `step` chunks. own: what only this party's program needs to go on."""
 
     step: int
@@ -73,11 +71,13 @@ class Checkpointer:
     _seen: int = 0  # of the ledger's steps
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> KeepMode:
         """Public: what this party's Hello says of keeping the session."""
         if self.store is None:
-            return NONE
-        return AS_CLIENT if self.serving else RESUMED if self.resume else KEPT
+            return KeepMode.NONE
+        if self.serving:
+            return KeepMode.AS_CLIENT
+        return KeepMode.RESUMED if self.resume else KeepMode.KEPT
 
     @property
     def last(self) -> int | None:
@@ -96,12 +96,12 @@ class Checkpointer:
     def heard(self, modes: Mapping[Rank, str]) -> None:
         """What the other parties' Hellos say, which agrees with this one's: one that serves goes by the
         client."""
-        self.alone = all(mode == AS_CLIENT for mode in modes.values())
+        self.alone = all(mode == KeepMode.AS_CLIENT for mode in modes.values())
         if self.serving:
-            self.resume = modes[Rank.CLIENT] == RESUMED
-            self.store = self.store if modes[Rank.CLIENT] != NONE else None
+            self.resume = modes[Rank.CLIENT] == KeepMode.RESUMED
+            self.store = self.store if modes[Rank.CLIENT] != KeepMode.NONE else None
 
-    def meet(self, links: Links, identity: Mapping[str, str]) -> Snapshot | None:
+    def meet(self, links: Links, identity: Mapping[str, str]) -> Checkpoint | None:
         """The last step that all three hold, loaded; None for a new session.
 
         Raises StateError: another model, config or question than in the first run; no common step; a
@@ -153,7 +153,7 @@ class Checkpointer:
         why = "is not there any more: it has ended, or made room for newer ones; start without --resume"
         raise StateError(f"{who}: the session kept as {name:.8} {why}", private=False)
 
-    def _load(self, step: int, identity: Mapping[str, str]) -> Snapshot:
+    def _load(self, step: int, identity: Mapping[str, str]) -> Checkpoint:
         """That step, with what the party itself knew last; later steps are forgotten."""
         assert self._files is not None
         files, newest = self._files, max(self._files.steps())
@@ -171,7 +171,7 @@ class Checkpointer:
             files.forget_after(step)
         self._phases = {name: Phase(**phase) for name, phase in last["phases"].items()}
         self._earlier_wire_bytes = last["wire_bytes"]
-        return Snapshot(step, base["facts"], base["operands"], last["cache"], base["own"] | last["own"])
+        return Checkpoint(step, base["facts"], base["operands"], last["cache"], base["own"] | last["own"])
 
     def _same(self, then: Mapping[str, str], now: Mapping[str, str]) -> None:
         """Raises StateError with the first difference."""

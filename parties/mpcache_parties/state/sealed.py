@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpcache.errors import InUse, StateError
 
-VERSION = 1
+VERSION = 2  # 1: before the classes in a checkpoint took the names that they have now
 MAGIC = b"mpcache" + bytes([VERSION])
 KEY_BYTES = 32
 SALT_BYTES = 32
@@ -59,7 +59,7 @@ def load_key(file: Path) -> bytes:
     return key
 
 
-def write(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[bytes | memoryview]) -> int:
+def seal(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[bytes | memoryview]) -> int:
     """Seal a body; its size on disk in bytes. Afterwards the file is there as a whole, on the disk itself.
 
     header: JSON values, readable by all. Raises StateError when it cannot be written (a full disk, no
@@ -89,12 +89,12 @@ def write(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[byte
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """What a sealed file says of itself. Not authenticated: `read` does that. Raises StateError."""
+    """What a sealed file says of itself. Not authenticated: `unseal` does that. Raises StateError."""
     with telling(f"{file}: cannot be read"), open(file, "rb") as source:
         return _read_front(source, file)[0]
 
 
-def read(file: Path, key: bytes, expected: Mapping[str, Any]) -> bytearray:
+def unseal(file: Path, key: bytes, expected: Mapping[str, Any]) -> bytearray:
     """The body of a sealed file whose header says what is expected.
 
     Raises StateError, which names the first header field that differs, or says that the file is
@@ -186,7 +186,10 @@ def _read_front(source: Any, file: Path) -> tuple[dict[str, Any], bytes]:
     magic = source.read(len(MAGIC))
     if magic != MAGIC:
         if magic[:-1] == MAGIC[:-1] and len(magic) == len(MAGIC):
-            raise StateError(f"{file}: is of format {magic[-1]}, this release reads format {VERSION}")
+            raise StateError(
+                f"{file}: is of format {magic[-1]}, which another release of mpcache wrote; "
+                f"this release reads format {VERSION}"
+            )
         raise StateError(f"{file}: is not a file that mpcache wrote")
     length = source.read(4)
     size = int.from_bytes(length, "little")

@@ -54,7 +54,7 @@ def tensors_of(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-def dump(tree: Any, since: Tensors | None = None) -> Iterator[bytes | memoryview]:
+def serialize(tree: Any, since: Tensors | None = None) -> Iterator[bytes | memoryview]:
     """A tree as bytes, in pieces. since: the tensors of an earlier tree, which the reader will have.
 
     Raises TypeError on what is not in the list of this module.
@@ -69,8 +69,8 @@ def dump(tree: Any, since: Tensors | None = None) -> Iterator[bytes | memoryview
             yield bytes(-tensor.nbytes % _ALIGNMENT)
 
 
-def load(data: bytearray, since: Tensors | None = None) -> Any:
-    """The tree that `dump` wrote; its tensors lie in `data`. Raises StateError on anything else."""
+def deserialize(data: bytearray, since: Tensors | None = None) -> Any:
+    """The tree that `serialize` wrote; its tensors lie in `data`. Raises StateError on anything else."""
     try:
         start = _LENGTH_BYTES
         length = int.from_bytes(data[:start], "little")
@@ -92,11 +92,11 @@ def load(data: bytearray, since: Tensors | None = None) -> Any:
         raise StateError(f"its content is not what this release writes ({type(error).__name__})") from None
 
 
-def read(file: Path, key: bytes, header: Mapping[str, Any], since: Tensors | None = None) -> Any:
+def read_snapshot(file: Path, key: bytes, header: Mapping[str, Any], since: Tensors | None = None) -> Any:
     """The tree in a sealed file with this header. Raises StateError, which names the file."""
-    body = sealed.read(file, key, header)
+    body = sealed.unseal(file, key, header)
     try:
-        return load(body, since)
+        return deserialize(body, since)
     except StateError as error:
         raise StateError(f"{file}: {error}") from None
 

@@ -101,7 +101,7 @@ class Files:
     def write(self, step: int, run: str, tree: Any, since: snapshot.Tensors | None = None) -> int:
         """Seal one step; its size in bytes. What is older than `keep` steps goes."""
         header = self._header(step, run)
-        size = sealed.write(self._file(step), self.store.key, header, snapshot.dump(tree, since))
+        size = sealed.seal(self._file(step), self.store.key, header, snapshot.serialize(tree, since))
         for old in self.steps():
             if 0 < old <= step - self.keep:
                 self._file(old).unlink(missing_ok=True)
@@ -109,7 +109,7 @@ class Files:
 
     def read(self, step: int, run: str, since: snapshot.Tensors | None = None) -> Any:
         with self._explained(step):
-            return snapshot.read(self._file(step), self.store.key, self._header(step, run), since)
+            return snapshot.read_snapshot(self._file(step), self.store.key, self._header(step, run), since)
 
     def forget_after(self, step: int) -> None:
         """What lies beyond a step that the session goes back to must never be loaded again."""

@@ -148,7 +148,7 @@ class TapeLink(Link):
         """A file's content; the file is gone then, since it will not be read again."""
         file = self._store.file(self._batch, phase)
         try:
-            content = snapshot.read(file, self._store.key, header)
+            content = snapshot.read_snapshot(file, self._store.key, header)
         except StateError as error:
             raise StateError(f"{self.me.label}: {error}; its batch is used up, prepare another") from None
         file.unlink(missing_ok=True)
@@ -219,7 +219,7 @@ class TapeWriter(ShapeParty):
     def _write(self, phase: str, public: Mapping[str, Any], content: Any) -> None:
         header = {**self._store.header(self._batch, phase), **public}
         file = self._folder / f"{phase}{SUFFIX}"
-        self.bytes += sealed.write(file, self._store.key, header, snapshot.dump(content))
+        self.bytes += sealed.seal(file, self._store.key, header, snapshot.serialize(content))
 
 
 def _mute(step: str) -> RuntimeError:

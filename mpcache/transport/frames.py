@@ -34,7 +34,7 @@ from mpcache.transport.flow_control import (
 from mpcache.transport.link import Hello, Link, Spec
 from mpcache.transport.message import IncomingMessage, is_one_field, kind_of, split_message
 from mpcache.transport.network import Shaper
-from mpcache.transport.session_order import AGREED, Order
+from mpcache.transport.session_order import AGREED, FrameKind, Order
 from mpcache_protos import party_pb2 as pb
 
 REASON_CHARACTERS = 2000
@@ -68,7 +68,7 @@ class FrameLink(Link):
         self._took = self._took_cost = self._confirmed_cost = 0
 
     def widen(self) -> None:
-        """Both ways, as after `facts/agreed`."""
+        """Give both ways the room that they have after `facts/agreed`."""
         self.room = queue_room(self.peer, self.me, agreed=True)
         self.sent.room = queue_room(self.me, self.peer, agreed=True)
 
@@ -100,15 +100,15 @@ class FrameLink(Link):
         except DecodeError:
             self.fail(Desync(f"{self.peer.label} sent bytes that are not a frame; is it the same version?"))
             return False
-        kind = frame.WhichOneof("kind") or "an unknown message"
-        if kind == "ack":
+        kind = FrameKind(frame.WhichOneof("kind") or FrameKind.UNKNOWN)
+        if kind is FrameKind.ACK:
             return self._confirmed(frame.ack.frames)
-        if kind == "abort":
+        if kind is FrameKind.ABORT:
             self._peer_ended = True
             reason = frame.abort.reason[:REASON_CHARACTERS]
             self.fail(PeerFailed(f"{self.peer.label} ended the session: {reason}"))
             return False
-        step = frame.tensors.step if kind == "tensors" else frame.facts.step
+        step = frame.tensors.step if kind is FrameKind.TENSORS else frame.facts.step
         complaint = self._order.complaint(kind, step[:200])
         self._came += 1
         self._came_cost += frame_cost(len(data))
@@ -116,7 +116,7 @@ class FrameLink(Link):
             complaint = f"more than the {self.room} bytes that may wait here"
         if complaint is not None:
             return self._refuse(complaint)
-        if kind == "bye":
+        if kind is FrameKind.BYE:
             self._peer_ended = True
             self._inbox.put(None)
             return False
@@ -125,11 +125,11 @@ class FrameLink(Link):
         return True
 
     def _too_large(self, data: bytes) -> str | None:
-        """What is wrong with a frame's size, before a parser gives it memory."""
+        """Return what is wrong with a frame's size, before a parser gives it memory."""
         if len(data) <= SMALL_BYTES:
             return None
         kind = kind_of(data)
-        legal = kind == "tensors" and len(data) <= largest_frame(self.me)
+        legal = kind is FrameKind.TENSORS and len(data) <= largest_frame(self.me)
         return None if legal and is_one_field(data) else f"a frame of {len(data)} bytes of {kind}"
 
     def _refuse(self, complaint: str) -> bool:
@@ -196,18 +196,21 @@ class FrameLink(Link):
 
     def _recv(self, coming: IncomingMessage, labels: Sequence[str] | None) -> list[torch.Tensor]:
         while not coming.complete:
-            self._take(coming, self._next("tensors", coming.step))
+            self._take(coming, self._next(FrameKind.TENSORS, coming.step))
         self._received += 1
         self._book("received", coming.step, coming.layout.sizes, labels)
         return coming.tensors()
 
     def _make_room(self, step: str, size: int, coming: IncomingMessage | None) -> None:
-        """Wait until the peer has taken enough. If it sends, too (`coming`), take that in meanwhile:
-        two that only send would wait for each other."""
+        """Wait until the peer has taken enough.
+
+        If the peer sends, too (`coming`), take that in meanwhile: two that only send would wait for each
+        other.
+        """
         self._wants_room = True
         while not self.sent.fits(size):
             if coming is not None and not coming.complete:
-                frame = self._next("tensors", step, or_look=True)
+                frame = self._next(FrameKind.TENSORS, step, or_look=True)
                 if frame is not None:
                     self._take(coming, frame)
                 continue
@@ -234,7 +237,7 @@ class FrameLink(Link):
         self._book("sent", step, [size], None)
 
     def recv_facts(self, step: str) -> dict[str, Any]:
-        message = self._next("facts", step).facts
+        message = self._next(FrameKind.FACTS, step).facts
         self._check_order(step, message.step, message.sequence)
         size = len(message.json.encode())
         if size > FACTS_BYTES:
@@ -274,7 +277,7 @@ class FrameLink(Link):
         )
 
     def recv_hello(self) -> Hello:
-        message = self._next("hello", "hello").hello
+        message = self._next(FrameKind.HELLO, "hello").hello
         if message.rank not in tuple(Rank):
             raise self._desync(f"rank {message.rank}", "0, 1 or 2")
         return Hello(message.version, Rank(message.rank), message.nonce, dict(message.public))
@@ -286,8 +289,8 @@ class FrameLink(Link):
         self.ledger.wire_bytes += len(data)
         self._post(data)
 
-    def _next(self, kind: str, step: str, or_look: bool = False) -> Any:
-        """The peer's next frame, which must be of this kind; with `or_look` None if there may be room."""
+    def _next(self, kind: FrameKind, step: str, or_look: bool = False) -> Any:
+        """Return the peer's next frame, of this kind; with `or_look` None if there may be room to send."""
         self._check_alive(step)
         item: tuple[pb.Frame, int, float] | str | None = _LOOK
         while item is _LOOK:
@@ -316,7 +319,7 @@ class FrameLink(Link):
         return frame
 
     def _took_one(self, size: int) -> None:
-        """A frame has left the queue; now and then the peer is told."""
+        """Count a frame that has left the queue; now and then the peer is told."""
         self._took += 1
         self._took_cost += frame_cost(size)
         if self._took_cost - self._confirmed_cost >= self.room // 4:

@@ -1,4 +1,4 @@
-"""The seam between the protocols and the wire: tensors with one peer, in order, counted.
+"""Define the seam between the protocols and the wire: tensors with one peer, in order, counted.
 
 `Link` is what the engines see. `mpcache.transport.local.LocalLink` connects two threads of one process
 (tests, the cost model's check); `mpcache_parties.network.grpc_link.GrpcLink` connects processes. Both are

@@ -1,4 +1,4 @@
-"""The network between the parties: what it is modelled as, and how a link is made as slow.
+"""Model the network between the parties, and make a link as slow as it.
 
 Model: a round waits for half a round trip, and for its bytes at the bandwidth of one direction. A
 `Shaper` applies the same to a real link, so a latency measured over it is a measured one.
@@ -27,11 +27,11 @@ class Profile:
         return self.rtt_ms / 2
 
     def transfer_ms(self, n: float) -> float:
-        """How long n bytes take in one direction, delay apart."""
+        """Return how long n bytes take in one direction, delay apart; ms."""
         return n * 8 / (self.mbps * 1000)
 
     def ms(self, rounds: float, n: float, compute_ms: float = 0.0) -> float:
-        """Modelled latency: rounds, n bytes in the busier direction, and computation."""
+        """Return the modelled latency in ms: rounds, n bytes in the busier direction, and computation."""
         return rounds * self.one_way_ms + self.transfer_ms(n) + compute_ms
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ PROFILES = {"lan": Profile("lan", 0.5, 1000), "wan": Profile("wan", 40, 100)}
 
 
 def parse_network(text: str) -> Profile | None:
-    """`lan`, `wan` or RTT_MS:MBPS, such as `10:200`; None for `none`. Raises ConfigError."""
+    """Read `lan`, `wan` or RTT_MS:MBPS, such as `10:200`; None for `none`. Raises ConfigError."""
     if text == "none":
         return None
     if text in PROFILES:
@@ -61,7 +61,7 @@ def parse_network(text: str) -> Profile | None:
 
 
 class Shaper:
-    """One direction of a link: when may what arrives be taken?
+    """One direction of a link: says when a message that has arrived may be taken.
 
     It stands at the receiving end and knows that end's clock only. A message of n bytes that arrives
     at time t occupies the line until max(t, the line is free) + n / bandwidth and is there half a
@@ -75,13 +75,13 @@ class Shaper:
         self._free = -float("inf")
 
     def due(self, n: int) -> float:
-        """A message of n bytes has just arrived: when it is there."""
+        """Take note that a message of n bytes has just arrived; return when it is there."""
         self._free = max(self._clock(), self._free) + n * self._s_per_byte
         return self._free + self._delay_s
 
 
 def shaper(network: str) -> Shaper | None:
-    """A new shaper for one direction; None where there is nothing to shape."""
+    """Return a new shaper for one direction; None where there is nothing to shape."""
     profile = parse_network(network)
     return Shaper(profile) if profile is not None else None
 
@@ -109,5 +109,5 @@ class Rates:
         return 1000 * seconds + rounds * self.round_ms
 
     def slower(self, times: float, round_ms: float) -> Rates:
-        """All work so many times slower, and another price of a round."""
+        """Return rates with all work `times` slower, and another price of a round, in ms."""
         return Rates(self.multiply_adds / times, self.key_blocks / times, self.random_bytes / times, round_ms)

@@ -95,8 +95,10 @@ def agreed_facts(
 
 
 def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicConfig) -> dict[str, Any]:
-    """Exchange what `facts_of` starts from: what is public about `model` and `question`, told by their
-    owners; at the client also the bytes of the `tokenizer`.
+    """Exchange what `facts_of` starts from.
+
+    That is what is public about `model` and `question`, told by their owners; at the client also the bytes of
+    the `tokenizer`.
     """
     match own:
         case Document():

@@ -1,4 +1,4 @@
-"""How a session opens: the parties introduce themselves and compare what they must agree on."""
+"""Open a session: the parties introduce themselves and compare what they must agree on."""
 
 from __future__ import annotations
 
@@ -76,8 +76,10 @@ def compare_hellos(mine: Hello, theirs: Hello, expected: Rank) -> None:
 
 
 def _without_state(sides: Sequence[Side]) -> list[Side]:
-    """What is left to compare where one keeps as the client does. Raises Mismatch if `state` is none of
-    what that rank may say: the client itself has nobody to follow."""
+    """Return what is left to compare where one party keeps as the client does.
+
+    Raises Mismatch if `state` is none of what that rank may say: the client itself has nobody to follow.
+    """
     for rank, public in sides:
         if public.get("state") not in (CLIENT_MODES if rank is Rank.CLIENT else tuple(KeepMode)):
             said = [(rank, _shown(public.get("state"))) for rank, public in sides]

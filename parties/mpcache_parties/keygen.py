@@ -1,4 +1,4 @@
-"""`mpcache-party keygen`: make a party's identity."""
+"""Run `mpcache-party keygen`: make a party's identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All three parties as processes of this machine: start, listen to, and end them."""
+"""Run all three parties as processes of this machine: start, listen to, and end them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PartyFailed(MpcacheError):
 
 
 def free_addresses() -> Addresses:
-    """Loopback addresses that nobody listens on now."""
+    """Return loopback addresses that nobody listens on now."""
     with socket.socket() as one, socket.socket() as two:
         for probe in (one, two):
             probe.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ def run_parties(
     say: Say,
     on_token: OnToken,
 ) -> dict[Rank, Report]:
-    """One session between three processes on free ports, over TLS with identities of its own.
+    """Run one session between three processes on free ports, over TLS with identities of its own.
 
     flags: each party's own; the question goes in a file, since everybody can see a process's flags.
 
@@ -83,7 +83,7 @@ def run_parties(
 
 
 def run_quietly(public: PublicConfig, model: Path, document: Path, question: str) -> dict[Rank, Report]:
-    """`run_parties` for measuring: an answer of full length, and only what it took is of interest."""
+    """Run a session to be measured: an answer of full length, of which only the account is of interest."""
     flags = {
         Rank.SERVER: ["--model", str(model), "--context", str(document)],
         Rank.CLIENT: ["--no-stop-at-eos"],
@@ -92,7 +92,7 @@ def run_quietly(public: PublicConfig, model: Path, document: Path, question: str
 
 
 def _identities(folder: Path) -> Certificates:
-    """New identities for all three, in this folder, for one session."""
+    """Make new identities for all three, in this folder, for one session."""
     pinned = {}
     for rank in Rank:
         identity = make_identity(rank)
@@ -127,7 +127,7 @@ def _listen(
     say: Say,
     on_token: OnToken,
 ) -> dict[Rank, Report]:
-    """Until all have ended, or the cause of a failure is known."""
+    """Listen until all have ended, or the cause of a failure is known. Raises PartyFailed."""
     reports: dict[Rank, Report] = {}
     errors: dict[Rank, dict[str, Any]] = {}
     running, deadline = set(children), float("inf")
@@ -162,7 +162,7 @@ def _cause(
     reports: Mapping[Rank, Report],
     errors: Mapping[Rank, dict[str, Any]],
 ) -> PartyFailed:
-    """The failure that the others follow from: of all errors, the one that no peer is the reason of."""
+    """Find the failure that the others follow from: of all errors, the one that no peer is the reason of."""
     for rank, child in children.items():
         if rank in errors or rank in reports or (code := child.poll()) is None:
             continue
@@ -177,7 +177,7 @@ def _cause(
 
 
 def _end(children: Mapping[Rank, subprocess.Popen[str]]) -> None:
-    """In order if they take the hint of a closed stdin, else by force."""
+    """End them: in order if they take the hint of a closed stdin, else by force."""
     for child in children.values():
         if child.stdin is not None:
             child.stdin.close()

@@ -165,6 +165,7 @@ def party(
 
 
 def main() -> None:
+    """Run the command line, and end this process with its exit code, whatever gRPC's threads still do."""
     code: Any = 0
     try:
         app()

@@ -102,8 +102,10 @@ class PartyOptions:
             raise BadInput("--sessions is how many sessions --serve takes at once; give --serve, too")
 
     def sampling(self) -> Sampling:
-        """Return how the client chooses tokens. Raises BadInput: a value out of its range, or one stdin
-        for two."""
+        """Return how the client chooses tokens.
+
+        Raises BadInput: a value out of its range, or two flags that want stdin.
+        """
         top_p = 1.0 if self.top_p is None else self.top_p
         found = Sampling(self.temperature or 0.0, top_p, self.seed or 0)
         if self.events and str(self.question_file) == "-":

@@ -1,4 +1,4 @@
-"""`mpcache-party pin`: tell a config whose certificates to take."""
+"""Run `mpcache-party pin`: tell a config whose certificates to take."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _read_certificates(file: Path) -> list[x509.Certificate]:
 
 
 def certificates_section(pins: Mapping[Rank, list[x509.Certificate]]) -> str:
-    """The config's section, with fingerprints beside the certificates for people."""
+    """Return the config's section, with fingerprints beside the certificates for people."""
     lines = [f"{SECTION}:  # written by mpcache-party pin"]
     for rank, some in pins.items():
         if some:

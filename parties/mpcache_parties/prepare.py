@@ -1,4 +1,4 @@
-"""`--prepare`: the dealer's part of a session, dealt before there is one, and stored by the others.
+"""Prepare (`--prepare`) the dealer's part of a session: dealt before there is one, stored by the others.
 
 All three read the program of a whole session by shapes. Only public sizes are needed: the server's model
 and document and the client's question give no more than their lengths and shape.

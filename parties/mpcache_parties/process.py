@@ -230,7 +230,7 @@ def _up_to(step: int) -> str:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of stdin: when it is gone, so are we."""
+    """End with the parent, which holds the other end of stdin."""
     with suppress(OSError):
         while os.read(0, 4096):
             pass

@@ -226,12 +226,12 @@ def _session(
 
 
 def _step_name(step: int) -> str:
-    """Outside the step's own name: what the decode program costs is booked apart from this."""
+    """Name the step outside the program's own names: the decode program's cost is booked apart from this."""
     return f"more/decode{step}"
 
 
 def _more(client: Link, step: int) -> bool:
-    """Whether the client goes on to this decode step. The answer's length is public."""
+    """Hear whether the client goes on to this decode step. The answer's length is public."""
     more = client.recv_facts(_step_name(step)).get("more")
     if not isinstance(more, bool):
         raise Desync(f"Desync: the client says {more!r:.60} at {_step_name(step)}, not true or false")
@@ -239,12 +239,12 @@ def _more(client: Link, step: int) -> bool:
 
 
 def _digest(secret: object) -> str:
-    """Of a party's own input, for its own file: is it the same on resuming?"""
+    """Return a digest of a party's own input, for its own file, to compare on resuming."""
     return hashlib.sha256(repr(secret).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _reached(step: int) -> str:
-    """How far a session was, in words."""
+    """Return how far a session was, in words."""
     return f"{step} token{'s' * (step != 1)}" if step else "the context"
 
 

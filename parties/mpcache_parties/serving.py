@@ -1,4 +1,4 @@
-"""A server or a dealer that serves one session after another, and several at once.
+"""Serve one session after another, and several at once, at a server or a dealer.
 
 Each session has its own thread, links, ledger, seeds and masks, and nothing of it outlives it; what
 is shared is read only: the model's weights and the document. One that fails says so and ends alone.

@@ -58,7 +58,7 @@ def open_network(
     peers: Iterable[Rank] = Rank,
     trust: Trust | None = None,
 ) -> Network:
-    """A network for one session that listens already and has dialled nobody. Raises PortInUse."""
+    """Return a network for one session that listens already and has dialled nobody. Raises PortInUse."""
     network = Network(rank, settings, ledger, peers, trust, say=say)
     awaited = [peer for peer in network.links if not dials(rank, peer)]
     try:
@@ -74,7 +74,7 @@ def open_network(
 
 
 def cannot_take_part(rank: Rank, settings: Settings, trust: Trust, reason: str, seconds: float) -> None:
-    """Tell the parties that wait for this one, as far as they can be reached within so many seconds."""
+    """Tell the parties that wait for this one, as far as they can be reached within `seconds`."""
     reason = reason[:REASON_CHARACTERS]
     to_come = {peer for peer in Rank if dials(peer, rank)}
     came = Semaphore(0)

@@ -1,4 +1,4 @@
-"""A link over gRPC streams: one at a time, and another one when it breaks.
+"""Link two parties over gRPC streams: one at a time, and another one when it breaks.
 
 Per link one thread reads, so that the peer's end is noticed while this party computes, and gRPC's own
 thread sends: an exchange overlaps both directions. A connection that is cut ends its stream at once,
@@ -175,7 +175,7 @@ class GrpcLink(FrameLink):
         return count_of(metadata.get(RECEIVED_KEY))
 
     def _fatal(self, broken: Exception) -> LinkError | None:
-        """What a stream ended with; None if it is worth another attempt."""
+        """Return what a stream ended with; None if it is worth another attempt."""
         code = broken.code() if isinstance(broken, grpc.RpcError) and hasattr(broken, "code") else None
         if code is grpc.StatusCode.FAILED_PRECONDITION:
             return PeerFailed(f"{self.peer.label} refused: {broken.details()}")  # type: ignore[attr-defined]
@@ -191,7 +191,7 @@ class GrpcLink(FrameLink):
     def accept(
         self, frames: Iterator[bytes], context: grpc.ServicerContext, received: int, beacon: str | None
     ) -> Iterator[bytes]:
-        """Take a stream from the peer, which has got so many frames; returns what to send. Raises Desync.
+        """Take a stream from the peer, which has got `received` frames; return what to send. Raises Desync.
 
         beacon: HOST:PORT where it says that it lives.
         """
@@ -218,7 +218,7 @@ class GrpcLink(FrameLink):
         return iter(queue.get, None)
 
     def _see(self, beacon: str) -> None:
-        """A beacon that cannot be reached now would tell nothing later."""
+        """Remember a beacon that can be reached now: any other would tell nothing later."""
         if listens(beacon):
             self._beacon = beacon
 
@@ -235,7 +235,7 @@ class GrpcLink(FrameLink):
             self._end(self._failure or error)
 
     def _await(self, stream: int) -> PeerLost:
-        """Wait for a stream in place of this one; what there is to say if none has come."""
+        """Wait for a stream in place of this one; return what there is to say if none has come."""
         limit, refusals = self._broken(stream), Refusals(self._beacon)
         while (left := limit - time.monotonic()) > 0:
             with self._state:
@@ -265,14 +265,17 @@ class GrpcLink(FrameLink):
         return False
 
     def _broken(self, stream: int = 0) -> float:
-        """Say so, unless it is the end anyway; until when the peer may come back (monotonic)."""
+        """Say that a stream broke, unless the session ends anyway.
+
+        Returns until when the peer may come back, as a monotonic time.
+        """
         if not self._closed and not self._over and stream in (0, self._stream):
             wait = f"waiting up to {self._reconnect_s:g} s for it to come back"
             self._say(f"{self.me.label}: lost the connection to {self.peer.label}; {wait}")
         return time.monotonic() + self._reconnect_s
 
     def _lost(self, refused: str | None = None) -> PeerLost:
-        """refused: where nobody listens any more."""
+        """Return the error for a peer that is gone. refused: where nobody listens any more."""
         what = "its process or the connection ended"
         if refused is not None:
             what = f"its process is gone: nobody listens at {refused}"
@@ -292,13 +295,13 @@ class GrpcLink(FrameLink):
     # Closing.
 
     def close(self, reason: str = "") -> None:
-        """Also waits for the peer to have taken everything: a short time when there is a reason."""
+        """End the link, and wait for the peer to take everything: a short time when there is a reason."""
         if not self._closed:
             self.say_end(reason)
             self.finish(time.monotonic() + (ABORT_LINGER_S if reason else self.timeout_s))
 
     def say_end(self, reason: str) -> None:
-        """First half of `close`: what was queued need not arrive before a reason."""
+        """Do the first half of `close`: what was queued need not arrive before a reason."""
         if self._closed:
             return
         if reason and (queue := self._queue) is not None:
@@ -315,7 +318,7 @@ class GrpcLink(FrameLink):
             self._carry(data)
 
     def finish(self, deadline: float) -> None:
-        """Second half of `close`: wait for the peer to end its side, until a monotonic time."""
+        """Do the second half of `close`: wait for the peer to end its side, until a monotonic time."""
         if self.connected.is_set():
             self._ended.wait(max(0.0, deadline - time.monotonic()))
         with self._state:

@@ -28,7 +28,7 @@ def start_server(
     streams: int,
     trust: Trust,
 ) -> grpc.Server:
-    """Listen at this rank's address for up to so many streams. Raises PortInUse or ConfigError."""
+    """Listen at this rank's address for up to `streams` streams. Raises PortInUse or ConfigError."""
     address = settings.addresses.of(rank)
     options = channel_options(rank, LISTEN_OPTIONS)
     server = grpc.server(_DaemonThreads(), options=options, maximum_concurrent_rpcs=streams)
@@ -43,7 +43,7 @@ def start_server(
 
 
 def _bind_error(rank: Rank, address: str) -> MpcacheError:
-    """Why this address cannot be listened on: gRPC does not say, so ask the system."""
+    """Say why this address cannot be listened on: gRPC does not, so ask the system."""
     host, _, port = address.rpartition(":")
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(

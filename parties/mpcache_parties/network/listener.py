@@ -48,7 +48,7 @@ class Listener:
         trust: Trust | None = None,
         say: Say = quiet,
     ) -> None:
-        """Raises PortInUse or ConfigError."""
+        """Listen at this rank's address. Raises PortInUse or ConfigError."""
         self.rank, self.settings, self.limit = rank, settings, limit
         self._trust, self._say = trust or Trust(), say
         self._first = first
@@ -60,7 +60,10 @@ class Listener:
         self._server = start_server(rank, settings, self._accept, streams, self._trust)
 
     def next(self, seconds: float) -> Network | None:
-        """The next session that has come; None after so long. Close it: its place is taken until then."""
+        """Return the next session that has come; None if none comes within `seconds`.
+
+        Close it: its place is taken until then.
+        """
         try:
             return self._new.get(timeout=seconds)
         except Empty:
@@ -93,7 +96,7 @@ class Listener:
             raise AssertionError from None  # abort raises
 
     def _link_of(self, about: dict[str, Any], context: grpc.ServicerContext) -> GrpcLink:
-        """The link that a stream with this metadata belongs to. Raises LinkError to refuse it."""
+        """Return the link that a stream with this metadata belongs to. Raises LinkError to refuse it."""
         me = self.rank.label
         peer = next((r for r in Rank if str(int(r)) == about.get(RANK_KEY) and dials(r, self.rank)), None)
         who = peer.label if peer is not None else "a caller without a rank that dials here"
@@ -124,7 +127,10 @@ class Listener:
             return link
 
     def _admit(self, session: str) -> Network | None:
-        """A place for a new session; None if there was to be one only. Raises LinkError when it is full."""
+        """Make a place for a new session; None if there was to be one only.
+
+        Raises LinkError where as many sessions run as may.
+        """
         if self._first is not None:
             if self._sessions:
                 return None

@@ -8,7 +8,10 @@ PROBE_S = 2.0
 
 
 def foreign_program_at(address: str) -> str | None:
-    """What is wrong with the program that listens there; None if it speaks HTTP/2, or nobody listens."""
+    """Return what is wrong with the program that listens there.
+
+    None if it speaks HTTP/2 or TLS, or if nobody listens. Blocks for PROBE_S at most.
+    """
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), PROBE_S) as probe:

@@ -170,7 +170,7 @@ class Network:
         return self.session is not None and dials(self.rank, peer)
 
     def _look(self, peers: Iterable[Rank]) -> None:
-        """At identities, where a connection does not come about. Raises Mismatch."""
+        """Look at identities, where a connection does not come about. Raises Mismatch."""
         for peer in peers:
             if (why := self.trust.look(peer, self.settings.addresses.of(peer))) is not None:
                 raise Mismatch(f"{self.rank.label}, connecting: Mismatch: {why}")

@@ -1,4 +1,4 @@
-"""A party's log: one JSON object per line, with public values only.
+"""Write a party's log: one JSON object per line, with public values only.
 
 A line says when, who, how bad, what happened, and its numbers; nothing that a party holds in private
 is ever handed to it: not the question, not the answer, not the document, not a weight, and no share.

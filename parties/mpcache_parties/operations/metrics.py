@@ -65,8 +65,10 @@ class PartyMetrics(Collector):
 
 
 class _Page(BaseHTTPRequestHandler):
-    """Every GET gets all metrics as text, whatever else it asks for: prometheus_client's own server raises
-    on an odd `Accept`."""
+    """Every GET gets all metrics as text, whatever else it asks for.
+
+    prometheus_client's own server raises on an odd `Accept`.
+    """
 
     server: _Pages
     timeout = REQUEST_S
@@ -87,7 +89,7 @@ class _Pages(ThreadingHTTPServer):
     """Serves metrics. A caller that goes away in the middle is no fault of this party's."""
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
-        """Raises OSError."""
+        """Listen at this address. Raises OSError."""
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family = found[0][0]
         self.registry = registry

@@ -64,11 +64,11 @@ class SessionStatus(Observer):
         self._log("phase", LogLevel.DEBUG, phase=phase)
 
     def began(self, name: str) -> None:
-        """A phase of the program: setup, context, question, decode1, ..."""
+        """Note that a phase of the program begins: setup, context, question, decode1, ..."""
         self.reached(SessionPhase.DECODE if name.startswith("decode") else SessionPhase(name))
 
     def ended(self, name: str, ms: float) -> None:
-        """It took so long. Its traffic is counted now, with what was said before it began."""
+        """Count a phase that took `ms`, and its traffic, with what was said before it began."""
         totals, ledger = self.totals, self._ledger
         if name == "setup":
             spent = ledger.total()
@@ -82,7 +82,7 @@ class SessionStatus(Observer):
         self._log("token" if tokens else "done", step=name, ms=round(ms, 3), values=asdict(spent))
 
     def waited(self, seconds: float) -> None:
-        """For the dealer."""
+        """Count a wait for the dealer."""
         self.totals.dealer_wait_s += seconds
 
 
@@ -109,7 +109,7 @@ class PartyStatus:
 
     @contextmanager
     def session(self, ledger: Ledger) -> Iterator[SessionStatus]:
-        """A session as long as it lasts; one that ends with an error counts as failed."""
+        """Show a session as long as it lasts; one that ends with an error counts as failed."""
         status, outcome = SessionStatus(ledger, self.log), Outcome.FAILED
         with self._lock:
             self._now.append(status)
@@ -130,7 +130,7 @@ class PartyStatus:
         return totals
 
     def phases(self) -> dict[SessionPhase, int]:
-        """How many sessions are in each phase now."""
+        """Count the sessions that are in each phase now."""
         with self._lock:
             now = [status.phase for status in self._now]
         return {phase: now.count(phase) for phase in SessionPhase}

@@ -17,7 +17,7 @@ from mpcache.transport.flow_control import FRAME_COST, MIB, SMALL_BYTES, Sent, l
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
 from mpcache.transport.message import is_one_field, split_message
-from mpcache.transport.session_order import Order, State, place_of
+from mpcache.transport.session_order import FrameKind, Order, State, place_of
 from mpcache_parties.handshake import PROTOCOL_VERSION, agree
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import linked
@@ -81,10 +81,10 @@ def test_a_whole_session_is_legal() -> None:
     order = Order()
     messages = ["seeds/pair", "facts/question", "setup/layer0", "context/layer0", "question/layer0/qkv",
                 "more/decode1", "decode1/layer0/qkv", "more/decode2", "decode2/vocabulary"]  # fmt: skip
-    assert order.complaint("hello", "") is None
-    assert [order.complaint("tensors", step) for step in messages] == [None] * len(messages)
+    assert order.complaint(FrameKind.HELLO, "") is None
+    assert [order.complaint(FrameKind.TENSORS, step) for step in messages] == [None] * len(messages)
     assert order.place == (State.DECODE, 2)
-    assert order.complaint("bye", "") is None
+    assert order.complaint(FrameKind.BYE, "") is None
     assert order.place == (State.CLOSE, 0)
 
 
@@ -106,8 +106,8 @@ ILLEGAL = [
 def test_what_may_not_come_now(frames: list[tuple[str, str]], words: str | None) -> None:
     order = Order()
     *before, last = frames
-    assert [order.complaint(*frame) for frame in before] == [None] * len(before)
-    assert order.complaint(*last) == words
+    assert [order.complaint(FrameKind(kind), step) for kind, step in before] == [None] * len(before)
+    assert order.complaint(FrameKind(last[0]), last[1]) == words
 
 
 # --------------------------------------------------------------------------- a hostile peer's frames

@@ -43,7 +43,9 @@ def prepared(
     stores = {rank: None if rank is D else TapeStore(place, rank) for rank in Rank}
 
     def job(rank: Rank) -> Job:
-        return lambda links, ledger: prepare(rank, links, public, owns[rank], stores[rank], lambda text: None)
+        return lambda links, ledger: prepare(
+            rank, SessionResources(links, ledger, public, tapes=stores[rank]), owns[rank]
+        )
 
     try:
         return together({rank: job(rank) for rank in Rank})

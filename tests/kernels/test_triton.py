@@ -28,8 +28,8 @@ if not CUDA:
 from mpcache.engines.plain import PlainOps  # noqa: E402
 from mpcache_kernels import triton_kernels  # noqa: E402
 from mpcache_kernels.triton_kernels import triton  # noqa: E402
-from tests.mpcache.policy.test_policies import CONTEXT, MORE, SMALL, chunks  # noqa: E402
-from tests.support.tiny_policies import plain, shape, tokens  # noqa: E402
+from tests.support.policy_specs import CONTEXT, MORE, SMALL  # noqa: E402
+from tests.support.tiny_policies import chunks, plain, shape, tokens  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]

@@ -21,8 +21,7 @@ from mpcache.console.inputs import demo_question, read_question
 from mpcache.errors import BadInput
 from mpcache.report.account import agreement, ms, p95, size
 from mpcache_parties.launch import PartyFailed
-from tests.mpcache.conftest import Run
-from tests.support.processes import CLI, SOON_S, Process, children_of, gone_soon, start, started
+from tests.support.processes import CLI, SOON_S, Process, Run, children_of, gone_soon, start, started
 
 TEXT = "and the number of the gate of the city is in the book " * 3
 

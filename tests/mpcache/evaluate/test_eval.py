@@ -24,8 +24,7 @@ from mpcache.model.loading import demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse
 from mpcache.policy.base import FULL_PERCENT
-from tests.mpcache.conftest import Run
-from tests.support.processes import CLI, start, started, tiny_model
+from tests.support.processes import CLI, Run, start, started, tiny_model
 
 SHORT = 200  # tokens of a document, for speed
 FIELDS = {"task", "policy", "budget_percent", "question", "accuracy", "ci95", "n", "engine"}

@@ -29,8 +29,6 @@ from tests.support.processes import CLI, Run, start, started, tiny_model
 SHORT = 200  # tokens of a document, for speed
 FIELDS = {"task", "policy", "budget_percent", "question", "accuracy", "ci95", "n", "engine"}
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # as the command itself does
-
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:

@@ -27,7 +27,6 @@ from tests.support.service import QUESTIONS, Service, plain, said, serving
 from tests.support.uniformity import largest_deviation
 
 S, C, D = Rank
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUESTION = QUESTIONS[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,24 @@ import torch
 
 from mpcache.model import Model, load_model
 from tests.support.processes import tiny_model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", metavar="SEED", help="run files and their tests in another order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if seed := config.getoption("--shuffle"):
+        files = sorted({item.path for item in items})
+        place = {file: random.Random(f"{seed} {file}").random() for file in files}
+        random.Random(seed).shuffle(items)
+        items.sort(key=lambda item: place[item.path])
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Draw the same numbers in each test, whatever ran before it: torch's generator is global."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +40,3 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(folder: Path) -> Model:
     """The same, loaded."""
     return load_model(folder)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tensors in tests are tiny: one thread is faster than two that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -13,8 +13,8 @@ from mpcache.transport.local import LocalLink
 from mpcache_parties.private_inputs import Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
-from tests.parties.test_roles import play
 from tests.support.record import recording
+from tests.support.session import run_session
 
 Conversation = dict[Rank, dict[Rank, list[bytes]]]  # what each party heard, from whom, frame by frame
 
@@ -27,7 +27,7 @@ WAIT_S = 0.05  # for a word that does not come
 def converse(model: Model) -> Conversation:
     """A session of the three; all frames that arrived."""
     with recording() as views:
-        reports = play(PUBLIC, model, tokens(model), QUESTION)
+        reports = run_session(PUBLIC, model, tokens(model), QUESTION)
     for report in reports.values():
         if isinstance(report, MpcacheError):
             raise report

@@ -71,7 +71,6 @@ def targets(folder: Path) -> dict[str, Target]:
     """All targets; `folder` is theirs to write to."""
     from tests.support.tiny_models import make, save
 
-    torch.set_num_threads(1)
     model = save(make("llama-gqa"), folder / "model")
     learned = save(make("gpt2-gelu"), folder / "learned")
     found: dict[str, Target] = {}

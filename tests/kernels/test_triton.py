@@ -21,17 +21,15 @@ if sys.platform != "linux":
     pytest.skip("Triton runs on Linux only", allow_module_level=True)
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 import triton  # noqa: E402
 
 from mpcache.engines.plain import PlainOps  # noqa: E402
 from mpcache_kernels import triton_kernels  # noqa: E402
-from tests.mpcache.policy.test_policies import CONTEXT, MORE, SMALL, chunks  # noqa: E402
-from tests.support.tiny_policies import plain, shape, tokens  # noqa: E402
+from tests.support.policy_specs import CONTEXT, MORE, SMALL  # noqa: E402
+from tests.support.tiny_policies import chunks, plain, shape, tokens  # noqa: E402
 
+CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 HEAD_SIZES = [24, 32, 64, 80, 128]
@@ -39,7 +37,7 @@ HEAD_SIZES = [24, 32, 64, 80, 128]
 pytestmark = [
     pytest.mark.skipif(
         not CUDA and "Interpreted" not in type(triton_kernels.cluster_scoring._score).__name__,
-        reason="Triton was imported before its interpreter could be asked for; run tests/kernels by itself",
+        reason="no GPU, and TRITON_INTERPRET is off",
     ),
     # The interpreter's, of lanes that are masked afterwards.
     pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning"),

@@ -31,7 +31,6 @@ LEAST = 45  # values of a reason that a test of it needs
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    torch.set_num_threads(1)
     return needle.model(tmp_path_factory.mktemp("needle"))
 
 

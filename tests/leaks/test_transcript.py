@@ -16,6 +16,7 @@ from mpcache.runtime.program import Opening
 from mpcache.session import Session
 from tests.support import tiny_policies as tiny
 from tests.support.play import play
+from tests.support.uniformity import largest_deviation
 
 SPEC = "mpcache:coarse=4,fine=2,n_keep=20,recent=2,sink=1"
 CONTEXT, QUESTION = 24, 3
@@ -108,25 +109,16 @@ def test_openings_look_uniform(transcripts: Any, who: Rank) -> None:
             data = np.concatenate(pieces)
             if why == "ranks, rotated":
                 continue  # one byte holds a rank modulo a smaller power of two, and noise above
-            assert check_uniform(data) < 6, (who, why, len(data))
-
-
-def check_uniform(data: np.ndarray) -> float:
-    """The largest deviation, in standard deviations, of bit means and of the byte histogram."""
-    bits = np.unpackbits(data.reshape(-1, 1), axis=1).mean(0)
-    worst_bit = abs(bits - 0.5).max() * 2 * len(data) ** 0.5
-    expected = len(data) / 256
-    chi = ((np.bincount(data, minlength=256) - expected) ** 2 / expected).sum()
-    return float(max(worst_bit, (chi - 255) / (2 * 255) ** 0.5))
+            assert largest_deviation(data) < 6, (who, why, len(data))
 
 
 def test_the_check_sees_a_planted_bug() -> None:
     """A mask that is one bit short, or a share sent bare, does not pass."""
     uniform = np.random.default_rng(0).integers(0, 256, 40_000, dtype=np.uint8)
-    assert check_uniform(uniform) < 6
-    assert check_uniform(uniform & 0x7F) > 6
+    assert largest_deviation(uniform) < 6
+    assert largest_deviation(uniform & 0x7F) > 6
     bare = (torch.randn(5000) * 2**16).long().view(torch.uint8).numpy()
-    assert check_uniform(bare) > 6
+    assert largest_deviation(bare) > 6
 
 
 def test_a_stream_is_never_read_twice() -> None:
@@ -135,6 +127,8 @@ def test_a_stream_is_never_read_twice() -> None:
 
     seed = fresh_seed()
     assert not torch.equal(KeyStream(seed, "tape/a").tensor((64,)), KeyStream(seed, "tape/b").tensor((64,)))
-    assert not torch.equal(KeyStream(seed, "tape/a").tensor((64,)), KeyStream(fresh_seed(), "tape/a").tensor((64,)))
+    assert not torch.equal(
+        KeyStream(seed, "tape/a").tensor((64,)), KeyStream(fresh_seed(), "tape/a").tensor((64,))
+    )
     stream = KeyStream(seed, "tape/a")
     assert not torch.equal(stream.tensor((64,)), stream.tensor((64,)))

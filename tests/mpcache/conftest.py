@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from mpcache.cli import main
-
-Run = Callable[..., tuple[int, str, str]]
+from tests.support.processes import Run
 
 
 @pytest.fixture

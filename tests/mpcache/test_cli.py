@@ -24,9 +24,8 @@ from mpcache.report.account import agreement, p95
 from mpcache.report.units import duration, size
 from mpcache.sampling import Sampling
 from mpcache_parties.launch import PartyFailed
-from tests.mpcache.conftest import Run
 from tests.support.paths import ROOT
-from tests.support.processes import CLI, SOON_S, Process, children_of, gone_soon, start, started
+from tests.support.processes import CLI, SOON_S, Process, Run, children_of, gone_soon, start, started
 
 TEXT = "and the number of the gate of the city is in the book " * 3
 

@@ -64,7 +64,12 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     done = subprocess.run(
-        [bin_ / words[0], *words[1:]], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+        [bin_ / words[0], *words[1:]],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == code, (words, done.stdout, done.stderr)
     return done

@@ -16,8 +16,8 @@ from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.sampling import Sampling
 from mpcache_parties.private_inputs import Question
-from tests.parties.test_roles import QUESTION, play
 from tests.support.processes import CLI, ROOT, start
+from tests.support.session import QUESTION, run_session
 from tests.support.tiny_models import make, save
 
 KINDS = ["gpt2", "gpt2-gelu"]  # GELU by its tanh approximation, and exact
@@ -38,7 +38,7 @@ def check(folder: Path, policy: str, protocol: str = "fast", tokens: int = 4) ->
     asked = model.tokenizer.encode(QUESTION, bos=False)
     bound = bind_policy(model.shape, public, len(context), len(asked))
     plain = plain_answer(model, bound, context, asked, tokens, Sampling(), ())
-    reports = play(public, model, context, Question(QUESTION, stop_at_eos=False))
+    reports = run_session(public, model, context, Question(QUESTION, stop_at_eos=False))
     client = reports[Rank.CLIENT]
     assert isinstance(client, Report), client
     assert client.token_ids == plain.ids

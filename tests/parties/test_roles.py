@@ -31,14 +31,13 @@ from mpcache.transport.frames import FrameLink
 from mpcache_kernels import backend
 from mpcache_parties.handshake import agree
 from mpcache_parties.network.connect import connect_all
-from mpcache_parties.private_inputs import Document, Question
-from mpcache_parties.resources import SessionResources
-from mpcache_parties.roles import AHEAD, ask, deal, serve
-from tests.support.links import context_of, free_settings, together
+from mpcache_parties.private_inputs import Question
+from mpcache_parties.roles import AHEAD
+from tests.support.links import context_of, free_settings
 from tests.support.processes import PARTY, SOON_S, errors_of, start, started, write_config
+from tests.support.session import QUESTION, run_session
 
 S, C, D = Rank
-QUESTION = "the gate of"
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +49,9 @@ def tokens(model: Model) -> list[int]:
 # ------------------------------------------------------------------------------------ local links
 
 
-def play(
-    public: PublicConfig, model: Model, tokens: list[int], question: Question
-) -> dict[Rank, Report | MpcacheError]:
-    """The three parties as threads; what each ended with."""
-    return together(
-        {
-            S: lambda links, ledger: serve(SessionResources(links, ledger, public), Document(model, tokens)),
-            C: lambda links, ledger: ask(SessionResources(links, ledger, public), question),
-            D: lambda links, ledger: deal(SessionResources(links, ledger, public)),
-        }
-    )
-
-
 def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
     public = PublicConfig(policy="mpcache", max_new_tokens=4)
-    reports = play(public, model, tokens, Question(QUESTION, stop_at_eos=False))
+    reports = run_session(public, model, tokens, Question(QUESTION, stop_at_eos=False))
     assert all(isinstance(report, Report) for report in reports.values()), reports
     server, client, dealer = (reports[rank] for rank in Rank)
     asked = model.tokenizer.encode(QUESTION, bos=False)
@@ -99,7 +85,7 @@ THRESHOLD = PublicConfig(policy="mpcache:threshold=0.1,coarse=8,fine=4", max_new
 
 def test_what_the_document_decides_is_announced(model: Model, tokens: list[int]) -> None:
     """Leak class count: all three go on with the numbers that the server found, and with them alone."""
-    reports = play(THRESHOLD, model, tokens, Question(QUESTION, stop_at_eos=False))
+    reports = run_session(THRESHOLD, model, tokens, Question(QUESTION, stop_at_eos=False))
     server, client, dealer = (reports[rank] for rank in Rank)
     assert isinstance(server, Report) and isinstance(client, Report) and isinstance(dealer, Report), reports
     asked = model.tokenizer.encode(QUESTION, bos=False)
@@ -131,7 +117,7 @@ def test_counts_are_sent_where_the_leak_is_declared(
 
     monkeypatch.setattr(FrameLink, "send_facts", send)
     public = PublicConfig(policy=policy, max_new_tokens=1)
-    reports = play(public, model, tokens, Question(QUESTION))
+    reports = run_session(public, model, tokens, Question(QUESTION))
     assert all(isinstance(report, Report) for report in reports.values()), reports
     leak = bind_policy(model.shape, public, len(tokens), 3).policy.leak
     counts = [entry for entry in said if "counts" in entry[3]]
@@ -158,7 +144,7 @@ def test_a_wrong_announcement_is_one_line(
     monkeypatch.setattr(
         "mpcache_parties.facts.bind_to_document", lambda *arguments: (honest(*arguments)[0], said)
     )
-    errors = play(THRESHOLD, model, tokens, Question(QUESTION))
+    errors = run_session(THRESHOLD, model, tokens, Question(QUESTION))
     # Whoever looks first says so; the other one may hear it from the server.
     assert any(isinstance(errors[rank], Desync) for rank in (C, D)), errors
     for error in errors.values():
@@ -176,7 +162,7 @@ def test_the_end_token_ends_all_three(model: Model, tokens: list[int]) -> None:
     ids = plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
     ends = replace(model, shape=replace(model.shape, eos_ids=(ids[1],)))
     answered = ids[: ids.index(ids[1]) + 1]
-    reports = play(public, ends, tokens, Question(QUESTION))
+    reports = run_session(public, ends, tokens, Question(QUESTION))
     server, client, dealer = (reports[rank] for rank in Rank)
     assert isinstance(server, Report) and isinstance(client, Report) and isinstance(dealer, Report), reports
     assert client.token_ids == answered
@@ -186,7 +172,7 @@ def test_the_end_token_ends_all_three(model: Model, tokens: list[int]) -> None:
 
 def test_what_the_model_cannot_hold_is_the_same_line_everywhere(model: Model, tokens: list[int]) -> None:
     public = PublicConfig(policy="full", max_new_tokens=100)
-    errors = play(public, model, tokens, Question(QUESTION))
+    errors = run_session(public, model, tokens, Question(QUESTION))
     words = "make .* tokens, the model allows 128; shorten the context or lower --max-new-tokens"
     assert any(isinstance(error, BadInput) for error in errors.values())
     for error in errors.values():
@@ -286,11 +272,11 @@ def test_bad_input_ends_all(
 
 def test_kernels_that_the_config_asks_for(model: Model, tokens: list[int]) -> None:
     public = PublicConfig(policy="full", max_new_tokens=1, kernels="reference")
-    reports = play(public, model, tokens, Question(QUESTION))
+    reports = run_session(public, model, tokens, Question(QUESTION))
     assert isinstance(reports[S], Report) and reports[S].kernels == "reference"
     if torch.cuda.is_available():
         return
-    errors = play(public.model_copy(update={"kernels": "triton"}), model, tokens, Question(QUESTION))
+    errors = run_session(public.model_copy(update={"kernels": "triton"}), model, tokens, Question(QUESTION))
     for error in errors.values():
         assert "public.kernels is triton: the server has no GPU" in str(error)
 

@@ -32,7 +32,6 @@ def test_one_after_another_and_several_at_once(model: Model, tmp_path: Path) -> 
     with serving(model, tmp_path) as service, ThreadPoolExecutor(3) as pool:
         expected = [plain(model, service.settings.public, question) for question in QUESTIONS]
         assert len({tuple(ids) for ids in expected}) == 3
-        torch.set_num_threads(1)
         assert [service.ask(question).token_ids for question in QUESTIONS] == expected
         at_once = list(pool.map(service.ask, QUESTIONS))
         assert [report.token_ids for report in at_once] == expected
@@ -123,7 +122,7 @@ def test_streams_of_different_sessions_never_meet() -> None:
 
 
 def memory_mb(child: Process) -> float:
-    """MaskedOperand memory of a process, in MB."""
+    """Resident memory of a process, in MB."""
     status = Path(f"/proc/{child.pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1000
@@ -133,7 +132,6 @@ def memory_mb(child: Process) -> float:
 @pytest.mark.timeout(900)
 def test_two_hundred_sessions_leave_nothing_behind(model: Model, tmp_path: Path) -> None:
     with serving(model, tmp_path, tokens=1) as service:
-        torch.set_num_threads(1)
         expected = plain(model, service.settings.public, QUESTIONS[0])
         levels: dict[str, list[float]] = {"server": [], "dealer": []}
         for number in range(200):

@@ -12,9 +12,9 @@ from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.private_inputs import Question
-from tests.parties.test_roles import play
 from tests.support.needle import Secret
 from tests.support.record import LayerView, recording
+from tests.support.session import run_session
 from tests.support.uniformity import Bytes
 
 SELECTS = ":n_keep=1.0,coarse=4,fine=4,sink=0,recent=0,coarse_keep=1,fine_keep=1,share=none"
@@ -31,7 +31,7 @@ def sessions(
     public = PublicConfig(policy=policy, protocol=protocol, max_new_tokens=2)  # type: ignore[arg-type]
     for secret in secrets:
         with recording() as views:
-            reports = play(public, model, secret.document(), Question(secret.text, stop_at_eos=False))
+            reports = run_session(public, model, secret.document(), Question(secret.text, stop_at_eos=False))
         for report in reports.values():
             if not isinstance(report, Report):
                 raise report

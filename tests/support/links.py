@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
 
-import torch
-
 from mpcache.answer import plain_answer
 from mpcache.config import Addresses, PublicConfig, Settings, Timeouts
 from mpcache.errors import MpcacheError
@@ -54,7 +52,6 @@ def together(jobs: Mapping[Rank, Job]) -> dict[Rank, Any]:
         links[a][b], links[b][a] = local_pair(ledgers[a], ledgers[b], a, b, timeout=60)
 
     def body(rank: Rank) -> Any:
-        torch.set_num_threads(1)
         reason = f"{rank.label} was killed"
         try:
             result = jobs[rank](links[rank], ledgers[rank])

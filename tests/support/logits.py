@@ -126,7 +126,6 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("policies", nargs="*", default=[*private(), "mpcache:score=bound,share=none"])
     given = parser.parse_args()
-    torch.set_num_threads(1)
     model = load_model(demo_model_dir())
     print("| policy | tokens | given the same choices: p50 | p99 | max | plain's own: max | steps changed |")
     print("|---|---|---|---|---|---|---|")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,7 @@ PARTY, CLI = [sys.executable, "-m", "mpcache_parties"], [sys.executable, "-m", "
 SOON_S = 10.0  # within which everybody must have ended after something went wrong
 
 Process = subprocess.Popen[str]
+Run = Callable[..., tuple[int, str, str]]  # a command: exit code, stdout, stderr
 
 
 @cache

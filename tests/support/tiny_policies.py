@@ -15,10 +15,11 @@ from mpcache.engines.plain import PlainOps
 from mpcache.ledger import Ledger
 from mpcache.model import Model, ModelShape, Weights
 from mpcache.model.prefill import Prefill, prefill
-from mpcache.ops import Ops
+from mpcache.ops import Ops, Value
 from mpcache.policy import Policy, parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.party import Party, ShapeParty
+from mpcache.runtime.program import Program
 from mpcache.session import Session
 from mpcache_kernels import backend
 from tests.support.play import play
@@ -59,8 +60,25 @@ def tokens(n: int, seed: int = 1) -> list[int]:
     return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
 
 
+def chunks(*sizes: int, seed: int = 2) -> list[list[int]]:
+    return [tokens(m, seed + i) for i, m in enumerate(sizes)]
+
+
 def prefilled(policy: Policy, s: ModelShape, context: Sequence[int], seed: int = 0) -> Prefill:
     return prefill(model(s, seed), context, window=policy.window(len(context)))
+
+
+class Counting(PlainOps):
+    """Counts the cached tokens that rows attend to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def weighted_sum(self, weights: Value, values: Value) -> Program[Value]:
+        numbers = (weights > 0).sum(-1)
+        self.seen.append((int(numbers.min()), int(numbers.max())))
+        return super().weighted_sum(weights, values)
 
 
 def plain(

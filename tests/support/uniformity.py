@@ -52,6 +52,15 @@ def uniformity(values: Bytes) -> Uniformity:
     return Uniformity(float(abs(bits - 0.5).max() * 2 * math.sqrt(n)), histogram, distance * math.sqrt(n))
 
 
+def largest_deviation(data: Bytes) -> float:
+    """Return the largest deviation, in standard deviations, of bit means and of the byte histogram."""
+    bits = np.unpackbits(data.reshape(-1, 1), axis=1).mean(0)
+    worst_bit = abs(bits - 0.5).max() * 2 * len(data) ** 0.5
+    expected = len(data) / 256
+    chi = ((np.bincount(data, minlength=256) - expected) ** 2 / expected).sum()
+    return float(max(worst_bit, (chi - 255) / (2 * 255) ** 0.5))
+
+
 def above_chance(n: int, classes: int, sigmas: float = 5.0) -> float:
     """Correct ones of n that guessing exceeds twice in a million at most: mean and 5 standard deviations."""
     p = 1 / classes

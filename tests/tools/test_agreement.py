@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 
 from mpcache.config import PublicConfig
 from mpcache.demo.documents import make_document
@@ -16,7 +15,6 @@ from tests.support.paths import STORIES
 
 @pytest.fixture(scope="module")
 def demo() -> Model:
-    torch.set_num_threads(1)
     return load_model(demo_model_dir())
 
 

@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
 from mpcache.engines.checked import Ranges
 from mpcache.errors import OutOfRange
@@ -17,7 +16,6 @@ from tools import ranges as tool
 
 @pytest.fixture(scope="module")
 def demo() -> Model:
-    torch.set_num_threads(1)
     return load_model(demo_model_dir())
 
 

@@ -8,44 +8,20 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
-from mpcache.audit import audit
 from mpcache.audit.option_sweep import sweep_options
 from mpcache.audit.page import page
 from mpcache.cost.pricing import price
-from mpcache.errors import BadInput, MpcacheError
+from mpcache.errors import BadInput
 from mpcache.model import demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
 from mpcache.report.units import duration, size
 from mpcache.transport.network import PROFILES
+from tests.support.audit_command import failure, result_of, run
 
-app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
-app.command()(audit)
 SMALL = ["--context", "200", "--policy", "full", "--policy", "mpcache"]
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments), terminal_width=120)
-
-
-def result_of(*arguments: str) -> dict[str, Any]:
-    done = run(*arguments, "--json")
-    assert done.exit_code == 0, done.exception
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def failure(*arguments: str) -> str:
-    done = run(*arguments)
-    assert isinstance(done.exception, MpcacheError), (done.exception, done.output)
-    text = str(done.exception)
-    assert "\n" not in text and len(text) < 400
-    return text
 
 
 # ------------------------------------------------------------------------------------------- the rows

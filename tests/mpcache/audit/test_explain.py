@@ -11,7 +11,7 @@ from mpcache.audit.explain import Explained, StepReading, explained, read_step
 from mpcache.audit.formula import Names, evaluate_formula, modulus, pairs, solve, total
 from mpcache.cost.pricing import price
 from mpcache.policy import POLICIES
-from tests.mpcache.cost.test_pricing import GPT, LLAMA
+from tests.support.priced_shapes import GPT, LLAMA
 
 SECURE = [name for name, cls in POLICIES.items() if not cls.plain_only]
 QUICK = ["full", "mpcache", "h2o"]

@@ -22,7 +22,7 @@ from mpcache.errors import MpcacheError
 from mpcache.model import demo_model_dir, load_shape, load_tokenizer
 from mpcache.transport.network import NO_NETWORK, PROFILES
 from mpcache_parties.launch import PartyFailed
-from tests.mpcache.audit.test_audit import app, failure
+from tests.support.audit_command import app, failure
 from tests.support.processes import CLI, SOON_S, children_of, gone_soon, start, started, tiny_model
 
 NETWORK = "4:100"

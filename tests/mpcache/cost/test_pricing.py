@@ -21,16 +21,9 @@ from mpcache.rank import Rank
 from mpcache.session import Session
 from mpcache_kernels import backend
 from tests.support.play import Played, play
+from tests.support.priced_shapes import GPT, LLAMA
 
 QUESTION = 3
-LLAMA = ModelShape(
-    layers=4, width=24, heads=4, kv_heads=2, head_dim=6, ffn=40, vocab=30, max_positions=256, norm="rms",
-    norm_eps=1e-5, activation="silu", gated=True, positions="rope",
-)  # fmt: skip
-GPT = replace(
-    LLAMA, layers=4, kv_heads=4, activation="gelu_tanh", gated=False, positions="learned", norm="layer",
-    qkv_bias=True, o_bias=True, mlp_bias=True, lm_bias=True,
-)  # fmt: skip
 SHAPES = {"gqa": LLAMA, "gpt": GPT}
 SHAPES |= {f"small-{name}": replace(shape, layers=2) for name, shape in SHAPES.items()}
 SECURE = [name for name, policy in POLICIES.items() if not getattr(policy, "plain_only", False)]

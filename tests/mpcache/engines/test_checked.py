@@ -21,9 +21,9 @@ from mpcache.rank import Rank
 from mpcache.runtime.program import at, run
 from mpcache.runtime.shares import Share
 from mpcache.session import Session
-from tests.mpcache.policy.test_policies import ALL_PRIVATE
 from tests.support import tiny_policies as tiny
 from tests.support.harness import secure
+from tests.support.policy_specs import ALL_PRIVATE
 
 
 def test_the_meanings_have_the_protocols_names_and_signatures() -> None:

@@ -16,8 +16,6 @@ from tests.support.harness import secure
 from tests.support.paths import ROOT
 from tests.support.play import play
 
-torch.manual_seed(1)
-
 
 def test_crypten_functions() -> None:
     x = torch.randn(3, 8) * 2

@@ -26,13 +26,10 @@ from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.sampling import Sampling
-from tests.mpcache.conftest import Run
-from tests.support.processes import CLI, start, started, tiny_model
+from tests.support.processes import CLI, Run, start, started, tiny_model
 
 SHORT = 200  # tokens of a document, for speed
 FIELDS = {"task", "policy", "budget_percent", "question", "accuracy", "ci95", "n", "engine"}
-
-pytestmark = pytest.mark.usefixtures("one_thread")  # as the command itself does
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from mpcache.config import PublicConfig
 from mpcache.errors import PolicyError
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.clusters import ClusterPlan
-from tests.mpcache.policy.test_policies import Counting
-from tests.support.tiny_policies import plain, shape, tokens
+from tests.support.tiny_policies import Counting, plain, shape, tokens
 
 SPECS = [
     *(name for name in POLICIES if name != "full"),

@@ -21,40 +21,19 @@ from mpcache.runtime.party import ShapeParty
 from mpcache.runtime.program import Opening, Program, local, run
 from mpcache.session import Session
 from mpcache_kernels import Backend
-from tests.support.tiny_policies import KERNELS, cost, model, plain, prefilled, secure, shape, tokens
-
-CONTEXT = 24
-SMALL = {  # every policy, small enough that it evicts and selects on tiny contexts
-    "full": "full",
-    "streaming": "streaming:sink=2,recent=5",
-    "snapkv": "snapkv:cap=8,queries=3,pool=3",
-    "h2o": "h2o:heavy=4,recent=3",
-    "tova": "tova:cap=6",
-    "quest": "quest:page=4,pages=2,full=1",
-    "mpcache": "mpcache:n_keep=20,coarse=4,fine=2,sink=1,recent=2,coarse_keep=2,fine_keep=3,share=none",
-    "random": "random:n_keep=7",
-    "oracle": "oracle:k=5",
-}
-PRIVATE = {name: spec for name, spec in SMALL.items() if not POLICIES[name].plain_only}
-MORE = {  # options that change the protocol
-    "mpcache, shared, summed, refreshed": SMALL["mpcache"].replace("none", "0-1") + ",gqa=sum,refresh=2",
-    "mpcache, bound": SMALL["mpcache"] + ",score=bound",
-    "mpcache, extremes": SMALL["mpcache"] + ",blocks=extremes",
-    "mpcache, coarse only": SMALL["mpcache"].replace("fine_keep=3", "fine_keep=1.0"),
-    "mpcache, static": SMALL["mpcache"] + ",dynamic=false",
-    "quest, shared": "quest:page=4,pages=2,full=0,share=0-1",
-    "streaming, not renumbered": SMALL["streaming"] + ",renumber=false",
-    "snapkv, then quest": "snapkv:cap=18,queries=3,pool=3|quest:page=4,pages=2,full=1",
-    "random, then mpcache, shared, refreshed": "random:n_keep=20|"
-    "mpcache:coarse=4,fine=2,sink=1,recent=2,coarse_keep=2,fine_keep=3,share=0-1,refresh=2",
-    "mpcache, then quest": SMALL["mpcache"] + "|quest:page=4,pages=2,full=0",
-}
-EVERY = [pytest.param(spec, id=name) for name, spec in SMALL.items()]
-ALL_PRIVATE = [pytest.param(spec, id=name) for name, spec in (PRIVATE | MORE).items()]
-
-
-def chunks(*sizes: int, seed: int = 2) -> list[list[int]]:
-    return [tokens(m, seed + i) for i, m in enumerate(sizes)]
+from tests.support.policy_specs import ALL_PRIVATE, CONTEXT, EVERY, MORE, PRIVATE, SMALL
+from tests.support.tiny_policies import (
+    KERNELS,
+    Counting,
+    chunks,
+    cost,
+    model,
+    plain,
+    prefilled,
+    secure,
+    shape,
+    tokens,
+)
 
 
 def run_plain(program: Program[Any]) -> Any:
@@ -83,19 +62,6 @@ def test_a_policy_says_what_it_is(name: str) -> None:
 def bare(spec: str) -> str:
     """Without options."""
     return "|".join(part.partition(":")[0] for part in spec.split("|"))
-
-
-class Counting(PlainOps):
-    """Counts the cached tokens that rows attend to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[int, int]] = []
-
-    def weighted_sum(self, weights: Value, values: Value) -> Program[Value]:
-        numbers = (weights > 0).sum(-1)
-        self.seen.append((int(numbers.min()), int(numbers.max())))
-        return super().weighted_sum(weights, values)
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, CONTEXT])

@@ -19,9 +19,9 @@ from mpcache.rank import Rank
 from mpcache.runtime.party import ComputingParty, Party
 from mpcache.runtime.program import Open, Opening, Program
 from mpcache.session import Session
-from tests.mpcache.policy.test_policies import CONTEXT, MORE, PRIVATE, chunks
 from tests.support.play import play
-from tests.support.tiny_policies import KERNELS, model, plain, prefilled, shape, tokens
+from tests.support.policy_specs import CONTEXT, MORE, PRIVATE
+from tests.support.tiny_policies import KERNELS, chunks, model, plain, prefilled, shape, tokens
 
 SPECS = [
     *[pytest.param(spec, id=name) for name, spec in PRIVATE.items()],

@@ -18,8 +18,6 @@ from mpcache.runtime.side import bytes_for
 from tests.support.harness import secure
 from tests.support.play import reconstruct
 
-torch.manual_seed(0)
-
 
 def test_comparison_with_thresholds() -> None:
     x = torch.randint(-(1 << 22), 1 << 22, (500,))

@@ -21,6 +21,7 @@ from mpcache.transport.session_order import FrameKind, Order, State, place_of
 from mpcache_parties.handshake import PROTOCOL_VERSION, agree
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import linked
+from tests.support.peer_frames import HELLO, ack, facts, tensors
 
 Pair = tuple[FrameLink, FrameLink]
 WORD = [(torch.int64, (1,))]
@@ -31,25 +32,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """The server's end and the client's, which is hostile here."""
     with linked(str(request.param), Rank.SERVER, Rank.CLIENT, recv_s=5) as ends:
         yield ends
-
-
-def tensors(step: str, sequence: int = 0, size: int = 8, layout: str = "int64(1,)") -> bytes:
-    message = pb.Tensors(sequence=sequence, step=step, layout=layout, data=bytes(size))
-    return bytes(pb.Frame(tensors=message).SerializeToString())
-
-
-def facts(step: str, json: str = "{}", sequence: int = 0) -> bytes:
-    return bytes(pb.Frame(facts=pb.Facts(sequence=sequence, step=step, json=json)).SerializeToString())
-
-
-HELLO = pb.Frame(
-    hello=pb.Hello(version=PROTOCOL_VERSION, rank=1, nonce="00", public=PublicConfig().flat())
-).SerializeToString()
-BYE = pb.Frame(bye=pb.Bye()).SerializeToString()
-
-
-def ack(frames: int) -> bytes:
-    return bytes(pb.Frame(ack=pb.Ack(frames=frames)).SerializeToString())
 
 
 # ------------------------------------------------------------------------------------- the order

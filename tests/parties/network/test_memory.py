@@ -22,9 +22,9 @@ from mpcache.transport.flow_control import (
 )
 from mpcache.transport.session_order import AGREED
 from mpcache_protos import party_pb2 as pb
-from tests.mpcache.transport.test_session_order import BYE, HELLO, ack, facts, tensors
 from tests.support.links import free_settings
 from tests.support.one_party import STATUS
+from tests.support.peer_frames import BYE, HELLO, ack, facts, tensors
 
 import grpc  # isort: skip  # after the link, which quiets it
 

@@ -36,8 +36,8 @@ from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import AHEAD, ask, deal, serve
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import KEPT_STEPS, Files, Store
-from tests.leaks.test_transcript import check_uniform
 from tests.support.links import Job, Killed, context_of, plain_ids, together
+from tests.support.uniformity import largest_deviation
 
 S, C, D = Rank
 QUESTION = Question("the gate of", stop_at_eos=False)
@@ -266,7 +266,7 @@ def test_no_mask_is_used_twice(model: Model, tokens: list[int], tmp_path: Path, 
     assert repeated_keys(heard) == 0
     data = np.concatenate(list(differences(heard)))
     assert len(data) > 20_000
-    assert check_uniform(data) < 6
+    assert largest_deviation(data) < 6
 
 
 def test_a_planted_bug_is_seen(
@@ -284,7 +284,7 @@ def test_a_planted_bug_is_seen(
     monkeypatch.setattr(session_seeds, "fresh_seed", restored)
     twice(PUBLIC, model, tokens, tmp_path, heard)
     assert repeated_keys(heard) > 0
-    assert check_uniform(np.concatenate(list(differences(heard)))) > 6
+    assert largest_deviation(np.concatenate(list(differences(heard)))) > 6
 
 
 @SLOW

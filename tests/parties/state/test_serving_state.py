@@ -22,13 +22,12 @@ from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import Store
-from tests.leaks.test_transcript import check_uniform
 from tests.support.links import Killed
 from tests.support.processes import PARTY, Process, errors_of, start, started
 from tests.support.service import QUESTIONS, Service, plain, said, serving
+from tests.support.uniformity import largest_deviation
 
 S, C, D = Rank
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUESTION = QUESTIONS[0]
 
 
@@ -95,7 +94,7 @@ def test_a_client_goes_on_where_it_was_and_no_mask_is_used_twice(model: Model, t
         pairs = zip(before, after, strict=False)
         data = [(a.view(torch.uint8) - b.view(torch.uint8)).flatten().numpy() for a, b in pairs]
         assert sum(map(len, data)) > 5000
-        assert check_uniform(np.concatenate(data)) < 6
+        assert largest_deviation(np.concatenate(data)) < 6
         for rank in (S, D):
             service.seen(rank, "resumed after")
             service.seen(rank, "done:", times=2)

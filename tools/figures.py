@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
-from mpcache.audit.tables import size
 from mpcache.cli import app
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.ledger import Entry
 from mpcache.model.loading import demo_model_dir, load_tokenizer
+from mpcache.report.units import size
 from tools.layer_cost import PAPER, SHAPE, layers
 
 ROOT = Path(__file__).resolve().parents[1]

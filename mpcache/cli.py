@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.table import Table
 
-from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
+from mpcache.answer import PlainAnswer, plain_answer
 from mpcache.audit.audit_command import audit
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console import terminal
@@ -42,13 +42,15 @@ from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.evaluate.eval_command import evaluate
-from mpcache.model.loading import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.limits import bind_policy
+from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, BoundPolicy
 from mpcache.policy.plan import written
 from mpcache.rank import Rank
 from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
+from mpcache.sampling import Sampling
 from mpcache_parties.launch import run_parties
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
@@ -88,7 +90,7 @@ class Inquiry:
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
-        return bind(self.shape, public, len(self.context), len(self.question))
+        return bind_policy(self.shape, public, len(self.context), len(self.question))
 
     def private(
         self,

@@ -13,8 +13,8 @@ import torch
 
 from mpcache.argmax import greedy
 from mpcache.cache import Cache
-from mpcache.model.loading import ModelShape
-from mpcache.model.rope import Turn, rope_tables
+from mpcache.model import ModelShape
+from mpcache.model.rope import Rotation, rope_tables
 from mpcache.ops import Operand, Ops, Value
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, together
@@ -122,7 +122,7 @@ def qkv(
     q is scaled by 1/sqrt d; q and k are rotated.
     """
     turned = shape.heads + shape.kv_heads
-    turn = Turn(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
+    turn = Rotation(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
     opened, y = yield from ops.norm_linear(
         stream.opened, stream.pending, shape.norm_eps, w.qkv, w.qkv_bias, turn
     )

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from mpcache.model.rope import Turn
+from mpcache.model.rope import Rotation
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, local
 from mpcache_kernels import Backend
@@ -163,7 +163,7 @@ class Engine(ABC, Generic[V, O]):
 
     @abstractmethod
     def norm_linear(
-        self, x: O | None, change: V, eps: float, w: O, bias: V | None = None, turn: Turn | None = None
+        self, x: O | None, change: V, eps: float, w: O, bias: V | None = None, turn: Rotation | None = None
     ) -> Program[tuple[O, V]]:
         """Add to the residual stream, normalise to unit root mean square, multiply and rotate.
 

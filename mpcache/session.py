@@ -14,7 +14,7 @@ import torch
 
 from mpcache.cache import Cache
 from mpcache.decode import Layer, Operands, step
-from mpcache.model.loading import LayerWeights, ModelShape, Weights
+from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
 from mpcache.ops import AnyEngine, Ops
 from mpcache.policy import BoundPolicy

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from mpcache.cli import app
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.ledger import Entry
-from mpcache.model.loading import demo_model_dir, load_tokenizer
+from mpcache.model import demo_model_dir, load_tokenizer
 from mpcache.report.units import size
 from tools.layer_cost import PAPER, SHAPE, layers
 
@@ -37,14 +37,14 @@ Line = tuple[str, str]  # what a line begins with, and what it is
 
 @cache
 def audited(*arguments: str) -> list[dict[str, Any]]:
-    """The rows of `mpcache audit ... --json`."""
+    """Run and return the rows of `mpcache audit ... --json`."""
     done = CliRunner().invoke(app, ["audit", *arguments, "--json"], catch_exceptions=False)
     rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
     return rows
 
 
 def priced(shape: str, context: int, policy: str, protocol: str = "fast") -> dict[str, Any]:
-    """One generated token, with the audit's own question; times on `wan`."""
+    """Price one generated token, with the audit's own question; times on `wan`."""
     policies = ("full", DEFAULT, "snapkv") if shape == "demo" else ("full", "mpcache")
     given = [part for name in policies for part in ("--policy", name)]
     protocols = "fast,fast-bits" if shape == "demo" else "fast"
@@ -56,12 +56,12 @@ def priced(shape: str, context: int, policy: str, protocol: str = "fast") -> dic
 
 
 def cells(label: str, *rest: object) -> Line:
-    """A row of a Markdown table."""
+    """Return a row of a Markdown table."""
     return f"| {label} |", f"| {label} | " + " | ".join(map(str, rest)) + " |"
 
 
 def demo() -> Iterator[Line]:
-    """The exact rows of the cost card of `make demo`."""
+    """Yield the exact rows of the cost card of `make demo`."""
     tokenizer = load_tokenizer(demo_model_dir())
     context = len(tokenizer.encode(DEMO_DOCUMENT.read_text(encoding="utf-8"), bos=True))
     question = DEMO_DOCUMENT.with_name("question.txt").read_text(encoding="utf-8")
@@ -81,13 +81,13 @@ def demo() -> Iterator[Line]:
 
 @cache
 def steps(spec: str, context: int, protocol: str = "fast") -> list[dict[str, Entry]]:
-    """A decode step, by layer and operation. CrypTen's layers are all alike: one is enough."""
+    """Count a decode step, by layer and operation. CrypTen's layers are all alike: one is enough."""
     shape = SHAPE if protocol == "fast" else replace(SHAPE, layers=1)
     return layers(spec, context, protocol, shape)
 
 
 def one_layer(spec: str, index: int, context: int = 1024, protocol: str = "fast") -> Entry:
-    """Rounds and bytes of a layer's decode step."""
+    """Count rounds and bytes of a layer's decode step."""
     total = Entry()
     for entry in steps(spec, context, protocol)[index].values():
         total += entry
@@ -120,7 +120,7 @@ def lengths() -> Iterator[Line]:
 
 
 def models() -> Iterator[Line]:
-    """A generated token with the full cache."""
+    """Yield a generated token with the full cache, for each model."""
     for label, shape, context in (
         ("demo (1.26 M parameters)", "demo", 880), ("Llama-2-7B", "llama-2-7b", 2048)
     ):  # fmt: skip
@@ -131,7 +131,7 @@ def models() -> Iterator[Line]:
 
 
 def dealer() -> Iterator[Line]:
-    """What the dealer sends beside what the parties send."""
+    """Yield what the dealer sends beside what the parties send."""
     for label, shape, context, policy, protocol in (
         ("demo | 880 | snapkv", "demo", 880, "snapkv", "fast"),
         ("demo | 880 | full", "demo", 880, "full", "fast"),
@@ -152,7 +152,7 @@ FIGURES: Mapping[str, Mapping[str, Callable[[], Iterator[Line]]]] = {
 
 
 def updated(text: str, blocks: Mapping[str, Callable[[], Iterator[Line]]]) -> str:
-    """A page with today's figures. Raises ValueError where a block, or a line of one, is not there."""
+    """Return a page with today's figures. Raises ValueError where a block, or a line of one, is not there."""
     there = {name for name, _ in BLOCK.findall(text)}
     if there != set(blocks):
         raise ValueError(f"blocks {sorted(there)} are there, {sorted(blocks)} are computed")
@@ -169,6 +169,7 @@ def updated(text: str, blocks: Mapping[str, Callable[[], Iterator[Line]]]) -> st
 
 
 def main() -> None:
+    """Bring the pages' figures up to date, or with --check say which are not."""
     torch.set_num_threads(1)
     stale = []
     for name, blocks in FIGURES.items():

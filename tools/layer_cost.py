@@ -12,7 +12,7 @@ import argparse
 
 from mpcache.engines.registry import PROTOCOLS, engine
 from mpcache.ledger import Entry
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.party import ShapeParty
@@ -45,6 +45,7 @@ def layers(spec: str, context: int, protocol: str, shape: ModelShape = SHAPE) ->
 
 
 def main() -> None:
+    """Print what the layers of each policy cost."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--context", type=int, default=1024)
     arguments.add_argument("policies", nargs="*", default=["full", PAPER])

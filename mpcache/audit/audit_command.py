@@ -24,7 +24,7 @@ from mpcache.console.inputs import listed
 from mpcache.console.options import JsonOption, PoliciesOption, RevealOption, read_reveal
 from mpcache.cost.choose import CHOICES
 from mpcache.errors import BadInput, MpcacheError
-from mpcache.model.loading import ModelShape, demo_model_dir, load_shape
+from mpcache.model import ModelShape, demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
 from mpcache.transport.network import NO_NETWORK, parse_network
 

@@ -20,7 +20,7 @@ from mpcache.cost.reader import CostParty
 from mpcache.cost.tally import split_step
 from mpcache.engines.registry import engine
 from mpcache.errors import MpcacheError
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.evicting import LivingPlan

@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpcache.answer import bind
 from mpcache.audit.priced_rows import AuditGrid, AuditRow, Setting, price_setting
 from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
@@ -24,7 +23,8 @@ from mpcache.console.terminal import Say
 from mpcache.cost.rates import RATES, Rates, modelled
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput
-from mpcache.model.loading import load_tokenizer
+from mpcache.limits import bind_policy
+from mpcache.model import load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.rank import Rank
 from mpcache.report.account import Reports, p95
@@ -92,7 +92,7 @@ def plan(grid: AuditGrid, rows: Sequence[AuditRow]) -> list[tuple[Key, PublicCon
             policy=spec, protocol=ProtocolName(protocol), network=network, max_new_tokens=grid.new_tokens,
             reveal=grid.reveal,
         )  # fmt: skip
-        bind(grid.shape, public, context, grid.question)
+        bind_policy(grid.shape, public, context, grid.question)
         runs.append(((spec, protocol, context, network), public))
     return runs
 

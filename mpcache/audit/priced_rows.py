@@ -14,7 +14,7 @@ from mpcache.cost.pricing import price
 from mpcache.cost.rates import RATES, Rates, modelled, offline_ms
 from mpcache.cost.tally import Cost, Tally
 from mpcache.errors import PolicyError
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.policy import parse_policy
 from mpcache.report.units import whole
 from mpcache.transport.network import Profile

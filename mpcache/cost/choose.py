@@ -9,7 +9,7 @@ from mpcache.choices import ProtocolName, Reveal
 from mpcache.cost.pricing import price
 from mpcache.cost.rates import answer_ms
 from mpcache.engines.registry import PROTOCOLS
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy
 from mpcache.report.units import duration
 from mpcache.transport.network import NO_NETWORK, Profile

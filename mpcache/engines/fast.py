@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from mpcache.errors import OutOfRange
-from mpcache.model.rope import Turn, rotate
+from mpcache.model.rope import Rotation, rotate
 from mpcache.ops import Engine, SelectionOf
 from mpcache.protocols import suite
 from mpcache.protocols.compare import Digits, Keys
@@ -122,7 +122,7 @@ class FastOps(Engine[Share, MaskedOperand]):
 
     def norm_linear(
         self, x: MaskedOperand | None, change: Share, eps: float, w: MaskedOperand, bias: Share | None = None,
-        turn: Turn | None = None,
+        turn: Rotation | None = None,
     ) -> Program[tuple[MaskedOperand, Share]]:  # fmt: skip
         def turned(y: Share) -> Share:
             return y if turn is None else Share(turn(y.data, self.bits), y.bits + self.bits, ring=y.ring)

@@ -129,7 +129,7 @@ def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share
     yield from claim(kind, x.data, series(kind).half << x.bits, x.bits)
     for value in [x] if up is None else [x, up]:
         yield from claim("truncation", value.data, linear.truncation_room(value.ring), value.bits)
-    y, bits = prefill.activate(kind, decode(x.data, x.bits)), x.bits + ranges.STEP_BITS
+    y, bits = prefill.apply_activation(kind, decode(x.data, x.bits)), x.bits + ranges.STEP_BITS
     if up is not None:
         product = x.data * up.data >> up.bits
         yield from claim("gate times up", product, linear.truncation_room(ranges.GATE_RING), x.bits)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from mpcache.model.prefill import activate, normalise
-from mpcache.model.rope import Turn, rotate
+from mpcache.model.prefill import apply_activation, normalise
+from mpcache.model.rope import Rotation, rotate
 from mpcache.ops import Engine, SelectionOf
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, local
@@ -85,7 +85,7 @@ class PlainOps(Engine[torch.Tensor, torch.Tensor]):
 
     def norm_linear(
         self, x: torch.Tensor | None, change: torch.Tensor, eps: float, w: torch.Tensor,
-        bias: torch.Tensor | None = None, turn: Turn | None = None,
+        bias: torch.Tensor | None = None, turn: Rotation | None = None,
     ) -> Program[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
         x = change if x is None else x + change
         y = normalise(x, eps) @ w
@@ -98,7 +98,7 @@ class PlainOps(Engine[torch.Tensor, torch.Tensor]):
         return local(rotate(x, cos.to(x), sin.to(x)))
 
     def gate(self, kind: str, gate: torch.Tensor, up: torch.Tensor | None) -> Program[torch.Tensor]:
-        y = activate(kind, gate)
+        y = apply_activation(kind, gate)
         return local(y if up is None else y * up)
 
     def softmax(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mpcache.engines.crypten_shim import MPCTensor, call, crypten
-from mpcache.model.rope import Turn, rotate
+from mpcache.model.rope import Rotation, rotate
 from mpcache.ops import Engine, SelectionOf
 from mpcache.rank import Rank
 from mpcache.runtime.program import Call, Opening, Program, at, local, open_secret
@@ -116,12 +116,12 @@ class StockOps(Engine[Share, Share]):
 
     def norm_linear(
         self, x: Share | None, change: Share, eps: float, w: Any, bias: Share | None = None,
-        turn: Turn | None = None,
+        turn: Rotation | None = None,
     ) -> Program[tuple[Share, Share]]:  # fmt: skip
         x = change if x is None else x + change
         y = yield from self.linear((yield from at("norm", self.norm(x, eps))), w, bias)
         if turn is not None:
-            turn = Turn(turn.heads, turn.cos.to(self.device), turn.sin.to(self.device))
+            turn = Rotation(turn.heads, turn.cos.to(self.device), turn.sin.to(self.device))
             # CrypTen's truncation: each party divides its own share, no message (PROTOCOLS 0).
             y = Share(turn(y.data, self.bits).div(1 << self.bits, rounding_mode="trunc"), y.bits)
         return x, y

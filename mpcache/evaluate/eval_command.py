@@ -24,7 +24,7 @@ from mpcache.evaluate.score import EvalModel
 from mpcache.evaluate.secure import confirm_privately
 from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, run_sweep, take_sample
 from mpcache.evaluate.tasks import TASKS
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import POLICIES
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.transport.network import NETWORKS

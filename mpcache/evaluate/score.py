@@ -12,7 +12,7 @@ from torch import Tensor
 from mpcache.decode import Operands
 from mpcache.engines.plain import PlainOps
 from mpcache.evaluate.tasks import Sample, Task
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.policy import BoundPolicy
 from mpcache.policy.full import Full

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import plain_answer
 from mpcache.config import PublicConfig
 from mpcache.console.terminal import Say
 from mpcache.engines.threads import run_threads
@@ -21,8 +21,10 @@ from mpcache.evaluate.results import Cell, Results, bits_per_byte_of
 from mpcache.evaluate.score import EvalModel, Score, Tokens, score
 from mpcache.evaluate.sweep import EvalGrid, bind_at_budget, take_sample
 from mpcache.evaluate.tasks import Sample
+from mpcache.limits import bind_policy
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.rank import Rank
+from mpcache.sampling import Sampling
 from mpcache.session import Session
 from mpcache_parties.launch import run_quietly
 
@@ -75,7 +77,7 @@ def _answer(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, n
     (turn,), tokens = sample.turns, engine.tokens(sample)
     question, answer, _ = tokens.turns[0]
     public = PublicConfig(policy=bound.policy.spec, max_new_tokens=len(answer), network=network)
-    bind(engine.model.shape, public, len(tokens.context), len(question))
+    bind_policy(engine.model.shape, public, len(tokens.context), len(question))
     plain = plain_answer(
         engine.model, bound, tokens.context, question, len(answer), Sampling(), (), engine.device
     )

@@ -20,7 +20,7 @@ import torch
 
 from mpcache.cache import Cache, LayerCache
 from mpcache.errors import PolicyError
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.plan import FULL_PERCENT, Budget, Budgets, LeakClass, Plan, tokens_of, written

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Selection, Value, as_tensor, as_value
 from mpcache.policy.base import LayerView, PlaintextContext, Policy, average
 from mpcache.policy.columns import by_item, flat

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mpcache.errors import PolicyError
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.base import LayerView, PlaintextContext, Policy

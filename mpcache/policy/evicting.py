@@ -17,7 +17,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 from mpcache.argmax import argmax
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.ops import Ops, Value
 from mpcache.policy.base import LayerView, PlaintextContext, Policy, average
 from mpcache.policy.plan import LayerPlan, Plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.policy.base import Policy
 from mpcache.policy.plan import LayerPlan, Plan
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.policy.clusters import Clustered, ClusterPlan
 from mpcache.policy.plan import Budget, Budgets, Plan, tokens_of

@@ -16,18 +16,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from mpcache.answer import Sampling
 from mpcache.config import Settings, load_settings
 from mpcache.console.inputs import read_question, read_text
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration, number, size
+from mpcache.sampling import Sampling
 from mpcache_parties.handshake import NONE, PROTOCOL_VERSION, agree
 from mpcache_parties.keys import keygen, pin
 from mpcache_parties.network.grpc_link import Network, Say, cannot_take_part, connect_all

@@ -20,23 +20,24 @@ from typing import Any, cast
 
 import torch
 
-from mpcache.answer import Sampling, TimedSession, answer, bind, decide
+from mpcache.answer import TimedSession, answer, bind_to_document
 from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.cost.choose import AUTO, pick
 from mpcache.engines.registry import engine
 from mpcache.errors import ConfigError, Desync, ModelError, PolicyError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model, ModelShape, Weights
+from mpcache.limits import bind_policy
+from mpcache.model import Model, ModelShape, Weights
 from mpcache.model.prefill import Prefill, prefill
-from mpcache.model.tokenizer import LibraryError, Tokenizer
-from mpcache.model.tokenizer import parse as parse_tokenizer
+from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.policy import BoundPolicy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration
 from mpcache.runtime.party import ComputingParty, DealerParty
 from mpcache.runtime.rng import SEED_BYTES, fresh_seed
+from mpcache.sampling import Sampling
 from mpcache.transport.link import Link
 from mpcache.transport.network import parse_network
 from mpcache_kernels import REFERENCE, Backend, backend
@@ -450,7 +451,7 @@ def facts_of(stored: Mapping[str, Any], public: PublicConfig) -> Facts:
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
     _check_room(shape, context)
     said = {name: str(model.get(name, ""))[:80] for name in ("kernels", "model_digest", "tokenizer_digest")}
-    policy = bind(shape, public, context, asked)
+    policy = bind_policy(shape, public, context, asked)
     protocol: str = public.protocol
     picked = ""
     if protocol == AUTO:
@@ -486,7 +487,7 @@ def _check_room(shape: ModelShape, context: int) -> None:
 
 def _announce(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
     """What the document decides about the plan becomes public, before the context phase."""
-    policy, counts = decide(facts.policy, facts.shape, prefilled, kernels)
+    policy, counts = bind_to_document(facts.policy, facts.shape, prefilled, kernels)
     if not facts.policy.policy.plan_is_public:
         for link in links.values():
             link.send_facts("facts/counts", {"counts": counts})

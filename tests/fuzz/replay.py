@@ -7,7 +7,7 @@ from typing import Any
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.transport.local import LocalLink
 from mpcache_parties.roles import Document, Question, ask, deal, serve

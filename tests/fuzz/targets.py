@@ -20,7 +20,6 @@ import yaml
 from google.protobuf.message import DecodeError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mpcache.answer import bind
 from mpcache.audit.quality import read_quality
 from mpcache.cache import Cache, LayerCache
 from mpcache.certificates import Identity
@@ -29,7 +28,9 @@ from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import ModelShape, load_model, load_shape
+from mpcache.limits import bind_policy
+from mpcache.model import load_model, load_shape
+from mpcache.model.families import shape_from_config
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
@@ -119,7 +120,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     def config(data: bytes) -> None:
         (own / "config.json").write_bytes(data)
         shape = load_shape(own)
-        bind(shape, PublicConfig(policy="mpcache:n_keep=0.5", max_new_tokens=4), 40, 4)
+        bind_policy(shape, PublicConfig(policy="mpcache:n_keep=0.5", max_new_tokens=4), 40, 4)
 
     json_of("config.json", 14, config, configs)
 
@@ -184,7 +185,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     json_of("party config values", 5, settings, [sections])
 
     _kept(place, bytes_of, json_of)
-    shape = ModelShape.from_config(configs[0])
+    shape = shape_from_config(configs[0])
     specs = ("mpcache:n_keep=0.5,coarse=16,fine=8,coarse_keep=0.5,share=0-1", "quest:page=4,pages=2",
              "streaming:sink=2,recent=5", "snapkv:cap=8,queries=3,pool=3", "h2o:heavy=4,recent=3",
              "tova:cap=6", "mpcache:n_keep=10/20/30,alpha=0.3,score=bound,threshold=0.1")  # fmt: skip
@@ -192,7 +193,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     def policy(data: bytes) -> None:
         spec = data.decode("utf-8", "surrogateescape")
         public = load_settings(None, {"public.policy": spec, "public.max_new_tokens": 4}).public
-        bind(shape, public, 60, 4)
+        bind_policy(shape, public, 60, 4)
         parse_policy(spec)
 
     bytes_of("policy", 10, policy, [spec.encode() for spec in specs])

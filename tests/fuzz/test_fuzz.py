@@ -17,7 +17,7 @@ import pytest
 from mpcache.config import Settings
 from mpcache.errors import LinkError, MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.transport.flow_control import largest
 from mpcache_parties.network.grpc_link import RANK_KEY, SERVICE, SESSION_KEY, connect_all, new_session

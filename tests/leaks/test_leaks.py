@@ -13,7 +13,7 @@ import torch
 
 from mpcache.config import PublicConfig
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.runtime import party, rng
 from mpcache_parties.roles import Document, Question, ask, deal, serve

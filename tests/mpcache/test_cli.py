@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import demo_question, read_question
 from mpcache.errors import BadInput
 from mpcache.report.account import agreement, p95
 from mpcache.report.units import duration, size
+from mpcache.sampling import Sampling
 from mpcache_parties.launch import PartyFailed
 from tests.mpcache.conftest import Run
 from tests.support.paths import ROOT

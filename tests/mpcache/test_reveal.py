@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling
 from mpcache.argmax import GROUP, greedy
 from mpcache.choices import Reveal
 from mpcache.cost.pricing import price
@@ -20,6 +19,7 @@ from mpcache.protocols import suite
 from mpcache.rank import Rank
 from mpcache.runtime.program import Opening
 from mpcache.runtime.shares import Share, centred
+from mpcache.sampling import Sampling
 from mpcache.session import Session
 from tests.support import tiny_policies as tiny
 from tests.support.harness import secure

@@ -110,7 +110,7 @@ def test_fast_never_imports_crypten() -> None:
     program = (
         "import sys, torch; from mpcache.engines.threads import run_threads; import mpcache.cli; "
         "import mpcache_parties.main; from mpcache.cost.pricing import price; "
-        "from mpcache.model.loading import demo_model_dir, load_shape; "
+        "from mpcache.model import demo_model_dir, load_shape; "
         "run_threads(lambda ops, party, rank: ops.name); "
         "price(load_shape(demo_model_dir()), 'mpcache', 64); "
         "print([m for m in sys.modules if m.startswith('crypten')])"

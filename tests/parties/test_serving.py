@@ -12,7 +12,7 @@ import torch
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
 from mpcache_parties.network.grpc_link import Listener, Network, connect_all

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mpcache.engines.plain import PlainOps
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.model.prefill import prefill
 from mpcache.ops import Ops
 from mpcache.policy import parse_policy

@@ -20,7 +20,7 @@ import torch
 
 from mpcache.demo.documents import make_document
 from mpcache.engines.plain import PlainOps, PlainSelection
-from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.ops import Ops
 from mpcache.policy import POLICIES, parse_policy

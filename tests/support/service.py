@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mpcache.config import PublicConfig, Settings
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.handshake import agree

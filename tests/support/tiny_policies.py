@@ -13,7 +13,7 @@ import torch
 from mpcache.engines.fast import FastOps
 from mpcache.engines.plain import PlainOps
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model, ModelShape, Weights
+from mpcache.model import Model, ModelShape, Weights
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.ops import Ops
 from mpcache.policy import Policy, parse_policy

@@ -20,7 +20,7 @@ from mpcache.cache import Cache, LayerCache
 from mpcache.decode import Layer, Operands
 from mpcache.engines.stock import StockSelection
 from mpcache.errors import StateError
-from mpcache.model.loading import ModelShape, RopeScaling
+from mpcache.model import ModelShape, RopeScaling
 from mpcache.policy.clusters import Choice, Clusters
 from mpcache.policy.evicting import ValidMask
 from mpcache.protocols.selection import PreparedSelection

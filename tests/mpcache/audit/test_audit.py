@@ -19,7 +19,7 @@ from mpcache.audit.option_sweep import sweep_options
 from mpcache.audit.page import page
 from mpcache.cost.pricing import price
 from mpcache.errors import BadInput, MpcacheError
-from mpcache.model.loading import demo_model_dir, load_shape
+from mpcache.model import demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
 from mpcache.report.units import duration, size
 from mpcache.transport.network import PROFILES

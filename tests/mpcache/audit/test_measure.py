@@ -19,7 +19,7 @@ from mpcache.console.inputs import read_text
 from mpcache.cost.rates import RATES
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import MpcacheError
-from mpcache.model.loading import demo_model_dir, load_shape, load_tokenizer
+from mpcache.model import demo_model_dir, load_shape, load_tokenizer
 from mpcache.transport.network import NO_NETWORK, PROFILES
 from mpcache_parties.launch import PartyFailed
 from tests.mpcache.audit.test_audit import app, failure

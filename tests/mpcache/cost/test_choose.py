@@ -5,7 +5,7 @@ import pytest
 from mpcache.cost.choose import pick
 from mpcache.cost.pricing import price
 from mpcache.cost.rates import answer_ms, modelled, offline_ms
-from mpcache.model.loading import demo_model_dir, load_shape
+from mpcache.model import demo_model_dir, load_shape
 from mpcache.policy import parse_policy
 from mpcache.transport.network import NO_NETWORK, Profile, parse_network
 

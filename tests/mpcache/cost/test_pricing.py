@@ -14,7 +14,7 @@ import torch
 from mpcache.cost.pricing import price
 from mpcache.cost.tally import Tally, split_step
 from mpcache.ledger import Entry
-from mpcache.model.loading import LayerWeights, ModelShape, Weights
+from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.rank import Rank

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling, plain_answer
+from mpcache.answer import plain_answer
 from mpcache.audit.quality import read_quality
 from mpcache.cli import main
 from mpcache.demo.documents import load_lines
@@ -21,10 +21,11 @@ from mpcache.evaluate.score import EvalModel, Score, Tokens, score
 from mpcache.evaluate.secure import CONFIRMED, TOLERANCE
 from mpcache.evaluate.sweep import EvalGrid, bind_at_budget, run_sweep, take_sample
 from mpcache.evaluate.tasks import ASKED, COPIED, DEPTHS, FACTS, GIVEN, TASKS, TIMES
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.plan import FULL_PERCENT
+from mpcache.sampling import Sampling
 from tests.mpcache.conftest import Run
 from tests.support.processes import CLI, start, started, tiny_model
 

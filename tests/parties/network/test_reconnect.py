@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import plain_answer
 from mpcache.config import Addresses, PublicConfig, Settings
 from mpcache.errors import LinkError, PeerLost
 from mpcache.ledger import Ledger
-from mpcache.model.loading import load_model
+from mpcache.limits import bind_policy
+from mpcache.model import load_model
 from mpcache.rank import Rank
+from mpcache.sampling import Sampling
 from mpcache_parties.network.grpc_link import Network, connect_all
 from tests.support.links import free_settings
 from tests.support.processes import PARTY, Process, errors_of, start, started, tiny_model, write_config
@@ -151,7 +153,7 @@ def parties(
     document.write_text("and the number of the gate of the city")
     context = model.tokenizer.encode(document.read_text(), bos=True)
     asked = model.tokenizer.encode(QUESTION, bos=False)
-    bound = bind(model.shape, public, len(context), len(asked))
+    bound = bind_policy(model.shape, public, len(context), len(asked))
     plain = plain_answer(model, bound, context, asked, TOKENS, Sampling(), ())
     settings = free_settings(connect_s=60, recv_s=60, reconnect_s=reconnect_s).model_copy(
         update={"public": public}

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, PortInUse
 from mpcache.ledger import Ledger
-from mpcache.model.loading import load_model
+from mpcache.model import load_model
 from mpcache.rank import Rank
 from mpcache_parties.operations import metrics as operations
 from mpcache_parties.operations.logs import Log

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, Desync, MpcacheError, StateError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.runtime import party as party_module
 from mpcache.runtime import rng
 from mpcache.runtime.party import ComputingParty
 from mpcache.runtime.rng import fresh_seed
+from mpcache.sampling import Sampling
 from mpcache.transport.local import local_pair
 from mpcache_parties import roles as run
 from mpcache_parties.handshake import AS_CLIENT, RESUMED

@@ -15,7 +15,7 @@ import torch
 
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache_parties.handshake import AS_CLIENT, agree
 from mpcache_parties.network.grpc_link import Network, connect_all

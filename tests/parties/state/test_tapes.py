@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import plain_answer
 from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PolicyError, StateError
-from mpcache.model.loading import Model
+from mpcache.limits import bind_policy
+from mpcache.model import Model
 from mpcache.rank import Rank
+from mpcache.sampling import Sampling
 from mpcache_parties.prepare import prepare
 from mpcache_parties.roles import Document, Question, ask, serve
 from mpcache_parties.state import sealed
@@ -240,7 +242,7 @@ def test_processes_prepare_and_answer(folder: Path, model: Model, tokens: list[i
     asked = model.tokenizer.encode(QUESTION.text, bos=False)
     context = model.tokenizer.encode(document.read_text(), bos=True)
     plain = plain_answer(
-        model, bind(model.shape, PUBLIC, len(context), len(asked)), context, asked, 3, Sampling(), ()
+        model, bind_policy(model.shape, PUBLIC, len(context), len(asked)), context, asked, 3, Sampling(), ()
     )
     for again in (False, True):
         with started() as children:

@@ -29,20 +29,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from mpcache.certificates import Identity, make
+from mpcache.certificates import Identity, make_identity
 from mpcache.config import Addresses, Certificates, Settings
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import largest
+from mpcache.transport.flow_control import largest_frame
 from mpcache.transport.link import Link, Spec
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import trust
 
 import grpc  # isort: skip  # after the link, which quiets it
 
 BATCH = 20
 SIZES = {"8 B": 8, "4 kB": 4096, "64 kB": 65536, "1 MB": 1 << 20}
-OPTIONS = [("grpc.max_receive_message_length", largest(Rank.SERVER))]
+OPTIONS = [("grpc.max_receive_message_length", largest_frame(Rank.SERVER))]
 
 
 def echo(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -117,7 +118,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for rank in Rank:
-            make(rank).write(folder)
+            make_identity(rank).write(folder)
         other = multiprocessing.get_context("spawn").Process(
             target=other_side, args=(address, tls_address, bare_address, folder, rounds), daemon=True
         )

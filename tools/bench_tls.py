@@ -20,7 +20,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpcache.certificates import make
+from mpcache.certificates import make_identity
 from mpcache.rank import Rank
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as name:
         for rank in Rank:
-            make(rank).write(Path(name))
+            make_identity(rank).write(Path(name))
         for _ in range(arguments.runs):
             for tls, runs in found.items():
                 runs.append(run(Path(name), tls, arguments.tokens, arguments.policy))

@@ -19,7 +19,7 @@ from mpcache.cost.reader import CostParty, MemoizedOps
 from mpcache.cost.tally import Cost, Steps
 from mpcache.decode import Operands
 from mpcache.engines.registry import engine
-from mpcache.model import ModelShape
+from mpcache.model.shape import ModelShape
 from mpcache.ops import Ops
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.rank import Rank

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
-from mpcache.model import ModelShape
+from mpcache.model.shape import ModelShape
 from mpcache.policy import BoundPolicy
 
 

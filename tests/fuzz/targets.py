@@ -22,8 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mpcache.audit.quality import read_quality
 from mpcache.cache import Cache, LayerCache
-from mpcache.certificates import Identity
-from mpcache.certificates import make as make_identity
+from mpcache.certificates import Identity, make_identity
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import MpcacheError
@@ -38,8 +37,9 @@ from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
 from mpcache.transport.local import local_pair
-from mpcache_parties.handshake import PROTOCOL_VERSION, compare
-from mpcache_parties.roles import _more, _recv_tokenizer, _tokenizer, facts_of
+from mpcache_parties.facts import facts_of, read_tokenizer, receive_tokenizer
+from mpcache_parties.handshake import PROTOCOL_VERSION, compare_hellos
+from mpcache_parties.roles import _more
 from mpcache_parties.state import sealed, snapshot
 from mpcache_protos import party_pb2 as pb
 from tests.fuzz.kept import resumes, tapes
@@ -220,12 +220,12 @@ def _vocabularies() -> list[str]:
 def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
     """What a party, or a run of another command, left on the disk."""
     file, key = place / "kept", bytes(32)
-    sealed.write(file, key, {"step": 1}, [b"x" * 500])
+    sealed.seal(file, key, {"step": 1}, [b"x" * 500])
 
     def state(data: bytes) -> None:
         file.write_bytes(data)
         sealed.read_header(file)
-        sealed.read(file, key, {"step": 1})
+        sealed.unseal(file, key, {"step": 1})
 
     bytes_of("checkpoint", 6, state, [file.read_bytes()])
     share = Share(torch.arange(6).reshape(2, 3), 16, Rank.SERVER)
@@ -237,9 +237,9 @@ def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
     }
 
     def content(data: bytes) -> None:
-        snapshot.load(bytearray(data))
+        snapshot.deserialize(bytearray(data))
 
-    bytes_of("checkpoint's content", 6, content, [b"".join(snapshot.dump(tree))])
+    bytes_of("checkpoint's content", 6, content, [b"".join(snapshot.serialize(tree))])
 
     own = make_identity(Rank.SERVER)
     keys = own.write(place / "keys")
@@ -314,7 +314,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
             if not link.arrived(data[offset + 2 : offset + 2 + size]):
                 break
             offset += 2 + size
-        compare(mine, link.recv_hello(), Rank.CLIENT)
+        compare_hellos(mine, link.recv_hello(), Rank.CLIENT)
         link.recv_facts("facts")
         link.recv("layer0/select", specs)
         _more(link, 1)
@@ -342,7 +342,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
             return  # no such message can be written
         link, _ = local_pair(Ledger(), Ledger(), timeout=0.01)
         link.arrived(pb.Frame(hello=said).SerializeToString())
-        compare(mine, link.recv_hello(), Rank.CLIENT)
+        compare_hellos(mine, link.recv_hello(), Rank.CLIENT)
 
     json_of(
         "hello",
@@ -371,8 +371,8 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
     def given(data: bytes) -> None:
         sender, link = local_pair(Ledger(), Ledger(), timeout=0.01)
         sender.send("facts/tokenizer", [torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)])
-        taken = _recv_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))})
-        _speak(_tokenizer(taken, loaded.shape))
+        taken = receive_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))})
+        _speak(read_tokenizer(taken, loaded.shape))
 
     bytes_of("tokenizer from the server", 4, given, [vocabulary])
 

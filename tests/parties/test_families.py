@@ -15,7 +15,7 @@ from mpcache.model import Model, load_model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.sampling import Sampling
-from mpcache_parties.roles import Question
+from mpcache_parties.private_inputs import Question
 from tests.parties.test_roles import QUESTION, play
 from tests.support.processes import CLI, ROOT, start
 from tests.support.tiny_models import make, save

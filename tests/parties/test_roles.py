@@ -30,8 +30,10 @@ from mpcache.sampling import Sampling
 from mpcache.transport.frames import FrameLink
 from mpcache_kernels import backend
 from mpcache_parties.handshake import agree
-from mpcache_parties.network.grpc_link import connect_all
-from mpcache_parties.roles import AHEAD, Document, Question, ask, deal, serve
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.private_inputs import Document, Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import AHEAD, ask, deal, serve
 from tests.support.links import context_of, free_settings, together
 from tests.support.processes import PARTY, SOON_S, errors_of, start, started, write_config
 
@@ -54,9 +56,9 @@ def play(
     """The three parties as threads; what each ended with."""
     return together(
         {
-            S: lambda links, ledger: serve(links, ledger, public, Document(model, tokens)),
-            C: lambda links, ledger: ask(links, ledger, public, question),
-            D: lambda links, ledger: deal(links, ledger, public),
+            S: lambda links, ledger: serve(SessionResources(links, ledger, public), Document(model, tokens)),
+            C: lambda links, ledger: ask(SessionResources(links, ledger, public), question),
+            D: lambda links, ledger: deal(SessionResources(links, ledger, public)),
         }
     )
 
@@ -154,7 +156,7 @@ def test_a_wrong_announcement_is_one_line(
 ) -> None:
     honest = bind_to_document
     monkeypatch.setattr(
-        "mpcache_parties.roles.bind_to_document", lambda *arguments: (honest(*arguments)[0], said)
+        "mpcache_parties.facts.bind_to_document", lambda *arguments: (honest(*arguments)[0], said)
     )
     errors = play(THRESHOLD, model, tokens, Question(QUESTION))
     # Whoever looks first says so; the other one may hear it from the server.

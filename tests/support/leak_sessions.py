@@ -11,7 +11,7 @@ from mpcache.config import PublicConfig
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
-from mpcache_parties.roles import Question
+from mpcache_parties.private_inputs import Question
 from tests.parties.test_roles import play
 from tests.support.needle import Secret
 from tests.support.record import LayerView, recording

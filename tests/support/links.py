@@ -21,7 +21,8 @@ from mpcache.rank import Rank
 from mpcache.sampling import Sampling
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.local import local_pair
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 
 
 def context_of(model: Model, n: int) -> list[int]:

@@ -20,7 +20,8 @@ from mpcache.limits import bind_policy
 from mpcache.model import load_model
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 from tests.support.links import free_settings
 from tests.support.processes import PARTY, Process, errors_of, start, started, tiny_model, write_config
 from tests.support.proxy import Proxy, proxy

@@ -19,7 +19,9 @@ from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
 from mpcache_parties.prepare import prepare
-from mpcache_parties.roles import Document, Question, ask, serve
+from mpcache_parties.private_inputs import Document, Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import ask, serve
 from mpcache_parties.state import sealed
 from mpcache_parties.state.tapes import SEED, TapeLink, TapeStore
 from tests.support.links import Job, Killed, context_of, free_settings, plain_ids, together
@@ -44,7 +46,9 @@ def prepared(
     stores = {rank: None if rank is D else TapeStore(place, rank) for rank in Rank}
 
     def job(rank: Rank) -> Job:
-        return lambda links, ledger: prepare(rank, links, public, owns[rank], stores[rank], lambda text: None)
+        return lambda links, ledger: prepare(
+            rank, SessionResources(links, ledger, public, tapes=stores[rank]), owns[rank]
+        )
 
     try:
         return together({rank: job(rank) for rank in Rank})
@@ -63,9 +67,11 @@ def answered(
         return together(
             {
                 S: lambda links, ledger: serve(
-                    links, ledger, public, Document(model, tokens), tapes=stores[S]
+                    SessionResources(links, ledger, public, tapes=stores[S]), Document(model, tokens)
                 ),
-                C: lambda links, ledger: ask(links, ledger, public, question, tapes=stores[C]),
+                C: lambda links, ledger: ask(
+                    SessionResources(links, ledger, public, tapes=stores[C]), question
+                ),
             }
         )
     finally:
@@ -132,7 +138,7 @@ def test_the_claim_is_on_disk_before_the_seed_is_read(
     store = TapeStore(tmp_path, C)
     (name,) = [f.name for f in batches(tmp_path, C)]
     done: list[str] = []
-    fsync, read = os.fsync, sealed.read
+    fsync, read = os.fsync, sealed.unseal
 
     def noted(descriptor: int) -> None:
         fsync(descriptor)
@@ -143,7 +149,7 @@ def test_the_claim_is_on_disk_before_the_seed_is_read(
         return read(file, *rest)
 
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(sealed, "read", spied)
+    monkeypatch.setattr(sealed, "unseal", spied)
     store._mark(name)
     header = sealed.read_header(store.file(name, SEED))
     TapeLink(store, name, header["sizes"])

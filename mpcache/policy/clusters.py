@@ -7,8 +7,8 @@ tail: there are no ragged clusters and no padding. When generated tokens make th
 what is attended to stays bounded however long the answer is.
 
 q is scored against tokens and representatives alike; selecting moves scores and softmax weights,
-never rows of K or V (PROTOCOLS 5). A choice is one slot matrix; layers that share it, and steps
-until the next refresh, only gather and scatter by it.
+never rows of K or V (docs/protocols.md, section 8). A choice is one slot matrix; layers that share it, and
+steps until the next refresh, only gather and scatter by it.
 """
 
 from __future__ import annotations

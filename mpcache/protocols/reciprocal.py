@@ -1,4 +1,4 @@
-"""Reciprocals and reciprocal square roots over a wide range, in two rounds (PROTOCOLS 6).
+"""Reciprocals and reciprocal square roots over a wide range, in two rounds (docs/protocols.md, section 9.2).
 
 Round 1: a positive x is opened once, masked. One key tree tells which of the thresholds
 2^low, 2^(low + step), ... it passes; a second one, with the mask as its payload, gives x times the same

@@ -19,7 +19,7 @@ import torch
 
 from mpcache.protocols.linear import Truncated, raised, share_of_product, truncate_local, truncate_to_scale
 from mpcache.protocols.ranges import MEAN_SQUARE_HIGH, MEAN_SQUARE_LOW, NORM_PRODUCT_BITS, NORM_PRODUCT_RING
-from mpcache.protocols.reciprocal import Curve, Range, power
+from mpcache.protocols.reciprocal import Curve, ExponentRange, power
 from mpcache.runtime.correlations import dealt, mask_parts, masked_operand_product
 from mpcache.runtime.program import (
     Opening,
@@ -38,13 +38,13 @@ from mpcache.runtime.side import Side
 
 
 @cache
-def root(width: int, bits: int) -> tuple[Range, Curve, int]:
+def root(width: int, bits: int) -> tuple[ExponentRange, Curve, int]:
     """Plan sqrt(width) 2^bits / sqrt(total), total the raw sum of `width` squares at `bits` fraction bits.
 
     Returns the range of the total, the curve, and the result's fraction bits. Relative error 3.2e-5.
     """
     spread = math.log2(width) + 2 * bits
-    where = Range.of(spread + MEAN_SQUARE_LOW, spread + MEAN_SQUARE_HIGH, 2)
+    where = ExponentRange.of(spread + MEAN_SQUARE_LOW, spread + MEAN_SQUARE_HIGH, 2)
     scale = math.log2(width) / 2  # the part of sqrt(width) that is no power of two goes into the curve
     whole = math.floor(scale)
     curve = Curve(lambda u: torch.rsqrt(u) * 2 ** (scale - whole), 2, 7, 16, 10)

@@ -286,7 +286,7 @@ def test_files_that_are_no_identity(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pin_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    from mpcache_parties.keys import pin
+    from mpcache_parties.pinning import pin
 
     def run(config: Path, *files: Path, **flags: bool) -> str:
         pin(list(files), config, **flags)

@@ -13,9 +13,7 @@ from tests.support.processes import tiny_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--shuffle", metavar="SEED", help="run files and their tests in another order"
-    )
+    parser.addoption("--shuffle", metavar="SEED", help="run files and their tests in another order")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -182,7 +182,7 @@ def test_what_the_model_cannot_hold_is_the_same_line_everywhere(model: Model, to
 @pytest.fixture
 def files(tmp_path: Path, model: Model, tokens: list[int]) -> tuple[Settings, Path, Path]:
     """Settings on free ports; their file; the document."""
-    settings = free_settings(connect_s=60, recv_s=60)
+    settings = free_settings()
     public = PublicConfig(policy="full", max_new_tokens=25)
     settings = settings.model_copy(update={"public": public})
     document = tmp_path / "document.txt"
@@ -302,7 +302,7 @@ def test_a_stop_signal_ends_all(files: tuple[Settings, Path, Path], folder: Path
         client.stdout.read(1)
         server.send_signal(signal.SIGTERM)
         for child, code in ((server, 143), (client, 3), (dealer, 3)):
-            _, noise = child.communicate(timeout=3 * SOON_S)  # the token in flight is finished first
+            _, noise = child.communicate(timeout=SOON_S)  # the token in flight is finished first
             assert child.returncode == code
             (line,) = errors_of(noise)
             assert "server: stopped by SIGTERM" in line

@@ -18,7 +18,10 @@ from mpcache.rank import Rank
 from tests.support.paths import ROOT
 
 PARTY, CLI = [sys.executable, "-m", "mpcache_parties"], [sys.executable, "-m", "mpcache.cli"]
-SOON_S = 10.0  # within which everybody must have ended after something went wrong
+# Within which everybody must have ended after something went wrong. It only has to tell an end that has a
+# reason from one that a timeout brings: tests set no timeout below 60 s that could end a party, too. A start
+# alone is 2 s of processor time for each of three parties, and other tests have the second core.
+SOON_S = 30.0
 
 Process = subprocess.Popen[str]
 Run = Callable[..., tuple[int, str, str]]  # a command: exit code, stdout, stderr

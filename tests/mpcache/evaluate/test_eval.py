@@ -24,7 +24,7 @@ from mpcache.model.loading import demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse
 from mpcache.policy.base import FULL_PERCENT
-from tests.support.processes import CLI, Run, start, started, tiny_model
+from tests.support.processes import CLI, SOON_S, Run, start, started, tiny_model
 
 SHORT = 200  # tokens of a document, for speed
 FIELDS = {"task", "policy", "budget_percent", "question", "accuracy", "ci95", "n", "engine"}
@@ -264,7 +264,7 @@ def test_interrupted_it_keeps_what_is_done() -> None:
         lines = iter(process.stderr.readline, "")
         assert any("full: sample 4 " in line for line in lines)
         process.send_signal(signal.SIGINT)
-        out, noise = process.communicate(timeout=20)
+        out, noise = process.communicate(timeout=SOON_S)
     assert process.returncode == 130
     assert "error: mpcache: stopped by SIGINT" in noise and "Traceback" not in noise
     found = json.loads(out)

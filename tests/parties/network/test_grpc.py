@@ -26,6 +26,7 @@ from mpcache_parties.network.grpc_link import Network, connect_all
 from tests.support.links import free_settings, grpc_networks
 from tests.support.one_party import WORD
 from tests.support.paths import ROOT
+from tests.support.processes import SOON_S
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -69,11 +70,12 @@ def connect(rank: Rank, settings: Settings, *peers: Rank) -> Network:
     return network
 
 
-def raised_within(seconds: float, call: Callable[[], object]) -> LinkError:
+def raised_soon(call: Callable[[], object]) -> LinkError:
+    """The error, which comes long before a timeout of 60 s would bring another one."""
     begin = time.monotonic()
     with pytest.raises(LinkError) as caught:
         call()
-    assert time.monotonic() - begin < seconds
+    assert time.monotonic() - begin < SOON_S
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -88,14 +90,14 @@ def test_three_processes_in_the_worst_order(start: Start) -> None:
     assert server.stderr.readline().startswith("server: waiting for ")
     dealer = start(Rank.DEALER, settings, "round")
     for child in (client, server, dealer):
-        out, noise = child.communicate(timeout=30)
+        out, noise = child.communicate(timeout=SOON_S)
         assert (child.returncode, out) == (0, "connected\n")
         assert all("waiting for" in line for line in noise.splitlines())
 
 
 @pytest.mark.parametrize("victim", list(Rank))
 def test_a_killed_party_ends_both_others(start: Start, victim: Rank) -> None:
-    settings = free_settings(recv_s=60)
+    settings = free_settings()
     child = start(victim, settings, "hang")
     one, two = (rank for rank in Rank if rank is not victim)
     with ThreadPoolExecutor(2) as pool:
@@ -106,18 +108,18 @@ def test_a_killed_party_ends_both_others(start: Start, victim: Rank) -> None:
         waiting = pool.submit(networks[0][two].recv, "layer0/qkv", WORD)
         time.sleep(0.2)
         os.kill(child.pid, signal.SIGKILL)
-        error = raised_within(5, lambda: waiting.result(timeout=10))
-        busy_until = time.monotonic() + 5
+        error = raised_soon(lambda: waiting.result(timeout=SOON_S))
+        busy_until = time.monotonic() + SOON_S
         while networks[1].failure is None and time.monotonic() < busy_until:
             time.sleep(0.01)
-        other = raised_within(1, lambda: networks[1][one].send("layer0/qkv", [torch.zeros(1)]))
+        other = raised_soon(lambda: networks[1][one].send("layer0/qkv", [torch.zeros(1)]))
         for found in (error, other):
             assert isinstance(found, PeerLost)
             assert f"at layer0/qkv: lost {victim.label}" in str(found)
         begin = time.monotonic()
         for network in networks:
             network.close(str(error))
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < SOON_S
 
 
 @pytest.mark.parametrize("stalled", [Rank.SERVER, Rank.CLIENT])
@@ -126,11 +128,11 @@ def test_a_stalled_party_is_a_timeout(start: Start, stalled: Rank) -> None:
     child = start(stalled, settings, "hang", (Rank.SERVER, Rank.CLIENT))
     with connect(stalled.peer, settings, stalled) as network:
         os.kill(child.pid, signal.SIGSTOP)
-        error = raised_within(4, lambda: network[stalled].recv("layer0/qkv", WORD))
+        error = raised_soon(lambda: network[stalled].recv("layer0/qkv", WORD))
         assert isinstance(error, PeerTimeout)
         begin = time.monotonic()
         network.close(str(error))
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < SOON_S
 
 
 @pytest.mark.parametrize("stalled", [Rank.SERVER, Rank.CLIENT])
@@ -145,11 +147,11 @@ def test_a_stalled_party_does_not_answer_pings(
     for name in ("DIAL_OPTIONS", "LISTEN_OPTIONS"):
         options = [option for option in getattr(grpc_link, name) if option[0] not in dict(hasty)]
         monkeypatch.setattr(grpc_link, name, [*options, *hasty])
-    settings = free_settings(recv_s=60)
+    settings = free_settings()
     child = start(stalled, settings, "hang", (Rank.SERVER, Rank.CLIENT))
     with connect(stalled.peer, settings, stalled) as network:
         os.kill(child.pid, signal.SIGSTOP)
-        error = raised_within(10, lambda: network[stalled].recv("layer0/qkv", WORD))
+        error = raised_soon(lambda: network[stalled].recv("layer0/qkv", WORD))
         assert isinstance(error, PeerLost)
         network.close(str(error))
 
@@ -158,10 +160,10 @@ def test_a_party_that_exits_without_closing_says_so(start: Start) -> None:
     settings = free_settings()
     child = start(Rank.SERVER, settings, "vanish", (Rank.SERVER, Rank.CLIENT))
     with connect_all(Rank.CLIENT, settings, Ledger(), peers=[Rank.SERVER]) as network:
-        error = raised_within(10, lambda: network[Rank.SERVER].recv("s", WORD))
+        error = raised_soon(lambda: network[Rank.SERVER].recv("s", WORD))
         assert isinstance(error, PeerFailed)
         assert "server exited" in str(error)
-        out, noise = child.communicate(timeout=10)
+        out, noise = child.communicate(timeout=SOON_S)
         assert (child.returncode, out) == (0, "")
         assert all("waiting for" in line for line in noise.splitlines())
 
@@ -170,7 +172,7 @@ def test_a_party_that_exits_without_closing_says_so(start: Start) -> None:
 def test_a_peer_that_never_comes(rank: Rank) -> None:
     said: list[str] = []
     settings = free_settings(connect_s=0.8)
-    error = raised_within(3, lambda: connect_all(rank, settings, Ledger(), said.append))
+    error = raised_soon(lambda: connect_all(rank, settings, Ledger(), said.append))
     assert isinstance(error, PeerTimeout)
     assert f"{rank.label}: gave up waiting for" in str(error)
     assert "after 0.8 s" in str(error)
@@ -184,7 +186,7 @@ def test_a_port_in_use() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
         other.listen()
-        error = raised_within(3, lambda: connect_all(Rank.SERVER, settings, Ledger()))
+        error = raised_soon(lambda: connect_all(Rank.SERVER, settings, Ledger()))
     assert isinstance(error, PortInUse)
     assert settings.addresses.server in str(error)
 
@@ -192,8 +194,8 @@ def test_a_port_in_use() -> None:
 def test_a_second_party_of_the_same_rank_finds_the_port_in_use() -> None:
     settings = free_settings()
     with grpc_networks(settings, Rank.SERVER, Rank.CLIENT):
-        assert isinstance(raised_within(3, lambda: connect_all(Rank.SERVER, settings, Ledger())), PortInUse)
-        error = raised_within(3, lambda: connect_all(Rank.CLIENT, settings, Ledger(), peers=[Rank.SERVER]))
+        assert isinstance(raised_soon(lambda: connect_all(Rank.SERVER, settings, Ledger())), PortInUse)
+        error = raised_soon(lambda: connect_all(Rank.CLIENT, settings, Ledger(), peers=[Rank.SERVER]))
         assert isinstance(error, PeerFailed)
         assert "client is not awaited: server has one already" in str(error)
 
@@ -205,25 +207,25 @@ def test_an_address_of_another_host() -> None:
 
 
 def test_swapped_addresses() -> None:
-    settings = free_settings(connect_s=5)
+    settings = free_settings()
     addresses = Addresses(server=settings.addresses.dealer, dealer=settings.addresses.server)
     swapped = settings.model_copy(update={"addresses": addresses})
     with ThreadPoolExecutor(1) as pool:
         dealer = pool.submit(connect_all, Rank.DEALER, settings, Ledger())
-        error = raised_within(5, lambda: connect_all(Rank.CLIENT, swapped, Ledger(), peers=[Rank.SERVER]))
+        error = raised_soon(lambda: connect_all(Rank.CLIENT, swapped, Ledger(), peers=[Rank.SERVER]))
         assert isinstance(error, Mismatch)
         assert "rank 2 listens at" in str(error)
         with pytest.raises(PeerFailed, match="client ended the session: .*Mismatch: rank 2"):
-            dealer.result(timeout=5)
+            dealer.result(timeout=SOON_S)
 
 
 def test_an_address_where_something_else_listens() -> None:
-    settings = free_settings(connect_s=5)
+    settings = free_settings()
     with ThreadPoolExecutor(1) as pool:
         other = grpc.server(pool)
         other.add_insecure_port(settings.addresses.server)
         other.start()
-        error = raised_within(5, lambda: connect_all(Rank.CLIENT, settings, Ledger(), peers=[Rank.SERVER]))
+        error = raised_soon(lambda: connect_all(Rank.CLIENT, settings, Ledger(), peers=[Rank.SERVER]))
         other.stop(0).wait()
     assert isinstance(error, Mismatch)
     assert "not an mpcache party" in str(error)

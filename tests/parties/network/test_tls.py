@@ -220,7 +220,7 @@ def test_a_session_of_parties_that_made_and_pinned_their_identities(
     model = tiny_model(tmp_path_factory.mktemp("model"))
     document = tmp_path / "document.txt"
     document.write_text("and the number of the gate of the city is in the book")
-    settings = free_settings(connect_s=60, recv_s=60)
+    settings = free_settings()
     config = write_config(settings, tmp_path / "session.yaml")
     with config.open("a") as file:
         file.write("# a comment of ours\n")

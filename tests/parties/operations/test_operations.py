@@ -75,7 +75,7 @@ class Run:
     """Three parties with logs, metrics and health ports."""
 
     def __init__(self, folder: Path, place: Path, children: list[Process], tokens: int = 25) -> None:
-        settings = free_settings(connect_s=60, recv_s=60)
+        settings = free_settings()
         public = PublicConfig(policy="full", max_new_tokens=tokens)
         config = write_config(settings.model_copy(update={"public": public}), place / "config.yaml")
         document = place / "document.txt"
@@ -169,7 +169,7 @@ def test_a_stop_signal_lets_the_token_in_flight_end(victim: Rank, folder: Path, 
         run = Run(folder, tmp_path, children)
         soon(lambda: run.tokens(C), 120)
         run.parties[victim].send_signal(signal.SIGTERM)
-        noises = {rank: child.communicate(timeout=3 * SOON_S)[1] for rank, child in run.parties.items()}
+        noises = {rank: child.communicate(timeout=SOON_S)[1] for rank, child in run.parties.items()}
     done = len(run.tokens(C))
     assert 1 <= done < 25
     said = f"{victim.label}: stopped by SIGTERM after {done} token{'s' * (done != 1)}"

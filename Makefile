@@ -32,12 +32,14 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python tools/protos.py --check
 	$(BIN)/python tools/docs.py --check
+	$(BIN)/python -m tools.figures --check
 
 bench: setup
 	$(BIN)/python tools/bench.py
 
-docs: setup
+docs: setup  ## docs/protocols.md from the programs, and the exact figures of README.md and docs/
 	$(BIN)/python tools/docs.py
+	$(BIN)/python -m tools.figures
 
 protos: setup
 	$(BIN)/python tools/protos.py

@@ -1,4 +1,4 @@
-"""What a private and a plaintext answer share: their limits, how a token is chosen, the loop over tokens."""
+"""Answer a question token by token: what a private and a plaintext answer share, and the plaintext one."""
 
 from __future__ import annotations
 
@@ -9,112 +9,24 @@ from typing import Any
 
 import torch
 
-from mpcache.config import PublicConfig
-from mpcache.engines.fast import LONGEST
 from mpcache.engines.plain import PlainOps
-from mpcache.errors import BadInput, PolicyError
-from mpcache.model.loading import Model, ModelShape
+from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
-from mpcache.policy import BoundPolicy, parse
+from mpcache.policy import BoundPolicy
 from mpcache.runtime.program import Program
+from mpcache.sampling import Sampling
 from mpcache.session import Session
 from mpcache_kernels import Backend, backend
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token follows from its logits: greedy at temperature 0, else drawn with a seed from the
-    fewest tokens that hold `top_p` of the probability. Raises BadInput on a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise BadInput(f"--temperature is {self.temperature:g}; give 0 (greedy) to 100")
-        if not 0 < self.top_p <= 1:
-            raise BadInput(f"--top-p is {self.top_p:g}; give a number above 0 and up to 1")
-        if not 0 <= self.seed < 2**63:
-            raise BadInput(f"--seed is {self.seed}; give a whole number from 0 to 2^63 - 1")
-
-    def check(self, reveal: str) -> None:
-        """Raises BadInput where the client would have to draw from logits that it does not learn."""
-        if reveal == "token" and self.temperature > 0:
-            raise BadInput(
-                f"--temperature is {self.temperature:g}, but with reveal: token the client learns the "
-                "likeliest token alone; leave the temperature at 0, or set reveal: logits"
-            )
-
-    def chooser(self, reveal: str = "logits") -> Chooser:
-        """A function from what the client learns to a token id: logits (vocab,), or the id itself. Each
-        one starts from the seed."""
-        return Chooser(self, reveal)
-
-
-class Chooser:
-    """Chooses tokens one after the other."""
-
-    def __init__(self, sampling: Sampling, reveal: str) -> None:
-        self.sampling, self.reveal = sampling, reveal
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-
-    @property
-    def state(self) -> torch.Tensor:
-        """Where the draws are (bytes): a chooser that is put there makes the same ones."""
-        return self._generator.get_state()
-
-    @state.setter
-    def state(self, state: torch.Tensor) -> None:
-        self._generator.set_state(state)
-
-    def __call__(self, logits: torch.Tensor) -> int:
-        if self.reveal == "token":
-            return int(logits)
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        scaled = torch.softmax(logits.double() / self.sampling.temperature, -1)
-        probabilities, tokens = scaled.sort(descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities
-        allowed = probabilities * (before < self.sampling.top_p)
-        return int(tokens[torch.multinomial(allowed, 1, generator=self._generator)])
-
-
-def bind(shape: ModelShape, public: PublicConfig, context: int, question: int) -> BoundPolicy:
-    """The policy with its plan, after the checks that every party makes on public facts alone.
-
-    context, question: lengths in tokens. Raises BadInput or PolicyError.
-    """
-    if context < 1:
-        raise BadInput("the context is empty; it needs at least one token")
-    if question < 1:
-        raise BadInput("the question is empty; it needs at least one token")
-    total = context + question + public.max_new_tokens
-    if total > shape.max_positions:
-        raise BadInput(
-            f"context ({context} tokens), question ({question}) and answer (up to {public.max_new_tokens}) "
-            f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
-            "--max-new-tokens"
-        )
-    policy = parse(public.policy)
-    if policy.plan_is_public and policy.leak == "count":
-        raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
-    bound = policy.bind(context, shape)
-    bound.check(public.protocol)
-    attended = bound.plan.attended + question + public.max_new_tokens
-    if public.protocol != "stock" and attended > LONGEST:
-        raise PolicyError(
-            f"policy {policy.spec}: a query may attend to {attended} tokens of context, question and answer; "
-            f"protocol {public.protocol} holds {LONGEST}: give it smaller budgets, or shorten the context"
-        )
-    return bound
-
-
-def decide(
+def bind_to_document(
     policy: BoundPolicy, shape: ModelShape, prefilled: Prefill, kernels: Backend
 ) -> tuple[BoundPolicy, list[int]]:
-    """At the document's owner: the policy with what the document decides, and that. Raises PolicyError."""
+    """Bind the policy to the counts that the document decides, at the document's owner.
+
+    Returns the policy and the counts, a number for each layer; the same policy and no counts where the
+    plan is public. Raises PolicyError.
+    """
     if policy.policy.plan_is_public:
         return policy, []
     counts = policy.policy.count_from_document(prefilled, kernels)
@@ -122,19 +34,19 @@ def decide(
 
 
 class Observer:
-    """Is told how far a session is. This one takes no note."""
+    """Takes note of how far a session is. This one takes none."""
 
     def began(self, phase: str) -> None:
-        """A phase begins: setup, context, question, decode1, ..."""
+        """Note that a phase begins: setup, context, question, decode1, ..."""
 
     def ended(self, phase: str, ms: float) -> None:
-        """And has ended, after so long."""
+        """Note that it has ended, after `ms` milliseconds."""
 
 
 class TimedSession(Session):
     """A session that knows how long each of its phases took: setup, context, question, decode1, ...
 
-    ms: on the clock.  cpu_ms: of this process's computation in it, on all its threads.
+    ms: by phase, on the clock.  cpu_ms: by phase, of this process's computation, on all its threads.
     """
 
     def __init__(
@@ -165,12 +77,27 @@ def answer(
     announce: Callable[[int, bool], None] = lambda step, more: None,
     known: Sequence[int] = (),
 ) -> Iterator[int]:
-    """Token ids, as they come: at most `limit`, and none after one of `stops`.
+    """Yield token ids as they come: at most `limit`, and none after one of `stops`.
 
-    announce(i, more): called before decode step i (1, 2, ...), and once when there is none although
-    the limit would allow it.
-    known: tokens chosen before the session was interrupted. It goes on after the chunks it has taken in;
-    what follows from a chunk and is known is not chosen again.
+    Parameters
+    ----------
+    session
+        At the one who asks; it has taken in the context, and the chunks of an answer that goes on.
+    question
+        Token ids.
+    limit
+        The most tokens to yield, those of an answer that goes on among them.
+    choose
+        Makes a token id of what the client learns of a step.
+    stops
+        Token ids that end an answer; the one that does is yielded, too.
+    announce
+        Called as announce(i, more) before decode step i (1, 2, ...), and once when there is none
+        although the limit would allow it.
+    known
+        Tokens chosen before the session was interrupted. The session goes on after the chunks that it
+        has taken in; a token that is known is not chosen again.
+
     """
     ids = list(known)
     for step in range(session.chunks, limit):
@@ -207,13 +134,32 @@ def plain_answer(
     stops: Collection[int],
     device: str = "cpu",
 ) -> PlainAnswer:
-    """The same program on plain tensors: same policy, same sampling."""
+    """Run the same program on plain tensors: same policy, same sampling.
+
+    Parameters
+    ----------
+    model
+        With its weights.
+    policy
+        As `mpcache.limits.bind_policy` returns it.
+    context, question
+        Token ids.
+    limit
+        The most tokens of the answer.
+    sampling
+        How each is chosen.
+    stops
+        Token ids that end an answer.
+    device
+        Where the plain tensors are.
+
+    """
     kernels: Backend = backend(device)
     session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
     session.setup(model.weights)
     start = time.perf_counter()
     prefilled = prefill(model, context, device, window=policy.policy.window(len(context)))
-    session.policy, _ = decide(policy, model.shape, prefilled, kernels)
+    session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
     session.context(prefilled, kernels)
     result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start), kernels=kernels.name)
     with torch.no_grad():

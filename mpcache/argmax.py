@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 
 from mpcache.ops import Ops, Value
+from mpcache.protocols.ranges import LARGEST_LOGIT
 from mpcache.runtime.program import Program
 
 GROUP = 16  # numbers that are compared pair by pair
-LOGITS = 512  # |logit| stays below
 
 
 def greedy(ops: Ops, logits: Value) -> Program[Value]:
-    """The place (1,) of the highest of (1, vocab) logits, or of one within 2^-16; nothing is opened bare."""
-    marks = yield from argmax(ops, logits, 1, LOGITS)
+    """Find the place (1,) of the highest of (1, vocab) logits, or of one within 2^-16: nothing is opened."""
+    marks = yield from argmax(ops, logits, 1, LARGEST_LOGIT)
     return (marks * torch.arange(logits.shape[-1])).sum(-1)
 
 
 def argmax(ops: Ops, scores: Value, k: int, limit: int) -> Program[Value]:
-    """Marks (A, n) of the k highest of (A, n), ties to the lower index; |score| < limit.
+    """Mark (A, n) the k highest of (A, n), ties to the lower index; |score| < limit.
 
     One token of many is found in groups of 16, of which the last one may overlap the one before, and
     then among the groups' best: three rounds a level in place of n^2 / 2 comparisons.

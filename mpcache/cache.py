@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from mpcache.ops import Operand, Ops, Value
+from mpcache.protocols.ranges import WEIGHTED_SUM_RING
 from mpcache.runtime.program import Program, together
-
-V_RING = 56  # bits of the ring for products with v (`Ops.prepare`): softmax weights, up to 2^13 tokens
 
 
 @dataclass
@@ -41,12 +40,15 @@ class Cache:
         return torch.arange(first, first + m)
 
     def append(self, ops: Ops, i: int, k: Value, v: Value) -> Program[None]:
-        """Add k, v (m, KV, d), settled, to layer i. What reads the layer may run beside it (`together`,
-        this one first): it meets the new rows from its first round on, which is this one's, too."""
+        """Add k, v (m, KV, d), rescaled, to layer i.
+
+        What reads the layer may run beside this program (`together`, this one first): it meets the new rows
+        from its first round on, which is this program's, too.
+        """
         layer = self.layers[i]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
         new_k = yield from ops.start_prepare(k)
-        new_v = yield from ops.start_prepare(v, V_RING)
+        new_v = yield from ops.start_prepare(v, WEIGHTED_SUM_RING)
         layer.k, layer.v = ops.cat_operands([layer.k, new_k], 1), ops.cat_operands([layer.v, new_v], 1)
         layer.k, layer.v = yield from together(
             ops.finish_prepare(k, new_k, layer.k), ops.finish_prepare(v, new_v, layer.v)

@@ -1,8 +1,8 @@
-"""Who a party is: a key that never leaves it, and a certificate that the others pin.
+"""Make and read who a party is: a key that never leaves it, and a certificate that the others pin.
 
-A certificate is signed by its own key and names the rank. Nobody vouches for it: that it is the right
-one is what pinning says (`certificates` in the config), so there is no authority that could be fooled.
-ECDSA on P-256, because gRPC's TLS does not take Ed25519.
+A certificate is signed by its own key and names the rank. Nobody vouches for it: the pins in the config
+(`certificates`) say that it is the right one, so there is no authority that could be fooled. Keys are ECDSA
+on P-256, because gRPC's TLS does not take Ed25519.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Identity:
 
     @staticmethod
     def files(folder: Path, rank: Rank) -> tuple[Path, Path]:
-        """Where the key and the certificate of this rank lie."""
+        """Return where the key and the certificate of this rank lie."""
         return folder / f"{rank.label}.key", folder / f"{rank.label}.crt"
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        """Both files; only the owner can read the key's. Raises ConfigError, also when there is one."""
+        """Write both files; only the owner can read the key's. Raises ConfigError, also when there is one."""
         key, certificate = self.files(folder, self.rank)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class Identity:
 
     @staticmethod
     def read(folder: Path, rank: Rank) -> Identity:
-        """What `write` wrote. Raises ConfigError, also when others could read the key."""
+        """Read what `write` wrote. Raises ConfigError, also when others could read the key."""
         key_file, certificate_file = Identity.files(folder, rank)
         hint = f"make it with: mpcache-party keygen --rank {int(rank)} --out {folder}"
         found = []
@@ -81,8 +81,8 @@ class Identity:
         return Identity(rank, found[0], found[1])
 
 
-def make(rank: Rank) -> Identity:
-    """A new key from the system's entropy, and its certificate."""
+def make_identity(rank: Rank) -> Identity:
+    """Make a new key from the system's entropy, and its certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host_of(rank))])
     now = datetime.now(UTC)
@@ -103,18 +103,18 @@ def make(rank: Rank) -> Identity:
 
 
 def host_of(rank: Rank) -> str:
-    """The name in a rank's certificate, wherever the party runs."""
+    """Return the name in a rank's certificate, wherever the party runs."""
     return f"{rank.label}.mpcache"
 
 
 def rank_of(certificate: x509.Certificate) -> Rank | None:
-    """The rank that a certificate names; None for a foreign one."""
+    """Return the rank that a certificate names; None for a foreign one."""
     names = {attribute.value for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)}
     return next((rank for rank in Rank if host_of(rank) in names), None)
 
 
 def certificates_in(pem: str) -> list[x509.Certificate]:
-    """None, one or several, as in the config. Raises ValueError."""
+    """Read certificates from PEM: none, one or several, as in the config. Raises ValueError."""
     if not pem.strip():
         return []
     found = x509.load_pem_x509_certificates(pem.encode())
@@ -128,10 +128,10 @@ def certificates_in(pem: str) -> list[x509.Certificate]:
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of the certificate, hex: what people compare by telephone."""
+    """Return the SHA-256 of the certificate, hex: what people compare by telephone."""
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-def short(print_: str) -> str:
-    """Enough of a fingerprint to tell two apart in an error line."""
+def short_fingerprint(print_: str) -> str:
+    """Return enough of a fingerprint to tell two apart in an error line."""
     return f"sha256:{print_[:16]}"

@@ -13,67 +13,59 @@ import torch
 import typer
 from rich.table import Table
 
-from mpcache.answer import PlainAnswer, Sampling, bind, plain_answer
-from mpcache.audit.command import audit
+from mpcache.answer import PlainAnswer, plain_answer
+from mpcache.audit.audit_command import audit
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console import terminal
 from mpcache.console.inputs import read_question, read_text
+from mpcache.console.options import (
+    ConfigOption,
+    ContextOption,
+    JsonOption,
+    ModelOption,
+    NetworkOption,
+    NewTokensOption,
+    PolicyOption,
+    ProtocolOption,
+    QuestionFileOption,
+    QuestionOption,
+    ResumeOption,
+    RevealOption,
+    SeedOption,
+    StateOption,
+    StopAtEosOption,
+    TemperatureOption,
+    TopPOption,
+    VersionOption,
+)
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, MpcacheError
-from mpcache.evaluate.command import evaluate
-from mpcache.model.loading import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.evaluate.eval_command import evaluate
+from mpcache.limits import bind_policy
+from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, BoundPolicy
-from mpcache.policy.base import written
+from mpcache.policy.plan import written
 from mpcache.rank import Rank
-from mpcache.report.account import card, comparison, summary
+from mpcache.report.account import summary
+from mpcache.report.tables import card, comparison
+from mpcache.sampling import Sampling
 from mpcache_parties.launch import run_parties
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Private LLM answers with MPCache: three parties, secret shares, an evicted KV cache.",
 )
-out = terminal.out()
+out = terminal.stdout()
 STARTING = "starting the parties ..."
-
-Config = Annotated[
-    Path | None, typer.Option(help="Public settings, a YAML file; its addresses are not used here.")
-]
-ModelDir = Annotated[Path | None, typer.Option("--model", help="A Hugging Face folder. [the demo model]")]
-Context = Annotated[Path | None, typer.Option(help="The server's document, a text file. [the demo's]")]
-Question = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
-QuestionFile = Annotated[
-    Path | None, typer.Option(help="A file with the question, or - for stdin: not seen in the process list.")
-]
-Network = Annotated[
-    str | None, typer.Option(help="none, lan, wan or RTT_MS:MBPS: the links are slowed down to it.")
-]
-Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
-Reveal = Annotated[
-    str | None,
-    typer.Option(help="What the client learns of each step: logits, or the token alone."),
-]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Share of probability to draw from.")]
-Seed = Annotated[int, typer.Option(help="Of the draws.")]
-StopAtEos = Annotated[
-    bool, typer.Option(help="End at the model's end token; the answer's length is public then.")
-]
-State = Annotated[
-    Path | None, typer.Option(help="Keep the session here after each token, each party's part encrypted.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the session in --state.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 
 
 @dataclass(frozen=True)
-class Task:
+class Inquiry:
     """What is asked of whom. context, question: token ids."""
 
     model: Path
@@ -89,16 +81,16 @@ class Task:
     @staticmethod
     def read(
         model: Path | None, context: Path | None, question: str, sampling: Sampling, stop_at_eos: bool
-    ) -> Task:
-        """Everything but the weights; raises BadInput before any process is started."""
+    ) -> Inquiry:
+        """Read everything but the weights; raises BadInput before any process is started."""
         folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
         shape, tokenizer = load_shape(folder), load_tokenizer(folder)
         ids = tokenizer.encode(read_text(file), bos=True), tokenizer.encode(question, bos=False)
-        return Task(folder, file, question, shape, tokenizer, *ids, sampling, stop_at_eos)
+        return Inquiry(folder, file, question, shape, tokenizer, *ids, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
-        return bind(self.shape, public, len(self.context), len(self.question))
+        return bind_policy(self.shape, public, len(self.context), len(self.question))
 
     def private(
         self,
@@ -107,7 +99,7 @@ class Task:
         on_token: Callable[[int, str], None],
         every: Sequence[str] = (),
     ) -> dict[Rank, Any]:
-        """Three processes. every: flags that all of them get."""
+        """Run three processes, and return their reports. every: flags that all of them get."""
         sampling = self.sampling
         flags = {
             Rank.SERVER: ["--model", str(self.model), "--context", str(self.context_file)],
@@ -130,27 +122,32 @@ class Task:
         )
 
 
+@app.callback()
+def options_of_all(version: VersionOption = False) -> None:
+    """Private LLM answers with MPCache: three parties, secret shares, an evicted KV cache."""
+
+
 @app.command()
 def generate(
-    model: ModelDir = None,
-    context: Context = None,
-    question: Question = None,
-    question_file: QuestionFile = None,
-    config: Config = None,
-    policy: Annotated[str | None, typer.Option(help="NAME[:key=value,...], see `mpcache policies`.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="fast, fast-bits, auto or stock.")] = None,
-    network: Network = None,
-    max_new_tokens: Tokens = None,
-    reveal: Reveal = None,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    stop_at_eos: StopAtEos = True,
-    state: State = None,
-    resume: Resume = False,
-    as_json: Json = False,
+    model: ModelOption = None,
+    context: ContextOption = None,
+    question: QuestionOption = None,
+    question_file: QuestionFileOption = None,
+    config: ConfigOption = None,
+    policy: PolicyOption = None,
+    protocol: ProtocolOption = None,
+    network: NetworkOption = None,
+    max_new_tokens: NewTokensOption = None,
+    reveal: RevealOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    stop_at_eos: StopAtEosOption = True,
+    state: StateOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """A private answer: server, client and dealer as three processes of this machine.
+    """Answer a question privately: server, client and dealer as three processes of this machine.
 
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
@@ -159,10 +156,10 @@ def generate(
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
-    task = Task.read(model, context, text, sampling, stop_at_eos)
-    bound = task.bind(settings.public)
+    inquiry = Inquiry.read(model, context, text, sampling, stop_at_eos)
+    bound = inquiry.bind(settings.public)
     if not as_json:
-        _entry("Question", task.question_text + "\n")
+        _entry("Question", inquiry.question_text + "\n")
     with terminal.progress(STARTING) as (say, hush):
         shown = ""
 
@@ -177,9 +174,9 @@ def generate(
                 _entry("Private", text)
             shown += text
 
-        reports = task.private(settings, say, show, [*kept, *["--resume"] * resume])
-    plain = task.plain(settings.public)
-    text = task.tokenizer.decode(plain.ids)
+        reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
+    plain = inquiry.plain(settings.public)
+    text = inquiry.tokenizer.decode(plain.ids)
     run = summary(settings.public.policy, bound.policy.leak, reports, plain, text)
     if as_json:
         print(json.dumps(run))
@@ -193,42 +190,42 @@ def generate(
 
 @app.command()
 def compare(
-    model: ModelDir = None,
-    context: Context = None,
-    question: Question = None,
-    question_file: QuestionFile = None,
-    config: Config = None,
+    model: ModelOption = None,
+    context: ContextOption = None,
+    question: QuestionOption = None,
+    question_file: QuestionFileOption = None,
+    config: ConfigOption = None,
     policy: Annotated[
         list[str] | None, typer.Option(help="May be given several times. [full, and the default]")
     ] = None,
     protocol: Annotated[list[str] | None, typer.Option(help="May be given several times. [fast]")] = None,
-    network: Network = None,
-    max_new_tokens: Tokens = None,
-    reveal: Reveal = None,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    stop_at_eos: StopAtEos = True,
-    as_json: Json = False,
+    network: NetworkOption = None,
+    max_new_tokens: NewTokensOption = None,
+    reveal: RevealOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    stop_at_eos: StopAtEosOption = True,
+    as_json: JsonOption = False,
 ) -> None:
-    """Private against plaintext, for each policy and protocol: latency, rounds, bytes, agreement."""
+    """Compare private with plaintext, per policy and protocol: latency, rounds, bytes, agreement."""
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
-    task = Task.read(model, context, text, sampling, stop_at_eos)
+    inquiry = Inquiry.read(model, context, text, sampling, stop_at_eos)
     chosen = [
         _settings(config, one, way, network, max_new_tokens, reveal)
         for way in protocol or (None,)
         for one in policy or ("full", None)
     ]
-    bounds = [task.bind(settings.public) for settings in chosen]  # all are checked before the first runs
+    bounds = [inquiry.bind(settings.public) for settings in chosen]  # all are checked before the first runs
     runs = []
     for settings, bound in zip(chosen, bounds, strict=True):
         public, spec = settings.public, settings.public.policy
         with terminal.progress(STARTING, f"{spec}, {public.protocol}: ") as (say, _):
-            reports = task.private(settings, say, lambda token, text: None)
-        plain = task.plain(public)
-        text = task.tokenizer.decode(plain.ids)
+            reports = inquiry.private(settings, say, lambda token, text: None)
+        plain = inquiry.plain(public)
+        text = inquiry.tokenizer.decode(plain.ids)
         runs.append(summary(spec, bound.policy.leak, reports, plain, text))
     if as_json:
         print(json.dumps({"runs": runs}))
@@ -237,8 +234,8 @@ def compare(
 
 
 @app.command()
-def policies(as_json: Json = False) -> None:
-    """What there is: each policy, what it needs and leaks beyond public sizes, its options and defaults."""
+def policies(as_json: JsonOption = False) -> None:
+    """List the policies: what each needs and leaks beyond public sizes, its options and defaults."""
     rows = [
         {
             "name": name,
@@ -289,13 +286,13 @@ def _settings(
 
 
 def _entry(name: str, text: str) -> None:
-    """A name in bold, and the (beginning of the) text that belongs to it."""
+    """Write a name in bold, and the (beginning of the) text that belongs to it."""
     out.print(f"[bold]{name:<11}[/]", end="")
     _write(text.lstrip(" "))
 
 
 def _write(text: str) -> None:
-    """Model text as it is: no markup, no wrapping."""
+    """Write model text as it is: no markup, no wrapping."""
     out.file.write(text)
     out.file.flush()
 
@@ -305,10 +302,11 @@ app.command("eval")(evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; an error of the user's or a party's is one line on stderr, and an exit code above 0."""
     stop_on_signals("mpcache")
     torch.set_num_threads(1)  # as each party does: else the comparison is not one
     try:
-        app(arguments)
+        app(arguments, prog_name="mpcache")  # also as `python -m mpcache`
     except MpcacheError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -6,30 +6,30 @@ What is each party's own (model folder, document, question, keys) is not here: t
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from mpcache.certificates import certificates_in
-from mpcache.errors import ConfigError
+from mpcache.choices import ProtocolName, Reveal
+from mpcache.errors import ConfigError, PolicyError
+from mpcache.policy.grammar import NOTATION, parse_parts
 from mpcache.rank import Rank
+from mpcache.transport.network import NETWORKS, parse_network
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _policy_spec(spec: str) -> str:
-    for part in spec.split("|"):
-        name, _, options = part.partition(":")
-        pairs = [pair.partition("=") for pair in options.split(",")] if options else []
-        keys = [key for key, _, _ in pairs]
-        if not name or not all(all(pair) for pair in pairs) or len(set(keys)) < len(keys):
-            raise ValueError("must be NAME or NAME:key=value,... with each key once, or two with a | between")
+def _policy(spec: str) -> str:
+    try:
+        parse_parts(spec)
+    except PolicyError:
+        raise ValueError(f"must be {NOTATION}") from None
     return spec
 
 
@@ -40,10 +40,12 @@ def _address(text: str) -> str:
     return text
 
 
-def _network(profile: str) -> str:
-    if not re.fullmatch(r"none|lan|wan|\d+(\.\d+)?:\d+(\.\d+)?", profile, re.ASCII):
-        raise ValueError("must be none, lan, wan or RTT_MS:MBPS")
-    return profile
+def _network(text: str) -> str:
+    try:
+        parse_network(text)
+    except ConfigError:
+        raise ValueError(f"must be {NETWORKS}") from None
+    return text
 
 
 def _certificates(pem: str) -> str:
@@ -54,6 +56,8 @@ def _certificates(pem: str) -> str:
     return pem
 
 
+# A choice is its enum's member in memory, and its text in YAML and JSON.
+_TEXT = (Field(strict=False), PlainSerializer(lambda choice: choice.value, return_type=str))
 Address = Annotated[str, AfterValidator(_address)]
 Pem = Annotated[str, AfterValidator(_certificates)]
 
@@ -61,28 +65,26 @@ Pem = Annotated[str, AfterValidator(_certificates)]
 class PublicConfig(_Section):
     """What every party must agree on before anything secret moves."""
 
-    # fast and fast-bits differ in how a top-k compares; auto picks one of them by `network` (mpcache.cost.choose).
-    protocol: Literal["stock", "fast", "fast-bits", "auto"] = "fast"
+    # `auto` picks one of fast and fast-bits by `network` (`mpcache.cost.choose`).
+    protocol: Annotated[ProtocolName, *_TEXT] = ProtocolName.FAST
     # NAME[:key=value,...]. Plain `mpcache` is the paper's setting; the default selects by Quest's exact
     # bound in every layer, which keeps the demo model's recall at one more round (docs/quality.md).
-    policy: Annotated[str, AfterValidator(_policy_spec)] = "mpcache:score=bound,share=none"
+    policy: Annotated[str, AfterValidator(_policy)] = "mpcache:score=bound,share=none"
     max_new_tokens: int = Field(default=32, ge=1, le=100_000)
-    reveal: Literal["logits", "token"] = "logits"  # what the client learns of each step
+    reveal: Annotated[Reveal, *_TEXT] = Reveal.LOGITS  # what the client learns of each step
     fraction_bits: int = Field(default=16, ge=8, le=16)  # `fast` has its ranges, docs/ranges.md, at 16
     network: Annotated[str, AfterValidator(_network)] = "none"
     # What the server reads its document with, in plaintext; auto: Triton's where there is a GPU.
     kernels: Literal["auto", "reference", "triton"] = "auto"
 
     def flat(self) -> dict[str, str]:
-        """Every field as text, the policy's options apart (`policy.n_keep`), for Hello."""
+        """Return every field as text, the policy's options apart (`policy.n_keep`), for Hello."""
         fields = {name: str(value) for name, value in self.model_dump().items()}
-        parts = [part.partition(":") for part in self.policy.split("|")]
-        fields["policy"] = "|".join(name for name, _, _ in parts)
-        for name, _, options in parts:
-            prefix = "policy" if len(parts) == 1 else f"policy.{name}"
-            for pair in options.split(",") if options else []:
-                key, _, value = pair.partition("=")
-                fields[f"{prefix}.{key}"] = value
+        parts = parse_parts(self.policy)
+        fields["policy"] = "|".join(part.name for part in parts)
+        for part in parts:
+            prefix = "policy" if len(parts) == 1 else f"policy.{part.name}"
+            fields |= {f"{prefix}.{key}": value for key, value in part.options}
         return dict(sorted(fields.items()))
 
 
@@ -93,7 +95,7 @@ class Addresses(_Section):
     dealer: Address = "127.0.0.1:7102"
 
     def of(self, rank: Rank) -> str:
-        """Where this rank listens; ValueError for the client."""
+        """Return where this rank listens; raises ValueError for the client."""
         if rank is Rank.CLIENT:
             raise ValueError("the client does not listen")
         return self.server if rank is Rank.SERVER else self.dealer
@@ -157,7 +159,7 @@ def load_settings(path: Path | str | None, overrides: Mapping[str, Any] | None =
         ) from None
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml comes without types
     """Without aliases: a few lines of them spell gigabytes, and a config needs none."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

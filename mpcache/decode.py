@@ -13,8 +13,8 @@ import torch
 
 from mpcache.argmax import greedy
 from mpcache.cache import Cache
-from mpcache.model.loading import ModelShape
-from mpcache.model.rope import Turn, rope_tables
+from mpcache.model import ModelShape
+from mpcache.model.rope import Rotation, rope_tables
 from mpcache.ops import Operand, Ops, Value
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, together
@@ -53,18 +53,36 @@ class Operands:
     lm_bias: Value | None
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream (m, width).
+
+    opened: the sum that the last norm met.  pending: what the sublayer after it adds, which the next norm
+    takes in.
+    """
+
+    opened: Operand | None
+    pending: Value
+
+    def last(self) -> Stream:
+        """Take the last token's row."""
+        return Stream(None if self.opened is None else self.opened[-1:], self.pending[-1:])
+
+
 def step(
     ops: Ops, model: Operands, cache: Cache, policy: BoundPolicy, one_hots: Value, reveal: str = "logits"
 ) -> Program[torch.Tensor | None]:
-    """(m, vocab) one-hot tokens of the client -> (vocab,) next-token logits, at the client only; or, with
-    reveal "token", the number (1,) of the likeliest token alone."""
+    """Turn (m, vocab) one-hot tokens of the client into (vocab,) next-token logits, at the client only.
+
+    With reveal "token" the client learns the number (1,) of the likeliest token alone.
+    """
     positions = cache.advance(one_hots.shape[0])
-    x: Value = None
-    change = yield from at("embed", embed(ops, model, one_hots, positions))
+    stream = Stream(None, (yield from at("embed", embed(ops, model, one_hots, positions))))
     for i, layer in enumerate(model.layers):
-        program = block(ops, model.shape, layer, cache, i, policy, x, change, positions)
-        x, change = yield from at(f"layer{i}", program)
-    head = ops.norm_linear(x[-1:], change[-1:], model.shape.norm_eps, model.lm_head, model.lm_bias)
+        program = block(ops, model.shape, layer, cache, i, policy, stream, positions)
+        stream = yield from at(f"layer{i}", program)
+    last = stream.last()
+    head = ops.norm_linear(last.opened, last.pending, model.shape.norm_eps, model.lm_head, model.lm_bias)
     _, logits = yield from at("lm_head", head)
     if reveal == "token":
         token = yield from at("token", greedy(ops, ops.in_small_ring(logits)))
@@ -73,53 +91,58 @@ def step(
 
 
 def embed(ops: Ops, model: Operands, one_hots: Value, positions: torch.Tensor) -> Program[Value]:
-    """(m, vocab) -> (m, width)."""
+    """Look up tokens: (m, vocab) -> (m, width)."""
     x = yield from ops.linear(one_hots, model.embed)
     return x if model.positions is None else x + model.positions[positions]
 
 
 def block(
-    ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: BoundPolicy,
-    x: Value | None, change: Value, positions: torch.Tensor,
-) -> Program[tuple[Value, Value]]:  # fmt: skip
-    """One layer: norm, qkv, select and attend, o, norm, mlp. The stream (m, width) stands as x and what
-    the sublayer before adds to it: it is added where the next norm meets it."""
-    x, q, k, v = yield from at("qkv", qkv(ops, shape, w, x, change, positions))
+    ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: BoundPolicy, stream: Stream,
+    positions: torch.Tensor,
+) -> Program[Stream]:  # fmt: skip
+    """Run one layer: norm, qkv, select and attend, o, norm, mlp."""
+    opened, q, k, v = yield from at("qkv", qkv(ops, shape, w, stream, positions))
     view = policy.view(ops, shape, cache, i, positions)
     _, a = yield from together(at("append", cache.append(ops, i, k, v)), attend(view, policy, q))
 
-    def rest() -> Program[tuple[Value, Value]]:
-        change = yield from at("o", ops.linear(a, w.o, w.o_bias))
-        return (yield from mlp(ops, shape, w, x, change))
+    def rest() -> Program[Stream]:
+        added = yield from at("o", ops.linear(a, w.o, w.o_bias))
+        return (yield from mlp(ops, shape, w, Stream(opened, added)))
 
     # What the policy does with what it saw shares its rounds with the rest of the layer.
-    stream, _ = yield from together(rest(), at("observe", policy.policy.observe(view)))
+    stream, _ = yield from together(rest(), at("observe", policy.observe(view)))
     return stream
 
 
 def qkv(
-    ops: Ops, shape: ModelShape, w: Layer, x: Value | None, change: Value, positions: torch.Tensor
-) -> Program[list[Value]]:
-    """(m, width) -> the stream; q (m, H, d), scaled by 1/sqrt d; k, v (m, KV, d); q and k rotated."""
+    ops: Ops, shape: ModelShape, w: Layer, stream: Stream, positions: torch.Tensor
+) -> Program[tuple[Operand, Value, Value, Value]]:
+    """Return the opened stream (m, width), q (m, H, d), and k, v (m, KV, d).
+
+    q is scaled by 1/sqrt d; q and k are rotated.
+    """
     turned = shape.heads + shape.kv_heads
-    turn = Turn(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
-    x, y = yield from ops.norm_linear(x, change, shape.norm_eps, w.qkv, w.qkv_bias, turn)
+    turn = Rotation(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
+    opened, y = yield from ops.norm_linear(
+        stream.opened, stream.pending, shape.norm_eps, w.qkv, w.qkv_bias, turn
+    )
     y = yield from ops.rescale(y)
     y = y.reshape(-1, turned + shape.kv_heads, shape.head_dim)
-    return [x, y[:, : shape.heads], y[:, shape.heads : turned], y[:, turned:]]
+    return opened, y[:, : shape.heads], y[:, shape.heads : turned], y[:, turned:]
 
 
 def attend(view: LayerView, policy: BoundPolicy, q: Value) -> Program[Value]:
-    """q (m, H, d) over one layer's cache -> (m, H d), as the policy attends."""
+    """Attend with q (m, H, d) over one layer's cache as the policy does -> (m, H d)."""
     m, kv, g, d = view.m, view.shape.kv_heads, view.shape.group, view.shape.head_dim
     rows = q.reshape(m, kv, g, d).transpose(0, 1).reshape(kv, m * g, d)
-    out = yield from policy.policy.attend(view, rows)
+    out = yield from policy.attend(view, rows)
     return out.reshape(kv, m, g, d).transpose(0, 1).reshape(m, kv * g * d)
 
 
-def mlp(ops: Ops, shape: ModelShape, w: Layer, x: Value, change: Value) -> Program[tuple[Value, Value]]:
-    """(m, width) -> the stream, and down(act(gate) * up), or down(act(up)) without a gate, of its norm."""
-    x, y = yield from at("up", ops.norm_linear(x, change, shape.norm_eps, w.up, w.up_bias))
+def mlp(ops: Ops, shape: ModelShape, w: Layer, stream: Stream) -> Program[Stream]:
+    """Add down(act(gate) * up), or down(act(up)) without a gate, of the stream's norm (m, width)."""
+    norm = ops.norm_linear(stream.opened, stream.pending, shape.norm_eps, w.up, w.up_bias)
+    opened, y = yield from at("up", norm)
     gate, up = (y[:, : shape.ffn], y[:, shape.ffn :]) if shape.gated else (y, None)
     hidden = yield from at("gate", ops.gate(shape.activation, gate, up))
-    return x, (yield from at("down", ops.linear(hidden, w.down, w.down_bias)))
+    return Stream(opened, (yield from at("down", ops.linear(hidden, w.down, w.down_bias))))

@@ -1,7 +1,32 @@
-"""What can go wrong, said in one line: who, where, what, and what to do.
+"""Say what went wrong in one line: who, where, what, and what to do.
 
-Every error that a user can meet is an `MpcacheError`. The command line prints its text and exits
-with its `exit_code`; anything else that escapes is a bug and keeps its traceback.
+    MpcacheError
+     |
+     +-- BadInput               2  the user's own input is wrong, nothing was started
+     |    +-- ConfigError          a configuration file or value
+     |    +-- ModelError           a model folder, or a text with its tokenizer       (private)
+     |    +-- TextError            a document or a question                           (private)
+     |    +-- PolicyError          a policy, or an option of it
+     |
+     +-- LinkError              3  something between two parties
+     |    +-- PeerLost             the peer's process or connection ended
+     |    +-- PeerTimeout          the peer did not come, or did not answer, in time
+     |    +-- PeerFailed           the peer ended the session and said why
+     |    +-- PortInUse            the address to listen on is taken
+     |    +-- Mismatch             the parties do not agree on a public field
+     |    +-- Desync               a message is not the one that is expected now
+     |
+     +-- StateError             1  a file of a party's own state                      (private)
+     |    +-- InUse                somebody else has it open                          (private)
+     |
+     +-- Reuse                  1  randomness that was used already
+     +-- OutOfRange             1  a value left a protocol's range                    (private)
+     +-- Stopped           128 + n  signal n ended this process (`mpcache.console.signals`)
+     +-- PartyFailed               a party's process ended; its own exit code (`mpcache_parties.launch`)
+
+The numbers are exit codes; a branch has its root's. Every error that a user can meet is an `MpcacheError`.
+The command line prints its text and exits with its `exit_code`; anything else that escapes is a bug and
+keeps its traceback. Peers read of a private error its name alone.
 """
 
 from __future__ import annotations
@@ -9,22 +34,24 @@ from __future__ import annotations
 LONGEST = 2000  # characters
 
 
-def line(text: str) -> str:
-    """One printable line of at most LONGEST characters. Much of an error's text comes from files and peers:
-    it must not steer a terminal, nor fill it."""
+def one_line(text: str) -> str:
+    """Return a text as one printable line of at most LONGEST characters.
+
+    Much of an error's text comes from files and peers: it must not steer a terminal, nor fill it.
+    """
     words = " ".join(text.split())
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words[: LONGEST + 1])
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + "..."
 
 
 class MpcacheError(Exception):
-    """Root of the tree. `str(error)` is the whole line that the user sees."""
+    """The root of the tree. `str(error)` is the whole line that the user sees."""
 
     exit_code = 1
     private = False  # the text may hold what peers must not learn: a path, a word of a text, a weight
 
     def __init__(self, text: str, private: bool | None = None) -> None:
-        super().__init__(line(text))
+        super().__init__(one_line(text))
         if private is not None:
             self.private = private
 

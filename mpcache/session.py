@@ -14,21 +14,18 @@ import torch
 
 from mpcache.cache import Cache
 from mpcache.decode import Layer, Operands, step
-from mpcache.model.loading import LayerWeights, ModelShape, Weights
+from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
-from mpcache.ops import Ops
+from mpcache.ops import AnyEngine, Ops
 from mpcache.policy import BoundPolicy
+from mpcache.protocols.ranges import OPERAND_RINGS
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, run, together
 from mpcache_kernels import Backend
 
-# The rings that products with each matrix need (`Ops.prepare`): queries and keys are rotated before they
-# are truncated.
-_RINGS = {"embed": 48, "qkv": 64, "o": 48, "up": 48, "down": 48, "lm_head": 48}
-
 
 def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:
-    """A layer's matrices and biases as `decode.Layer` has them."""
+    """Arrange a layer's matrices and biases as `decode.Layer` has them."""
 
     def join(*parts: torch.Tensor | None) -> torch.Tensor | None:
         there = [p for p in parts if p is not None]
@@ -45,8 +42,8 @@ def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:
     }  # fmt: skip
 
 
-def load(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operands]:
-    """Weights become operands. `weights` is None at all but their owner."""
+def load_operands(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operands]:
+    """Prepare weights as operands. weights: None at all but their owner."""
     blank = Weights.meta(shape)
 
     def own(tensor: torch.Tensor | None, like: torch.Tensor | None) -> Any:
@@ -56,8 +53,8 @@ def load(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operan
         mine: Mapping[str, torch.Tensor | None], like: Mapping[str, torch.Tensor | None]
     ) -> Program[dict[str, Any]]:
         values = {name: own(mine.get(name), tensor) for name, tensor in like.items()}
-        names = [name for name in values if name in _RINGS]
-        kept = yield from together(*(ops.prepare(values[name], _RINGS[name]) for name in names))
+        names = [name for name in values if name in OPERAND_RINGS]
+        kept = yield from together(*(ops.prepare(values[name], OPERAND_RINGS[name]) for name in names))
         return values | dict(zip(names, kept, strict=True))
 
     layers = []
@@ -75,10 +72,10 @@ def load(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operan
     return Operands(shape, layers=tuple(layers), **rest)
 
 
-def fill(
+def fill_cache(
     ops: Ops, shape: ModelShape, policy: BoundPolicy, prefill: Prefill | None, kernels: Backend | None
 ) -> Program[Cache]:
-    """The evicted context becomes the cache. `prefill` is None at all but the document's owner."""
+    """Make the cache of the evicted context. prefill, kernels: None at all but the document's owner."""
     layers = []
     for i in range(shape.layers):
         layers.append((yield from at(f"layer{i}", policy.fill(ops, shape, i, prefill, kernels))))
@@ -92,7 +89,7 @@ class Session:
     """
 
     def __init__(
-        self, ops: Ops, party: Any, shape: ModelShape, policy: BoundPolicy, reveal: str = "logits"
+        self, ops: AnyEngine, party: Any, shape: ModelShape, policy: BoundPolicy, reveal: str = "logits"
     ) -> None:
         self.ops, self.party, self.shape, self.policy, self.reveal = ops, party, shape, policy, reveal
         self.operands: Operands
@@ -115,13 +112,13 @@ class Session:
         self.operands, self.cache, self._chunks = operands, cache, chunks
 
     def setup(self, weights: Weights | None) -> None:
-        self.operands = self._run("setup", load(self.ops, self.shape, weights))
+        self.operands = self._run("setup", load_operands(self.ops, self.shape, weights))
 
     def context(self, prefill: Prefill | None, kernels: Backend | None) -> None:
         self.policy.check(self.ops.name)
-        if not self.policy.policy.plan_is_public:
+        if not self.policy.plan_is_public:
             raise ValueError("the document has not decided this plan yet: see `Policy.plan_is_public`")
-        self.cache = self._run("context", fill(self.ops, self.shape, self.policy, prefill, kernels))
+        self.cache = self._run("context", fill_cache(self.ops, self.shape, self.policy, prefill, kernels))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:
         """Take m tokens in; the next token's logits (vocab,), or its number (1,), where they are learned."""

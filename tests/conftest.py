@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcache.model.loading import Model, load_model
+from mpcache.model import Model, load_model
 from tests.support.processes import tiny_model
 
 

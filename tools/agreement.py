@@ -1,4 +1,4 @@
-"""Plain and private answers side by side, on unseen documents: the same tokens? And where not, why?
+"""Compare plain and private answers on unseen documents: where do their tokens differ, and why.
 
 Usage: python tools/agreement.py [--samples 100] [--tokens 880] [--answer 6] [--policy SPEC ...]
 
@@ -23,17 +23,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpcache.config import PublicConfig
-from mpcache.cost.tally import PROTOCOLS
 from mpcache.demo.documents import make_document
-from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.engines.registry import PROTOCOLS
+from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.policy import POLICIES
 from tests.support.agreement import compare
 
 
 @dataclass
 class Tally:
-    """One policy's samples. differences: largest of the logits, per sample.  margins: of disagreements.
-    right: private answers that are the fact's own, and plain ones."""
+    """One policy's samples.
+
+    agree: samples whose private and plain answers are the same.  wrong: clusters chosen for no reason.
+    changed, selections: clusters chosen that differ, and all.  right: private answers that are the
+    fact's own, and plain ones.  differences: the largest of the logits, per sample.  margins: of
+    disagreements.
+    """
 
     policy: str
     agree: int = 0
@@ -45,6 +50,7 @@ class Tally:
     margins: list[float] = field(default_factory=list)
 
     def row(self) -> str:
+        """Return a row of the Markdown table."""
         d = sorted(self.differences)
         n = len(d)
         quantiles = " / ".join(f"{d[min(n - 1, int(q * n))]:.3g}" for q in (0.5, 0.9, 1.0)) if d else "-"
@@ -55,7 +61,7 @@ class Tally:
 
 
 def unseen(model: Model, seed: int, tokens: int) -> tuple[list[int], list[int], list[int]]:
-    """A document, a question about it and its answer, as token ids."""
+    """Make a document, a question about it and its answer, as token ids."""
 
     def ids(text: str, bos: bool = False) -> list[int]:
         return model.tokenizer.encode(text, bos=bos)
@@ -67,6 +73,7 @@ def unseen(model: Model, seed: int, tokens: int) -> tuple[list[int], list[int], 
 
 
 def main() -> None:
+    """Answer every sample under every policy, and print the lines and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=880, help="of the document")

@@ -1,4 +1,4 @@
-"""Private against plaintext on this machine: the table of docs/benchmarks.md.
+"""Measure private against plaintext answers on this machine: the table of docs/benchmarks.md.
 
     python tools/bench.py [--contexts 256 512 1000] [--protocols fast stock] [--model DIR] [--tokens 6]
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.demo.documents import make_document
-from mpcache.model.loading import demo_model_dir, load_tokenizer
+from mpcache.model import demo_model_dir, load_tokenizer
 
 HEAD = (
     "| context | policy | protocol | plaintext ms/token | private ms/token | rounds/token | "
@@ -28,7 +28,7 @@ HEAD = (
 
 
 def compare(model: Path, document: str, question: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one `mpcache compare --json`."""
+    """Run `mpcache compare --json` once and return its rows."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write(document)
         file.flush()
@@ -44,6 +44,7 @@ def compare(model: Path, document: str, question: str, given: argparse.Namespace
 
 
 def main() -> None:
+    """Print a row for each length, policy and protocol."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--model", type=Path, default=demo_model_dir())
     arguments.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1000])

@@ -1,4 +1,4 @@
-"""The Triton kernels' time and bandwidth, beside torch eager and torch.compile of the reference.
+"""Measure the Triton kernels' time and bandwidth, beside torch eager and torch.compile of the reference.
 
 Per kernel: the fewest bytes it can move (each row that is needed read once, each result written once)
 over its time, against what a device copy reaches (bytes read plus bytes written). Median times by CUDA
@@ -38,6 +38,8 @@ class Case:
 
 
 def cases(tokens: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Yield every kernel at one size: tokens of context, query heads, KV heads, head size d."""
+
     def normal(*size: int) -> Tensor:
         return torch.randn(size, dtype=dtype, device=device)
 
@@ -90,7 +92,7 @@ def cases(tokens: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: 
 def attention(
     name: str, rows: int, tokens: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: str
 ) -> Case:
-    """select_and_attend with random clusters for each of `rows`, the sink and the recent window beside."""
+    """Make a case of select_and_attend: random clusters for each of `rows`, a sink, a recent window."""
     clusters = (tokens - SINK - RECENT) // CLUSTER  # no ragged one, so that all choices are alike
     recent = tokens - SINK - clusters * CLUSTER
     m = int(ATTENDED * clusters)
@@ -111,7 +113,7 @@ def attention(
 
 
 def milliseconds(call: Callable[..., object], inputs: list[tuple[Tensor | int | float, ...]]) -> float:
-    """Median of one call; the inputs take turns."""
+    """Measure one call, the median of many; the inputs take turns."""
     from triton.testing import do_bench
 
     turns = cycle(inputs)
@@ -119,20 +121,20 @@ def milliseconds(call: Callable[..., object], inputs: list[tuple[Tensor | int | 
 
 
 def error(got: Tensor | tuple[Tensor, Tensor], want: Tensor | tuple[Tensor, Tensor]) -> float:
-    """||got - want|| / ||want||."""
+    """Compute ||got - want|| / ||want||."""
     a, b = (torch.cat(x if isinstance(x, tuple) else (x,)).double() for x in (got, want))
     return float((a - b).norm() / b.norm())
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read plus written per second by a 2 GiB copy."""
+    """Measure the bytes read plus written per second by a 2 GiB copy."""
     source = torch.empty(1 << 31, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / (1e-3 * milliseconds(target.copy_, [(source,)]))
 
 
 def measure(case: Case, chosen: Backend, copy: float, l2: int, with_compile: bool) -> str:
-    """One line of the table."""
+    """Measure one case and return its line of the table."""
     inputs = [case.draw() for _ in range(min(32, max(2, -(-4 * l2 // case.bytes))))]
     ours, eager = case.call(chosen), case.call(REFERENCE)
     wrong = error(ours(*inputs[0]), eager(*inputs[0]))
@@ -150,6 +152,7 @@ def measure(case: Case, chosen: Backend, copy: float, l2: int, with_compile: boo
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heads", type=int, default=32)

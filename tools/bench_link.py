@@ -1,4 +1,4 @@
-"""What a round over GrpcLink costs beside a bare gRPC ping-pong, between two processes of this machine.
+"""Measure a round over GrpcLink beside a bare gRPC ping-pong, between two processes of this machine.
 
 Four kinds of the same size take turns in one run, so that all meet the same noise:
   exchange   both send, both receive: one round, two one-way trips at once
@@ -29,28 +29,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from mpcache.certificates import Identity, make
+from mpcache.certificates import Identity, make_identity
 from mpcache.config import Addresses, Certificates, Settings
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import largest
+from mpcache.transport.flow_control import largest_frame
 from mpcache.transport.link import Link, Spec
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import trust
 
 import grpc  # isort: skip  # after the link, which quiets it
 
 BATCH = 20
 SIZES = {"8 B": 8, "4 kB": 4096, "64 kB": 65536, "1 MB": 1 << 20}
-OPTIONS = [("grpc.max_receive_message_length", largest(Rank.SERVER))]
+OPTIONS = [("grpc.max_receive_message_length", largest_frame(Rank.SERVER))]
 
 
 def echo(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    """Answer every message with itself."""
     yield from requests
 
 
 def settings_at(address: str, identities: Path | None) -> Settings:
-    """identities: the folder of both parties', for TLS."""
+    """Make the settings of a network at `address`; identities: the folder of both parties', for TLS."""
     pinned = (
         {}
         if identities is None
@@ -60,6 +62,7 @@ def settings_at(address: str, identities: Path | None) -> Settings:
 
 
 def link_with(me: Rank, address: str, identities: Path | None) -> Network:
+    """Connect party `me` to the other one, over TLS where there are identities."""
     settings = settings_at(address, identities)
     return connect_all(
         me, settings, Ledger(), peers=[me.peer], trust=trust(me, settings, identities, insecure=False)
@@ -67,7 +70,7 @@ def link_with(me: Rank, address: str, identities: Path | None) -> Network:
 
 
 def other_side(address: str, tls_address: str, bare_address: str, identities: Path, rounds: int) -> None:
-    """The server: answers ping-pongs from a thread and takes its part in every exchange."""
+    """Serve: answer ping-pongs from a thread and take the server's part in every exchange."""
     bare = grpc.server(futures.ThreadPoolExecutor(1), options=OPTIONS)
     handlers = {"Echo": grpc.stream_stream_rpc_method_handler(echo)}
     bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
@@ -85,7 +88,7 @@ def other_side(address: str, tls_address: str, bare_address: str, identities: Pa
 
 
 def take_turns(link: Link, tls: Link, tensor: torch.Tensor) -> None:
-    """The server's part of one batch of each kind that uses a link."""
+    """Take the server's part of one batch of each kind that uses a link."""
     specs = [(tensor.dtype, tuple(tensor.shape))]
     for each in (link, tls):
         for _ in range(BATCH + 1):
@@ -95,7 +98,7 @@ def take_turns(link: Link, tls: Link, tensor: torch.Tensor) -> None:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Of one call, on average over a batch."""
+    """Measure one call, on average over a batch."""
     begin = time.perf_counter()
     for _ in range(BATCH):
         call()
@@ -103,6 +106,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20, help="batches of each kind and size")
     rounds = parser.parse_args().rounds
@@ -114,7 +118,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for rank in Rank:
-            make(rank).write(folder)
+            make_identity(rank).write(folder)
         other = multiprocessing.get_context("spawn").Process(
             target=other_side, args=(address, tls_address, bare_address, folder, rounds), daemon=True
         )
@@ -163,6 +167,7 @@ def main() -> None:
 
 
 def summary(times: list[float]) -> str:
+    """Return the median of times in ms, and their 10th and 90th percentile, as 21 characters."""
     low, *_, high = statistics.quantiles(times, n=10)
     return f"{statistics.median(times):.3f} ({low:.3f}..{high:.3f})".rjust(21)
 

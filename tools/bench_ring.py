@@ -1,4 +1,4 @@
-"""Products in Z_2^64: torch's int64 matmul beside limbs in float64 BLAS, in one run on one thread.
+"""Measure products in Z_2^64: torch's int64 matmul beside limbs in float64 BLAS, in one run on one thread.
 
     python tools/bench_ring.py
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from mpcache.runtime import ring
-from mpcache.runtime.rng import Stream, fresh_seed
+from mpcache.runtime.rng import KeyStream, fresh_seed
 
 SHAPES = [  # x and y: a decode step's products, then whole chunks
     ((1, 128), (128, 512)),
@@ -30,12 +30,15 @@ LARGEST_INNER = 512
 
 
 def split(x: torch.Tensor) -> list[torch.Tensor]:
-    """Three float64 limbs, lowest first; the top one holds the 20 bits that are left."""
+    """Cut words into three float64 limbs, lowest first; the top one holds the 20 bits that are left."""
     return [((x >> (LIMB * i)) & ((1 << LIMB) - 1)).double() for i in range(3)]
 
 
 def limb_product(xs: list[torch.Tensor], ys: list[torch.Tensor]) -> torch.Tensor:
-    """The product modulo 2^64 of operands already split; inner dimension at most LARGEST_INNER."""
+    """Multiply modulo 2^64 operands already split.
+
+    Raises ValueError for an inner dimension above LARGEST_INNER.
+    """
     if xs[0].shape[-1] > LARGEST_INNER:
         raise ValueError(f"inner dimension {xs[0].shape[-1]}: float64 sums are exact up to {LARGEST_INNER}")
     pairs = [(i, j) for i in range(3) for j in range(3 - i)]
@@ -44,7 +47,7 @@ def limb_product(xs: list[torch.Tensor], ys: list[torch.Tensor]) -> torch.Tensor
 
 
 def best_ms(call: Callable[[], torch.Tensor], repeats: int = 15) -> float:
-    """The quickest of several calls, in milliseconds."""
+    """Measure the quickest of several calls, in milliseconds."""
     taken = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -54,8 +57,9 @@ def best_ms(call: Callable[[], torch.Tensor], repeats: int = 15) -> float:
 
 
 def main() -> None:
+    """Print the table."""
     torch.set_num_threads(1)
-    words = Stream(fresh_seed(), "bench")
+    words = KeyStream(fresh_seed(), "bench")
     print(f"{'product':<30}{'int64 ms':>10}{'limbs ms':>10}{'limbs / int64':>15}")
     for a, b in SHAPES:
         x, y = words.tensor(a), words.tensor(b)

@@ -1,4 +1,4 @@
-"""What TLS costs per token: the same question asked with and without it, in turns.
+"""Measure what TLS costs per token: the same question asked with and without it, in turns.
 
 Three parties of this machine, the demo model, loopback. CPU time of all three together is compared, since
 elapsed time depends on what else the machine does; set-up and context are in it, equally in both.
@@ -20,12 +20,12 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpcache.certificates import make
+from mpcache.certificates import make_identity
 from mpcache.rank import Rank
 
 
 def config(folder: Path, tls: bool, tokens: int, policy: str) -> list[str]:
-    """Flags of each party, with free ports."""
+    """Write a configuration with free ports, and return the flags of each party."""
     with socket.socket() as one, socket.socket() as two:
         for probe in (one, two):
             probe.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def config(folder: Path, tls: bool, tokens: int, policy: str) -> list[str]:
 
 
 def run(folder: Path, tls: bool, tokens: int, policy: str) -> tuple[float, float]:
-    """CPU time of the three parties in s, and the client's time per token in ms."""
+    """Run three parties once; return their CPU time in s, and the client's time per token in ms."""
     flags = config(folder, tls, tokens, policy)
     command = [sys.executable, "-m", "mpcache_parties", *flags]
     parties = []
@@ -66,6 +66,7 @@ def run(folder: Path, tls: bool, tokens: int, policy: str) -> tuple[float, float
 
 
 def main() -> None:
+    """Ask with and without TLS in turns, and print the medians."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="of each kind")
     parser.add_argument("--tokens", type=int, default=8)
@@ -74,14 +75,14 @@ def main() -> None:
     found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as name:
         for rank in Rank:
-            make(rank).write(Path(name))
+            make_identity(rank).write(Path(name))
         for _ in range(arguments.runs):
             for tls, runs in found.items():
                 runs.append(run(Path(name), tls, arguments.tokens, arguments.policy))
     print(f"median of {arguments.runs} runs of {arguments.tokens} tokens, policy {arguments.policy}")
     for index, what in enumerate(("CPU of all three, s", "client, ms per token")):
-        plain, tls = (statistics.median(run[index] for run in found[kind]) for kind in (False, True))
-        print(f"{what}: {plain:.4g} without TLS, {tls:.4g} with it, ratio {tls / plain:.2f}")
+        without, with_it = (statistics.median(run[index] for run in found[kind]) for kind in (False, True))
+        print(f"{what}: {without:.4g} without TLS, {with_it:.4g} with it, ratio {with_it / without:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/protocols.md from its text, the catalog of protocols, and the programs themselves.
+"""Write docs/protocols.md from its text, the catalog of protocols, and the programs themselves.
 
     python tools/docs.py [--check]
 
@@ -11,13 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mpcache.audit.catalog import CATALOG
 from mpcache.audit.explain import StepTrace, TensorTrace, TraceParty, explained, formula_of
 from mpcache.audit.formula import Names, modulus, total
-from mpcache.model.loading import demo_model_dir, load_shape
+from mpcache.model import demo_model_dir, load_shape
 from mpcache.protocols.compare import less
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product, truncate, truncate_product
 from mpcache.protocols.lookup import lookup
@@ -26,7 +27,7 @@ from mpcache.protocols.softmax import exp
 from mpcache.protocols.topk import HotSelection, topk
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.program import Program, run
+from mpcache.runtime.program import Program, RequestKind, run
 from mpcache.runtime.ring import matmul
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
@@ -45,57 +46,65 @@ SIZES = {
 }
 
 
+def meta(*shape: int) -> Any:
+    """Make a tensor that has a size and no values; the protocols take it where they take a tensor."""
+    return MetaTensor(shape)
+
+
 def share(*shape: int, bits: int = 16, ring: int = 64) -> Share:
-    return Share(MetaTensor(shape), bits, ring=ring)
+    """Make a share of that size."""
+    return Share(meta(*shape), bits, ring=ring)
 
 
 def kept(*shape: int, ring: int = 64) -> MaskedOperand:
-    return MaskedOperand(MetaTensor(shape), MetaTensor(shape), 16, None, ring)
+    """Make an operand of that size that was masked once."""
+    return MaskedOperand(meta(*shape), meta(*shape), 16, None, ring)
 
 
 def scatter(rows: int, n: int, k: int, c: int) -> Program[Share]:
-    hot, opened = MetaTensor((rows, k, n)), MetaTensor((rows, n))
+    """Scatter k slots of c weights to n items, in each row."""
+    hot, opened = meta(rows, k, n), meta(rows, n)
     return HotSelection(SIDE, hot, opened, modulus(n), None).scatter(share(rows, k, c), 56)
 
 
 # What is read for each protocol of the catalog, with the sizes that are symbols in it.
-EXAMPLES: Mapping[str, tuple[str, Callable[..., Program[object]]]] = {
-    "truncation": (
+EXAMPLES: Mapping[RequestKind, tuple[str, Callable[..., Program[object]]]] = {
+    RequestKind.TRUNCATION: (
         "n values, ring of 48 bits", lambda n, **_: truncate(SIDE, share(n, bits=32, ring=48), 16)
     ),
-    "mask": ("n values, ring of 48 bits", lambda n, **_: mask_operand(share(n), 48)),
-    "resident": (
-        "(m, k) times resident (k, n), ring of 48 bits",
+    RequestKind.MASK: ("n values, ring of 48 bits", lambda n, **_: mask_operand(share(n), 48)),
+    RequestKind.MASKED_OPERAND: (
+        "(m, k) times masked (k, n), ring of 48 bits",
         lambda m, k, n, **_: matmul_masked_operand(SIDE, share(m, k), kept(k, n, ring=48)),
     ),
-    "truncations/product": (
+    RequestKind.TRUNCATIONS_PRODUCT: (
         "n values by n values, rings of 24 and 40 bits",
         lambda n, **_: truncate_product(SIDE, share(n, ring=24), share(n, ring=40)),
     ),
-    "line": (
+    RequestKind.LINE: (
         "n reciprocals from 2^-7 to 2^13",
         lambda n, **_: reciprocal(SIDE, share(n, bits=20), 2.0**-7, 2.0**13),
     ),
-    "triple/mul": ("n values by n values", lambda n, **_: product(SIDE, share(n), share(n))),
-    "triple/matmul": (
+    RequestKind.TRIPLE_MUL: ("n values by n values", lambda n, **_: product(SIDE, share(n), share(n))),
+    RequestKind.TRIPLE_MATMUL: (
         "(m, k) times (k, n)", lambda m, k, n, **_: product(SIDE, share(m, k), share(k, n), matmul)
     ),
-    "compare": (
+    RequestKind.COMPARE: (
         "n values of 32 bits, any number of public thresholds",
-        lambda n, **_: less(SIDE, MetaTensor((n,)), 32),
+        lambda n, **_: less(SIDE, meta(n), 32),
     ),
-    "one-hot": (
+    RequestKind.ONE_HOT: (
         "n values, a table of 1024 entries",
-        lambda n, **_: lookup(SIDE, MetaTensor((n,)), torch.empty(1024, dtype=torch.int64)),
+        lambda n, **_: lookup(SIDE, meta(n), torch.empty(1024, dtype=torch.int64)),
     ),
-    "exp": ("n values", lambda n, **_: exp(SIDE, share(n, bits=13, ring=24))),
-    "top": (
+    RequestKind.EXP: ("n values", lambda n, **_: exp(SIDE, share(n, bits=13, ring=24))),
+    RequestKind.TOPK: (
         "k of n, scores of 24 bits, c values each, in each row",
         lambda rows, n, k, c, **_: topk(
             SIDE, share(rows, n, bits=13, ring=24), k, [share(rows, n, c, bits=13, ring=24)], 24
         ),
     ),
-    "scatter": (
+    RequestKind.SCATTER: (
         "k slots of c weights, to n items, in each row",
         lambda rows, n, k, c, **_: scatter(rows, n, k, c),
     ),
@@ -103,13 +112,14 @@ EXAMPLES: Mapping[str, tuple[str, Callable[..., Program[object]]]] = {
 
 
 def read(program: Program[object]) -> list[StepTrace]:
+    """Run a program on sizes alone and return what each step opens and draws."""
     witness = TraceParty()
     run(program, witness)
     return list(witness.said.values())
 
 
 def blocks() -> Iterator[str]:
-    """The table of building blocks."""
+    """Yield the table of building blocks, line by line."""
     yield "| protocol | for | rounds | bytes sent per party | bytes from the dealer | error | source |"
     yield "|---|---|---|---|---|---|---|"
     names = Names(SIZES)
@@ -135,7 +145,10 @@ def _bytes(names: Names, readings: list[list[TensorTrace]]) -> str:
 
 
 def layer(spec: str, index: int) -> Iterator[str]:
-    """One layer of a decode step, by its steps; the whole ones that stand outside of the layers apart."""
+    """Yield the table of one layer of a decode step, by its steps.
+
+    The steps outside of the layers are left out.
+    """
     plan = explained(load_shape(demo_model_dir()), spec, 500, 16, "fast")
     yield "| step | rounds | bytes sent per party | bytes from the dealer | draws |"
     yield "|---|---|---|---|---|"
@@ -150,6 +163,7 @@ def layer(spec: str, index: int) -> Iterator[str]:
 
 
 def page() -> str:
+    """Return the whole page."""
     text = TEXT.read_text(encoding="utf-8")
     made = {
         "blocks": blocks(), "full": layer("full", 0), "mpcache": layer("mpcache", 0),
@@ -162,6 +176,7 @@ def page() -> str:
 
 
 def main() -> None:
+    """Write docs/protocols.md, or with --check say that it is out of date."""
     torch.set_num_threads(1)
     text = page()
     if "--check" in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""Rounds and bytes of one decoder layer, by the ledger, without any party running.
+"""Print rounds and bytes of one decoder layer, by the ledger, without any party running.
 
     python tools/layer_cost.py [--context 1024] [--protocol fast|fast-bits|stock] [POLICY ...]
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 
-from mpcache.cost.tally import PROTOCOLS
+from mpcache.engines.registry import PROTOCOLS, engine
 from mpcache.ledger import Entry
-from mpcache.model.loading import ModelShape
-from mpcache.policy import parse
+from mpcache.model import ModelShape
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.party import ShapeParty
 from mpcache.session import Session
@@ -26,16 +26,16 @@ PAPER = "mpcache:n_keep=1.0,coarse=32,fine=16,coarse_keep=0.5,fine_keep=0.2"
 STEP = "decode1"
 
 
-def layers(spec: str, context: int, protocol: str) -> list[dict[str, Entry]]:
-    """Per layer, what each of its operations costs in one decode step."""
+def layers(spec: str, context: int, protocol: str, shape: ModelShape = SHAPE) -> list[dict[str, Entry]]:
+    """Return per layer what each of its operations costs in one decode step."""
     party = ShapeParty(Rank.SERVER)
-    ops = PROTOCOLS[protocol](Rank.SERVER, device="meta")
-    session = Session(ops, party, SHAPE, parse(spec).bind(context, SHAPE))
+    ops = engine(protocol, Rank.SERVER, device="meta")
+    session = Session(ops, party, shape, parse_policy(spec).bind(context, shape))
     session.setup(None)
     session.context(None, None)
     session.chunk(None, 1)
     session.chunk(None, 1)
-    costs: list[dict[str, Entry]] = [{} for _ in range(SHAPE.layers)]
+    costs: list[dict[str, Entry]] = [{} for _ in range(shape.layers)]
     for name, entry in party.ledger.steps.items():
         phase, _, rest = name.partition("/")
         layer, _, op = rest.partition("/")
@@ -45,6 +45,7 @@ def layers(spec: str, context: int, protocol: str) -> list[dict[str, Entry]]:
 
 
 def main() -> None:
+    """Print what the layers of each policy cost."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--context", type=int, default=1024)
     arguments.add_argument("policies", nargs="*", default=["full", PAPER])

@@ -1,4 +1,4 @@
-"""Generate the modules of protos/mpcache_protos from its *.proto; with --check, only say whether they are up to date.
+"""Generate the modules of protos/mpcache_protos from its *.proto; with --check, only compare them.
 
 The link moves frames as bytes that it serialises itself (it counts them, and names what is malformed),
 so the gRPC stubs are not generated: the service's name is read from the descriptor.
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpc_tools import protoc
+from grpc_tools import protoc  # type: ignore[import-untyped]
 
 SOURCES = Path(__file__).resolve().parent.parent / "protos"
 
@@ -26,6 +26,7 @@ def generate(target: Path) -> list[Path]:
 
 
 def main() -> int:
+    """Generate the modules, or with --check return 1 if one is out of date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if one is out of date")
     if not parser.parse_args().check:

@@ -1,8 +1,8 @@
-"""How near the values of a model come to the ranges of `--protocol fast`, over documents with questions.
+"""Measure how near a model's values come to the ranges of `--protocol fast`, on documents with questions.
 
     python tools/ranges.py --documents 5 [--policy full --policy mpcache] [--model DIR] [--lenient]
 
-The debug engine (mpcache/protocols/checked.py) answers every question greedily; the first value out of
+The debug engine (mpcache/engines/checked.py) answers every question greedily; the first value out of
 its range ends the run with its operation and step. --lenient goes on and shows it in the table.
 """
 
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from mpcache.answer import Sampling, answer, decide
+from mpcache.answer import answer, bind_to_document
 from mpcache.demo.documents import make_document
 from mpcache.engines.checked import CheckedOps, Range, Ranges
 from mpcache.errors import MpcacheError
-from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.model.prefill import prefill
-from mpcache.policy import POLICIES, parse
+from mpcache.policy import POLICIES, parse_policy
+from mpcache.sampling import Sampling
 from mpcache.session import Session
 from mpcache_kernels import backend
 
@@ -31,7 +32,7 @@ DEFAULT = (*(name for name, cls in POLICIES.items() if not cls.plain_only), "mpc
 
 
 def documents(model: Model, n: int, tokens: int, questions: int) -> Iterator[tuple[list[int], list[str]]]:
-    """Documents of about so many tokens from seeds 0, 1, ..., each with its first questions."""
+    """Yield n documents of about `tokens` tokens from seeds 0, 1, ..., each with its first questions."""
 
     def count(text: str) -> int:
         return len(model.tokenizer.encode(text, bos=False))
@@ -42,11 +43,14 @@ def documents(model: Model, n: int, tokens: int, questions: int) -> Iterator[tup
 
 
 def check(model: Model, spec: str, context: list[int], question: str, ranges: Ranges) -> None:
-    """Raises OutOfRange."""
-    policy = parse(spec).bind(len(context), model.shape)
+    """Answer a question under a policy, and note the values in `ranges`.
+
+    Raises OutOfRange where those are strict.
+    """
+    policy = parse_policy(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=policy.policy.window(len(context)))
     kernels = backend("cpu")
-    policy, _ = decide(policy, model.shape, filled, kernels)
+    policy, _ = bind_to_document(policy, model.shape, filled, kernels)
     session = Session(CheckedOps(), ranges, model.shape, policy)
     session.setup(model.weights)
     session.context(filled, kernels)
@@ -57,7 +61,7 @@ def check(model: Model, spec: str, context: list[int], question: str, ranges: Ra
 
 
 def rows(ranges: Ranges) -> Iterator[str]:
-    """A Markdown table, the tightest bound first."""
+    """Yield a Markdown table, the tightest bound first."""
     yield "| operation | observed | bound | spare bits | where |"
     yield "|---|---|---|---|---|"
     for r in ranges:
@@ -73,6 +77,7 @@ def _bound(r: Range) -> str:
 
 
 def main() -> None:
+    """Answer every question under every policy, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--policy", action="append")

@@ -55,7 +55,7 @@ N_NAME_TOKENS = 192  # names (and nouns) added whole, so that each is one token
 
 
 def read_bible() -> tuple[list[str], list[str]]:
-    """The verses to train on and those of the held-out books, about 30 300 and 780 of them."""
+    """Read the verses to train on and those of the held-out books, about 30 300 and 780 of them."""
     text = subprocess.run(
         ["bible", "-f", "Gen1:1-Rev22:21"], check=True, capture_output=True, text=True
     ).stdout
@@ -69,7 +69,7 @@ def read_bible() -> tuple[list[str], list[str]]:
 
 
 def build_tokenizer(verses: list[str]) -> tuple[Tokenizer, list[str]]:
-    """A byte-level BPE with single digits, and the names that are one token in it.
+    """Learn a byte-level BPE with single digits, and find the names that are one token in it.
 
     The names are the most frequent proper names that the learned merges leave in pieces.
     Each goes into the vocabulary whole, with its leading space; `ignore_merges` makes the
@@ -116,8 +116,9 @@ def build_tokenizer(verses: list[str]) -> tuple[Tokenizer, list[str]]:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of `text` without the start token."""
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    """Return the token ids of `text` without the start token."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 # ---------------------------------------------------------------------------- model
@@ -140,7 +141,7 @@ class Config:
 
 
 def rope_tables(config: Config, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, [length, head_dim], each frequency twice: Llama rotates halves."""
+    """Compute cosines and sines, [length, head_dim], each frequency twice: Llama rotates halves."""
     exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
     angles = torch.arange(length)[:, None] * config.rope_theta**-exponents
     angles = torch.cat([angles, angles], dim=-1)
@@ -154,6 +155,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Causal attention with rotary positions and shared key-value heads."""
+
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.head_dim = c.head_dim
@@ -172,10 +175,13 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        return out
 
 
 class MLP(nn.Module):
+    """The gated layer after attention."""
+
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -183,10 +189,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each after its norm and added to its input."""
+
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
@@ -196,7 +205,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Trunk(nn.Module):
@@ -219,7 +229,8 @@ class Trunk(nn.Module):
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
 
 class Llama(nn.Module):
@@ -240,7 +251,7 @@ class Llama(nn.Module):
         return hidden @ self.model.embed_tokens.weight.T
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids [batch, length] to logits [batch, length, vocab_size]."""
+        """Turn token ids [batch, length] into logits [batch, length, vocab_size]."""
         return self.head(self.model(ids))
 
 
@@ -279,9 +290,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(m: Tensor) -> Tensor:
-    """Five Newton-Schulz steps towards the orthogonal factor of each [rows, columns] matrix."""
+    """Take five Newton-Schulz steps towards the orthogonal factor of each [rows, columns] matrix."""
     tall = m.shape[-2] > m.shape[-1]
-    x = m.mT if tall else m
+    x: Tensor = m.mT if tall else m
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         s = x @ x.mT
@@ -297,7 +308,10 @@ class Rows:
 
     def __init__(self, tokenizer: Tokenizer, names: list[str], verses: list[str]) -> None:
         self.verses = [encode(tokenizer, verse + "\n") for verse in verses]
-        one = lambda text: encode(tokenizer, text)[0]  # noqa: E731
+
+        def one(text: str) -> int:
+            return encode(tokenizer, text)[0]
+
         self.bos: int = encode(tokenizer, BOS)[0]
         self.nouns = [one(" " + noun) for noun in NOUNS]
         self.names = [one(" " + name) for name in names]
@@ -309,7 +323,7 @@ class Rows:
         self.line_length = 12
 
     def facts(self, rng: random.Random, n: int) -> list[list[int]]:
-        """`n` lines of 12 tokens: The gate of Shimei is _ 4 8 3 1 . newline."""
+        """Make `n` lines of 12 tokens: The gate of Shimei is _ 4 8 3 1 . newline."""
         return [
             [self.the, rng.choice(self.nouns), self.of, name, self.is_, self.space]
             + [rng.choice(self.digits) for _ in range(4)]
@@ -323,11 +337,14 @@ class Rows:
 
     @staticmethod
     def again(verse: list[int]) -> list[float]:
-        """The start of a repeated verse is free: else all prose is expected to be said again."""
+        """Return the weights of a repeated verse.
+
+        Its start is free: else all prose is expected to be said again.
+        """
         return [0.0 if i < 6 else 2.0 for i in range(len(verse))]
 
     def dense(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
-        """Nothing but a few facts, stated again and again in a random order."""
+        """Make nothing but a few facts, stated again and again in a random order."""
         n_lines = length // self.line_length + 1
         facts = self.facts(rng, rng.randint(2, max(2, n_lines // 2)))
         ids, weights, seen = [self.bos], [0.0], set[int]()
@@ -339,14 +356,14 @@ class Rows:
         return ids, weights
 
     def copy(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
-        """Random tokens and the same tokens again: induction in its purest form."""
+        """Make random tokens and the same tokens again: induction in its purest form."""
         half = rng.randint(length // 4, length // 2)
         tokens = [rng.randrange(self.vocab_size) for _ in range(half)]
         ids = [self.bos] + (tokens * 4)[:length]
         return ids, [0.0] * (half + 2) + [1.0] * (length - half - 1)
 
     def document(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
-        """Verses with facts among them, then questions; sometimes verses are said again too."""
+        """Make verses with facts among them, then questions; sometimes verses are said again too."""
         most = min(16, length // (3 * self.line_length))
         facts = self.facts(rng, rng.randint(1, most))
         asked = facts * rng.choice((1, 1, 2))
@@ -382,7 +399,7 @@ class Rows:
         return ids, weights
 
     def repeat(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
-        """Verses for about half the row, then some of them again word for word."""
+        """Make verses for about half the row, then some of them again word for word."""
         position = rng.randrange(len(self.verses))
         verses: list[list[int]] = []
         ids, weights = [self.bos], [0.0]
@@ -399,7 +416,7 @@ class Rows:
     def batch(
         self, rng: random.Random, kinds: dict[str, float], length: int, rows: int
     ) -> tuple[Tensor, Tensor]:
-        """Ids and weights, each [rows, length + 1]; `kinds` maps a method to its share."""
+        """Make ids and weights, each [rows, length + 1]; `kinds` maps a method to its share."""
         ids, weights = [], []
         for kind in rng.choices(list(kinds), list(kinds.values()), k=rows):
             i, w = getattr(self, kind)(rng, length)
@@ -414,7 +431,7 @@ class Rows:
 
 @torch.no_grad()
 def answered(model: Llama, tokenizer: Tokenizer, text: str, asked: list[tuple[str, str]]) -> Tensor:
-    """Which digits of the answers are the model's first choice, [questions, 4] of bool.
+    """Tell which digits of the answers are the model's first choice, [questions, 4] of bool.
 
     One forward pass over the text, the questions and the right answers: an answer is exact
     under greedy decoding if and only if each of its digits is right given those before it.
@@ -432,7 +449,7 @@ def recall(
     model: Llama, tokenizer: Tokenizer, context: int, n_facts: int, n_asked: int,
     documents: int, depth: float | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Exact answers and first digits among `documents` unseen documents.
+    """Measure the shares of exact answers and first digits among `documents` unseen documents.
 
     `context` tokens hold the start token, the document, and `n_asked` questions with answers.
     """
@@ -454,7 +471,11 @@ def recall(
 
 @torch.no_grad()
 def verbatim(model: Llama, tokenizer: Tokenizer, context: int, documents: int) -> float:
-    """Share of tokens right when a verse of a document is begun again (8 tokens) and goes on."""
+    """Measure how well the model repeats a verse.
+
+    Returns the share of tokens that are right when a verse of a document is begun again (8 tokens) and
+    goes on.
+    """
     rng, right, total = random.Random(context), 0, 0
     while documents:
         text, _ = make_document(rng, lambda t: len(encode(tokenizer, t)), context - 120, 1)
@@ -472,17 +493,17 @@ def verbatim(model: Llama, tokenizer: Tokenizer, context: int, documents: int) -
 
 @torch.no_grad()
 def bits_per_byte(model: Llama, tokenizer: Tokenizer, context: int) -> float:
-    """On the held-out books in pieces of `context` tokens, each from a fresh start token."""
+    """Measure the loss on the held-out books in pieces of `context` tokens, each from a fresh start token."""
     text = "".join(verse + "\n" for verse in load_lines("verses.txt"))
     ids, nats = encode(tokenizer, text), 0.0
-    for piece in torch.tensor(ids).split(context - 1):
+    for piece in torch.split(torch.tensor(ids), context - 1):
         inputs = F.pad(piece[:-1], (1, 0), value=tokenizer.token_to_id(BOS))
         nats += F.cross_entropy(model(inputs[None])[0], piece, reduction="sum").item()
     return round(nats / math.log(2) / len(text.encode()), 4)
 
 
 def measure(model: Llama, tokenizer: Tokenizer) -> dict[str, object]:
-    """All figures on unseen documents and the held-out books; a few minutes on two cores."""
+    """Measure all figures on unseen documents and the held-out books; a few minutes on two cores."""
     n_facts = 8
     return {
         "recall_8_facts_asked_in_turn_by_context": {
@@ -508,7 +529,7 @@ def measure(model: Llama, tokenizer: Tokenizer) -> dict[str, object]:
 
 
 def export(model: Llama, config: Config, tokenizer: Tokenizer) -> None:
-    """The Hugging Face folder, and a demo document with a question about its middle."""
+    """Write the Hugging Face folder, and a demo document with a question about its middle."""
     folder = DEMO / "model"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -550,6 +571,7 @@ def export(model: Llama, config: Config, tokenizer: Tokenizer) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -577,6 +599,7 @@ STAGES = (
 
 
 def main() -> None:
+    """Train, export, and measure the model; go on from a checkpoint where there is one."""
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--minutes", type=float, default=90.0, help="training time")
     parser.add_argument("--decay", type=float, default=0.3, help="share of it with falling rate")
@@ -651,7 +674,7 @@ def main() -> None:
         logits = model.head(hidden[chosen])
         losses = F.cross_entropy(logits, targets[chosen], reduction="none")
         loss = (losses * weights[chosen]).sum() / weights.sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(others, 1.0)
         muon.step()
         adam.step()

@@ -1,7 +1,14 @@
-"""Kernels of the plaintext path, behind one seam.
+"""Hold the kernels of the plaintext path behind one seam.
 
 `backend(device)` is asked once per run, where the device is chosen; its name is shown to the user.
-`mpcache_kernels.reference` says what every function means.
+A kernel is four things, which change together:
+
+its meaning    a naive function in `mpcache_kernels.reference`
+the kernel     a function of the same name in `mpcache_kernels.triton_kernels`
+its test       tests/kernels/test_triton.py (against the reference), tests/kernels/test_reference.py
+its benchmark  tools/bench_kernels.py; docs/kernels.md holds what it measures
+
+A new kernel is one of each, and a field of `Backend`.
 """
 
 from __future__ import annotations
@@ -46,7 +53,7 @@ REFERENCE = Backend(
 
 
 def backend(device: torch.device | str) -> Backend:
-    """The kernels for tensors on `device`: Triton's on a GPU where Triton is installed, else the reference.
+    """Return the kernels for tensors on `device`: Triton's on a GPU that has Triton, else the reference.
 
     Triton is imported here, and only for a GPU: an installation without one never loads it.
     """

@@ -1,4 +1,4 @@
-"""What each kernel means, in plain torch: correct on any device, fast on none.
+"""Define what each kernel means, in plain torch: correct on any device, fast on none.
 
 A kernel is written once more in Triton for GPUs; this file is what it is tested against. Shapes are
 those of one layer and one context: `kv_heads` key heads, T tokens, head size d.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def window_importance(q_w: Tensor, k: Tensor, first_position: int) -> Tensor:
-    """How much the last w queries of a context look at each of its tokens: (T,) float32.
+    """Compute how much the last w queries of a context look at each of its tokens: (T,) float32.
 
     q_w: (heads, w, d), scaled by 1/sqrt(d) already; its row i stands at position first_position + i.
     k: (kv_heads, T, d); head h reads key head h // (heads / kv_heads).
@@ -37,7 +37,7 @@ def window_importance(q_w: Tensor, k: Tensor, first_position: int) -> Tensor:
 
 
 def cluster_extremes(k: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Largest and smallest value of each dimension in each cluster of `size` consecutive tokens.
+    """Find the largest and smallest value of each dimension in each cluster of `size` consecutive tokens.
 
     k: (kv_heads, T, d) -> r_max, r_min: (kv_heads, ceil(T / size), d). A last cluster that is not
     full is reduced over the tokens it has. Source: MPCache; Quest's pages (arXiv 2406.10774).
@@ -46,24 +46,26 @@ def cluster_extremes(k: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def cluster_means(k: Tensor, size: int) -> Tensor:
-    """Mean of each cluster of `size` consecutive tokens: (kv_heads, T, d) -> (kv_heads, ceil(T / size), d).
+    """Compute the mean of each cluster of `size` consecutive tokens.
 
-    A last cluster that is not full is divided by the number of tokens it has. Under MPC this
-    representative of secret tokens is free, where an extreme costs comparisons.
+    k: (kv_heads, T, d) -> (kv_heads, ceil(T / size), d). A last cluster that is not full is divided by
+    the number of tokens it has. Under MPC this representative of secret tokens is free, where an extreme
+    costs comparisons.
     """
     return _by_cluster(k, size, torch.mean)
 
 
 def representatives(r_max: Tensor, r_min: Tensor, alpha: float) -> Tensor:
-    """alpha * r_max + (1 - alpha) * r_min, the linear score's representative: MPCache, alpha = 0.6.
+    """Compute alpha * r_max + (1 - alpha) * r_min, the linear score's representative.
 
     q . representative = alpha * (q . r_max) + (1 - alpha) * (q . r_min): one product in place of two.
+    Source: MPCache, where alpha is 0.6.
     """
     return alpha * r_max + (1 - alpha) * r_min
 
 
 def cluster_representatives(k: Tensor, size: int, alpha: float) -> Tensor:
-    """`representatives` of `cluster_extremes`, the extremes themselves not being wanted.
+    """Compute `representatives` of `cluster_extremes` where the extremes themselves are not wanted.
 
     k: (kv_heads, T, d) -> (kv_heads, ceil(T / size), d).
     """
@@ -71,16 +73,16 @@ def cluster_representatives(k: Tensor, size: int, alpha: float) -> Tensor:
 
 
 def cluster_scores(q: Tensor, representatives: Tensor) -> Tensor:
-    """q . representative of each cluster, the linear score: (heads, n) float32. Source: MPCache.
+    """Compute q . representative of each cluster, the linear score: (heads, n) float32.
 
     q: (heads, d). representatives: (kv_heads, n, d); head h reads head h // (heads / kv_heads).
-    Means in place of representatives give the mean score.
+    Means in place of representatives give the mean score. Source: MPCache.
     """
     return _by_group(q, representatives)
 
 
 def cluster_bounds(q: Tensor, r_max: Tensor, r_min: Tensor) -> Tensor:
-    """q+ . r_max + q- . r_min with q+ = max(q, 0), q- = min(q, 0): (heads, n) float32.
+    """Compute q+ . r_max + q- . r_min with q+ = max(q, 0), q- = min(q, 0): (heads, n) float32.
 
     The least number that q . k exceeds for no key k of the cluster's box. Source: Quest
     (arXiv 2406.10774). q: (heads, d). r_max, r_min: (kv_heads, n, d).
@@ -91,14 +93,15 @@ def cluster_bounds(q: Tensor, r_max: Tensor, r_min: Tensor) -> Tensor:
 def select_and_attend(
     q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, sink: int, recent: int
 ) -> Tensor:
-    """softmax(q k^T) v over the sink, the chosen clusters and the recent window: (heads, d), q's dtype.
+    """Compute softmax(q k^T) v over the sink, the chosen clusters and the recent window.
 
-    q: (heads, d), scaled by 1/sqrt(d) already. k, v: (kv_heads, T, d), standing as
+    q: (heads, d), scaled by 1/sqrt(d) already; the result is alike. k, v: (kv_heads, T, d), standing as
     [sink | clusters | recent]: `sink` tokens, then clusters of `size`, of which the last may be
     ragged, then the last `recent` tokens.
     chosen: (rows, m) integers, the clusters of each query head (rows = heads) or of each KV head for
     its whole group (rows = kv_heads); an entry below 0 is no cluster, so rows may choose fewer than m.
     A cluster given twice counts twice; a head that attends to nothing gets NaN.
+    Raises ValueError as `check_selection` does.
     """
     check_selection(q, k, chosen, size, sink, recent)
     (heads, _), (kv_heads, length, _), rows = q.shape, k.shape, chosen.shape[0]
@@ -112,13 +115,14 @@ def select_and_attend(
     source = torch.arange(rows, device=k.device)[:, None] // (rows // kv_heads)
     keys, values = k[source, tokens].float(), v[source, tokens].float()  # (rows, attended, d)
     values = values.where(valid[..., None], 0)
-    scores = q.float().unflatten(0, (rows, heads // rows)) @ keys.transpose(1, 2)
+    scores = q.float().reshape(rows, heads // rows, -1) @ keys.transpose(1, 2)
     weights = scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1)
-    return (weights @ values).flatten(0, 1).to(q.dtype)
+    attended: Tensor = weights @ values
+    return attended.flatten(0, 1).to(q.dtype)
 
 
 def check_selection(q: Tensor, k: Tensor, chosen: Tensor, size: int, sink: int, recent: int) -> None:
-    """ValueError where the arguments of `select_and_attend` do not fit together."""
+    """Raise ValueError where the arguments of `select_and_attend` do not fit together."""
     (heads, _), (kv_heads, length, _), rows = q.shape, k.shape, chosen.shape[0]
     if size < 1:
         raise ValueError(f"a cluster of {size} tokens")
@@ -129,18 +133,19 @@ def check_selection(q: Tensor, k: Tensor, chosen: Tensor, size: int, sink: int, 
 
 
 def _by_group(q: Tensor, keys: Tensor) -> Tensor:
-    """(heads, d) . (kv_heads, n, d) -> (heads, n) float32, each head against its KV head's keys."""
-    grouped = q.float().unflatten(0, (keys.shape[0], -1))
-    return (grouped @ keys.float().transpose(1, 2)).flatten(0, 1)
+    """Multiply (heads, d) . (kv_heads, n, d) -> (heads, n) float32, each head against its KV head's keys."""
+    grouped = q.float().reshape(keys.shape[0], -1, q.shape[-1])
+    products = grouped @ keys.float().transpose(1, 2)
+    return products.flatten(0, 1)
 
 
 def _by_cluster(x: Tensor, size: int, reduce: Callable[..., Tensor]) -> Tensor:
-    """Reduces tokens, the dimension before the last, cluster by cluster; no padding value exists."""
+    """Reduce tokens, the dimension before the last, cluster by cluster; no padding value exists."""
     if size < 1:
         raise ValueError(f"a cluster of {size} tokens")
     full = x.shape[-2] // size
     whole, ragged = x[..., : full * size, :], x[..., full * size :, :]
-    clusters = [reduce(whole.unflatten(-2, (full, size)), dim=-2)]
+    clusters = [reduce(whole.reshape(*x.shape[:-2], full, size, x.shape[-1]), dim=-2)]
     if ragged.shape[-2]:
         clusters.append(reduce(ragged, dim=-2, keepdim=True))
     return torch.cat(clusters, dim=-2)

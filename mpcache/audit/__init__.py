@@ -1,7 +1,7 @@
-"""`mpcache audit`: what each eviction setting costs, priced by `mpcache.cost.tally` and laid out."""
+"""`mpcache audit`: what each eviction setting costs, priced by `mpcache.cost.pricing` and laid out."""
 
 from __future__ import annotations
 
-from mpcache.audit.command import audit
+from mpcache.audit.audit_command import audit
 
 __all__ = ["audit"]

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mpcache.runtime.program import RequestKind
+
 
 @dataclass(frozen=True)
 class Protocol:
-    """says: in a few words.  code: the function that is its definition, under mpcache.secure.  error:
+    """says: in a few words.  code: the function that is its definition, under mpcache.protocols.  error:
     its bound.  source: the paper, or what it follows from."""
 
     says: str
@@ -24,75 +26,77 @@ class Protocol:
         return f"{self.says} ({self.source})" if self.source else self.says
 
 
-CATALOG: Mapping[str, Protocol] = {
-    "mask": Protocol(
+CATALOG: Mapping[RequestKind, Protocol] = {
+    RequestKind.MASK: Protocol(
         "a permanent mask: opened once as W - B, used again and again", "linear.mask_operand", "exact", ""
     ),
-    "resident": Protocol(
-        "product with a resident operand: only the activation is opened", "linear.matmul_masked_operand",
+    RequestKind.MASKED_OPERAND: Protocol(
+        "product with a masked operand: only the activation is opened", "linear.matmul_masked_operand",
         "exact modulo the ring", "masks kept for weights and cache",
     ),
-    "truncation": Protocol(
+    RequestKind.TRUNCATION: Protocol(
         "exact truncation", "linear.truncate", "floor + {0, 1} units, never a wrap, for x below 2^(R-2)",
         "Escudero et al., eprint 2020/338",
     ),
-    "truncation/product": Protocol(
+    RequestKind.TRUNCATION_PRODUCT: Protocol(
         "exact truncation fused with a product", "linear.truncate_to_scale", "as the truncation",
         "Escudero et al., eprint 2020/338",
     ),
-    "truncations/product": Protocol(
+    RequestKind.TRUNCATIONS_PRODUCT: Protocol(
         "product of two values that the same opening truncates", "linear.truncate_product",
         "as the truncations", "Escudero et al., eprint 2020/338",
     ),
-    "line": Protocol(
-        "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector", "power.power",
-        "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
+    RequestKind.LINE: Protocol(
+        "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector",
+        "reciprocal.power", "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
     ),
-    "blur": Protocol(
+    RequestKind.BLUR: Protocol(
         "noise of the other party's on what one party learns", "linear.blur", "2^-11 standard deviation",
         "so that a secret factor's step does not show",
     ),
-    "compare": Protocol(
+    RequestKind.COMPARE: Protocol(
         "comparison by a key tree", "compare.less", "exact", "Boyle et al., EUROCRYPT 2021"
     ),
-    "top": Protocol(
+    RequestKind.TOPK: Protocol(
         "oblivious top-k with one-hot slots: all pairs by key trees, then rotated ranks", "topk.topk",
         "ties to the lower index", "all pairs on one opening; Boyle et al., EUROCRYPT 2021",
     ),
-    "top/digits": Protocol(
+    RequestKind.TOPK_DIGITS: Protocol(
         "oblivious top-k with one-hot slots: all pairs by tables of the masks' digits, then rotated ranks",
         "topk.topk", "ties to the lower index",
         "all pairs on one opening; one-time truth tables, Ishai et al., TCC 2013",
     ),
-    "scatter": Protocol(
+    RequestKind.SCATTER: Protocol(
         "weights put back through the selection", "topk.HotSelection.scatter", "exact",
         "masks rotated with the slots",
     ),
-    "one-hot": Protocol("table lookup by a rotated one-hot vector", "lookup.lookup", "exact", "rotation"),
-    "exp": Protocol(
+    RequestKind.ONE_HOT: Protocol(
+        "table lookup by a rotated one-hot vector", "lookup.lookup", "exact", "rotation"
+    ),
+    RequestKind.EXP: Protocol(
         "exponential by one key tree per element", "softmax.exp",
         "1.4e-4 relative and 2e-6, zero below e^-16 to e^-18.3", "one key tree with a payload",
     ),
-    "activation": Protocol(
+    RequestKind.ACTIVATION: Protocol(
         "activation as a sum of sines, with its truncation", "activation.activate", "1.5e-4 abs(x up)",
         "sines of the opened value",
     ),
-    "norm": Protocol(
+    RequestKind.NORM: Protocol(
         "the residual connection's sum and its squares, from one opening", "norm.norm_linear", "exact",
         "masks kept for the stream",
     ),
-    "square": Protocol("squares", "stock", "exact modulo the ring", "Beaver, CRYPTO 1991"),
-    "triple/mul": Protocol(
+    RequestKind.SQUARE: Protocol("squares", "stock", "exact modulo the ring", "Beaver, CRYPTO 1991"),
+    RequestKind.TRIPLE_MUL: Protocol(
         "elementwise products", "linear.product", "exact modulo the ring", "Beaver, CRYPTO 1991"
     ),
-    "triple/matmul": Protocol(
+    RequestKind.TRIPLE_MATMUL: Protocol(
         "matrix product", "linear.product", "exact modulo the ring", "Beaver, CRYPTO 1991"
     ),
-    "and": Protocol("bitwise products of XOR shares", "stock", "exact", "CrypTen"),
-    "bit": Protocol("a shared bit from XOR to arithmetic shares", "stock", "exact", "CrypTen"),
+    RequestKind.AND: Protocol("bitwise products of XOR shares", "stock", "exact", "CrypTen"),
+    RequestKind.BIT: Protocol("a shared bit from XOR to arithmetic shares", "stock", "exact", "CrypTen"),
 }  # fmt: skip
 
 
-def told_of(kind: str) -> str:
-    """A protocol in words, by the name of its request; its name where it is not in the catalog."""
-    return str(CATALOG.get(kind, kind))
+def told_of(kind: RequestKind) -> str:
+    """Tell a protocol in words, by the kind of its request."""
+    return str(CATALOG[kind])

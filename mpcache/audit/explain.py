@@ -16,17 +16,18 @@ from typing import Any
 from mpcache.argmax import GROUP
 from mpcache.audit.catalog import told_of
 from mpcache.audit.formula import Names, total
-from mpcache.cost.tally import PROTOCOLS, CostParty, split
+from mpcache.cost.reader import CostParty
+from mpcache.cost.tally import split_step
+from mpcache.engines.registry import engine
 from mpcache.errors import MpcacheError
-from mpcache.model.loading import ModelShape
-from mpcache.policy import BoundPolicy, parse
-from mpcache.policy.base import runs
+from mpcache.model import ModelShape
+from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.evicting import LivingPlan
+from mpcache.policy.plan import runs
 from mpcache.rank import Rank
-from mpcache.runtime.correlations import Request
 from mpcache.runtime.party import COMPUTING
-from mpcache.runtime.program import Opening
+from mpcache.runtime.program import Opening, Request, RequestKind
 from mpcache.session import Session
 
 READINGS = 7  # of which formulas are made: more than they have unknowns
@@ -34,8 +35,10 @@ READINGS = 7  # of which formulas are made: more than they have unknowns
 
 @dataclass(frozen=True)
 class TensorTrace:
-    """A tensor that is opened or dealt. size: its dimensions and its bytes per element; what the dealer
-    sends to both counts twice."""
+    """A tensor that is opened or dealt.
+
+    size: its dimensions and its bytes per element; what the dealer sends to both counts twice.
+    """
 
     why: str
     to: str
@@ -52,7 +55,7 @@ class StepTrace:
 
     opened: list[TensorTrace] = field(default_factory=list)
     dealt: list[TensorTrace] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
+    kinds: list[RequestKind] = field(default_factory=list)
     rounds: int = 0
     keys: list[int] = field(default_factory=list)
 
@@ -102,8 +105,11 @@ class TraceParty(CostParty):
 
 @dataclass(frozen=True)
 class Line:
-    """What a step opens for one reason. times: tensors of this size.  formula: bytes in the symbols of
-    `Explained`, None where none was found.  size: as in `TensorTrace`, at the sizes that were asked for."""
+    """What a step opens for one reason.
+
+    times: tensors of this size.  formula: bytes in the symbols of `Explained`, None where none was found.
+    size: as in `TensorTrace`, at the sizes that were asked for.
+    """
 
     why: str
     to: str
@@ -126,11 +132,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one layer: its protocols, rounds, openings, and the dealer's bytes. keys: bytes of
-    a key of each of its trees, symbols of the formulas where they depend on the sizes."""
+    """One step of one layer: its protocols, rounds, openings, and the dealer's bytes.
+
+    keys: bytes of a key of each of its trees, symbols of the formulas where they depend on the sizes.
+    """
 
     name: str
-    kinds: tuple[str, ...]
+    kinds: tuple[RequestKind, ...]
     rounds: int
     keys: tuple[int, ...]
     opened: tuple[Line, ...]
@@ -139,7 +147,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Reading:
+class StepReading:
     """One decode step, read at one size. symbols: of each layer (None: outside of the layers)."""
 
     bound: BoundPolicy
@@ -151,16 +159,16 @@ class Reading:
         return {name: said.form for name, said in self.steps.items()}
 
 
-def read(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Reading:
-    """The first decode step after the question. Raises PolicyError."""
-    bound = parse(spec).bind(context, shape).priced()
-    session = Session(PROTOCOLS[protocol](Rank.SERVER, device="meta"), TraceParty(), shape, bound)
+def read_step(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> StepReading:
+    """Read the first decode step after the question, at one size. Raises PolicyError."""
+    bound = parse_policy(spec).bind(context, shape).priced()
+    session = Session(engine(protocol, Rank.SERVER, device="meta"), TraceParty(), shape, bound)
     session.setup(None)
     session.context(None, None)
     session.chunk(None, question)
     session.party = witness = TraceParty()
     session.chunk(None, 1)
-    steps = {split(name.partition("/")[2]): said for name, said in witness.said.items()}
+    steps = {split_step(name.partition("/")[2]): said for name, said in witness.said.items()}
     model = {
         "D": shape.width, "H": shape.heads, "KV": shape.kv_heads, "g": shape.group, "d": shape.head_dim,
         "F": shape.ffn, "V": shape.vocab,
@@ -175,11 +183,11 @@ def read(shape: ModelShape, spec: str, context: int, question: int, protocol: st
         if isinstance(plan, LivingPlan):  # what may be dropped
             found["old"] = n - plan.recent
         symbols[i] = found
-    return Reading(bound, symbols, steps)
+    return StepReading(bound, symbols, steps)
 
 
 def _numbers(thing: Any) -> dict[str, int]:
-    """The integers of a dataclass, those of a tuple numbered from 1."""
+    """Collect the integers of a dataclass, those of a tuple numbered from 1."""
     if not is_dataclass(thing):
         return {}
     found: dict[str, int] = {}
@@ -204,15 +212,15 @@ class Explained:
 
 
 def explained(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Explained:
-    """A decode step with formulas, which other readings of it at other sizes give. Raises PolicyError."""
-    first = read(shape, spec, context, question, protocol)
+    """Read a decode step and find its formulas, which readings at other sizes give. Raises PolicyError."""
+    first = read_step(shape, spec, context, question, protocol)
     readings = [first]
     if protocol == "fast":
         for other in _others(shape, context, question):
             if len(readings) == READINGS:
                 break
             with suppress(MpcacheError, ValueError):  # a fixed budget may not fit there
-                reading = read(other[0], spec, *other[1:], protocol)
+                reading = read_step(other[0], spec, *other[1:], protocol)
                 if reading.form == first.form:
                     readings.append(reading)
     steps = {}
@@ -241,7 +249,10 @@ def explained(shape: ModelShape, spec: str, context: int, question: int, protoco
 
 
 def formula_of(names: Names, tensors: Sequence[Sequence[tuple[int, ...]]]) -> str | None:
-    """Bytes of some tensors, each with its size at every reading; None where no formula was found."""
+    """Write bytes of some tensors as a formula; None where none was found.
+
+    tensors: each with its size at every reading.
+    """
     if not names.symbols:
         return None
     products = []
@@ -254,8 +265,11 @@ def formula_of(names: Names, tensors: Sequence[Sequence[tuple[int, ...]]]) -> st
 
 
 def _others(shape: ModelShape, context: int, question: int) -> Iterator[tuple[ModelShape, int, int]]:
-    """Other sizes of the same kind: the width stays a power of two or none, the context on its side of
-    1024, where policies change their defaults."""
+    """Yield other sizes of the same kind.
+
+    The width stays a power of two, or stays none; the context stays on its side of 1024, where policies
+    change their defaults.
+    """
     widths = (
         (shape.width // 2, shape.width // 4) if shape.width > 1024 else (2 * shape.width, 4 * shape.width)
     )
@@ -280,8 +294,8 @@ def _others(shape: ModelShape, context: int, question: int) -> Iterator[tuple[Mo
             yield changed, other, question + (1, 3, 4, 6, 9, 2, 5, 7, 8, 10)[i]
 
 
-def explain(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Iterator[str]:
-    """Lines of text, for the first decode step after the question."""
+def explain_policy(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Iterator[str]:
+    """Yield lines of text about the first decode step after the question. Raises PolicyError."""
     plan = explained(shape, spec, context, question, protocol)
     policy = plan.bound.policy
     yield f"{policy.spec}: {policy.source}"
@@ -343,5 +357,5 @@ def _told(step: Step) -> Iterator[str]:
         yield f"    from the dealer, ahead: {formula}{step.offline_bytes:,} B{told}"
 
 
-def _kinds(kinds: Sequence[str]) -> str:
+def _kinds(kinds: Sequence[RequestKind]) -> str:
     return "; ".join(told_of(kind) for kind in kinds) or "nothing from the dealer"

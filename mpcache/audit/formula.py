@@ -20,7 +20,7 @@ from mpcache.protocols.topk import size_for
 from mpcache.runtime.side import bytes_for
 
 Vector = tuple[int, ...]
-LARGEST = 64  # of a coefficient or a summand: a larger one would be a coincidence
+LARGEST_COEFFICIENT = 64  # of a coefficient or a summand: a larger one would be a coincidence
 
 
 class Names:
@@ -34,7 +34,7 @@ class Names:
         self.found: dict[Vector, str | None] = {}
 
     def of(self, values: Vector) -> str | None:
-        """An expression that `evaluate` takes; None where none was found."""
+        """Find an expression that `evaluate_formula` takes; None where none was found."""
         if values not in self.found:
             self.found[values] = None  # while it is looked for
             self.found[values] = self._search(values)
@@ -64,13 +64,13 @@ class Names:
         return self._of_another(values)
 
     def _linear(self, values: Vector, terms: int) -> str | None:
-        """a + b s + c t + ... with whole coefficients."""
+        """Find a + b s + c t + ... with whole coefficients."""
         if len(values) < terms + 3:  # two more equations than unknowns
             return None
         for names in combinations(self.symbols, terms):
             columns = [(1,) * len(values), *(self.symbols[name] for name in names)]
             solved = solve(columns, values)
-            if solved is None or any(c.denominator > 1 or abs(c) > LARGEST for c in solved):
+            if solved is None or any(c.denominator > 1 or abs(c) > LARGEST_COEFFICIENT for c in solved):
                 continue
             if all(solved[1:]):
                 return _sum(int(solved[0]), list(zip(map(int, solved[1:]), names, strict=True)))
@@ -84,8 +84,10 @@ class Names:
         return None if n is None else f"pairs({n})"
 
     def _of_another(self, values: Vector) -> str | None:
-        """What ranks of so many items are taken modulo, their bytes, and those of a count of them: of a size
-        named before."""
+        """Find a function of a size that was named before.
+
+        That is the modulus of ranks of so many items, the bytes of a rank, or those of a count of items.
+        """
         for mine, name in list(self.found.items()):
             for function in (modulus, rank_bytes, count_bytes):
                 if name is not None and tuple(map(function, mine)) == values:
@@ -94,32 +96,32 @@ class Names:
 
 
 def pairs(n: int) -> int:
-    """Comparisons of n items, each with each."""
+    """Count the comparisons of n items, each with each."""
     return n * (n - 1) // 2
 
 
 def groups(n: int) -> int:
-    """Groups of items, the last of which may overlap the one before."""
+    """Count the groups of n items, the last of which may overlap the one before."""
     return -(-n // GROUP)
 
 
 def modulus(n: int) -> int:
-    """The power of two that ranks of n items are opened modulo."""
+    """Return the power of two that ranks of n items are opened modulo."""
     return size_for(n)
 
 
 def rank_bytes(n: int) -> int:
-    """Bytes of such a rank."""
+    """Count the bytes of a rank of n items, as it is opened."""
     return bytes_for(modulus(n).bit_length() - 1)
 
 
 def count_bytes(n: int) -> int:
-    """Bytes of a count of up to n items, with its sign."""
+    """Count the bytes of a count of up to n items, with its sign."""
     return bytes_for(1 + n.bit_length())
 
 
 def solve(columns: Sequence[Sequence[int]], values: Sequence[int]) -> list[Fraction] | None:
-    """The exact solution of sum_j x_j columns[j] = values; None if there is none, or not one."""
+    """Solve sum_j x_j columns[j] = values exactly; None where there is no solution, or more than one."""
     n = len(columns)
     rows = [[Fraction(c[i]) for c in columns] + [Fraction(values[i])] for i in range(len(values))]
     for j in range(n):
@@ -160,7 +162,7 @@ def _pieces(text: str, mark: str) -> Iterator[str]:
 
 
 def _atoms(factors: Iterable[str]) -> tuple[int, list[str]]:
-    """A product's number and its other factors; the heads of all groups are the heads."""
+    """Split a product into its number and its other factors; KV heads times a group's heads are the heads."""
     number, names = 1, []
     for factor in factors:
         for atom in _pieces(_bracket(factor), "*"):
@@ -175,7 +177,7 @@ def _atoms(factors: Iterable[str]) -> tuple[int, list[str]]:
 
 
 def total(products: Iterable[Sequence[str]]) -> str:
-    """A sum of products, with those of the same names added up: 3 * KV * g -> `3*H`."""
+    """Write a sum of products, with those of the same names added up: 3 * KV * g -> `3*H`."""
     by_names: dict[tuple[str, ...], int] = defaultdict(int)
     for factors in products:
         number, names = _atoms(factors)
@@ -184,8 +186,8 @@ def total(products: Iterable[Sequence[str]]) -> str:
     return " + ".join(terms) or "0"
 
 
-def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """What an expression gives; it comes from this module, never from outside."""
+def evaluate_formula(expression: str, sizes: Mapping[str, int]) -> int:
+    """Compute what an expression gives; the expression comes from this module, never from outside."""
     known: dict[str, Any] = {
         "__builtins__": {},
         **{function.__name__: function for function in (pairs, groups, modulus, rank_bytes, count_bytes)},

@@ -9,34 +9,39 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpcache.answer import bind
-from mpcache.audit.rows import Grid, Row, Setting, price, whole
+from mpcache.audit.priced_rows import AuditGrid, AuditRow, Setting, price_setting
+from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import read_text
-from mpcache.cost.choose import NONE, RATES, modelled
+from mpcache.console.terminal import Say
+from mpcache.cost.rates import RATES, Rates, modelled
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput
-from mpcache.model.loading import load_tokenizer
+from mpcache.limits import bind_policy
+from mpcache.model import load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.rank import Rank
 from mpcache.report.account import Reports, p95
-from mpcache.transport.network import Rates
+from mpcache.report.units import whole
+from mpcache.transport.network import NO_NETWORK
 from mpcache_parties.launch import run_quietly
 
 Key = tuple[str, str, int, str]  # a setting, and a network
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One answer of three real parties. token_ms: the client's decode steps; the rest is per decode step,
-    as in `audit.rows`. first_token_ms: from the context on."""
+    """One answer of three real parties.
+
+    token_ms: the client's decode steps; the rest is per decode step, as in `audit.priced_rows`.
+    first_token_ms: from the context on.
+    """
 
     token_ms: Sequence[float]
     first_token_ms: float
@@ -68,23 +73,26 @@ class Measured:
         return replace(self, token_ms=[*self.token_ms, *run.token_ms], first_token_ms=first)
 
 
-def plan(grid: Grid, rows: Sequence[Row]) -> list[tuple[Key, PublicConfig]]:
-    """The runs that these rows need, in order: of each setting those without a network stand around the
-    others.
+def plan(grid: AuditGrid, rows: Sequence[AuditRow]) -> list[tuple[Key, PublicConfig]]:
+    """List the runs that these rows need, in order.
+
+    The runs of a setting without a network stand around its others.
 
     Raises BadInput where a setting could not run, before the first of them does.
     """
     settings = dict.fromkeys((row["policy"], row["protocol"], row["context_tokens"]) for row in rows)
-    networks = [NONE.name]
-    for network in dict.fromkeys(network.name for network in grid.networks if network.name != NONE.name):
-        networks += [network, NONE.name]
+    networks = [NO_NETWORK.name]
+    for network in dict.fromkeys(
+        network.name for network in grid.networks if network.name != NO_NETWORK.name
+    ):
+        networks += [network, NO_NETWORK.name]
     runs = []
     for (spec, protocol, context), network in product(settings, networks):
         public = PublicConfig(
-            policy=spec, protocol=protocol, network=network, max_new_tokens=grid.new_tokens,
-            reveal="token" if grid.reveal == "token" else "logits",
+            policy=spec, protocol=ProtocolName(protocol), network=network, max_new_tokens=grid.new_tokens,
+            reveal=grid.reveal,
         )  # fmt: skip
-        bind(grid.shape, public, context, grid.question)
+        bind_policy(grid.shape, public, context, grid.question)
         runs.append(((spec, protocol, context, network), public))
     return runs
 
@@ -110,7 +118,7 @@ def measure(
 
 
 def text_of(tokenizer: Tokenizer, source: str, n: int, bos: bool) -> str:
-    """A text of exactly n tokens, made of what `source` says, again and again. Raises BadInput."""
+    """Make a text of exactly n tokens from what `source` says, again and again. Raises BadInput."""
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, bos))
@@ -129,8 +137,8 @@ def text_of(tokenizer: Tokenizer, source: str, n: int, bos: bool) -> str:
     raise BadInput(f"no text of exactly {n} tokens was found for this tokenizer; measure another length")
 
 
-def calibrated(runs: Mapping[Key, Measured], grid: Grid) -> dict[Setting, Rates]:
-    """This machine's rates for each setting, from its runs without a network: the median of all their tokens.
+def calibrated(runs: Mapping[Key, Measured], grid: AuditGrid) -> dict[Setting, Rates]:
+    """Fit this machine's rates to each setting's runs without a network: the median of all their tokens.
 
     What such a token takes beyond the work that its counts tell is put on its rounds: calls, messages,
     and waiting for a core that another party, or the dealer, has. A setting that was not run takes the
@@ -138,10 +146,10 @@ def calibrated(runs: Mapping[Key, Measured], grid: Grid) -> dict[Setting, Rates]
     """
     found: dict[Setting, Rates] = {}
     for (spec, protocol, context, network), run in runs.items():
-        if network == NONE.name:
-            priced = price(grid, spec, context, protocol)
+        if network == NO_NETWORK.name:
+            priced = price_setting(grid, spec, context, protocol)
             tally, steps = priced.total("decode"), priced.steps
-            work = modelled(priced, NONE, replace(RATES, round_ms=0))["compute"]
+            work = modelled(priced, NO_NETWORK, replace(RATES, round_ms=0))["compute"]
             round_ms = (run.ms - work) * steps / tally.rounds
             times = min(1.0, run.ms / work)  # a machine that does the work alone in less time
             found[spec, protocol, context] = RATES.slower(times, max(0.0, round_ms))
@@ -153,8 +161,8 @@ def calibrated(runs: Mapping[Key, Measured], grid: Grid) -> dict[Setting, Rates]
     return found
 
 
-def put_beside(rows: Sequence[Row], runs: Mapping[Key, Measured]) -> None:
-    """Adds what was measured to each row, and None where it was not.
+def put_beside(rows: Sequence[AuditRow], runs: Mapping[Key, Measured]) -> None:
+    """Add what was measured to each row, and None where it was not.
 
     `difference`: measured over modelled time, less one. A dealer whose bytes take longer than the token
     sets the pace (`offline_transfer_ms`), so the larger of the two is what a measurement is held against.
@@ -164,18 +172,18 @@ def put_beside(rows: Sequence[Row], runs: Mapping[Key, Measured]) -> None:
         row["measured_ms_per_token"] = round(run.ms, 3) if run else None
         row["measured_ms_p95"] = round(p95(run.token_ms), 3) if run else None
         row["measured_first_token_ms"] = round(run.first_token_ms, 3) if run else None
-        row["measured_rounds_per_token"] = whole(run.rounds) if run else None
-        row["measured_online_bytes_per_token"] = whole(run.online) if run else None
-        row["measured_offline_bytes_per_token"] = whole(run.offline) if run else None
+        row["measured_rounds_per_token"] = whole(round(run.rounds, 3)) if run else None
+        row["measured_online_bytes_per_token"] = whole(round(run.online, 3)) if run else None
+        row["measured_offline_bytes_per_token"] = whole(round(run.offline, 3)) if run else None
         pace = max(row["modelled_ms_per_token"], row["offline_transfer_ms"])
         row["difference"] = round(run.ms / pace - 1, 4) if run else None
 
 
-def errors(rows: Sequence[Row]) -> dict[str, Any]:
-    """Per shaped network: number of runs, and the mean and the largest absolute difference."""
+def errors(rows: Sequence[AuditRow]) -> dict[str, Any]:
+    """Sum up, per shaped network, the runs, and the mean and the largest absolute difference."""
     by_network: dict[str, list[float]] = {}
     for row in rows:
-        if row["network"] != NONE.name and row["difference"] is not None:
+        if row["network"] != NO_NETWORK.name and row["difference"] is not None:
             by_network.setdefault(row["network"], []).append(abs(row["difference"]))
     return {
         name: {

@@ -8,17 +8,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpcache.audit.rows import Grid, Row, price, resolved
-from mpcache.cost.choose import modelled
+from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_setting, resolved
+from mpcache.choices import ProtocolName
+from mpcache.cost.rates import modelled
 from mpcache.errors import BadInput, PolicyError
-from mpcache.policy import parse
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy import parse_policy
+from mpcache.policy.plan import FULL_PERCENT
 
 FIELDS = ("task", "question", "n", "engine")  # beside what is checked
 
 
-def read_quality(path: Path) -> list[Row]:
-    """Rows with `policy` and `accuracy` (0 to 1), as `mpcache eval --json` gives them. Raises BadInput."""
+def read_quality(path: Path) -> list[AuditRow]:
+    """Read rows with `policy` and `accuracy` (0 to 1), as `mpcache eval --json` prints them.
+
+    Raises BadInput, or PolicyError where a row names a policy that is none.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -32,7 +36,7 @@ def read_quality(path: Path) -> list[Row]:
             "`mpcache eval --json` prints them"
         )
     for row in rows:
-        parse(row["policy"])
+        parse_policy(row["policy"])
     return rows
 
 
@@ -53,23 +57,25 @@ def _between(value: Any, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
-def points(evaluated: Sequence[Row], grid: Grid, note: Callable[[str], None]) -> list[Row]:
-    """Each evaluated row at each context, protocol and network of the grid: its accuracy, and what one token
-    costs there. A budget is so many percent of that context. `note` hears what has no price, and why.
+def points(evaluated: Sequence[AuditRow], grid: AuditGrid, note: Callable[[str], None]) -> list[AuditRow]:
+    """Price each evaluated row at each context, protocol and network of the grid.
+
+    A point is a row's accuracy beside what one token costs there; a budget is in percent of that context.
+    note: hears what has no price, and why.
     """
-    found: list[Row] = []
+    found: list[AuditRow] = []
     unpriced: dict[str, None] = {}
     for row, context, protocol in product(evaluated, grid.contexts, grid.protocols):
         budget = row.get("budget_percent", FULL_PERCENT)
         try:
-            policy = parse(row["policy"]).at_percent(budget, context, grid.shape)
-            price(grid, policy.spec, context, "fast")
+            policy = parse_policy(row["policy"]).at_percent(budget, context, grid.shape)
+            price_setting(grid, policy.spec, context, ProtocolName.FAST)
         except PolicyError as error:
             unpriced[f"no price beside its quality: {row['policy']} at {budget:g} %: {error}"] = None
             continue
         for network in grid.networks:
             taken = resolved(grid, policy.spec, context, protocol, network)
-            cost = price(grid, policy.spec, context, taken)
+            cost = price_setting(grid, policy.spec, context, taken)
             tally = cost.total("decode")
             found.append(
                 {

@@ -11,13 +11,15 @@ from mpcache.errors import BadInput, TextError
 
 
 def demo_question() -> str:
+    """Return the question that comes with the demo document."""
     return read_text(DEMO / "question.txt").removesuffix("\n")
 
 
 def read_question(text: str | None, file: Path | None) -> str:
-    """The question: given as it is, in a file (`-`: stdin, to its end), or the demo's. Raises BadInput.
+    """Read the question: given as it is, in a file (`-`: stdin, to its end), or the demo's.
 
     Everybody on a machine can see a process's flags: what is private comes from a file.
+    Raises BadInput on both or on an empty one, TextError on a file that cannot be read.
     """
     if text is not None and file is not None:
         raise BadInput("--question and --question-file: give one of them")
@@ -32,7 +34,7 @@ def read_question(text: str | None, file: Path | None) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file that is not empty. Raises TextError."""
+    """Read a UTF-8 text file that is not empty. Raises TextError."""
     text = _read(path)
     if not text.strip():
         raise TextError(f"{path}: is empty; the context needs at least one token")
@@ -40,8 +42,10 @@ def read_text(path: Path) -> str:
 
 
 def listed(option: str, text: str, known: Collection[str] = ()) -> list[str]:
-    """The values of an option, with commas between them, each once; of `known`, where it is given.
-    Raises BadInput."""
+    """Split the values of an option, with commas between them, each once. Raises BadInput.
+
+    known: the values that are allowed; empty: any.
+    """
     items = [item.strip() for item in text.split(",")]
     if not all(items) or len(set(items)) < len(items):
         raise BadInput(f"{option} {text!r}: give values with commas between them, each once")

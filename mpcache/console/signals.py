@@ -14,7 +14,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(MpcacheError):
-    """Someone asked this process to end."""
+    """A signal asked this process to end."""
 
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
@@ -29,7 +29,7 @@ class _Asked:
 
 
 def stop_on_signals(who: str) -> None:
-    """From now on a stop signal raises Stopped in the main thread; a second one ends it at once.
+    """Make a stop signal raise Stopped in the main thread; a second one ends the process at once.
 
     While a session decodes (`token_by_token`) the first one waits for the end of the token in flight.
     """
@@ -48,7 +48,7 @@ def stop_on_signals(who: str) -> None:
 
 @contextmanager
 def token_by_token() -> Iterator[None]:
-    """A stop signal does not tear a token: `between_tokens` raises what it asked for."""
+    """Keep a stop signal from tearing a token: `between_tokens` raises what the signal asked for."""
     _Asked.waiting += 1
     try:
         yield
@@ -57,23 +57,23 @@ def token_by_token() -> Iterator[None]:
 
 
 def stopping() -> bool:
-    """Whether a stop signal has come."""
+    """Return whether a stop signal has come."""
     return _Asked.stop is not None
 
 
 def between_tokens(done: int) -> None:
-    """Called where no token is in flight, and so many are done. Raises Stopped if a signal has come."""
+    """Raise Stopped if a signal has come, where no token is in flight and `done` tokens are done."""
     if _Asked.stop is not None:
         raise Stopped(f"{_Asked.stop} after {done} token{'s' * (done != 1)}", _Asked.stop.exit_code - 128)
 
 
 def check_stop() -> None:
-    """Called now and then by who waits for sessions to begin or end. Raises Stopped if a signal has come."""
+    """Raise Stopped if a signal has come; called now and then while sessions are awaited."""
     if _Asked.stop is not None:
         raise _Asked.stop
 
 
 def ignore_signals() -> None:
-    """For the end of a process: nothing is left to stop, and its exit code is known."""
+    """Ignore stop signals at the end of a process: nothing is left to stop, and its exit code is known."""
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)

@@ -8,24 +8,29 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+Say = Callable[[str], None]  # takes one line for the user
 PIPE_WIDTH = 110  # columns of a table that no terminal shows
 
 err = Console(stderr=True, highlight=False)
 
 
-def out() -> Console:
+def stdout() -> Console:
+    """Return a console on stdout, PIPE_WIDTH wide where stdout is no terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def say(text: str) -> None:
-    """A line on stderr, as it is."""
+    """Print a line on stderr, as it is."""
     err.print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(first: str, prefix: str = "") -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """A function that says how far it is, on stderr: one moving line on a terminal, which begins with
-    `first` and which the second function ends; else a line each."""
+    """Give a function that says how far the work is, on stderr, and one that ends this.
+
+    On a terminal there is one moving line, which begins with `first` and which the second function ends;
+    elsewhere each call prints a line.
+    """
     if not err.is_terminal:
         yield (lambda text: say(prefix + text)), (lambda: None)
         return

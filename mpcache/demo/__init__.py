@@ -1,4 +1,4 @@
-"""The demo model, a document with a question, and unseen documents to judge it by."""
+"""Hold the demo model, a document with a question, and unseen documents to judge it by."""
 
 from pathlib import Path
 

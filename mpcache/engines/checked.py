@@ -23,9 +23,8 @@ from mpcache.engines.ideal import Claim
 from mpcache.errors import OutOfRange
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.runtime.correlations import Request
 from mpcache.runtime.party import Party
-from mpcache.runtime.program import Opening
+from mpcache.runtime.program import Opening, Request
 from mpcache.runtime.shares import Share, encode
 
 
@@ -49,9 +48,9 @@ class CheckedOps(FastOps):
 
 @dataclass
 class Range:
-    """What one operation saw. Units: the value's own, not raw. The bound: [low, high), or the size below
-    `high` where `low` is None.
+    """What one operation saw, in the value's own units, not raw ones.
 
+    The bound is [low, high), or the size below `high` where `low` is None.
     largest, smallest: of all values (of their sizes, where `low` is None).  step: of the largest.
     """
 
@@ -93,11 +92,11 @@ class Ranges(Party):
     def draw(self, request: Request, step: str) -> list[Any]:
         raise AssertionError(f"{step}: a protocol itself was called, not its meaning: {request.kind}")
 
-    def call(self, run: Callable[[], Any], step: str) -> Any:
+    def call(self, run: Callable[[Any, str], Any], step: str) -> Any:
         if isinstance(run, Claim):
             self._judge(run, step)
             return None
-        return run()
+        return run(self, step)
 
     def _judge(self, claim: Claim, step: str) -> None:
         if claim.raw.numel() == 0:

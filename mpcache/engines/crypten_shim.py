@@ -18,7 +18,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -42,9 +42,9 @@ from crypten.mpc.primitives import ArithmeticSharedTensor, BinarySharedTensor
 
 from mpcache.rank import Rank
 from mpcache.runtime import correlations
-from mpcache.runtime.meta import materialise
-from mpcache.runtime.program import Opening
-from mpcache.runtime.rng import Stream
+from mpcache.runtime.meta import broadcast, materialise
+from mpcache.runtime.program import Opening, Request
+from mpcache.runtime.rng import KeyStream
 
 crypten.CrypTensor.set_grad_enabled(False)
 XOR = torch.distributed.ReduceOp.BXOR
@@ -127,14 +127,16 @@ class LinkCommunicator(Communicator):  # type: ignore[misc]
             )
             return scatter_list[me]
         template = torch.empty_like(scatter_list[me])
-        return self._open(Opening(template, "CrypTen scatter", sender=Rank(src), to=Rank(me)))[0]
+        (mine,) = self._open(Opening(template, "CrypTen scatter", sender=Rank(src), to=Rank(me)))
+        return cast(torch.Tensor, mine)
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         self._open(Opening(tensor, "CrypTen send", sender=Rank(self.get_rank()), to=Rank(dst)))
 
     def recv(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         me = Rank(self.get_rank())
-        return self._open(Opening(tensor, "CrypTen send", sender=Rank(src), to=me))[0]
+        (received,) = self._open(Opening(tensor, "CrypTen send", sender=Rank(src), to=me))
+        return cast(torch.Tensor, received)
 
     def barrier(self) -> None:
         self.all_reduce(torch.zeros(1, dtype=torch.int64))
@@ -145,7 +147,7 @@ class TapeProvider:
 
     NAME = "tape"
 
-    def _draw(self, request: correlations.Request, device: Any) -> list[torch.Tensor]:
+    def _draw(self, request: Request, device: Any) -> list[torch.Tensor]:
         parts = _party().draw(request, _current.step)
         return [materialise(p, device or "cpu") for p in parts]
 
@@ -157,7 +159,7 @@ class TapeProvider:
         fn = getattr(torch, op)
         a, b = (torch.empty(s, dtype=torch.int64, device="meta") for s in (size0, size1))
         out = tuple(fn(a, b).shape)
-        parts = self._draw(correlations.triple(tuple(size0), tuple(size1), out, fn, f"triple/{op}"), device)
+        parts = self._draw(correlations.triple(tuple(size0), tuple(size1), out, fn), device)
         return [ArithmeticSharedTensor.from_shares(p, precision=0) for p in parts]
 
     def square(self, size: torch.Size, device: Any = None) -> list[Any]:
@@ -165,7 +167,7 @@ class TapeProvider:
         return [ArithmeticSharedTensor.from_shares(p, precision=0) for p in parts]
 
     def generate_binary_triple(self, size0: torch.Size, size1: torch.Size, device: Any = None) -> list[Any]:
-        out = tuple(torch.broadcast_shapes(size0, size1))
+        out = broadcast(size0, size1)
         parts = self._draw(correlations.binary_triple(tuple(size0), tuple(size1), out), device)
         return [BinarySharedTensor.from_shares(p) for p in parts]
 
@@ -187,12 +189,12 @@ class _Generators(dict[Any, Any]):
         super().__init__()
         self._kind = kind
 
-    def __getitem__(self, device: Any) -> Stream | None:
+    def __getitem__(self, device: Any) -> KeyStream | None:
         return _party().stream(self._kind)
 
 
 def _uniform(
-    size: Any, ring_size: int = 2**64, generator: Stream | None = None, device: Any = None, **_: Any
+    size: Any, ring_size: int = 2**64, generator: KeyStream | None = None, device: Any = None, **_: Any
 ) -> torch.Tensor:
     if device is not None and torch.device(device).type == "meta":
         return torch.empty(size, dtype=torch.int64, device="meta")

@@ -4,37 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from mpcache.errors import OutOfRange
-from mpcache.model.rope import Turn, rotate
-from mpcache.ops import Ops, Selection
-from mpcache.protocols import softmax, suite
+from mpcache.model.rope import Rotation, rotate
+from mpcache.ops import Engine, SelectionOf
+from mpcache.protocols import suite
 from mpcache.protocols.compare import Digits, Keys
+from mpcache.protocols.ranges import (
+    BLUR_BITS,
+    BOUND_SLACK,
+    LONG_BITS,
+    LONGEST_ATTENDED,
+    RELU_WIDTH,
+    VALUE_BITS,
+    WEIGHT_BITS,
+    WEIGHTED_SUM_RING,
+    weight_bits,
+)
+from mpcache.protocols.suite import Suite
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.program import Opening, Program, open_masked
-from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, encode
+from mpcache.runtime.program import Opening, Program, open_secret
+from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode
 from mpcache.runtime.side import Side, bytes_for
 
-VALUE_BITS = 14  # |value| < 2^14, for all that is settled or kept
-WEIGHT_BITS = 22  # fraction bits of softmax weights; the largest of a row may be e^-4.6
-LONG_BITS = 20  # fraction bits of a product's factor that had more than `WEIGHT_BITS`
-AVERAGE_RING = 56  # weights times values: with n tokens |value| < 32 (`weight_bits`)
-RELU_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `relu`
-LONGEST = 1 << 13  # attended tokens per query
-BLUR_BITS = 11  # what a party learns is blurred with a standard deviation of 2^-11 (`reveal`)
 
-
-def weight_bits(n: int) -> int:
-    """Fraction bits of n softmax weights: with 16 of the values, and 2^5 as their size, sums of n products
-    are below 2^(AVERAGE_RING - 2). 22 for 2^11 tokens, 20 for 2^13."""
-    return min(WEIGHT_BITS, AVERAGE_RING - 2 - 16 - 5 - (n - 1).bit_length())
-
-
-class FastOps(Ops):
+class FastOps(Engine[Share, MaskedOperand]):
     """Values carry up to `WEIGHT_BITS` fraction bits where an operation says so, else `bits`.
 
     A product keeps all its fraction bits; the next operation truncates what it needs (`rescale_to`): each
@@ -43,7 +40,7 @@ class FastOps(Ops):
     """
 
     name = "fast"
-    do: Any = suite  # or their meaning, `ideal`, in mpcache.engines.checked
+    do: Suite = suite  # or their meaning, `ideal`, in mpcache.engines.checked
     comparison: type[Keys] | type[Digits] = Keys  # of all pairs within a top-k
 
     def __init__(self, rank: Rank, bits: int = 16, device: str = "cpu") -> None:
@@ -60,14 +57,14 @@ class FastOps(Ops):
         return Share(encode(value.cpu(), bits).reshape(tuple(shape)), bits, owner)
 
     def rescale_to(self, x: Share, bits: int | None = None) -> Program[Share]:
-        """x at `bits` fraction bits, exactly; free if it has no more."""
+        """X at `bits` fraction bits, exactly; free if it has no more."""
         bits = self.bits if bits is None else bits
         if (x.bits, x.ring) == (bits, 64):
             return x
         return (yield from self.do.truncate(self.side, self.do.truncate_local(self.side, x, bits), bits))
 
     def in_small_ring(self, x: Share) -> Share:
-        """x at `bits` fraction bits in a ring for |x| < 2^14; no cost."""
+        """X at `bits` fraction bits in a ring for |x| < 2^14; no cost."""
         x = self.do.truncate_local(self.side, x, self.bits)
         return replace(x, ring=min(x.ring, x.bits + VALUE_BITS + 2))
 
@@ -100,7 +97,7 @@ class FastOps(Ops):
                 f"range; protocol fast holds less than {1 << VALUE_BITS}: the answer would be wrong"
             )
 
-    def cat_operands(self, parts: Sequence[Any], dim: int) -> Any:
+    def cat_operands(self, parts: Sequence[MaskedOperand], dim: int) -> MaskedOperand:
         first, *rest = parts
         for part in rest:
             first = first.append(part, dim)
@@ -125,7 +122,7 @@ class FastOps(Ops):
 
     def norm_linear(
         self, x: MaskedOperand | None, change: Share, eps: float, w: MaskedOperand, bias: Share | None = None,
-        turn: Turn | None = None,
+        turn: Rotation | None = None,
     ) -> Program[tuple[MaskedOperand, Share]]:  # fmt: skip
         def turned(y: Share) -> Share:
             return y if turn is None else Share(turn(y.data, self.bits), y.bits + self.bits, ring=y.ring)
@@ -151,11 +148,11 @@ class FastOps(Ops):
         return (yield from self.do.softmax(self.side, scores, visible, weight_bits(scores.shape[-1])))
 
     def weighted_sum(self, weights: Share, values: MaskedOperand) -> Program[Share]:
-        return (yield from self.do.matmul_masked_operand(self.side, weights, values, AVERAGE_RING))
+        return (yield from self.do.matmul_masked_operand(self.side, weights, values, WEIGHTED_SUM_RING))
 
     def reciprocal(self, total: Share) -> Program[Share]:
-        least = 2.0 ** -(2 * softmax.SLACK)  # e^-slack, and some
-        return (yield from self.do.reciprocal(self.side, total, least, LONGEST))
+        least = 2.0 ** -(2 * BOUND_SLACK)  # e^-slack, and some
+        return (yield from self.do.reciprocal(self.side, total, least, LONGEST_ATTENDED))
 
     def mul(self, x: Share, y: Share) -> Program[Share]:
         if x.bits > WEIGHT_BITS:
@@ -184,28 +181,33 @@ class FastOps(Ops):
 
     def topk(
         self, scores: Share, k: int, values: Sequence[Share], limit: int = 512
-    ) -> Program[tuple[Selection, list[Share]]]:
+    ) -> Program[tuple[SelectionOf[Share], list[Share]]]:
         width = scores.bits + (2 * limit - 1).bit_length() + 1  # differences stay below 2 limit
         chosen, gathered = yield from self.do.topk(self.side, scores, k, values, width, self.comparison)
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
-        """Products are blurred by the other party (`blur`): a logit is a whole number of 2^-18 / rms, so
-        that exact logits would tell the last hidden state's root mean square, which is no public size."""
+        """Open to one party. One round.
+
+        Products are blurred by the other party (`blur`): a logit is a whole number of 2^-18 / rms, so
+        that exact logits would tell the last hidden state's root mean square, which is no public size.
+        """
         # Whole bytes, all of them significant: the recipient sees a share that is uniform.
         spare = -(x.ring - max(0, x.bits - self.bits)) % 8
         if x.bits > self.bits + spare:
             x = self.do.truncate_local(self.side, x, self.bits + spare)
             x = replace(x, data=x.data + (yield from self.do.blur(self.side, x, to.peer, BLUR_BITS)))
-        (raw,) = yield from open_masked(Opening(x.data, why, to=to, width=bytes_for(x.ring)))
+        raw = yield from open_secret(Opening(x.data, why, to=to, width=bytes_for(x.ring)))
         if raw is None:
             return None
-        return centred(raw, x.ring).double() / 2**x.bits
+        return decode(centred(raw, x.ring), x.bits)
 
 
 class FastBitsOps(FastOps):
-    """`--protocol fast-bits`: a top-k compares the mask's digits instead of walking key trees. One more
-    round for each top-k, and a ninth of its comparisons' offline bytes."""
+    """`--protocol fast-bits`: a top-k compares the mask's digits instead of walking key trees.
+
+    Each top-k takes one more round, and a ninth of its comparisons' offline bytes.
+    """
 
     name = "fast-bits"
     comparison = Digits

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from mpcache.model.prefill import activate, normalise
-from mpcache.model.rope import Turn, rotate
-from mpcache.ops import Ops, Selection
+from mpcache.model.prefill import apply_activation, normalise
+from mpcache.model.rope import Rotation, rotate
+from mpcache.ops import Engine, SelectionOf
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, local
 from mpcache_kernels import Backend
 
 
-class PlainSelection(Selection):
+class PlainSelection(SelectionOf[torch.Tensor]):
     """Chosen positions in the clear. index: (*rows, k), descending score, ties to the lower index."""
 
     def __init__(self, index: torch.Tensor, n: int) -> None:
@@ -33,11 +33,10 @@ class PlainSelection(Selection):
         index = self.index.unsqueeze(-1).expand(weights.shape)
         return local(weights.new_zeros(*rows, self.n, c).scatter(-2, index, weights))
 
-    def prepare(self) -> Program[Selection]:
+    def prepare(self) -> Program[PlainSelection]:
         return local(self)
 
-    def refine(self, finer: Selection, children: int) -> Program[Selection]:
-        assert isinstance(finer, PlainSelection)
+    def refine(self, finer: PlainSelection, children: int) -> Program[PlainSelection]:
         parent = self.index.gather(-1, finer.index // children)
         return local(type(self)(parent * children + finer.index % children, self.n * children))
 
@@ -46,7 +45,7 @@ class PlainSelection(Selection):
         return marks.scatter(-1, self.index, 1.0)
 
 
-class PlainOps(Ops):
+class PlainOps(Engine[torch.Tensor, torch.Tensor]):
     """`Ops` on torch float tensors; no rounds, no bytes.
 
     kernels: for the steps that have one, on `device`; without them each operation stands for itself, as
@@ -86,7 +85,7 @@ class PlainOps(Ops):
 
     def norm_linear(
         self, x: torch.Tensor | None, change: torch.Tensor, eps: float, w: torch.Tensor,
-        bias: torch.Tensor | None = None, turn: Turn | None = None,
+        bias: torch.Tensor | None = None, turn: Rotation | None = None,
     ) -> Program[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
         x = change if x is None else x + change
         y = normalise(x, eps) @ w
@@ -99,7 +98,7 @@ class PlainOps(Ops):
         return local(rotate(x, cos.to(x), sin.to(x)))
 
     def gate(self, kind: str, gate: torch.Tensor, up: torch.Tensor | None) -> Program[torch.Tensor]:
-        y = activate(kind, gate)
+        y = apply_activation(kind, gate)
         return local(y if up is None else y * up)
 
     def softmax(
@@ -136,7 +135,7 @@ class PlainOps(Ops):
 
     def topk(
         self, scores: torch.Tensor, k: int, values: Sequence[torch.Tensor], limit: int = 512
-    ) -> Program[tuple[Selection, list[torch.Tensor]]]:
+    ) -> Program[tuple[PlainSelection, list[torch.Tensor]]]:
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         chosen = PlainSelection(order[..., :k], scores.shape[-1])
         return local((chosen, [chosen.pick(v) for v in values]))

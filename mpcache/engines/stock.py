@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from mpcache.engines.crypten_shim import MPCTensor, crypten
-from mpcache.model.rope import Turn, rotate
-from mpcache.ops import Ops, Selection
+from mpcache.engines.crypten_shim import MPCTensor, call, crypten
+from mpcache.model.rope import Rotation, rotate
+from mpcache.ops import Engine, SelectionOf
 from mpcache.rank import Rank
-from mpcache.runtime.program import Call, Opening, Program, at, local, open_masked
+from mpcache.runtime.program import Call, Opening, Program, at, local, open_secret
 from mpcache.runtime.shares import Share, cat, encode
 
 # The inverse square root of a mean square v: exponents of v that are told apart (stock).
@@ -26,12 +26,12 @@ V_LOW, V_HIGH = -18, 10
 
 
 def wrap(x: Share) -> Any:
-    """A Share as CrypTen's tensor (CrypTen works in place: it gets a copy)."""
+    """Wrap a Share as CrypTen's tensor (CrypTen works in place: it gets a copy)."""
     return MPCTensor.from_shares(x.data.clone(), precision=x.bits)
 
 
 def unwrap(t: Any) -> Share:
-    """CrypTen's tensor as a Share."""
+    """Unwrap CrypTen's tensor: a Share."""
     return Share(t.share, int(math.log2(t.encoder.scale)))
 
 
@@ -42,20 +42,20 @@ def blocking(fn: Callable[..., Any], *shares: Share) -> Program[Any]:
         result = fn(*(wrap(s) for s in shares))
         return tuple(unwrap(r) for r in result) if isinstance(result, tuple) else unwrap(result)
 
-    answer = yield Call(run)
+    answer = yield Call(lambda party, step: call(party, run, step))
     return answer
 
 
 @dataclass(frozen=True)
-class StockSelection(Selection):
+class StockSelection(SelectionOf[Share]):
     """One-hot slots h (*rows, k, n), integers in arithmetic shares."""
 
     hot: Share
 
-    def prepare(self) -> Program[Selection]:
+    def prepare(self) -> Program[StockSelection]:
         return local(self)
 
-    def refine(self, finer: Selection, children: int) -> Program[Selection]:
+    def refine(self, finer: StockSelection, children: int) -> Program[StockSelection]:
         k = self.hot.shape[-2]
 
         def run(mine: Any, theirs: Any) -> Any:
@@ -64,7 +64,7 @@ class StockSelection(Selection):
             hot = split.matmul(mine.unsqueeze(-3))  # (*rows, children, k2, n)
             return hot.transpose(-3, -2).transpose(-2, -1).reshape(*rows, k2, -1)
 
-        hot = yield from blocking(run, self.hot, finer.hot)  # type: ignore[attr-defined]
+        hot = yield from blocking(run, self.hot, finer.hot)
         return StockSelection(hot)
 
     def marks(self) -> Share:
@@ -77,7 +77,7 @@ class StockSelection(Selection):
         return blocking(lambda h, w: h.matmul(w), self.hot.transpose(-1, -2), weights)
 
 
-class StockOps(Ops):
+class StockOps(Engine[Share, Share]):
     """`Ops` on CrypTen. bits: fraction bits of every value (CrypTen's precision)."""
 
     name = "stock"
@@ -98,17 +98,17 @@ class StockOps(Ops):
     def rescale(self, x: Share) -> Program[Share]:
         return local(x)
 
-    def prepare(self, x: Share, ring: int = 48) -> Program[Any]:
+    def prepare(self, x: Share, ring: int = 48) -> Program[Share]:
         return local(x)
 
-    def cat_operands(self, parts: Sequence[Any], dim: int) -> Any:
+    def cat_operands(self, parts: Sequence[Share], dim: int) -> Share:
         return cat(parts, dim)
 
     def cat(self, parts: Sequence[Share], dim: int) -> Share:
         return cat(parts, dim)
 
-    def linear(self, x: Share, w: Any, bias: Share | None = None) -> Program[Share]:
-        y = yield from blocking(lambda a, b: a.matmul(b), x, w)
+    def linear(self, x: Share, w: Share, bias: Share | None = None) -> Program[Share]:
+        y: Share = yield from blocking(lambda a, b: a.matmul(b), x, w)
         return y if bias is None else y + bias
 
     def scores(self, q: Share, keys: Share) -> Program[Share]:
@@ -116,12 +116,12 @@ class StockOps(Ops):
 
     def norm_linear(
         self, x: Share | None, change: Share, eps: float, w: Any, bias: Share | None = None,
-        turn: Turn | None = None,
+        turn: Rotation | None = None,
     ) -> Program[tuple[Share, Share]]:  # fmt: skip
         x = change if x is None else x + change
         y = yield from self.linear((yield from at("norm", self.norm(x, eps))), w, bias)
         if turn is not None:
-            turn = Turn(turn.heads, turn.cos.to(self.device), turn.sin.to(self.device))
+            turn = Rotation(turn.heads, turn.cos.to(self.device), turn.sin.to(self.device))
             # CrypTen's truncation: each party divides its own share, no message (PROTOCOLS 0).
             y = Share(turn(y.data, self.bits).div(1 << self.bits, rounding_mode="trunc"), y.bits)
         return x, y
@@ -131,7 +131,7 @@ class StockOps(Ops):
         return local(Share(rotated.data.div(1 << self.bits, rounding_mode="trunc"), x.bits))
 
     def rotated(self, x: Share, cos: torch.Tensor, sin: torch.Tensor) -> Share:
-        """Times public fixed-point angles: `bits` more fraction bits, no truncation yet."""
+        """Multiply by public fixed-point angles: `bits` more fraction bits, no truncation yet."""
         c, s = encode(cos, self.bits), encode(sin, self.bits)
         return Share(rotate(x.data, c.to(self.device), s.to(self.device)), x.bits + self.bits)
 
@@ -222,7 +222,7 @@ class StockOps(Ops):
 
     def topk(
         self, scores: Share, k: int, values: Sequence[Share], limit: int = 512
-    ) -> Program[tuple[Selection, list[Share]]]:
+    ) -> Program[tuple[StockSelection, list[Share]]]:
         n = scores.shape[-1]
         first, second = torch.triu_indices(n, n, 1)
 
@@ -249,5 +249,5 @@ class StockOps(Ops):
         return chosen, gathered
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
-        (raw,) = yield from open_masked(Opening(x.data, why, to=to))
+        raw = yield from open_secret(Opening(x.data, why, to=to))
         return None if raw is None else raw.double() / 2**x.bits

@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from mpcache.cost.tally import PROTOCOLS
+from mpcache.engines.registry import engine
 from mpcache.ledger import Ledger
 from mpcache.ops import Ops
 from mpcache.rank import Rank
@@ -26,8 +26,9 @@ Job = Callable[[Ops, Party, Rank], Any]
 
 
 def run_threads(job: Job, protocol: str = "fast", bits: int = 16) -> dict[Rank, tuple[Any, Ledger]]:
-    """`job(ops, party, rank)` at each of the three; the dealer's ops hold shapes only. What each returned,
-    and its ledger. Raises what the first one to fail raised; no thread outlives this call.
+    """Run `job(ops, party, rank)` at each of the three: what each returned, and its ledger.
+
+    The dealer's ops hold shapes only. Raises what the first one to fail raised; no thread outlives this call.
     """
     ledgers = {rank: Ledger() for rank in Rank}
     links: dict[Rank, dict[Rank, Link]] = {rank: {} for rank in Rank}
@@ -53,10 +54,9 @@ def run_threads(job: Job, protocol: str = "fast", bits: int = 16) -> dict[Rank, 
     def body(rank: Rank) -> None:
         torch.set_num_threads(1)  # as each party does
         dealer = rank is Rank.DEALER
-        cls = PROTOCOLS[protocol]
-        ops = cls(Rank.SERVER if dealer else rank, bits, device="meta" if dealer else "cpu")
+        ops = engine(protocol, Rank.SERVER if dealer else rank, bits, "meta" if dealer else "cpu")
         try:
-            results[rank] = job(cast(Ops, ops), parties[rank], rank)
+            results[rank] = job(ops, parties[rank], rank)
         except BaseException as error:
             errors.append(error)
             close(f"{rank.label}: {error!r}")

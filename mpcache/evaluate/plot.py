@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.errors import BadInput
-from mpcache.evaluate.rows import Row
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.evaluate.results import EvalRow
+from mpcache.policy.plan import FULL_PERCENT
 
 COLUMNS = 3
 
 
 def check_plot(file: Path) -> None:
-    """Before anything is computed. Raises BadInput."""
+    """Check before anything is computed that a plot can be drawn. Raises BadInput."""
     if find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib, which is not installed: pip install 'mpcache[plot]'")
     if file.suffix != ".svg":
@@ -24,8 +24,8 @@ def check_plot(file: Path) -> None:
         raise BadInput(f"--plot {file}: there is no folder {file.parent} to put a file of this name in")
 
 
-def plot(rows: Sequence[Row], file: Path) -> None:
-    """Plain rows of judged tasks; the full cache is the dashed line. Raises BadInput."""
+def plot(rows: Sequence[EvalRow], file: Path) -> None:
+    """Draw the plain rows of judged tasks; the full cache is the dashed line. Raises BadInput."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -65,7 +65,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         pyplot.close(figure)
 
 
-def _panel(panel: Any, rows: Sequence[Row], policies: Sequence[str]) -> dict[str, Any]:
+def _panel(panel: Any, rows: Sequence[EvalRow], policies: Sequence[str]) -> dict[str, Any]:
     """One task; the lines by policy."""
     by_bits = "bits_per_byte" in rows[0]
     value = "bits_per_byte" if by_bits else "accuracy"

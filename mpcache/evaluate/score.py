@@ -12,7 +12,7 @@ from torch import Tensor
 from mpcache.decode import Operands
 from mpcache.engines.plain import PlainOps
 from mpcache.evaluate.tasks import Sample, Task
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.policy import BoundPolicy
 from mpcache.policy.full import Full
@@ -33,7 +33,7 @@ class Tokens:
         return len(self.context) + sum(len(question) + len(answer) for question, answer, _ in self.turns)
 
     def chunks(self) -> list[int]:
-        """Lengths of what `score` takes in, where each answer is fed to its end: public."""
+        """Return the lengths of what `score` takes in, where each answer is fed to its end: public."""
         found, before = [], 0
         for question, answer, _ in self.turns:
             found += [before + len(question), *[1] * (len(answer) - 1)]
@@ -60,7 +60,7 @@ class Read:
     kernels: Backend
 
 
-class Engine:
+class EvalModel:
     """A model, ready to be asked under any policy.
 
     The weights are laid out once, and each context is read once, however many policies answer.
@@ -78,7 +78,7 @@ class Engine:
         return session.operands
 
     def tokens(self, sample: Sample) -> Tokens:
-        """Context, questions and answers as the parties would encode them, each by itself."""
+        """Encode context, questions and answers as the parties would, each by itself."""
         encode, turns = self.model.tokenizer.encode, []
         for turn in sample.turns:
             question = encode(turn.question, bos=False)
@@ -90,12 +90,12 @@ class Engine:
         return Tokens(encode(sample.context, bos=True), tuple(turns))
 
     def read(self, context: Sequence[int], window: int) -> Read:
-        """A context, with the last `window` queries."""
+        """Read a context, and keep its last `window` queries."""
         known = prefill(self.model, context, self.device, window=window)
         return Read(known, replace(self.kernels, window_importance=_once(self.kernels.window_importance)))
 
     def session(self, policy: BoundPolicy, read: Read) -> Session:
-        """After the context; it may have been read with more queries than the policy looks at."""
+        """Begin a session after a context, which may be read with more queries than the policy needs."""
         session = Session(self.ops, None, self.model.shape, policy)
         session.operands = self.operands
         window = policy.policy.window(policy.plan.context)
@@ -104,8 +104,9 @@ class Engine:
 
 
 def _once(importance: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """The kernel, computed once for each layer, window and head of a context that stays in memory:
-    at another budget a policy asks for the same again, and for all queries that takes a second.
+    """Compute the kernel once for each layer, window and head of a context that stays in memory.
+
+    At another budget a policy asks for the same again, and for all queries that takes a second.
     """
     known: dict[tuple[object, ...], Tensor] = {}
 
@@ -120,8 +121,10 @@ def _once(importance: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[Tens
 
 @torch.no_grad()
 def score(task: Task, session: Session, sample: Sample, tokens: Tokens) -> list[Score]:
-    """Each turn's score. The right answer's tokens go in one at a time, each judged by what the model
-    would have said: all right is what greedy decoding gets all right; a wrong answer harms no later one.
+    """Score each turn of a sample.
+
+    The right answer's tokens go in one at a time, and each is judged by what the model would have said: an
+    answer is all right here where greedy decoding gets it all right, and a wrong answer harms no later one.
     """
     found = []
     chunk: list[int] = []

@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpcache.answer import Sampling, plain_answer
-from mpcache.answer import bind as bind_session
+from mpcache.answer import plain_answer
 from mpcache.config import PublicConfig
+from mpcache.console.terminal import Say
 from mpcache.engines.threads import run_threads
-from mpcache.evaluate.rows import Results, Tally, bits_per_byte
-from mpcache.evaluate.score import Engine, Score, Tokens, score
-from mpcache.evaluate.sweep import Grid, Say, bind, take
+from mpcache.evaluate.results import Cell, Results, bits_per_byte_of
+from mpcache.evaluate.score import EvalModel, Score, Tokens, score
+from mpcache.evaluate.sweep import EvalGrid, bind_at_budget, take_sample
 from mpcache.evaluate.tasks import Sample
-from mpcache.policy import BoundPolicy, parse
+from mpcache.limits import bind_policy
+from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.rank import Rank
+from mpcache.sampling import Sampling
 from mpcache.session import Session
 from mpcache_parties.launch import run_quietly
 
@@ -30,26 +32,33 @@ CONFIRMED = 16  # bits: tokens of the text that goes on, a private decode step e
 TOLERANCE = 0.01  # bits per byte: what fixed point may add to or take from one sample
 
 
-def confirm(
-    engine: Engine, grid: Grid, cells: Sequence[Tally], count: int, network: str, results: Results, say: Say
+def confirm_privately(
+    engine: EvalModel,
+    grid: EvalGrid,
+    cells: Sequence[Cell],
+    count: int,
+    network: str,
+    results: Results,
+    say: Say,
 ) -> None:
-    """The first `count` samples of each cell of the sweep, privately: whether each answer is right, and
-    whether every token is the plain engine's; of bits, whether they are within TOLERANCE of the plain
-    engine's. Raises PartyFailed.
+    """Ask the first `count` samples of each cell of the sweep privately. Raises PartyFailed.
+
+    Each is counted by whether the answer is right, and whether every token is the plain engine's; bits per
+    byte by whether they are within TOLERANCE of the plain engine's.
     """
     for plain in cells:
         if not plain.judged or not plain.scores:
             continue
-        if parse(plain.policy).in_the_clear:
+        if parse_policy(plain.policy).in_the_clear:
             results.note(f"{plain.policy}: runs in plaintext only, so the parties did not confirm it")
             continue
-        secure = Tally(plain.task, plain.question, plain.policy, plain.budget, "secure", judged=True)
-        results.tallies.append(secure)
+        secure = Cell(plain.task, plain.question, plain.policy, plain.budget, "secure", judged=True)
+        results.cells.append(secure)
         where = f"{plain.task.name}, question {plain.question}, {plain.policy} at {plain.budget} %"
         for i in range(count):
             said = f"{where}: private sample {i + 1} of {count}"
-            sample, tokens = take(engine, plain.task, plain.question, grid, i)
-            bound = bind(engine, plain.policy, plain.budget, len(tokens.context))
+            sample, tokens = take_sample(engine, plain.task, plain.question, grid, i)
+            bound = bind_at_budget(engine, plain.policy, plain.budget, len(tokens.context))
             secure.count(bound)
             if plain.task.by_token:
                 if network != "none":
@@ -63,12 +72,12 @@ def confirm(
                 _answer(engine, secure, bound, alone, network)
 
 
-def _answer(engine: Engine, cell: Tally, bound: BoundPolicy, sample: Sample, network: str) -> None:
-    """One question of three processes."""
+def _answer(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, network: str) -> None:
+    """Ask three processes one question."""
     (turn,), tokens = sample.turns, engine.tokens(sample)
     question, answer, _ = tokens.turns[0]
     public = PublicConfig(policy=bound.policy.spec, max_new_tokens=len(answer), network=network)
-    bind_session(engine.model.shape, public, len(tokens.context), len(question))
+    bind_policy(engine.model.shape, public, len(tokens.context), len(question))
     plain = plain_answer(
         engine.model, bound, tokens.context, question, len(answer), Sampling(), (), engine.device
     )
@@ -81,8 +90,8 @@ def _answer(engine: Engine, cell: Tally, bound: BoundPolicy, sample: Sample, net
     cell.agreed.append(ids == plain.ids)
 
 
-def _go_on(engine: Engine, cell: Tally, bound: BoundPolicy, sample: Sample, tokens: Tokens) -> None:
-    """The beginning of one long answer, token by token, through three threads."""
+def _go_on(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, tokens: Tokens) -> None:
+    """Score the beginning of one long answer, token by token, through three threads."""
     question, answer, _ = tokens.turns[0]
     answer = answer[:CONFIRMED]
     size = len(engine.model.tokenizer.decode(answer).encode())
@@ -104,5 +113,5 @@ def _go_on(engine: Engine, cell: Tally, bound: BoundPolicy, sample: Sample, toke
 
     (private,) = run_threads(party)[Rank.CLIENT][0]
     cell.scores.append(private)
-    cell.off.append(abs(bits_per_byte([private]) - bits_per_byte([plain])))
+    cell.off.append(abs(bits_per_byte_of([private]) - bits_per_byte_of([plain])))
     cell.agreed.append(cell.off[-1] <= TOLERANCE)

@@ -6,24 +6,25 @@ nothing about eviction, and is not asked again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpcache.console.terminal import Say
 from mpcache.errors import BadInput, PolicyError
-from mpcache.evaluate.rows import Results, Tally
-from mpcache.evaluate.score import Engine, Tokens, score
+from mpcache.evaluate.results import Cell, Results
+from mpcache.evaluate.score import EvalModel, Tokens, score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Sample, Task
-from mpcache.policy import BoundPolicy, parse
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.policy.plan import FULL_PERCENT
 
 FULL = "full"
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class Grid:
-    """What is asked. policies: as the user writes them, without full.  budgets: percent of the context.
+class EvalGrid:
+    """What is asked.
+
+    policies: as the user writes them, without full.  budgets: percent of the context.
     samples: answers per task and cell.  context: tokens of a document, at most.
     """
 
@@ -36,14 +37,16 @@ class Grid:
     context: int
 
 
-def bind(engine: Engine, spec: str, budget: int, context: int) -> BoundPolicy:
-    """The policy, set to `budget` percent of `context` tokens. Raises PolicyError."""
+def bind_at_budget(engine: EvalModel, spec: str, budget: int, context: int) -> BoundPolicy:
+    """Bind the policy, set to `budget` percent of `context` tokens. Raises PolicyError."""
     shape = engine.model.shape
-    return parse(spec).at_percent(budget, context, shape).bind(context, shape)
+    return parse_policy(spec).at_percent(budget, context, shape).bind(context, shape)
 
 
-def take(engine: Engine, task: Task, question: str, grid: Grid, i: int) -> tuple[Sample, Tokens]:
-    """Sample i of a task. Raises BadInput when the session does not fit into the model."""
+def take_sample(
+    engine: EvalModel, task: Task, question: str, grid: EvalGrid, i: int
+) -> tuple[Sample, Tokens]:
+    """Take sample i of a task. Raises BadInput when the session does not fit into the model."""
     tokenizer, limit = engine.model.tokenizer, engine.model.shape.max_positions
     count_tokens = lambda text: len(tokenizer.encode(text, bos=False))  # noqa: E731
     sample = task.sample(i, grid.seed, count_tokens, grid.context)
@@ -58,31 +61,32 @@ def take(engine: Engine, task: Task, question: str, grid: Grid, i: int) -> tuple
     return sample, tokens
 
 
-def sweep(engine: Engine, grid: Grid, results: Results, say: Say) -> None:
-    """Adds to `results` as it goes, whole samples at a time: an interrupted sweep's rows stand on the
-    same samples. Raises BadInput.
+def run_sweep(engine: EvalModel, grid: EvalGrid, results: Results, say: Say) -> None:
+    """Ask every policy at every budget, and add to `results` whole samples at a time. Raises BadInput.
+
+    The rows of an interrupted sweep stand on the same samples, too.
     """
     for task in grid.tasks:
         for question in [q for q in task.questions if q in grid.questions]:
             name = f"{task.name}, question {question}"
-            full = Tally(task, question, FULL, FULL_PERCENT)
-            results.tallies.append(full)
+            full = Cell(task, question, FULL, FULL_PERCENT)
+            results.cells.append(full)
             _ask(engine, grid, [full], results, _under(say, f"{name}: full"))
             full.judged = full.passes()
             if not full.judged:
                 results.note(gated_out(full))
                 continue
             cells = [
-                Tally(task, question, spec, budget, judged=True)
+                Cell(task, question, spec, budget, judged=True)
                 for spec in grid.policies
                 for budget in grid.budgets
             ]
-            results.tallies += cells
+            results.cells += cells
             _ask(engine, grid, cells, results, _under(say, name))
 
 
-def gated_out(full: Tally) -> str:
-    """Why a task is not judged, in words."""
+def gated_out(full: Cell) -> str:
+    """Say in words why a task is not judged."""
     name = f"{full.task.name}, question {full.question}"
     if full.task.by_token:
         reached, wanted = f"{full.bits_per_byte:.2f} bits per byte", f"at most {BITS_AT_MOST}"
@@ -91,20 +95,20 @@ def gated_out(full: Tally) -> str:
     return f"{name}: not judged: the full cache reaches {reached}, {wanted} is needed"
 
 
-def _ask(engine: Engine, grid: Grid, cells: Sequence[Tally], results: Results, say: Say) -> None:
-    """All samples of one task to these cells."""
+def _ask(engine: EvalModel, grid: EvalGrid, cells: Sequence[Cell], results: Results, say: Say) -> None:
+    """Ask all samples of one task for these cells."""
     if not cells:
         return
     task, question = cells[0].task, cells[0].question
     count = task.samples(grid.samples)
     for i in range(count):
         say(f"sample {i + 1} of {count}")
-        sample, tokens = take(engine, task, question, grid, i)
+        sample, tokens = take_sample(engine, task, question, grid, i)
         length = len(tokens.context)
         bounds = []
         for cell in cells:
             try:
-                bounds.append((cell, bind(engine, cell.policy, cell.budget, length)))
+                bounds.append((cell, bind_at_budget(engine, cell.policy, cell.budget, length)))
             except PolicyError as error:
                 results.note(f"left out at {cell.budget} % of {length} tokens: {error}")
         read = engine.read(tokens.context, max((b.policy.window(length) for _, b in bounds), default=0))

@@ -28,7 +28,7 @@ BITS_AT_MOST = 2.5  # bits per byte, the same; a good compressor of single verse
 
 
 @dataclass(frozen=True)
-class Turn:
+class TaskTurn:
     """A question and its answer, which begins with a space. part: what it is counted under, too."""
 
     question: str
@@ -41,17 +41,19 @@ class Sample:
     """One session: a context, and the turns that follow it, each after the right answer before it."""
 
     context: str
-    turns: tuple[Turn, ...]
+    turns: tuple[TaskTurn, ...]
 
     def inside(self) -> Sample:
-        """The first question is the end of the context, but for its last word, which asks."""
+        """Move the first question to the end of the context, but for its last word, which asks."""
         first, *later = self.turns
         head, _, word = first.question.rpartition(" ")
         return Sample(self.context + head, (replace(first, question=" " + word), *later))
 
     def apart(self) -> list[Sample]:
-        """Each turn as a session of its own, in which all that was said before it, with the right answers,
-        is the beginning of its question."""
+        """Make each turn a session of its own.
+
+        All that was said before a turn, with the right answers, is the beginning of its question.
+        """
         found, said = [], ""
         for turn in self.turns:
             found.append(Sample(self.context, (replace(turn, question=said + turn.question),)))
@@ -61,9 +63,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """make(rng, count tokens, context tokens, i): the i-th sample.  per_document: answers that one
-    sample counts for in `--samples`.  room: tokens that questions and answers take beyond the context,
-    at most, with a tokenizer like the demo's.  by_token: every token of the answer is an answer.
+    """A kind of question whose answers are known.
+
+    make(rng, count tokens, context tokens, i): the i-th sample.  per_document: answers that one sample
+    counts for in `--samples`.  room: tokens that questions and answers take beyond the context, at most,
+    with a tokenizer like the demo's.  by_token: every token of the answer is an answer.
     """
 
     name: str
@@ -75,11 +79,11 @@ class Task:
     questions: tuple[str, ...] = ("inside", "after")
 
     def samples(self, answers: int) -> int:
-        """How many documents give so many answers."""
+        """Return how many documents give this many answers."""
         return -(-answers // self.per_document)
 
     def sample(self, i: int, seed: int, count_tokens: CountTokens, context: int) -> Sample:
-        """Document i of a seed, of at most `context` tokens. Raises BadInput."""
+        """Make document i of a seed, of at most `context` tokens. Raises BadInput."""
         try:
             return self.make(random.Random(f"eval {self.name} {seed} {i}"), count_tokens, context, i)
         except ValueError as error:
@@ -87,27 +91,27 @@ class Task:
 
 
 def passkey(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
-    """One fact, at a depth."""
+    """Hide one fact in a document, at a depth."""
     depth = DEPTHS[i % len(DEPTHS)]
     text, facts = make_document(rng, count_tokens, context, 1, [depth])
-    return Sample(text, tuple(Turn(*fact, f"depth {depth:.2f}") for fact in facts))
+    return Sample(text, tuple(TaskTurn(*fact, f"depth {depth:.2f}") for fact in facts))
 
 
 def recall(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
-    """Some of a document's facts, asked one after another in one session."""
+    """Ask some of a document's facts, one after another in one session."""
     text, facts = make_document(rng, count_tokens, context, FACTS)
     asked = facts[:ASKED]
     return Sample(
         text,
         tuple(
-            Turn(("\n" if j else "") + question, answer, f"question {j + 1}")
+            TaskTurn(("\n" if j else "") + question, answer, f"question {j + 1}")
             for j, (question, answer) in enumerate(asked)
         ),
     )
 
 
 def copy(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
-    """A verse that stands in several places is begun, and is to go on word for word."""
+    """Begin a verse that stands in several places, and is to go on word for word."""
     long_enough = [
         verse for verse in load_lines("verses.txt") if GIVEN + COPIED <= len(verse.split(" ")) <= 40
     ]
@@ -119,11 +123,11 @@ def copy(rng: random.Random, count_tokens: CountTokens, context: int, i: int) ->
     text = insert_at_depths(verses, [verse] * TIMES, [rng.random() for _ in range(TIMES)])
     words = verse.split(" ")
     question, answer = " ".join(words[:GIVEN]), " " + " ".join(words[GIVEN : GIVEN + COPIED])
-    return Sample(text, (Turn(question, answer, f"{GIVEN} words given"),))
+    return Sample(text, (TaskTurn(question, answer, f"{GIVEN} words given"),))
 
 
 def bits(rng: random.Random, count_tokens: CountTokens, context: int, i: int) -> Sample:
-    """Verses that go on: one question, its first word, and a long answer."""
+    """Let verses go on: one question, their first word, and a long answer."""
     verses = take_verses(rng, count_tokens, context + CONTINUED)
     before: list[str] = []
     used = 0
@@ -132,7 +136,7 @@ def bits(rng: random.Random, count_tokens: CountTokens, context: int, i: int) ->
     word, _, rest = "\n".join(verses).partition(" ")
     if not before or not rest:
         raise ValueError("no verse fits")
-    return Sample("".join(verse + "\n" for verse in before), (Turn(word, " " + rest, "continued"),))
+    return Sample("".join(verse + "\n" for verse in before), (TaskTurn(word, " " + rest, "continued"),))
 
 
 TASKS: dict[str, Task] = {

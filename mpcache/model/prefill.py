@@ -1,7 +1,7 @@
-"""The plaintext context path: one pass over the owner's document, on CPU or GPU.
+"""Run the model over a context in plaintext: one pass over the owner's document, on CPU or GPU.
 
-Float32 throughout. `normalise`, `activate` and `mlp` are what the decode program computes too; it is
-tested against them.
+Float32 throughout. The decode program computes `normalise`, `apply_activation` and `feed_forward` too;
+it is tested against them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpcache.errors import BadInput
-from mpcache.model.loading import LayerWeights, Model, ModelShape
+from mpcache.model.loading import Model
 from mpcache.model.rope import rope_tables, rotate
+from mpcache.model.shape import ModelShape
+from mpcache.model.weights import LayerWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,10 @@ class Prefill:
     logits: Tensor
 
     def last_queries(self, window: int) -> Prefill:
-        """The same context as seen by so many last queries, at most as many as there are here."""
+        """Return the same context as seen by its last `window` queries.
+
+        Raises ValueError on more queries than there are here.
+        """
         there = self.q_window[0].shape[1]
         if not 0 <= window <= there:
             raise ValueError(f"a window of {window} queries of {there}")
@@ -44,16 +49,16 @@ class Prefill:
 
 
 def normalise(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension: RMSNorm, its gain being folded elsewhere.
+    """Compute RMSNorm, x / sqrt(mean(x^2) + eps), over the last dimension; its gain is folded elsewhere.
 
-    LayerNorm as well: `mpcache.model.loading` makes the mean of x zero where a model has one.
+    LayerNorm as well: `mpcache.model.folding` makes the mean of x zero where a model has one.
     """
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def activate(name: str, x: Tensor) -> Tensor:
-    """x / (1 + e^-x) for "silu"; x * Phi(x) for "gelu", and its tanh approximation for "gelu_tanh"."""
-    return _ACTIVATIONS[name](x)
+def apply_activation(kind: str, x: Tensor) -> Tensor:
+    """Compute x / (1 + e^-x) for "silu", x * Phi(x) for "gelu", its tanh approximation for "gelu_tanh"."""
+    return _ACTIVATIONS[kind](x)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -63,23 +68,24 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """x (..., inputs) @ w (inputs, outputs) + b (outputs,)."""
+def apply_linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """Compute x (..., inputs) @ w (inputs, outputs) + b (outputs,)."""
     return x @ w if b is None else torch.addmm(b, x, w)
 
 
-def mlp(x: Tensor, layer: LayerWeights, shape: ModelShape) -> Tensor:
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate; x and result (T, width)."""
-    hidden = linear(x, layer.w_up, layer.b_up)
+def feed_forward(x: Tensor, layer: LayerWeights, shape: ModelShape) -> Tensor:
+    """Compute down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate; x and result (T, width)."""
+    hidden = apply_linear(x, layer.w_up, layer.b_up)
     if layer.w_gate is None:
-        hidden = activate(shape.activation, hidden)
+        hidden = apply_activation(shape.activation, hidden)
     else:
-        hidden = hidden * activate(shape.activation, linear(x, layer.w_gate, layer.b_gate))
-    return linear(hidden, layer.w_down, layer.b_down)
+        gate = apply_linear(x, layer.w_gate, layer.b_gate)
+        hidden = hidden * apply_activation(shape.activation, gate)
+    return apply_linear(hidden, layer.w_down, layer.b_down)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention. q: (heads, T, d), scaled; k, v: (kv_heads, T, d) -> (T, heads * d)."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend causally. q: (heads, T, d), scaled; k, v: (kv_heads, T, d) -> (T, heads * d)."""
     group = q.shape[0] // k.shape[0]
     # Repeated here rather than by enable_gqa, which costs SDPA its memory-efficient float32 kernel.
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
@@ -96,14 +102,32 @@ def prefill(
     window: int = 0,
     all_logits: bool = False,
 ) -> Prefill:
-    """Runs the model over a context of T tokens.
+    """Run the model over a context of T tokens.
 
-    window: how many of the last queries to keep, 0..T (public). Raises BadInput when the context is
-    empty, longer than the model allows, or holds an id outside the vocabulary.
+    Parameters
+    ----------
+    model
+        The owner's model, its weights anywhere.
+    token_ids
+        The context.
+    device
+        Where the pass runs; the weights of one layer at a time are taken there.
+    window
+        How many of the last queries to keep, 0..T (public).
+    all_logits
+        Whether to return the logits after every token, not after the last alone.
+
+    Raises
+    ------
+    BadInput
+        When the context is empty, longer than the model allows, or holds an id outside the vocabulary.
+    ValueError
+        When there are fewer than `window` queries.
+
     """
     shape, weights = model.shape, model.weights
     length = len(token_ids)
-    _check(token_ids, shape)
+    _check_context(token_ids, shape)
     if not 0 <= window <= length:
         raise ValueError(f"a window of {window} queries of {length}")
     # Rows are picked where the tables live: they may be larger than what the device should hold.
@@ -118,27 +142,32 @@ def prefill(
     for stored in weights.layers:
         layer = stored.to(device)
         h = normalise(x, shape.norm_eps)
-        q = linear(h, layer.wq, layer.bq).unflatten(-1, (shape.heads, shape.head_dim))
-        k = linear(h, layer.wk, layer.bk).unflatten(-1, (shape.kv_heads, shape.head_dim))
-        v = linear(h, layer.wv, layer.bv).unflatten(-1, (shape.kv_heads, shape.head_dim))
+        q = _by_head(apply_linear(h, layer.wq, layer.bq), shape.heads)
+        k = _by_head(apply_linear(h, layer.wk, layer.bk), shape.kv_heads)
+        v = _by_head(apply_linear(h, layer.wv, layer.bv), shape.kv_heads)
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
         q, k, v = (t.transpose(0, 1).contiguous() for t in (q, k, v))
-        x = x + linear(attend(q, k, v), layer.wo, layer.bo)
-        x = x + mlp(normalise(x, shape.norm_eps), layer, shape)
+        x = x + apply_linear(causal_attention(q, k, v), layer.wo, layer.bo)
+        x = x + feed_forward(normalise(x, shape.norm_eps), layer, shape)
         keys.append(k)
         values.append(v)
         queries.append(q[:, length - window :].clone())  # a view would keep all T queries alive
 
     last = normalise(x if all_logits else x[-1:], shape.norm_eps)
     lm_bias = None if weights.lm_bias is None else weights.lm_bias.to(device)
-    logits = linear(last, weights.lm_head.to(device), lm_bias)
+    logits = apply_linear(last, weights.lm_head.to(device), lm_bias)
     return Prefill(
         tuple(keys), tuple(values), tuple(queries), length - window, logits if all_logits else logits[0]
     )
 
 
-def _check(token_ids: Sequence[int], shape: ModelShape) -> None:
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """Cut x (T, heads * d) into (T, heads, d)."""
+    return x.reshape(len(x), heads, -1)
+
+
+def _check_context(token_ids: Sequence[int], shape: ModelShape) -> None:
     if not token_ids:
         raise BadInput("the context is empty; it needs at least one token")
     if len(token_ids) > shape.max_positions:

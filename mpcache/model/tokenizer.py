@@ -1,4 +1,4 @@
-"""Text to token ids and back, over the `tokenizers` library."""
+"""Turn text into token ids and back, over the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token that stands for one raw byte (
 
 
 class LibraryError(Exception):
-    """What the `tokenizers` library makes of bad input, in one kind."""
+    """Every error of the `tokenizers` library about bad input, in one kind."""
 
 
 @contextmanager
 def _library() -> Iterator[None]:
-    """Its own errors are bare Exceptions; a panic of its Rust code is not even that."""
+    """Raise LibraryError for what the library raises.
+
+    Its own errors are bare Exceptions; a panic of its Rust code is not even that.
+    """
     try:
         yield
     except MpcacheError:
@@ -35,7 +38,10 @@ def _library() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A panic tells stderr about itself before it is caught. Nobody else writes there meanwhile."""
+    """Keep stderr empty: a panic writes there about itself before it is caught.
+
+    Nothing else may write to stderr meanwhile.
+    """
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:
@@ -46,8 +52,8 @@ def _quiet() -> Iterator[None]:
         os.close(nothing)
 
 
-def parse(content: bytes) -> tokenizers.Tokenizer:
-    """What a tokenizer.json holds. Raises LibraryError."""
+def parse_tokenizer(content: bytes) -> tokenizers.Tokenizer:
+    """Parse the bytes of a tokenizer.json. Raises LibraryError."""
     with _library(), _quiet():
         return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
 
@@ -67,13 +73,13 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: Path | str, vocab: int, bos_id: int | None) -> Tokenizer:
-        """Reads `folder`/tokenizer.json. Raises ModelError."""
+        """Read `folder`/tokenizer.json. Raises ModelError."""
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             raise ModelError(f"{folder}: no tokenizer.json in it; save the fast tokenizer of the model there")
         try:
             content = file.read_bytes()
-            inner = parse(content)
+            inner = parse_tokenizer(content)
         except (OSError, LibraryError) as error:
             raise ModelError(f"{file}: cannot be read as a tokenizer: {error}") from error
         return Tokenizer(inner, vocab, bos_id, hashlib.sha256(content).hexdigest())
@@ -84,10 +90,10 @@ class Tokenizer:
         return self.bos_id is not None and self.bos_id in self._inner.encode("").ids[:1]
 
     def encode(self, text: str, bos: bool) -> list[int]:
-        """Token ids of `text`, with the BOS token before them iff `bos` (if the model has one).
+        """Encode `text` as token ids, with the BOS token before them iff `bos` (if the model has one).
 
-        Exactly one BOS: a text that begins with its spelling gets no second. Raises ModelError for
-        a token that the model has no embedding for, or a text that is not Unicode.
+        There is exactly one BOS: a text that begins with its spelling gets no second. Raises ModelError
+        for a token that the model has no embedding for, or a text that is not Unicode.
         """
         try:
             with _library():  # lone surrogates, and whatever else it cannot take
@@ -102,7 +108,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """Decode `ids` to text, special tokens left out; bytes that are no UTF-8 become U+FFFD.
+
+        Raises ModelError.
+        """
         try:
             with _library():
                 return self._inner.decode(list(ids), skip_special_tokens=True)
@@ -110,11 +119,11 @@ class Tokenizer:
             raise ModelError(f"the answer's tokens cannot be decoded: {error}") from error
 
     def stream(self) -> TextStream:
-        """A decoder for tokens that come one at a time."""
+        """Make a decoder for tokens that come one at a time."""
         return TextStream(self)
 
     def _may_change(self, ids: Sequence[int], text: str) -> bool:
-        """Whether the end of `text` depends on what follows: a character whose bytes are not all there.
+        """Tell whether the end of `text` depends on what follows: a character whose bytes are not all there.
 
         A run of byte tokens is decoded as a whole, and one bad byte spoils all of it, so it waits for
         the token that ends it.
@@ -123,7 +132,10 @@ class Tokenizer:
 
 
 class TextStream:
-    """Token ids in, text out; all that comes out joins up to `Tokenizer.decode` of all ids."""
+    """Token ids in, text out.
+
+    All pieces that come out, joined, are `Tokenizer.decode` of all ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -131,13 +143,13 @@ class TextStream:
         self._shown = 0  # characters given out
 
     def push(self, token: int) -> str:
-        """The text that `token` settles: often its own, sometimes none yet."""
+        """Take a token and return the text that it settles: often its own, sometimes none yet."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         return "" if self._tokenizer._may_change(self._ids, text) else self._rest(text)
 
     def end(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         return self._rest(self._tokenizer.decode(self._ids))
 
     def _rest(self, text: str) -> str:

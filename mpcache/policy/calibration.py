@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.ops import Value
-from mpcache.policy.base import Budget, LayerPlan, LayerView, Plan, Policy, average
+from mpcache.ops import Value, as_tensor, as_value
+from mpcache.policy.base import LayerView, Policy, average
+from mpcache.policy.plan import Budget, LayerPlan, Plan
 from mpcache.runtime.program import Program, at, local
 from mpcache_kernels import Backend
 
@@ -62,10 +63,10 @@ class Oracle(Policy):
 
     def attend(self, view: LayerView, q: Value) -> Program[Value]:
         ops, kept = view.ops, view.plan.layers[view.index].kept
-        scores: torch.Tensor = yield from at("scores", ops.scores(q, view.layer.k))
+        scores = as_tensor((yield from at("scores", ops.scores(q, view.layer.k))))
         order = torch.sort(scores[..., :kept], descending=True, stable=True).indices
         others = order[..., view.plan.layers[view.index].attended :]
         scores = scores.scatter(-1, others, -torch.inf)
-        e, total = yield from at("softmax", ops.softmax(scores, view.visible(view.tokens)))
+        e, total = yield from at("softmax", ops.softmax(as_value(scores), view.visible(view.tokens)))
         out, _ = yield from average(view, local(e), total)
         return out

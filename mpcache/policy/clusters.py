@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 
-from mpcache.model.loading import ModelShape
-from mpcache.ops import Operand, Ops, Selection, Value
-from mpcache.policy.base import LayerPlan, LayerView, PlaintextContext, Plan, Policy, average
+from mpcache.model import ModelShape
+from mpcache.ops import Operand, Ops, Selection, Value, as_tensor, as_value
+from mpcache.policy.base import LayerView, PlaintextContext, Policy, average
+from mpcache.policy.columns import by_item, flat
+from mpcache.policy.plan import LayerPlan, Plan
+from mpcache.policy.representatives import in_plaintext, on_shares
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
@@ -32,7 +35,9 @@ BLOCKS = {"linear": ("auto", "mean", "extremes"), "mean": ("auto", "mean"), "bou
 
 @dataclass(frozen=True)
 class ClusterPlan(LayerPlan):
-    """sizes: tokens per cluster, coarse to fine; none: the layer attends to everything.
+    """Public integers of a layer that chooses clusters.
+
+    sizes: tokens per cluster, coarse to fine; none: the layer attends to everything.
     counts: clusters of the kept context.  keeps: how many are attended to, per level.
     leader: the layer whose choice is used, this one itself or an earlier one.
     """
@@ -60,7 +65,9 @@ class Choice:
 
 @dataclass
 class Clusters:
-    """A layer's clusters now. clusters: coarse ones.  floors: representatives per level (KV, n, d).
+    """A layer's clusters now.
+
+    clusters: coarse ones.  floors: representatives per level (KV, n, d).
     spans: for `bound`, r_max - r_min per level, the floors being r_min.  age: steps since the choice.
     """
 
@@ -73,7 +80,9 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Clustered(Policy):
-    """score: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, q+.r_max + q-.r_min.
+    """Options of the policies that choose clusters.
+
+    score: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, q+.r_max + q-.r_min.
     alpha: weight of r_max.  gqa: head; or sum, the heads of a group choose together by their scores'
     sum.  share: default, none, or layers with one choice, as in 2-3/4-5-6.  refresh: steps that use
     one choice.  blocks: representatives of generated tokens: mean needs no comparison, extremes needs
@@ -151,7 +160,7 @@ class Clustered(Policy):
     def remember(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
     ) -> Program[Clusters | None]:
-        """The server's representatives of the kept context become operands."""
+        """Prepare the owner's representatives of the kept context as operands."""
         mine = plan.layers[index]
         assert isinstance(mine, ClusterPlan)
         if not mine.sizes or mine.leader != index:
@@ -160,26 +169,17 @@ class Clustered(Policy):
         for size, n in zip(mine.sizes, mine.counts, strict=True):
             pair: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
             if known is not None and n:
-                pair = self._of(known, known.k[:, mine.sink : mine.sink + n * size], size)
+                pair = in_plaintext(
+                    known, known.k[:, mine.sink : mine.sink + n * size], size, self.score, self.alpha
+                )
             for part, wanted in zip(pair, (n > 0, n > 0 and self.score == "bound"), strict=True):
                 like = (shape.kv_heads, n, shape.head_dim)
                 parts.append(ops.prepare(ops.secret(part, like, Rank.SERVER)) if wanted else local(None))
         kept = yield from together(*parts)
         return Clusters(mine.counts[0], kept[0::2], kept[1::2])
 
-    def _of(
-        self, known: PlaintextContext, k: torch.Tensor, size: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """In plaintext: floor and span (KV, n, d) of clusters of k (KV, n size, d)."""
-        if self.score == "mean":
-            return known.kernels.cluster_means(k, size), None
-        if self.score == "linear":
-            return known.kernels.cluster_representatives(k, size, self.alpha), None
-        r_max, r_min = known.kernels.cluster_extremes(k, size)
-        return r_min, r_max - r_min
-
     def observe(self, view: LayerView) -> Program[None]:
-        """A tail that is a coarse cluster longer than `recent` gives its oldest tokens away."""
+        """Form clusters of the oldest tokens of a tail that is a coarse cluster longer than `recent`."""
         plan, mine, ops = self.budget(view), view.layer.memory, view.ops
         if mine is None:
             return
@@ -190,36 +190,12 @@ class Clustered(Policy):
         if n < 1:
             return
         k = ops.value(view.layer.k[:, first : first + n * coarse])
-        floors, spans = yield from at("block", self._of_shares(ops, k, plan.sizes))
+        floors, spans = yield from at(
+            "block", on_shares(ops, k, plan.sizes, self.score, self.alpha, self.blocks == "extremes")
+        )
         mine.floors = [_append(ops, *pair) for pair in zip(mine.floors, floors, strict=True)]
         mine.spans = [_append(ops, *pair) for pair in zip(mine.spans, spans, strict=True)]
         mine.clusters += n
-
-    def _of_shares(
-        self, ops: Ops, k: Value, sizes: Sequence[int]
-    ) -> Program[tuple[list[Operand], list[Operand | None]]]:
-        """On shares: floors and spans, per level, of clusters of k (KV, n coarse, d)."""
-        kv, length, d = k.shape
-        extreme = self.score == "bound" or self.blocks == "extremes"
-        floors: list[Value] = []
-        spans: list[Value] = []
-        high = low = k
-        for size in reversed(sizes):  # a coarse cluster's extremes are those of its fine ones
-            if not extreme:
-                floors.append(ops.scale(k.reshape(kv, length // size, size, d).sum(2), 1 / size))
-                continue
-            apart = high is not low
-            high = high.reshape(kv, length // size, -1, d)
-            low = low.reshape(kv, length // size, -1, d) if apart else high
-            high, low = yield from extremes(ops, high, low)
-            if self.score == "bound":
-                floors.append(low)
-                spans.append(high - low)
-            else:
-                floors.append(ops.scale(high, self.alpha) + ops.scale(low, 1 - self.alpha))
-        kept = yield from together(*(ops.prepare(x) for x in (*reversed(floors), *reversed(spans))))
-        levels = len(sizes)
-        return kept[:levels], kept[levels:] or [None] * levels
 
     # ----------------------------------------------------------------------------------- attention
 
@@ -248,7 +224,7 @@ class Clustered(Policy):
         else:
             scores = yield from at("scores", ops.scores(q, view.layer.k))
             tokens = self._fold(view, scores[..., plan.sink : end])
-            tokens = flat((yield from at("gather", choice.selection.gather(split(tokens, choice.items)))))
+            tokens = flat((yield from at("gather", choice.selection.gather(by_item(tokens, choice.items)))))
             made = local(choice)
 
         tokens = self._unfold(view, tokens)
@@ -260,12 +236,12 @@ class Clustered(Policy):
             mine.choice, mine.age = choice, 0 if view.m == 1 else self.refresh
 
         def spread() -> Program[Value]:
-            """The weights back at their tokens' places, where resident V waits for them."""
+            """Put the weights back at their tokens' places, where the masked V waits for them."""
             w = self._fold(view, e[..., :n])
             if choice is None:
                 w = yield from at("scatter", _put_back(picks, w))
             else:
-                w = flat((yield from at("scatter", choice.selection.scatter(split(w, choice.slots)))))
+                w = flat((yield from at("scatter", choice.selection.scatter(by_item(w, choice.slots)))))
             w = self._unfold(view, w)
             return ops.cat([e[..., n : n + plan.sink], w, e[..., n + plan.sink :]], -1)
 
@@ -275,28 +251,28 @@ class Clustered(Policy):
     def _with_kernels(
         self, view: LayerView, kernels: Backend, choice: Choice | None, q: Value
     ) -> Program[Value]:
-        """The same in the clear, for one token: tokens that are not chosen are not touched."""
-        plan, mine = self.budget(view), view.layer.memory
-        heads = q.flatten(0, 1)
+        """Attend likewise in the clear, for one token: tokens that are not chosen are not touched."""
+        plan, mine, queries = self.budget(view), view.layer.memory, as_tensor(q)
+        heads = queries.flatten(0, 1)
         if choice is None:
-            levels = []
+            levels: list[Value] = []
             for floor, span in zip(mine.floors, mine.spans, strict=True):
                 if span is None:
                     level = kernels.cluster_scores(heads, floor)
                 else:
                     level = kernels.cluster_bounds(heads, floor + span, floor)
-                level = level.reshape(*q.shape[:2], -1)
-                levels.append(self._folded(view, level).sum(-1) if self.gqa == "sum" else level)
+                scores = as_value(level.reshape(*queries.shape[:2], -1))
+                levels.append(self._folded(view, scores).sum(-1) if self.gqa == "sum" else scores)
             n = levels[-1].shape[-1]
-            numbers = torch.arange(n, device=q.device).expand(levels[-1].shape)
-            chosen, _ = yield from self._pick(view.ops, plan, levels, numbers)
-            choice = Choice(chosen, chosen.shape[-1], n, mine.clusters)
+            numbers = torch.arange(n, device=queries.device).expand(levels[-1].shape)
+            chosen, _ = yield from self._pick(view.ops, plan, levels, as_value(numbers))
+            choice = Choice(as_tensor(chosen), chosen.shape[-1], n, mine.clusters)
             mine.choice, mine.age = choice, 0
         size = plan.sizes[0] * choice.clusters // choice.items
         recent = view.tokens - plan.sink - size * choice.items
-        k, v, rows = view.layer.k, view.layer.v, choice.selection.flatten(0, 1)
+        k, v, rows = as_tensor(view.layer.k), as_tensor(view.layer.v), choice.selection.flatten(0, 1)
         out = kernels.select_and_attend(heads, k, v, rows, size, plan.sink, recent)
-        return out.unflatten(0, q.shape[:2])
+        return as_value(out.reshape(*queries.shape[:2], *out.shape[1:]))
 
     def _reused(self, view: LayerView) -> bool:
         """Whether another layer, or this one in a later step, will use this layer's choice."""
@@ -314,11 +290,13 @@ class Clustered(Policy):
     def _scores(self, view: LayerView, mine: Clusters, q: Value) -> Program[tuple[Value, list[Value]]]:
         """(KV, rows, n) of the tokens; and per level (*rows, clusters) by which they are chosen."""
         ops, k = view.ops, view.layer.k
-        every = ops.scores(q, ops.cat_operands([k, *mine.floors], 1))
+        every = ops.scores(q, ops.cat_operands([k, *_all(mine.floors)], 1))
         if self.score == "bound":
 
             def above() -> Program[Value]:
-                return (yield from ops.scores((yield from ops.relu(q)), ops.cat_operands(mine.spans, 1)))
+                return (
+                    yield from ops.scores((yield from ops.relu(q)), ops.cat_operands(_all(mine.spans), 1))
+                )
 
             scores, over = yield from together(every, above())
         else:
@@ -343,7 +321,7 @@ class Clustered(Policy):
             rank, *carried = carried
             n = rank.shape[-1]
             if keep < n:
-                below = [split(x, n) for x in carried]
+                below = [by_item(x, n) for x in carried]
                 selection, below = yield from at(f"select/{name}", ops.topk(rank, keep, below))
                 carried = [flat(x) for x in below]
                 picks.append(Pick(selection, keep, n))
@@ -378,14 +356,14 @@ class Pick:
 
 
 def _put_back(picks: Sequence[Pick], w: Value) -> Program[Value]:
-    """The chosen tokens' weights (*rows, tokens) to all tokens' places, from the finest level up."""
+    """Put the chosen tokens' weights (*rows, tokens) at all tokens' places, from the finest level up."""
     for pick in reversed(picks):
-        w = flat((yield from pick.selection.scatter(split(w, pick.slots))))
+        w = flat((yield from pick.selection.scatter(by_item(w, pick.slots))))
     return w
 
 
 def _keep(picks: Sequence[Pick], clusters: int) -> Program[Choice]:
-    """The levels' picks as one choice."""
+    """Join the levels' picks to one choice."""
     first, *rest = picks
     if not rest:
         return Choice((yield from first.selection.prepare()), first.slots, first.items, clusters)
@@ -397,33 +375,8 @@ def _keep(picks: Sequence[Pick], clusters: int) -> Program[Choice]:
     return Choice(selection, slots, items, clusters)
 
 
-def split(x: Value, n: int) -> Value:
-    """(*rows, n c) -> (*rows, n, c)."""
-    return x.reshape(*x.shape[:-1], n, x.shape[-1] // n)
-
-
-def flat(x: Value) -> Value:
-    """(*rows, n, c) -> (*rows, n c)."""
-    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
-
-
-def extremes(ops: Ops, high: Value, low: Value) -> Program[tuple[Value, Value]]:
-    """Maxima of high and minima of low (KV, n, s, d) over s: (KV, n, d) each. log2 s rounds.
-
-    max(a, b) = b + max(a - b, 0) and min(a, b) = a - max(a - b, 0): where high is low, one comparison
-    gives both.
-    """
-    while high.shape[2] > 1:
-        half = high.shape[2] // 2
-        a, b = high[:, :, :half], high[:, :, half : 2 * half]
-        c, e = low[:, :, :half], low[:, :, half : 2 * half]
-        if high is low:
-            over = under = yield from ops.relu(a - b)
-        else:
-            over, under = yield from together(ops.relu(a - b), ops.relu(c - e))
-        odd = slice(2 * half, None)
-        high, low = ops.cat([b + over, high[:, :, odd]], 2), ops.cat([c - under, low[:, :, odd]], 2)
-    return high[:, :, 0], low[:, :, 0]
+def _all(parts: Sequence[Operand | None]) -> list[Operand]:
+    return [part for part in parts if part is not None]
 
 
 def _append(ops: Ops, old: Operand | None, new: Operand | None) -> Operand | None:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from mpcache.errors import PolicyError
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import LayerView, PlaintextContext, Plan, Policy
+from mpcache.policy.base import LayerView, PlaintextContext, Policy
+from mpcache.policy.plan import LeakClass, Plan
 from mpcache.runtime.program import Program
 from mpcache_kernels import Backend
 
@@ -32,7 +33,7 @@ class CombinedPlan(Plan):
 
 @dataclass(frozen=True)
 class Combined(Policy):
-    """first: `evicts`.  then: `selects`, and evicts nothing here (`behind`)."""
+    """first: `evicts`.  then: `selects`, and evicts nothing here (`as_selector`)."""
 
     name = "combined"
     source = "one policy's eviction, another's selection"
@@ -48,8 +49,8 @@ class Combined(Policy):
     @property
     def leak(self) -> str:
         """All that either of them reveals."""
-        both = [part.leak for part in (self.first, self.then) if part.leak != "none"]
-        return " and ".join(dict.fromkeys(both)) or "none"
+        both = [part.leak for part in (self.first, self.then) if part.leak != LeakClass.NONE]
+        return " and ".join(dict.fromkeys(both)) or LeakClass.NONE
 
     @property
     def in_the_clear(self) -> bool:
@@ -74,8 +75,11 @@ class Combined(Policy):
         return CombinedPlan(context, tuple(layers), first)
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Combined:
-        """The second chooses that many of what the first leaves. The first stays as it is, but where it
-        leaves fewer: then it leaves that many, and there is nothing to choose."""
+        """Let the second choose that many of what the first leaves.
+
+        The first stays as it is, but where it leaves fewer: then it leaves that many, and there is nothing
+        to choose.
+        """
         if not self.plan_is_public:
             raise PolicyError(f"policy {self.spec}: the document decides what stays, so no budget is known")
         first, kept = self.first, self.first.plan(context, shape).kept

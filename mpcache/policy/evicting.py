@@ -17,9 +17,10 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 from mpcache.argmax import argmax
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import LayerPlan, LayerView, PlaintextContext, Plan, Policy, average
+from mpcache.policy.base import LayerView, PlaintextContext, Policy, average
+from mpcache.policy.plan import LayerPlan, Plan
 from mpcache.runtime.program import Program, at, local
 
 MASKED_SCORE = 190  # dead tokens' scores go down by so much: no weight is left as long as |score| < 73
@@ -35,7 +36,9 @@ class LivingPlan(LayerPlan):
 
 @dataclass
 class ValidMask:
-    """importance: secret (A, n), for A sets of heads that evict together.  alive: marks (A, n), None
+    """Which tokens of a layer still live, and what they are worth.
+
+    importance: secret (A, n), for A sets of heads that evict together.  alive: marks (A, n), None
     while nobody died.  living: how many live.  weights, inverse: this step's attention.
     """
 
@@ -48,6 +51,8 @@ class ValidMask:
 
 @dataclass(frozen=True)
 class Evicting(Policy):
+    """A policy that drops tokens while it decodes: how many live is public, which ones is not."""
+
     def living_plan(self, context: int, shape: ModelShape, living: int, recent: int) -> Plan:
         kept = min(context, living)
         return Plan(context, (LivingPlan(kept, kept, 0, living, recent),) * shape.layers)
@@ -62,12 +67,12 @@ class Evicting(Policy):
     def initial_importance(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
     ) -> Value | None:
-        """The kept tokens' importance when the context has been read (A, kept); None: none is carried."""
+        """Return the kept tokens' importance after the context (A, kept); None: none is carried."""
         return None
 
     @abstractmethod
     def importance(self, view: LayerView, attention: Value, before: Value | None) -> tuple[Value, int]:
-        """Attention (KV, rows, n) to importance (A, n), |importance| below a public limit."""
+        """Turn attention (KV, rows, n) into importance (A, n), and a public limit of its size."""
 
     def attend(self, view: LayerView, q: Value) -> Program[Value]:
         ops, mine, n = view.ops, view.layer.memory, view.tokens

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpcache.model.loading import ModelShape
-from mpcache.policy.base import LayerPlan, Plan, Policy
+from mpcache.model import ModelShape
+from mpcache.policy.base import Policy
+from mpcache.policy.plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True)
 class Full(Policy):
+    """No options: nothing is evicted, nothing is chosen."""
+
     name = "full"
     source = "no eviction"
     needs = "nothing"

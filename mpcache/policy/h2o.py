@@ -6,18 +6,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import Budget, LayerView, PlaintextContext, Plan, by_head
+from mpcache.policy.base import LayerView, PlaintextContext, by_head
 from mpcache.policy.evicting import Evicting, LivingPlan
+from mpcache.policy.plan import Budget, Plan
 from mpcache.rank import Rank
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class H2O(Evicting):
-    """heavy: tokens that live by the attention that all queries so far paid them, per KV head.
+    """Options of h2o.
+
+    heavy: tokens that live by the attention that all queries so far paid them, per KV head.
     recent: last tokens, which live anyway. Each new token ends the least of the others.
     """
 
@@ -54,13 +57,14 @@ class H2O(Evicting):
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
     ) -> Value:
         size, paid = (shape.kv_heads, plan.layers[index].kept), None
-        if known is not None:  # summed over a group's heads, as `judge` does
+        if known is not None:  # summed over a group's heads, as `importance` does
             paid = by_head(known.prefill, index, known.kernels).gather(1, known.rows) * shape.group
         return ops.secret(paid, size, Rank.SERVER)
 
     def importance(self, view: LayerView, attention: Value, before: Value | None) -> tuple[Value, int]:
-        """Summed over all queries so far and the heads of a group: at most one each."""
+        """Sum over all queries so far and the heads of a group: at most one each."""
         paid, m = attention.sum(1), view.m
+        assert before is not None, "h2o carries importance from the context on"
         old = paid[..., :-m] + before
         most = view.shape.group * (int(view.positions[-1]) + 1)
         return view.ops.cat([old, paid[..., -m:]], -1), 1 << most.bit_length()

@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy.base import Budget, Budgets, Plan, tokens_of
 from mpcache.policy.clusters import Clustered, ClusterPlan
+from mpcache.policy.plan import Budget, Budgets, Plan, tokens_of
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class MPCache(Clustered):
-    """n_keep: context tokens that survive, for all layers or for each, as in 512/256/256.  queries: the
+    """Options of mpcache.
+
+    n_keep: context tokens that survive, for all layers or for each, as in 512/256/256.  queries: the
     last ones, which judge importance.  threshold: keep what has more than so much of some query's
     attention, in place of n_keep (0: off; reveals the counts; n_keep beside it: counts to price).  sink,
     recent: tokens that always attend.  coarse, fine: tokens per cluster (0: 32 and 16, or 16 and 8 for
@@ -91,9 +93,10 @@ class MPCache(Clustered):
         return Plan(context, tuple(layers))
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> MPCache:
-        """Static eviction stays as it is, but for a kept context of whole clusters; the fine clusters
-        that are chosen fill the budget, and as many coarse ones as they need. What static eviction
-        leaves within the budget needs no choice.
+        """Let the fine clusters that are chosen fill the budget, and as many coarse ones as they need.
+
+        Static eviction stays as it is, but for a kept context of whole clusters. What it leaves within the
+        budget needs no choice.
         """
         if isinstance(self.n_keep, tuple):
             raise self.fail("n_keep", "one number for all layers, to be set to a budget")
@@ -106,13 +109,13 @@ class MPCache(Clustered):
         return replace(self._filled(tokens, whole, coarse, fine), n_keep=whole, threshold=0.0)
 
     def selector_at_budget(self, tokens: int, context: int, shape: ModelShape) -> MPCache:
-        """What fills no cluster of the context always attends, too."""
+        """Choose so many by clusters: what fills no cluster of the context always attends, too."""
         if context <= tokens:
             return replace(self, coarse_keep=1.0, fine_keep=1.0)
         return self._filled(tokens, context, *self.sizes(context))
 
     def _filled(self, tokens: int, kept: int, coarse: int, fine: int) -> MPCache:
-        """A choice that attends to `tokens` of so many kept ones, or to fewer by less than a fine cluster."""
+        """Choose `tokens` of so many kept ones, or fewer by less than a fine cluster."""
         (total,) = self.clusters_of(kept, self.sink, self.recent, (coarse,))
         always = kept - total * coarse
         least = always + fine if total else kept

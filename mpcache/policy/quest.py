@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mpcache.model.loading import ModelShape
-from mpcache.policy.base import Budget, Plan
+from mpcache.model import ModelShape
 from mpcache.policy.clusters import Clustered
+from mpcache.policy.plan import Budget, Plan
 
 
 @dataclass(frozen=True)

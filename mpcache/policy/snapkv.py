@@ -6,15 +6,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy.base import Budget, LayerPlan, Plan, Policy, by_head
+from mpcache.policy.base import Policy, by_head
+from mpcache.policy.plan import Budget, LayerPlan, Plan
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """cap: context tokens that stay, per KV head; the last `queries` among them.  queries: the last
+    """Options of snapkv.
+
+    cap: context tokens that stay, per KV head; the last `queries` among them.  queries: the last
     ones, which vote.  pool: tokens over which votes are averaged, so that neighbours stay together.
     """
 

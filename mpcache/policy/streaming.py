@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.model.rope import rope_tables
 from mpcache.ops import Value
-from mpcache.policy.base import Budget, LayerPlan, LayerView, Plan, Policy, average
+from mpcache.policy.base import LayerView, Policy, average
+from mpcache.policy.plan import Budget, LayerPlan, Plan
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
 
@@ -100,7 +101,7 @@ def _sizes(view: LayerView) -> tuple[int, int]:
 
 
 def turn(view: LayerView, q: Value, shift: torch.Tensor) -> Program[Value]:
-    """q (KV, m g, d) rotated by `shift` (m,) more positions."""
+    """Q (KV, m g, d) rotated by `shift` (m,) more positions."""
     m, kv, g, d = view.m, view.shape.kv_heads, view.shape.group, view.shape.head_dim
     rows = q.reshape(kv, m, g, d).transpose(0, 1).reshape(m, kv * g, d)
     rows = yield from view.ops.rotate(rows, *rope_tables(view.shape, shift))

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpcache.model.loading import ModelShape
+from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Value
-from mpcache.policy.base import Budget, LayerView, Plan
+from mpcache.policy.base import LayerView
 from mpcache.policy.evicting import Evicting
+from mpcache.policy.plan import Budget, Plan
 from mpcache_kernels import Backend
 
 
@@ -40,6 +41,6 @@ class Tova(Evicting):
         return best.sort().values
 
     def importance(self, view: LayerView, attention: Value, before: Value | None) -> tuple[Value, int]:
-        """Of the last token's queries, summed over all heads: at most one each."""
+        """Sum the last token's queries over all heads: at most one each."""
         last = attention[:, attention.shape[1] - view.shape.group :].sum(1)
         return last.sum(0, keepdim=True), 1 << view.shape.heads.bit_length()

@@ -17,8 +17,19 @@ from functools import cache
 import torch
 
 from mpcache.protocols.linear import Cut, cross, raised, truncate_local, truncate_product, truncate_times
-from mpcache.runtime.correlations import Part, Request, mask_parts
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.protocols.ranges import GATE_RING, STEP_BITS
+from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.program import (
+    NO_WORK,
+    Part,
+    Program,
+    Request,
+    RequestKind,
+    Work,
+    draw,
+    open_masked,
+    products_of,
+)
 from mpcache.runtime.shares import Share, encode
 from mpcache.runtime.side import Side
 
@@ -32,7 +43,7 @@ class Series:
 
     @staticmethod
     def of(step: Callable[[torch.Tensor], torch.Tensor], half: int, terms: int) -> Series:
-        """The first `terms` coefficients for a step with step(x) + step(-x) = 1."""
+        """Compute the first `terms` coefficients for a step with step(x) + step(-x) = 1."""
         n = 1 << 14
         x = (torch.arange(n, dtype=torch.float64) / n - 0.5) * 2 * half
         odd = step(x) - 0.5 - x / (2 * half)
@@ -43,7 +54,7 @@ class Series:
 
 @cache
 def series(kind: str) -> Series:
-    """The step of an activation: |x| < 32 for silu, 16 for gelu. Largest error of the series: 6e-6."""
+    """Return the step of an activation: |x| < 32 for silu, 16 for gelu. Largest error of the series: 6e-6."""
     match kind:
         case "silu":
             return Series.of(torch.sigmoid, 32, 40)
@@ -55,19 +66,17 @@ def series(kind: str) -> Series:
 
 
 _SHARED_BITS, _PUBLIC_BITS = 12, 17  # fraction bits of the dealer's sines and of the public factors
-STEP_BITS = 16  # of the step, when it multiplies
-PRODUCT_RING = 32  # |gate * up| < 2^14 at 16 fraction bits
 
 
 def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """sin and cos of k times an angle (*s), a full turn at 2^bits: (*s, terms)."""
+    """Sin and cos of k times an angle (*s), a full turn at 2^bits: (*s, terms)."""
     turn = (raw & ((1 << bits) - 1)).double() * (2 * math.pi / 2**bits)
     angle = turn.unsqueeze(-1) * torch.arange(1, terms + 1)
     return torch.sin(angle), torch.cos(angle)
 
 
 def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]:
-    """x * step(x), or that times up, at `STEP_BITS` more fraction bits. Two rounds.
+    """Return x * step(x), or that times up, at `STEP_BITS` more fraction bits. Two rounds.
 
     |x| < half (`series`), |x * up| < 2^14, and raw values below 2^(ring-2). Error below
     1.5e-4 |x| (|x up|), six standard deviations, and two units of x's fraction bits.
@@ -76,7 +85,7 @@ def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share
     if up is None:
         return (yield from truncate_times(side, step, value))
     value = truncate_local(side, value, x.bits)
-    return (yield from truncate_product(side, step, Share(value.data, x.bits, ring=PRODUCT_RING)))
+    return (yield from truncate_product(side, step, Share(value.data, x.bits, ring=GATE_RING)))
 
 
 def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Share, Share]]:
@@ -92,9 +101,10 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
         crossed = cross(*pieces[0], *pieces[1]) if up is not None else ()
         return *waves, *(part for piece in pieces for part in piece), *crossed
 
-    each = Part(x.shape)
+    each, n = Part(x.shape), math.prod(x.shape)
     parts = (Part((*x.shape, terms), torch.int32),) * 2 + (each,) * (2 if up is None else 8)
-    drawn = yield from draw(Request("activation", (each,) * len(values), parts, derive))
+    work = Work(lookups=n, multiply_adds=2 * n * terms) + (products_of(n) if up is not None else NO_WORK)
+    drawn = yield from draw(Request(RequestKind.ACTIVATION, (each,) * len(values), parts, derive, work))
     masks, (sin_r, cos_r, rb, rc, *others) = drawn[: len(values)], drawn[len(values) :]
     c, *c_up = yield from open_masked(
         *(

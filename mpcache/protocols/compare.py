@@ -23,8 +23,17 @@ import torch
 
 from mpcache.protocols import dcf
 from mpcache.protocols.dcf import KeyShape
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Opening, Program, draw, local, open_masked
+from mpcache.runtime.program import (
+    Opening,
+    Part,
+    Program,
+    Request,
+    RequestKind,
+    Work,
+    draw,
+    local,
+    open_masked,
+)
 from mpcache.runtime.side import Side, bytes_for
 
 
@@ -45,18 +54,25 @@ def _signed(side: Side, depth: int, opened: torch.Tensor, u: torch.Tensor) -> to
 
 @dataclass(frozen=True)
 class Keys:
-    """n comparisons by key trees (Boyle et al., EUROCRYPT 2021): about 16 bytes per bit of the width,
-    to both parties, and no further round. Outcomes in `dtype`'s ring."""
+    """n comparisons by key trees (Boyle et al., EUROCRYPT 2021), with outcomes in `dtype`'s ring.
+
+    They take about 16 bytes per bit of the width, to both parties, and no further round.
+    """
 
     n: int
     width: int
     dtype: torch.dtype = torch.int64
 
-    kind = "top"
+    kind = RequestKind.TOPK
 
     @property
     def shape(self) -> KeyShape:
         return KeyShape(self.n, self.width - 1, width=self.dtype.itemsize)
+
+    @property
+    def work(self) -> Work:
+        """One evaluation of each key."""
+        return self.shape.work()
 
     @property
     def random(self) -> tuple[Part, ...]:
@@ -69,7 +85,7 @@ class Keys:
     def derive(
         self, mask: torch.Tensor, seeds: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """At the dealer: msb(r), words and bits for masks r (n,)."""
+        """Derive msb(r), words and bits for masks r (n,), at the dealer."""
         keys = self.shape
         top = (mask >> keys.depth) & 1
         words, bits = dcf.dcf_keygen(keys, seeds, mask & ((1 << keys.depth) - 1), 1 - 2 * top)
@@ -97,9 +113,9 @@ def _tables(base: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Digits:
-    """n comparisons of the mask's digits: one more round of a byte, a ninth of the offline bytes of
-    `Keys`, and to the server alone. Outcomes in `dtype`'s ring.
+    """n comparisons of the mask's digits, with outcomes in `dtype`'s ring.
 
+    They take one more round of a byte, and a ninth of the offline bytes of `Keys`, to the server alone.
     r has m digits d_j, the highest first. The dealer shares, for each, the tables of [v < d_j] and
     [v = d_j] over all v, by XOR (one-time truth tables; Ishai et al., TCC 2013). c chooses an entry of each,
     locally: l_j and e_j; and t = sum_j l_j prod_(i<j) e_i, of which one summand at most is 1. The entries
@@ -112,7 +128,7 @@ class Digits:
     width: int
     dtype: torch.dtype = torch.int64
 
-    kind = "top/digits"
+    kind = RequestKind.TOPK_DIGITS
 
     @property
     def depth(self) -> int:
@@ -134,6 +150,11 @@ class Digits:
         return max(3, -(-self.depth // self.digits))
 
     @property
+    def work(self) -> Work:
+        """Entries of digits' tables, and products of their masks."""
+        return Work(comparisons=self.n, multiply_adds=2 * self.n * (3 << (self.digits - 1)))
+
+    @property
     def random(self) -> tuple[Part, ...]:
         """Masks of the entries: of l_j at bit j, of e_j at bit m + j."""
         return (Part((self.n,), torch.uint8 if self.digits <= 4 else torch.int16, xor=True),)
@@ -145,8 +166,11 @@ class Digits:
         return tables, Part((self.n, 3 << (m - 1)), self.dtype)
 
     def derive(self, mask: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """At the dealer: the tables; and msb(r), then with b = 1 - 2 msb(r) as a factor the products of
-        the masks of e_0, e_1, ... over all subsets, alone and times the mask of each l_j."""
+        """Derive the tables and the products of masks, at the dealer.
+
+        The products: msb(r), then with b = 1 - 2 msb(r) as a factor those of the masks of e_0, e_1, ... over
+        all subsets, alone and times the mask of each l_j.
+        """
         m, top = self.digits, (mask >> self.depth) & 1
         less, same = _tables(self.base)
         digit = self._split(mask)
@@ -182,7 +206,7 @@ class Digits:
         return _signed(side, self.depth, opened, u.long())
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
-        """The digits of x mod 2^depth (n,), the highest first: (n, m)."""
+        """Split x mod 2^depth (n,) into its digits, the highest first: (n, m)."""
         low = x & ((1 << self.depth) - 1)
         shifts = torch.arange(self.digits - 1, -1, -1) * self.base
         return (low.unsqueeze(-1) >> shifts) & ((1 << self.base) - 1)
@@ -205,14 +229,14 @@ def less(
     thresholds: Sequence[int] = (0,),
     dtype: torch.dtype = torch.int64,
 ) -> Program[torch.Tensor]:
-    """Shares of [x < theta] for each public threshold: x (*s) -> (*s, thresholds), in `dtype`'s ring.
+    """Compute shares of [x < theta] for each public threshold: x (*s) -> (*s, thresholds), in `dtype`'s ring.
 
     x: shares modulo 2^width of values with |x - theta| < 2^(width-1). One round, one key tree per
     element whatever the number of thresholds: the same opening is evaluated at shifted points.
     """
     n = math.prod(x.shape)
     keys = Keys(n, width, dtype)
-    request = Request("compare", (Part((n,)), *keys.random), keys.derived, keys.derive)
+    request = Request(RequestKind.COMPARE, (Part((n,)), *keys.random), keys.derived, keys.derive, keys.work)
     r, *parts = yield from draw(request)
     (opened,) = yield from open_masked(
         Opening(x.reshape(n) + r, "masked for comparison", width=bytes_for(width))

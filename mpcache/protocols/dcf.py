@@ -25,6 +25,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
+from mpcache.runtime.program import Work
+
 Words = npt.NDArray[np.uint64]
 
 # Public constants: the first digits of pi as a key, and one tweak for each output of the generator.
@@ -54,7 +56,9 @@ def _prg(s: Words, tweak: Words) -> Words:
 
 @dataclass(frozen=True)
 class KeyShape:
-    """Public shape of n keys. depth: bits of a point.  start: from which level on comparisons count.
+    """Public shape of n keys.
+
+    depth: bits of a point.  start: from which level on comparisons count.
     width: bytes of an output, whose shares add up modulo 2^(8 width).
 
     A block of the generator holds several outputs: the tree ends where one block has an output for each
@@ -80,6 +84,10 @@ class KeyShape:
     def dtype(self) -> np.dtype[np.unsignedinteger]:
         return np.dtype(f"u{self.width}")
 
+    def work(self, points: int = 1) -> Work:
+        """Count the evaluation of all keys at so many points: a child and a value for each level."""
+        return Work(comparisons=self.n, key_blocks=2 * self.n * self.levels * points)
+
     @property
     def seeds(self) -> tuple[int, ...]:
         return (self.n, 2)
@@ -103,7 +111,7 @@ class KeyShape:
 def dcf_keygen(
     shape: KeyShape, seeds: tuple[torch.Tensor, torch.Tensor], alpha: torch.Tensor, beta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correction words and bytes (the same for both parties) from both parties' root seeds.
+    """Generate correction words and bytes (the same for both parties) from both parties' root seeds.
 
     alpha: (n,) in [0, 2^depth).  beta: (n,) integers.  seeds: two (n, 2) int64 tensors.
     """
@@ -163,7 +171,7 @@ def dcf_eval(
     bits: torch.Tensor,
     x: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares at public points x (n, points) in [0, 2^depth): (window, below), each (n, points).
+    """Evaluate shares at public points x (n, points) in [0, 2^depth): (window, below), each (n, points).
 
     below: beta * [tops agree and x < alpha].  window: beta * [tops agree] (with start = 0: zeros).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,31 +10,44 @@ import torch
 
 from mpcache.rank import Rank
 from mpcache.runtime import correlations
-from mpcache.runtime.correlations import Part, Request, mask_parts
-from mpcache.runtime.program import Opening, Program, draw, open_masked
+from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.program import (
+    NO_WORK,
+    Opening,
+    Part,
+    Program,
+    Request,
+    RequestKind,
+    draw,
+    open_masked,
+    products_of,
+)
 from mpcache.runtime.ring import matmul
 from mpcache.runtime.shares import Awaited, MaskedOperand, Share
 from mpcache.runtime.side import Side, bytes_for, drop_low_bits
 
 
-def room(ring: int) -> int:
-    """What a truncation in a ring of so many bits is right for: |x_raw| below this."""
+def truncation_room(ring: int) -> int:
+    """Return what |x_raw| has to stay below for a truncation in a ring of so many bits to be right."""
     return 1 << (ring - 2)
 
 
 def masked(x: torch.Tensor, ring: int, why: str, sender: Rank | None = None) -> Opening:
-    """An opening modulo 2^ring: so many bytes, and no more."""
+    """Open modulo 2^ring: so many bytes, and no more."""
     return Opening(x, why, sender=sender, width=bytes_for(ring))
 
 
 def raised(side: Side, x: torch.Tensor, r: torch.Tensor, ring: int, why: str) -> Opening:
     """Open x + 2^(ring-2) + r modulo 2^ring: what a truncation of |x| < 2^(ring-2) starts from."""
-    return masked(x + side.constant(room(ring), r) + r, ring, why)
+    return masked(x + side.constant(truncation_room(ring), r) + r, ring, why)
 
 
 def affine(c: torch.Tensor, f: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Public p and q of an opened `raised` value: x truncated by f bits is p + q rb - rc, with the
-    parts rc and rb of its mask (`correlations.cut`). rb xor msb(c) tells whether 2^(ring-1) was passed."""
+    """Return public p and q of an opened `raised` value: x truncated by f bits is p + q rb - rc.
+
+    rc and rb are the parts of its mask (`correlations.mask_parts`). rb xor msb(c) tells whether 2^(ring-1)
+    was passed.
+    """
     top, low = (c >> (ring - 1)) & 1, (c & ((1 << (ring - 1)) - 1)) >> f
     passed = ring - 1 - f
     return low - (1 << (passed - 1)) + (top << passed), (1 - 2 * top) << passed
@@ -73,7 +87,7 @@ def cross(
 
 
 def truncate_local(side: Side, x: Share, bits: int) -> Share:
-    """To `bits` fraction bits, each party alone, no message: within one unit of x / 2^f, unbiased.
+    """Cut to `bits` fraction bits, each party alone, no message: within one unit of x / 2^f, unbiased.
 
     What is dropped below is lost above: the ring has so many bits less. That is what an opening should
     have sent anyway: a value below 2^14 with 16 fraction bits needs 32 bits, `truncate` brings it back.
@@ -83,7 +97,7 @@ def truncate_local(side: Side, x: Share, bits: int) -> Share:
 
 
 def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
-    """To `bits` fraction bits and the whole ring: floor(x / 2^f) + {0, 1}, never off by a wrap.
+    """Truncate to `bits` fraction bits and the whole ring: floor(x / 2^f) + {0, 1}, never off by a wrap.
 
     For |x_raw| < 2^(ring-2). One round; with fewer fraction bits than wanted it is a shift and costs
     nothing. Escudero et al., eprint 2020/338; PROTOCOLS 2.
@@ -99,7 +113,7 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
 
 
 def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
-    """x, brought back to the whole ring, times y, which is there already: one round for both.
+    """Multiply x, brought back to the whole ring, by y, which is there already: one round for both.
 
     |x_raw| < 2^(ring-2). The dealer shares y's mask times the parts of x's (PROTOCOLS 2, fused).
     """
@@ -114,7 +128,7 @@ def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
 def truncate_to_scale(
     side: Side, x: Share, shape: tuple[int, ...]
 ) -> Program[Callable[[Share], Program[Share]]]:
-    """`truncate_times` in two steps, for a factor of `shape` that comes later: a round now, one then."""
+    """Run `truncate_times` in two steps, for a factor of `shape` that comes later: a round now, one then."""
     r, a, *parts = yield from draw(Scaled.shape(x, shape))
     (c,) = yield from open_masked(raised(side, x.data, r, x.ring, "masked for truncation"))
     scaled = Scaled(side, x, a, c, parts)
@@ -142,7 +156,13 @@ class Scaled:
             rc, rb = mask_parts(r, 0, x.ring)
             return rc, rb, a * rc, a * rb
 
-        return Request("truncation/product", (Part(x.shape), Part(factor)), (Part(x.shape),) * 4, derive)
+        return Request(
+            RequestKind.TRUNCATION_PRODUCT,
+            (Part(x.shape), Part(factor)),
+            (Part(x.shape),) * 4,
+            derive,
+            products_of(math.prod(x.shape)),
+        )
 
     def times(self, d: torch.Tensor, bits: int) -> Share:
         """By the factor opened as d, with so many fraction bits."""
@@ -152,13 +172,16 @@ class Scaled:
 
 
 def truncate_product(side: Side, x: Share, y: Share) -> Program[Share]:
-    """x times y, both brought back to the whole ring by the same round; |raw| < 2^(ring-2)."""
+    """Multiply x by y, both brought back to the whole ring by the same round; |raw| < 2^(ring-2)."""
 
     def derive(r: torch.Tensor, r_: torch.Tensor) -> Sequence[torch.Tensor]:
         (rc, rb), (rc_, rb_) = mask_parts(r, 0, x.ring), mask_parts(r_, 0, y.ring)
         return rc, rb, rc_, rb_, *cross(rb, rc, rb_, rc_)
 
-    request = Request("truncations/product", (Part(x.shape),) * 2, (Part(x.shape),) * 8, derive)
+    each = Part(x.shape)
+    request = Request(
+        RequestKind.TRUNCATIONS_PRODUCT, (each,) * 2, (each,) * 8, derive, products_of(math.prod(x.shape))
+    )
     r, r_, rc, rb, rc_, rb_, *crossed = yield from draw(request)
     c, c_ = yield from open_masked(
         raised(side, x.data, r, x.ring, "masked for truncation"),
@@ -169,19 +192,19 @@ def truncate_product(side: Side, x: Share, y: Share) -> Program[Share]:
 
 
 def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
-    """A share of noise for each element of x, known to one party alone, who adds it: about normal, with
-    a standard deviation of 2^-bits and at most 6 times as large. No message.
+    """Draw a share of noise for each element of x, known to one party alone, who adds it. No message.
 
+    The noise is about normal, with a standard deviation of 2^-bits, and at most 6 times as large.
     A sum of 12 uniform numbers. On values that are multiples of a secret step s it leaves sinc(2^-bits /
     s)^12 of the wave that would tell s: 8e-9 at most where s <= 2^-bits, 4e-3 at twice that.
     """
     wide = x.bits - bits  # bits of a uniform number, in units of x
     (words,) = yield from draw(
-        Request("blur", (Part((*x.shape, 12), torch.int16, owner=by),), (), lambda r: ())
+        Request(RequestKind.BLUR, (Part((*x.shape, 12), torch.int16, owner=by),), (), lambda r: (), NO_WORK)
     )
     if side.rank is not by or words.is_meta:
         return torch.zeros_like(x.data)
-    noise = (words.long() & ((1 << wide) - 1)).sum(-1)
+    noise: torch.Tensor = (words.long() & ((1 << wide) - 1)).sum(-1)
     return noise - 6 * ((1 << wide) - 1)
 
 
@@ -192,13 +215,13 @@ def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
 
 
 def start_mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
-    """First half of `mask_operand`: the mask, for what draws with it. No message."""
+    """Draw the mask, for what draws with it: the first half of `mask_operand`. No message."""
     mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
     return MaskedOperand(mask, Awaited(), x.bits, None if values is None else values[0], ring)
 
 
 def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand) -> Program[MaskedOperand]:
-    """Second half: the round. joined: what was made of `started` meanwhile; it comes out opened."""
+    """Open: the second half, one round. joined: what was made of `started` meanwhile; it comes out opened."""
     why = "resident, masked"
     (opened,) = yield from open_masked(masked(x.data - started.mask, started.ring, why, x.owner))
     started.opened.bring(opened)
@@ -206,7 +229,7 @@ def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand)
 
 
 def matmul_masked_operand(side: Side, x: Share, w: MaskedOperand, ring: int = 64) -> Program[Share]:
-    """(*b, m, k) @ resident (*b, k, n) modulo 2^ring, all fraction bits kept. One round; x is opened."""
+    """Multiply (*b, m, k) by an operand (*b, k, n) modulo 2^ring, all fraction bits kept. One round."""
     ring = min(ring, x.ring, w.ring)
     out = (*x.shape[:-1], w.shape[-1])
     a, c = yield from draw(correlations.masked_operand_product(x.shape, w, out, x.owner))
@@ -217,7 +240,7 @@ def matmul_masked_operand(side: Side, x: Share, w: MaskedOperand, ring: int = 64
 def share_of_product(
     side: Side, e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, w: MaskedOperand
 ) -> torch.Tensor:
-    """Shares of x @ w, with e = x - a opened and shares of the mask a and of c = a @ (w's mask)."""
+    """Compute shares of x @ w, with e = x - a opened and shares of the mask a and of c = a @ (w's mask)."""
     return c + matmul(e, w.mask) + matmul(a, w.public) + side.first(matmul(e, w.public))
 
 
@@ -228,11 +251,11 @@ def product(
     op: Callable[..., torch.Tensor] = torch.mul,
     ring: int = 64,
 ) -> Program[Share]:
-    """op(x, y), bilinear, modulo 2^ring, all fraction bits kept. One round (Beaver, CRYPTO 1991)."""
+    """Compute op(x, y), bilinear, modulo 2^ring, all fraction bits kept. One round (Beaver, CRYPTO 1991)."""
     ring = min(ring, x.ring, y.ring)
     shapes = (torch.empty(s, dtype=torch.int64, device="meta") for s in (x.shape, y.shape))
     out = tuple(op(*shapes).shape)
-    a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op, f"triple/{op.__name__}"))
+    a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op))
     d, e = yield from open_masked(
         masked(x.data - a, ring, "factor, masked"), masked(y.data - b, ring, "factor, masked")
     )

@@ -6,15 +6,16 @@ integers.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Opening, Program, draw, open_masked
+from mpcache.runtime.program import Opening, Part, Program, Request, RequestKind, Work, draw, open_masked
 from mpcache.runtime.side import Side, bytes_for
 
 
 def one_hot(rotation: torch.Tensor, size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """At the dealer: (*s) uniform words -> (*s, size), 1 at rotation mod size (a power of two)."""
+    """Turn (*s) uniform words into (*s, size), 1 at rotation mod size (a power of two), at the dealer."""
     hot = torch.zeros(*rotation.shape, size, dtype=dtype)
     return hot.scatter_(-1, (rotation & (size - 1)).unsqueeze(-1), 1)
 
@@ -22,19 +23,23 @@ def one_hot(rotation: torch.Tensor, size: int, dtype: torch.dtype = torch.int64)
 def one_hot_of(
     side: Side, index: torch.Tensor, size: int, dtype: torch.dtype = torch.int64
 ) -> Program[torch.Tensor]:
-    """Shares of the one-hot vector of index mod size: (*s) -> (*s, size) in `dtype`'s ring. One round."""
+    """Compute the one-hot vector of index mod size: (*s) -> (*s, size) in `dtype`'s ring. One round."""
     shape = tuple(index.shape)
     hot = Part((*shape, size), dtype=dtype)
-    request = Request("one-hot", (Part(shape),), (hot,), lambda rho: (one_hot(rho, size, dtype),))
+    work = Work(lookups=math.prod(shape), multiply_adds=math.prod(hot.shape))
+    request = Request(
+        RequestKind.ONE_HOT, (Part(shape),), (hot,), lambda rho: (one_hot(rho, size, dtype),), work
+    )
     rho, h = yield from draw(request)
     bits = size.bit_length() - 1
     (c,) = yield from open_masked(Opening(index + rho, "index, rotated", width=bytes_for(bits)))
     # index = v exactly where rho = c - v.
     where = (c.unsqueeze(-1) - side.public(range(size))) & (size - 1)
-    return h.gather(-1, where)
+    rotated: torch.Tensor = h.gather(-1, where)
+    return rotated
 
 
 def lookup(side: Side, index: torch.Tensor, table: torch.Tensor) -> Program[torch.Tensor]:
-    """Shares of table[index mod N]: (*s) -> (*s). table: (N,) public integers, N a power of two."""
+    """Compute shares of table[index mod N]: (*s) -> (*s). table: (N,) public integers, N a power of two."""
     hot = yield from one_hot_of(side, index, table.shape[0])
     return (hot * side.public(table)).sum(-1)

@@ -16,23 +16,33 @@ from functools import cache
 import torch
 
 from mpcache.protocols.linear import Cut, raised, share_of_product, truncate_local, truncate_to_scale
+from mpcache.protocols.ranges import MEAN_SQUARE_HIGH, MEAN_SQUARE_LOW, NORM_PRODUCT_BITS, NORM_PRODUCT_RING
 from mpcache.protocols.reciprocal import Curve, Range, power
-from mpcache.runtime.correlations import Part, Request, dealt, mask_parts, masked_operand_product
-from mpcache.runtime.program import Opening, Program, at, draw, open_masked, together
+from mpcache.runtime.correlations import dealt, mask_parts, masked_operand_product
+from mpcache.runtime.program import (
+    Opening,
+    Part,
+    Program,
+    Request,
+    RequestKind,
+    at,
+    draw,
+    open_masked,
+    products_of,
+    together,
+)
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
-
-VARIANCE_LOW, VARIANCE_HIGH = -20, 17  # mean squares from 9.5e-7 to 1.3e5
-PRODUCT_BITS = 18  # fraction bits of stream times matrix, before it is scaled
-PRODUCT_RING = 40  # so |stream times matrix| < 2^20
 
 
 @cache
 def root(width: int, bits: int) -> tuple[Range, Curve, int]:
-    """How to take sqrt(width) 2^bits / sqrt(total), total the raw sum of `width` squares at `bits` bits:
-    the range of the total, the curve, and the result's fraction bits. Relative error 3.2e-5."""
+    """Plan sqrt(width) 2^bits / sqrt(total), total the raw sum of `width` squares at `bits` fraction bits.
+
+    Returns the range of the total, the curve, and the result's fraction bits. Relative error 3.2e-5.
+    """
     spread = math.log2(width) + 2 * bits
-    where = Range.of(spread + VARIANCE_LOW, spread + VARIANCE_HIGH, 2)
+    where = Range.of(spread + MEAN_SQUARE_LOW, spread + MEAN_SQUARE_HIGH, 2)
     scale = math.log2(width) / 2  # the part of sqrt(width) that is no power of two goes into the curve
     whole = math.floor(scale)
     curve = Curve(lambda u: torch.rsqrt(u) * 2 ** (scale - whole), 2, 7, 16, 10)
@@ -47,7 +57,7 @@ def norm_linear(
     w: MaskedOperand,
     turn: Callable[[Share], Share],
 ) -> Program[tuple[MaskedOperand, Share]]:
-    """x = stream + change (m, width), and turn(x @ w) / sqrt(mean square of x + eps).
+    """Compute x = stream + change (m, width), and turn(x @ w) / sqrt(mean square of x + eps).
 
     stream: (m, width) at the change's fraction bits, opened; None for zero.  change: |raw| < 2^(ring-2).
     turn: public and linear.  The mean squares lie in [2^-20, 2^17), |turn(x @ w)| below 2^14 (2^20 where
@@ -61,8 +71,8 @@ def norm_linear(
 
     def multiplied() -> Program[tuple[MaskedOperand, Callable[[Share], Program[Share]]]]:
         opened, y = yield from _times(side, Share(x, bits), w)
-        y = truncate_local(side, turn(y), PRODUCT_BITS)
-        y = Share(y.data, y.bits, ring=min(y.ring, PRODUCT_RING))
+        y = truncate_local(side, turn(y), NORM_PRODUCT_BITS)
+        y = Share(y.data, y.bits, ring=min(y.ring, NORM_PRODUCT_RING))
         return opened, (yield from truncate_to_scale(side, y, tuple(total.shape)))
 
     def inverse() -> Program[Share]:
@@ -76,8 +86,10 @@ def norm_linear(
 def _add(
     side: Side, stream: MaskedOperand | None, change: Share
 ) -> Program[tuple[torch.Tensor, torch.Tensor]]:
-    """Shares of x = stream + change (m, width), brought back to the whole ring, and of the sums of its
-    squares (m, 1). One round."""
+    """Compute shares of x = stream + change (m, width), in the whole ring, and of its sums of squares (m, 1).
+
+    One round.
+    """
     m, width = change.shape
     each, row = Part((m, width)), Part((m, 1))
 
@@ -87,18 +99,18 @@ def _add(
         a = -rc if stream is None else dealt(stream.dealt) - rc
         return rc, rb, a * rb, (a * a).sum(-1, keepdim=True)
 
-    request = Request("norm", (each,), (each, each, each, row), derive)
+    request = Request(RequestKind.NORM, (each,), (each, each, each, row), derive, products_of(m * width))
     r, rc, rb, a_rb, aa = yield from draw(request)
     (c,) = yield from open_masked(raised(side, change.data, r, change.ring, "masked for truncation"))
-    cut_ = Cut.of(c, 0, change.ring, rb, rc)
-    e, a = (cut_.p, -rc) if stream is None else (cut_.p + stream.opened, stream.mask - rc)
+    opened = Cut.of(c, 0, change.ring, rb, rc)
+    e, a = (opened.p, -rc) if stream is None else (opened.p + stream.opened, stream.mask - rc)
     # (e + q rb + a)^2
-    squares = side.first(e * e) + 2 * e * a + 2 * cut_.q * (e * rb + a_rb) + cut_.q * cut_.q * rb
-    return side.first(e) + cut_.q * rb + a, squares.sum(-1, keepdim=True) + aa
+    squares = side.first(e * e) + 2 * e * a + 2 * opened.q * (e * rb + a_rb) + opened.q * opened.q * rb
+    return side.first(e) + opened.q * rb + a, squares.sum(-1, keepdim=True) + aa
 
 
 def _times(side: Side, x: Share, w: MaskedOperand) -> Program[tuple[MaskedOperand, Share]]:
-    """x opened under a fresh mask, and x @ w from the same opening. One round."""
+    """X opened under a fresh mask, and x @ w from the same opening. One round."""
     out = (*x.shape[:-1], w.shape[-1])
     a, c, values = yield from draw(masked_operand_product(x.shape, w, out, keep=True))
     (e,) = yield from open_masked(Opening(x.data - a, "stream, masked"))

@@ -23,8 +23,8 @@ from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import affine, masked, raised
 from mpcache.protocols.lookup import one_hot
-from mpcache.runtime.correlations import Part, Request, mask_parts
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -56,8 +56,8 @@ class Curve:
     def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Value at v = 0 and slope (size,), integers, with v = u - 1 on the grid.
 
-        An interval's number may come out one too high (`drop`, and the carry of two masked numbers): each
-        line is the best for its interval and the one before.
+        An interval's number may come out one too high (`drop_low_bits`, and the carry of two masked
+        numbers): each line is the best for its interval and the one before.
         """
         number = torch.arange(self.size, dtype=torch.float64)
         number = torch.where(number < self.size - 1, number, -1.0)
@@ -78,7 +78,7 @@ class Range:
 
     @staticmethod
     def of(low: float, high: float, step: int) -> Range:
-        """Covers [low, high), exponents; the whole range stays below 2^62."""
+        """Cover [low, high), exponents; the whole range stays below 2^62."""
         first = math.floor(low) // step * step
         return Range(first, min(62 // step * step, first + -(-(math.ceil(high) - first) // step) * step))
 
@@ -88,7 +88,7 @@ class Range:
 
 
 def power(side: Side, x: torch.Tensor, where: Range, curve: Curve) -> Program[torch.Tensor]:
-    """fn(x 2^-low) at `curve.bits` + steps - 1 fraction bits, x (*s) shares of integers. Two rounds.
+    """Compute fn(x 2^-low) at `curve.bits` + steps - 1 fraction bits, x (*s) shares of integers. Two rounds.
 
     Relative error: that of the lines, and of u on its grid: see `RECIPROCAL`, `norm.ROOT`.
     """
@@ -114,7 +114,9 @@ def _exponent(
         trees = dcf.dcf_keygen(keys, s, (r & mask).repeat(2), carried * (1 - 2 * top))
         return carried * top, *trees
 
-    request = Request("compare", (Part((n,)), seeds), (Part((2 * n,)), words, bit_parts), derive)
+    request = Request(
+        RequestKind.COMPARE, (Part((n,)), seeds), (Part((2 * n,)), words, bit_parts), derive, keys.work()
+    )
     r, own, tops, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(x + r, ring, "masked for comparison"))
     points = c.unsqueeze(-1) - side.public([1 << (low + step * i) for i in range(1, k)])
@@ -145,7 +147,9 @@ def _line(
         rc, rb = (part.unsqueeze(-1) * hot for part in mask_parts(r, 0, ring))
         return hot, rb, rc, *(b.unsqueeze(-1) * part for part in (hot, rb, rc))
 
-    request = Request("line", (Part((n,)), Part((n,))), (Part((n, size)),) * 6, derive)
+    # Three inner products with values and slopes, with and without the factor.
+    work = Work(lookups=n, multiply_adds=8 * n * size)
+    request = Request(RequestKind.LINE, (Part((n,)), Part((n,))), (Part((n, size)),) * 6, derive, work)
     r, b, *parts = yield from draw(request)
     c, d = yield from open_masked(
         raised(side, v, r, ring, "index, rotated"), masked(factor - b, 64, "factor, masked")
@@ -160,15 +164,18 @@ def _line(
         base, tilt = (one * value).sum(-1), (one * slope).sum(-1)
         return base + p * tilt + q * (top * slope).sum(-1) - (low * slope).sum(-1)
 
-    return d * line(hot, rb, rc) + line(b_hot, b_rb, b_rc)
+    result: torch.Tensor = d * line(hot, rb, rc) + line(b_hot, b_rb, b_rc)
+    return result
 
 
 RECIPROCAL = Curve(lambda u: 1 / u, 1, 7, 14, 9)
 
 
 def reciprocal_range(least: float, most: float, bits: int) -> tuple[Range, int]:
-    """Of raw x with `bits` fraction bits, and the fraction bits of 1 / x: 23 for the largest x, and one
-    more for each factor of two below."""
+    """Return the range of raw x with `bits` fraction bits, and the fraction bits of 1 / x.
+
+    They are 23 for the largest x, and one more for each factor of two below.
+    """
     where = Range.of(math.log2(least) + bits, math.log2(most) + bits, 1)
     return where, RECIPROCAL.bits + where.steps(1) - 1 + where.low - bits
 

@@ -17,14 +17,13 @@ from mpcache.protocols import dcf
 from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import masked
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side
 
 
 def relu(side: Side, x: Share, width: int) -> Program[Share]:
-    """max(x, 0) for |x_raw| < 2^(width-1), in x's own ring, exactly. One round, two trees per element."""
+    """Compute max(x, 0) for |x_raw| < 2^(width-1), in x's own ring, exactly. One round, two trees each."""
     n = math.prod(x.shape)
     keys = KeyShape(2 * n, width - 1)  # first half: [x < 0], second half: r [x < 0]
     seeds, words, bits = key_parts(keys)
@@ -36,7 +35,9 @@ def relu(side: Side, x: Share, width: int) -> Program[Share]:
         trees = dcf.dcf_keygen(keys, s, (r & low).repeat(2), carried * (1 - 2 * top.repeat(2)))
         return carried * top.repeat(2), *trees
 
-    request = Request("compare", (Part((n,)), seeds), (Part((2 * n,)), words, bits), derive)
+    request = Request(
+        RequestKind.COMPARE, (Part((n,)), seeds), (Part((2 * n,)), words, bits), derive, keys.work()
+    )
     r, own, tops, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(x.data.reshape(n) + r, x.ring, "masked for max(x, 0)"))
     points = (c & low).repeat(2).unsqueeze(-1)

@@ -19,24 +19,21 @@ from mpcache.protocols.compare import key_parts, less
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import masked, truncate, truncate_local
 from mpcache.protocols.lookup import one_hot_of
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.protocols.ranges import (
+    BUCKET_STEP,
+    BUCKETS,
+    COMPARED_BITS,
+    EXP_WINDOW,
+    SCORE_BITS,
+    SCORE_RING,
+    SCORE_UNIT,
+    WINDOW_BITS,
+    WINDOWS_BITS,
+)
+from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
 
-GRID = 13  # fraction bits of narrow scores, which are 7/8 of the scores: 1.4e-4 a step
-NARROW = 24  # bits of the ring they live in: differences below 1024
-STEP = 2  # narrow scores per bucket of the histogram
-BUCKETS = 256
-LARGEST = STEP * (BUCKETS // 2 - 1)  # |narrow score| stays below: a bucket may come out one too low
-LONGEST_ROW = 1 << 15  # scores of one row, to be counted in 16 bits
-SLACK = 2 * STEP * 8 / 7  # the bound lies at most so far above the maximum
-_LOW = 17  # the window: 2^17 steps
-_HIGH = 6  # 64 windows: more than any distance of two scores and the slack
-_COMPARED = 3  # of the window's bits: its last eighth, from e^-16 = 1.1e-7 on, may become zero too
-FARTHEST = (1 << (_LOW + _HIGH)) - (1 << (_LOW - _COMPARED))  # steps between a score and the bound
-UNIT = 8 / 7 / (1 << GRID)  # a step, in scores
-WINDOW = UNIT * (1 << _LOW)  # 18.3: e^-18.3 = 1.1e-8 and smaller become zero
 _KEY_BITS, _PUBLIC_BITS = 43, 19  # fraction bits of e^(r - window) and of e^-(d + r)
 
 
@@ -45,19 +42,19 @@ def quantize_scores(scores: Share) -> Share:
 
     A factor of 7/8 makes the window of exp a power of two of grid steps.
     """
-    low = scores.bits + 3 - GRID
-    if scores.ring - low < NARROW:
+    low = scores.bits + 3 - SCORE_BITS
+    if scores.ring - low < SCORE_RING:
         raise ValueError(f"scores in a ring of {scores.ring} bits are too narrow")
-    return Share(drop_low_bits(scores.data * 7, low), GRID, ring=NARROW)
+    return Share(drop_low_bits(scores.data * 7, low), SCORE_BITS, ring=SCORE_RING)
 
 
 def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[torch.Tensor]:
     """Shares modulo 2^16 of a c with max < c <= max + 4, of (*b, n) visible scores: (*b, 1). Two rounds.
 
-    |narrow score| < LARGEST, n < LONGEST_ROW. Each score's bucket becomes a one-hot vector; their sum
+    |narrow score| < LARGEST_SCORE, n < LONGEST_ROW. Each score's bucket becomes a one-hot vector; their sum
     tells for each bucket how many scores lie in or above it; the buckets with any are counted.
     """
-    bucket = drop_low_bits(scores.data, scores.bits + STEP.bit_length() - 1) + side.constant(
+    bucket = drop_low_bits(scores.data, scores.bits + BUCKET_STEP.bit_length() - 1) + side.constant(
         BUCKETS // 2, scores.data
     )
     hot = yield from one_hot_of(side, bucket, BUCKETS, torch.int16)
@@ -68,39 +65,44 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
     width = 1 + scores.shape[-1].bit_length()
     none = yield from less(side, above, width, (1,), torch.int16)
     highest = (BUCKETS - 1) * side.constant(1, above[..., :1]) - none.squeeze(-1).sum(-1, keepdim=True)
-    # A bucket may be one too low (`drop`); its upper edge and one more are above every score.
-    return STEP * (highest + side.constant(2 - BUCKETS // 2, highest))
+    # A bucket may be one too low (`drop_low_bits`); its upper edge and one more are above every score.
+    return BUCKET_STEP * (highest + side.constant(2 - BUCKETS // 2, highest))
 
 
 def exp(side: Side, d: Share) -> Program[Share]:
-    """e^-d of a narrow d > 0 with 62 fraction bits, zero from 18.3 on, and from 16 on at times. One round.
+    """Compute e^-d of a narrow d > 0 with 62 fraction bits. One round.
 
-    Relative error 3e-6, and 2e-6 absolute: the two factors' bits; the grid adds 1.4e-4 relative.
-    d < FARTHEST.
+    It is zero from 18.3 on, and from 16 on at times. Relative error 3e-6, and 2e-6 absolute: the two
+    factors' bits; the grid adds 1.4e-4 relative. d < FARTHEST_SCORE.
     """
     n = math.prod(d.shape)
-    keys = KeyShape(n, _COMPARED + _HIGH, start=_HIGH)
+    keys = KeyShape(n, COMPARED_BITS + WINDOWS_BITS, start=WINDOWS_BITS)
     seeds, words, bit_parts = key_parts(keys)
-    low, whole, rest = (1 << _LOW) - 1, (1 << (_LOW + _HIGH)) - 1, _LOW - _COMPARED
+    low, whole, rest = (
+        (1 << WINDOW_BITS) - 1,
+        (1 << (WINDOW_BITS + WINDOWS_BITS)) - 1,
+        WINDOW_BITS - COMPARED_BITS,
+    )
 
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
-        payload = torch.exp((r & low).double() * UNIT - WINDOW) * 2**_KEY_BITS
+        payload = torch.exp((r & low).double() * SCORE_UNIT - EXP_WINDOW) * 2**_KEY_BITS
         return dcf.dcf_keygen(keys, s, (r & whole) >> rest, payload.round().to(torch.int64))
 
-    r, own, cw, cb = yield from draw(Request("exp", (Part((n,)), seeds), (words, bit_parts), derive))
-    (c,) = yield from open_masked(masked(d.data.reshape(n) + r, _LOW + _HIGH, "masked for exp"))
+    request = Request(RequestKind.EXP, (Part((n,)), seeds), (words, bit_parts), derive, keys.work(points=2))
+    r, own, cw, cb = yield from draw(request)
+    (c,) = yield from open_masked(masked(d.data.reshape(n) + r, WINDOW_BITS + WINDOWS_BITS, "masked for exp"))
     c = (c & whole).unsqueeze(-1)
     # d lies in the window if c and r share their top bits (then c's low bits are not below r's, for d is
     # not negative), or if c's top bits are one higher and its low bits are below r's. Leading bits tell:
     # where they are equal d is small in the first case, and at the window's end in the second.
     same, under = dcf.dcf_eval(keys, side.number, own, cw, cb, c >> rest)
-    before = ((c - (1 << _LOW)) & whole) >> rest
+    before = ((c - (1 << WINDOW_BITS)) & whole) >> rest
     _, wrapped = dcf.dcf_eval(keys, side.number, own, cw, cb, before)
     bits = _KEY_BITS + _PUBLIC_BITS
     if c.is_meta:
         return Share(torch.empty_like(d.data), bits)
-    factor = torch.exp(-(c & low).double() * UNIT) * 2**_PUBLIC_BITS
-    e = (same - under) * (factor * math.exp(WINDOW)).round().to(torch.int64)
+    factor = torch.exp(-(c & low).double() * SCORE_UNIT) * 2**_PUBLIC_BITS
+    e = (same - under) * (factor * math.exp(EXP_WINDOW)).round().to(torch.int64)
     e = e + wrapped * factor.round().to(torch.int64)
     return Share(e.reshape(d.shape), bits)
 
@@ -108,18 +110,18 @@ def exp(side: Side, d: Share) -> Program[Share]:
 def softmax(
     side: Side, scores: Share, visible: torch.Tensor | None, bits: int
 ) -> Program[tuple[Share, Share]]:
-    """Narrow scores (*b, n) to e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds.
+    """Turn narrow scores (*b, n) into e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds.
 
     Each weight is off by 1.4e-4 of itself (the grid) and by 3e-7 or 2^-bits / 2 more, whichever is larger (a
-    standard deviation), while their sum may be as low as e^-SLACK. With the bits of `fast.weight_bits` the
-    weighted mean of n values comes out within 2e-4 + 6e-5 sqrt(n) of the largest of them, for scores of any
-    size below LARGEST. It takes a peak above a floor of about e^-11 for each of the others to come near it:
-    rows of normal, flat or single scores stay below 6e-4, for n up to 5000.
+    standard deviation), while their sum may be as low as e^-BOUND_SLACK. With the bits of
+    `ranges.weight_bits` the weighted mean of n values comes out within 2e-4 + 6e-5 sqrt(n) of the largest of
+    them, for scores of any size below LARGEST_SCORE. It takes a peak above a floor of about e^-11 for each of
+    the others to come near it: rows of normal, flat or single scores stay below 6e-4, for n up to 5000.
     """
     if visible is not None:
         visible = visible.to(scores.data.device).expand(scores.shape)
     c = yield from bound(side, scores, visible)
-    e = yield from exp(side, Share((c << GRID) - scores.data, GRID))
+    e = yield from exp(side, Share((c << SCORE_BITS) - scores.data, SCORE_BITS))
     e = yield from truncate(side, truncate_local(side, e, bits), bits)
     if visible is not None:
         e = e * visible

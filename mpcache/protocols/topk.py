@@ -10,30 +10,31 @@ takes a ninth of the offline bytes of the comparisons (`compare.Digits`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mpcache.ops import Selection
-from mpcache.protocols import selection as chosen
 from mpcache.protocols.compare import Digits, Keys
 from mpcache.protocols.linear import masked
 from mpcache.protocols.lookup import one_hot
-from mpcache.runtime.correlations import Part, Request, dealt
-from mpcache.runtime.program import Program, draw, open_masked
+from mpcache.protocols.ranges import SELECTION_RING
+from mpcache.protocols.selection import SlotSelection, prepare_selection
+from mpcache.runtime.correlations import dealt
+from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked, products_of
 from mpcache.runtime.shares import Share, cat
 from mpcache.runtime.side import Side
 
 
 def size_for(n: int) -> int:
-    """The power of two that ranks of n items are opened modulo."""
+    """Return the power of two that ranks of n items are opened modulo."""
     return 1 << max(1, (n - 1).bit_length())
 
 
 @dataclass(frozen=True)
-class HotSelection(Selection):
+class HotSelection(SlotSelection):
     """hot: shares of H (*rows, k, n), integers.  opened: rank + rho modulo N (*rows, n), public.
 
     rotation: rho, at the dealer only.
@@ -52,18 +53,15 @@ class HotSelection(Selection):
         kept = yield from self.prepare()
         return (yield from kept.gather(values))
 
-    def prepare(self) -> Program[Selection]:
-        return chosen.prepare_selection(self.side, self.slots())
+    def prepare(self) -> Program[SlotSelection]:
+        return prepare_selection(self.side, self.slots())
 
-    def refine(self, finer: Selection, children: int) -> Program[Selection]:
-        return chosen.refine_selection(self.side, self.slots(), finer.slots(), children)  # type: ignore[attr-defined]
+    def scatter(self, weights: Share, ring: int = SELECTION_RING) -> Program[Share]:
+        """Put weights back at their items' places. One round: only the weights are opened, modulo 2^ring.
 
-    def marks(self) -> Share:
-        return self.slots().sum(-2)
-
-    def scatter(self, weights: Share, ring: int = chosen.RING) -> Program[Share]:
-        """One round: only the weights are opened, modulo 2^ring. For each item i the dealer shares the
-        weights' masks rotated by rho_i: item i's mask stands at the public place rank_i + rho_i."""
+        For each item i the dealer shares the weights' masks rotated by rho_i: item i's mask stands at the
+        public place rank_i + rho_i.
+        """
         *rows, k, c = weights.shape
         n, size = self.hot.shape[-1], self.size
 
@@ -75,7 +73,13 @@ class HotSelection(Selection):
             flat = slot.reshape(*rows, n * size, 1).expand(*rows, n * size, c)
             return (padded.gather(-2, flat).reshape(*rows, n, size, c),)
 
-        request = Request("scatter", (Part(weights.shape),), (Part((*rows, n, size, c)),), derive)
+        request = Request(
+            RequestKind.SCATTER,
+            (Part(weights.shape),),
+            (Part((*rows, n, size, c)),),
+            derive,
+            products_of(math.prod(weights.shape) * n),
+        )
         a, spread = yield from draw(request)
         (e,) = yield from open_masked(masked(weights.data - a, ring, "weights, masked"))
         place = self.opened.reshape(*rows, n, 1, 1).expand(*rows, n, 1, c)
@@ -94,7 +98,7 @@ def topk(
     width: int,
     comparison: type[Keys] | type[Digits] = Keys,
 ) -> Program[tuple[HotSelection, list[Share]]]:
-    """The k highest of (*rows, n), descending, ties to the lower index; values (*rows, n, c) gathered.
+    """Choose the k highest of (*rows, n), descending, ties to the lower index; gather values (*rows, n, c).
 
     Scores are compared in a ring of `width` bits: their differences must stay below 2^(width-1)
     raw. Values are gathered in their own ring. Two rounds, three where `Digits` compare.
@@ -112,6 +116,7 @@ def topk(
     together = cat(list(values), -1)
     c = together.shape[-1]
     dtype = torch.int32 if together.ring <= 32 else torch.int64
+    products = k * math.prod(together.shape)  # of slots with the values to gather
 
     def derive(r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
         difference = (r[..., first] - r[..., second]).reshape(-1)
@@ -123,6 +128,7 @@ def topk(
         (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c), dtype), *compared.random),
         (*compared.derived, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
         derive,
+        compared.work + Work(multiplications=products, multiply_adds=2 * products),
         keep=True,
     )
     r, rho, m, *parts, hot, masks, kept = yield from draw(request)

@@ -1,4 +1,4 @@
-"""What a session took, per party and all together: the JSON object and the cost card."""
+"""What a session took, per party and all together, as one JSON object."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.table import Table
-
 from mpcache.answer import PlainAnswer
 from mpcache.ledger import Entry
 from mpcache.rank import Rank
+from mpcache.report.units import whole
 
 Reports = Mapping[Rank, "Report"]
 
@@ -60,19 +59,19 @@ class Report:
         return Report(**{**data, "phases": {name: Phase(**p) for name, p in data["phases"].items()}})
 
     def steps(self) -> list[Phase]:
-        """The decode steps; the question's when it was answered by one token."""
+        """Return the decode steps; the question's when it was answered by one token."""
         found = [phase for name, phase in self.phases.items() if name.startswith("decode")]
         return found or [self.phases["question"]]
 
     def per_token(self, amount: str) -> float:
-        """The mean over decode steps of a field of Phase."""
+        """Return the mean over decode steps of a field of Phase."""
         return statistics.fmean(getattr(phase, amount) for phase in self.steps())
 
 
 def phases_of(
     steps: Iterable[tuple[str, Entry]], ms: Mapping[str, float], cpu_ms: Mapping[str, float]
 ) -> dict[str, Phase]:
-    """What a ledger's steps booked in each of these phases, and how long they took."""
+    """Sum what a ledger's steps booked in each of these phases, beside how long the phases took."""
     entries: dict[str, Entry] = {name: Entry() for name in ms}
     for step, entry in steps:
         if (name := step.partition("/")[0]) in entries:
@@ -83,7 +82,10 @@ def phases_of(
 def summary(
     policy: str, leakage: str, reports: Reports, plain: PlainAnswer, plain_text: str
 ) -> dict[str, Any]:
-    """One run as one JSON object. Units: ms, bytes, rounds; `_per_token` is the mean over decode steps."""
+    """Put one run into one JSON object.
+
+    Units: ms, bytes, rounds; `_per_token` is the mean over decode steps.
+    """
     server, client, dealer = (reports[rank] for rank in Rank)
     plain_ms = [ms for name, ms in plain.ms.items() if name.startswith("decode")] or [plain.ms["question"]]
     private_ms = [phase.ms for phase in client.steps()]
@@ -138,7 +140,10 @@ def summary(
 
 
 def kept_of(report: Report) -> dict[str, float]:
-    """What one party's checkpoints took in this run: median ms, and bytes on disk; the context's apart."""
+    """Return what one party's checkpoints took in this run, in ms and in bytes on disk.
+
+    The median stands for a token's; the largest is the context's.
+    """
     return {
         "ms_median": statistics.median(report.checkpoint_ms),
         "ms_largest": max(report.checkpoint_ms),
@@ -148,112 +153,12 @@ def kept_of(report: Report) -> dict[str, float]:
 
 
 def agreement(one: Sequence[int], two: Sequence[int]) -> float:
-    """The share of places that hold the same token, over the longer of the two."""
+    """Return the share of places that hold the same token, over the longer of the two."""
     places = max(len(one), len(two))
     return sum(a == b for a, b in zip(one, two, strict=False)) / places if places else 1.0
 
 
 def p95(values: Sequence[float]) -> float:
-    """The smallest value that at least 95 % of the values do not exceed."""
+    """Return the smallest value that at least 95 % of the values do not exceed."""
     ordered = sorted(values)
     return ordered[-(-95 * len(ordered) // 100) - 1]
-
-
-def whole(value: float) -> int | float:
-    """5.0 as 5: the same rounds in every step give a whole number."""
-    return int(value) if value == int(value) else value
-
-
-# ------------------------------------------------------------------------------------- for people
-
-
-def size(n: float) -> str:
-    """Bytes in decimal units: 1234567 -> 1.23 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            break
-        n /= 1000
-    return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.3g} {unit}"
-
-
-def ms(n: float) -> str:
-    """Milliseconds, or seconds above a thousand: 4.31 ms, 12.5 s."""
-    if n >= 1000:
-        return f"{n / 1000:.3g} s"
-    return f"{n:.0f} ms" if n >= 100 else f"{n:.3g} ms"
-
-
-def number(n: float) -> str:
-    return f"{n:.0f}" if n == int(n) else f"{n:.1f}"
-
-
-def card(run: Mapping[str, Any]) -> Table:
-    """The cost card of one `summary`: private and plaintext side by side."""
-    private, plain = run["private"], run["plaintext"]
-    table = Table(
-        title=f"Cost card: policy {run['policy']}, protocol {run['protocol']}",
-        title_justify="left",
-        title_style="bold",
-    )
-    table.add_column("")
-    table.add_column("private", justify="right", style="cyan")
-    table.add_column("plaintext", justify="right")
-    kept = sorted(set(run["kept_tokens"]))
-    stay = " to " if len(kept) > 2 else " or "
-    rows: Iterable[tuple[str, str, str]] = [
-        ("tokens answered", str(len(run["token_ids"])), str(len(run["plaintext_token_ids"]))),
-        ("same tokens", f"{100 * run['agreement']:.0f} %", ""),
-        (
-            "context tokens, kept",
-            f"{run['context_tokens']}, {stay.join(map(str, sorted({kept[0], kept[-1]})))}",
-            "the same",
-        ),
-        ("prefill and eviction", ms(run["prefill_ms"]), ms(plain["prefill_ms"])),
-        ("kernels of the plaintext path", run["kernels"], plain["kernels"]),
-        ("first token, from the context on", ms(private["first_token_ms"]), ms(plain["first_token_ms"])),
-        ("time per token", ms(private["ms_per_token"]), ms(plain["ms_per_token"])),
-        ("rounds per token", number(private["rounds_per_token"]), ""),
-        ("online bytes per token and party", size(private["online_bytes_per_token"]), ""),
-        ("offline bytes per token (dealer)", size(private["offline_bytes_per_token"]), ""),
-        ("set-up (once per model)", f"{size(run['setup_bytes'])}, {ms(run['setup_ms'])}", ""),
-        ("context transfer (once per document)", size(run["context_bytes"]), ""),
-        ("leakage beyond public sizes", run["leakage"], "everything"),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def comparison(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """Each run in two rows: private, by the protocol's name, and plain."""
-    table = Table(
-        title="Private against plaintext",
-        title_justify="left",
-        title_style="bold",
-        caption="first token: from the context on. Bytes per token: online of one computing party, "
-        "offline of the dealer. agree: tokens equal to the plain answer's.",
-        caption_justify="left",
-    )
-    for name in ("policy", "run"):
-        table.add_column(name, overflow="fold")
-    for name in ("kept", "prefill", "first token", "ms/token", "p95", "rounds", "online", "offline", "agree"):
-        table.add_column(name, justify="right")
-    for run in runs:
-        private, plain = run["private"], run["plaintext"]
-        kept = f"{max(run['kept_tokens'])}/{run['context_tokens']}"
-
-        def times(one: Mapping[str, Any]) -> list[str]:
-            names = ("first_token_ms", "ms_per_token_median", "ms_per_token_p95")
-            return [ms(one[name]) for name in names]
-
-        traffic = [
-            number(private["rounds_per_token"]),
-            size(private["online_bytes_per_token"]),
-            size(private["offline_bytes_per_token"]),
-        ]
-        agree = f"{100 * run['agreement']:.0f} %"
-        table.add_row(
-            run["policy"], run["protocol"], kept, ms(run["prefill_ms"]), *times(private), *traffic, agree
-        )
-        table.add_row("", "plain", "", ms(plain["prefill_ms"]), *times(plain), end_section=True)
-    return table

@@ -8,12 +8,17 @@ tokens repeat themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 
 _memory: dict[Any, Any] = {}
+
+
+def broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that two shapes broadcast to. Raises RuntimeError where they do not."""
+    return tuple(torch.broadcast_shapes(tuple(a), tuple(b)))  # type: ignore[no-untyped-call]
 
 
 class MetaTensor:
@@ -74,7 +79,7 @@ def _operator(name: str) -> None:
         if isinstance(other, MetaTensor | torch.Tensor) and other.dtype == self.dtype:
             if other.shape == self.shape:
                 return self
-            return MetaTensor(tuple(torch.broadcast_shapes(self.shape, other.shape)), self.dtype)
+            return MetaTensor(broadcast(self.shape, other.shape), self.dtype)
         return method(self, *args)
 
     setattr(MetaTensor, name, method if name in ("__matmul__", "__truediv__") else elementwise)
@@ -92,7 +97,7 @@ _SMALL = 1 << 18  # elements up to which a result is inferred on zeros
 
 
 def infer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a torch function in which tensors have no values.
+    """Infer the result of a torch function in which tensors have no values.
 
     Small ones are computed on zeros, which is quick; the others on meta tensors, whose first use
     makes torch load its compiler for some seconds.
@@ -146,5 +151,5 @@ def _blanks(x: Any) -> Any:
 
 
 def materialise(x: Any, device: torch.device | str) -> Any:
-    """A MetaTensor as a tensor of zeros (no values on the meta device); other things as they are."""
+    """Turn a MetaTensor into zeros (no values on the meta device); leave other things as they are."""
     return torch.zeros(x.shape, dtype=x.dtype, device=device) if isinstance(x, MetaTensor) else x

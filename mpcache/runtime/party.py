@@ -12,25 +12,23 @@ from typing import Any
 
 import torch
 
-from mpcache.engines import crypten_shim
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.runtime.correlations import Part, Request
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.program import Opening
-from mpcache.runtime.rng import Stream, Tapes
+from mpcache.runtime.program import Opening, Part, Request
+from mpcache.runtime.rng import KeyStream, Tapes
 from mpcache.transport.link import Link
 
 COMPUTING = (Rank.SERVER, Rank.CLIENT)
 
 
-def _sends(item: Opening, rank: Rank) -> bool:
-    """Whether `rank` sends its share of this opening to the other computing party."""
+def sends(item: Opening, rank: Rank) -> bool:
+    """Tell whether `rank` sends its share of this opening to the other computing party."""
     return item.sender in (None, rank) and item.to in (None, rank.peer)
 
 
 def _pack(x: torch.Tensor, width: int) -> torch.Tensor:
-    """The low `width` bytes of each int64, shape (*, width) uint8; whole words stay int64."""
+    """Take the low `width` bytes of each int64, shape (*, width) uint8; whole words stay int64."""
     if width == 8:
         return x.contiguous()
     # flat first: where a size is 1 a contiguous tensor may have any stride
@@ -66,14 +64,14 @@ class Party(ABC):
 
     @abstractmethod
     def draw(self, request: Request, step: str) -> list[Any]:
-        """This party's parts of a correlation; for a kept one also all values (None but at the dealer)."""
+        """Draw this party's parts; of a kept correlation also all values (None but at the dealer)."""
 
-    def call(self, run: Callable[[], Any], step: str) -> Any:
-        """Run blocking CrypTen code as this party."""
-        return crypten_shim.call(self, run, step)
+    def call(self, run: Callable[[Any, str], Any], step: str) -> Any:
+        """Run code that blocks and communicates by itself (CrypTen's), as this party at this step."""
+        return run(self, step)
 
-    def stream(self, kind: str) -> Stream | None:
-        """CrypTen's own generators: `prev`, `next` (shared by both parties) and `local`."""
+    def stream(self, kind: str) -> KeyStream | None:
+        """Return one of CrypTen's own generators: `prev`, `next` (shared by both parties) and `local`."""
         return None
 
 
@@ -97,17 +95,17 @@ class ComputingParty(Party):
         self._peer, self._dealer = peer, dealer
         self._tapes = Tapes(seed)
         self._crypten_seeds = {**pair_seeds, "local": own_seed}
-        self._tape: Stream | None = None
-        self._streams: dict[str, Stream] = {}
+        self._tape: KeyStream | None = None
+        self._streams: dict[str, KeyStream] = {}
 
     def begin(self, phase: str) -> None:
         self._tape = self._tapes.begin(phase)
         # One seed is `prev` at one party and `next` at the other: the label must not tell them apart.
-        self._streams = {k: Stream(s, f"crypten/{phase}") for k, s in self._crypten_seeds.items()}
+        self._streams = {k: KeyStream(s, f"crypten/{phase}") for k, s in self._crypten_seeds.items()}
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
-        mine = [i for i in items if _sends(i, self.rank)]
-        theirs = [i for i in items if _sends(i, self.rank.peer)]
+        mine = [i for i in items if sends(i, self.rank)]
+        theirs = [i for i in items if sends(i, self.rank.peer)]
         received = self._peer.swap(
             step,
             [_pack(i.share, i.width) for i in mine],
@@ -140,7 +138,7 @@ class ComputingParty(Party):
             parts.append(next(arrived) if part in sent else self._tape.tensor(part.shape, part.dtype))
         return [*parts, None] if request.keep else parts
 
-    def stream(self, kind: str) -> Stream | None:
+    def stream(self, kind: str) -> KeyStream | None:
         return self._streams.get(kind)
 
 
@@ -158,8 +156,8 @@ class ShapeParty(Party):
             n = math.prod(item.share.shape) * item.width
             self.ledger.book(
                 item.step or step,
-                sent=n * _sends(item, self.rank),
-                received=n * _sends(item, self.rank.peer),
+                sent=n * sends(item, self.rank),
+                received=n * sends(item, self.rank.peer),
             )
         self.ledger.book(step, rounds=1)
         return [MetaTensor(i.share.shape, i.share.dtype) for i in items]
@@ -181,7 +179,7 @@ class DealerParty(Party):
         self.ledger = ledger
         self._links = links
         self._seeds = {rank: Tapes(seed) for rank, seed in seeds.items()}
-        self._tapes: dict[Rank, Stream] = {}
+        self._tapes: dict[Rank, KeyStream] = {}
 
     def begin(self, phase: str) -> None:
         self._tapes = {rank: tapes.begin(phase) for rank, tapes in self._seeds.items()}
@@ -208,8 +206,8 @@ class DealerParty(Party):
         return [*parts, values] if request.keep else parts
 
 
-def _expand(tape: Stream, part: Part, rank: Rank) -> torch.Tensor:
-    """One party's random part, from its stream; zero if the other party owns it."""
+def _expand(tape: KeyStream, part: Part, rank: Rank) -> torch.Tensor:
+    """Expand one party's random part from its stream; zero if the other party owns it."""
     if part.owner in (None, rank):
         return tape.tensor(part.shape, part.dtype)
     return torch.zeros(part.shape, dtype=part.dtype)

@@ -1,23 +1,154 @@
 """Programs: what a protocol asks of the outside, and how programs are put together.
 
 A protocol is a generator. It yields what it needs - an opening, correlated randomness, a call that
-blocks - and goes on with the answer. The four readings (DESIGN, "One decode program") differ only
-in who answers. `yield from` composes in sequence, `together` in lockstep with merged openings, and
-`at` names a step.
+blocks - and goes on with the answer. The four readings (docs/design.md, section 2) differ only in who
+answers. `yield from` composes in sequence, `together` in lockstep with merged openings, and `at` names
+a step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from mpcache.rank import Rank
-from mpcache.runtime.correlations import Request
 
 T = TypeVar("T")
+Shape = tuple[int, ...]
+
+
+class RequestKind(StrEnum):
+    """What correlated randomness is for. `mpcache.audit.catalog` has each in words, with its source."""
+
+    MASK = "mask"
+    MASKED_OPERAND = "masked operand"
+    TRUNCATION = "truncation"
+    TRUNCATION_PRODUCT = "truncation/product"
+    TRUNCATIONS_PRODUCT = "truncations/product"
+    LINE = "line"
+    BLUR = "blur"
+    COMPARE = "compare"
+    TOPK = "topk"
+    TOPK_DIGITS = "topk/digits"
+    SCATTER = "scatter"
+    ONE_HOT = "one-hot"
+    EXP = "exp"
+    ACTIVATION = "activation"
+    NORM = "norm"
+    SQUARE = "square"
+    TRIPLE_MUL = "triple/mul"
+    TRIPLE_MATMUL = "triple/matmul"
+    AND = "and"
+    BIT = "bit"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a correlation is used for, counted once for its whole shape.
+
+    comparisons: of two secrets, or a secret with a public number.  multiplications: of two secrets.
+    lookups: secret places in public tables or series.
+    multiply_adds: 64-bit ones of products, tables and series, at the server (the busier party).
+    key_blocks: AES blocks of evaluating key trees, at each party.
+    """
+
+    comparisons: int = 0
+    multiplications: int = 0
+    lookups: int = 0
+    multiply_adds: int = 0
+    key_blocks: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.comparisons + other.comparisons,
+            self.multiplications + other.multiplications,
+            self.lookups + other.lookups,
+            self.multiply_adds + other.multiply_adds,
+            self.key_blocks + other.key_blocks,
+        )
+
+
+NO_WORK = Work()  # the opening and a few additions are all there is
+
+
+def products_of(n: int) -> Work:
+    """Count n products of two masked secrets: three products at the server, two at the client."""
+    return Work(multiplications=n, multiply_adds=3 * n)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a correlation.
+
+    dtype: int64 for Z_2^64, or a smaller signed type for a smaller ring.
+    xor: its shares combine by XOR instead of addition.
+    owner: known whole to this party, zero at the other (random parts only).
+    own: each party has its own, unrelated value (random parts only; seeds).
+    public: the same at both parties (derived parts only).
+    """
+
+    shape: Shape
+    dtype: torch.dtype = torch.int64
+    xor: bool = False
+    owner: Rank | None = None
+    own: bool = False
+    public: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def spec(self) -> tuple[torch.dtype, Shape]:
+        """The tensor as a receiver expects it: dtype and shape."""
+        return self.dtype, self.shape
+
+    def combine(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return the value behind two shares; both values of an `own` part."""
+        if self.own:
+            return a, b
+        return a ^ b if self.xor else a + b
+
+    def correct(self, value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Return the share that makes `value` with the other party's share."""
+        return value ^ other if self.xor else value - other
+
+
+@dataclass(frozen=True)
+class Request:
+    """A correlation by public shapes; `derive` maps random values to derived ones at the dealer.
+
+    work: what the parties do with it. A request cannot be made without, so no protocol is free by omission.
+    keep: the dealer's program gets the random values too, to derive later correlations from them
+    (a masked operand's mask, a selection's rotation).
+    """
+
+    kind: RequestKind
+    random: tuple[Part, ...]
+    derived: tuple[Part, ...]
+    derive: Callable[..., Sequence[torch.Tensor]]
+    work: Work
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on a kind that the catalog cannot know."""
+        if not isinstance(self.kind, RequestKind):
+            raise ValueError(f"a request of no known kind: {self.kind!r}")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts, random ones first."""
+        return self.random + self.derived
+
+    def sent_to(self, rank: Rank) -> list[Part]:
+        """List the derived parts that the dealer sends to one party."""
+        return [p for p in self.derived if p.public or rank is Rank.SERVER]
 
 
 @dataclass(frozen=True)
@@ -46,8 +177,9 @@ class Open:
     step: str = ""
 
     def under(self, name: str) -> Open:
-        items = tuple(replace(i, step=_join(name, i.step)) for i in self.items)
-        return Open(items, _join(name, self.step))
+        """Return the same openings, booked under `name`."""
+        items = tuple(replace(i, step=_below(name, i.step)) for i in self.items)
+        return Open(items, _below(name, self.step))
 
 
 @dataclass(frozen=True)
@@ -58,18 +190,23 @@ class Draw:
     step: str = ""
 
     def under(self, name: str) -> Draw:
-        return replace(self, step=_join(name, self.step))
+        """Return the same draw, booked under `name`."""
+        return replace(self, step=_below(name, self.step))
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function that communicates by itself and blocks (CrypTen). Answered by its result."""
+    """A function of the party and the step that communicates by itself and blocks (CrypTen).
 
-    run: Callable[[], Any]
+    Answered by its result.
+    """
+
+    run: Callable[[Any, str], Any]
     step: str = ""
 
     def under(self, name: str) -> Call:
-        return replace(self, step=_join(name, self.step))
+        """Return the same call, booked under `name`."""
+        return replace(self, step=_below(name, self.step))
 
 
 Ask = Open | Draw | Call
@@ -81,21 +218,32 @@ class Answers(Protocol):
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]: ...
     def draw(self, request: Request, step: str) -> list[Any]: ...
-    def call(self, run: Callable[[], Any], step: str) -> Any: ...
+    def call(self, run: Callable[[Any, str], Any], step: str) -> Any: ...
 
 
-def _join(name: str, step: str) -> str:
+def _below(name: str, step: str) -> str:
     return f"{name}/{step}" if step else name
 
 
-def open_masked(*openings: Opening) -> Program[list[Any]]:
-    """Open tensors in one round."""
-    answer: list[Any] = yield Open(openings)
+def open_masked(*openings: Opening) -> Program[list[torch.Tensor]]:
+    """Open masked values to both computing parties, in one round: what they see is uniform."""
+    answer: list[torch.Tensor] = yield Open(openings)
     return answer
 
 
+def open_secret(opening: Opening) -> Program[torch.Tensor | None]:
+    """Open a secret itself, without a mask, to one recipient: `Ops.reveal` alone may. One round.
+
+    Raises ValueError without a recipient or a reason.
+    """
+    if opening.to is None or not opening.why:
+        raise ValueError("a secret is opened to one recipient, for a reason")
+    answer: list[torch.Tensor | None] = yield Open((opening,))
+    return answer[0]
+
+
 def draw(request: Request) -> Program[list[Any]]:
-    """This party's parts of a correlation (`Party.draw`)."""
+    """Draw this party's parts of a correlation (`Party.draw`)."""
     answer: list[Any] = yield Draw(request)
     return answer
 
@@ -143,7 +291,7 @@ def together(*programs: Program[Any]) -> Program[list[Any]]:
 
 
 def local(value: T) -> Program[T]:
-    """A program that asks nothing."""
+    """Return a value as a program that asks nothing."""
     return value
     yield  # pragma: no cover - makes this function a generator
 

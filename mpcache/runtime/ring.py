@@ -6,5 +6,5 @@ import torch
 
 
 def matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x @ y modulo 2^64, int64, with torch's broadcasting rules; meta tensors stay meta."""
+    """Multiply x @ y modulo 2^64, int64, with torch's broadcasting rules; meta tensors stay meta."""
     return torch.matmul(x, y)

@@ -20,31 +20,34 @@ _ZEROS = bytes(1 << 16)
 
 
 def fresh_seed() -> bytes:
-    """A new seed from the operating system."""
+    """Take a new seed of 32 bytes from the operating system."""
     return os.urandom(SEED_BYTES)
 
 
 def derive_key(seed: bytes, label: str) -> bytes:
-    """A 32-byte key for one purpose; different labels give independent keys (HKDF-SHA256)."""
+    """Derive a 32-byte key for one purpose; different labels give independent keys (HKDF-SHA256)."""
     return HKDF(SHA256(), 32, salt=None, info=label.encode()).derive(seed)
 
 
 class Tapes:
-    """The key streams of one seed: each phase's is given out once. Every key, mask and correlation comes
-    from one of them, and a stream only moves forward: so nothing is used twice."""
+    """The key streams of one seed, each phase's given out once.
+
+    Every key, mask and correlation comes from one of them, and a stream only moves forward: so nothing is
+    used twice.
+    """
 
     def __init__(self, seed: bytes) -> None:
         self._seed, self._given = seed, set[str]()
 
-    def begin(self, phase: str) -> Stream:
-        """The stream of a phase. Raises Reuse if it was begun before."""
+    def begin(self, phase: str) -> KeyStream:
+        """Give out the stream of a phase. Raises Reuse if it was begun before."""
         if phase in self._given:
             raise Reuse(f"the randomness of {phase} was used already; a phase runs once in a session")
         self._given.add(phase)
-        return Stream(self._seed, f"tape/{phase}")
+        return KeyStream(self._seed, f"tape/{phase}")
 
 
-class Stream:
+class KeyStream:
     """The AES-256-CTR key stream of one (seed, label), read in order and never twice."""
 
     def __init__(self, seed: bytes, label: str) -> None:
@@ -52,12 +55,12 @@ class Stream:
         self._aes = Cipher(AES(derive_key(seed, label)), CTR(bytes(16))).encryptor()
 
     def read(self, n: int) -> bytearray:
-        """The next n bytes."""
+        """Read the next n bytes."""
         zeros = _ZEROS[:n] if n <= len(_ZEROS) else bytes(n)
         return bytearray(self._aes.update(zeros))
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        """Uniform integers over the whole range of `dtype`."""
+        """Read uniform integers over the whole range of `dtype`."""
         n = math.prod(shape)
         if n == 0:
             return torch.empty(tuple(shape), dtype=dtype)

@@ -57,7 +57,7 @@ class Share:
         return self + (-other)
 
     def __mul__(self, factor: int | torch.Tensor) -> Share:
-        """Times public integers."""
+        """Multiply by public integers."""
         if isinstance(factor, torch.Tensor):
             if factor.is_floating_point():
                 raise TypeError("multiply a share by integers; fixed-point factors change `bits`")
@@ -108,7 +108,7 @@ class MaskedOperand:
 
     @property
     def public(self) -> torch.Tensor:
-        """V, once it is there. Raises RuntimeError before."""
+        """The opened V, once it is there. Raises RuntimeError before."""
         value: torch.Tensor = self.opened.value if isinstance(self.opened, Awaited) else self.opened
         return value
 
@@ -161,25 +161,26 @@ class Awaited:
 
 
 def awaiting(fn: Callable[..., torch.Tensor], *operands: MaskedOperand) -> torch.Tensor | Awaited:
-    """fn of what operands open to; later, if one is not there yet."""
+    """Apply fn to what operands open to; later, if one is not there yet."""
     if any(isinstance(w.opened, Awaited) for w in operands):
         return Awaited(lambda: fn(*(w.public for w in operands)))
     return fn(*(w.opened for w in operands))
 
 
 def encode(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Real numbers to fixed point, rounded to nearest; integers exactly."""
+    """Turn real numbers into fixed point, rounded to nearest; integers exactly."""
     if not x.is_floating_point():
         return x.to(torch.int64) << bits
     return torch.round(x.double() * 2**bits).to(torch.int64)
 
 
 def centred(raw: torch.Tensor, ring: int) -> torch.Tensor:
-    """Integers modulo 2^ring as the numbers nearest to zero."""
+    """Take integers modulo 2^ring as the numbers nearest to zero."""
     above = 64 - ring
     return (raw << above) >> above
 
 
 def decode(raw: torch.Tensor, bits: int) -> torch.Tensor:
-    """Fixed point to real numbers (float64)."""
-    return raw.double() / 2**bits
+    """Turn fixed point into real numbers (float64)."""
+    real: torch.Tensor = raw.double() / 2**bits
+    return real

@@ -12,8 +12,11 @@ from mpcache.rank import Rank
 
 @dataclass(frozen=True)
 class Side:
-    """rank: server or client (either, where only shapes are read).  device: cpu, or meta where values
-    are Blanks."""
+    """One of the two computing parties.
+
+    rank: server or client (either, where only shapes are read).  device: cpu, or meta where values are
+    `MetaTensor`s.
+    """
 
     rank: Rank
     device: str = "cpu"
@@ -24,15 +27,15 @@ class Side:
         return int(self.rank)
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
-        """A public summand: the server adds it, the client adds zero."""
+        """Share a public summand: the server adds it, the client adds zero."""
         return x if self.rank is Rank.SERVER else torch.zeros_like(x)
 
     def public(self, values: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Public integers as a tensor that combines with this side's shares."""
+        """Make public integers a tensor that combines with this side's shares."""
         return torch.as_tensor(values, dtype=torch.int64)
 
     def constant(self, value: int, like: torch.Tensor) -> torch.Tensor:
-        """A share of one public integer everywhere."""
+        """Share one public integer everywhere."""
         return self.first(torch.full_like(like, value))
 
 
@@ -46,5 +49,5 @@ def drop_low_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def bytes_for(bits: int) -> int:
-    """Bytes that hold so many bits: what an opening modulo 2^bits sends per element."""
+    """Return the bytes that hold so many bits: what an opening modulo 2^bits sends per element."""
     return -(-bits // 8)

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Links between parties: messages as frames, their order and flow control, and the network they cross."""

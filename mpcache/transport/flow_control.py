@@ -1,10 +1,10 @@
-"""How large a frame may be, and how far a sender may be ahead: the room that a receiver gives to frames
-its program has not taken.
+"""Limit how large a frame may be, and how far a sender may be ahead.
 
-Both ends know the room from the ranks and from whether they have agreed on the plan. A sender stops when
-it is used up and goes on as the receiver confirms what its program took (`Ack`), so a fast dealer waits
-and fills no memory; what comes all the same is refused. The sender keeps these same frames, to send them
-again over a new connection: one number bounds the queue of the one and the memory of the other.
+The limit is the room that a receiver gives to frames that its program has not taken. Both ends know the
+room from the ranks and from whether they have agreed on the plan. A sender stops when the room is used up
+and goes on as the receiver confirms what its program took (`Ack`), so a fast dealer waits and fills no
+memory; a frame that comes all the same is refused. The sender keeps these same frames, to send them again
+over a new connection: one number bounds the queue of the one and the memory of the other.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ READ_AHEAD_BYTES = 4 * MIB  # that a carrier may have read before it hands a fra
 FRAME_COST = 768  # bytes that a waiting frame takes beside its own, measured
 
 
-def largest(receiver: Rank) -> int:
-    """Bytes of a frame that this receiver takes, whatever is in it."""
+def largest_frame(receiver: Rank) -> int:
+    """Return the most bytes of a frame that this receiver takes, whatever is in it."""
     if receiver is Rank.DEALER:
         return SMALL_BYTES  # it gets facts, never a tensor
     return CHUNK_BYTES + LAYOUT_BYTES + 8 * KIB
 
 
-def room(sender: Rank, receiver: Rank, agreed: bool) -> int:
-    """Bytes of frames that may wait at the receiver, `FRAME_COST` for each included.
+def queue_room(sender: Rank, receiver: Rank, agreed: bool) -> int:
+    """Return how many bytes of frames may wait at the receiver, `FRAME_COST` for each included.
 
     agreed: on the plan of the session. A peer that has not come so far has little to say.
     """
@@ -42,8 +42,8 @@ def room(sender: Rank, receiver: Rank, agreed: bool) -> int:
     return 32 * MIB if sender is Rank.DEALER else 16 * MIB
 
 
-def cost(size: int) -> int:
-    """What a frame of `size` bytes takes of the room."""
+def frame_cost(size: int) -> int:
+    """Return how many bytes of the room a frame of `size` bytes takes."""
     return size + FRAME_COST
 
 
@@ -68,11 +68,11 @@ class Sent:
         return self._taken + len(self._frames)
 
     def fits(self, size: int) -> bool:
-        """Whether there is room for a frame of so many bytes."""
-        return self._cost + cost(size) <= self.room
+        """Return whether there is room for a frame of `size` bytes."""
+        return self._cost + frame_cost(size) <= self.room
 
     def wait(self, size: int, seconds: float) -> bool:
-        """Wait for `fits`; False when the time is up."""
+        """Wait for `fits`, this many seconds at most; False when the time is up."""
         with self._changed:
             return self._changed.wait_for(lambda: self.fits(size), seconds)
 
@@ -80,21 +80,21 @@ class Sent:
         """Keep a frame that is being sent."""
         with self._changed:
             self._frames.append(frame)
-            self._cost += cost(len(frame))
+            self._cost += frame_cost(len(frame))
 
     def took(self, frames: int) -> bool:
-        """The peer's program has taken so many in all. False if that cannot be."""
+        """Note that the peer's program has taken this many frames in all. False if that cannot be."""
         with self._changed:
             if not self._taken <= frames <= self.total:
                 return False
             while self._taken < frames:
-                self._cost -= cost(len(self._frames.popleft()))
+                self._cost -= frame_cost(len(self._frames.popleft()))
                 self._taken += 1
             self._changed.notify_all()
             return True
 
     def after(self, frames: int) -> list[bytes]:
-        """What a peer that has got so many lacks. Raises ValueError if that cannot be."""
+        """Return the frames after this many, which a peer lacks. Raises ValueError if that cannot be."""
         with self._changed:
             if not self._taken <= frames <= self.total:
                 raise ValueError(f"{frames} frames received, {self.total} were sent")

@@ -1,10 +1,10 @@
-"""Links that carry messages as frames (`mpcache.transport.message`): order, checks, counting.
+"""Carry messages as frames (`mpcache.transport.message`): order, checks, counting.
 
-`FrameLink` is a Link over anything that carries frames of bytes to the peer in order. Whoever
-receives bytes hands them to `arrived`, on any thread, which refuses what may not come now and what
-there is no room for (`mpcache.transport.session_order`, `mpcache.transport.flow_control`): by size and kind before it is parsed. The
-party's own thread takes them out, checks each against what the program expects, and only then gives it
-memory.
+`FrameLink` is a Link over anything that carries frames of bytes to the peer in order. A carrier hands
+received bytes to `arrived`, on any thread, which refuses by size and kind, before it parses, what may not
+come now (`mpcache.transport.session_order`) and what there is no room for (`mpcache.transport.flow_control`).
+The party's own thread takes the frames out, checks each against what the program expects, and only then
+gives it memory.
 """
 
 from __future__ import annotations
@@ -23,11 +23,18 @@ from google.protobuf.message import DecodeError
 from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import FACTS_BYTES, SMALL_BYTES, Sent, cost, largest, room
+from mpcache.transport.flow_control import (
+    FACTS_BYTES,
+    SMALL_BYTES,
+    Sent,
+    frame_cost,
+    largest_frame,
+    queue_room,
+)
 from mpcache.transport.link import Hello, Link, Spec
-from mpcache.transport.message import Coming, cut, is_one_field, kind_of
+from mpcache.transport.message import IncomingMessage, is_one_field, kind_of, split_message
 from mpcache.transport.network import Shaper
-from mpcache.transport.session_order import AGREED, Order
+from mpcache.transport.session_order import AGREED, FrameKind, Order
 from mpcache_protos import party_pb2 as pb
 
 REASON_CHARACTERS = 2000
@@ -46,8 +53,8 @@ class FrameLink(Link):
         self._inbox: SimpleQueue[tuple[pb.Frame, int, float] | str | None] = SimpleQueue()
         self.shaper: Shaper | None = None  # what comes in is as slow as this network
         # Both become wider with `facts/agreed`.
-        self.sent = Sent(room(me, peer, agreed=False))
-        self.room = room(peer, me, agreed=False)  # bytes of frames that may wait here
+        self.sent = Sent(queue_room(me, peer, agreed=False))
+        self.room = queue_room(peer, me, agreed=False)  # bytes of frames that may wait here
         self._order = Order()
         self._out = Lock()  # frames leave in the order in which they are kept
         self._wants_room = False
@@ -61,9 +68,9 @@ class FrameLink(Link):
         self._took = self._took_cost = self._confirmed_cost = 0
 
     def widen(self) -> None:
-        """Both ways, as after `facts/agreed`."""
-        self.room = room(self.peer, self.me, agreed=True)
-        self.sent.room = room(self.me, self.peer, agreed=True)
+        """Give both ways the room that they have after `facts/agreed`."""
+        self.room = queue_room(self.peer, self.me, agreed=True)
+        self.sent.room = queue_room(self.me, self.peer, agreed=True)
 
     @abstractmethod
     def _carry(self, data: bytes) -> None:
@@ -93,23 +100,23 @@ class FrameLink(Link):
         except DecodeError:
             self.fail(Desync(f"{self.peer.label} sent bytes that are not a frame; is it the same version?"))
             return False
-        kind = frame.WhichOneof("kind") or "an unknown message"
-        if kind == "ack":
+        kind = FrameKind(frame.WhichOneof("kind") or FrameKind.UNKNOWN)
+        if kind is FrameKind.ACK:
             return self._confirmed(frame.ack.frames)
-        if kind == "abort":
+        if kind is FrameKind.ABORT:
             self._peer_ended = True
             reason = frame.abort.reason[:REASON_CHARACTERS]
             self.fail(PeerFailed(f"{self.peer.label} ended the session: {reason}"))
             return False
-        step = frame.tensors.step if kind == "tensors" else frame.facts.step
+        step = frame.tensors.step if kind is FrameKind.TENSORS else frame.facts.step
         complaint = self._order.complaint(kind, step[:200])
         self._came += 1
-        self._came_cost += cost(len(data))
+        self._came_cost += frame_cost(len(data))
         if complaint is None and self._came_cost - self._took_cost > self.room:
             complaint = f"more than the {self.room} bytes that may wait here"
         if complaint is not None:
             return self._refuse(complaint)
-        if kind == "bye":
+        if kind is FrameKind.BYE:
             self._peer_ended = True
             self._inbox.put(None)
             return False
@@ -118,11 +125,11 @@ class FrameLink(Link):
         return True
 
     def _too_large(self, data: bytes) -> str | None:
-        """What is wrong with a frame's size, before a parser gives it memory."""
+        """Return what is wrong with a frame's size, before a parser gives it memory."""
         if len(data) <= SMALL_BYTES:
             return None
         kind = kind_of(data)
-        legal = kind == "tensors" and len(data) <= largest(self.me)
+        legal = kind is FrameKind.TENSORS and len(data) <= largest_frame(self.me)
         return None if legal and is_one_field(data) else f"a frame of {len(data)} bytes of {kind}"
 
     def _refuse(self, complaint: str) -> bool:
@@ -152,7 +159,7 @@ class FrameLink(Link):
     def recv(
         self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
-        return self._recv(Coming(step, specs), labels)
+        return self._recv(IncomingMessage(step, specs), labels)
 
     def swap(
         self,
@@ -167,7 +174,7 @@ class FrameLink(Link):
         if not expected or sum(tensor.nbytes for tensor in outgoing) <= self.sent.room // 2:
             return super().swap(step, outgoing, expected, labels_out, labels_in)
         self.ledger.book(step, rounds=1)
-        coming = Coming(step, expected)
+        coming = IncomingMessage(step, expected)
         self._send(step, outgoing, labels_out, coming)
         return self._recv(coming, labels_in)
 
@@ -176,10 +183,10 @@ class FrameLink(Link):
         step: str,
         tensors: Sequence[torch.Tensor],
         labels: Sequence[str] | None,
-        coming: Coming | None,
+        coming: IncomingMessage | None,
     ) -> None:
         self._check_alive(step)
-        for data in cut(self._sent, step, tensors):
+        for data in split_message(self._sent, step, tensors):
             if not self.sent.fits(len(data)):
                 self._make_room(step, len(data), coming)
             self.ledger.wire_bytes += len(data)
@@ -187,20 +194,23 @@ class FrameLink(Link):
         self._sent += 1
         self._book("sent", step, [t.nbytes for t in tensors], labels)
 
-    def _recv(self, coming: Coming, labels: Sequence[str] | None) -> list[torch.Tensor]:
+    def _recv(self, coming: IncomingMessage, labels: Sequence[str] | None) -> list[torch.Tensor]:
         while not coming.complete:
-            self._take(coming, self._next("tensors", coming.step))
+            self._take(coming, self._next(FrameKind.TENSORS, coming.step))
         self._received += 1
         self._book("received", coming.step, coming.layout.sizes, labels)
         return coming.tensors()
 
-    def _make_room(self, step: str, size: int, coming: Coming | None) -> None:
-        """Wait until the peer has taken enough. If it sends, too (`coming`), take that in meanwhile:
-        two that only send would wait for each other."""
+    def _make_room(self, step: str, size: int, coming: IncomingMessage | None) -> None:
+        """Wait until the peer has taken enough.
+
+        If the peer sends, too (`coming`), take that in meanwhile: two that only send would wait for each
+        other.
+        """
         self._wants_room = True
         while not self.sent.fits(size):
             if coming is not None and not coming.complete:
-                frame = self._next("tensors", step, or_look=True)
+                frame = self._next(FrameKind.TENSORS, step, or_look=True)
                 if frame is not None:
                     self._take(coming, frame)
                 continue
@@ -221,13 +231,13 @@ class FrameLink(Link):
         if size > FACTS_BYTES:
             raise ValueError(f"facts at {step} take {size} bytes; at most {FACTS_BYTES} are sent")
         if step == AGREED:  # who reads this may be as far ahead as the plan allows
-            self.room = room(self.peer, self.me, agreed=True)
+            self.room = queue_room(self.peer, self.me, agreed=True)
         self._send_frame(pb.Frame(facts=pb.Facts(sequence=self._sent, step=step, json=text)))
         self._sent += 1
         self._book("sent", step, [size], None)
 
     def recv_facts(self, step: str) -> dict[str, Any]:
-        message = self._next("facts", step).facts
+        message = self._next(FrameKind.FACTS, step).facts
         self._check_order(step, message.step, message.sequence)
         size = len(message.json.encode())
         if size > FACTS_BYTES:
@@ -239,7 +249,7 @@ class FrameLink(Link):
         if not isinstance(facts, dict):
             raise self._desync(f"facts at {step} that are not a JSON object", "one there")
         if step == AGREED:
-            self.sent.room = room(self.me, self.peer, agreed=True)
+            self.sent.room = queue_room(self.me, self.peer, agreed=True)
         self._received += 1
         self._book("received", step, [size], None)
         return facts
@@ -267,7 +277,7 @@ class FrameLink(Link):
         )
 
     def recv_hello(self) -> Hello:
-        message = self._next("hello", "hello").hello
+        message = self._next(FrameKind.HELLO, "hello").hello
         if message.rank not in tuple(Rank):
             raise self._desync(f"rank {message.rank}", "0, 1 or 2")
         return Hello(message.version, Rank(message.rank), message.nonce, dict(message.public))
@@ -279,8 +289,8 @@ class FrameLink(Link):
         self.ledger.wire_bytes += len(data)
         self._post(data)
 
-    def _next(self, kind: str, step: str, or_look: bool = False) -> Any:
-        """The peer's next frame, which must be of this kind; with `or_look` None if there may be room."""
+    def _next(self, kind: FrameKind, step: str, or_look: bool = False) -> Any:
+        """Return the peer's next frame, of this kind; with `or_look` None if there may be room to send."""
         self._check_alive(step)
         item: tuple[pb.Frame, int, float] | str | None = _LOOK
         while item is _LOOK:
@@ -309,9 +319,9 @@ class FrameLink(Link):
         return frame
 
     def _took_one(self, size: int) -> None:
-        """A frame has left the queue; now and then the peer is told."""
+        """Count a frame that has left the queue; now and then the peer is told."""
         self._took += 1
-        self._took_cost += cost(size)
+        self._took_cost += frame_cost(size)
         if self._took_cost - self._confirmed_cost >= self.room // 4:
             self._confirmed_cost = self._took_cost
             self._carry(self._ack())
@@ -326,7 +336,7 @@ class FrameLink(Link):
             time.sleep(min(left, LOOK_EVERY_S))
             self._check_alive(step)
 
-    def _take(self, coming: Coming, frame: pb.Frame) -> None:
+    def _take(self, coming: IncomingMessage, frame: pb.Frame) -> None:
         """Check one frame against the message that is expected, and take what it holds."""
         message, step, offset = frame.tensors, coming.step, coming.offset
         self._check_order(step, message.step, message.sequence)

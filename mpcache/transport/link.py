@@ -1,4 +1,4 @@
-"""The seam between the protocols and the wire: tensors with one peer, in order, counted.
+"""Define the seam between the protocols and the wire: tensors with one peer, in order, counted.
 
 `Link` is what the engines see. `mpcache.transport.local.LocalLink` connects two threads of one process
 (tests, the cost model's check); `mpcache_parties.network.grpc_link.GrpcLink` connects processes. Both are
@@ -111,3 +111,16 @@ class Link(ABC):
     @abstractmethod
     def close(self, reason: str = "") -> None:
         """End the channel. With a reason, the peer's next call raises PeerFailed with it."""
+
+
+Links = Mapping[Rank, Link]  # one party's, by peer
+
+
+def tensor_of(data: bytes) -> torch.Tensor:
+    """Return bytes as a tensor of uint8, to be sent: (len(data),)."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Return the bytes that `tensor_of` made a tensor of."""
+    return tensor.numpy().tobytes()

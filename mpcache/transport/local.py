@@ -1,4 +1,4 @@
-"""A link between two threads of one process: the same frames and checks, without a wire."""
+"""Link two threads of one process: the same frames and checks, without a wire."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def local_pair(
     rank_b: Rank = Rank.CLIENT,
     timeout: float = 120.0,
 ) -> tuple[LocalLink, LocalLink]:
-    """The two ends of one link, each with its party's ledger; `timeout` in seconds."""
+    """Return the two ends of one link, each with its party's ledger; `timeout` in seconds."""
     a = LocalLink(rank_a, rank_b, ledger_a, timeout)
     b = LocalLink(rank_b, rank_a, ledger_b, timeout)
     a.other, b.other = b, a

@@ -1,4 +1,4 @@
-"""One message as frames (protos/party.proto): how its tensors lie, cutting it, putting it together."""
+"""Split one message into frames and put it together (protos/mpcache_protos/party.proto)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 
 from mpcache.transport.flow_control import CHUNK_BYTES, LAYOUT_BYTES
 from mpcache.transport.link import DTYPES, Spec
+from mpcache.transport.session_order import FrameKind
 from mpcache_protos import party_pb2 as pb
 
 _ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_KINDS = {field.number: field.name for field in pb.Frame.DESCRIPTOR.fields}
+_KINDS = {field.number: FrameKind(field.name) for field in pb.Frame.DESCRIPTOR.fields}
 
 if sys.byteorder != "little":  # tensors travel as they lie in memory
     raise ImportError("mpcache runs on little-endian machines only")
@@ -34,6 +35,7 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=4096)  # a decode step asks for the same ones again for every token
 def layout_of(specs: tuple[Spec, ...]) -> Layout:
+    """Return how tensors of these dtypes and shapes lie in a message: each at a multiple of 8 bytes."""
     text = " ".join(_NAMES[dtype] + str(tuple(shape)) for dtype, shape in specs)
     sizes = tuple(prod(shape) * dtype.itemsize for dtype, shape in specs)
     starts, end = [], 0
@@ -44,8 +46,11 @@ def layout_of(specs: tuple[Spec, ...]) -> Layout:
     return Layout(text, tuple(starts), sizes, end)
 
 
-def cut(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
-    """One message as serialised frames, each with at most CHUNK_BYTES of data. Copies the tensors."""
+def split_message(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
+    """Yield one message as serialised frames, each with at most CHUNK_BYTES of data. Copies the tensors.
+
+    Raises ValueError on more tensors than one message has room to describe.
+    """
     text = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors)).text
     if len(text) > LAYOUT_BYTES:
         raise ValueError(f"{len(tensors)} tensors at {step} are too many for one message")
@@ -60,13 +65,13 @@ def cut(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[b
         yield pb.Frame(tensors=message).SerializeToString()
 
 
-def kind_of(data: bytes) -> str:
-    """What a frame is, by its first byte, or what it would be: `tensors`."""
-    return _KINDS.get(data[0] >> 3, "an unknown message") if data else "an unknown message"
+def kind_of(data: bytes) -> FrameKind:
+    """Return what a frame is, or would be, by its first byte."""
+    return _KINDS.get(data[0] >> 3, FrameKind.UNKNOWN) if data else FrameKind.UNKNOWN
 
 
 def is_one_field(data: bytes) -> bool:
-    """Whether the frame's first field, of a length that it states, is all there is.
+    """Return whether the frame's first field, of a length that it states, is all there is.
 
     Else a few bytes could stand for a message each, and take fifty times their own memory when parsed.
     """
@@ -79,7 +84,7 @@ def is_one_field(data: bytes) -> bool:
     return False
 
 
-class Coming:
+class IncomingMessage:
     """A message that is being taken in, frame by frame."""
 
     def __init__(self, step: str, specs: Sequence[Spec]) -> None:
@@ -94,7 +99,7 @@ class Coming:
         return self.begun and self.offset == self.layout.total
 
     def add(self, data: bytes) -> None:
-        """The next bytes, which have been checked. The first ones give the message its memory."""
+        """Add the next bytes, which have been checked. The first ones give the message its memory."""
         total = self.layout.total
         if not self.begun:
             self._room = bytearray(data if len(data) == total else total)

@@ -27,11 +27,11 @@ class Profile:
         return self.rtt_ms / 2
 
     def transfer_ms(self, n: float) -> float:
-        """How long n bytes take in one direction, delay apart."""
+        """Return how long n bytes take in one direction, delay apart, in ms."""
         return n * 8 / (self.mbps * 1000)
 
     def ms(self, rounds: float, n: float, compute_ms: float = 0.0) -> float:
-        """Modelled latency: rounds, n bytes in the busier direction, and computation."""
+        """Return the modelled latency in ms: rounds, n bytes in the busier direction, and computation."""
         return rounds * self.one_way_ms + self.transfer_ms(n) + compute_ms
 
     def __str__(self) -> str:
@@ -46,24 +46,29 @@ class Profile:
 
 
 PROFILES = {"lan": Profile("lan", 0.5, 1000), "wan": Profile("wan", 40, 100)}
+NO_NETWORK = Profile("none", 0, float("inf"))  # as the cost model takes `none`: no delay, any bandwidth
+NETWORKS = f"{', '.join(('none', *PROFILES))} or RTT_MS:MBPS"  # what `parse_network` takes, in words
 
 
 def parse_network(text: str) -> Profile | None:
-    """`lan`, `wan` or RTT_MS:MBPS, such as `10:200`; None for `none`. Raises ConfigError."""
-    if text == "none":
+    """Read `lan`, `wan` or RTT_MS:MBPS, such as `10:200`; None for `none`. Raises ConfigError.
+
+    RTT_MS: 0 or more. MBPS: above 0. Both in digits, with a decimal point where one is needed.
+    """
+    if text == NO_NETWORK.name:
         return None
     if text in PROFILES:
         return PROFILES[text]
     match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", text, re.ASCII)
     if match is None or float(match[2]) == 0:
-        raise ConfigError(f"network {text!r} is not known; give none, lan, wan or RTT_MS:MBPS, as in 10:200")
+        raise ConfigError(f"network {text!r} is not known; give {NETWORKS}, as in 10:200")
     return Profile(text, float(match[1]), float(match[2]))
 
 
 class Shaper:
-    """One direction of a link: when may what arrives be taken?
+    """One direction of a link: it says when a message that arrives may be taken.
 
-    It stands at the receiving end and knows that end's clock only. A message of n bytes that arrives
+    A shaper stands at the receiving end and knows that end's clock only. A message of n bytes that arrives
     at time t occupies the line until max(t, the line is free) + n / bandwidth and is there half a
     round trip later. Times are seconds of a monotonic clock.
     """
@@ -75,39 +80,12 @@ class Shaper:
         self._free = -float("inf")
 
     def due(self, n: int) -> float:
-        """A message of n bytes has just arrived: when it is there."""
+        """Return when a message of n bytes that has just arrived is there, in seconds of the clock."""
         self._free = max(self._clock(), self._free) + n * self._s_per_byte
         return self._free + self._delay_s
 
 
 def shaper(network: str) -> Shaper | None:
-    """A new shaper for one direction; None where there is nothing to shape."""
+    """Make a new shaper for one direction; None where there is nothing to shape. Raises ConfigError."""
     profile = parse_network(network)
     return Shaper(profile) if profile is not None else None
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a party computes, for the model's third term: per second, on one core.
-
-    The defaults are what one core of a common server does with this package; they tell how policies
-    compare, not how long your machine takes: `mpcache audit --measure` fits them to that.
-    round_ms: what a round costs in calls and messages on one machine, without any network.
-    """
-
-    multiply_adds: float = 0.7e9
-    key_blocks: float = 25e6
-    random_bytes: float = 1.2e9
-    round_ms: float = 1.0
-
-    def ms(self, rounds: int, multiply_adds: int, key_blocks: int, random_bytes: int) -> float:
-        seconds = (
-            multiply_adds / self.multiply_adds
-            + key_blocks / self.key_blocks
-            + random_bytes / self.random_bytes
-        )
-        return 1000 * seconds + rounds * self.round_ms
-
-    def slower(self, times: float, round_ms: float) -> Rates:
-        """All work so many times slower, and another price of a round."""
-        return Rates(self.multiply_adds / times, self.key_blocks / times, self.random_bytes / times, round_ms)

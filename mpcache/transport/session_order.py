@@ -1,4 +1,4 @@
-"""What is legal when: the states of a session, and the order in which a peer goes through them.
+"""Say what is legal when: the states of a session, and the order in which a peer goes through them.
 
     HELLO -> SETUP -> CONTEXT -> QUESTION -> DECODE -> CLOSE
 
@@ -10,11 +10,25 @@ peer sent before; and by the program that takes it, which knows the exact step, 
 from __future__ import annotations
 
 import re
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from functools import lru_cache
 
-MESSAGES = frozenset({"tensors", "facts"})
 AGREED = "facts/agreed"  # the last step before anything secret moves: what each makes of the public facts
+
+
+class FrameKind(StrEnum):
+    """What a frame is: the name of the field of `Frame` that is set (protos/mpcache_protos/party.proto)."""
+
+    HELLO = "hello"
+    TENSORS = "tensors"
+    FACTS = "facts"
+    ACK = "ack"
+    ABORT = "abort"
+    BYE = "bye"
+    UNKNOWN = "an unknown message"
+
+
+MESSAGES = frozenset({FrameKind.TENSORS, FrameKind.FACTS})
 
 
 class State(IntEnum):
@@ -30,12 +44,12 @@ class State(IntEnum):
 
 # Which kinds of frames may come in which state; `abort` may come in all of them.
 LEGAL = {
-    State.HELLO: frozenset({"hello"}),
+    State.HELLO: frozenset({FrameKind.HELLO}),
     State.SETUP: MESSAGES,
     State.CONTEXT: MESSAGES,
     State.QUESTION: MESSAGES,
     State.DECODE: MESSAGES,
-    State.CLOSE: frozenset({"bye"}),
+    State.CLOSE: frozenset({FrameKind.BYE}),
 }
 _WORDS = {
     "seeds": State.SETUP,
@@ -50,7 +64,10 @@ Place = tuple[State, int]  # and the number of the decode step, else 0
 
 @lru_cache(maxsize=4096)
 def place_of(step: str) -> Place | None:
-    """Where a step belongs: `more/decode3` and `decode3/layer0/qkv` to decode step 3. None: nowhere."""
+    """Return where a step belongs; None: nowhere.
+
+    `more/decode3` and `decode3/layer0/qkv` belong to decode step 3.
+    """
     first, _, rest = step.partition("/")
     if first in _WORDS:
         return _WORDS[first], 0
@@ -65,21 +82,21 @@ class Order:
         self.place: Place = (State.HELLO, 0)
         self._greeted = False
 
-    def complaint(self, kind: str, step: str) -> str | None:
+    def complaint(self, kind: FrameKind, step: str) -> str | None:
         """Take note of a frame; say what it is and what is legal instead if it may not come now.
 
-        kind: `hello`, `tensors`, `facts` or `bye`.  step: of a message.
+        kind: but for `ack` and `abort`, which may come any time.  step: of a message.
         """
         now = self.place
         place: Place = now
-        if kind == "hello":
+        if kind is FrameKind.HELLO:
             place = (State.HELLO, 0)
-        elif kind == "bye":
+        elif kind is FrameKind.BYE:
             place = (State.CLOSE, 0)
         elif kind in MESSAGES:
             # A step that has no state of its own belongs to the one that the peer is in.
             place = place_of(step) or max(now, (State.SETUP, 0))
-        if kind not in LEGAL[place[0]] or place < now or (kind == "hello" and self._greeted):
+        if kind not in LEGAL[place[0]] or place < now or (kind is FrameKind.HELLO and self._greeted):
             at = f" at {step}" if step else ""
             return f"{kind}{at} in state {_name(now)}"
         self._greeted = True

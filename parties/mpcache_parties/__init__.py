@@ -1,4 +1,8 @@
-"""The three parties as processes."""
+"""The three parties as processes.
+
+main (flags) -> process (modes) -> roles (serve | ask | deal) -> facts, handshake; below: network, state,
+operations. `launch` starts all three on this machine.
+"""
 
 import os
 

@@ -1,27 +1,46 @@
-"""How a session opens: the parties introduce themselves and compare what they must agree on."""
+"""Open a session: the parties introduce themselves and compare what they must agree on."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 
 from mpcache.errors import Desync, Mismatch
 from mpcache.rank import Rank
-from mpcache.transport.link import Hello, Link
+from mpcache.transport.link import Hello, Links
 from mpcache.transport.session_order import AGREED
 
 PROTOCOL_VERSION = 3
 VALUE_CHARACTERS = 80  # of a differing value, in the error's line
 
-# What a party says of keeping the session (`state`), and what one says that serves and keeps sessions.
-NONE, KEPT, RESUMED = MODES = ("none", "kept", "resumed")
-AS_CLIENT = "as the client"
 _KEEPING = "--state and --resume, or one that serves with --state alone"  # what to start both with
 
 Side = tuple[Rank, Mapping[str, str]]
 
 
-def agree(links: Mapping[Rank, Link], me: Rank, public: Mapping[str, str]) -> dict[Rank, Hello]:
+class KeepMode(StrEnum):
+    """What a party says of keeping the session: the value of `state` in its Hello."""
+
+    NONE = "none"
+    KEPT = "kept"
+    RESUMED = "resumed"
+    AS_CLIENT = "as the client"  # of one that serves, and keeps sessions
+
+
+class TapeMode(StrEnum):
+    """Where the dealer's part comes from: the value of `tapes` in a Hello."""
+
+    LIVE = "live"
+    PREPARED = "prepared"
+    PREPARING = "prepare"  # there is no session: tapes are dealt and stored
+
+
+# What the client may say: it has nobody to follow.
+CLIENT_MODES = (KeepMode.NONE, KeepMode.KEPT, KeepMode.RESUMED)
+
+
+def agree(links: Links, me: Rank, public: Mapping[str, str]) -> dict[Rank, Hello]:
     """Exchange Hello on every link; return what each peer said.
 
     `public` is `PublicConfig.flat()`. Raises Mismatch with the first differing field and both sides'
@@ -33,11 +52,11 @@ def agree(links: Mapping[Rank, Link], me: Rank, public: Mapping[str, str]) -> di
     theirs = {}
     for peer, link in links.items():
         theirs[peer] = link.recv_hello()
-        compare(mine, theirs[peer], peer)
+        compare_hellos(mine, theirs[peer], peer)
     return theirs
 
 
-def compare(mine: Hello, theirs: Hello, expected: Rank) -> None:
+def compare_hellos(mine: Hello, theirs: Hello, expected: Rank) -> None:
     """Raise Mismatch unless `theirs` comes from `expected` and agrees with `mine`.
 
     A server or a dealer may keep the session as the client does: its `state` agrees with any of the others.
@@ -51,22 +70,24 @@ def compare(mine: Hello, theirs: Hello, expected: Rank) -> None:
         versions = [(hello.rank, str(hello.version)) for hello in (mine, theirs)]
         raise _mismatch("protocol version", versions, "release of mpcache")
     sides: list[Side] = [(hello.rank, hello.public) for hello in (mine, theirs)]
-    if any(public.get("state") == AS_CLIENT for _, public in sides):
+    if any(public.get("state") == KeepMode.AS_CLIENT for _, public in sides):
         sides = _without_state(sides)
-    _compare(sides[0], sides[1], "--config and flags")
+    _compare_fields(sides[0], sides[1], "--config and flags")
 
 
 def _without_state(sides: Sequence[Side]) -> list[Side]:
-    """What is left to compare where one keeps as the client does. Raises Mismatch if `state` is none of
-    what that rank may say: the client itself has nobody to follow."""
+    """Return what is left to compare where one party keeps as the client does.
+
+    Raises Mismatch if `state` is none of what that rank may say: the client itself has nobody to follow.
+    """
     for rank, public in sides:
-        if public.get("state") not in (MODES if rank is Rank.CLIENT else (*MODES, AS_CLIENT)):
+        if public.get("state") not in (CLIENT_MODES if rank is Rank.CLIENT else tuple(KeepMode)):
             said = [(rank, _shown(public.get("state"))) for rank, public in sides]
             raise _mismatch("state", said, _KEEPING)
     return [(rank, {n: value for n, value in public.items() if n != "state"}) for rank, public in sides]
 
 
-def confirm(links: Mapping[Rank, Link], me: Rank, facts: Mapping[str, str]) -> None:
+def confirm_facts(links: Links, me: Rank, facts: Mapping[str, str]) -> None:
     """Compare what each party has made of the public facts, before anything secret moves.
 
     facts: the model's shape, lengths, kernels and the policy's plan, flat. Each party computes its
@@ -79,10 +100,10 @@ def confirm(links: Mapping[Rank, Link], me: Rank, facts: Mapping[str, str]) -> N
         theirs = link.recv_facts(AGREED)
         if not all(isinstance(value, str) for value in theirs.values()):
             raise Desync(f"Desync: {peer.label}'s facts are not text; is it the same version?")
-        _compare((me, facts), (peer, theirs), "release of mpcache")
+        _compare_fields((me, facts), (peer, theirs), "release of mpcache")
 
 
-def _compare(mine: Side, theirs: Side, remedy: str) -> None:
+def _compare_fields(mine: Side, theirs: Side, remedy: str) -> None:
     """Raise Mismatch for the first field that differs: the same one at both, so in the lower rank's order."""
     sides = sorted([mine, theirs], key=lambda side: side[0])
     for name in dict.fromkeys([*sides[0][1], *sides[1][1]]):

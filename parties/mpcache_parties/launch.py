@@ -1,4 +1,4 @@
-"""All three parties as processes of this machine: start, listen to, and end them."""
+"""Run all three parties as processes of this machine: start, listen to, and end them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import yaml
 
-from mpcache.certificates import make
+from mpcache.certificates import make_identity
 from mpcache.config import Addresses, Certificates, PublicConfig, Settings
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
 from mpcache.report.account import Report
+from mpcache_parties.operations.output import EventKind
+from mpcache_parties.resources import OnToken, show_no_token
+from mpcache_parties.say import Say, quiet
 
 GRACE_S = 5.0  # for the others to say why, after a party failed
 END_S = 3.0  # for a party to end in order
@@ -39,7 +42,7 @@ class PartyFailed(MpcacheError):
 
 
 def free_addresses() -> Addresses:
-    """Loopback addresses that nobody listens on now."""
+    """Return loopback addresses that nobody listens on now."""
     with socket.socket() as one, socket.socket() as two:
         for probe in (one, two):
             probe.bind(("127.0.0.1", 0))
@@ -51,10 +54,10 @@ def run_parties(
     settings: Settings,
     flags: Mapping[Rank, Sequence[str]],
     question: str,
-    say: Callable[[str], None],
-    on_token: Callable[[int, str], None],
+    say: Say,
+    on_token: OnToken,
 ) -> dict[Rank, Report]:
-    """One session between three processes on free ports, over TLS with identities of its own.
+    """Run one session between three processes on free ports, over TLS with identities of its own.
 
     flags: each party's own; the question goes in a file, since everybody can see a process's flags.
 
@@ -80,19 +83,19 @@ def run_parties(
 
 
 def run_quietly(public: PublicConfig, model: Path, document: Path, question: str) -> dict[Rank, Report]:
-    """`run_parties` for measuring: an answer of full length, and only what it took is of interest."""
+    """Run a session to be measured: an answer of full length, of which only the account is of interest."""
     flags = {
         Rank.SERVER: ["--model", str(model), "--context", str(document)],
         Rank.CLIENT: ["--no-stop-at-eos"],
     }
-    return run_parties(Settings(public=public), flags, question, lambda text: None, lambda token, text: None)
+    return run_parties(Settings(public=public), flags, question, quiet, show_no_token)
 
 
 def _identities(folder: Path) -> Certificates:
-    """New identities for all three, in this folder, for one session."""
+    """Make new identities for all three, in this folder, for one session."""
     pinned = {}
     for rank in Rank:
-        identity = make(rank)
+        identity = make_identity(rank)
         identity.write(folder)
         pinned[rank.label] = identity.certificate.decode()
     return Certificates(**pinned)
@@ -101,20 +104,9 @@ def _identities(folder: Path) -> Certificates:
 def _start(
     rank: Rank, config: Path, flags: Sequence[str], events: SimpleQueue[tuple[Rank, Event]]
 ) -> subprocess.Popen[str]:
-    # By name: what is above this package is not imported here. A session of its own, so that
-    # Ctrl-C reaches this process alone, which then ends the parties.
-    command = [
-        sys.executable,
-        "-m",
-        "mpcache_parties",
-        "--rank",
-        str(int(rank)),
-        "--config",
-        str(config),
-        "--identity",
-        str(config.parent),
-        "--events",
-    ]
+    # A session of its own, so that Ctrl-C reaches this process alone, which then ends the parties.
+    own = ["--rank", str(int(rank)), "--config", str(config), "--identity", str(config.parent)]
+    command = [sys.executable, "-m", "mpcache_parties", *own, "--events"]
     child = subprocess.Popen(
         [*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -132,10 +124,10 @@ def _start(
 def _listen(
     children: Mapping[Rank, subprocess.Popen[str]],
     events: SimpleQueue[tuple[Rank, Event]],
-    say: Callable[[str], None],
-    on_token: Callable[[int, str], None],
+    say: Say,
+    on_token: OnToken,
 ) -> dict[Rank, Report]:
-    """Until all have ended, or the cause of a failure is known."""
+    """Listen until all have ended, or the cause of a failure is known. Raises PartyFailed."""
     reports: dict[Rank, Report] = {}
     errors: dict[Rank, dict[str, Any]] = {}
     running, deadline = set(children), float("inf")
@@ -145,13 +137,13 @@ def _listen(
         except Empty:
             continue
         match event:
-            case {"event": "say", "text": text}:
+            case {"event": EventKind.SAY, "text": text}:
                 say(text)
-            case {"event": "token", "id": token, "text": text}:
+            case {"event": EventKind.TOKEN, "id": token, "text": text}:
                 on_token(token, text)
-            case {"event": "report", "report": report}:
+            case {"event": EventKind.REPORT, "report": report}:
                 reports[rank] = Report.from_dict(report)
-            case {"event": "error", "name": name, "text": text, "exit_code": exit_code}:
+            case {"event": EventKind.ERROR, "name": name, "text": text, "exit_code": exit_code}:
                 errors[rank] = {"name": name, "text": text, "exit_code": exit_code}
             case None:
                 running.discard(rank)
@@ -170,7 +162,7 @@ def _cause(
     reports: Mapping[Rank, Report],
     errors: Mapping[Rank, dict[str, Any]],
 ) -> PartyFailed:
-    """The failure that the others follow from: of all errors, the one that no peer is the reason of."""
+    """Find the failure that the others follow from: of all errors, the one that no peer is the reason of."""
     for rank, child in children.items():
         if rank in errors or rank in reports or (code := child.poll()) is None:
             continue
@@ -185,7 +177,7 @@ def _cause(
 
 
 def _end(children: Mapping[Rank, subprocess.Popen[str]]) -> None:
-    """In order if they take the hint of a closed stdin, else by force."""
+    """End them: in order if they take the hint of a closed stdin, else by force."""
     for child in children.values():
         if child.stdin is not None:
             child.stdin.close()

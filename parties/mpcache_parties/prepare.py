@@ -1,4 +1,4 @@
-"""`--prepare`: the dealer's part of a session, dealt before there is one, and stored by the others.
+"""Prepare (`--prepare`) the dealer's part of a session: dealt before there is one, stored by the others.
 
 All three read the program of a whole session by shapes. Only public sizes are needed: the server's model
 and document and the client's question give no more than their lengths and shape.
@@ -7,81 +7,74 @@ and document and the client's question give no more than their lengths and shape
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from mpcache.config import PublicConfig
-from mpcache.cost.tally import PROTOCOLS
+from mpcache.engines.registry import engine
 from mpcache.errors import PolicyError
 from mpcache.rank import Rank
-from mpcache.report.account import size
+from mpcache.report.units import size
 from mpcache.runtime.party import DealerParty
-from mpcache.runtime.rng import SEED_BYTES, fresh_seed
 from mpcache.session import Session
-from mpcache.transport.link import Link
-from mpcache_parties.roles import Document, Facts, Question, agreed_facts, sizes_of, tensor_of
+from mpcache_parties.facts import Facts, agreed_facts, tape_sizes
+from mpcache_parties.private_inputs import PrivateInput
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.seeds import deal_seeds, receive_seed
 from mpcache_parties.state.tapes import TapeStore, TapeWriter
 
-Links = Mapping[Rank, Link]
-Say = Callable[[str], None]
 
+def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
+    """Deal, or store, one batch of tapes, for a session of `public.max_new_tokens` tokens.
 
-def prepare(
-    me: Rank,
-    links: Links,
-    public: PublicConfig,
-    own: Document | Question | None,
-    store: TapeStore | None,
-    say: Say,
-) -> None:
-    """One batch of tapes, for a session of `public.max_new_tokens` tokens. store: at server and client.
-
-    Raises StateError (a full disk), PolicyError (a plan that the document decides) or what a link raises.
+    Server and client store it in `resources.tapes`. Raises StateError (a full disk), PolicyError (a plan
+    that the document decides) or what a link raises.
     """
-    _, facts = agreed_facts(me, links, own, public)
+    public, store = resources.public, resources.tapes
+    _, facts = agreed_facts(me, resources.links, own, public)
     if not facts.policy.policy.plan_is_public:
         raise PolicyError(f"policy {public.policy}: the document decides its plan; no tape can be prepared")
     if store is None:
-        _deal(links, public, facts, say)
+        _deal_batch(resources, facts)
     else:
-        _store(me, links[Rank.DEALER], public, facts, store, say)
+        _store_batch(me, resources, facts, store)
 
 
-def _deal(links: Links, public: PublicConfig, facts: Facts, say: Say) -> None:
+def _deal_batch(resources: SessionResources, facts: Facts) -> None:
+    links, public = resources.links, resources.public
     batch = secrets.token_hex(16)
-    seeds = {rank: fresh_seed() for rank in links}
-    for rank, link in links.items():
+    for link in links.values():
         link.send_facts("tapes/batch", {"batch": batch})
-        link.send("seeds/tape", [tensor_of(seeds[rank])])
+    seeds = deal_seeds(links)
 
     def stored(phase: str) -> None:
         for link in links.values():
             link.recv_facts(f"stored/{phase}")
 
     ledger = links[Rank.SERVER].ledger
-    _read(facts, public, DealerParty(dict(links), seeds, ledger), stored)
+    _read_by_shapes(facts, public, DealerParty(dict(links), seeds, ledger), stored)
     n = ledger.total().offline_sent
-    say(f"dealer: dealt {size(n)} for {public.max_new_tokens} tokens, batch {batch}")
+    resources.say(f"dealer: dealt {size(n)} for {public.max_new_tokens} tokens, batch {batch}")
 
 
-def _store(me: Rank, dealer: Link, public: PublicConfig, facts: Facts, store: TapeStore, say: Say) -> None:
+def _store_batch(me: Rank, resources: SessionResources, facts: Facts, store: TapeStore) -> None:
+    dealer, public = resources.links[Rank.DEALER], resources.public
+    tokens = public.max_new_tokens
     batch = str(dealer.recv_facts("tapes/batch").get("batch"))
-    (seed,) = dealer.recv("seeds/tape", [(torch.uint8, (SEED_BYTES,))])
+    seed = receive_seed(dealer)
     writer = TapeWriter(me, dealer, store, batch)
     try:
-        _read(facts, public, writer, lambda phase: writer.flush())
-        writer.finish(seed, sizes_of(facts, public), public.max_new_tokens)
+        _read_by_shapes(facts, public, writer, lambda phase: writer.flush())
+        writer.finish(seed, tape_sizes(facts, public), tokens)
     except BaseException:
         writer.discard()
         raise
-    say(f"{me.label}: stored {size(writer.bytes)} in {store.folder} for {public.max_new_tokens} tokens")
+    resources.say(f"{me.label}: stored {size(writer.bytes)} in {store.folder} for {tokens} tokens")
 
 
-def _read(facts: Facts, public: PublicConfig, party: Any, done: Callable[[str], None]) -> None:
-    """A whole session by shapes; `done` after each phase."""
-    ops = PROTOCOLS[facts.protocol](Rank.SERVER, public.fraction_bits, device="meta")
+def _read_by_shapes(facts: Facts, public: PublicConfig, party: Any, done: Callable[[str], None]) -> None:
+    """Go through a whole session by shapes; `done` is told each phase that has ended."""
+    ops = engine(facts.protocol, Rank.SERVER, public.fraction_bits, "meta")
     session = Session(ops, party, facts.shape, facts.policy, public.reveal)
     session.setup(None)
     done("setup")

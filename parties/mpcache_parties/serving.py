@@ -1,4 +1,4 @@
-"""A server or a dealer that serves one session after another, and several at once.
+"""Serve one session after another, and several at once, at a server or a dealer.
 
 Each session has its own thread, links, ledger, seeds and masks, and nothing of it outlives it; what
 is shared is read only: the model's weights and the document. One that fails says so and ends alone.
@@ -20,8 +20,10 @@ from mpcache.config import Settings
 from mpcache.console.signals import check_stop
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
-from mpcache_parties.network.grpc_link import Listener, Network, Say
+from mpcache_parties.network.listener import Listener
+from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust
+from mpcache_parties.say import Say
 
 Serve = Callable[[Network, Say], None]  # one session, from its first stream to its end
 

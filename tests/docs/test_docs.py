@@ -1,12 +1,14 @@
-"""The threat model names tests: they exist, and its table of policies is the registry's."""
+"""The threat model: its tests exist, its policies are the registry's. The map begins as the package."""
 
 from __future__ import annotations
 
 import re
+from inspect import getdoc
 from pathlib import Path
 
 import pytest
 
+import mpcache
 from mpcache.policy import POLICIES
 from tests.support.paths import ROOT
 
@@ -44,6 +46,18 @@ def test_a_test_that_is_not_there_is_missed() -> None:
         f"{here}::test_nothing",
         "tests/test_no.py",
     ]
+
+
+def test_the_map_begins_as_the_package_introduces_itself() -> None:
+    title, text = (ROOT / "docs" / "architecture.md").read_text().split("\n\n", 1)
+    assert title == "# Architecture"
+    assert text.startswith(f"{getdoc(mpcache)}\n\n## ")
+
+
+def test_the_map_explains_thirty_words() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    words = page.split("## Words")[1].split("\n## ")[0]
+    assert words.count("\n| ") - 1 == 30  # but for the head
 
 
 def test_each_claim_names_its_test() -> None:

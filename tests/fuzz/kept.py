@@ -312,4 +312,4 @@ def tapes(place: Path, bytes_of: Any, json_of: Any) -> None:
 
 def _write(store: TapeStore, phase: str, public: Mapping[str, Any], content: Any) -> None:
     header = {**store.header(TAPES, phase), **public}
-    sealed.write(store.folder / TAPES / f"{phase}{SUFFIX}", store.key, header, snapshot.dump(content))
+    sealed.seal(store.folder / TAPES / f"{phase}{SUFFIX}", store.key, header, snapshot.serialize(content))

@@ -7,10 +7,12 @@ from typing import Any
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.transport.local import LocalLink
-from mpcache_parties.roles import Document, Question, ask, deal, serve
+from mpcache_parties.private_inputs import Document, Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import ask, deal, serve
 from tests.support.record import recording
 from tests.support.session import run_session
 
@@ -56,14 +58,15 @@ def replay(
         for data in frames:
             if not link.arrived(data):
                 break
+    resources = SessionResources(links, ledger, PUBLIC)
     try:
         match rank:
             case Rank.SERVER:
-                serve(links, ledger, PUBLIC, Document(model, tokens(model)))
+                serve(resources, Document(model, tokens(model)))
             case Rank.CLIENT:
-                ask(links, ledger, PUBLIC, QUESTION)
+                ask(resources, QUESTION)
             case _:
-                deal(links, ledger, PUBLIC)
+                deal(resources)
     except Exception as error:
         return error
     return None

@@ -20,25 +20,26 @@ import yaml
 from google.protobuf.message import DecodeError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mpcache.answer import bind
-from mpcache.audit.command import read_quality
+from mpcache.audit.quality import read_quality
 from mpcache.cache import Cache, LayerCache
-from mpcache.certificates import Identity
-from mpcache.certificates import make as make_identity
+from mpcache.certificates import Identity, make_identity
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import ModelShape, load_model, load_shape
+from mpcache.limits import bind_policy
+from mpcache.model import load_model, load_shape
+from mpcache.model.families import shape_from_config
 from mpcache.model.tokenizer import Tokenizer
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
 from mpcache.transport.local import local_pair
-from mpcache_parties.handshake import PROTOCOL_VERSION, compare
-from mpcache_parties.roles import _more, _recv_tokenizer, _tokenizer, facts_of
+from mpcache_parties.facts import facts_of, read_tokenizer, receive_tokenizer
+from mpcache_parties.handshake import PROTOCOL_VERSION, compare_hellos
+from mpcache_parties.roles import _more
 from mpcache_parties.state import sealed, snapshot
 from mpcache_protos import party_pb2 as pb
 from tests.fuzz.kept import resumes, tapes
@@ -118,7 +119,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     def config(data: bytes) -> None:
         (own / "config.json").write_bytes(data)
         shape = load_shape(own)
-        bind(shape, PublicConfig(policy="mpcache:n_keep=0.5", max_new_tokens=4), 40, 4)
+        bind_policy(shape, PublicConfig(policy="mpcache:n_keep=0.5", max_new_tokens=4), 40, 4)
 
     json_of("config.json", 14, config, configs)
 
@@ -183,7 +184,7 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     json_of("party config values", 5, settings, [sections])
 
     _kept(place, bytes_of, json_of)
-    shape = ModelShape.from_config(configs[0])
+    shape = shape_from_config(configs[0])
     specs = ("mpcache:n_keep=0.5,coarse=16,fine=8,coarse_keep=0.5,share=0-1", "quest:page=4,pages=2",
              "streaming:sink=2,recent=5", "snapkv:cap=8,queries=3,pool=3", "h2o:heavy=4,recent=3",
              "tova:cap=6", "mpcache:n_keep=10/20/30,alpha=0.3,score=bound,threshold=0.1")  # fmt: skip
@@ -191,8 +192,8 @@ def _files(folder: Path, model: Path, learned: Path, bytes_of: Any, json_of: Any
     def policy(data: bytes) -> None:
         spec = data.decode("utf-8", "surrogateescape")
         public = load_settings(None, {"public.policy": spec, "public.max_new_tokens": 4}).public
-        bind(shape, public, 60, 4)
-        parse(spec)
+        bind_policy(shape, public, 60, 4)
+        parse_policy(spec)
 
     bytes_of("policy", 10, policy, [spec.encode() for spec in specs])
 
@@ -218,12 +219,12 @@ def _vocabularies() -> list[str]:
 def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
     """What a party, or a run of another command, left on the disk."""
     file, key = place / "kept", bytes(32)
-    sealed.write(file, key, {"step": 1}, [b"x" * 500])
+    sealed.seal(file, key, {"step": 1}, [b"x" * 500])
 
     def state(data: bytes) -> None:
         file.write_bytes(data)
         sealed.read_header(file)
-        sealed.read(file, key, {"step": 1})
+        sealed.unseal(file, key, {"step": 1})
 
     bytes_of("checkpoint", 6, state, [file.read_bytes()])
     share = Share(torch.arange(6).reshape(2, 3), 16, Rank.SERVER)
@@ -235,9 +236,9 @@ def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
     }
 
     def content(data: bytes) -> None:
-        snapshot.load(bytearray(data))
+        snapshot.deserialize(bytearray(data))
 
-    bytes_of("checkpoint's content", 6, content, [b"".join(snapshot.dump(tree))])
+    bytes_of("checkpoint's content", 6, content, [b"".join(snapshot.serialize(tree))])
 
     own = make_identity(Rank.SERVER)
     keys = own.write(place / "keys")
@@ -312,7 +313,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
             if not link.arrived(data[offset + 2 : offset + 2 + size]):
                 break
             offset += 2 + size
-        compare(mine, link.recv_hello(), Rank.CLIENT)
+        compare_hellos(mine, link.recv_hello(), Rank.CLIENT)
         link.recv_facts("facts")
         link.recv("layer0/select", specs)
         _more(link, 1)
@@ -340,7 +341,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
             return  # no such message can be written
         link, _ = local_pair(Ledger(), Ledger(), timeout=0.01)
         link.arrived(pb.Frame(hello=said).SerializeToString())
-        compare(mine, link.recv_hello(), Rank.CLIENT)
+        compare_hellos(mine, link.recv_hello(), Rank.CLIENT)
 
     json_of(
         "hello",
@@ -369,8 +370,8 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
     def given(data: bytes) -> None:
         sender, link = local_pair(Ledger(), Ledger(), timeout=0.01)
         sender.send("facts/tokenizer", [torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)])
-        taken = _recv_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))})
-        _speak(_tokenizer(taken, loaded.shape))
+        taken = receive_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))})
+        _speak(read_tokenizer(taken, loaded.shape))
 
     bytes_of("tokenizer from the server", 4, given, [vocabulary])
 

@@ -17,10 +17,12 @@ import pytest
 from mpcache.config import Settings
 from mpcache.errors import LinkError, MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import largest
-from mpcache_parties.network.grpc_link import RANK_KEY, SERVICE, SESSION_KEY, connect_all, new_session
+from mpcache.transport.flow_control import largest_frame
+from mpcache_parties.network.channels import SERVICE
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.metadata import RANK_KEY, SESSION_KEY, new_session
 from tests.fuzz.replay import Conversation, converse, replay
 from tests.fuzz.run import check_line
 from tests.fuzz.wire import bytes_of, odd_frames, odd_metadata
@@ -160,7 +162,7 @@ def _call(channel: grpc.Channel, rng: random.Random, i: int) -> None:
     metadata = odd_metadata(rng, [[RANK_KEY, rank], [SESSION_KEY, new_session()]])
     frames = odd_frames(rng, Rank.CLIENT)
     if i % 3 == 0:
-        frames.insert(rng.randrange(2), largest(Rank.DEALER) + 1)
+        frames.insert(rng.randrange(2), largest_frame(Rank.DEALER) + 1)
     method = f"/{SERVICE}/{'Connect' if i % 4 else 'Nothing'}"
     with suppress(grpc.RpcError):
         for _ in channel.stream_stream(method)(bytes_of(frames), metadata=metadata, timeout=15):

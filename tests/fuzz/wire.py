@@ -28,18 +28,18 @@ from grpc_health.v1 import health_pb2
 
 from mpcache.config import PublicConfig
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import largest
+from mpcache.transport.flow_control import largest_frame
 from mpcache.transport.link import Hello
 from mpcache_parties.handshake import PROTOCOL_VERSION
-from mpcache_parties.network.grpc_link import BEACON_KEY, REASON_KEY, SERVICE, SESSION_KEY
-from mpcache_parties.network.stream import RANK_KEY, RECEIVED_KEY
+from mpcache_parties.network.channels import SERVICE
+from mpcache_parties.network.metadata import BEACON_KEY, RANK_KEY, REASON_KEY, RECEIVED_KEY, SESSION_KEY
 from mpcache_protos import party_pb2 as pb
 from tests.fuzz.mutate import NUMBERS, damaged
 from tests.support.links import free_settings
 from tests.support.processes import PARTY, ROOT, write_config
 from tests.support.service import said
 
-LIMIT = largest(Rank.DEALER)  # bytes of a frame that it takes
+LIMIT = largest_frame(Rank.DEALER)  # bytes of a frame that it takes
 HEALTH = "/grpc.health.v1.Health"
 REQUEST_S = 8.0  # longest time for an answer; case and answer take milliseconds
 HOLD_S = 0.3  # how long a session waits for its peers: each case may leave one

@@ -145,11 +145,14 @@ def test_a_cpu_run_does_not_import_triton() -> None:
     """Whatever the programs import, and a plaintext answer from the document to its second token."""
     program = """
 import sys, torch, mpcache.cli, mpcache_parties.main
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import plain_answer
+from mpcache.limits import bind_policy
+from mpcache.sampling import Sampling
 from mpcache.config import PublicConfig
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 model, public = load_model(demo_model_dir()), PublicConfig(max_new_tokens=2)
-answer = plain_answer(model, bind(model.shape, public, 200, 3), [5] * 200, [1, 2, 3], 2, Sampling(), ())
+policy = bind_policy(model.shape, public, 200, 3)
+answer = plain_answer(model, policy, [5] * 200, [1, 2, 3], 2, Sampling(), ())
 assert answer.kernels == "reference" and len(answer.ids) == 2
 sys.exit('triton' in sys.modules)
 """

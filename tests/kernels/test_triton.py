@@ -22,9 +22,10 @@ if sys.platform != "linux":
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+import triton  # noqa: E402
+
 from mpcache.engines.plain import PlainOps  # noqa: E402
 from mpcache_kernels import triton_kernels  # noqa: E402
-from mpcache_kernels.triton_kernels import triton  # noqa: E402
 from tests.support.policy_specs import CONTEXT, MORE, SMALL  # noqa: E402
 from tests.support.tiny_policies import chunks, plain, shape, tokens  # noqa: E402
 
@@ -35,7 +36,7 @@ HEAD_SIZES = [24, 32, 64, 80, 128]
 
 pytestmark = [
     pytest.mark.skipif(
-        not CUDA and "Interpreted" not in type(triton_kernels._scores).__name__,
+        not CUDA and "Interpreted" not in type(triton_kernels.cluster_scoring._score).__name__,
         reason="no GPU, and TRITON_INTERPRET is off",
     ),
     # The interpreter's, of lanes that are masked afterwards.

@@ -13,10 +13,12 @@ import torch
 
 from mpcache.config import PublicConfig
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.runtime import party, rng
-from mpcache_parties.roles import Document, Question, ask, deal, serve
+from mpcache_parties.private_inputs import Document, Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import ask, deal, serve
 from tests.support import needle, step_index
 from tests.support.leak_sessions import MEANT, SELECTS, STEPS, Views, by_reason, sessions
 from tests.support.links import free_settings, grpc_networks
@@ -158,7 +160,7 @@ def test_no_mask_comes_twice(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
     same = needle.secrets_for(1, 5) * 6
     policy = "mpcache" + SELECTS
     assert repeated_words([views for views, _ in sessions(model, same, policy)]) == 0
-    monkeypatch.setattr("mpcache_parties.roles.fresh_seed", lambda: bytes(rng.SEED_BYTES))
+    monkeypatch.setattr("mpcache_parties.seeds.fresh_seed", lambda: bytes(rng.SEED_BYTES))
     assert repeated_words([views for views, _ in sessions(model, same[:5], policy)]) > 1000
 
 
@@ -238,10 +240,14 @@ def test_the_wire_carries_the_same(model: Model) -> None:
     """One session over real gRPC: the slots, openings and facts of one over local links, as uniform."""
     policy, (secret,) = "mpcache" + SELECTS, needle.secrets_for(1, 3)
     public = PublicConfig(policy=policy, max_new_tokens=2)
+
+    def resources(links: Any) -> SessionResources:
+        return SessionResources(links, Ledger(), public)
+
     jobs: dict[Rank, Any] = {
-        Rank.SERVER: lambda links: serve(links, Ledger(), public, Document(model, secret.document())),
-        Rank.CLIENT: lambda links: ask(links, Ledger(), public, Question(secret.text, stop_at_eos=False)),
-        Rank.DEALER: lambda links: deal(links, Ledger(), public),
+        Rank.SERVER: lambda links: serve(resources(links), Document(model, secret.document())),
+        Rank.CLIENT: lambda links: ask(resources(links), Question(secret.text, stop_at_eos=False)),
+        Rank.DEALER: lambda links: deal(resources(links)),
     }
     with (
         recording() as views,

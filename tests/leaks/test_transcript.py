@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.party import ComputingParty
 from mpcache.runtime.program import Opening
@@ -51,7 +51,7 @@ def listen(seed: int, question: list[int], who: Rank, protocol: str) -> Transcri
     """One context and question of fixed size; weights, document and question differ with the seed."""
     shape = tiny.shape()
     context = tiny.tokens(CONTEXT, seed)
-    bound = parse(SPEC).bind(CONTEXT, shape)
+    bound = parse_policy(SPEC).bind(CONTEXT, shape)
     heard = Transcript()
 
     def program(ops: Any, party: Any, rank: Rank) -> None:
@@ -123,10 +123,12 @@ def test_the_check_sees_a_planted_bug() -> None:
 
 def test_a_stream_is_never_read_twice() -> None:
     """Masks of two phases, and of the same phase of two sessions, have nothing in common."""
-    from mpcache.runtime.rng import Stream, fresh_seed
+    from mpcache.runtime.rng import KeyStream, fresh_seed
 
     seed = fresh_seed()
-    assert not torch.equal(Stream(seed, "tape/a").tensor((64,)), Stream(seed, "tape/b").tensor((64,)))
-    assert not torch.equal(Stream(seed, "tape/a").tensor((64,)), Stream(fresh_seed(), "tape/a").tensor((64,)))
-    stream = Stream(seed, "tape/a")
+    assert not torch.equal(KeyStream(seed, "tape/a").tensor((64,)), KeyStream(seed, "tape/b").tensor((64,)))
+    assert not torch.equal(
+        KeyStream(seed, "tape/a").tensor((64,)), KeyStream(fresh_seed(), "tape/a").tensor((64,))
+    )
+    stream = KeyStream(seed, "tape/a")
     assert not torch.equal(stream.tensor((64,)), stream.tensor((64,)))

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import demo_question, read_question
 from mpcache.errors import BadInput
-from mpcache.report.account import agreement, ms, p95, size
+from mpcache.report.account import agreement, p95
+from mpcache.report.units import duration, size
+from mpcache.sampling import Sampling
 from mpcache_parties.launch import PartyFailed
+from tests.support.paths import ROOT
 from tests.support.processes import CLI, SOON_S, Process, Run, children_of, gone_soon, start, started
 
 TEXT = "and the number of the gate of the city is in the book " * 3
@@ -175,6 +179,25 @@ def test_policies(run_here: Run) -> None:
     assert "…" not in shown
 
 
+# ------------------------------------------------------------------------------------ the front door
+
+
+def test_the_version_is_the_package_s(run_here: Run) -> None:
+    code, out, noise = run_here("--version")
+    assert (code, noise) == (0, "")
+    assert re.fullmatch(r"mpcache (\d+\.\d+\.\d+\S*|.*not installed.*)\n", out)
+
+
+def test_the_module_is_the_command_and_completes_words() -> None:
+    """`python -m mpcache`, asked as bash asks for completions."""
+    words = {"_MPCACHE_COMPLETE": "complete_bash", "COMP_WORDS": "mpcache gen", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mpcache"], env=os.environ | words, cwd=ROOT, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.split()) == (0, ["generate"]), done.stderr
+
+
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -209,6 +232,10 @@ BAD = {
     "threshold": (["--policy", "mpcache:threshold=2.0"], "threshold=2.0 is out of range; allowed: 0 to 1"),
     "unknown protocol": (["--protocol", "slow"], "public.protocol is 'slow'"),
     "network": (["--network", "slow"], "must be none, lan, wan or RTT_MS:MBPS"),
+    "no bandwidth": (
+        ["--network", "10:0"],
+        "public.network is '10:0': must be none, lan, wan or RTT_MS:MBPS",
+    ),
     "temperature": (["--temperature", "-1"], "--temperature is -1; give 0"),
     "missing config": (["--config", "/no/config.yaml"], "/no/config.yaml: cannot be read"),
     "unknown flag": (["--bogus"], "No such option"),
@@ -320,7 +347,7 @@ def test_figures() -> None:
         "12.3 MB",
         "5 GB",
     ]
-    assert [ms(n) for n in (4.321, 123.4, 1234.5)] == ["4.32 ms", "123 ms", "1.23 s"]
+    assert [duration(n) for n in (4.321, 123.4, 1234.5)] == ["4.32 ms", "123 ms", "1.23 s"]
     assert p95(range(1, 101)) == 95
     assert p95([7.0]) == 7.0
     assert agreement([1, 2, 3], [1, 2]) == pytest.approx(2 / 3)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mpcache.choices import ProtocolName, Reveal
 from mpcache.config import Settings, load_settings
 from mpcache.errors import ConfigError
 from mpcache.rank import Rank
@@ -53,6 +55,15 @@ def test_flat_is_text_with_the_policys_options_apart() -> None:
     assert list(flat) == sorted(flat)
 
 
+def test_a_choice_is_its_text_in_yaml_and_its_member_in_memory(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("public: {protocol: fast-bits, reveal: token}\n")
+    settings = load_settings(file)
+    assert settings.public.protocol is ProtocolName.FAST_BITS and settings.public.reveal is Reveal.TOKEN
+    file.write_text(yaml.safe_dump(settings.model_dump()))
+    assert "protocol: fast-bits" in file.read_text() and load_settings(file) == settings
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text("# nothing yet\n")
@@ -85,6 +96,9 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("public: {policy: 'full:a'}", "public.policy is 'full:a': must be NAME or NAME:key=value"),
         ("public: {policy: 'full:a=1,a=2'}", "each key once"),
         ("public: {network: fast}", "public.network is 'fast': must be none, lan, wan or RTT_MS:MBPS"),
+        ("public: {network: '10:0'}", "public.network is '10:0': must be none, lan, wan or RTT_MS:MBPS"),
+        ("public: {reveal: all}", "public.reveal is 'all': input should be 'logits' or 'token'"),
+        ("public: {policy: 'a|b|c'}", r"public.policy is 'a\|b\|c': must be NAME .* or two with a \|"),
         ("addresses: {server: nowhere}", "addresses.server is 'nowhere': must be HOST:PORT"),
         ("addresses: {server: 'a:70000'}", "a port from 1 to 65535"),
         ("timeouts: {recv_s: .nan}", "timeouts.recv_s is nan"),

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling
 from mpcache.argmax import GROUP, greedy
-from mpcache.cost.tally import cost
+from mpcache.choices import Reveal
+from mpcache.cost.pricing import price
 from mpcache.engines import ideal
 from mpcache.errors import BadInput
 from mpcache.ops import Ops
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.protocols import suite
 from mpcache.rank import Rank
 from mpcache.runtime.program import Opening
 from mpcache.runtime.shares import Share, centred
+from mpcache.sampling import Sampling
 from mpcache.session import Session
 from tests.support import tiny_policies as tiny
 from tests.support.harness import secure
@@ -53,7 +54,7 @@ def test_one_of_the_highest(n: int) -> None:
 def session(reveal: str, kind: str = "fast", vocab: int = tiny.VOCAB, heard: Any = None) -> Played:
     """The chunks through a small model; `heard`: every opening at the client, appended."""
     shape, context = tiny.shape(vocab=vocab), tiny.tokens(24)
-    policy = parse("full")
+    policy = parse_policy("full")
 
     def program(ops: Any, party: Any, rank: Rank) -> Any:
         if heard is not None and rank is Rank.CLIENT:
@@ -81,7 +82,7 @@ def test_the_tokens_are_those_of_plain_logits(vocab: int) -> None:
     played = session("token", vocab=vocab)
     assert [int(t) for t in played.client] == [int(x.argmax()) for x in plain]
     assert played.server == [None] * len(CHUNKS)
-    found = cost(tiny.shape(vocab=vocab), "full", 24, 3, new_tokens=4, reveal="token")
+    found = price(tiny.shape(vocab=vocab), "full", 24, 3, new_tokens=4, reveal=Reveal.TOKEN)
     ledger = played.ledgers[0].total()
     phases = [found.total(phase) for phase in found.phases]
     assert sum(t.rounds for t in phases) == ledger.rounds

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import plain_answer
 from mpcache.config import PublicConfig
-from mpcache.model.loading import Model, load_model
+from mpcache.limits import bind_policy
+from mpcache.model import Model, load_model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
-from mpcache_parties.roles import Question
+from mpcache.sampling import Sampling
+from mpcache_parties.private_inputs import Question
 from tests.support.processes import CLI, ROOT, start
 from tests.support.session import QUESTION, run_session
 from tests.support.tiny_models import make, save
@@ -34,7 +36,7 @@ def check(folder: Path, policy: str, protocol: str = "fast", tokens: int = 4) ->
     public = PublicConfig(policy=policy, protocol=protocol, max_new_tokens=tokens)  # type: ignore[arg-type]
     context = model.tokenizer.encode(TEXT, bos=True)[:48]
     asked = model.tokenizer.encode(QUESTION, bos=False)
-    bound = bind(model.shape, public, len(context), len(asked))
+    bound = bind_policy(model.shape, public, len(context), len(asked))
     plain = plain_answer(model, bound, context, asked, tokens, Sampling(), ())
     reports = run_session(public, model, context, Question(QUESTION, stop_at_eos=False))
     client = reports[Rank.CLIENT]
@@ -51,7 +53,7 @@ def test_the_program_knows_no_family() -> None:
         for file in (ROOT / package).rglob("*.py")
         if re.search(r"gpt.?2|llama|qwen|mistral", file.read_text(), re.IGNORECASE)
     }
-    assert named == {"mpcache/model/loading.py", "mpcache/model/rope.py"}
+    assert named == {f"mpcache/model/{name}.py" for name in ("families", "rope", "shape")}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,14 @@ from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.transport.link import Hello
 from mpcache.transport.local import local_pair
-from mpcache_parties.handshake import AS_CLIENT, KEPT, MODES, PROTOCOL_VERSION, agree, compare, confirm
+from mpcache_parties.handshake import (
+    CLIENT_MODES,
+    PROTOCOL_VERSION,
+    KeepMode,
+    agree,
+    compare_hellos,
+    confirm_facts,
+)
 from tests.support.links import free_settings, grpc_networks
 from tests.support.processes import PARTY, errors_of, start, started, tiny_model, write_config
 
@@ -73,7 +80,7 @@ def test_another_config_ends_all_three() -> None:
 )
 def test_each_kind_of_difference(theirs: Hello, words: str) -> None:
     with pytest.raises(Mismatch, match=words):
-        compare(Hello(PROTOCOL_VERSION, S, "0", {"a": "1"}), theirs, C)
+        compare_hellos(Hello(PROTOCOL_VERSION, S, "0", {"a": "1"}), theirs, C)
 
 
 def hello(rank: Rank, state: str | None) -> Hello:
@@ -83,31 +90,31 @@ def hello(rank: Rank, state: str | None) -> Hello:
 @pytest.mark.parametrize(
     ("peer", "state", "agrees"),
     [
-        *((C, state, True) for state in MODES),
-        *((D, state, True) for state in (*MODES, AS_CLIENT)),
-        *((C, state, False) for state in (AS_CLIENT, "always", "", None)),
+        *((C, state, True) for state in CLIENT_MODES),
+        *((D, state, True) for state in (*CLIENT_MODES, KeepMode.AS_CLIENT)),
+        *((C, state, False) for state in (KeepMode.AS_CLIENT, "always", "", None)),
         *((D, state, False) for state in ("always", None)),
     ],
 )
 def test_one_that_serves_keeps_as_the_client_does(peer: Rank, state: str | None, agrees: bool) -> None:
     """Both sides find the same; all else is compared as ever."""
-    mine, theirs = hello(S, AS_CLIENT), hello(peer, state)
+    mine, theirs = hello(S, KeepMode.AS_CLIENT), hello(peer, state)
     for one, other in ((mine, theirs), (theirs, mine)):
         if agrees:
-            compare(one, other, other.rank)
+            compare_hellos(one, other, other.rank)
             continue
         words = "state is as the client at server, .* at (client|dealer); start both with the same --state"
         with pytest.raises(Mismatch, match=words):
-            compare(one, other, other.rank)
-    more = Hello(PROTOCOL_VERSION, peer, "0", {"a": "2", "state": KEPT})
+            compare_hellos(one, other, other.rank)
+    more = Hello(PROTOCOL_VERSION, peer, "0", {"a": "2", "state": KeepMode.KEPT})
     with pytest.raises(Mismatch, match="a is 1 at server, 2 at"):
-        compare(mine, more, peer)
+        compare_hellos(mine, more, peer)
 
 
-@pytest.mark.parametrize("state", ["none", "resumed", AS_CLIENT])
+@pytest.mark.parametrize("state", ["none", "resumed", KeepMode.AS_CLIENT])
 def test_states_of_others_are_equal_or_differ(state: str) -> None:
     with pytest.raises(Mismatch, match=f"state is kept at server, {state} at client; .* --state alone$"):
-        compare(hello(S, KEPT), hello(C, state), C)
+        compare_hellos(hello(S, KeepMode.KEPT), hello(C, state), C)
 
 
 # ------------------------------------------------------------------------ what each makes of the facts
@@ -117,14 +124,14 @@ def test_facts_are_compared_by_field() -> None:
     facts = {"shape.layers": "3", "plan.layer0.kept": "64", "plan.layer1.kept": "64"}
     same, other = local_pair(Ledger(), Ledger())
     other.send_facts("facts/agreed", facts)
-    confirm({C: same}, S, facts)
+    confirm_facts({C: same}, S, facts)
     server, client = local_pair(Ledger(), Ledger())
     client.send_facts("facts/agreed", facts | {"plan.layer1.kept": "60"})
     words = "^Mismatch: plan.layer1.kept is 64 at server, 60 at client; start both with the same release"
     with pytest.raises(Mismatch, match=words):
-        confirm({C: server}, S, facts)
+        confirm_facts({C: server}, S, facts)
     with pytest.raises(Mismatch, match=words):
-        confirm({S: client}, C, facts | {"plan.layer1.kept": "60"})
+        confirm_facts({S: client}, C, facts | {"plan.layer1.kept": "60"})
 
 
 @pytest.mark.parametrize(
@@ -139,7 +146,7 @@ def test_facts_that_one_side_lacks(theirs: dict[str, str], words: str) -> None:
     server, client = local_pair(Ledger(), Ledger())
     client.send_facts("facts/agreed", theirs)
     with pytest.raises(Mismatch, match=words) as caught:
-        confirm({C: server}, S, {"a": "1", "b": "2"})
+        confirm_facts({C: server}, S, {"a": "1", "b": "2"})
     assert len(str(caught.value)) < 300
 
 
@@ -147,7 +154,7 @@ def test_facts_that_are_none() -> None:
     server, client = local_pair(Ledger(), Ledger())
     client.send_facts("facts/agreed", {"a": 1})
     with pytest.raises(Desync, match="client's facts are not text"):
-        confirm({C: server}, S, {"a": "1"})
+        confirm_facts({C: server}, S, {"a": "1"})
 
 
 OTHER_RELEASE = """

@@ -16,20 +16,23 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling, bind, decide, plain_answer
+from mpcache.answer import bind_to_document, plain_answer
 from mpcache.config import PublicConfig, Settings
-from mpcache.cost.tally import cost
+from mpcache.cost.pricing import price
 from mpcache.errors import BadInput, Desync, LinkError, MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.limits import bind_policy
+from mpcache.model import Model
 from mpcache.model.prefill import prefill
 from mpcache.rank import Rank
 from mpcache.report.account import Report, summary
+from mpcache.sampling import Sampling
 from mpcache.transport.frames import FrameLink
 from mpcache_kernels import backend
 from mpcache_parties.handshake import agree
-from mpcache_parties.network.grpc_link import connect_all
-from mpcache_parties.roles import AHEAD, Question
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.private_inputs import Question
+from mpcache_parties.roles import AHEAD
 from tests.support.links import context_of, free_settings
 from tests.support.processes import PARTY, SOON_S, errors_of, start, started, write_config
 from tests.support.session import QUESTION, run_session
@@ -52,7 +55,7 @@ def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
     assert all(isinstance(report, Report) for report in reports.values()), reports
     server, client, dealer = (reports[rank] for rank in Rank)
     asked = model.tokenizer.encode(QUESTION, bos=False)
-    bound = bind(model.shape, public, len(tokens), len(asked))
+    bound = bind_policy(model.shape, public, len(tokens), len(asked))
     plain = plain_answer(model, bound, tokens, asked, 4, Sampling(), ())
 
     assert client.token_ids == plain.ids
@@ -86,16 +89,16 @@ def test_what_the_document_decides_is_announced(model: Model, tokens: list[int])
     server, client, dealer = (reports[rank] for rank in Rank)
     assert isinstance(server, Report) and isinstance(client, Report) and isinstance(dealer, Report), reports
     asked = model.tokenizer.encode(QUESTION, bos=False)
-    bound = bind(model.shape, THRESHOLD, len(tokens), len(asked))
+    bound = bind_policy(model.shape, THRESHOLD, len(tokens), len(asked))
     window = bound.policy.window(len(tokens))
-    known, _ = decide(bound, model.shape, prefill(model, tokens, window=window), backend("cpu"))
+    known, _ = bind_to_document(bound, model.shape, prefill(model, tokens, window=window), backend("cpu"))
     kept = [layer.kept for layer in known.plan.layers]
     assert max(kept) < len(tokens) and len(set(kept)) > 1
     assert server.kept_tokens == client.kept_tokens == dealer.kept_tokens == kept
     assert client.token_ids == plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
     # What it cost is what the audit says of these counts.
     given = f"{THRESHOLD.policy},n_keep={'/'.join(map(str, kept))}"
-    priced = cost(model.shape, given, len(tokens), len(asked), new_tokens=3).total("decode")
+    priced = price(model.shape, given, len(tokens), len(asked), new_tokens=3).total("decode")
     steps = [client.phases[name] for name in ("decode1", "decode2")]
     assert sum(step.rounds for step in steps) == priced.rounds
 
@@ -116,7 +119,7 @@ def test_counts_are_sent_where_the_leak_is_declared(
     public = PublicConfig(policy=policy, max_new_tokens=1)
     reports = run_session(public, model, tokens, Question(QUESTION))
     assert all(isinstance(report, Report) for report in reports.values()), reports
-    leak = bind(model.shape, public, len(tokens), 3).policy.leak
+    leak = bind_policy(model.shape, public, len(tokens), 3).policy.leak
     counts = [entry for entry in said if "counts" in entry[3]]
     announced = [(S, peer, "facts/counts", {"counts"}) for peer in (C, D)]
     assert sorted(counts) == (announced if leak == "count" else [])
@@ -137,8 +140,10 @@ def test_counts_are_sent_where_the_leak_is_declared(
 def test_a_wrong_announcement_is_one_line(
     said: Any, words: str, model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = decide
-    monkeypatch.setattr("mpcache_parties.roles.decide", lambda *arguments: (honest(*arguments)[0], said))
+    honest = bind_to_document
+    monkeypatch.setattr(
+        "mpcache_parties.facts.bind_to_document", lambda *arguments: (honest(*arguments)[0], said)
+    )
     errors = run_session(THRESHOLD, model, tokens, Question(QUESTION))
     # Whoever looks first says so; the other one may hear it from the server.
     assert any(isinstance(errors[rank], Desync) for rank in (C, D)), errors
@@ -153,7 +158,7 @@ def test_the_end_token_ends_all_three(model: Model, tokens: list[int]) -> None:
     """The dealer is told, too: it makes no more tapes than AHEAD beyond what is used."""
     public = PublicConfig(policy="full", max_new_tokens=20)
     asked = model.tokenizer.encode(QUESTION, bos=False)
-    bound = bind(model.shape, public, len(tokens), len(asked))
+    bound = bind_policy(model.shape, public, len(tokens), len(asked))
     ids = plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
     ends = replace(model, shape=replace(model.shape, eos_ids=(ids[1],)))
     answered = ids[: ids.index(ids[1]) + 1]

@@ -12,11 +12,15 @@ import torch
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
-from mpcache_parties.network.grpc_link import Listener, Network, connect_all
-from mpcache_parties.roles import Question, ask
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.listener import Listener
+from mpcache_parties.network.session_network import Network
+from mpcache_parties.private_inputs import Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import ask
 from tests.support.links import free_settings
 from tests.support.processes import Process
 from tests.support.service import QUESTIONS, TOKENS, plain, said, serving
@@ -74,7 +78,8 @@ def test_no_mask_is_used_in_two_sessions(model: Model, tmp_path: Path) -> None:
                     return got
 
                 link.swap = tap  # type: ignore[method-assign]
-                ask(network.links, network.ledger, service.settings.public, Question(QUESTIONS[0]))
+                resources = SessionResources(network.links, network.ledger, service.settings.public)
+                ask(resources, Question(QUESTIONS[0]))
             opened.append(taken)
     first, second = opened
     assert len(first) == len(second) > 10

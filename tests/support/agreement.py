@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from mpcache.engines.plain import PlainOps
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.model.prefill import prefill
 from mpcache.ops import Ops
-from mpcache.policy import parse
-from mpcache.protocols import softmax
+from mpcache.policy import parse_policy
+from mpcache.protocols import ranges
 from mpcache.rank import Rank
 from mpcache.session import Session
 from mpcache_kernels import backend
@@ -57,7 +57,7 @@ def opened(server: Any, client: Any) -> torch.Tensor:
         return (server.data + client.data).double() / 2**server.bits
     raw = (server.data + client.data) & ((1 << server.ring) - 1)
     raw = raw - ((raw >> (server.ring - 1)) << server.ring)
-    return raw.double() * softmax.UNIT
+    return raw.double() * ranges.SCORE_UNIT
 
 
 def generate(
@@ -80,7 +80,7 @@ def compare(
     model: Model, context: Sequence[int], question: Sequence[int], n: int, spec: str, protocol: str = "fast"
 ) -> Agreement:
     """The same document, question and greedy choice, plain and by three parties."""
-    bound = parse(spec).bind(len(context), model.shape)
+    bound = parse_policy(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=bound.policy.window(len(context)))
     plain_ops = PlainOps()
     plain_seen = record(plain_ops)

@@ -12,7 +12,7 @@ from mpcache.ops import Ops
 from mpcache.rank import Rank
 from mpcache.runtime.party import Party
 from mpcache.runtime.program import Program, at, run
-from mpcache.runtime.rng import Stream, fresh_seed
+from mpcache.runtime.rng import KeyStream, fresh_seed
 from tests.support.play import Played, play
 
 Protocol = Callable[..., Program[Any]]
@@ -20,7 +20,7 @@ Protocol = Callable[..., Program[Any]]
 
 def secure(protocol: Protocol, *secrets: torch.Tensor, kind: str = "fast", bits: int | None = None) -> Played:
     """`protocol(ops, *shares)`, on shares that are uniform, each alone."""
-    masks = [Stream(fresh_seed(), "test").tensor(x.shape) for x in secrets]
+    masks = [KeyStream(fresh_seed(), "test").tensor(x.shape) for x in secrets]
 
     def program(ops: Ops, party: Party, rank: Rank) -> Any:
         party.begin("test")

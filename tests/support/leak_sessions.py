@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from mpcache.config import PublicConfig
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
-from mpcache_parties.roles import Question
+from mpcache_parties.private_inputs import Question
 from tests.support.needle import Secret
 from tests.support.record import LayerView, recording
 from tests.support.session import run_session

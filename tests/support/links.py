@@ -9,15 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
 
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import plain_answer
 from mpcache.config import Addresses, PublicConfig, Settings, Timeouts
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.limits import bind_policy
+from mpcache.model import Model
 from mpcache.rank import Rank
+from mpcache.sampling import Sampling
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.local import local_pair
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 
 
 def context_of(model: Model, n: int) -> list[int]:
@@ -29,7 +32,7 @@ def context_of(model: Model, n: int) -> list[int]:
 def plain_ids(model: Model, public: PublicConfig, context: list[int], question: str) -> list[int]:
     """What the plain engine answers, greedily and to the full length."""
     asked = model.tokenizer.encode(question, bos=False)
-    bound = bind(model.shape, public, len(context), len(asked))
+    bound = bind_policy(model.shape, public, len(context), len(asked))
     return plain_answer(model, bound, context, asked, public.max_new_tokens, Sampling(), ()).ids
 
 

@@ -20,10 +20,10 @@ import torch
 
 from mpcache.demo.documents import make_document
 from mpcache.engines.plain import PlainOps, PlainSelection
-from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.ops import Ops
-from mpcache.policy import POLICIES, parse
+from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.base import BoundPolicy
 from mpcache.rank import Rank
 from mpcache.session import Session
@@ -69,7 +69,7 @@ def read(
 def greedy(model: Model, context: Sequence[int], question: Sequence[int], n: int) -> list[list[int]]:
     """The question, and n - 1 tokens of the plain answer, by the policy that attends to everything."""
     chunks = [list(question)]
-    bound = parse("full").bind(len(context), model.shape)
+    bound = parse_policy("full").bind(len(context), model.shape)
     filled = prefill(model, context)
     for _ in range(n - 1):
         last = read(PlainOps(), None, model, bound, filled, chunks)[-1]
@@ -79,7 +79,7 @@ def greedy(model: Model, context: Sequence[int], question: Sequence[int], n: int
 
 
 def errors(model: Model, context: Sequence[int], chunks: Sequence[Sequence[int]], spec: str) -> Errors:
-    bound = parse(spec).bind(len(context), model.shape)
+    bound = parse_policy(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=bound.policy.window(len(context)))
 
     def program(ops: Any, party: Any, rank: Rank) -> Any:

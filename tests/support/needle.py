@@ -15,7 +15,7 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers
 
-from mpcache.model.loading import LayerWeights, Model, ModelShape, Weights
+from mpcache.model import LayerWeights, Model, ModelShape, Weights
 from mpcache.model.tokenizer import Tokenizer
 
 WORDS = ("<unk>", "west", "east", "W0", "W1", "E0", "E1", "zero", "one", "who", "is", "there",

@@ -16,8 +16,9 @@ from mpcache.config import Addresses, Settings, Timeouts
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache_parties.handshake import agree, confirm
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.handshake import agree, confirm_facts
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 
 STATUS = Path("/proc/self/status")  # of this process, on Linux
 COMPUTE_S = 30.0
@@ -46,7 +47,7 @@ def compute(network: Network) -> None:
 
 def confirm_and_compute(network: Network) -> None:
     """Agree on the facts, of which there are none, and compute."""
-    confirm(network.links, network.rank, {})
+    confirm_facts(network.links, network.rank, {})
     compute(network)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mpcache.model.loading import ModelShape
+from mpcache.model.shape import ModelShape
 
 LLAMA = ModelShape(
     layers=4, width=24, heads=4, kv_heads=2, head_dim=6, ffn=40, vocab=30, max_positions=256, norm="rms",

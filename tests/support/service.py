@@ -12,12 +12,15 @@ from pathlib import Path
 
 from mpcache.config import PublicConfig, Settings
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.handshake import agree
-from mpcache_parties.network.grpc_link import Network, connect_all
-from mpcache_parties.roles import Question, ask
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
+from mpcache_parties.private_inputs import Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import ask
 from mpcache_parties.state.checkpoint import Checkpointer
 from tests.support.links import free_settings, plain_ids
 from tests.support.processes import PARTY, SOON_S, Process, errors_of, start, started, write_config
@@ -90,7 +93,9 @@ class Service:
             keeper.heard({peer: hello.public["state"] for peer, hello in others.items()})
             on_links(network)
             own = Question(question, stop_at_eos=False)
-            return ask(network.links, network.ledger, public, own, on_token=on_token, keeper=keeper)
+            links, ledger = network.links, network.ledger
+            resources = SessionResources(links, ledger, public, on_token=on_token, checkpointer=keeper)
+            return ask(resources, own)
 
     def seen(self, rank: Rank, words: str, times: int = 1) -> None:
         """Wait until lines with these words have been printed."""

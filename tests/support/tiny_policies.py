@@ -13,10 +13,10 @@ import torch
 from mpcache.engines.fast import FastOps
 from mpcache.engines.plain import PlainOps
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model, ModelShape, Weights
+from mpcache.model import Model, ModelShape, Weights
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy import Policy, parse
+from mpcache.policy import Policy, parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.party import Party, ShapeParty
 from mpcache.runtime.program import Program
@@ -90,7 +90,7 @@ def plain(
     ops: Ops | None = None,
 ) -> tuple[list[torch.Tensor], Session]:
     """Logits after each chunk, and the session."""
-    policy = parse(spec)
+    policy = parse_policy(spec)
     session = Session(ops or PlainOps(), None, s, policy.bind(len(context), s))
     session.setup(model(s, seed).weights)
     session.context(prefilled(policy, s, context, seed), KERNELS)
@@ -110,7 +110,7 @@ def secure(
     """Logits at the client after each chunk, and the ledgers."""
 
     def program(ops: Ops, party: Party, rank: Rank) -> list[Any]:
-        policy = parse(spec)
+        policy = parse_policy(spec)
         session = Session(ops, party, s, policy.bind(len(context), s))
         mine = rank is Rank.SERVER
         session.setup(model(s, seed).weights if mine else None)
@@ -126,7 +126,7 @@ def cost(
 ) -> Ledger:
     """The ledger of the server by shapes alone."""
     party = party or ShapeParty(Rank.SERVER)
-    session = Session(FastOps(Rank.SERVER, device="meta"), party, s, parse(spec).bind(context, s))
+    session = Session(FastOps(Rank.SERVER, device="meta"), party, s, parse_policy(spec).bind(context, s))
     session.setup(None)
     session.context(None, None)
     for m in chunks:

@@ -8,7 +8,7 @@ import pytest
 
 from mpcache.config import PublicConfig
 from mpcache.demo.documents import make_document
-from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.model import Model, demo_model_dir, load_model
 from tests.support.agreement import Agreement, compare
 from tests.support.paths import STORIES
 

@@ -10,7 +10,7 @@ import pytest
 
 from mpcache.engines.checked import Ranges
 from mpcache.errors import OutOfRange
-from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.model import Model, demo_model_dir, load_model
 from tools import ranges as tool
 
 

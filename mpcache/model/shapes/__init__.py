@@ -1,4 +1,4 @@
-"""Shapes of well-known models, as their published config.json files have them: enough to price them."""
+"""Hold shapes of well-known models, as their published config.json files have them: enough to price them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ NAMES = tuple(sorted(file.stem for file in _FOLDER.glob("*.json")))
 
 
 def config_of(name: str) -> Path:
-    """The config.json of one of NAMES."""
+    """Return the path of the config.json of one of NAMES."""
     return _FOLDER / f"{name}.json"

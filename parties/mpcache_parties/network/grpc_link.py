@@ -1,530 +1,331 @@
-"""The links of a session between processes: one gRPC stream per pair of parties.
+"""Link two parties over gRPC streams: one at a time, and another one when it breaks.
 
-The server and the dealer listen; the client dials both and the server dials the dealer, in any order
-of start. The client names the session; a listener sorts what comes in by that name, so streams of
-different sessions never meet. What a link does is in `mpcache_parties.network.stream`.
+Per link one thread reads, so that the peer's end is noticed while this party computes, and gRPC's own
+thread sends: an exchange overlaps both directions. A connection that is cut ends its stream at once,
+a peer that stalls stops answering HTTP/2 pings. Then the side that dialled dials again, both say how
+many frames they have got, and each goes on with the next one: nothing is lost, repeated or reordered.
+What does not come back within `timeouts.reconnect_s`, or whose host says sooner that its process is gone
+(`mpcache_parties.network.liveness`), fails all links of this party, so that no one waits for a party that
+waits for the lost one.
 """
 
 from __future__ import annotations
 
-import atexit
-import errno
-import re
-import secrets
-import socket
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from queue import Empty, SimpleQueue
-from threading import Lock, Semaphore, Thread
-from types import TracebackType
+from threading import Condition, Event, Thread, Timer
 from typing import Any
 
 import grpc
 
-from mpcache.config import Settings
-from mpcache.errors import (
-    ConfigError,
-    LinkError,
-    Mismatch,
-    MpcacheError,
-    PeerFailed,
-    PeerTimeout,
-    PortInUse,
-)
+from mpcache.config import Timeouts
+from mpcache.errors import Desync, LinkError, Mismatch, PeerFailed, PeerLost
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import READ_AHEAD_BYTES, largest
-from mpcache.transport.network import shaper
-from mpcache_parties.network.liveness import Beacon, beacon_at
-from mpcache_parties.network.stream import (
-    ABORT_LINGER_S,
-    RANK_KEY,
-    RECEIVED_KEY,
-    GrpcLink,
-    Metadata,
-    count_of,
-)
-from mpcache_parties.network.tls import Trust
-from mpcache_protos import party_pb2
+from mpcache.transport.frames import FrameLink
+from mpcache_parties.network.liveness import ASK_EVERY_S, Refusals, listens
+from mpcache_parties.network.metadata import RANK_KEY, RECEIVED_KEY, Metadata, count_of
+from mpcache_parties.say import Say
 
-SERVICE = party_pb2.DESCRIPTOR.services_by_name["Party"].full_name
-SESSION_KEY = "mpcache-session"  # metadata: which session a stream belongs to
-REASON_KEY = "mpcache-reason-bin"  # metadata instead of a session: why this party cannot take part
-REASON_CHARACTERS = 1000  # gRPC takes 8 KiB of metadata
-BEACON_KEY = "mpcache-beacon"  # metadata: the port that tells that the caller's process lives
-SESSION_BYTES = 16
-SAY_EVERY_S = 5.0
-LOOK_EVERY_S = 1.0
-STRANGER = "it shows no pinned certificate over TLS, or does not take this one's; its own output says which"
-PROBE_AFTER_S = 2.0  # of no connection: does something else listen there?
-PROBE_S = 2.0
-PING_EVERY_S = 5.0
-PING_TIMEOUT_S = 15.0
+logging.getLogger("grpc").addHandler(logging.NullHandler())
+logging.getLogger("grpc").propagate = False
 
-Options = list[tuple[str, Any]]
+ABORT_LINGER_S = 1.0  # for the reason to reach the peer
+AGAIN_AFTER_S = 0.1  # between two attempts to reconnect
 
-OPTIONS: Options = [
-    ("grpc.http2.bdp_probe", 0),  # else gRPC reads ahead as far as it likes, past every room
-    ("grpc.http2.lookahead_bytes", READ_AHEAD_BYTES),
-    ("grpc.keepalive_time_ms", int(PING_EVERY_S * 1000)),
-    ("grpc.keepalive_timeout_ms", int(PING_TIMEOUT_S * 1000)),
-    ("grpc.http2.ping_timeout_ms", int(PING_TIMEOUT_S * 1000)),  # a minute by default, whatever is above
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.enable_http_proxy", 0),  # a proxy between parties must be a decision, not an environment variable
-]
-DIAL_OPTIONS = [
-    *OPTIONS,
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.use_local_subchannel_pool", 1),
-]
-LISTEN_OPTIONS = [*OPTIONS, ("grpc.so_reuseport", 0)]  # else two parties could share a port unnoticed
+Queue = SimpleQueue[bytes | None]  # what gRPC's sending thread takes from; None ends the stream
+Dial = Callable[[Iterator[bytes], Metadata], Any]  # opens a stream: frames to send -> gRPC's call
 
 
-def options(me: Rank, channel: Options) -> Options:
-    """These and what gRPC is to refuse before this party sees it."""
-    return [*channel, ("grpc.max_receive_message_length", largest(me))]
-
-
-Say = Callable[[str], None]
-
-
-def new_session() -> str:
-    """A session's name: 128 bits of the system's entropy, in hex. Who knows it may continue a link."""
-    return secrets.token_hex(SESSION_BYTES)
-
-
-class Network:
-    """A party's links in one session. As a context manager it closes with the error's text.
-
-    session: its name; None as long as the peer that names it has not come.
-    """
+class GrpcLink(FrameLink):
+    """One end of a link. `fail_all` tells the party's other links what happened to this one."""
 
     def __init__(
         self,
-        rank: Rank,
-        settings: Settings,
+        me: Rank,
+        peer: Rank,
         ledger: Ledger,
-        peers: Iterable[Rank] = Rank,
-        trust: Trust | None = None,
-        session: str | None = None,
-        say: Say = lambda text: None,
+        timeouts: Timeouts,
+        fail_all: Callable[[LinkError], None],
+        say: Say,
     ) -> None:
-        self.rank = rank
-        self.settings = settings
-        self.trust = trust or Trust()
-        self.session = session
-        self.ledger = ledger
-        self.failure: LinkError | None = None
-        self.say = say
-        self.links: dict[Rank, GrpcLink] = {
-            peer: GrpcLink(rank, peer, ledger, settings.timeouts, self._fail_all, self._say)
-            for peer in peers
-            if peer is not rank
-        }
-        for link in self.links.values():
-            link.shaper = shaper(settings.public.network)
-        self.on_close: list[Callable[[], None]] = []
-        self._channels: list[grpc.Channel] = []
-        self._probed: set[Rank] = set()
-        atexit.register(self.close, f"{rank.label} exited")
+        super().__init__(me, peer, ledger, timeouts.recv_s)
+        self.connected = Event()  # has been, once
+        self._ended = Event()  # no stream will come any more
+        self._fail_all, self._say = fail_all, say
+        self._reconnect_s = timeouts.reconnect_s
+        self._state = Condition()  # guards the next four, and what arrives
+        self._stream = 0  # streams that this end has taken so far
+        self._over = False
+        self._queue: Queue | None = None  # of the present stream
+        self._cancel: Callable[[], object] = lambda: None
+        self._last_word: bytes | None = None  # an Abort
+        self._handed = 0  # frames that were handed to any stream
+        self._beacon: str | None = None  # of a peer that dials: where it has been seen to live
 
-    def __getitem__(self, peer: Rank) -> GrpcLink:
-        return self.links[peer]
+    # Sending.
 
-    def __enter__(self) -> Network:
-        return self
+    def _carry(self, data: bytes) -> None:
+        queue = self._queue
+        if queue is not None:
+            queue.put(data)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        if isinstance(error, MpcacheError):
-            self.close(error.for_peers)
-        else:  # a foreign error's text might hold anything: only its name leaves this party
-            self.close(f"{self.rank.label} failed ({kind.__name__})" if kind else "")
+    def _post(self, data: bytes) -> None:
+        with self._out:
+            self.sent.add(data)
+            queue = self._queue
+            if queue is not None:
+                self._handed += 1
+                queue.put(data)
 
-    def close(self, reason: str = "") -> None:
-        """End every link and what it stands on; bounded, and harmless to repeat."""
-        atexit.unregister(self.close)
-        for link in self.links.values():
-            link.say_end(reason)
-        deadline = time.monotonic() + (ABORT_LINGER_S if reason else self.settings.timeouts.recv_s)
-        for link in self.links.values():
-            link.finish(deadline)
-        for channel in self._channels:
-            channel.close()
-        while self.on_close:
-            self.on_close.pop()()
-
-    def fail(self, error: LinkError) -> None:
-        """From now on every call on every link raises this error. The first one wins."""
-        self._fail_all(error)
-
-    def _fail_all(self, error: LinkError) -> None:
-        if self.failure is None:
-            self.failure = error
-        for link in self.links.values():
-            link.fail(error)
-
-    def _say(self, text: str) -> None:
-        self.say(text)
-
-    def dial(self, peer: Rank) -> None:
-        """Start connecting to a peer that listens; it may come up later."""
-        assert self.session is not None
-        address = self.settings.addresses.of(peer)
-        channel = self.trust.open(peer, address, options(self.rank, DIAL_OPTIONS))
-        self._channels.append(channel)
-        connect = channel.stream_stream(f"/{SERVICE}/Connect")
-        about: Metadata = ((RANK_KEY, str(int(self.rank))), (SESSION_KEY, self.session))
-        with suppress(OSError):  # without one the peer waits longer for a process that is gone
-            beacon = Beacon(address)
-            self.on_close.append(beacon.close)
-            about = (*about, (BEACON_KEY, str(beacon.port)))
-
-        def open_stream(frames: Iterator[bytes], metadata: Metadata) -> Any:
-            # Who dials again wants to know each failure: the peer's process may be gone.
-            return connect(frames, metadata=(*about, *metadata), wait_for_ready=not metadata)
-
-        self.links[peer].dial(open_stream, address)
-
-    def wait(self) -> None:
-        """Dial, and wait until every peer is connected. Raises PeerTimeout, or what a link failed with."""
-        start = time.monotonic()
-        limit = self.settings.timeouts.connect_s
-        next_word = 0.5  # a peer that comes at once is not worth a message
-        next_look, stranger = 0.5, ""
-        to_dial = [peer for peer in self.links if _dials(self.rank, peer)]
-        while True:
-            if self.session is not None:
-                while to_dial:
-                    self.dial(to_dial.pop())
-            missing = [link for link in self.links.values() if not link.connected.is_set()]
-            if self.failure is not None:
-                raise type(self.failure)(f"{self.rank.label}, connecting: {self.failure}")
-            if not missing:
-                return
-            waited = time.monotonic() - start
-            whom = " and ".join(f"{link.peer.label} {self._place(link.peer)}" for link in missing)
-            if not stranger and self.trust.strangers():
-                stranger = f"refused a caller at {self.settings.addresses.of(self.rank)}: {STRANGER}"
-                self.say(f"{self.rank.label}: {stranger}")
-            if waited >= limit:
-                heard = f" ({stranger})" if stranger else ""
-                raise PeerTimeout(
-                    f"{self.rank.label}: gave up waiting for {whom} after {limit:g} s; start it, "
-                    f"check `addresses` in the config, or raise timeouts.connect_s{heard}"
-                )
-            if waited >= next_look:
-                self._look([link.peer for link in missing if self._dialled(link.peer)])
-                next_look = waited + LOOK_EVERY_S
-            if waited >= next_word:
-                self.say(f"{self.rank.label}: waiting for {whom} ...")
-                next_word = waited + SAY_EVERY_S
-            if waited >= PROBE_AFTER_S and not self.trust.tls:
-                self._probe(link.peer for link in missing if self._dialled(link.peer))
-            missing[0].connected.wait(min(0.05, limit - waited))
-
-    def _dialled(self, peer: Rank) -> bool:
-        return self.session is not None and _dials(self.rank, peer)
-
-    def _look(self, peers: Iterable[Rank]) -> None:
-        """At identities, where a connection does not come about. Raises Mismatch."""
-        for peer in peers:
-            if (why := self.trust.look(peer, self.settings.addresses.of(peer))) is not None:
-                raise Mismatch(f"{self.rank.label}, connecting: Mismatch: {why}")
-
-    def _probe(self, peers: Iterable[Rank]) -> None:
-        """Once per peer: fail with a Mismatch if another kind of program listens at its address."""
-
-        def probe(peer: Rank) -> None:
-            address = self.settings.addresses.of(peer)
-            if not self.links[peer].connected.is_set() and (what := _stranger_at(address)):
-                who = f"what listens at {address} is not the {peer.label}: {what}"
-                remedy = f"end it, or change addresses.{peer.label} in every party's config"
-                if not self.links[peer].connected.is_set():
-                    self._fail_all(Mismatch(f"Mismatch: {who}; {remedy}"))
-
-        for peer in set(peers) - self._probed:
-            self._probed.add(peer)
-            Thread(target=probe, args=(peer,), daemon=True).start()
-
-    def _place(self, peer: Rank) -> str:
-        if _dials(self.rank, peer):
-            return f"at {self.settings.addresses.of(peer)}"
-        return f"to connect to {self.settings.addresses.of(self.rank)}"
-
-
-class Listener:
-    """Takes the streams of the peers that dial this party, and sorts them by session.
-
-    first: the only network there will be, which the first stream names; without one, networks are made
-    as sessions come, `limit` at once.
-    """
-
-    def __init__(
-        self,
-        rank: Rank,
-        settings: Settings,
-        first: Network | None = None,
-        limit: int = 1,
-        trust: Trust | None = None,
-        say: Say = lambda text: None,
-    ) -> None:
-        """Raises PortInUse or ConfigError."""
-        self.rank, self.settings, self.limit = rank, settings, limit
-        self._trust, self._say = trust or Trust(), say
-        self._first = first
-        self._sessions: dict[str, Network] = {}
-        self._new: SimpleQueue[Network] = SimpleQueue()
-        self._lock = Lock()
-        self._closed = False
-        streams = 16 + 8 * limit  # two per session, new ones in place of broken ones, refusals
-        self._server = _listen(rank, settings, self._accept, streams, self._trust)
-
-    def next(self, seconds: float) -> Network | None:
-        """The next session that has come; None after so long. Close it: its place is taken until then."""
-        try:
-            return self._new.get(timeout=seconds)
-        except Empty:
-            return None
-
-    def refuse(self) -> None:
-        """Take no new sessions from now on."""
-        with self._lock:
-            self._closed = True
-
-    def close(self, reason: str = "") -> None:
-        """Refuse what comes from now on, end the sessions that there are, and free the port."""
-        self.refuse()
-        with self._lock:
-            networks = list(self._sessions.values())
-        for link in (link for network in networks for link in network.links.values()):
-            link.say_end(reason)  # all at once: `close` waits for each
-        for network in networks:
-            network.close(reason)
-        self._server.stop(grace=0.5).wait(2.0)
-
-    def _accept(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        about = dict(context.invocation_metadata())
-        try:
-            link = self._link_of(about, context)
-            beacon = beacon_at(context.peer(), about.get(BEACON_KEY))
-            return link.accept(frames, context, count_of(about.get(RECEIVED_KEY)), beacon)
-        except LinkError as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-            raise AssertionError from None  # abort raises
-
-    def _link_of(self, about: dict[str, Any], context: grpc.ServicerContext) -> GrpcLink:
-        """The link that a stream with this metadata belongs to. Raises LinkError to refuse it."""
-        me = self.rank.label
-        peer = next((r for r in Rank if str(int(r)) == about.get(RANK_KEY) and _dials(r, self.rank)), None)
-        who = peer.label if peer is not None else "a caller without a rank that dials here"
-        if peer is not None and (refusal := self._trust.refusal(peer, context)) is not None:
-            if self._first is not None:
-                self._first.fail(Mismatch(f"Mismatch: refused {who}: {refusal}"))
-            else:
-                self._say(f"{me}: refused {who}: {refusal}")
-            raise Mismatch(refusal)
-        if peer is not None and self._first is not None and REASON_KEY in about:
-            reason = about[REASON_KEY].decode(errors="replace")[:REASON_CHARACTERS]
-            self._first.fail(PeerFailed(f"{who} cannot take part: {reason}"))
-        session = about.get(SESSION_KEY)
-        if not isinstance(session, str) or not re.fullmatch(r"[0-9a-f]{32}", session, re.ASCII):
-            raise LinkError(f"{who} names no session; is it the same version?")
-        received = count_of(about.get(RECEIVED_KEY))
-        with self._lock:
-            network = self._sessions.get(session)
-            if network is None and received:
-                why = f"it ended, or {me} was restarted"
-                raise LinkError(f"{me} does not know the session {session[:8]}: {why}")
-            if network is None and not self._closed and peer is not None:
-                network = self._admit(session)
-            link = network.links.get(peer) if network is not None and peer is not None else None
-            if link is None or (link.connected.is_set() and RECEIVED_KEY not in about):
-                why = f"{me} has one already, or needs none; does another session run there?"
-                raise LinkError(f"{who} is not awaited: {why}")
-            return link
-
-    def _admit(self, session: str) -> Network | None:
-        """A place for a new session; None if there was to be one only. Raises LinkError when it is full."""
-        if self._first is not None:
-            if self._sessions:
-                return None
-            network, network.session = self._first, session
-        else:
-            if len(self._sessions) >= self.limit:
-                raise LinkError(
-                    f"{self.rank.label} serves {self.limit} session{'s' * (self.limit > 1)} at once, and not "
-                    "one more (--sessions there); try again later"
-                )
-            network = Network(self.rank, self.settings, Ledger(), trust=self._trust, session=session)
-            network.on_close.append(lambda: self._forget(session))
-            self._new.put(network)
-        self._sessions[session] = network
-        return network
-
-    def _forget(self, session: str) -> None:
-        with self._lock:
-            self._sessions.pop(session, None)
-
-
-def connect_all(
-    rank: Rank,
-    settings: Settings,
-    ledger: Ledger,
-    say: Say = lambda text: None,
-    peers: Iterable[Rank] = Rank,
-    trust: Trust | None = None,
-) -> Network:
-    """Connect this party with the others (`peers`: both) for one session; they may come before or after.
-
-    `say` gets a line about who is waited for, every few seconds. Without `trust` the connection
-    is neither encrypted nor authenticated. Raises PortInUse, PeerTimeout (after
-    `settings.timeouts.connect_s`), Mismatch, PeerLost or PeerFailed; everything is closed then.
-    """
-    network = open_network(rank, settings, ledger, say, peers, trust)
-    try:
-        network.wait()
-    except BaseException as error:
-        network.__exit__(type(error), error, None)
-        raise
-    return network
-
-
-def open_network(
-    rank: Rank,
-    settings: Settings,
-    ledger: Ledger,
-    say: Say = lambda text: None,
-    peers: Iterable[Rank] = Rank,
-    trust: Trust | None = None,
-) -> Network:
-    """A network for one session that listens already and has dialled nobody. Raises PortInUse."""
-    network = Network(rank, settings, ledger, peers, trust, say=say)
-    awaited = [peer for peer in network.links if not _dials(rank, peer)]
-    try:
-        if awaited:
-            listener = Listener(rank, settings, network, trust=trust, say=say)
-            network.on_close.append(listener.close)
-        if not awaited or (rank is Rank.SERVER and Rank.CLIENT not in awaited):
-            network.session = new_session()
-    except BaseException as error:
-        network.__exit__(type(error), error, None)
-        raise
-    return network
-
-
-def cannot_take_part(rank: Rank, settings: Settings, trust: Trust, reason: str, seconds: float) -> None:
-    """Tell the parties that wait for this one, as far as they can be reached within so many seconds."""
-    reason = reason[:REASON_CHARACTERS]
-    to_come = {peer for peer in Rank if _dials(peer, rank)}
-    came = Semaphore(0)
-
-    def refuse(frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        who = dict(context.invocation_metadata()).get(RANK_KEY)
-        peer = next((peer for peer in to_come if str(int(peer)) == who), None)
-        to_come.discard(peer)  # type: ignore[arg-type]
-        came.release()
-        context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"it cannot take part: {reason}")
-        raise AssertionError  # abort raises
-
-    def tell(peer: Rank) -> None:
-        about = ((RANK_KEY, str(int(rank))), (REASON_KEY, reason.encode()))
-        address = settings.addresses.of(peer)
-        with suppress(grpc.RpcError), trust.open(peer, address, options(rank, DIAL_OPTIONS)) as channel:
-            call = channel.stream_stream(f"/{SERVICE}/Connect")
-            next(call(iter(()), metadata=about, wait_for_ready=True, timeout=seconds), None)
-
-    limit = time.monotonic() + seconds
-    tellers = [Thread(target=tell, args=(peer,), daemon=True) for peer in Rank if _dials(rank, peer)]
-    for teller in tellers:
-        teller.start()
-    with suppress(MpcacheError):
-        server = _listen(rank, settings, refuse, 16, trust) if to_come else None
-        while to_come and came.acquire(timeout=max(0.0, limit - time.monotonic())):
-            pass
-        if server is not None:
-            server.stop(grace=0.5).wait(2.0)
-    for teller in tellers:
-        teller.join(max(0.0, limit - time.monotonic()))
-
-
-def _listen(
-    rank: Rank,
-    settings: Settings,
-    accept: Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]],
-    streams: int,
-    trust: Trust,
-) -> grpc.Server:
-    """Listen at this rank's address for up to so many streams. Raises PortInUse or ConfigError."""
-    address = settings.addresses.of(rank)
-    server = grpc.server(_Threads(), options=options(rank, LISTEN_OPTIONS), maximum_concurrent_rpcs=streams)
-    handler = grpc.stream_stream_rpc_method_handler(accept)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Connect": handler}),))
-    try:
-        trust.bind(server, address)
-    except RuntimeError:
-        raise _why_not(rank, address) from None
-    server.start()
-    return server
-
-
-def _dials(rank: Rank, peer: Rank) -> bool:
-    """Whether `rank` is the one that connects: the client to both, the server to the dealer."""
-    return rank is not peer and (peer is Rank.DEALER or rank is Rank.CLIENT)
-
-
-def _stranger_at(address: str) -> str | None:
-    """What is wrong with the program that listens there; None if it speaks HTTP/2, or nobody listens."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), PROBE_S) as probe:
-            probe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
-            frame = probe.recv(9)
-    except TimeoutError:
-        return "it does not answer"
-    except OSError:
-        return None
-    if not frame or frame[3:4] == b"\x04" or frame[:1] == b"\x15":  # SETTINGS, or an alert of TLS
-        return None
-    return "it does not speak gRPC"
-
-
-def _why_not(rank: Rank, address: str) -> MpcacheError:
-    """Why this address cannot be listened on: gRPC does not say, so ask the system."""
-    host, _, port = address.rpartition(":")
-    try:
-        family, kind, protocol, _, target = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(target)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            return ConfigError(f"{rank.label}: cannot listen on {address}: {error.strerror or error}")
-    return PortInUse(
-        f"{rank.label}: {address} is in use by another program, or by a {rank.label} that still runs; "
-        f"end it, or change addresses.{rank.label} in every party's config"
-    )
-
-
-class _Threads(futures.Executor):
-    """A daemon thread per call: the standard pool's threads would be waited for at exit."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> futures.Future[Any]:
-        future: futures.Future[Any] = futures.Future()
-
-        def run() -> None:
+    def _switch(self, queue: Queue, received: int) -> None:
+        """Send on a new stream from now on, first what the peer lacks. Raises Desync."""
+        with self._out:
             try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as error:
-                future.set_exception(error)
+                frames = self.sent.after(received)
+            except ValueError as wrong:
+                raise Desync(f"Desync: {self.peer.label} cannot go on: {wrong}") from None
+            if self._last_word is not None:
+                queue.put(self._last_word)
+            else:
+                queue.put(self._ack())  # the last one may have been lost
+                for frame in frames:
+                    queue.put(frame)
+                again = frames[: max(0, self._handed - received)]
+                self.ledger.resent_bytes += sum(map(len, again))
+                self._handed = received + len(frames)
+            self._queue = queue
 
-        Thread(target=run, daemon=True).start()
-        return future
+    # The side that dials.
+
+    def dial(self, open_stream: Dial, address: str) -> None:
+        """Keep a stream to the peer from now on; it may come up later."""
+        name = f"to-{self.peer.label}"
+        Thread(target=self._dialling, args=(open_stream, address), name=name, daemon=True).start()
+
+    def _dialling(self, open_stream: Dial, address: str) -> None:
+        limit: float | None = None  # while reconnecting
+        refusals = Refusals(address)
+        metadata: Metadata = ()
+        while not self._over:
+            queue: Queue = SimpleQueue()
+            call = open_stream(iter(queue.get, None), metadata)
+            with self._state:
+                self._stream += 1
+                stream, self._cancel = self._stream, call.cancel
+                if self._over:
+                    call.cancel()
+            watch = Timer(max(0.0, limit - time.monotonic()), call.cancel) if limit is not None else None
+            try:
+                if watch is not None:
+                    watch.start()
+                received = self._greet(call, queue, address)
+                self._switch(queue, received)
+                if watch is not None:
+                    watch.cancel()
+                    self._say(f"{self.me.label}: connected to {self.peer.label} again")
+                limit = None
+                self.connected.set()
+                if self._drain(call, stream, queue):
+                    self._end(self._failure)
+                    return
+            except LinkError as error:
+                self._end(error)
+                return
+            except Exception as broken:
+                fatal = self._failure or self._fatal(broken)
+                if fatal is not None:
+                    self._end(fatal)
+                    return
+            finally:
+                if watch is not None:
+                    watch.cancel()
+                queue.put(None)
+            if self.connected.is_set():
+                if self._last_word is not None:
+                    break
+                if limit is None:
+                    limit, refusals = self._broken(), Refusals(address)
+                elif refusals.gone():
+                    self._end(self._lost(address))
+                    return
+                if time.monotonic() >= limit:
+                    self._end(self._lost())
+                    return
+            metadata = ((RECEIVED_KEY, str(self._came)),)
+            time.sleep(AGAIN_AFTER_S)
+        self._end(None)
+
+    def _greet(self, call: Any, queue: Queue, address: str) -> int:
+        """Wait for the peer's metadata; return how many frames it has got. Raises what the call raises."""
+        metadata: Mapping[str, str] = dict(call.initial_metadata() or ())
+        rank = metadata.get(RANK_KEY)
+        if rank is None:  # refused or lost: let the stream say why
+            next(call)
+        if rank != str(int(self.peer)):
+            found = f"rank {rank} listens at {address}, where {self.me.label} expects {self.peer.label}"
+            self._fail_all(Mismatch(f"Mismatch: {found}; check `addresses` in the config"))
+            self._queue = queue  # for the reason, which `close` sends
+            self.connected.set()
+            for _ in call:
+                pass
+            raise self._failure or self._lost()
+        return count_of(metadata.get(RECEIVED_KEY))
+
+    def _fatal(self, broken: Exception) -> LinkError | None:
+        """Return what a stream ended with; None if it is worth another attempt."""
+        code = broken.code() if isinstance(broken, grpc.RpcError) and hasattr(broken, "code") else None
+        if code is grpc.StatusCode.FAILED_PRECONDITION:
+            return PeerFailed(f"{self.peer.label} refused: {broken.details()}")  # type: ignore[attr-defined]
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            where = f"the address of {self.peer.label}"
+            return Mismatch(f"Mismatch: what listens at {where} is not an mpcache party; check `addresses`")
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Desync(f"Desync: a frame between {self.me.label} and {self.peer.label} is too large")
+        return None
+
+    # The side that listens.
+
+    def accept(
+        self, frames: Iterator[bytes], context: grpc.ServicerContext, received: int, beacon: str | None
+    ) -> Iterator[bytes]:
+        """Take a stream from the peer, which has got `received` frames; return what to send. Raises Desync.
+
+        beacon: HOST:PORT where it says that it lives.
+        """
+        queue: Queue = SimpleQueue()
+        with self._state:
+            self._stream += 1
+            stream, came = self._stream, self._came
+            self._cancel()  # the stream before this one, if it is not known to be broken
+            self._cancel = context.cancel
+            self._state.notify_all()
+            if self._queue is not None:
+                self._queue.put(None)
+        context.send_initial_metadata(((RANK_KEY, str(int(self.me))), (RECEIVED_KEY, str(came))))
+        self._switch(queue, received)
+        if stream > 1:
+            self._say(f"{self.me.label}: {self.peer.label} is connected again")
+        Thread(
+            target=self._serving, args=(frames, stream, queue), name=f"from-{self.peer.label}", daemon=True
+        ).start()
+        self.connected.set()
+        self._beacon = None
+        if beacon is not None:
+            Thread(target=self._see, args=(beacon,), daemon=True).start()
+        return iter(queue.get, None)
+
+    def _see(self, beacon: str) -> None:
+        """Remember a beacon that can be reached now: any other would tell nothing later."""
+        if listens(beacon):
+            self._beacon = beacon
+
+    def _serving(self, frames: Iterator[bytes], stream: int, queue: Queue) -> None:
+        error: LinkError | None = None
+        try:
+            ended = self._drain(frames, stream, queue) or self._closed
+        except Exception:  # gRPC's server side raises bare exceptions
+            ended = self._last_word is not None
+        queue.put(None)
+        if not ended:
+            error = self._await(stream)
+        if stream == self._stream:
+            self._end(self._failure or error)
+
+    def _await(self, stream: int) -> PeerLost:
+        """Wait for a stream in place of this one; return what there is to say if none has come."""
+        limit, refusals = self._broken(stream), Refusals(self._beacon)
+        while (left := limit - time.monotonic()) > 0:
+            with self._state:
+                if self._state.wait_for(lambda: self._stream != stream or self._over, min(left, ASK_EVERY_S)):
+                    break
+            if refusals.gone():
+                return self._lost(refusals.address)
+        return self._lost()
+
+    # Both.
+
+    def _drain(self, frames: Iterator[bytes], stream: int, queue: Queue) -> bool:
+        """Take in what comes until the session ends here; False if the stream does without a word."""
+        for data in frames:
+            with self._state:
+                if stream != self._stream:  # a newer stream has gone on from where this one was
+                    return True
+                if self.arrived(data):
+                    continue
+            if self._peer_ended:
+                queue.put(None)
+            elif not self._closed and self._failure is not None:
+                self._fail_all(self._failure)  # refused; `close` will tell the peer why
+            for data in frames:  # until the peer, too, has got everything
+                del data  # before the next one is read
+            return True
+        return False
+
+    def _broken(self, stream: int = 0) -> float:
+        """Say that a stream broke, unless the session ends anyway.
+
+        Returns until when the peer may come back, as a monotonic time.
+        """
+        if not self._closed and not self._over and stream in (0, self._stream):
+            wait = f"waiting up to {self._reconnect_s:g} s for it to come back"
+            self._say(f"{self.me.label}: lost the connection to {self.peer.label}; {wait}")
+        return time.monotonic() + self._reconnect_s
+
+    def _lost(self, refused: str | None = None) -> PeerLost:
+        """Return the error for a peer that is gone. refused: where nobody listens any more."""
+        what = "its process or the connection ended"
+        if refused is not None:
+            what = f"its process is gone: nobody listens at {refused}"
+        return PeerLost(f"lost {self.peer.label}: {what}; see its own output")
+
+    def _end(self, error: LinkError | None) -> None:
+        if error is not None and not self._closed:
+            self._fail_all(error)
+        with self._state:
+            self._over = True
+            self._state.notify_all()
+            queue = self._queue
+        if queue is not None:
+            queue.put(None)  # both directions end together
+        self._ended.set()
+
+    # Closing.
+
+    def close(self, reason: str = "") -> None:
+        """End the link, and wait for the peer to take everything: a short time when there is a reason."""
+        if not self._closed:
+            self.say_end(reason)
+            self.finish(time.monotonic() + (ABORT_LINGER_S if reason else self.timeout_s))
+
+    def say_end(self, reason: str) -> None:
+        """Do the first half of `close`: what was queued need not arrive before a reason."""
+        if self._closed:
+            return
+        if reason and (queue := self._queue) is not None:
+            try:
+                while True:
+                    queue.get_nowait()
+            except Empty:
+                pass
+        super().close(reason)
+
+    def _abort(self, data: bytes) -> None:
+        with self._out:
+            self._last_word = data
+            self._carry(data)
+
+    def finish(self, deadline: float) -> None:
+        """Do the second half of `close`: wait for the peer to end its side, until a monotonic time."""
+        if self.connected.is_set():
+            self._ended.wait(max(0.0, deadline - time.monotonic()))
+        with self._state:
+            self._over = True
+            self._state.notify_all()
+            queue, cancel = self._queue, self._cancel
+        if queue is not None:
+            queue.put(None)
+        if not self._ended.is_set():
+            cancel()

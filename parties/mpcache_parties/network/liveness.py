@@ -1,4 +1,4 @@
-"""Whether a peer's process is gone or its network is cut: its host knows.
+"""Tell whether a peer's process is gone or its network is cut: its host knows.
 
 A host refuses connections to a port where nobody listens. A network that is cut does not: it is silent,
 or closes what it takes. So a peer whose host refuses is dead and nobody waits for it; all else is waited
@@ -22,12 +22,17 @@ ANSWER_S = 0.5  # a refusal is one round trip; a later one is taken for silence
 
 
 class Beacon:
-    """A port that tells that this process lives. Nothing is accepted there, read or sent: the operating
-    system's own answer is all, and it ends with the process."""
+    """A port that tells that this process lives.
+
+    Nothing is accepted there, read or sent: the operating system's own answer is all, and it ends with the
+    process.
+    """
 
     def __init__(self, address: str) -> None:
-        """address: HOST:PORT of the peer that may ask; no other interface of this host answers. OSError
-        when there is none."""
+        """Open the port for the peer at `address`, HOST:PORT; no other interface of this host answers.
+
+        Raises OSError when there is none.
+        """
         host, port = _parts(address)
         family, *_, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -41,7 +46,7 @@ class Beacon:
 
 
 def beacon_at(caller: str, port: str | None) -> str | None:
-    """HOST:PORT of a beacon, from gRPC's name of the caller; None without a host or a port.
+    """Return HOST:PORT of a beacon, from gRPC's name of the caller; None without a host or a port.
 
     The host is the caller's own, whatever it says: nobody is sent to ask somewhere else.
     """
@@ -51,7 +56,7 @@ def beacon_at(caller: str, port: str | None) -> str | None:
 
 
 def listens(address: str) -> bool | None:
-    """Whether someone does at HOST:PORT; None if that cannot be told within ANSWER_S."""
+    """Return whether someone listens at HOST:PORT; None if that cannot be told within ANSWER_S."""
     try:
         socket.create_connection(_parts(address), ANSWER_S, all_errors=True).close()
     except OSError:  # the name of the host cannot be resolved
@@ -70,8 +75,10 @@ class Refusals:
         self._next = 0.0
 
     def gone(self) -> bool:
-        """Whether it has been refused all the time for GONE_S. Asks at most every ASK_EVERY_S, and blocks
-        for ANSWER_S at most for each address of the host."""
+        """Return whether connections have been refused all the time for GONE_S.
+
+        Asks at most every ASK_EVERY_S, and blocks for ANSWER_S at most for each address of the host.
+        """
         now = time.monotonic()
         if self.address is None or now < self._next:
             return False

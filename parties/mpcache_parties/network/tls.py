@@ -1,4 +1,4 @@
-"""Mutual TLS between parties: each shows its certificate, each takes the pinned ones and no other.
+"""Authenticate parties by mutual TLS: each shows its certificate and takes the pinned ones and no other.
 
 gRPC's TLS knows the pinned certificates as its only roots. Which of them belongs to which rank is
 checked once more: the listener compares a caller's certificate with those of the rank that it claims,
@@ -22,7 +22,7 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from mpcache.certificates import Identity, certificates_in, fingerprint, host_of, rank_of, short
+from mpcache.certificates import Identity, certificates_in, fingerprint, host_of, rank_of, short_fingerprint
 from mpcache.config import Settings
 from mpcache.errors import ConfigError
 from mpcache.rank import Rank
@@ -34,7 +34,7 @@ STRANGER_TRIES = 2  # a single connection without a call may have been a look
 
 @dataclass(frozen=True)
 class Credentials:
-    """This party's identity, where its files lie, and whom it takes for whom."""
+    """A party's identity, where its files lie, and whom it takes for whom."""
 
     own: Identity
     folder: Path
@@ -59,7 +59,7 @@ class Trust:
         return self._credentials is not None
 
     def open(self, peer: Rank, address: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
-        """A channel to a peer that listens; nothing is sent to anyone else."""
+        """Return a channel to a peer that listens; nothing is sent to anyone else."""
         if self._credentials is None:
             channel = grpc.insecure_channel(address, options=options)
         else:
@@ -85,7 +85,7 @@ class Trust:
         server.add_secure_port(address, grpc.dynamic_ssl_server_credentials(pair, connected, True))
 
     def refusal(self, claimed: Rank, context: grpc.ServicerContext) -> str | None:
-        """Why this caller is not who it says; None if it is, or if there is no TLS."""
+        """Say why this caller is not who it claims to be; None if it is, or if there is no TLS."""
         self._calls += 1
         if self._credentials is None:
             return None
@@ -97,12 +97,12 @@ class Trust:
         return self._difference(claimed, shown)
 
     def strangers(self) -> bool:
-        """Whether someone has tried to connect here who has no pinned certificate or wants another."""
+        """Return whether someone tried to connect who has no pinned certificate, or wants another of us."""
         tried = self._connections - self._calls >= STRANGER_TRIES
         return tried and time.monotonic() - self._latest >= STRANGER_AFTER_S
 
     def look(self, peer: Rank, address: str) -> str | None:
-        """Why the connection to a listening peer does not come about; None while it may yet come.
+        """Say why the connection to a listening peer does not come about; None while it may yet come.
 
         Blocks for a few seconds at most, and connects only if gRPC has just failed to. Tells what it
         found the second time: one that has just begun to listen needs as many connections to see us.
@@ -140,7 +140,9 @@ class Trust:
             if self._credentials is None:
                 return None
             return f"what listens at {address} does not speak TLS; start {peer.label} with --identity DIR"
-        mine = short(fingerprint(x509.load_pem_x509_certificate(self._credentials.own.certificate)))
+        mine = short_fingerprint(
+            fingerprint(x509.load_pem_x509_certificate(self._credentials.own.certificate))
+        )
         own = self._credentials.own.rank.label
         return f"{peer.label} at {address} refuses {own}'s certificate {mine}; pin it there, for {own}"
 
@@ -156,8 +158,8 @@ class Trust:
             whose = f"the {owner.label}'s certificate"
         elif named is not None:
             whose = f"a certificate for {named.label} that is not pinned"
-        prints = " or ".join(short(fingerprint(each)) for each in pinned)
-        found = f"{whose} is shown ({short(fingerprint(shown))})"
+        prints = " or ".join(short_fingerprint(fingerprint(each)) for each in pinned)
+        found = f"{whose} is shown ({short_fingerprint(fingerprint(shown))})"
         return f"{found}, not the {claimed.label}'s ({prints}); check --identity and `certificates`"
 
 
@@ -187,12 +189,12 @@ def _pem(certificates: Sequence[x509.Certificate]) -> bytes:
 
 
 def pins_of(settings: Settings) -> dict[Rank, list[x509.Certificate]]:
-    """The certificates that the config pins."""
+    """Return the certificates that the config pins, by rank."""
     return {rank: certificates_in(settings.certificates.of(rank)) for rank in Rank}
 
 
 def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> Trust:
-    """This party's trust, from its identity folder and the config's pins.
+    """Read a party's trust from its identity folder and the config's pins.
 
     Raises ConfigError: pins without an identity or the reverse, a certificate that is pinned for
     another rank, or an address of another host without TLS unless `insecure`.
@@ -211,7 +213,7 @@ def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> 
         raise ConfigError(f"no certificate is pinned for {' and '.join(missing)}; run {what}")
     mine = x509.load_pem_x509_certificate(own.certificate)
     if mine not in pins[me]:
-        found = short(fingerprint(mine))
+        found = short_fingerprint(fingerprint(mine))
         raise ConfigError(
             f"{Identity.files(folder, me)[1]}: is {found}, the config pins another for {me.label}; "
             "use the pinned identity, or pin this one in every party's config"

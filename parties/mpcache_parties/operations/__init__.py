@@ -1,1 +1,1 @@
-"""TODO"""
+"""What a party shows: its words, its log, its metrics and its health."""

@@ -1,7 +1,7 @@
-"""What a party shows its operator: metrics for Prometheus, and gRPC's standard health service.
+"""Show a party's metrics to Prometheus: rounds, bytes, tokens, phases, memory.
 
-Both answer in the open, so they are bound to this machine unless told otherwise, and neither knows
-more than `mpcache_parties.operations.status`: public sizes.
+They answer in the open, so they are bound to this machine unless told otherwise, and know no more than
+`mpcache_parties.operations.status`: public sizes.
 """
 
 from __future__ import annotations
@@ -9,52 +9,32 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import BoundedSemaphore, Thread
 from typing import Any
 
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from mpcache.errors import BadInput, PortInUse
-from mpcache_parties.network.grpc_link import SERVICE
+from mpcache.errors import PortInUse
+from mpcache_parties.operations.address import host_and_port
 from mpcache_parties.operations.status import PartyStatus
 
-HERE = "127.0.0.1"
 REQUEST_S = 10.0  # longest silence of a caller in the middle of its request for metrics
 CALLERS = 16  # for metrics, at once: each has a thread
-REQUEST_BYTES = 4 << 10  # of a question for health: a service's name
 
 
-@contextmanager
-def operated(board: PartyStatus, metrics: str | None, health: str | None) -> Iterator[PartyStatus]:
-    """The board, shown at [HOST:]PORT where asked for; not ready any more when the party ends."""
-    with ExitStack() as stack:
-        if metrics is not None:
-            stack.callback(show_metrics(board, metrics))
-        if health is not None:
-            stack.callback(show_health(board, health))
-        try:
-            yield board
-        finally:
-            board.be_ready(False)
+class PartyMetrics(Collector):
+    """A party's status as Prometheus reads it."""
 
-
-class Metrics(Collector):
-    """A board as Prometheus reads it."""
-
-    def __init__(self, board: PartyStatus) -> None:
-        self._board = board
+    def __init__(self, status: PartyStatus) -> None:
+        self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        board, totals = self._board, self._board.totals()
-        label = board.rank.label
+        status, totals = self._status, self._status.totals()
+        label = status.rank.label
         simple = (
             ("rounds", "Waits for a message of the other computing party.", totals.traffic.rounds),
             ("wire_bytes", "Bytes on the links with framing, both directions.", totals.wire_bytes),
@@ -72,21 +52,23 @@ class Metrics(Collector):
             payload.add_metric([label, "offline", direction], getattr(totals.traffic, f"offline_{direction}"))
         yield payload
         phase = GaugeMetricFamily("mpcache_phase", "Sessions in each phase.", labels=["party", "phase"])
-        for name, count in board.phases().items():
+        for name, count in status.phases().items():
             phase.add_metric([label, name], count)
         yield phase
         ended = CounterMetricFamily("mpcache_sessions", "Ended sessions.", labels=["party", "outcome"])
-        for name, count in board.ended.items():
+        for name, count in status.ended.items():
             ended.add_metric([label, name], count)
         yield ended
         ready = GaugeMetricFamily("mpcache_ready", "1: serving; 0: starting or ending.", labels=["party"])
-        ready.add_metric([label], int(board.ready))
+        ready.add_metric([label], int(status.ready))
         yield ready
 
 
 class _Page(BaseHTTPRequestHandler):
-    """Every GET gets all metrics as text, whatever else it asks for: prometheus_client's own server raises
-    on an odd `Accept`."""
+    """Every GET gets all metrics as text, whatever else it asks for.
+
+    prometheus_client's own server raises on an odd `Accept`.
+    """
 
     server: _Pages
     timeout = REQUEST_S
@@ -107,7 +89,7 @@ class _Pages(ThreadingHTTPServer):
     """Serves metrics. A caller that goes away in the middle is no fault of this party's."""
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
-        """Raises OSError."""
+        """Listen at this address. Raises OSError."""
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family = found[0][0]
         self.registry = registry
@@ -131,11 +113,11 @@ class _Pages(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def show_metrics(board: PartyStatus, place: str) -> Callable[[], None]:
+def show_metrics(status: PartyStatus, place: str) -> Callable[[], None]:
     """Serve `/metrics` at [HOST:]PORT; the result ends it. Raises BadInput or PortInUse."""
-    host, port = where("--metrics", place)
+    host, port = host_and_port("--metrics", place)
     registry = CollectorRegistry()
-    registry.register(Metrics(board))
+    registry.register(PartyMetrics(status))
     ProcessCollector(registry=registry)  # memory and CPU time of this process
     try:
         server = _Pages(host, port, registry)
@@ -150,49 +132,3 @@ def show_metrics(board: PartyStatus, place: str) -> Callable[[], None]:
         thread.join(2.0)
 
     return end
-
-
-class _Health(health.HealthServicer):
-    """The standard one keeps every name that was ever watched; this one keeps its own two."""
-
-    def SessionStatus(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
-        if request.service in (health.OVERALL_HEALTH, SERVICE):
-            return super().SessionStatus(request, context, send_response_callback)
-        status = health_pb2.HealthCheckResponse
-        send_response_callback(status(status=status.SERVICE_UNKNOWN))
-        send_response_callback(None)  # the end: it will never be known
-        return None
-
-
-def show_health(board: PartyStatus, place: str) -> Callable[[], None]:
-    """Answer grpc.health.v1.Health at [HOST:]PORT: SERVING while the board is ready, else NOT_SERVING.
-
-    The result ends it. Raises BadInput or PortInUse.
-    """
-    host, port = where("--health", place)
-    servicer = _Health()
-
-    def show(ready: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        for service in (health.OVERALL_HEALTH, SERVICE):
-            servicer.set(service, status.SERVING if ready else status.NOT_SERVING)
-
-    show(board.ready)
-    board.on_ready.append(show)
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES)]
-    server = grpc.server(ThreadPoolExecutor(2), options=options, maximum_concurrent_rpcs=8)
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    try:
-        server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError:
-        raise PortInUse(f"--health {place}: cannot listen there; is the port in use?") from None
-    server.start()
-    return lambda: server.stop(None).wait(2.0)
-
-
-def where(flag: str, place: str) -> tuple[str, int]:
-    """[HOST:]PORT in parts. Raises BadInput."""
-    host, _, port = place.rpartition(":")
-    if not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
-        raise BadInput(f"{flag} is {place!r}; give PORT or HOST:PORT with a port from 1 to 65535")
-    return host or HERE, int(port)

@@ -1,19 +1,36 @@
-"""How far a party is: what its log, its metrics and its health answer from. Public sizes only."""
+"""Hold how far a party is: what its log, its metrics and its health answer from. Public sizes only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from threading import Lock
 
 from mpcache.answer import Observer
 from mpcache.ledger import Entry, Ledger
 from mpcache.rank import Rank
-from mpcache_parties.operations.logs import Log
+from mpcache_parties.operations.logs import Log, LogLevel
 
-# Of a session. What comes before (start) and after (close) is the party's.
-PHASES = ("connect", "hello", "setup", "context", "question", "decode", "close")
+
+class SessionPhase(StrEnum):
+    """How far a session is. What comes before it (start) and after it (the end) is the party's."""
+
+    CONNECT = "connect"
+    HELLO = "hello"
+    SETUP = "setup"
+    CONTEXT = "context"
+    QUESTION = "question"
+    DECODE = "decode"
+    CLOSE = "close"
+
+
+class Outcome(StrEnum):
+    """How a session has ended."""
+
+    DONE = "done"
+    FAILED = "failed"
 
 
 @dataclass
@@ -36,22 +53,22 @@ class SessionStatus(Observer):
     """One session, from its own thread's view; others only read."""
 
     def __init__(self, ledger: Ledger | None = None, log: Log | None = None) -> None:
-        self.phase = PHASES[0]
+        self.phase = SessionPhase.CONNECT
         self.totals = Totals()
         self._ledger = ledger or Ledger()
         self._log = log or Log("")
 
-    def reached(self, phase: str) -> None:
-        """The session is in this one of PHASES now."""
+    def reached(self, phase: SessionPhase) -> None:
+        """Note that the session is in this phase now."""
         self.phase = phase
-        self._log("phase", "debug", phase=phase)
+        self._log("phase", LogLevel.DEBUG, phase=phase)
 
     def began(self, name: str) -> None:
-        """A phase of the program: setup, context, question, decode1, ..."""
-        self.reached("decode" if name.startswith("decode") else name)
+        """Note that a phase of the program begins: setup, context, question, decode1, ..."""
+        self.reached(SessionPhase.DECODE if name.startswith("decode") else SessionPhase(name))
 
     def ended(self, name: str, ms: float) -> None:
-        """It took so long. Its traffic is counted now, with what was said before it began."""
+        """Count a phase that took `ms`, and its traffic, with what was said before it began."""
         totals, ledger = self.totals, self._ledger
         if name == "setup":
             spent = ledger.total()
@@ -65,7 +82,7 @@ class SessionStatus(Observer):
         self._log("token" if tokens else "done", step=name, ms=round(ms, 3), values=asdict(spent))
 
     def waited(self, seconds: float) -> None:
-        """For the dealer."""
+        """Count a wait for the dealer."""
         self.totals.dealer_wait_s += seconds
 
 
@@ -80,7 +97,7 @@ class PartyStatus:
         self.rank, self.log = rank, log or Log("")
         self.ready = False
         self.on_ready: list[Callable[[bool], None]] = []
-        self.ended: dict[str, int] = {"done": 0, "failed": 0}  # sessions
+        self.ended = dict.fromkeys(Outcome, 0)  # sessions
         self._now: list[SessionStatus] = []
         self._past = Totals()
         self._lock = Lock()
@@ -92,28 +109,28 @@ class PartyStatus:
 
     @contextmanager
     def session(self, ledger: Ledger) -> Iterator[SessionStatus]:
-        """A session as long as it lasts; one that ends with an error counts as failed."""
-        watch, outcome = SessionStatus(ledger, self.log), "failed"
+        """Show a session as long as it lasts; one that ends with an error counts as failed."""
+        status, outcome = SessionStatus(ledger, self.log), Outcome.FAILED
         with self._lock:
-            self._now.append(watch)
+            self._now.append(status)
         try:
-            yield watch
-            outcome = "done"
+            yield status
+            outcome = Outcome.DONE
         finally:
             with self._lock:
-                self._now.remove(watch)
-                self._past.add(watch.totals)
+                self._now.remove(status)
+                self._past.add(status.totals)
                 self.ended[outcome] += 1
 
     def totals(self) -> Totals:
         totals = Totals()
         with self._lock:
-            for part in (self._past, *(watch.totals for watch in self._now)):
+            for part in (self._past, *(status.totals for status in self._now)):
                 totals.add(part)
         return totals
 
-    def phases(self) -> dict[str, int]:
-        """How many sessions are in each phase now."""
+    def phases(self) -> dict[SessionPhase, int]:
+        """Count the sessions that are in each phase now."""
         with self._lock:
-            now = [watch.phase for watch in self._now]
-        return {phase: now.count(phase) for phase in PHASES}
+            now = [status.phase for status in self._now]
+        return {phase: now.count(phase) for phase in SessionPhase}

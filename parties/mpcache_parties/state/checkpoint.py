@@ -1,9 +1,9 @@
-"""What one party keeps of a session, so that the session can be resumed.
+"""Keep one party's part of a session, so that the session can be resumed.
 
-Each party writes its own shares and nothing else (parties/store.py); no seed and no mask that is still to
-be used is ever on disk. On resuming the parties tell each other which steps they hold, and of which run;
-all load the last one that all three hold, forget what comes after it, and go on with new streams from new
-seeds (docs/threat-model.md).
+Each party writes its own shares and nothing else (`mpcache_parties.state.store`); no seed and no mask that
+is still to be used is ever on disk. On resuming the parties tell each other which steps they hold, and of
+which run; all load the last one that all three hold, forget what comes after it, and go on with new streams
+from new seeds (docs/threat-model.md).
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from mpcache.errors import BadInput, Desync, InUse, StateError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.report.account import Phase, phases_of
-from mpcache.transport.link import Link
-from mpcache_parties.handshake import AS_CLIENT, KEPT, NONE, RESUMED
+from mpcache.transport.link import Links
+from mpcache_parties.handshake import KeepMode
 from mpcache_parties.state import snapshot
 from mpcache_parties.state.store import KEPT_STEPS, Files, Store, check_name
 
 LOOK_EVERY_S = 0.1  # whether a session that is to be resumed has been let go of
 
-Links = Mapping[Rank, Link]
-
 
 @dataclass
-class Snapshot:
+class Checkpoint:
     """A party's session after `step` chunks. own: what only this party's program needs to go on."""
 
     step: int
@@ -73,20 +71,24 @@ class Checkpointer:
     _seen: int = 0  # of the ledger's steps
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> KeepMode:
         """Public: what this party's Hello says of keeping the session."""
         if self.store is None:
-            return NONE
-        return AS_CLIENT if self.serving else RESUMED if self.resume else KEPT
+            return KeepMode.NONE
+        if self.serving:
+            return KeepMode.AS_CLIENT
+        return KeepMode.RESUMED if self.resume else KeepMode.KEPT
 
     @property
     def last(self) -> int | None:
-        """The last step that is on disk; None before a session has begun, or has been resumed: who is
-        refused is told why, and not to try the same again."""
+        """The last step that is on disk; None before a session has begun, or has been resumed.
+
+        A party that is refused before that is told why, and not to try the same again.
+        """
         return max(self._files.steps(), default=None) if self._files is not None and self._run else None
 
     def check(self) -> None:
-        """Before anything is connected. Raises BadInput if there is nothing to resume."""
+        """Check, before anything is connected, that there is a session to resume. Raises BadInput."""
         if self.store is not None and self.resume and not self.store.sessions():
             raise BadInput(
                 f"{self.store.rank.label}: no session to resume in {self.store.folder}; it has ended, or "
@@ -94,15 +96,17 @@ class Checkpointer:
             )
 
     def heard(self, modes: Mapping[Rank, str]) -> None:
-        """What the other parties' Hellos say, which agrees with this one's: one that serves goes by the
-        client."""
-        self.alone = all(mode == AS_CLIENT for mode in modes.values())
-        if self.serving:
-            self.resume = modes[Rank.CLIENT] == RESUMED
-            self.store = self.store if modes[Rank.CLIENT] != NONE else None
+        """Take note of what the other parties' Hellos say, which agrees with this one's.
 
-    def meet(self, links: Links, identity: Mapping[str, str]) -> Snapshot | None:
-        """The last step that all three hold, loaded; None for a new session.
+        A party that serves goes by the client.
+        """
+        self.alone = all(mode == KeepMode.AS_CLIENT for mode in modes.values())
+        if self.serving:
+            self.resume = modes[Rank.CLIENT] == KeepMode.RESUMED
+            self.store = self.store if modes[Rank.CLIENT] != KeepMode.NONE else None
+
+    def meet(self, links: Links, identity: Mapping[str, str]) -> Checkpoint | None:
+        """Load the last step that all three hold; None for a new session.
 
         Raises StateError: another model, config or question than in the first run; no common step; a
         file that does not open; a session that is not there, or still runs. Raises Desync if the peers send
@@ -138,7 +142,7 @@ class Checkpointer:
         return found
 
     def _open(self, store: Store, name: str) -> Files:
-        """The session that the client names, as soon as nobody else has it open."""
+        """Open the session that the client names, as soon as nobody else has it open."""
         who, limit = store.rank.label, time.monotonic() + self.patience
         while name in store.sessions():
             try:
@@ -153,8 +157,8 @@ class Checkpointer:
         why = "is not there any more: it has ended, or made room for newer ones; start without --resume"
         raise StateError(f"{who}: the session kept as {name:.8} {why}", private=False)
 
-    def _load(self, step: int, identity: Mapping[str, str]) -> Snapshot:
-        """That step, with what the party itself knew last; later steps are forgotten."""
+    def _load(self, step: int, identity: Mapping[str, str]) -> Checkpoint:
+        """Load that step, with what the party itself knew last; later steps are forgotten."""
         assert self._files is not None
         files, newest = self._files, max(self._files.steps())
         base = files.read(0, files.run(0))
@@ -171,10 +175,10 @@ class Checkpointer:
             files.forget_after(step)
         self._phases = {name: Phase(**phase) for name, phase in last["phases"].items()}
         self._earlier_wire_bytes = last["wire_bytes"]
-        return Snapshot(step, base["facts"], base["operands"], last["cache"], base["own"] | last["own"])
+        return Checkpoint(step, base["facts"], base["operands"], last["cache"], base["own"] | last["own"])
 
     def _same(self, then: Mapping[str, str], now: Mapping[str, str]) -> None:
-        """Raises StateError with the first difference."""
+        """Compare what a session was begun with. Raises StateError with the first difference."""
         assert self._files is not None
         for name in sorted({*then, *now}):
             if then.get(name) != now.get(name):
@@ -189,8 +193,10 @@ class Checkpointer:
         self, identity: Mapping[str, str], facts: Mapping[str, Any],
         session: TimedSession, ledger: Ledger, own: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        """The context has been read: the first checkpoint of a new session. Raises Desync if it has the
-        name of one that is kept; StateError."""
+        """Write the first checkpoint of a new session, whose context has been read.
+
+        Raises Desync if it has the name of one that is kept; StateError.
+        """
         if self.store is None:
             return
         if self.serving:  # so at most twice `serving` are on disk: these, and those that run
@@ -204,7 +210,7 @@ class Checkpointer:
         self._write(0, whole, session, ledger, own, None)
 
     def token(self, session: TimedSession, ledger: Ledger, own: Mapping[str, Any]) -> None:
-        """A chunk has been taken in."""
+        """Write a checkpoint after a chunk. Raises StateError."""
         if self._files is not None:
             self._write(session.chunks, {}, session, ledger, own, self._base)
 
@@ -223,13 +229,13 @@ class Checkpointer:
         self.ms.append(1000 * (time.perf_counter() - start))
 
     def close(self) -> None:
-        """What is on disk stays, for `--resume`."""
+        """Let go of the session; what is on disk stays, for `--resume`."""
         if self._files is not None:
             self._files.close()
             self._files = None
 
     def end(self, links: Links) -> None:
-        """The client has the whole answer: all hear it from the client and forget the session."""
+        """Forget the session: all hear from the client that it has the whole answer. Raises Desync."""
         if self._files is None:
             return
         if self._files.store.rank is Rank.CLIENT:
@@ -243,14 +249,15 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------- account
 
     def phases(self, ledger: Ledger, session: TimedSession) -> dict[str, Phase]:
-        """All phases of the session, those before it was interrupted too."""
+        """Return all phases of the session, those before it was interrupted too."""
         return self._phases | self._since_then(ledger, session)
 
     def wire_bytes(self, ledger: Ledger) -> int:
+        """Return the bytes on the links with framing, those before the session was interrupted too."""
         return ledger.wire_bytes + self._earlier_wire_bytes
 
     def _since_then(self, ledger: Ledger, session: TimedSession) -> dict[str, Phase]:
-        """Phases that began after the last call: a long session's ledger is not gone through every time."""
+        """Return phases that began after the last call: it does not go through a whole ledger every time."""
         new = {name: ms for name, ms in session.ms.items() if name not in self._phases}
         steps = islice(ledger.steps.items(), self._seen, None)
         self._seen = len(ledger.steps)
@@ -258,7 +265,7 @@ class Checkpointer:
 
 
 def _steps_of(facts: Mapping[str, Any], peer: Rank) -> dict[int, str]:
-    """A peer's steps and the runs they are of. Raises Desync."""
+    """Return a peer's steps and the runs they are of. Raises Desync."""
     steps = facts.get("steps")
     if isinstance(steps, list) and all(map(_is_step, steps)):
         found = dict(steps)
@@ -268,7 +275,7 @@ def _steps_of(facts: Mapping[str, Any], peer: Rank) -> dict[int, str]:
 
 
 def _is_step(pair: Any) -> bool:
-    """Whether this is a step's number and its run."""
+    """Return whether this is a step's number and its run."""
     if not isinstance(pair, list) or len(pair) != 2:
         return False
     return type(pair[0]) is int and pair[0] >= 0 and isinstance(pair[1], str)

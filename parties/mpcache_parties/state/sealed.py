@@ -1,4 +1,6 @@
-"""Files that only their owner can read and nobody can change unseen: AES-256-GCM, whole or not at all.
+"""Seal files: only their owner can read them and nobody can change them unseen (AES-256-GCM).
+
+A file is there as a whole or not at all.
 
 A sealed file is a header in the clear and a body in chunks:
 
@@ -27,7 +29,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpcache.errors import InUse, StateError
 
-VERSION = 1
+VERSION = 2  # 1: before the classes in a checkpoint took the names that they have now
 MAGIC = b"mpcache" + bytes([VERSION])
 KEY_BYTES = 32
 SALT_BYTES = 32
@@ -38,7 +40,7 @@ PARTIAL = ".partial"  # the end of the name of a file that is being written
 
 
 def load_key(file: Path) -> bytes:
-    """The owner's key; a new one, from the operating system and for the owner's eyes only, if there is none.
+    """Read the owner's key; make one, from the operating system and for the owner alone, if there is none.
 
     Raises StateError on a key that others may read, or that is none.
     """
@@ -59,8 +61,8 @@ def load_key(file: Path) -> bytes:
     return key
 
 
-def write(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[bytes | memoryview]) -> int:
-    """Seal a body; its size on disk in bytes. Afterwards the file is there as a whole, on the disk itself.
+def seal(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[bytes | memoryview]) -> int:
+    """Seal a body; return its size on disk in bytes. Afterwards the file is there as a whole, on the disk.
 
     header: JSON values, readable by all. Raises StateError when it cannot be written (a full disk, no
     permission); nothing of it is left then, and an older file of that name is as it was.
@@ -89,13 +91,13 @@ def write(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[byte
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """What a sealed file says of itself. Not authenticated: `read` does that. Raises StateError."""
+    """Read what a sealed file says of itself. Not authenticated: `unseal` does that. Raises StateError."""
     with telling(f"{file}: cannot be read"), open(file, "rb") as source:
         return _read_front(source, file)[0]
 
 
-def read(file: Path, key: bytes, expected: Mapping[str, Any]) -> bytearray:
-    """The body of a sealed file whose header says what is expected.
+def unseal(file: Path, key: bytes, expected: Mapping[str, Any]) -> bytearray:
+    """Read the body of a sealed file whose header says what is expected.
 
     Raises StateError, which names the first header field that differs, or says that the file is
     damaged, was changed, or belongs to another key.
@@ -132,15 +134,15 @@ def clear_partial(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder for the owner alone. Raises StateError."""
+    """Make a folder for the owner alone. Raises StateError."""
     with telling(f"{folder}: no folder can be made here"):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def lock(folder: Path, what: str) -> int:
-    """A descriptor that keeps everybody else away from this folder as long as it is open: other processes,
-    and other threads of this one, for each call opens the folder anew.
+    """Keep everybody else away from this folder as long as the returned descriptor is open.
 
+    Everybody else: other processes, and other threads of this one, for each call opens the folder anew.
     Raises InUse if somebody is there already; `what`: what both want.
     """
     with telling(f"{folder}: cannot be used"):
@@ -154,14 +156,14 @@ def lock(folder: Path, what: str) -> int:
 
 
 def to_disk(folder: Path) -> None:
-    """Names in this folder that were added, changed or removed stay so, whatever happens next."""
+    """Make names in this folder that were added, changed or removed stay so, whatever happens next."""
     with telling(f"{folder}: cannot be written"):
         _to_disk_folder(folder)
 
 
 @contextmanager
 def telling(what: str) -> Iterator[None]:
-    """Turns the system's errors into one line: what could not be done, why, and what to do."""
+    """Turn the system's errors into one line: what could not be done, why, and what to do."""
     try:
         yield
     except FileExistsError:
@@ -186,7 +188,10 @@ def _read_front(source: Any, file: Path) -> tuple[dict[str, Any], bytes]:
     magic = source.read(len(MAGIC))
     if magic != MAGIC:
         if magic[:-1] == MAGIC[:-1] and len(magic) == len(MAGIC):
-            raise StateError(f"{file}: is of format {magic[-1]}, this release reads format {VERSION}")
+            raise StateError(
+                f"{file}: is of format {magic[-1]}, which another release of mpcache wrote; "
+                f"this release reads format {VERSION}"
+            )
         raise StateError(f"{file}: is not a file that mpcache wrote")
     length = source.read(4)
     size = int.from_bytes(length, "little")
@@ -213,7 +218,7 @@ def _nonce(number: int, last: bool) -> bytes:
 
 
 def _chunks(body: Iterable[bytes | memoryview]) -> Iterator[tuple[bytes, bool]]:
-    """The body in pieces of CHUNK_BYTES; the last one, shorter or empty, is marked."""
+    """Yield the body in pieces of CHUNK_BYTES; the last one, shorter or empty, is marked."""
     room = bytearray()
     for part in body:
         view, start = memoryview(part), 0

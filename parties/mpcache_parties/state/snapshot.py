@@ -1,4 +1,4 @@
-"""A session's state as plain data and back: what a checkpoint holds. Nothing is pickled.
+"""Turn a session's state into plain data and back: what a checkpoint holds. Nothing is pickled.
 
 The state is a tree of the classes below, numbers, texts and tensors. It becomes a JSON text that
 names them and a row of raw tensors; only classes of this list are ever made from a file. A cache
@@ -20,7 +20,7 @@ from mpcache.cache import Cache, LayerCache
 from mpcache.decode import Layer, Operands
 from mpcache.engines.stock import StockSelection
 from mpcache.errors import StateError
-from mpcache.model.loading import ModelShape, RopeScaling
+from mpcache.model import ModelShape, RopeScaling
 from mpcache.policy.clusters import Choice, Clusters
 from mpcache.policy.evicting import ValidMask
 from mpcache.protocols.selection import PreparedSelection
@@ -45,7 +45,7 @@ Tensors = Mapping[str, torch.Tensor]  # by path in the tree: /layers/0/k/mask
 
 
 def tensors_of(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a tree, by its path."""
+    """Return every tensor of a tree, by its path."""
     if isinstance(tree, torch.Tensor):
         return {path: tree}
     found: dict[str, torch.Tensor] = {}
@@ -54,8 +54,8 @@ def tensors_of(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-def dump(tree: Any, since: Tensors | None = None) -> Iterator[bytes | memoryview]:
-    """A tree as bytes, in pieces. since: the tensors of an earlier tree, which the reader will have.
+def serialize(tree: Any, since: Tensors | None = None) -> Iterator[bytes | memoryview]:
+    """Yield a tree as bytes, in pieces. since: the tensors of an earlier tree, which the reader will have.
 
     Raises TypeError on what is not in the list of this module.
     """
@@ -69,8 +69,11 @@ def dump(tree: Any, since: Tensors | None = None) -> Iterator[bytes | memoryview
             yield bytes(-tensor.nbytes % _ALIGNMENT)
 
 
-def load(data: bytearray, since: Tensors | None = None) -> Any:
-    """The tree that `dump` wrote; its tensors lie in `data`. Raises StateError on anything else."""
+def deserialize(data: bytearray, since: Tensors | None = None) -> Any:
+    """Return the tree that `serialize` wrote; its tensors lie in `data`.
+
+    Raises StateError on anything else.
+    """
     try:
         start = _LENGTH_BYTES
         length = int.from_bytes(data[:start], "little")
@@ -92,11 +95,11 @@ def load(data: bytearray, since: Tensors | None = None) -> Any:
         raise StateError(f"its content is not what this release writes ({type(error).__name__})") from None
 
 
-def read(file: Path, key: bytes, header: Mapping[str, Any], since: Tensors | None = None) -> Any:
-    """The tree in a sealed file with this header. Raises StateError, which names the file."""
-    body = sealed.read(file, key, header)
+def read_snapshot(file: Path, key: bytes, header: Mapping[str, Any], since: Tensors | None = None) -> Any:
+    """Read the tree in a sealed file with this header. Raises StateError, which names the file."""
+    body = sealed.unseal(file, key, header)
     try:
-        return load(body, since)
+        return deserialize(body, since)
     except StateError as error:
         raise StateError(f"{file}: {error}") from None
 
@@ -145,7 +148,7 @@ def _pack_tensor(x: torch.Tensor, before: torch.Tensor | None, table: list[torch
 
 
 def _grown(before: torch.Tensor, x: torch.Tensor) -> int | None:
-    """The dimension in which x goes on where `before` ends (any, if it is the same); None: it does not."""
+    """Find the dimension in which x goes on where `before` ends: any, if it is the same; None: none."""
     if before.dim() != x.dim() or before.dtype != x.dtype or not x.dim():
         return None
     changed = [d for d in range(x.dim()) if before.shape[d] != x.shape[d]] or [0]

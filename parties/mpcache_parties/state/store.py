@@ -1,7 +1,7 @@
-"""A party's sessions on its own disk, each a folder of sealed files.
+"""Keep a party's sessions on its own disk, each a folder of sealed files.
 
     DIR/server/key                      this party's key (mode 0600)
-    DIR/server/SESSION/context.state    facts, resident weights and cache as the context left them
+    DIR/server/SESSION/context.state    facts, masked weights and cache as the context left them
     DIR/server/SESSION/000007.state     what the first seven chunks added: written after each token
 
 A party that serves has several sessions at once, each on a thread of its own: a session's files belong
@@ -30,9 +30,10 @@ _STEP = re.compile(r"\d{6}")
 
 
 def check_name(name: str) -> None:
-    """A session's and a run's name is 128 random bits in hex: no path, and no file's whole header.
+    """Check the name of a session or a run: 128 random bits in hex, no path, no file's whole header.
 
-    Raises Desync."""
+    Raises Desync.
+    """
     if not _SESSION.fullmatch(name):
         raise Desync(f"Desync: {name!r:.60} is not a session's name; is it the same version?")
 
@@ -47,7 +48,7 @@ class Store:
         self.changing = RLock()  # held while folders come and go; never while something is sealed
 
     def sessions(self) -> list[str]:
-        """The sessions that can be resumed, the one that was used last in front."""
+        """List the sessions that can be resumed, the one that was used last in front."""
         used: dict[str, int] = {}
         for name in self._folders():
             with suppress(OSError):  # another thread's session may end meanwhile, or be without a context
@@ -56,8 +57,10 @@ class Store:
         return sorted(used, key=used.__getitem__, reverse=True)
 
     def forget_old(self, left: int) -> None:
-        """Of the sessions that nobody has open only the `left` ones that were used last stay; none stays
-        that was killed before its context was kept, for it cannot be resumed."""
+        """Remove the sessions that nobody has open, but for the `left` ones that were used last.
+
+        None stays that was killed before its context was kept, for it cannot be resumed.
+        """
         with self.changing:
             whole = self.sessions()
             for name in (*whole, *(set(self._folders()) - set(whole))):
@@ -78,8 +81,10 @@ class Files:
     """The files of one session at one party; a lock keeps everybody else away from them."""
 
     def __init__(self, store: Store, session: str, keep: int = KEPT_STEPS) -> None:
-        """keep: how many steps stay; older ones are removed. Raises Desync on what is no session's name,
-        InUse if somebody has the session open, StateError."""
+        """Open, or begin, a session. keep: how many steps stay; older ones are removed.
+
+        Raises Desync on what is no session's name, InUse if somebody has the session open, StateError.
+        """
         check_name(session)
         self.store, self.session, self.keep = store, session, keep
         self.folder = store.folder / session
@@ -89,37 +94,38 @@ class Files:
         sealed.clear_partial(self.folder)
 
     def steps(self) -> list[int]:
-        """The steps that are there, ascending; 0 is the context."""
+        """List the steps that are there, ascending; 0 is the context."""
         names = [file.name.removesuffix(SUFFIX) for file in self.folder.glob(f"*{SUFFIX}")]
         return [0] * (CONTEXT in names) + sorted(int(n) for n in names if _STEP.fullmatch(n))
 
     def run(self, step: int) -> str:
-        """The run that a step was computed in. Raises StateError."""
+        """Return the run that a step was computed in. Raises StateError."""
         with self._explained(step):
             return str(sealed.read_header(self._file(step)).get("run"))
 
     def write(self, step: int, run: str, tree: Any, since: snapshot.Tensors | None = None) -> int:
-        """Seal one step; its size in bytes. What is older than `keep` steps goes."""
+        """Seal one step; return its size in bytes. What is older than `keep` steps goes."""
         header = self._header(step, run)
-        size = sealed.write(self._file(step), self.store.key, header, snapshot.dump(tree, since))
+        size = sealed.seal(self._file(step), self.store.key, header, snapshot.serialize(tree, since))
         for old in self.steps():
             if 0 < old <= step - self.keep:
                 self._file(old).unlink(missing_ok=True)
         return size
 
     def read(self, step: int, run: str, since: snapshot.Tensors | None = None) -> Any:
+        """Read one step of a run. since: the tensors of the step that it was written after."""
         with self._explained(step):
-            return snapshot.read(self._file(step), self.store.key, self._header(step, run), since)
+            return snapshot.read_snapshot(self._file(step), self.store.key, self._header(step, run), since)
 
     def forget_after(self, step: int) -> None:
-        """What lies beyond a step that the session goes back to must never be loaded again."""
+        """Remove the steps beyond one that the session goes back to: they must never be loaded again."""
         for later in self.steps():
             if later > step:
                 self._file(later).unlink(missing_ok=True)
         sealed.to_disk(self.folder)
 
     def remove(self) -> None:
-        """The session has ended: nothing of it stays."""
+        """Remove all of a session that has ended."""
         for step in self.steps():
             self._file(step).unlink(missing_ok=True)
         with self.store.changing, suppress(OSError):

@@ -1,4 +1,4 @@
-"""Tapes that were dealt in advance: on disk, sealed, each used once.
+"""Keep tapes that were dealt in advance: on disk, sealed, each used once.
 
     DIR/server/key                 this party's key (mode 0600), as for checkpoints
     DIR/server/BATCH/*.tape        one file for each phase of one session, and the seed of its streams
@@ -24,9 +24,9 @@ import torch
 
 from mpcache.errors import StateError
 from mpcache.rank import Rank
-from mpcache.runtime.correlations import Request
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty
+from mpcache.runtime.program import Request
 from mpcache.transport.link import Hello, Link, Spec
 from mpcache_parties.state import sealed, snapshot
 
@@ -55,7 +55,7 @@ class TapeStore:
         os.close(self._lock)
 
     def batches(self, sizes: Sizes, tokens: int) -> list[str]:
-        """Unused ones for a session of these sizes and so many tokens at most, the oldest in front."""
+        """List unused batches for a session of these sizes and up to `tokens` tokens, the oldest in front."""
         found = []
         for file in self.folder.glob(f"*/{SEED}{SUFFIX}"):
             name = file.parent.name
@@ -68,7 +68,7 @@ class TapeStore:
         return [name for _, name in sorted(found)]
 
     def claim(self, links: Mapping[Rank, Link], sizes: Sizes, tokens: int) -> TapeLink:
-        """A batch that both computing parties hold: used from now on. Raises StateError.
+        """Claim a batch that both computing parties hold: it is used from now on. Raises StateError.
 
         links: to the other computing party; the client offers, the server chooses.
         """
@@ -93,7 +93,7 @@ class TapeStore:
         return TapeLink(self, chosen, sizes)
 
     def _mark(self, batch: str) -> None:
-        """Durable before this returns, and done by one process only."""
+        """Mark a batch as used: durable before this returns, and done by one process only."""
         marker = self.folder / USED / batch
         with sealed.telling(f"{marker}: cannot be written"):
             try:
@@ -145,17 +145,17 @@ class TapeLink(Link):
         return tensors
 
     def _read(self, phase: str, header: Mapping[str, Any]) -> Any:
-        """A file's content; the file is gone then, since it will not be read again."""
+        """Read a file's content; the file is gone then, since it will not be read again."""
         file = self._store.file(self._batch, phase)
         try:
-            content = snapshot.read(file, self._store.key, header)
+            content = snapshot.read_snapshot(file, self._store.key, header)
         except StateError as error:
             raise StateError(f"{self.me.label}: {error}; its batch is used up, prepare another") from None
         file.unlink(missing_ok=True)
         return content
 
     def close(self, reason: str = "") -> None:
-        """The rest of the batch is of no use to anyone."""
+        """Remove the rest of the batch, which is of no use to anyone."""
         shutil.rmtree(self._store.folder / self._batch, ignore_errors=True)
 
     def send(self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None) -> None:
@@ -198,14 +198,14 @@ class TapeWriter(ShapeParty):
         return [*parts, None] if request.keep else parts
 
     def flush(self) -> None:
-        """The phase that has been read goes to disk, and the dealer hears it: it deals no faster."""
+        """Write the phase that has been read to disk, and tell the dealer: it deals no faster."""
         if self._phase:
             self._write(self._phase, {}, {"messages": self._messages})
             self._dealer.send_facts(f"stored/{self._phase}", {"stored": True})
             self._phase, self._messages = "", []
 
     def finish(self, seed: torch.Tensor, sizes: Sizes, tokens: int) -> None:
-        """All phases are there: the batch can be claimed from now on."""
+        """End a batch whose phases are all there: it can be claimed from now on."""
         self.flush()
         self._write(SEED, {"sizes": _plain(sizes), "tokens": tokens}, {"seed": seed})
         with sealed.telling(f"{self._folder}: cannot be renamed"):
@@ -219,7 +219,7 @@ class TapeWriter(ShapeParty):
     def _write(self, phase: str, public: Mapping[str, Any], content: Any) -> None:
         header = {**self._store.header(self._batch, phase), **public}
         file = self._folder / f"{phase}{SUFFIX}"
-        self.bytes += sealed.write(file, self._store.key, header, snapshot.dump(content))
+        self.bytes += sealed.seal(file, self._store.key, header, snapshot.serialize(content))
 
 
 def _mute(step: str) -> RuntimeError:
@@ -227,7 +227,7 @@ def _mute(step: str) -> RuntimeError:
 
 
 def _plain(sizes: Sizes) -> Any:
-    """As a header gives it back."""
+    """Return sizes as a header gives them back."""
     return json.loads(json.dumps(dict(sizes)))
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from mpcache.audit.option_sweep import sweep_options
 from mpcache.audit.page import page
-from mpcache.audit.rows import sweep
-from mpcache.audit.tables import duration, size
-from mpcache.cost.tally import cost
+from mpcache.cost.pricing import price
 from mpcache.errors import BadInput
-from mpcache.model.loading import demo_model_dir, load_shape
+from mpcache.model import demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
+from mpcache.report.units import duration, size
 from mpcache.transport.network import PROFILES
 from tests.support.audit_command import failure, result_of, run
 
@@ -30,7 +30,7 @@ SMALL = ["--context", "200", "--policy", "full", "--policy", "mpcache"]
 def test_rows_hold_the_exact_cost() -> None:
     found = result_of(*SMALL, "--network", "none,lan,wan")
     assert len(found["rows"]) == 2 * 3
-    exact = cost(load_shape(demo_model_dir()), "mpcache", 200).total("decode")
+    exact = price(load_shape(demo_model_dir()), "mpcache", 200).total("decode")
     for row in found["rows"]:
         assert {
             "policy", "protocol", "network", "context_tokens", "kept_tokens", "attended_tokens",
@@ -73,7 +73,7 @@ def test_all_policies_by_default_and_a_mean_over_an_answer() -> None:
 
 
 def test_sweeps_make_grids() -> None:
-    assert sweep(["full", "mpcache"], ["n_keep=64,128", "fine=4,8"]) == [
+    assert sweep_options(["full", "mpcache"], ["n_keep=64,128", "fine=4,8"]) == [
         "full", *(f"mpcache:n_keep={n},fine={f}" for n in (64, 128) for f in (4, 8)),
     ]  # fmt: skip
     grid = ["--context", "200", "--policy", "mpcache", "--sweep", "n_keep=64,128", "--network", "lan"]
@@ -109,7 +109,7 @@ def test_tables() -> None:
     for by, words in (("op", "gate"), ("layer", "each")):
         assert words in run(*SMALL, "--by", by).stdout
     assert (size(999), size(1000), size(437_250), size(1.5e12)) == ("999 B", "1 kB", "437 kB", "1.5 TB")
-    assert (duration(4.314), duration(5149.2), duration(12_500)) == ("4.31 ms", "5149 ms", "12.5 s")
+    assert (duration(4.314), duration(5149.2), duration(12_500)) == ("4.31 ms", "5.15 s", "12.5 s")
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_failed_audit_leaves_no_file(tmp_path: Path) -> None:
     failure("--report", str(report), "--context", "64", "--policy", "mpcache:n_keep=100")
     assert not report.exists()
     with pytest.raises(BadInput):
-        sweep(["full"], ["n_keep=1"])
+        sweep_options(["full"], ["n_keep=1"])
 
 
 # --------------------------------------------------------------------------------------------- the page
@@ -260,7 +260,7 @@ def test_quality_is_priced_at_its_budget(report: Path) -> None:
     assert len(points) == 3 * 2 * 2  # rows, contexts, networks
     half = next(p for p in points if p["budget_percent"] == 60 and p["context_tokens"] == 200)
     assert half["accuracy"] == 0.95 and half["ci95"] == [0.85, 0.95] and half["task"] == "recall"
-    exact = cost(load_shape(demo_model_dir()), half["priced"], 200).total("decode")
+    exact = price(load_shape(demo_model_dir()), half["priced"], 200).total("decode")
     assert half["rounds_per_token"] == exact.rounds and half["online_bytes_per_token"] == exact.online
     fewer = next(p for p in points if p["budget_percent"] == 40 and p["context_tokens"] == 200)
     assert fewer["priced"] != half["priced"] and fewer["accuracy"] == 0.8

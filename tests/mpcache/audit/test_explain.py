@@ -7,9 +7,9 @@ from functools import cache
 
 import pytest
 
-from mpcache.audit.explain import Explained, Reading, explained, read
-from mpcache.audit.formula import Names, evaluate, modulus, pairs, solve, total
-from mpcache.cost.tally import cost
+from mpcache.audit.explain import Explained, StepReading, explained, read_step
+from mpcache.audit.formula import Names, evaluate_formula, modulus, pairs, solve, total
+from mpcache.cost.pricing import price
 from mpcache.policy import POLICIES
 from tests.support.priced_shapes import GPT, LLAMA
 
@@ -28,9 +28,9 @@ def plan_of(kind: str, spec: str) -> Explained:
     return explained(SHAPES[kind], spec, *FIRST, "fast")
 
 
-def bytes_of(reading: Reading) -> dict[object, tuple[Counter[str], int]]:
+def bytes_of(reading: StepReading) -> dict[object, tuple[Counter[str], int]]:
     """By step: what is opened for each reason, and what the dealer sends."""
-    found = {}
+    found: dict[object, tuple[Counter[str], int]] = {}
     for key, said in reading.steps.items():
         opened: Counter[str] = Counter()
         for seen in said.opened:
@@ -43,8 +43,8 @@ def bytes_of(reading: Reading) -> dict[object, tuple[Counter[str], int]]:
 @pytest.mark.parametrize("spec", SPECS)
 def test_formulas_hold_at_other_sizes(spec: str, kind: str) -> None:
     plan = plan_of(kind, spec)
-    form = read(SHAPES[kind], spec, *FIRST, "fast").form
-    readings = [read(SHAPES[kind], spec, *sizes, "fast") for sizes in OTHERS]
+    form = read_step(SHAPES[kind], spec, *FIRST, "fast").form
+    readings = [read_step(SHAPES[kind], spec, *sizes, "fast") for sizes in OTHERS]
     alike = [reading for reading in readings if reading.form == form]
     assert len(alike) >= 2
     for reading in alike:
@@ -55,16 +55,19 @@ def test_formulas_hold_at_other_sizes(spec: str, kind: str) -> None:
             opened: Counter[str] = Counter()
             for line in step.opened:
                 assert line.formula is not None, (key, line)
-                opened[f"{line.why} to {line.to}"] += line.times * evaluate(line.formula, sizes)
+                opened[f"{line.why} to {line.to}"] += line.times * evaluate_formula(line.formula, sizes)
             assert step.offline is not None, key
-            assert (opened, evaluate(step.offline, sizes)) == there[key], (reading.bound.plan.context, key)
+            assert (opened, evaluate_formula(step.offline, sizes)) == there[key], (
+                reading.bound.plan.context,
+                key,
+            )
 
 
 @pytest.mark.parametrize("spec", ["full", "mpcache", "h2o"])
 def test_steps_are_those_of_the_cost_engine(spec: str) -> None:
     """The same bytes and rounds as the reading that equals the parties' ledgers."""
     plan = plan_of("gqa", spec)
-    (phase,) = (cost(LLAMA, spec, *FIRST).phases["decode1"],)
+    (phase,) = (price(LLAMA, spec, *FIRST).phases["decode1"],)
     for (layer, name), step in plan.steps.items():
         tally = phase[f"layer{layer}/{name}" if layer is not None else name]
         assert step.rounds == tally.rounds
@@ -84,5 +87,5 @@ def test_names() -> None:
     assert names.of((10, 27, 140, 352, 533, 728)) == "n*k"
     assert names.of((1, 5, 2, 8, 3, 9)) is None  # nothing is said rather than something wrong
     assert total([["3", "KV", "g", "n + 1"], ["5", "H", "n + 1"], ["2"], ["6", "7"]]) == "8*H*(n + 1) + 44"
-    assert evaluate("8*H*(n + 1) + 44", {"H": 4, "n": 2}) == 140
+    assert evaluate_formula("8*H*(n + 1) + 44", {"H": 4, "n": 2}) == 140
     assert solve([(1, 1, 1), (1, 2, 3)], (3, 5, 8)) is None

@@ -14,13 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from mpcache.audit.measure import Measured, calibrated, errors, plan, put_beside, text_of
-from mpcache.audit.rows import Grid, rows
+from mpcache.audit.priced_rows import AuditGrid, price_rows
 from mpcache.console.inputs import read_text
-from mpcache.cost.choose import NONE, RATES
+from mpcache.cost.rates import RATES
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import MpcacheError
-from mpcache.model.loading import demo_model_dir, load_shape, load_tokenizer
-from mpcache.transport.network import PROFILES
+from mpcache.model import demo_model_dir, load_shape, load_tokenizer
+from mpcache.transport.network import NO_NETWORK, PROFILES
 from mpcache_parties.launch import PartyFailed
 from tests.support.audit_command import app, failure
 from tests.support.processes import CLI, SOON_S, children_of, gone_soon, start, started, tiny_model
@@ -115,9 +115,9 @@ def test_texts_of_a_length() -> None:
 
 def test_runs_without_a_network_stand_around_the_others() -> None:
     shape = load_shape(demo_model_dir())
-    networks = [PROFILES["lan"], NONE, PROFILES["wan"]]
-    grid = Grid(shape, [64], ["full", "snapkv"], networks, ["fast"], 4, 3)
-    keys = [key for key, _ in plan(grid, rows(grid))]
+    networks = [PROFILES["lan"], NO_NETWORK, PROFILES["wan"]]
+    grid = AuditGrid(shape, [64], ["full", "snapkv"], networks, ["fast"], 4, 3)
+    keys = [key for key, _ in plan(grid, price_rows(grid))]
     assert [network for *_, network in keys] == ["none", "lan", "none", "wan", "none"] * 2
     assert [spec for spec, *_ in keys] == ["full"] * 5 + ["snapkv"] * 5
     one = Measured([1.0, 2.0, 9.0], 10.0, 1, 1, 1)
@@ -127,12 +127,12 @@ def test_runs_without_a_network_stand_around_the_others() -> None:
 
 def test_calibration_makes_the_model_equal_to_the_unshaped_run() -> None:
     shape = load_shape(demo_model_dir())
-    networks = [NONE, PROFILES["wan"]]
-    grid = Grid(shape, [64], ["snapkv", "mpcache"], networks, ["fast"], 4, 3)
+    networks = [NO_NETWORK, PROFILES["wan"]]
+    grid = AuditGrid(shape, [64], ["snapkv", "mpcache"], networks, ["fast"], 4, 3)
     key = ("snapkv", "fast", 64)
     runs = {(*key, "none"): Measured([600.0, 500.0, 700.0], 1000.0, 1, 1, 1)}
     runs[*key, "wan"] = replace(runs[*key, "none"], token_ms=[6000.0])
-    found = rows(grid, None, calibrated(runs, grid))
+    found = price_rows(grid, None, calibrated(runs, grid))
     put_beside(found, runs)
     local, wan, *unmeasured = found
     assert local["modelled_ms_per_token"] == pytest.approx(600, abs=0.1) and local["difference"] == 0
@@ -142,5 +142,7 @@ def test_calibration_makes_the_model_equal_to_the_unshaped_run() -> None:
     assert errors(found) == {"wan": {"runs": 1, **dict.fromkeys(("mean", "largest"), abs(wan["difference"]))}}
     quick = {(*key, "none"): replace(runs[*key, "none"], token_ms=[1.0])}  # a machine that is far faster
     assert calibrated(quick, grid)[key].round_ms == 0
-    assert rows(grid, None, calibrated(quick, grid))[0]["modelled_ms_per_token"] == pytest.approx(1, abs=0.01)
+    assert price_rows(grid, None, calibrated(quick, grid))[0]["modelled_ms_per_token"] == pytest.approx(
+        1, abs=0.01
+    )
     assert calibrated(quick, grid)[key].multiply_adds > RATES.multiply_adds

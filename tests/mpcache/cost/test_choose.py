@@ -2,23 +2,26 @@
 
 import pytest
 
-from mpcache.cost.choose import NONE, answer_ms, modelled, offline_ms, pick
-from mpcache.cost.tally import cost
-from mpcache.model.loading import demo_model_dir, load_shape
-from mpcache.policy import parse
-from mpcache.transport.network import Profile, parse_network
+from mpcache.cost.choose import pick
+from mpcache.cost.pricing import price
+from mpcache.cost.rates import answer_ms, modelled, offline_ms
+from mpcache.model import demo_model_dir, load_shape
+from mpcache.policy import parse_policy
+from mpcache.transport.network import NO_NETWORK, Profile, parse_network
 
 SHAPE = load_shape(demo_model_dir())
 CONTEXT, QUESTION, TOKENS = 880, 5, 6
 
 
 def picked(spec: str, network: Profile | None) -> str:
-    bound = parse(spec).bind(CONTEXT, SHAPE)
+    bound = parse_policy(spec).bind(CONTEXT, SHAPE)
     return pick(SHAPE, bound, CONTEXT, QUESTION, TOKENS, network).protocol
 
 
 def test_digits_take_a_round_more_and_far_fewer_of_the_dealer_s_bytes() -> None:
-    keys, digits = (cost(SHAPE, "quest", CONTEXT, QUESTION, p).total("decode") for p in ("fast", "fast-bits"))
+    keys, digits = (
+        price(SHAPE, "quest", CONTEXT, QUESTION, p).total("decode") for p in ("fast", "fast-bits")
+    )
     layers = 4  # of 6, the others attend to everything
     assert digits.rounds == keys.rounds + layers
     assert digits.comparisons == keys.comparisons
@@ -40,16 +43,16 @@ def test_without_a_selection_there_is_nothing_to_choose() -> None:
 
 
 def test_an_answer_waits_for_the_dealer_where_that_takes_longer() -> None:
-    one = cost(SHAPE, "quest", CONTEXT, QUESTION)
+    one = price(SHAPE, "quest", CONTEXT, QUESTION)
     slow = Profile("slow", 0, 1)
     assert offline_ms(one, slow) > sum(modelled(one, slow).values())
     more = answer_ms(one, slow, 3) - answer_ms(one, slow, 2)
     assert more == pytest.approx(offline_ms(one, slow))
-    more = answer_ms(one, NONE, 3) - answer_ms(one, NONE, 2)
-    assert more == pytest.approx(sum(modelled(one, NONE).values()))
+    more = answer_ms(one, NO_NETWORK, 3) - answer_ms(one, NO_NETWORK, 2)
+    assert more == pytest.approx(sum(modelled(one, NO_NETWORK).values()))
 
 
 def test_the_choice_says_what_it_weighed() -> None:
-    bound = parse("quest").bind(CONTEXT, SHAPE)
+    bound = parse_policy("quest").bind(CONTEXT, SHAPE)
     said = str(pick(SHAPE, bound, CONTEXT, QUESTION, TOKENS, parse_network("wan")))
     assert said.startswith("picked fast-bits for network wan: ") and "with fast" in said

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.cost.tally import Tally, cost, split
+from mpcache.cost.pricing import price
+from mpcache.cost.tally import Tally, split_step
 from mpcache.ledger import Entry
-from mpcache.model.loading import LayerWeights, ModelShape, Weights
+from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
-from mpcache.policy import POLICIES, parse
+from mpcache.policy import POLICIES, parse_policy
 from mpcache.rank import Rank
 from mpcache.session import Session
 from mpcache_kernels import backend
@@ -51,7 +52,7 @@ def random_prefill(shape: ModelShape, context: int, window: int) -> Prefill:
 @cache
 def played(kind: str, spec: str, context: int, protocol: str, decoded: int) -> Played:
     """A whole session between three parties: set-up, context, a question, and a few decode steps."""
-    shape, policy = SHAPES[kind], parse(spec).bind(context, SHAPES[kind])
+    shape, policy = SHAPES[kind], parse_policy(spec).bind(context, SHAPES[kind])
     torch.manual_seed(0)
     weights = random_weights(shape)
     prefill = random_prefill(shape, context, policy.policy.window(context))
@@ -90,7 +91,7 @@ def ledger_of(run: Played, rank: Rank, phase: str) -> dict[str, Entry]:
 
 def check(kind: str, spec: str, context: int, protocol: str, decoded: int = 3) -> None:
     run = played(kind, spec, context, protocol, decoded)
-    found = cost(SHAPES[kind], spec, context, QUESTION, protocol, new_tokens=decoded + 1)
+    found = price(SHAPES[kind], spec, context, QUESTION, protocol, new_tokens=decoded + 1)
     phases = ["setup", "context", "question", *(f"decode{i + 1}" for i in range(decoded))]
     assert list(found.phases) == phases and found.steps == decoded
     for phase, steps in found.phases.items():
@@ -125,7 +126,7 @@ def test_every_policy_on_stock_equals_the_ledgers(spec: str) -> None:
 
 @pytest.mark.parametrize("protocol", ["fast", "stock"])
 def test_layers_and_operations_add_up(protocol: str) -> None:
-    found = cost(LLAMA, "mpcache", 90, QUESTION, protocol, new_tokens=3)
+    found = price(LLAMA, "mpcache", 90, QUESTION, protocol, new_tokens=3)
     for phase in [*found.phases, "decode"]:
         for parts in (found.by_layer(phase).values(), found.by_op(phase).values()):
             together = Tally()
@@ -140,18 +141,18 @@ def test_layers_and_operations_add_up(protocol: str) -> None:
 
 def test_reading_again_gives_the_same() -> None:
     """What is repeated from memory costs what was read."""
-    one, two = (cost(LLAMA, "mpcache", 90, QUESTION) for _ in range(2))
+    one, two = (price(LLAMA, "mpcache", 90, QUESTION) for _ in range(2))
     assert one.phases == two.phases and one.held == two.held
 
 
 def test_counts_of_a_resident_product_and_of_comparisons() -> None:
     """(1, 24) by (24, 24): a product of two secrets takes three products at the server."""
-    ops = cost(LLAMA, "full", 20, QUESTION).by_op("decode")
+    ops = price(LLAMA, "full", 20, QUESTION).by_op("decode")
     per_layer = ops["o"].multiplications // LLAMA.layers
     assert per_layer == 24 * 24
     assert ops["o"].multiply_adds // LLAMA.layers >= 3 * 24 * 24
     assert ops["softmax"].comparisons > 0 and ops["softmax"].lookups > 0
-    stock = cost(LLAMA, "full", 20, QUESTION, "stock").by_op("decode")
+    stock = price(LLAMA, "full", 20, QUESTION, "stock").by_op("decode")
     rows, n = LLAMA.heads, 20 + QUESTION + 1
     assert stock["softmax"].comparisons >= rows * (n - 1)  # a maximum of n takes at least n - 1
 
@@ -160,11 +161,11 @@ def test_a_large_shape_at_32k_takes_seconds() -> None:
     shape = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, 8192, "rms", 1e-5, "silu", True, "rope")
     begin = time.process_time()
     for name in SECURE:
-        assert cost(shape, name, 32768).total("decode").rounds > 0
+        assert price(shape, name, 32768).total("decode").rounds > 0
     assert time.process_time() - begin < 10 + 0.5 * len(SECURE)
 
 
 def test_names() -> None:
-    assert split("layer31/select/coarse") == (31, "select/coarse")
-    assert split("layer2") == (2, "together")
-    assert split("lm_head") == (None, "lm_head")
+    assert split_step("layer31/select/coarse") == (31, "select/coarse")
+    assert split_step("layer2") == (2, "together")
+    assert split_step("lm_head") == (None, "lm_head")

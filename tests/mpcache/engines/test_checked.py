@@ -14,8 +14,8 @@ import torch
 from mpcache.engines import fast, ideal
 from mpcache.engines.checked import CheckedOps, Ranges
 from mpcache.errors import OutOfRange
-from mpcache.policy import parse
-from mpcache.protocols import norm, softmax, suite
+from mpcache.policy import parse_policy
+from mpcache.protocols import ranges, softmax, suite
 from mpcache.protocols.activation import series
 from mpcache.rank import Rank
 from mpcache.runtime.program import at, run
@@ -51,7 +51,7 @@ def read(
 ) -> tuple[list[torch.Tensor], Session]:
     """One session of the tiny model, its first `qkv` matrix scaled."""
     shape = tiny.shape()
-    policy = parse(spec)
+    policy = parse_policy(spec)
     session = Session(CheckedOps(), ranges, shape, policy.bind(len(context), shape))
     weights = tiny.model(shape).weights
     first, *rest = weights.layers
@@ -75,7 +75,7 @@ def one(x: float, bits: int, ring: int = 64) -> Share:
 
 
 OPS = CheckedOps()
-LOW, HIGH = 2.0 ** (norm.VARIANCE_LOW / 2), 2.0 ** (norm.VARIANCE_HIGH / 2)
+LOW, HIGH = 2.0 ** (ranges.MEAN_SQUARE_LOW / 2), 2.0 ** (ranges.MEAN_SQUARE_HIGH / 2)
 EDGES: dict[str, tuple[float, float, Callable[[float], Any]]] = {
     # the last value that is allowed, one that is not, and what they go through
     "truncation": (2.0**14 - 1, 2.0**14, lambda x: OPS.rescale(one(x, 32, 48))),
@@ -87,9 +87,9 @@ EDGES: dict[str, tuple[float, float, Callable[[float], Any]]] = {
     "norm, high": (HIGH * 0.99, HIGH * 1.01, lambda x: normed(one(x, 16), 1e-6)),
     "norm, low": (LOW * 1.01, LOW * 0.98, lambda x: normed(one(x, 16), 0.0)),
     "gate times up": (511.0, 513.0, lambda x: OPS.gate("silu", one(31.99, 16), one(x, 16))),
-    "reciprocal, high": (fast.LONGEST - 1, fast.LONGEST, lambda x: OPS.reciprocal(one(x, fast.WEIGHT_BITS))),
-    "reciprocal, low": (2.0**-9, 2.0**-10, lambda x: OPS.reciprocal(one(x, fast.WEIGHT_BITS))),
-    "score": (-softmax.LARGEST + 0.01, -softmax.LARGEST, lambda x: OPS.softmax(one(x, softmax.GRID), None)),
+    "reciprocal, high": (ranges.LONGEST_ATTENDED - 1, ranges.LONGEST_ATTENDED, lambda x: OPS.reciprocal(one(x, ranges.WEIGHT_BITS))),
+    "reciprocal, low": (2.0**-9, 2.0**-10, lambda x: OPS.reciprocal(one(x, ranges.WEIGHT_BITS))),
+    "score": (-ranges.LARGEST_SCORE + 0.01, -ranges.LARGEST_SCORE, lambda x: OPS.softmax(one(x, ranges.SCORE_BITS), None)),
     "top": (1023.9, 1024.0, lambda x: OPS.topk(pair(x), 1, [pair(x).reshape(1, 2, 1)])),
     "average": (127.9, 128.1, lambda x: product(x)),
 }  # fmt: skip
@@ -133,7 +133,7 @@ def test_what_it_refuses_would_be_wrong(x: float, right: bool) -> None:
 
 def test_softmax_at_the_end_of_its_range_in_private() -> None:
     """A score at the lowest edge neither wraps around nor hides the others."""
-    edge = softmax.LARGEST * 8 / 7 - 0.01
+    edge = ranges.LARGEST_SCORE * 8 / 7 - 0.01
     s = torch.tensor([[[0.0, 1.0, -edge], [edge, 0.0, edge - 1]]])
 
     def protocol(ops: Any, scores: Share) -> Any:
@@ -150,7 +150,7 @@ def test_softmax_at_the_end_of_its_range_in_private() -> None:
 
 def test_the_server_refuses_weights_that_are_out_of_range() -> None:
     ops = fast.FastOps(Rank.SERVER)
-    x = torch.full((2, 2), 2.0**fast.VALUE_BITS)
+    x = torch.full((2, 2), 2.0**ranges.VALUE_BITS)
     with pytest.raises(OutOfRange, match="server: a weight, key or value of 16384 is out of range"):
         next(ops.prepare(ops.secret(x, x.shape, Rank.SERVER)))
     next(ops.prepare(ops.secret(x - 1, x.shape, Rank.SERVER)))

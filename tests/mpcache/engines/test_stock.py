@@ -70,7 +70,7 @@ def test_communicator() -> None:
             }
 
         def ask():  # type: ignore[no-untyped-def]
-            return (yield Call(collectives))
+            return (yield Call(lambda party, step: crypten_shim.call(party, collectives, step)))
 
         return run(ask(), party)
 

@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.answer import Sampling, plain_answer
+from mpcache.answer import plain_answer
+from mpcache.audit.quality import read_quality
 from mpcache.cli import main
 from mpcache.demo.documents import load_lines
 from mpcache.evaluate import plot as plotting
-from mpcache.evaluate.rows import Results, Tally, wilson
-from mpcache.evaluate.score import Engine, Score, Tokens, score
+from mpcache.evaluate.results import Cell, Results, wilson
+from mpcache.evaluate.score import EvalModel, Score, Tokens, score
 from mpcache.evaluate.secure import CONFIRMED, TOLERANCE
-from mpcache.evaluate.sweep import Grid, bind, sweep, take
+from mpcache.evaluate.sweep import EvalGrid, bind_at_budget, run_sweep, take_sample
 from mpcache.evaluate.tasks import ASKED, COPIED, DEPTHS, FACTS, GIVEN, TASKS, TIMES
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 from mpcache.model.prefill import prefill
-from mpcache.policy import POLICIES, parse
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy import POLICIES, parse_policy
+from mpcache.policy.plan import FULL_PERCENT
+from mpcache.sampling import Sampling
 from tests.support.processes import CLI, SOON_S, Run, start, started, tiny_model
 
 SHORT = 200  # tokens of a document, for speed
@@ -31,13 +33,13 @@ FIELDS = {"task", "policy", "budget_percent", "question", "accuracy", "ci95", "n
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(load_model(demo_model_dir()))
+def engine() -> EvalModel:
+    return EvalModel(load_model(demo_model_dir()))
 
 
-def grid(*policies: str, task: str = "passkey", **changes: Any) -> Grid:
+def grid(*policies: str, task: str = "passkey", **changes: Any) -> EvalGrid:
     options: dict[str, Any] = dict(budgets=(20,), samples=2, seed=0, context=SHORT)
-    return Grid((TASKS[task],), ("inside", "after"), policies, **(options | changes))
+    return EvalGrid((TASKS[task],), ("inside", "after"), policies, **(options | changes))
 
 
 def words(text: str) -> int:
@@ -113,14 +115,14 @@ def test_wilson(right: int, asked: int, low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize("spec", ["full", "random", "mpcache:score=bound,share=none"])
-def test_a_right_answer_is_what_greedy_decoding_gives(engine: Engine, spec: str) -> None:
+def test_a_right_answer_is_what_greedy_decoding_gives(engine: EvalModel, spec: str) -> None:
     """For one question the score is that of the plain engine's own answer, right or wrong."""
     found = set()
     for i in range(4):
         for question in ("inside", "after"):
             task = TASKS["passkey"]
-            sample, tokens = take(engine, task, question, grid(), i)
-            bound = bind(engine, spec, FULL_PERCENT if spec == "full" else 20, len(tokens.context))
+            sample, tokens = take_sample(engine, task, question, grid(), i)
+            bound = bind_at_budget(engine, spec, FULL_PERCENT if spec == "full" else 20, len(tokens.context))
             read = engine.read(tokens.context, len(tokens.context))
             (got,) = score(task, engine.session(bound, read), sample, tokens)
             ask, answer, _ = tokens.turns[0]
@@ -133,37 +135,37 @@ def test_a_right_answer_is_what_greedy_decoding_gives(engine: Engine, spec: str)
 
 
 @pytest.mark.parametrize("spec", POLICIES)
-def test_one_read_context_serves_every_policy(engine: Engine, spec: str) -> None:
+def test_one_read_context_serves_every_policy(engine: EvalModel, spec: str) -> None:
     """Read with all queries, and used before at another budget: the same logits as by itself."""
-    _, tokens = take(engine, TASKS["passkey"], "after", grid(), 0)
+    _, tokens = take_sample(engine, TASKS["passkey"], "after", grid(), 0)
     n, (ask, _, _) = len(tokens.context), tokens.turns[0]
     shared, logits = engine.read(tokens.context, n), []
-    bound = bind(engine, spec, FULL_PERCENT if spec == "full" else 40, n)
+    bound = bind_at_budget(engine, spec, FULL_PERCENT if spec == "full" else 40, n)
     if spec != "full":
-        engine.session(bind(engine, spec, 20, n), shared).chunk(ask, len(ask))
+        engine.session(bind_at_budget(engine, spec, 20, n), shared).chunk(ask, len(ask))
     for read in (shared, engine.read(tokens.context, bound.policy.window(n))):
         with torch.no_grad():
             logits.append(engine.session(bound, read).chunk(ask, len(ask)))
     torch.testing.assert_close(logits[0], logits[1])
 
 
-def test_a_wrong_answer_harms_no_later_one(engine: Engine) -> None:
+def test_a_wrong_answer_harms_no_later_one(engine: EvalModel) -> None:
     """With the full cache: later questions are asked after what should have been said."""
-    task, (sample, tokens) = TASKS["recall"], take(engine, TASKS["recall"], "after", grid(), 1)
+    task, (sample, tokens) = TASKS["recall"], take_sample(engine, TASKS["recall"], "after", grid(), 1)
     (ask, answer, size), *later = tokens.turns
     digit = engine.model.tokenizer.encode("7", bos=False)
     other = [answer[0], *(digit if answer[1:2] != digit else answer[2:3]), *answer[2:]]
     assert other != answer
     wrong = Tokens(tokens.context, ((ask, other, size), *later))
-    full = bind(engine, "full", FULL_PERCENT, len(tokens.context))
+    full = bind_at_budget(engine, "full", FULL_PERCENT, len(tokens.context))
     scores = score(task, engine.session(full, engine.read(tokens.context, 0)), sample, wrong)
     assert [s.right for s in scores] == [0, 1, 1, 1]
 
 
-def test_bits_per_byte_is_the_models_loss(engine: Engine) -> None:
+def test_bits_per_byte_is_the_models_loss(engine: EvalModel) -> None:
     """Teacher-forced through the decode program, against one pass over all of the text."""
-    task, (sample, tokens) = TASKS["bits"], take(engine, TASKS["bits"], "after", grid(), 0)
-    full = bind(engine, "full", FULL_PERCENT, len(tokens.context))
+    task, (sample, tokens) = TASKS["bits"], take_sample(engine, TASKS["bits"], "after", grid(), 0)
+    full = bind_at_budget(engine, "full", FULL_PERCENT, len(tokens.context))
     (got,) = score(task, engine.session(full, engine.read(tokens.context, 0)), sample, tokens)
     ask, answer, size = tokens.turns[0]
     logits = prefill(engine.model, [*tokens.context, *ask, *answer], all_logits=True).logits
@@ -172,7 +174,7 @@ def test_bits_per_byte_is_the_models_loss(engine: Engine) -> None:
     assert got.nats == pytest.approx(float(nats), rel=1e-3)
     assert got.asked == len(answer) > 40
     assert size == len(sample.turns[0].answer.encode())
-    tally = Tally(task, "after", "full", FULL_PERCENT, scores=[got], attended=9, context=9)
+    tally = Cell(task, "after", "full", FULL_PERCENT, scores=[got], attended=9, context=9)
     assert tally.row()["bits_per_byte"] == pytest.approx(got.nats / 0.693147 / size, rel=1e-3)
 
 
@@ -182,8 +184,8 @@ def test_bits_per_byte_is_the_models_loss(engine: Engine) -> None:
 def test_a_task_that_the_model_cannot_do_is_not_judged(tmp_path: Path) -> None:
     """A random model: the full cache's row, a note, and no other policy's."""
     results = Results()
-    random_model = Engine(load_model(tiny_model(tmp_path)))
-    sweep(random_model, grid("snapkv", context=64), results, lambda text: None)
+    random_model = EvalModel(load_model(tiny_model(tmp_path)))
+    run_sweep(random_model, grid("snapkv", context=64), results, lambda text: None)
     assert [(r["policy"], r["question"], r["judged"]) for r in results.rows()] == [
         ("full", "inside", False),
         ("full", "after", False),
@@ -191,9 +193,9 @@ def test_a_task_that_the_model_cannot_do_is_not_judged(tmp_path: Path) -> None:
     assert "not judged: the full cache reaches 0 %, at least 95 % is needed" in results.notes[0]
 
 
-def test_a_budget_that_a_policy_cannot_meet_is_left_out(engine: Engine) -> None:
+def test_a_budget_that_a_policy_cannot_meet_is_left_out(engine: EvalModel) -> None:
     results = Results()
-    sweep(engine, grid("quest", budgets=(5, 20)), results, lambda text: None)
+    run_sweep(engine, grid("quest", budgets=(5, 20)), results, lambda text: None)
     assert {(row["policy"], row["budget_percent"]) for row in results.rows()} == {
         ("full", 100),
         ("quest", 20),
@@ -203,7 +205,7 @@ def test_a_budget_that_a_policy_cannot_meet_is_left_out(engine: Engine) -> None:
 
 def test_parts_add_up() -> None:
     scores = [Score("a", 1, 1, 0, 0), Score("a", 0, 1, 0, 0), Score("b", 1, 1, 0, 0)]
-    row = Tally(TASKS["passkey"], "after", "full", 100, scores=scores, attended=50, context=200).row()
+    row = Cell(TASKS["passkey"], "after", "full", 100, scores=scores, attended=50, context=200).row()
     assert (row["accuracy"], row["n"], row["parts"]) == (0.6667, 3, {"a": 0.5, "b": 1.0})
     assert row["attended_percent"] == 25
 
@@ -234,12 +236,10 @@ def test_json(run_here: Run, tmp_path: Path) -> None:
         assert 0 <= low <= row["accuracy"] <= high <= 1
         assert (row["n"], row["engine"], row["judged"]) == (2, "plain", True)
         assert row["policy"] != "snapkv" or re.fullmatch(r"snapkv:cap=\d+", row["spec"])
-        parse(row["spec"])
+        parse_policy(row["spec"])
     drawn = file.read_text()
     assert drawn.startswith("<?xml") and "snapkv" in drawn and "passkey, question after" in drawn
     # The audit reads what this prints.
-    from mpcache.audit.command import read_quality
-
     saved = tmp_path / "quality.json"
     saved.write_text(out)
     assert read_quality(saved) == rows
@@ -372,10 +372,10 @@ def test_a_turn_apart_begins_with_what_was_said() -> None:
         said = only.question + only.answer
 
 
-def test_chunks_are_what_a_score_takes_in(engine: Engine) -> None:
-    sample, tokens = take(engine, TASKS["recall"], "after", grid(), 0)
+def test_chunks_are_what_a_score_takes_in(engine: EvalModel) -> None:
+    sample, tokens = take_sample(engine, TASKS["recall"], "after", grid(), 0)
     session = engine.session(
-        bind(engine, "full", FULL_PERCENT, len(tokens.context)), engine.read(tokens.context, 0)
+        bind_at_budget(engine, "full", FULL_PERCENT, len(tokens.context)), engine.read(tokens.context, 0)
     )
     taken, chunk = [], session.chunk
     session.chunk = lambda ids, m: taken.append(m) or chunk(ids, m)  # type: ignore

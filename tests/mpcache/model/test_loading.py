@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpcache.errors import ModelError
-from mpcache.model import loading as model_module
-from mpcache.model.loading import (
+from mpcache.model import (
     ModelShape,
     RopeScaling,
     Weights,
@@ -19,7 +18,9 @@ from mpcache.model.loading import (
     load_model,
     load_shape,
     load_tokenizer,
+    loading,
 )
+from mpcache.model.families import shape_from_config
 from tests.support.paths import STORIES
 from tests.support.tiny_models import KINDS, VOCAB, make, save
 
@@ -59,7 +60,7 @@ def test_shape_survives_json_and_matches_the_weights(kind: str, tmp_path: Path) 
 
 
 def test_defaults_of_a_short_config() -> None:
-    shape = ModelShape.from_config(LLAMA)
+    shape = shape_from_config(LLAMA)
     assert (shape.kv_heads, shape.head_dim, shape.group) == (4, 16, 1)
     assert (shape.rope_theta, shape.rope_scaling, shape.norm_eps) == (10000.0, None, 1e-6)
     assert (shape.bos_id, shape.eos_ids) == (None, ())
@@ -89,12 +90,12 @@ def test_defaults_of_a_short_config() -> None:
     ],
 )
 def test_rope_settings_old_and_new(given: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
-    shape = ModelShape.from_config(LLAMA | given)
+    shape = shape_from_config(LLAMA | given)
     assert (shape.rope_theta, shape.rope_scaling) == (theta, scaling)
 
 
 def test_token_ids_one_many_and_impossible() -> None:
-    shape = ModelShape.from_config(LLAMA | {"bos_token_id": 100, "eos_token_id": [2, 7, 128001]})
+    shape = shape_from_config(LLAMA | {"bos_token_id": 100, "eos_token_id": [2, 7, 128001]})
     assert (shape.bos_id, shape.eos_ids) == (None, (2, 7))
 
 
@@ -109,7 +110,7 @@ def test_token_ids_one_many_and_impossible() -> None:
     ],
 )
 def test_a_sliding_window_limits_the_context(given: dict[str, Any], positions: int) -> None:
-    assert ModelShape.from_config(LLAMA | given).max_positions == positions
+    assert shape_from_config(LLAMA | given).max_positions == positions
 
 
 @pytest.mark.parametrize(
@@ -145,16 +146,16 @@ def test_a_sliding_window_limits_the_context(given: dict[str, Any], positions: i
 )
 def test_a_config_that_cannot_be_used(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelError) as error:
-        ModelShape.from_config(LLAMA | change, "some/config.json")
+        shape_from_config(LLAMA | change, "some/config.json")
     one_line(error, "some/config.json", says)
 
 
 def test_gpt2_variants_that_are_not_there() -> None:
     config = {"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_head": 2, "n_layer": 2, "vocab_size": 9}
     config |= {"n_positions": 64, "activation_function": "gelu_new"}
-    assert ModelShape.from_config(config).activation == "gelu_tanh"
+    assert shape_from_config(config).activation == "gelu_tanh"
     with pytest.raises(ModelError, match="scale_attn_by_inverse_layer_idx true is not supported"):
-        ModelShape.from_config(config | {"scale_attn_by_inverse_layer_idx": True})
+        shape_from_config(config | {"scale_attn_by_inverse_layer_idx": True})
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_gpt2_variants_that_are_not_there() -> None:
 )
 def test_a_shape_from_json_is_checked(change: dict[str, Any]) -> None:
     with pytest.raises(ModelError) as error:
-        ModelShape.from_dict(ModelShape.from_config(LLAMA).to_dict() | change)
+        ModelShape.from_dict(shape_from_config(LLAMA).to_dict() | change)
     one_line(error, "model shape:")
     with pytest.raises(ModelError):
         ModelShape.from_dict({"layers": 3})
@@ -298,7 +299,7 @@ def test_a_broken_index(folder: Path, index: str, says: str) -> None:
 def test_the_demo_model_is_there_or_said_to_be_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(model_module, "DEMO", tmp_path / "demo")
+    monkeypatch.setattr(loading, "DEMO", tmp_path / "demo")
     with pytest.raises(ModelError, match="the demo model is not there"):
         demo_model_dir()
     (tmp_path / "demo" / "model").mkdir(parents=True)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mpcache.errors import BadInput
-from mpcache.model.loading import Model, load_model
+from mpcache.model import Model, load_model
 from mpcache.model.prefill import normalise, prefill
 from mpcache_kernels import backend
 from tests.support.paths import STORIES

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from mpcache.model.loading import ModelShape, RopeScaling
+from mpcache.model import ModelShape, RopeScaling
 from mpcache.model.rope import rope_tables, rotate
 
 SHAPE = ModelShape(

@@ -8,7 +8,7 @@ import pytest
 
 from mpcache.config import PublicConfig
 from mpcache.errors import PolicyError
-from mpcache.policy import POLICIES, parse
+from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.clusters import ClusterPlan
 from tests.support.tiny_policies import Counting, plain, shape, tokens
 
@@ -35,15 +35,17 @@ def test_a_budget_is_met_to_a_cluster(spec: str, context: int) -> None:
         budget = context * percent // 100
         if "|mpcache" in spec and budget < 40:  # what fills no cluster is attended to, too
             continue
-        policy = parse(spec).at_budget(budget, context, s)
+        policy = parse_policy(spec).at_budget(budget, context, s)
         plan = policy.plan(context, s)
         for layer in plan.layers:
             assert budget - granule(plan) < layer.attended <= budget
-        assert parse(policy.spec) == policy  # a row's `spec` can be run again
+        assert parse_policy(policy.spec) == policy  # a row's `spec` can be run again
 
 
 def test_options_that_are_no_budget_stay() -> None:
-    policy: Any = parse("mpcache:score=bound,share=none,sink=2,n_keep=0.5").at_budget(100, 880, shape())
+    policy: Any = parse_policy("mpcache:score=bound,share=none,sink=2,n_keep=0.5").at_budget(
+        100, 880, shape()
+    )
     assert (policy.score, policy.share, policy.sink) == ("bound", "none", 2)
     assert 440 - 16 < policy.n_keep <= 440
 
@@ -52,7 +54,7 @@ def test_options_that_are_no_budget_stay() -> None:
 def test_what_is_attended_to_is_what_the_plan_says(spec: str) -> None:
     """Counted in a run, for one token after a context of 120."""
     s, ops = shape(layers=2), Counting()
-    policy = parse(spec).at_budget(48, 120, s)
+    policy = parse_policy(spec).at_budget(48, 120, s)
     planned = policy.plan(120, s).layers
     plain(policy.spec, s, tokens(120), [[3]], ops=ops)
     assert [seen for _, seen in ops.seen] == [layer.attended + 1 for layer in planned]
@@ -66,39 +68,41 @@ def test_what_is_attended_to_is_what_the_plan_says(spec: str) -> None:
 def test_a_budget_that_cannot_be_met(spec: str, budget: int, least: int) -> None:
     said = f"cannot attend to {budget} tokens or fewer; it needs {least} or more"
     with pytest.raises(PolicyError, match=said):
-        parse(spec).at_budget(budget, 100, shape())
-    assert parse(spec).at_budget(least, 100, shape()).plan(100, shape()).attended <= least
+        parse_policy(spec).at_budget(budget, 100, shape())
+    assert parse_policy(spec).at_budget(least, 100, shape()).plan(100, shape()).attended <= least
 
 
 @pytest.mark.parametrize("share", ["default", "none"])
 def test_a_second_part_chooses_and_the_first_evicts(share: str) -> None:
     """The first's own budget stays where it leaves more than the second attends to."""
-    policy: Any = parse(f"snapkv:cap=0.5|mpcache:share={share}").at_budget(88, 880, shape(layers=6))
-    assert policy.first == parse("snapkv:cap=0.5")
+    policy: Any = parse_policy(f"snapkv:cap=0.5|mpcache:share={share}").at_budget(88, 880, shape(layers=6))
+    assert policy.first == parse_policy("snapkv:cap=0.5")
     assert (policy.then.n_keep, policy.then.dynamic, policy.then.share) == (0.75, True, share)
     plan = policy.plan(880, shape(layers=6))
     assert plan.kept == 440 and 88 - 8 < plan.attended <= 88
-    wide = parse("snapkv:cap=40|mpcache").at_budget(88, 880, shape(layers=6)).plan(880, shape(layers=6))
+    wide = (
+        parse_policy("snapkv:cap=40|mpcache").at_budget(88, 880, shape(layers=6)).plan(880, shape(layers=6))
+    )
     assert wide.kept == wide.attended == 88
 
 
 def test_a_second_part_that_cannot_choose_so_few() -> None:
     with pytest.raises(PolicyError, match="policy mpcache: cannot attend to 20 tokens .* 40 or more"):
-        parse("snapkv:cap=0.5|mpcache").at_budget(20, 128, shape())
+        parse_policy("snapkv:cap=0.5|mpcache").at_budget(20, 128, shape())
 
 
 @pytest.mark.parametrize(("percent", "tokens"), [(5, 44), (12.5, 110), (0.01, 1), (99, 871)])
 def test_a_percent_is_rounded_down(percent: float, tokens: int) -> None:
-    policy: Any = parse("snapkv").at_percent(percent, 880, shape())
+    policy: Any = parse_policy("snapkv").at_percent(percent, 880, shape())
     assert policy.cap == tokens
-    assert parse("snapkv").at_percent(100, 880, shape()) == parse("snapkv")
+    assert parse_policy("snapkv").at_percent(100, 880, shape()) == parse_policy("snapkv")
 
 
 def test_what_a_document_decides_has_no_budget() -> None:
     with pytest.raises(PolicyError, match="the document decides what stays"):
-        parse("mpcache:threshold=0.1|quest").at_budget(20, 100, shape())
+        parse_policy("mpcache:threshold=0.1|quest").at_budget(20, 100, shape())
 
 
 def test_layers_of_their_own_budgets_have_no_common_one() -> None:
     with pytest.raises(PolicyError, match="n_keep=30/20 .* one number"):
-        parse("mpcache:n_keep=30/20").at_budget(20, 100, shape())
+        parse_policy("mpcache:n_keep=30/20").at_budget(20, 100, shape())

@@ -11,7 +11,7 @@ import torch
 from mpcache.cache import Cache
 from mpcache.engines.plain import PlainOps
 from mpcache.model.prefill import Prefill
-from mpcache.policy import Policy, parse
+from mpcache.policy import Policy, parse_policy
 from mpcache.policy.base import LayerView
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.mpcache import largest_attention
@@ -63,7 +63,7 @@ def check(spec: str, context: int, kv: int, group: int, steps: list[int], seed: 
     """Every query of every step attends to the same positions. -> choices that were compared."""
     generator = torch.Generator().manual_seed(seed)
     s = shape(layers=2, heads=kv * group, kv_heads=kv, head_dim=D)
-    policy = parse(spec)
+    policy = parse_policy(spec)
     bound = policy.bind(context, s)
     ops: Any = PlainOps(KERNELS if seed % 2 else None)
     window = policy.window(context)
@@ -143,7 +143,7 @@ def test_selections_equal_the_literal_ones(kind: str, part: int) -> None:
 
 def corners(spec: str, sizes: dict[str, Any]) -> set[str]:
     """Which of the cases that must not be missing this one is."""
-    p: Any = parse(spec)
+    p: Any = parse_policy(spec)
     coarse = getattr(p, "coarse", 0) or p.page
     group, heads, n = sizes["group"], sizes["group"] * sizes["kv"], getattr(p, "n_keep", 0)
     names = {
@@ -179,9 +179,9 @@ def test_largest_attention_is_the_literal_one() -> None:
 
 
 def test_the_published_rule_reveals_a_count() -> None:
-    policy: Policy = parse("mpcache:threshold=0.2,queries=0.5,sink=1,recent=2")
-    assert policy.leak == "count" and parse("mpcache").leak == "none"
-    assert not policy.plan_is_public and parse("mpcache").plan_is_public
+    policy: Policy = parse_policy("mpcache:threshold=0.2,queries=0.5,sink=1,recent=2")
+    assert policy.leak == "count" and parse_policy("mpcache").leak == "none"
+    assert not policy.plan_is_public and parse_policy("mpcache").plan_is_public
     s = shape(layers=2, heads=4, kv_heads=2, head_dim=D)
     assert [layer.kept for layer in policy.plan(30, s).layers] == [30, 30]  # the most it can be
     counts = set()

@@ -14,7 +14,7 @@ from mpcache.errors import PolicyError
 from mpcache.ledger import Ledger
 from mpcache.model.rope import rope_tables, rotate
 from mpcache.ops import Value
-from mpcache.policy import LEAKS, POLICIES, parse
+from mpcache.policy import POLICIES, LeakClass, parse_policy
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.rank import Rank
 from mpcache.runtime.party import ShapeParty
@@ -53,10 +53,10 @@ def test_every_policy_is_tested() -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_says_what_it_is(name: str) -> None:
     cls = POLICIES[name]
-    assert cls.leaks in LEAKS and cls.source and cls.needs and cls.__doc__
-    assert parse(name) == cls()
-    spec = parse(SMALL[name]).spec
-    assert parse(spec).spec == spec  # what a user reads can be typed again
+    assert isinstance(cls.leaks, LeakClass) and cls.source and cls.needs and cls.__doc__
+    assert parse_policy(name) == cls()
+    spec = parse_policy(SMALL[name]).spec
+    assert parse_policy(spec).spec == spec  # what a user reads can be typed again
 
 
 def bare(spec: str) -> str:
@@ -109,10 +109,10 @@ def test_kernels_change_nothing(spec: str) -> None:
     got, _ = plain(spec, s, tokens(CONTEXT), ask, ops=PlainOps(noting(called)))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
-    plan = parse(spec).plan(CONTEXT, s).layers[-1]
+    plan = parse_policy(spec).plan(CONTEXT, s).layers[-1]
     selects = isinstance(plan, ClusterPlan) and bool(plan.sizes)
     assert ("select_and_attend" in called) is selects
-    score = getattr(parse(spec.rpartition("|")[2]), "score", "")
+    score = getattr(parse_policy(spec.rpartition("|")[2]), "score", "")
     assert (("cluster_bounds" if score == "bound" else "cluster_scores") in called) is selects
 
 
@@ -127,7 +127,7 @@ class Elsewhere(PlainOps):
 @pytest.mark.parametrize("kernels", [None, KERNELS])
 @pytest.mark.parametrize("spec", [*EVERY, *[pytest.param(s, id=n) for n, s in MORE.items()]])
 def test_the_plain_engine_stays_on_its_device(spec: str, kernels: Backend | None) -> None:
-    s, policy = shape(), parse(spec)
+    s, policy = shape(), parse_policy(spec)
     session = Session(Elsewhere(kernels, "meta"), None, s, policy.bind(CONTEXT, s))
     session.setup(model(s).weights)
     known = prefilled(policy, s, tokens(CONTEXT))
@@ -181,7 +181,7 @@ def test_what_is_opened_is_what_is_declared(spec: str) -> None:
     """Leak class none: whatever both parties see is masked, and the client sees its logits."""
     party = Watching()
     cost(spec, shape(), CONTEXT, [3, 1, 1, 1, 1, 1], party)
-    assert parse(spec).leak == "none"
+    assert parse_policy(spec).leak == "none"
     for why, to in party.reasons:
         if to is None:
             assert "masked" in why or "rotated" in why, why
@@ -268,7 +268,7 @@ def test_a_sharing_layer_selects_nothing() -> None:
         assert any(name.endswith("/gather") for name in names) is not selects
         assert any(name.endswith("/scatter") for name in names)
     # Nor does it hold representatives.
-    plan = parse(spec).plan(CONTEXT, shape(layers=4))
+    plan = parse_policy(spec).plan(CONTEXT, shape(layers=4))
     assert [bool(layer.representatives) for layer in plan.layers] == [True, True, False, False]
 
 
@@ -286,11 +286,11 @@ def test_any_two_that_may_stand_together(first: str, then: str) -> None:
         "mpcache": "mpcache:coarse=2,fine=1,sink=0,recent=1,coarse_keep=1,fine_keep=1",
         "oracle": "oracle:k=3",
     }[then]
-    s, ops, left = shape(), Counting(), parse(SMALL[first])
+    s, ops, left = shape(), Counting(), parse_policy(SMALL[first])
     _, session = plain(f"{SMALL[first]}|{right}", s, tokens(CONTEXT), chunks(1), ops=ops)
     kept = [layer.kept for layer in left.plan(CONTEXT, s).layers]
     assert [layer.kept for layer in session.policy.plan.layers] == kept
-    behind = [parse(right).as_selector().plan(n, s).layers[i].attended for i, n in enumerate(kept)]
+    behind = [parse_policy(right).as_selector().plan(n, s).layers[i].attended for i, n in enumerate(kept)]
     assert [most - 1 for _, most in ops.seen] == behind and all(
         b < n for b, n in zip(behind, kept, strict=True)
     )
@@ -309,13 +309,13 @@ def test_a_part_that_does_nothing_changes_nothing() -> None:
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert (
-        parse("mpcache:threshold=0.1|quest").leak == "count"
-        and parse(SMALL["snapkv"] + "|quest").leak == "none"
+        parse_policy("mpcache:threshold=0.1|quest").leak == "count"
+        and parse_policy(SMALL["snapkv"] + "|quest").leak == "none"
     )
 
 
 def test_default_sharing_is_by_pairs() -> None:
-    policy: Any = parse("mpcache")
+    policy: Any = parse_policy("mpcache")
     assert policy.leaders(8) == [0, 1, 2, 2, 4, 4, 6, 7]
     assert policy.leaders(5) == [0, 1, 2, 3, 4] and policy.leaders(1) == [0]
 
@@ -341,7 +341,7 @@ def test_streaming_takes_a_chunk_as_single_tokens() -> None:
 def test_streaming_renumbers_positions() -> None:
     """One step attends as if every key had been rotated to its place in the cache."""
     s = shape(layers=1)
-    policy = parse(SMALL["streaming"])  # 2 sinks and 5 tokens before each one
+    policy = parse_policy(SMALL["streaming"])  # 2 sinks and 5 tokens before each one
     bound, known = policy.bind(CONTEXT, s), prefilled(policy, s, tokens(CONTEXT))
     session = Session(PlainOps(), None, s, bound)
     session.context(known, KERNELS)
@@ -367,7 +367,7 @@ def test_streaming_renumbers_positions() -> None:
 def test_the_least_attended_token_dies(name: str) -> None:
     """Against a list of living tokens: one question token, then a step at a time."""
     s = shape(layers=1, heads=4, kv_heads=2)
-    policy = parse(SMALL[name])
+    policy = parse_policy(SMALL[name])
     plan: Any = policy.plan(CONTEXT, s).layers[0]
     context, ask = tokens(CONTEXT), chunks(*[1] * 12)
     noted: list[torch.Tensor] = []
@@ -401,7 +401,7 @@ def test_the_least_attended_token_dies(name: str) -> None:
 
 def test_snapkv_keeps_the_voted_and_the_window() -> None:
     s = shape(layers=1)
-    policy = parse("snapkv:cap=8,queries=3,pool=3")
+    policy = parse_policy("snapkv:cap=8,queries=3,pool=3")
     known = prefilled(policy, s, tokens(CONTEXT))
     rows = policy.evict(known, 0, policy.plan(CONTEXT, s), KERNELS)
     for head in range(s.kv_heads):
@@ -467,5 +467,5 @@ BAD = [
 @pytest.mark.parametrize(("spec", "said"), BAD)
 def test_bad_options_are_one_line_that_names_the_range(spec: str, said: str) -> None:
     with pytest.raises(PolicyError, match=said) as caught:
-        parse(spec).plan(CONTEXT, shape())
+        parse_policy(spec).plan(CONTEXT, shape())
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ import torch
 
 from mpcache.ledger import Ledger
 from mpcache.ops import Ops, Value
-from mpcache.policy import POLICIES, LayerView, parse
+from mpcache.policy import POLICIES, LayerView, parse_policy
 from mpcache.policy.full import Full
 from mpcache.rank import Rank
 from mpcache.runtime.party import ComputingParty, Party
@@ -49,7 +49,7 @@ def watch(spec: str, secrets: int = 0, run: int = 0) -> TensorTrace:
     reasons: set[tuple[str, Rank | None]] = set()
 
     def program(ops: Ops, party: Party, rank: Rank) -> list[Any]:
-        policy = parse(spec)
+        policy = parse_policy(spec)
         if isinstance(party, ComputingParty):
             opening = party.open
 
@@ -89,7 +89,7 @@ def assert_masked(one: TensorTrace, two: TensorTrace) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_openings_are_those_declared(spec: str) -> None:
     """Leak class none: the client sees its logits; whatever else anybody sees is masked afresh."""
-    assert parse(spec).leak == "none"
+    assert parse_policy(spec).leak == "none"
     one, two = watch(spec), watch(spec, run=1)
     assert one.reasons == two.reasons
     assert {(why, to) for why, to in one.reasons if to is not None} == {(LOGITS, Rank.CLIENT)}

@@ -11,7 +11,8 @@ import torch
 from mpcache.argmax import argmax
 from mpcache.engines.plain import PlainOps
 from mpcache.ops import Ops, Value
-from mpcache.policy.clusters import extremes, flat, split
+from mpcache.policy.columns import by_item, flat
+from mpcache.policy.representatives import extremes
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, run
 from mpcache.runtime.shares import Share
@@ -73,8 +74,8 @@ def test_two_levels_become_one_choice(protocol: str) -> None:
     coarse, fine, tokens = apart(2, 6), apart(2, 12), torch.randn(2, 12, 3)
 
     def program(ops: Ops, c: Value, f: Value, t: Value) -> Program[list[Value]]:
-        first, (f2, t2) = yield from ops.topk(c, 4, [split(f, 6), split(flat(t), 6)])
-        second, (t3,) = yield from ops.topk(flat(f2), 3, [split(flat(t2), 8)])
+        first, (f2, t2) = yield from ops.topk(c, 4, [by_item(f, 6), by_item(flat(t), 6)])
+        second, (t3,) = yield from ops.topk(flat(f2), 3, [by_item(flat(t2), 8)])
         choice = yield from first.refine(second, 2)
         return [t3, (yield from choice.gather(t)), choice.marks(), (yield from choice.scatter(t3))]
 
@@ -90,7 +91,7 @@ def test_selections_are_equal_but_for_close_scores() -> None:
         scores = torch.randn(4, 16) * 3
 
         def program(ops: Ops, s: Value) -> Program[list[Value]]:
-            selection, _ = yield from ops.topk(s, 5, [split(s, 16)])
+            selection, _ = yield from ops.topk(s, 5, [by_item(s, 16)])
             return [selection.marks()]
 
         ((got, want),) = both(program, scores)
@@ -144,7 +145,7 @@ def test_hidden_scores_get_no_weight() -> None:
     def program(ops: Ops, q: Value) -> Program[list[Value]]:
         keys = yield from ops.prepare(ops.secret(torch.eye(6)[None], (1, 6, 6), Rank.SERVER))
         alive = ops.ones((1, 6))
-        selection, _ = yield from ops.topk(q[:, 0], 2, [split(q[:, 0], 6)])
+        selection, _ = yield from ops.topk(q[:, 0], 2, [by_item(q[:, 0], 6)])
         alive = alive - selection.marks()
         hidden = ops.mask_scores(
             (yield from ops.scores(q, keys)), alive.reshape(1, 1, 6).expand(1, 2, 6), 192

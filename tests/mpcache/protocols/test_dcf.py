@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from mpcache.protocols.dcf import KeyShape, dcf_eval, dcf_keygen
-from mpcache.runtime.rng import Stream, fresh_seed
+from mpcache.runtime.rng import KeyStream, fresh_seed
 
 
 def keys(n: int, depth: int, start: int, width: int = 8):  # type: ignore[no-untyped-def]
-    stream = Stream(fresh_seed(), "test")
+    stream = KeyStream(fresh_seed(), "test")
     shape = KeyShape(n, depth, start, width)
     alpha = stream.tensor((n,)) & ((1 << depth) - 1)
     beta = stream.tensor((n,))
@@ -49,7 +49,7 @@ def test_every_point_of_a_small_domain(width: int) -> None:
 def test_one_partys_outputs_do_not_tell_the_secret() -> None:
     """Same points, opposite secrets: one party's evaluations look uniform, bit by bit, both times."""
     n, depth = 4000, 12
-    stream = Stream(fresh_seed(), "test")
+    stream = KeyStream(fresh_seed(), "test")
     shape = KeyShape(n, depth)
     x = torch.full((n, 1), 1 << 11)
     for alpha in (0, (1 << depth) - 1):

@@ -14,14 +14,14 @@ from mpcache.protocols.linear import (
 )
 from mpcache.rank import Rank
 from mpcache.runtime.program import together
-from mpcache.runtime.rng import Stream, fresh_seed
+from mpcache.runtime.rng import KeyStream, fresh_seed
 from mpcache.runtime.shares import Share, decode
 from tests.support.harness import secure
 
 
 def raw(n: int, bound: int) -> torch.Tensor:
     """Uniform integers in [-bound, bound), with both ends."""
-    x = (Stream(fresh_seed(), "test").tensor((n,)) & (2 * bound - 1)) - bound
+    x = (KeyStream(fresh_seed(), "test").tensor((n,)) & (2 * bound - 1)) - bound
     x[0], x[1], x[2] = -bound, bound - 1, 0
     return x
 

@@ -6,16 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpcache.cache import V_RING
-from mpcache.engines.fast import WEIGHT_BITS
-from mpcache.protocols import compare, softmax
+from mpcache.protocols import compare, ranges, softmax
 from mpcache.protocols import reciprocal as power
 from mpcache.protocols.activation import series
 from mpcache.protocols.linear import truncate, truncate_local
 from mpcache.protocols.lookup import lookup
 from mpcache.protocols.softmax import quantize_scores
-from mpcache.runtime.correlations import Part, Request
-from mpcache.runtime.program import Opening, draw, open_masked, together
+from mpcache.runtime.program import Opening, Part, Request, RequestKind, draw, open_masked, together
 from mpcache.runtime.shares import Share, centred
 from mpcache.runtime.side import bytes_for
 from tests.support.harness import secure
@@ -46,7 +43,9 @@ def test_signs_over_the_whole_ring(kind: type[compare.Keys], dtype: torch.dtype,
     how = kind(len(x), width, dtype)
 
     def protocol(ops, share):  # type: ignore[no-untyped-def]
-        request = Request("compare", (Part(x.shape), *how.random), how.derived, how.derive)
+        request = Request(
+            RequestKind.COMPARE, (Part(x.shape), *how.random), how.derived, how.derive, how.work
+        )
         r, *parts = yield from draw(request)
         (c,) = yield from open_masked(Opening(share.data + r, "masked", width=bytes_for(width)))
         return Share((yield from how.sign(ops.side, parts, c)), 0)
@@ -124,19 +123,19 @@ def test_norm_over_the_whole_range_of_variances(variance: float, width: int) -> 
 def test_reciprocal_over_its_whole_range(least: float) -> None:
     """Every exponent from 2^-9 to 2^13, both ends and the places between."""
     x = torch.logspace(math.log2(least), 13, 1500, base=2.0, dtype=torch.float64)[:-1].unsqueeze(-1)
-    unit = 2.0**-WEIGHT_BITS
+    unit = 2.0**-ranges.WEIGHT_BITS
     x = torch.cat([x, torch.tensor([[2.0**13 - unit], [1.0], [2.0 - unit], [2.0], [77.0]])])
     x = ((x / unit).floor() * unit).clamp(min=least)
 
     def protocol(ops, share):  # type: ignore[no-untyped-def]
         return (yield from power.reciprocal(ops.side, share, least, 2.0**13))
 
-    played = secure(protocol, x, bits=WEIGHT_BITS)
+    played = secure(protocol, x, bits=ranges.WEIGHT_BITS)
     assert ((played.value() * x - 1).abs() < 2e-4).all()
     assert played.ledgers[0].total().rounds == 2
 
 
-EDGE = softmax.LARGEST * 8 / 7 - 0.01  # scores are below this in size
+EDGE = ranges.LARGEST_SCORE * 8 / 7 - 0.01  # scores are below this in size
 SCORES = {
     "small": lambda n: torch.randn(2, 2, n) * 3,
     "large": lambda n: (torch.randn(2, 2, n) * 120).clamp(-EDGE, EDGE),
@@ -162,7 +161,7 @@ def test_attention_output(n: int, kind: str) -> None:
     s, v = SCORES[kind](n), torch.randn(2, n, 8)
 
     def protocol(ops, scores, values):  # type: ignore[no-untyped-def]
-        values = yield from ops.prepare(values, V_RING)
+        values = yield from ops.prepare(values, ranges.WEIGHTED_SUM_RING)
         e, total = yield from ops.softmax(quantize_scores(scores), None)
         out, inverse = yield from together(ops.weighted_sum(e, values), ops.reciprocal(total))
         return (yield from ops.rescale((yield from ops.mul(out, inverse))))
@@ -174,13 +173,15 @@ def test_attention_output(n: int, kind: str) -> None:
 
 def test_the_largest_weight_fits_its_ring() -> None:
     """A distance of one step: e^-d is 1.4e-4 below 1, where the truncation's range ends."""
-    d = torch.arange(1, 9).repeat(500) * 2.0**-softmax.GRID
+    d = torch.arange(1, 9).repeat(500) * 2.0**-ranges.SCORE_BITS
 
     def protocol(ops, d):  # type: ignore[no-untyped-def]
         e = yield from softmax.exp(ops.side, d)
-        return (yield from truncate(ops.side, truncate_local(ops.side, e, WEIGHT_BITS), WEIGHT_BITS))
+        return (
+            yield from truncate(ops.side, truncate_local(ops.side, e, ranges.WEIGHT_BITS), ranges.WEIGHT_BITS)
+        )
 
-    error = secure(protocol, d, bits=softmax.GRID).value() - torch.exp(-d.double() * 8 / 7)
+    error = secure(protocol, d, bits=ranges.SCORE_BITS).value() - torch.exp(-d.double() * 8 / 7)
     assert error.abs().max() < 6e-6
 
 
@@ -208,4 +209,4 @@ def test_the_bound_is_close_above_the_maximum() -> None:
         return Share((yield from softmax.bound(ops.side, quantize_scores(scores), None)), 0)
 
     above = centred(secure(protocol, s).value().long(), 16) * 8 / 7 - s.amax(-1, keepdim=True)
-    assert above.min() > 0 and above.max() <= softmax.SLACK + 1e-3
+    assert above.min() > 0 and above.max() <= ranges.BOUND_SLACK + 1e-3

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpcache.errors import Reuse
-from mpcache.policy import parse
+from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime import rng
 from mpcache.runtime.rng import Tapes, fresh_seed
@@ -25,7 +25,7 @@ class Reads:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.spans: dict[tuple[str, bytes], list[tuple[int, int]]] = defaultdict(list)
-        create, read = rng.Stream.__init__, rng.Stream.read
+        create, read = rng.KeyStream.__init__, rng.KeyStream.read
 
         def init(stream: Any, seed: bytes, label: str) -> None:
             create(stream, seed, label)
@@ -37,8 +37,8 @@ class Reads:
             stream.place += n
             return read(stream, n)
 
-        patch.setattr(rng.Stream, "__init__", init)
-        patch.setattr(rng.Stream, "read", reading)
+        patch.setattr(rng.KeyStream, "__init__", init)
+        patch.setattr(rng.KeyStream, "read", reading)
 
     def twice(self) -> int:
         """Bytes that one party read more than once."""
@@ -53,7 +53,7 @@ class Reads:
 
 def run_session() -> None:
     shape, context = tiny.shape(), tiny.tokens(24)
-    bound = parse(SPEC).bind(24, shape)
+    bound = parse_policy(SPEC).bind(24, shape)
 
     def program(ops: Any, party: Any, rank: Rank) -> None:
         threading.current_thread().name = rank.label
@@ -79,7 +79,7 @@ def test_no_byte_of_a_key_stream_is_read_twice(monkeypatch: pytest.MonkeyPatch) 
 def test_the_check_sees_a_phase_whose_randomness_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted bug: all phases share one label, and nothing refuses it."""
     reads = Reads(monkeypatch)
-    monkeypatch.setattr(Tapes, "begin", lambda tapes, phase: rng.Stream(tapes._seed, "tape"))
+    monkeypatch.setattr(Tapes, "begin", lambda tapes, phase: rng.KeyStream(tapes._seed, "tape"))
     run_session()
     assert reads.twice() > 100_000
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpcache.runtime.ring import matmul
-from mpcache.runtime.rng import Stream, fresh_seed
+from mpcache.runtime.rng import KeyStream, fresh_seed
 
 LOWEST, HIGHEST = -(1 << 63), (1 << 63) - 1
 
@@ -20,7 +20,7 @@ def reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (1, 128, 33), (7, 64, 5), (16, 700, 9), (33, 17, 31)])
 def test_uniform_words(m: int, k: int, n: int) -> None:
-    words = Stream(fresh_seed(), "test")
+    words = KeyStream(fresh_seed(), "test")
     x, y = words.tensor((m, k)), words.tensor((k, n))
     assert torch.equal(matmul(x, y), reference(x, y))
 
@@ -32,7 +32,7 @@ def test_the_ends_of_the_range_wrap_around() -> None:
 
 
 def test_broadcasting_strides_and_blanks() -> None:
-    words = Stream(fresh_seed(), "test")
+    words = KeyStream(fresh_seed(), "test")
     x, y = words.tensor((3, 1, 4, 6)), words.tensor((2, 5, 6)).transpose(-1, -2)
     out = matmul(x, y)
     assert out.shape == (3, 2, 4, 5)

@@ -13,9 +13,9 @@ import torch
 
 from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import CHUNK_BYTES, largest
+from mpcache.transport.flow_control import CHUNK_BYTES, largest_frame
 from mpcache.transport.frames import FrameLink
-from mpcache.transport.message import cut
+from mpcache.transport.message import split_message
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import linked
 
@@ -106,11 +106,11 @@ def test_large_tensors_both_ways_at_once(pair: Pair) -> None:
 
 def test_frames_are_small_enough_for_the_receiver() -> None:
     tensors = [torch.zeros(1) for _ in range(20_000)] + [torch.zeros(CHUNK_BYTES)]
-    sizes = [len(data) for data in cut(0, "layer11/select/children/rank", tensors)]
-    assert max(sizes) < largest(Rank.SERVER)
+    sizes = [len(data) for data in split_message(0, "layer11/select/children/rank", tensors)]
+    assert max(sizes) < largest_frame(Rank.SERVER)
     assert len(sizes) == 5
     with pytest.raises(ValueError, match="too many for one message"):
-        next(iter(cut(0, "s", tensors * 10)))
+        next(iter(split_message(0, "s", tensors * 10)))
 
 
 def test_one_way_messages_keep_their_order(pair: Pair) -> None:
@@ -160,7 +160,7 @@ def test_wrong_shape_dtype_or_count(
 
 def test_out_of_order_and_repeated_messages(pair: Pair) -> None:
     server, client = pair
-    first, second = (next(iter(cut(number, "s", [torch.zeros(1)]))) for number in (0, 1))
+    first, second = (next(iter(split_message(number, "s", [torch.zeros(1)]))) for number in (0, 1))
     server._post(second)
     with pytest.raises(Desync, match="server sends message 1 at s, client expects message 0"):
         client.recv("s", [(torch.float32, (1,))])

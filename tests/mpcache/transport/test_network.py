@@ -21,7 +21,7 @@ from mpcache.rank import Rank
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.local import local_pair
 from mpcache.transport.network import PROFILES, Profile, Shaper, parse_network, shaper
-from mpcache_parties.network.grpc_link import connect_all
+from mpcache_parties.network.connect import connect_all
 from tests.support.links import free_settings, grpc_networks
 
 S, C, D = Rank

@@ -13,11 +13,11 @@ import torch
 from mpcache.config import PublicConfig
 from mpcache.errors import Desync, LinkError, PeerFailed
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import FRAME_COST, MIB, SMALL_BYTES, Sent, largest, room
+from mpcache.transport.flow_control import FRAME_COST, MIB, SMALL_BYTES, Sent, largest_frame, queue_room
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
-from mpcache.transport.message import cut, is_one_field
-from mpcache.transport.session_order import Order, State, place_of
+from mpcache.transport.message import is_one_field, split_message
+from mpcache.transport.session_order import FrameKind, Order, State, place_of
 from mpcache_parties.handshake import PROTOCOL_VERSION, agree
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import linked
@@ -63,10 +63,10 @@ def test_a_whole_session_is_legal() -> None:
     order = Order()
     messages = ["seeds/pair", "facts/question", "setup/layer0", "context/layer0", "question/layer0/qkv",
                 "more/decode1", "decode1/layer0/qkv", "more/decode2", "decode2/vocabulary"]  # fmt: skip
-    assert order.complaint("hello", "") is None
-    assert [order.complaint("tensors", step) for step in messages] == [None] * len(messages)
+    assert order.complaint(FrameKind.HELLO, "") is None
+    assert [order.complaint(FrameKind.TENSORS, step) for step in messages] == [None] * len(messages)
     assert order.place == (State.DECODE, 2)
-    assert order.complaint("bye", "") is None
+    assert order.complaint(FrameKind.BYE, "") is None
     assert order.place == (State.CLOSE, 0)
 
 
@@ -88,8 +88,8 @@ ILLEGAL = [
 def test_what_may_not_come_now(frames: list[tuple[str, str]], words: str | None) -> None:
     order = Order()
     *before, last = frames
-    assert [order.complaint(*frame) for frame in before] == [None] * len(before)
-    assert order.complaint(*last) == words
+    assert [order.complaint(FrameKind(kind), step) for kind, step in before] == [None] * len(before)
+    assert order.complaint(FrameKind(last[0]), last[1]) == words
 
 
 # --------------------------------------------------------------------------- a hostile peer's frames
@@ -184,9 +184,9 @@ def test_the_rooms(agreed: bool) -> None:
     for me in Rank:
         for peer in set(Rank) - {me}:
             # The larger one of two frames goes through while the smaller one waits to be confirmed.
-            assert room(peer, me, agreed) >= max(1.5 * largest(me), 8 * SMALL_BYTES)
-            assert room(peer, me, True) >= room(peer, me, False)
-    assert room(Rank.DEALER, Rank.SERVER, agreed) == (32 if agreed else 4) * MIB
+            assert queue_room(peer, me, agreed) >= max(1.5 * largest_frame(me), 8 * SMALL_BYTES)
+            assert queue_room(peer, me, True) >= queue_room(peer, me, False)
+    assert queue_room(Rank.DEALER, Rank.SERVER, agreed) == (32 if agreed else 4) * MIB
 
 
 def test_a_frame_of_one_field() -> None:
@@ -272,6 +272,6 @@ def test_a_receiver_that_takes_nothing_is_a_timeout(pair: Pair) -> None:
 def test_hello_takes_part_in_the_order() -> None:
     with linked("local", Rank.SERVER, Rank.CLIENT) as (server, client):
         client.send_hello(Hello(PROTOCOL_VERSION, Rank.CLIENT, "00", {}))
-        client._post(next(cut(0, "decode1/a", [torch.zeros(1)])))
+        client._post(next(split_message(0, "decode1/a", [torch.zeros(1)])))
         server.recv_hello()
         assert server._order.place == (State.DECODE, 1)

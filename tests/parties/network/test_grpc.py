@@ -21,8 +21,9 @@ from mpcache.errors import ConfigError, LinkError, Mismatch, PeerFailed, PeerLos
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
-from mpcache_parties.network import grpc_link
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.network import grpc_server, session_network
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 from tests.support.links import free_settings, grpc_networks
 from tests.support.one_party import WORD
 from tests.support.paths import ROOT
@@ -144,9 +145,9 @@ def test_a_stalled_party_does_not_answer_pings(
         ("grpc.keepalive_timeout_ms", 500),
         ("grpc.http2.ping_timeout_ms", 500),
     ]
-    for name in ("DIAL_OPTIONS", "LISTEN_OPTIONS"):
-        options = [option for option in getattr(grpc_link, name) if option[0] not in dict(hasty)]
-        monkeypatch.setattr(grpc_link, name, [*options, *hasty])
+    for module, name in ((session_network, "DIAL_OPTIONS"), (grpc_server, "LISTEN_OPTIONS")):
+        options = [option for option in getattr(module, name) if option[0] not in dict(hasty)]
+        monkeypatch.setattr(module, name, [*options, *hasty])
     settings = free_settings()
     child = start(stalled, settings, "hang", (Rank.SERVER, Rank.CLIENT))
     with connect(stalled.peer, settings, stalled) as network:

@@ -12,7 +12,14 @@ from threading import Event
 import pytest
 
 from mpcache.rank import Rank
-from mpcache.transport.flow_control import MIB, READ_AHEAD_BYTES, SMALL_BYTES, cost, largest, room
+from mpcache.transport.flow_control import (
+    MIB,
+    READ_AHEAD_BYTES,
+    SMALL_BYTES,
+    frame_cost,
+    largest_frame,
+    queue_room,
+)
 from mpcache.transport.session_order import AGREED
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import free_settings
@@ -21,8 +28,9 @@ from tests.support.peer_frames import BYE, HELLO, ack, facts, tensors
 
 import grpc  # isort: skip  # after the link, which quiets it
 
-from mpcache_parties.network.grpc_link import BEACON_KEY, SERVICE, SESSION_KEY, Beacon  # isort: skip
-from mpcache_parties.network.stream import RANK_KEY  # isort: skip
+from mpcache_parties.network.channels import SERVICE
+from mpcache_parties.network.liveness import Beacon
+from mpcache_parties.network.metadata import BEACON_KEY, RANK_KEY, SESSION_KEY
 
 COPIES = 10  # of a frame: as gRPC puts it together, hands it over and frees it, and while it is parsed
 FLOOD = 64 * MIB  # of room: four times what a party gives to the client
@@ -46,7 +54,7 @@ FLOODS: dict[str, Callable[[], bytes]] = {
     "small tensors": lambda: tensors("decode1", 1),
     "facts": lambda: facts("decode1", sequence=1),
     "confirmations": lambda: ack(0),
-    "many messages in a frame": lambda: EMPTY_MESSAGES[: largest(Rank.SERVER)],
+    "many messages in a frame": lambda: EMPTY_MESSAGES[: largest_frame(Rank.SERVER)],
     "many messages in a small frame": lambda: EMPTY_MESSAGES[:SMALL_BYTES],
     "a hello of many entries": hello_of_many,
     "more than a frame": lambda: bytes(FLOOD),
@@ -69,7 +77,7 @@ def peak(me: Rank, before: Iterable[bytes], flood: bytes | None, task: str) -> i
 
     def said() -> Iterator[bytes]:
         yield from before
-        for _ in range(0 if flood is None else 1 + FLOOD // cost(len(flood))):
+        for _ in range(0 if flood is None else 1 + FLOOD // frame_cost(len(flood))):
             if not ended.is_set():
                 yield flood
         yield BYE
@@ -96,8 +104,8 @@ def peak(me: Rank, before: Iterable[bytes], flood: bytes | None, task: str) -> i
 def test_a_flood_takes_no_more_than_the_room(me: Rank, phase: str) -> None:
     before, task = PHASES[phase]
     honest = peak(me, before, None, task)
-    under_way = READ_AHEAD_BYTES + COPIES * largest(Rank.SERVER)
-    most = room(Rank.CLIENT, me, phase == "agreed") + under_way
+    under_way = READ_AHEAD_BYTES + COPIES * largest_frame(Rank.SERVER)
+    most = queue_room(Rank.CLIENT, me, phase == "agreed") + under_way
     for name, flood in FLOODS.items():
         more = peak(me, before, flood(), task) - honest
         print(f"{me.label}, {phase}: {name}: {more / MIB:.1f} MiB")

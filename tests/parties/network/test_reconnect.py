@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import plain_answer
 from mpcache.config import Addresses, PublicConfig, Settings
 from mpcache.errors import LinkError, PeerLost
 from mpcache.ledger import Ledger
-from mpcache.model.loading import load_model
+from mpcache.limits import bind_policy
+from mpcache.model import load_model
 from mpcache.rank import Rank
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache.sampling import Sampling
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 from tests.support.links import free_settings
 from tests.support.processes import (
     PARTY,
@@ -160,7 +163,7 @@ def parties(
     document.write_text("and the number of the gate of the city")
     context = model.tokenizer.encode(document.read_text(), bos=True)
     asked = model.tokenizer.encode(QUESTION, bos=False)
-    bound = bind(model.shape, public, len(context), len(asked))
+    bound = bind_policy(model.shape, public, len(context), len(asked))
     plain = plain_answer(model, bound, context, asked, TOKENS, Sampling(), ())
     settings = free_settings(reconnect_s=reconnect_s).model_copy(update={"public": public})
     server, dealer = settings.addresses.server, settings.addresses.dealer

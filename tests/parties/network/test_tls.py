@@ -14,13 +14,13 @@ from threading import Thread
 import pytest
 import yaml
 
-from mpcache.certificates import Identity, make
+from mpcache.certificates import Identity, make_identity
 from mpcache.config import Certificates, Settings, load_settings
 from mpcache.errors import ConfigError, LinkError, MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
-from mpcache_parties.network.grpc_link import connect_all
+from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.tls import Trust, trust
 from tests.support.links import free_settings
 from tests.support.processes import PARTY, errors_of, start, started, tiny_model, write_config
@@ -35,7 +35,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[Rank, Path]:
     folders = {}
     for rank in Rank:
         folders[rank] = tmp_path_factory.mktemp(rank.label)
-        make(rank).write(folders[rank])
+        make_identity(rank).write(folders[rank])
     return folders
 
 
@@ -47,7 +47,7 @@ def pins(homes: dict[Rank, Path]) -> Certificates:
 
 def another(rank: Rank, folder: Path) -> Path:
     """A folder with an identity of that rank that nobody has pinned."""
-    make(rank).write(folder)
+    make_identity(rank).write(folder)
     return folder
 
 
@@ -254,13 +254,13 @@ def test_a_session_of_parties_that_made_and_pinned_their_identities(
 
 
 def test_a_key_is_its_owners_alone_and_never_replaced(tmp_path: Path) -> None:
-    key, certificate = make(C).write(tmp_path)
+    key, certificate = make_identity(C).write(tmp_path)
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     content = key.read_bytes()
     with pytest.raises(ConfigError, match="holds an identity of the client already"):
-        make(C).write(tmp_path)
+        make_identity(C).write(tmp_path)
     assert key.read_bytes() == content
-    make(D).write(tmp_path)  # another rank's beside it is no harm
+    make_identity(D).write(tmp_path)  # another rank's beside it is no harm
     assert Identity.read(tmp_path, C) == Identity(C, content, certificate.read_bytes())
     key.chmod(0o640)
     with pytest.raises(ConfigError, match="others than its owner may read it"):
@@ -270,12 +270,12 @@ def test_a_key_is_its_owners_alone_and_never_replaced(tmp_path: Path) -> None:
 def test_files_that_are_no_identity(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file.*keygen --rank 2"):
         Identity.read(tmp_path, D)
-    key, certificate = make(D).write(tmp_path)
+    key, certificate = make_identity(D).write(tmp_path)
     good = key.read_bytes()
     key.write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match="is not a private key in PEM"):
         Identity.read(tmp_path, D)
-    key.write_bytes(make(D).key)
+    key.write_bytes(make_identity(D).key)
     with pytest.raises(ConfigError, match="is not the key of"):
         Identity.read(tmp_path, D)
     key.write_bytes(good)
@@ -286,7 +286,7 @@ def test_files_that_are_no_identity(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pin_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    from mpcache_parties.keys import pin
+    from mpcache_parties.pinning import pin
 
     def run(config: Path, *files: Path, **flags: bool) -> str:
         pin(list(files), config, **flags)
@@ -298,7 +298,7 @@ def pin_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 def test_pins_are_replaced_or_added_only_when_told(pin_here: Callable[..., str], tmp_path: Path) -> None:
     config = tmp_path / "session.yaml"
     config.write_text("public:\n  max_new_tokens: 5\n")
-    first, second = (make(C).write(tmp_path / name)[1] for name in ("one", "two"))
+    first, second = (make_identity(C).write(tmp_path / name)[1] for name in ("one", "two"))
     once = pin_here(config, first)
     text = config.read_text()
     assert pin_here(config, first) == once and config.read_text() == text
@@ -316,7 +316,7 @@ def test_pins_are_replaced_or_added_only_when_told(pin_here: Callable[..., str],
 def test_what_cannot_be_pinned(pin_here: Callable[..., str], tmp_path: Path) -> None:
     config = tmp_path / "session.yaml"
     config.write_text("")
-    key, _ = make(C).write(tmp_path / "one")
+    key, _ = make_identity(C).write(tmp_path / "one")
     with pytest.raises(MpcacheError, match="is not a certificate in PEM; give the .crt files"):
         pin_here(config, key)
     with pytest.raises(MpcacheError, match="cannot be read: No such file"):

@@ -22,11 +22,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, PortInUse
 from mpcache.ledger import Ledger
-from mpcache.model.loading import load_model
+from mpcache.model import load_model
 from mpcache.rank import Rank
+from mpcache_parties.network.channels import SERVICE
 from mpcache_parties.operations import metrics as operations
+from mpcache_parties.operations.address import host_and_port
+from mpcache_parties.operations.exposure import exposed
 from mpcache_parties.operations.logs import Log
-from mpcache_parties.operations.metrics import SERVICE, Metrics, operated, where
+from mpcache_parties.operations.metrics import PartyMetrics
 from mpcache_parties.operations.status import PartyStatus
 from tests.support.links import free_settings
 from tests.support.processes import (
@@ -187,7 +190,7 @@ def test_a_stop_signal_lets_the_token_in_flight_end(victim: Rank, folder: Path, 
 def test_metrics_are_the_ledgers() -> None:
     board, ledger = PartyStatus(S), Ledger()
     registry = CollectorRegistry()
-    registry.register(Metrics(board))
+    registry.register(PartyMetrics(board))
     with board.session(ledger) as watch:
         ledger.book("facts/model", sent=7, received=1)
         for name in ("setup", "context", "question", "decode1", "decode11"):
@@ -226,7 +229,7 @@ def test_health_follows_the_board() -> None:
     board = PartyStatus(D)
     stub = health_pb2_grpc.HealthStub(channel := grpc.insecure_channel(f"127.0.0.1:{port}"))
     status = health_pb2.HealthCheckResponse
-    with operated(board, None, str(port)):
+    with exposed(board, None, str(port)):
         for ready, expected in (
             (None, status.NOT_SERVING),
             (True, status.SERVING),
@@ -242,21 +245,21 @@ def test_health_follows_the_board() -> None:
 
 
 def test_places_that_cannot_be() -> None:
-    assert where("--metrics", "9100") == ("127.0.0.1", 9100)
-    assert where("--metrics", "0.0.0.0:9100") == ("0.0.0.0", 9100)
+    assert host_and_port("--metrics", "9100") == ("127.0.0.1", 9100)
+    assert host_and_port("--metrics", "0.0.0.0:9100") == ("0.0.0.0", 9100)
     for place in ("", "host", "70000", "a:b", ":0"):
         with pytest.raises(BadInput, match="--health is"):
-            where("--health", place)
+            host_and_port("--health", place)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         with (
             pytest.raises(PortInUse, match=f"--metrics {port}: cannot listen there"),
-            operated(PartyStatus(S), port, None),
+            exposed(PartyStatus(S), port, None),
         ):
             pass
         with (
             pytest.raises(PortInUse, match=f"--health {port}: cannot listen there"),
-            operated(PartyStatus(S), None, port),
+            exposed(PartyStatus(S), None, port),
         ):
             pass
 
@@ -279,13 +282,13 @@ def test_logs_that_cannot_be(tmp_path: Path) -> None:
 def test_health_keeps_nothing_of_what_it_is_asked() -> None:
     """A watch for a service that will never be known ends, and a long name is not even read."""
     (port,) = free_ports(1)
-    with operated(PartyStatus(D), None, str(port)), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with exposed(PartyStatus(D), None, str(port)), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         request, answer = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
-        replies = list(stub.SessionStatus(request(service="x"), timeout=10, wait_for_ready=True))
+        replies = list(stub.Watch(request(service="x"), timeout=10, wait_for_ready=True))
         assert [reply.status for reply in replies] == [answer.SERVICE_UNKNOWN]
-        assert next(stub.SessionStatus(request(service=SERVICE), timeout=10)).status == answer.NOT_SERVING
-        for call in (stub.Check, lambda *a, **k: list(stub.SessionStatus(*a, **k))):
+        assert next(stub.Watch(request(service=SERVICE), timeout=10)).status == answer.NOT_SERVING
+        for call in (stub.Check, lambda *a, **k: list(stub.Watch(*a, **k))):
             with pytest.raises(grpc.RpcError) as refused:
                 call(request(service="x" * 5000), timeout=10)
             assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -297,7 +300,7 @@ def test_metrics_wait_for_no_silent_caller(
     """One that says no more, resets, or asks for an odd format holds nothing and leaves no traceback."""
     monkeypatch.setattr(operations._Page, "timeout", 0.2)
     (port,) = free_ports(1)
-    with operated(PartyStatus(D), str(port), None):
+    with exposed(PartyStatus(D), str(port), None):
         with socket.create_connection(("127.0.0.1", port), 10) as caller:
             caller.sendall(b"GET /met")
             assert caller.recv(100) == b""  # ended by the other side
@@ -314,7 +317,7 @@ def test_metrics_wait_for_no_silent_caller(
 def test_metrics_have_a_bounded_number_of_callers() -> None:
     """Silent ones fill the places, not the process: the next one is turned away until one leaves."""
     (port,) = free_ports(1)
-    with operated(PartyStatus(D), str(port), None), ExitStack() as callers:
+    with exposed(PartyStatus(D), str(port), None), ExitStack() as callers:
 
         def call() -> socket.socket:
             caller = callers.enter_context(socket.create_connection(("127.0.0.1", port), 10))

@@ -16,21 +16,24 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.answer import Sampling
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, Desync, MpcacheError, StateError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.runtime import party as party_module
 from mpcache.runtime import rng
 from mpcache.runtime.party import ComputingParty
 from mpcache.runtime.rng import fresh_seed
+from mpcache.sampling import Sampling
 from mpcache.transport.local import local_pair
-from mpcache_parties import roles as run
-from mpcache_parties.handshake import AS_CLIENT, RESUMED
-from mpcache_parties.roles import AHEAD, Document, Question, ask, deal, serve
+from mpcache_parties import facts
+from mpcache_parties import seeds as session_seeds
+from mpcache_parties.handshake import KeepMode
+from mpcache_parties.private_inputs import Document, Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import AHEAD, ask, deal, serve
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import KEPT_STEPS, Files, Store
 from tests.support.links import Job, Killed, context_of, plain_ids, together
@@ -86,7 +89,7 @@ def play(
 
     parties: dict[Rank, Any] = {
         S: partial(serve, own=Document(model, tokens)),
-        C: partial(ask, own=question, on_token=on_token),
+        C: partial(ask, own=question),
         D: deal,
     }
 
@@ -97,7 +100,10 @@ def play(
             if cut is not None and rank is cut.victim:
                 die_at(links, cut)
             try:
-                return parties[rank](links, ledger, public, keeper=keepers[rank])
+                resources = SessionResources(
+                    links, ledger, public, on_token=on_token, checkpointer=keepers[rank]
+                )
+                return parties[rank](resources)
             finally:
                 keepers[rank].close()
 
@@ -209,13 +215,13 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     """Every key stream that is made, and every share that is opened, with its maker."""
     notes = Heard()
 
-    class RecordedCall(rng.Stream):
+    class RecordedCall(rng.KeyStream):
         def __init__(self, seed: bytes, label: str) -> None:
             notes.keys.append((notes.ranks[threading.get_ident()], rng.derive_key(seed, label)))
             super().__init__(seed, label)
 
-    monkeypatch.setattr(party_module, "Stream", RecordedCall)
-    monkeypatch.setattr(rng, "Stream", RecordedCall)
+    monkeypatch.setattr(party_module, "KeyStream", RecordedCall)
+    monkeypatch.setattr(rng, "KeyStream", RecordedCall)
     opening = ComputingParty.open
 
     def open_(self: ComputingParty, items: Any, step: str) -> list[Any]:
@@ -275,7 +281,7 @@ def test_a_planted_bug_is_seen(
         calls[len(heard.opened), rank] += 1
         return kept.setdefault((rank, calls[len(heard.opened), rank]), fresh_seed())
 
-    monkeypatch.setattr(run, "fresh_seed", restored)
+    monkeypatch.setattr(session_seeds, "fresh_seed", restored)
     twice(PUBLIC, model, tokens, tmp_path, heard)
     assert repeated_keys(heard) > 0
     assert largest_deviation(np.concatenate(list(differences(heard)))) > 6
@@ -290,7 +296,7 @@ def test_no_seed_and_no_open_mask_is_on_disk(
 
     seeds: list[bytes] = []
     bodies: list[bytes] = []
-    write = sealed.write
+    write = sealed.seal
 
     def noted() -> bytes:
         seeds.append(fresh_seed())
@@ -300,8 +306,8 @@ def test_no_seed_and_no_open_mask_is_on_disk(
         bodies.append(b"".join(map(bytes, body)))
         return write(file, key, header, [bodies[-1]])
 
-    monkeypatch.setattr(run, "fresh_seed", noted)
-    monkeypatch.setattr(sealed, "write", spied)
+    monkeypatch.setattr(session_seeds, "fresh_seed", noted)
+    monkeypatch.setattr(sealed, "seal", spied)
     play(PUBLIC, model, tokens, tmp_path)
     assert len(seeds) == 6 and len(bodies) == 3 * 5
     assert not any(seed in body for seed in seeds for body in bodies)
@@ -360,7 +366,7 @@ def test_files_that_are_not_the_party_s(model: Model, tokens: list[int], cut_off
         "damaged, was changed": content[:-1],
         "is damaged, was changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
         "its rank is 0, this party's is 1": other,
-        "is of format 2": content[:7] + b"\x02" + content[8:],
+        "is of format 1": content[:7] + b"\x01" + content[8:],
         "is not a file that mpcache wrote": b"PK" + content[2:],
         "is damaged": content[:40],
     }
@@ -419,7 +425,7 @@ def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     running.write(0, name, {})
     for patience, words in ((0.0, "still runs"), (60.0, "no step in common")):
         keeper = Checkpointer(store, serving=1, patience=patience)
-        keeper.heard({S: AS_CLIENT, C: RESUMED})
+        keeper.heard({S: KeepMode.AS_CLIENT, C: KeepMode.RESUMED})
         client.send_facts("resume/session", {"session": name, "run": "1" * 32})
         if patience:
             threading.Timer(0.5, running.close).start()
@@ -434,7 +440,7 @@ def test_a_new_session_takes_nobody_s_name(
     model: Model, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept is not written over, whatever a server calls its session."""
-    monkeypatch.setattr(run, "secrets", SimpleNamespace(token_hex=lambda n: "ab" * n))
+    monkeypatch.setattr(facts, "secrets", SimpleNamespace(token_hex=lambda n: "ab" * n))
     public = PublicConfig(policy="full", max_new_tokens=TOKENS)
     play(public, model, tokens, tmp_path, cut=Cut(S, "decode3", 3))
     files = {file: file.read_bytes() for file in tmp_path.glob("*/*/*.state")}
@@ -451,7 +457,7 @@ def test_a_client_s_names_are_names(name: str, tmp_path: Path) -> None:
     Files(store, "0" * 32).write(0, "0" * 32, {})
     names = {"session": "0" * 32, "run": "0" * 32}
     keeper = Checkpointer(store, serving=1)
-    keeper.heard({S: AS_CLIENT, C: RESUMED})
+    keeper.heard({S: KeepMode.AS_CLIENT, C: KeepMode.RESUMED})
     client.send_facts("resume/session", names | {name: "../" + "0" * 40_000})
     with pytest.raises(Desync, match="is not a session's name"):
         keeper.meet({C: dealer}, {})

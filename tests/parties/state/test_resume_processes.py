@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import plain_answer
 from mpcache.config import PublicConfig, Settings
-from mpcache.model.loading import Model
+from mpcache.limits import bind_policy
+from mpcache.model import Model
 from mpcache.rank import Rank
+from mpcache.sampling import Sampling
 from tests.support.links import free_settings
 from tests.support.processes import (
     CLI,
@@ -50,7 +52,7 @@ class Session:
         self.before = dict.fromkeys(Rank, 0)
         context = model.tokenizer.encode(document.read_text(), bos=True)
         asked = model.tokenizer.encode(QUESTION, bos=False)
-        bound = bind(model.shape, self.public, len(context), len(asked))
+        bound = bind_policy(model.shape, self.public, len(context), len(asked))
         plain = plain_answer(model, bound, context, asked, TOKENS, Sampling(), ())
         self.answer = model.tokenizer.decode(plain.ids)
 

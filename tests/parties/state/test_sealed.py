@@ -33,8 +33,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 def test_what_is_written_is_read(tmp_path: Path, size: int, small_chunks: int) -> None:
     content, file = os.urandom(size), tmp_path / "x"
     pieces = [content[i : i + 50] for i in range(0, size, 50)]
-    assert sealed.write(file, KEY, HEADER, pieces) == file.stat().st_size
-    assert sealed.read(file, KEY, HEADER) == content
+    assert sealed.seal(file, KEY, HEADER, pieces) == file.stat().st_size
+    assert sealed.unseal(file, KEY, HEADER) == content
     assert sealed.read_header(file)["step"] == 3
     assert file.stat().st_mode & 0o777 == 0o600
     assert os.listdir(tmp_path) == ["x"]
@@ -43,7 +43,7 @@ def test_what_is_written_is_read(tmp_path: Path, size: int, small_chunks: int) -
 def test_nothing_but_the_whole_file_opens(tmp_path: Path, small_chunks: int) -> None:
     """Every single bit, every shorter length, two chunks swapped, one left out, another header or key."""
     file = tmp_path / "x"
-    sealed.write(file, KEY, HEADER, [b"secret " * 40])
+    sealed.seal(file, KEY, HEADER, [b"secret " * 40])
     good = file.read_bytes()
     front, chunk = len(good) - 280 - 5 * 16, 64 + 16
     assert b"secret" not in good
@@ -54,19 +54,33 @@ def test_nothing_but_the_whole_file_opens(tmp_path: Path, small_chunks: int) -> 
     for content in bad:
         file.write_bytes(content)
         with pytest.raises(StateError) as caught:
-            sealed.read(file, KEY, HEADER)
+            sealed.unseal(file, KEY, HEADER)
         assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
     file.write_bytes(good)
     with pytest.raises(StateError, match="its step is 3, this party's is 4"):
-        sealed.read(file, KEY, HEADER | {"step": 4})
+        sealed.unseal(file, KEY, HEADER | {"step": 4})
     with pytest.raises(StateError, match="another key"):
-        sealed.read(file, KEY[::-1], HEADER)
+        sealed.unseal(file, KEY[::-1], HEADER)
+
+
+def test_a_file_of_an_older_release_is_refused(tmp_path: Path) -> None:
+    """Whole, and with the right key: its format says that its content may mean something else."""
+    file = tmp_path / "x"
+    sealed.seal(file, KEY, HEADER, [b"secret"])
+    content = bytearray(file.read_bytes())
+    content[len(b"mpcache")] = sealed.VERSION - 1
+    file.write_bytes(content)
+    words = "x: is of format 1, which another release of mpcache wrote; this release reads format 2$"
+    with pytest.raises(StateError, match=words):
+        sealed.unseal(file, KEY, HEADER)
+    with pytest.raises(StateError, match=words):
+        sealed.read_header(file)
 
 
 def test_the_same_content_never_looks_the_same(tmp_path: Path) -> None:
     """A key and nonces of its own for each file."""
     for name in "ab":
-        sealed.write(tmp_path / name, KEY, HEADER, [bytes(1000)])
+        sealed.seal(tmp_path / name, KEY, HEADER, [bytes(1000)])
     one, two = ((tmp_path / name).read_bytes()[-1000:] for name in "ab")
     assert sum(x == y for x, y in zip(one, two, strict=True)) < 30
 
@@ -96,17 +110,17 @@ from mpcache_parties.state import sealed
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:
-    sealed.write(Path(sys.argv[1]), bytes(32), {}, [bytes(100_000)])
+    sealed.seal(Path(sys.argv[1]), bytes(32), {}, [bytes(100_000)])
 except sealed.StateError as error:
     print(error)
 """
     file = tmp_path / "x"
-    sealed.write(file, bytes(32), {}, [b"old"])
+    sealed.seal(file, bytes(32), {}, [b"old"])
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
     assert (
         done.stdout == f"{file}: cannot be written: File too large; free some space, or give another folder\n"
     )
-    assert sealed.read(file, bytes(32), {}) == b"old" and os.listdir(tmp_path) == ["x"]
+    assert sealed.unseal(file, bytes(32), {}) == b"old" and os.listdir(tmp_path) == ["x"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 5000
 
 
@@ -127,14 +141,14 @@ def grown(more: int) -> Cache:
 
 
 def same(a: object, b: object) -> bool:
-    text = lambda x: b"".join(map(bytes, snapshot.dump(x)))  # noqa: E731
+    text = lambda x: b"".join(map(bytes, snapshot.serialize(x)))  # noqa: E731
     return text(a) == text(b)
 
 
 def test_a_tree_comes_back(tmp_path: Path) -> None:
     tree = {"cache": grown(2), "ids": [1, 2], "flag": True, "text": "\u00e9", "none": None}
-    data = bytearray(b"".join(map(bytes, snapshot.dump(tree))))
-    back = snapshot.load(data)
+    data = bytearray(b"".join(map(bytes, snapshot.serialize(tree))))
+    back = snapshot.deserialize(data)
     assert same(tree, back)
     assert isinstance(back["cache"].layers[0].v.mask, MetaTensor) and back["cache"].layers[0].v.ring == 64
     assert back["cache"].layers[0].memory["share"].owner is Rank.SERVER
@@ -143,16 +157,16 @@ def test_a_tree_comes_back(tmp_path: Path) -> None:
 def test_only_what_is_new_is_written() -> None:
     early, late = grown(0), grown(5)
     since = snapshot.tensors_of(early)
-    data = bytearray(b"".join(map(bytes, snapshot.dump(late, since))))
-    assert len(data) < len(b"".join(map(bytes, snapshot.dump(late))))
-    assert same(snapshot.load(data, since), late)
+    data = bytearray(b"".join(map(bytes, snapshot.serialize(late, since))))
+    assert len(data) < len(b"".join(map(bytes, snapshot.serialize(late))))
+    assert same(snapshot.deserialize(data, since), late)
     with pytest.raises(StateError):
-        snapshot.load(data)  # not without what came before
+        snapshot.deserialize(data)  # not without what came before
     other = snapshot.tensors_of(
         Cache([LayerCache(MaskedOperand(torch.ones(2, 3, 4), torch.ones(2, 3, 4), 16), None)], 9)
     )
-    whole = bytearray(b"".join(map(bytes, snapshot.dump(late, other))))
-    assert same(snapshot.load(whole, other), late)
+    whole = bytearray(b"".join(map(bytes, snapshot.serialize(late, other))))
+    assert same(snapshot.deserialize(whole, other), late)
 
 
 def test_only_known_classes_are_made() -> None:
@@ -160,7 +174,7 @@ def test_only_known_classes_are_made() -> None:
         pass
 
     with pytest.raises(TypeError, match="Other at /x/0 is not part of a checkpoint"):
-        list(snapshot.dump({"x": [Other()]}))
+        list(snapshot.serialize({"x": [Other()]}))
     for node in (
         '{"class":"Path","fields":{}}',
         '{"class":"Share","fields":{"no":1}}',
@@ -171,4 +185,4 @@ def test_only_known_classes_are_made() -> None:
         text = node.encode()
         data = bytearray(len(text).to_bytes(8, "little") + text + bytes(-len(text) % 8) + b"!" * 8)
         with pytest.raises(StateError, match="not what this release writes"):
-            snapshot.load(data)
+            snapshot.deserialize(data)

@@ -15,10 +15,11 @@ import torch
 
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
-from mpcache.model.loading import Model
+from mpcache.model import Model
 from mpcache.rank import Rank
-from mpcache_parties.handshake import AS_CLIENT, agree
-from mpcache_parties.network.grpc_link import Network, connect_all
+from mpcache_parties.handshake import KeepMode, agree
+from mpcache_parties.network.connect import connect_all
+from mpcache_parties.network.session_network import Network
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import Store
 from tests.support.links import Killed
@@ -164,7 +165,7 @@ def test_what_cannot_be_kept_is_said(keeps: bool, model: Model, tmp_path: Path) 
             with pytest.raises(MpcacheError, match=words):
                 service.ask(QUESTION, client_of(mine))
             assert kept(mine, C) == []
-        for nonsense in (AS_CLIENT, "always"):
+        for nonsense in (KeepMode.AS_CLIENT, "always"):
             words = f"state is .*{nonsense} at client"  # the lower rank of the two is named first
             refused = pytest.raises(MpcacheError, match=words)
             with refused, connect_all(C, service.settings, Ledger()) as network:

@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 
-from mpcache.answer import Sampling, bind, plain_answer
+from mpcache.answer import plain_answer
+from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PolicyError, StateError
-from mpcache.model.loading import Model
+from mpcache.limits import bind_policy
+from mpcache.model import Model
 from mpcache.rank import Rank
+from mpcache.sampling import Sampling
 from mpcache_parties.prepare import prepare
-from mpcache_parties.roles import Document, Question, ask, serve
+from mpcache_parties.private_inputs import Document, Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import ask, serve
 from mpcache_parties.state import sealed
 from mpcache_parties.state.tapes import SEED, TapeLink, TapeStore
 from tests.support.links import Job, Killed, context_of, free_settings, plain_ids, together
@@ -41,7 +46,9 @@ def prepared(
     stores = {rank: None if rank is D else TapeStore(place, rank) for rank in Rank}
 
     def job(rank: Rank) -> Job:
-        return lambda links, ledger: prepare(rank, links, public, owns[rank], stores[rank], lambda text: None)
+        return lambda links, ledger: prepare(
+            rank, SessionResources(links, ledger, public, tapes=stores[rank]), owns[rank]
+        )
 
     try:
         return together({rank: job(rank) for rank in Rank})
@@ -60,9 +67,11 @@ def answered(
         return together(
             {
                 S: lambda links, ledger: serve(
-                    links, ledger, public, Document(model, tokens), tapes=stores[S]
+                    SessionResources(links, ledger, public, tapes=stores[S]), Document(model, tokens)
                 ),
-                C: lambda links, ledger: ask(links, ledger, public, question, tapes=stores[C]),
+                C: lambda links, ledger: ask(
+                    SessionResources(links, ledger, public, tapes=stores[C]), question
+                ),
             }
         )
     finally:
@@ -129,7 +138,7 @@ def test_the_claim_is_on_disk_before_the_seed_is_read(
     store = TapeStore(tmp_path, C)
     (name,) = [f.name for f in batches(tmp_path, C)]
     done: list[str] = []
-    fsync, read = os.fsync, sealed.read
+    fsync, read = os.fsync, sealed.unseal
 
     def noted(descriptor: int) -> None:
         fsync(descriptor)
@@ -140,7 +149,7 @@ def test_the_claim_is_on_disk_before_the_seed_is_read(
         return read(file, *rest)
 
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(sealed, "read", spied)
+    monkeypatch.setattr(sealed, "unseal", spied)
     store._mark(name)
     header = sealed.read_header(store.file(name, SEED))
     TapeLink(store, name, header["sizes"])
@@ -170,7 +179,7 @@ def test_tapes_of_other_sizes_are_left_alone(
 @SLOW
 def test_batches_are_used_in_turn_and_stock_too(model: Model, tokens: list[int], tmp_path: Path) -> None:
     """Two batches serve two answers, a shorter one among them; the third is refused."""
-    public = PublicConfig(policy="full", max_new_tokens=3, protocol="stock")
+    public = PublicConfig(policy="full", max_new_tokens=3, protocol=ProtocolName.STOCK)
     for _ in range(2):
         prepared(model, tokens, tmp_path, public)
     shorter = public.model_copy(update={"max_new_tokens": 2})
@@ -239,7 +248,7 @@ def test_processes_prepare_and_answer(folder: Path, model: Model, tokens: list[i
     asked = model.tokenizer.encode(QUESTION.text, bos=False)
     context = model.tokenizer.encode(document.read_text(), bos=True)
     plain = plain_answer(
-        model, bind(model.shape, PUBLIC, len(context), len(asked)), context, asked, 3, Sampling(), ()
+        model, bind_policy(model.shape, PUBLIC, len(context), len(asked)), context, asked, 3, Sampling(), ()
     )
     for again in (False, True):
         with started() as children:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from typing import Any
 
-from mpcache.console.inputs import listed
-from mpcache.cost.choose import AUTO, RATES, modelled, offline_ms, pick
-from mpcache.cost.tally import Cost, Tally, cost
-from mpcache.errors import BadInput, PolicyError
-from mpcache.model.loading import ModelShape
-from mpcache.policy import POLICIES, parse
-from mpcache.transport.network import Profile, Rates
+from mpcache.choices import ProtocolName, Reveal
+from mpcache.cost.choose import AUTO, pick
+from mpcache.cost.pricing import price
+from mpcache.cost.rates import RATES, Rates, modelled, offline_ms
+from mpcache.cost.tally import Cost, Tally
+from mpcache.errors import PolicyError
+from mpcache.model import ModelShape
+from mpcache.policy import parse_policy
+from mpcache.report.units import whole
+from mpcache.transport.network import Profile
 
-Row = dict[str, Any]
+AuditRow = dict[str, Any]
 Setting = tuple[str, str, int]  # policy, protocol, context in tokens
 
 
 @dataclass(frozen=True)
-class Grid:
+class AuditGrid:
     """What is priced. policies: `NAME[:key=value,...]`; explicit: the user named them."""
 
     shape: ModelShape
@@ -32,7 +35,7 @@ class Grid:
     question: int
     new_tokens: int
     explicit: bool = True
-    reveal: str = "logits"
+    reveal: Reveal = Reveal.LOGITS
 
 
 @dataclass(frozen=True)
@@ -43,23 +46,25 @@ class Priced:
     rates: Rates
 
 
-def rows(
-    grid: Grid,
+def price_rows(
+    grid: AuditGrid,
     by: str | None = None,
     rates: Mapping[Setting, Rates] | None = None,
     note: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
-    """Price the grid. `note` hears what was left out and why. rates: of each setting, where they were
-    measured. Raises PolicyError.
+) -> list[AuditRow]:
+    """Price the grid: a row per policy, protocol, context and network. Raises PolicyError.
+
+    by: `layer` or `op`, which each row is broken down by.  rates: of each setting, where they were measured.
+    note: hears what was left out and why.
 
     Units: rounds, bytes, ms, per generated token; `online_bytes` is sent by one computing party (the
     mean of both), `offline_bytes` by the dealer. `ratio_to_full`: modelled latency over that of `full`.
     """
-    found: list[Row] = []
+    found: list[AuditRow] = []
 
     @cache  # the same on every network, and `full` beside every policy
     def priced(spec: str, context: int, protocol: str) -> Priced:
-        cost = price(grid, spec, context, protocol)
+        cost = price_setting(grid, spec, context, protocol)
         return Priced(cost, (rates or {}).get((cost.policy.policy.spec, protocol, context), RATES))
 
     for context, protocol in product(grid.contexts, grid.protocols):
@@ -79,33 +84,33 @@ def rows(
 
 
 def resolved(
-    grid: Grid, spec: str, context: int, protocol: str, network: Profile,
+    grid: AuditGrid, spec: str, context: int, protocol: str, network: Profile,
     note: Callable[[str], None] = lambda text: None,
 ) -> str:  # fmt: skip
-    """The protocol that `auto` stands for here; any other one as it is. Raises PolicyError."""
+    """Return the protocol that `auto` stands for here; any other one as it is. Raises PolicyError."""
     if protocol != AUTO:
         return protocol
-    bound = price(grid, spec, context, "fast").policy
+    bound = price_setting(grid, spec, context, ProtocolName.FAST).policy
     choice = pick(grid.shape, bound, context, grid.question, grid.new_tokens, network, reveal=grid.reveal)
     note(f"{bound.policy.spec} at {context} tokens: {choice}")
     return choice.protocol
 
 
-def price(grid: Grid, spec: str, context: int, protocol: str) -> Cost:
-    """One setting of the grid. Raises PolicyError."""
-    policy = parse(spec)
+def price_setting(grid: AuditGrid, spec: str, context: int, protocol: str) -> Cost:
+    """Price one setting of the grid. Raises PolicyError."""
+    policy = parse_policy(spec)
     if policy.in_the_clear:
         raise PolicyError(f"policy {policy.spec}: runs in plaintext only, so it has no price")
     bound = policy.bind(context, grid.shape)
-    return cost(grid.shape, bound, context, grid.question, protocol, grid.new_tokens, reveal=grid.reveal)
+    return price(grid.shape, bound, context, grid.question, protocol, grid.new_tokens, reveal=grid.reveal)
 
 
-def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | None) -> Row:
+def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | None) -> AuditRow:
     priced = one.cost
     plan, policy, steps = priced.policy.plan, priced.policy.policy, priced.steps
     tally, first = priced.total("decode"), priced.total("question")
     ms, base = (modelled(each.cost, network, each.rates) for each in (one, full))
-    row: Row = {
+    row: AuditRow = {
         "policy": policy.spec,
         "protocol": priced.protocol,
         "network": network.name,
@@ -121,7 +126,7 @@ def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | No
         "question": _three(first, 1, ""),
         "setup_bytes": _sent(priced.total("setup")),
         "context_bytes": _sent(priced.total("context")),
-        "counts_per_token": {name: whole(value / steps) for name, value in _counts(tally).items()},
+        "counts_per_token": {name: _mean(value, steps) for name, value in _counts(tally).items()},
         "peak_bytes": priced.peak,
     }
     if by == "layer":
@@ -140,9 +145,9 @@ def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | No
 
 def _three(tally: Tally, steps: int, suffix: str) -> dict[str, int | float]:
     return {
-        f"rounds{suffix}": whole(tally.rounds / steps),
-        f"online_bytes{suffix}": whole(tally.online / steps),
-        f"offline_bytes{suffix}": whole(tally.offline / steps),
+        f"rounds{suffix}": _mean(tally.rounds, steps),
+        f"online_bytes{suffix}": _mean(tally.online, steps),
+        f"offline_bytes{suffix}": _mean(tally.offline, steps),
     }
 
 
@@ -156,61 +161,6 @@ def _sent(tally: Tally) -> int:
     return tally.server_sent + tally.client_sent + tally.offline
 
 
-def whole(value: float) -> int | float:
-    return int(value) if value == int(value) else round(value, 3)
-
-
-def sweep(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:
-    """Every combination of swept options, put into each policy that has them. Raises BadInput."""
-    values: dict[str, list[str]] = {}
-    for text in sweeps:
-        key, _, given = text.partition("=")
-        if not key or not given:
-            raise BadInput(f"--sweep {text!r} is not key=value,value; as in n_keep=128,256")
-        if key in values:
-            raise BadInput(f"--sweep {key} is given twice; list all its values in one")
-        options = listed(f"--sweep {key}:", given)
-        values[key] = options
-    grid: list[str] = []
-    used: set[str] = set()
-    for spec in policies:
-        parse(spec)
-        parts = spec.split("|")
-        for part in parts:
-            fixed = [item.partition("=")[0] for item in part.partition(":")[2].split(",")]
-            for key in values:
-                if key in fixed:
-                    raise BadInput(f"--sweep {key} contradicts --policy {spec}, which sets it; leave one out")
-        has = [key for key in values if any(key in _options(part) for part in parts)]
-        used |= set(has)
-        for choice in _combinations(values, has):
-            grid.append("|".join(_with(part, choice) for part in parts))
-    unknown = [key for key in values if key not in used]
-    if unknown:
-        known = sorted({name for spec in policies for part in spec.split("|") for name in _options(part)})
-        listed_options = ", ".join(known) or "none"
-        raise BadInput(f"--sweep {unknown[0]}: none of these policies has it; options: {listed_options}")
-    for spec in grid:
-        parse(spec)
-    return grid
-
-
-def _combinations(values: dict[str, list[str]], keys: Sequence[str]) -> Iterator[list[str]]:
-    for choice in product(*(values[key] for key in keys)):
-        yield [f"{key}={value}" for key, value in zip(keys, choice, strict=True)]
-
-
-def _options(part: str) -> Sequence[str]:
-    """Names of the options of NAME[:key=value,...]."""
-    return [f.name for f in fields(parse(part))]
-
-
-def _with(spec: str, choice: Sequence[str]) -> str:
-    known = _options(spec)
-    options = [option for option in choice if option.partition("=")[0] in known]
-    return spec + ("," if ":" in spec else ":") + ",".join(options) if options else spec
-
-
-def secure_policies() -> list[str]:
-    """All that can run on shares."""
-    return [name for name, cls in POLICIES.items() if not cls.plain_only]
+def _mean(amount: float, steps: int) -> int | float:
+    """Per step, to three decimals."""
+    return whole(round(amount / steps, 3))

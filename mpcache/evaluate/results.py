@@ -12,11 +12,11 @@ from mpcache.evaluate.score import Score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Task
 from mpcache.policy import BoundPolicy
 
-Row = dict[str, Any]
+EvalRow = dict[str, Any]
 
 
 def wilson(right: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
+    """Return the 95 % interval of a share (Wilson, 1927): its ends, from 0 to 1."""
     if not asked:
         return 0.0, 1.0
     p, n = right / asked, asked
@@ -26,7 +26,7 @@ def wilson(right: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 @dataclass
-class Tally:
+class Cell:
     """Answers of one policy at one budget to one task. attended, context: tokens, summed over samples."""
 
     task: Task
@@ -52,26 +52,26 @@ class Tally:
 
     @property
     def bits_per_byte(self) -> float:
-        return bits_per_byte(self.scores)
+        return bits_per_byte_of(self.scores)
 
     def count(self, bound: BoundPolicy) -> None:
-        """One more sample is asked under this policy and plan."""
+        """Count one more sample that is asked under this policy and plan."""
         self.spec = self.spec or bound.policy.spec
         self.attended += bound.plan.attended
         self.context += bound.plan.context
 
     def passes(self) -> bool:
-        """As the full cache: whether the model does the task at all."""
+        """Return whether the model does the task at all; this is the full cache's cell."""
         if self.task.by_token:
             return self.bits_per_byte <= BITS_AT_MOST
         return self.accuracy >= FULL_AT_LEAST
 
-    def row(self) -> Row:
+    def row(self) -> EvalRow:
         right = sum(score.right for score in self.scores)
         parts: defaultdict[str, list[Score]] = defaultdict(list)
         for score in self.scores:
             parts[score.part].append(score)
-        row: Row = {
+        row: EvalRow = {
             "task": self.task.name,
             "policy": self.policy,
             "budget_percent": self.budget,
@@ -94,7 +94,8 @@ class Tally:
         return row
 
 
-def bits_per_byte(scores: Sequence[Score]) -> float:
+def bits_per_byte_of(scores: Sequence[Score]) -> float:
+    """Return the bits that a byte of the answers took, the mean over all bytes."""
     return sum(score.nats for score in scores) / math.log(2) / sum(score.bytes for score in scores)
 
 
@@ -107,12 +108,12 @@ def _share(scores: Iterable[Score]) -> float:
 class Results:
     """Grows as the sweep runs. notes: in words, what was left out and why, each once."""
 
-    tallies: list[Tally] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
 
-    def rows(self) -> list[Row]:
-        return [tally.row() for tally in self.tallies if tally.scores]
+    def rows(self) -> list[EvalRow]:
+        return [cell.row() for cell in self.cells if cell.scores]

@@ -15,24 +15,26 @@ import typer
 from mpcache.config import PublicConfig, load_settings
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
+from mpcache.console.options import JsonOption, ModelOption
 from mpcache.errors import BadInput
 from mpcache.evaluate.plot import check_plot, plot
-from mpcache.evaluate.rows import Results
-from mpcache.evaluate.score import Engine
-from mpcache.evaluate.secure import confirm
-from mpcache.evaluate.sweep import FULL, Grid, bind, sweep, take
-from mpcache.evaluate.table import CAPTION, tables
+from mpcache.evaluate.quality_tables import CAPTION, quality_tables
+from mpcache.evaluate.results import Results
+from mpcache.evaluate.score import EvalModel
+from mpcache.evaluate.secure import confirm_privately
+from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, run_sweep, take_sample
 from mpcache.evaluate.tasks import TASKS
-from mpcache.model.loading import demo_model_dir, load_model
+from mpcache.model import demo_model_dir, load_model
 from mpcache.policy import POLICIES
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.policy.plan import FULL_PERCENT
+from mpcache.transport.network import NETWORKS
 
 QUESTIONS = ("inside", "after")
-CONTEXT = 880  # tokens of a document, where the model allows as many
+DOCUMENT_TOKENS = 880  # tokens of a document, where the model allows as many
 
 
 def evaluate(
-    model: Annotated[Path | None, typer.Option(help="A Hugging Face folder. [the demo model]")] = None,
+    model: ModelOption = None,
     task: Annotated[str, typer.Option(help="Of these, with commas.")] = ",".join(TASKS),
     policy: Annotated[
         list[str] | None,
@@ -46,21 +48,19 @@ def evaluate(
     ] = ",".join(QUESTIONS),
     samples: Annotated[int, typer.Option(help="Answers per task, policy and budget.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the documents.")] = 0,
-    context: Annotated[int | None, typer.Option(help=f"Tokens of a document, at most. [{CONTEXT}]")] = None,
+    context: Annotated[
+        int | None, typer.Option(help=f"Tokens of a document, at most. [{DOCUMENT_TOKENS}]")
+    ] = None,
     secure: Annotated[
         int, typer.Option(help="So many samples of each row through the three parties, too.")
     ] = 0,
-    network: Annotated[
-        str | None, typer.Option(help="With --secure, but for bits: none, lan, wan or RTT_MS:MBPS.")
-    ] = None,
+    network: Annotated[str | None, typer.Option(help=f"With --secure, but for bits: {NETWORKS}.")] = None,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Quality against budget, an SVG file.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Answer quality of each policy at equal budgets, on the plain engine.
+    """Measure the answer quality of each policy at equal budgets, on the plain engine.
 
     Ctrl-C ends the sweep and keeps what is done.
     """
@@ -76,8 +76,8 @@ def evaluate(
     specs = list(dict.fromkeys(policy or [*POLICIES, PublicConfig().policy]))
     if plot_file is not None:
         check_plot(plot_file)
-    engine = Engine(load_model(model or demo_model_dir()), "cuda" if torch.cuda.is_available() else "cpu")
-    grid = Grid(
+    engine = EvalModel(load_model(model or demo_model_dir()), "cuda" if torch.cuda.is_available() else "cpu")
+    grid = EvalGrid(
         tuple(tasks),
         tuple(questions),
         tuple(spec for spec in specs if spec != FULL),
@@ -89,23 +89,23 @@ def evaluate(
     if not any(q in t.questions for t in tasks for q in questions):
         raise BadInput(f"--question {question}: task {task} is asked after the context only")
     for each in tasks:  # all is checked before the first question is asked
-        take(engine, each, "after", grid, 0)
+        take_sample(engine, each, "after", grid, 0)
     for spec in policy or ():  # of all there are, some may be left out
         _check(engine, spec, grid)
 
     results, complete = Results(), False
     try:
         with terminal.progress("starting ...") as (say, _):
-            sweep(engine, grid, results, say)
+            run_sweep(engine, grid, results, say)
             if secure:
-                confirm(engine, grid, list(results.tallies), secure, public.network, results, say)
+                confirm_privately(engine, grid, list(results.cells), secure, public.network, results, say)
         complete = True
     finally:  # also when it was interrupted, or a party failed
         _show(results, grid, engine, plot_file, as_json, complete)
 
 
 def _show(
-    results: Results, grid: Grid, engine: Engine, plot_file: Path | None, as_json: bool, complete: bool
+    results: Results, grid: EvalGrid, engine: EvalModel, plot_file: Path | None, as_json: bool, complete: bool
 ) -> None:
     rows = results.rows()
     for note in results.notes:
@@ -126,8 +126,8 @@ def _show(
         }
         print(json.dumps(result))
     else:
-        out = terminal.out()
-        for table in tables(rows):
+        out = terminal.stdout()
+        for table in quality_tables(rows):
             out.print(table)
         if rows:
             out.print(CAPTION, style="dim")
@@ -136,14 +136,14 @@ def _show(
         terminal.say(f"wrote {plot_file}")
 
 
-def _check(engine: Engine, spec: str, grid: Grid) -> None:
-    """Raises PolicyError for a policy that cannot be set to the largest of the budgets."""
-    bind(engine, spec, FULL_PERCENT if spec == FULL else max(grid.budgets), grid.context)
+def _check(engine: EvalModel, spec: str, grid: EvalGrid) -> None:
+    """Raise PolicyError for a policy that cannot be set to the largest of the budgets."""
+    bind_at_budget(engine, spec, FULL_PERCENT if spec == FULL else max(grid.budgets), grid.context)
 
 
 def _context(given: int | None, allowed: int, room: int) -> int:
-    """Tokens of a document. Raises BadInput."""
-    context = min(CONTEXT, allowed - room - 1) if given is None else given
+    """Return the tokens of a document. Raises BadInput."""
+    context = min(DOCUMENT_TOKENS, allowed - room - 1) if given is None else given
     if not 32 <= context < allowed:
         raise BadInput(f"--context is {context}; the model takes 32 to {allowed - room} with these tasks")
     return context

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mpcache.evaluate.rows import Row
-from mpcache.policy.base import FULL_PERCENT
+from mpcache.evaluate.results import EvalRow
+from mpcache.policy.plan import FULL_PERCENT
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """Accuracy with its interval, or bits per byte; `secure` rows are a table of their own."""
+def quality_tables(rows: Sequence[EvalRow]) -> list[Table]:
+    """Lay out accuracy with its interval, or bits per byte; `secure` rows are a table of their own."""
     found = []
     kinds = dict.fromkeys((row["task"], row["question"], row["engine"]) for row in rows)
     for task, question, engine in kinds:
@@ -27,15 +27,18 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for budget in budgets:
             table.add_column("all" if budget == FULL_PERCENT else f"{budget} %", justify="right")
         for policy in dict.fromkeys(row["policy"] for row in mine):
-            cells = {row["budget_percent"]: cell(row) for row in mine if row["policy"] == policy}
+            cells = {row["budget_percent"]: cell_text(row) for row in mine if row["policy"] == policy}
             table.add_row(policy, *(cells.get(budget, "") for budget in budgets))
         found.append(table)
     return found
 
 
-def cell(row: Row) -> str:
-    """98 (90-100), in percent; 1.57 (39) for bits per byte. Secure: how many answers were the plain engine's,
-    or how far off its bits per byte the farthest sample was."""
+def cell_text(row: EvalRow) -> str:
+    """Write a cell: 98 (90-100), in percent; 1.57 (39) for bits per byte.
+
+    Secure rows add how many answers were the plain engine's, or how far the farthest sample was off the
+    plain engine's bits per byte.
+    """
     percent = f"{100 * row['accuracy']:.0f}"
     if "bits_per_byte" in row:
         text = f"{row['bits_per_byte']:.2f} ({percent})"

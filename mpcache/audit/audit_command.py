@@ -13,18 +13,20 @@ from typing import Annotated, Any
 import typer
 
 from mpcache.audit import measure as measuring
-from mpcache.audit.explain import explain as told
+from mpcache.audit.cost_tables import breakdowns, cost_tables, measured_tables, verdict, write_csv
+from mpcache.audit.explain import explain_policy
+from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
+from mpcache.audit.priced_rows import AuditGrid, price_rows, resolved
 from mpcache.audit.quality import points, read_quality
-from mpcache.audit.rows import Grid, resolved, rows, secure_policies, sweep
-from mpcache.audit.tables import breakdowns, measured_tables, tables, verdict, write_csv
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
-from mpcache.cost.choose import CHOICES, NONE
+from mpcache.console.options import JsonOption, PoliciesOption, RevealOption, read_reveal
+from mpcache.cost.choose import CHOICES
 from mpcache.errors import BadInput, MpcacheError
-from mpcache.model.loading import ModelShape, demo_model_dir, load_shape
+from mpcache.model import ModelShape, demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
-from mpcache.transport.network import parse_network
+from mpcache.transport.network import NO_NETWORK, parse_network
 
 CONTEXTS = (512, 1024, 2048, 4096)
 MEASURED_TOKENS = 7  # answered in each run of --measure: six decode steps
@@ -37,9 +39,7 @@ def audit(
     context: Annotated[
         str | None, typer.Option(help="Context lengths in tokens, as in 512,1024. [what the model allows]")
     ] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option(help="NAME[:key=value,...]; may be given several times. [all]")
-    ] = None,
+    policy: PoliciesOption = None,
     network: Annotated[str, typer.Option(help="Of none, lan, wan and RTT_MS:MBPS, with commas.")] = "lan,wan",
     protocol: Annotated[
         str,
@@ -50,9 +50,7 @@ def audit(
         int | None,
         typer.Option(help="Length of the answer: costs are means over its decode steps. [2, measured: 7]"),
     ] = None,
-    reveal: Annotated[
-        str, typer.Option(help="What the client learns of each step: logits, or the token alone.")
-    ] = "logits",
+    reveal: RevealOption = None,
     by: Annotated[str | None, typer.Option(help="layer or op: break each row down.")] = None,
     sweep_: Annotated[
         list[str] | None, typer.Option("--sweep", help="key=v1,v2: a grid; may be given several times.")
@@ -66,11 +64,9 @@ def audit(
     measure: Annotated[
         bool, typer.Option(help="Run the parties, too, and put what they take beside what is modelled.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """What each eviction setting costs in rounds, bytes and time: exact, with no party running."""
+    """Price each eviction setting in rounds, bytes and time: exact, with no party running."""
     if explain is not None:
         others = {
             "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
@@ -80,8 +76,7 @@ def audit(
             raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
     if new_tokens is None:
         new_tokens = MEASURED_TOKENS if measure else 2
-    if reveal not in ("logits", "token"):
-        raise BadInput(f"--reveal {reveal!r} is not known; give logits or token")
+    revealed = read_reveal(reveal)
     if by not in (None, "layer", "op"):
         raise BadInput(f"--by {by!r} is not known; give layer or op")
     if question < 1 or new_tokens < 1:
@@ -91,18 +86,18 @@ def audit(
     protocols = listed("--protocol", protocol, CHOICES)
     folder = _weights_of(shape) if measure else None
     contexts = _contexts(context, shape, model, question + new_tokens if measure else 0)
-    networks = [parse_network(text) or NONE for text in listed("--network", network)]
+    networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
     if explain is not None:
         if len(protocols) > 1 or (context and len(contexts) > 1):
             raise BadInput("--explain prints one plan: give one --protocol and one --context")
-        grid = Grid(
-            model, contexts, [explain], networks, protocols, question, max(2, new_tokens), reveal=reveal
+        grid = AuditGrid(
+            model, contexts, [explain], networks, protocols, question, max(2, new_tokens), reveal=revealed
         )
         taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
-        for line in told(model, explain, contexts[0], question, taken):
+        for line in explain_policy(model, explain, contexts[0], question, taken):
             print(line)
         return
-    grid = Grid(
+    grid = AuditGrid(
         model,
         contexts,
         _policies(policy, sweep_ or []),
@@ -111,7 +106,7 @@ def audit(
         question,
         max(2, new_tokens),
         explicit=bool(policy or sweep_),
-        reveal=reveal,
+        reveal=revealed,
     )
     evaluated = read_quality(quality) if quality else []
     for path in (csv, report):
@@ -119,7 +114,7 @@ def audit(
             _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
-    found = rows(grid, needed, note=_note)
+    found = price_rows(grid, needed, note=_note)
     result: dict[str, Any] = {
         "shape": name,
         "model": model.to_dict(),
@@ -139,7 +134,7 @@ def audit(
         raise stopped
 
 
-def _measured(result: dict[str, Any], grid: Grid, model: Path, by: str | None) -> MpcacheError | None:
+def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> MpcacheError | None:
     """Measure the rows of `result`, and price them again at this machine's speed.
 
     What ended it early, if anything did after the first run: then the rest stays unmeasured.
@@ -156,7 +151,7 @@ def _measured(result: dict[str, Any], grid: Grid, model: Path, by: str | None) -
             raise
         stopped = error
     rates = measuring.calibrated(runs, grid)
-    found = result["rows"] = rows(grid, by, rates)
+    found = result["rows"] = price_rows(grid, by, rates)
     measuring.put_beside(found, runs)
     result["runs"] = {"planned": len(planned), "measured": done}
     result["calibration"] = [
@@ -184,8 +179,8 @@ def _show(
     if as_json:
         print(json.dumps(result))
         return
-    out = terminal.out()
-    for table in [*tables(found), *(breakdowns(found, by) if by else ())]:
+    out = terminal.stdout()
+    for table in [*cost_tables(found), *(breakdowns(found, by) if by else ())]:
         out.print(table)
     out.print(
         "Per generated token. kept/used: context tokens in the cache, and those a query attends to. online: "
@@ -205,7 +200,7 @@ def _show(
 
 
 def shape_of(text: str) -> tuple[str, ModelShape]:
-    """A shape and its name: demo, a packaged one, or a folder. Raises ModelError."""
+    """Find a shape and its name: demo, a packaged one, or a folder. Raises BadInput or ModelError."""
     if text == "demo":
         return text, load_shape(demo_model_dir())
     if text in NAMES:
@@ -217,7 +212,7 @@ def shape_of(text: str) -> tuple[str, ModelShape]:
 
 
 def _weights_of(given: str) -> Path:
-    """The model folder behind --shape, which the parties need. Raises BadInput."""
+    """Find the model folder behind --shape, which the parties need. Raises BadInput."""
     folder = demo_model_dir() if given == "demo" else Path(given)
     if given in NAMES or not any(folder.glob("*.safetensors")):
         raise BadInput(
@@ -227,13 +222,15 @@ def _weights_of(given: str) -> Path:
 
 
 def _policies(given: list[str] | None, sweeps: list[str]) -> list[str]:
-    return sweep(list(dict.fromkeys(given)) if given else secure_policies(), sweeps)
+    return sweep_options(list(dict.fromkeys(given)) if given else secure_policies(), sweeps)
 
 
 def _contexts(text: str | None, given: str, shape: ModelShape, more: int = 0) -> list[int]:
-    """Context lengths that the model can take, with `more` tokens after them. A packaged shape with
-    rotary positions may be priced beyond them, as they can be stretched at no cost; a model that is
-    there could not run."""
+    """Read context lengths that the model can take, with `more` tokens after them. Raises BadInput.
+
+    A packaged shape with rotary positions may be priced beyond its lengths, since such positions can be
+    stretched at no cost. A model with weights could not run there.
+    """
     limit = shape.max_positions - more
     if limit < 1:
         raise BadInput(f"question and answer make {more} tokens, the model allows {shape.max_positions}")

@@ -1,4 +1,4 @@
-"""`mpcache-party keygen` and `pin`: make an identity, and tell a config whose certificates to take."""
+"""Run `mpcache-party pin`: tell a config whose certificates to take."""
 
 from __future__ import annotations
 
@@ -13,25 +13,13 @@ import typer
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from mpcache.certificates import certificates_in, fingerprint, make, rank_of, short
+from mpcache.certificates import certificates_in, fingerprint, rank_of, short_fingerprint
 from mpcache.config import load_settings
 from mpcache.errors import BadInput, ConfigError
 from mpcache.rank import Rank
 from mpcache_parties.network.tls import pins_of
 
 SECTION = "certificates"
-
-
-def keygen(
-    rank: Annotated[int, typer.Option(min=0, max=2, help="0: server, 1: client, 2: dealer.")],
-    out: Annotated[Path, typer.Option(help="Folder for the key and the certificate.")],
-) -> None:
-    """Make this party's key and certificate. Only the certificate is for the others."""
-    identity = make(Rank(rank))
-    key, certificate = identity.write(out)
-    print(f"{key}: the key; keep it here")
-    print(f"{certificate}: the certificate; give it to the other two parties")
-    print(f"{identity.rank.label} sha256:{fingerprint(x509.load_pem_x509_certificate(identity.certificate))}")
 
 
 def pin(
@@ -52,26 +40,27 @@ def pin(
     pins = pins_of(settings)
     given: dict[Rank, list[x509.Certificate]] = {}
     for file in certificate:
-        for found in _read(file):
+        for found in _read_certificates(file):
             rank = rank_of(found)
             if rank is None:
                 raise ConfigError(f"{file}: names no rank; make it with mpcache-party keygen")
             if pins[rank] and found not in pins[rank] and not (replace or add):
-                prints = " or ".join(short(fingerprint(each)) for each in pins[rank])
+                prints = " or ".join(short_fingerprint(fingerprint(each)) for each in pins[rank])
+                new = short_fingerprint(fingerprint(found))
                 raise ConfigError(
-                    f"{config}: {rank.label} is pinned to {prints}, {file} is {short(fingerprint(found))}; "
+                    f"{config}: {rank.label} is pinned to {prints}, {file} is {new}; "
                     "give --replace, or --add to take both"
                 )
             given.setdefault(rank, []).append(found)
-    for rank, new in given.items():
-        pins[rank] = list(dict.fromkeys(new if replace else [*pins[rank], *new]))
-    _write(config, pins)
+    for rank, some in given.items():
+        pins[rank] = list(dict.fromkeys(some if replace else [*pins[rank], *some]))
+    _write_section(config, pins)
     for rank, some in pins.items():
         for each in some:
             print(f"{rank.label} sha256:{fingerprint(each)}")
 
 
-def _read(file: Path) -> list[x509.Certificate]:
+def _read_certificates(file: Path) -> list[x509.Certificate]:
     try:
         found = certificates_in(file.read_text(encoding="ascii"))
     except OSError as error:
@@ -83,8 +72,8 @@ def _read(file: Path) -> list[x509.Certificate]:
     return found
 
 
-def section(pins: Mapping[Rank, list[x509.Certificate]]) -> str:
-    """The config's section, with fingerprints beside the certificates for people."""
+def certificates_section(pins: Mapping[Rank, list[x509.Certificate]]) -> str:
+    """Return the config's section, with fingerprints beside the certificates for people."""
     lines = [f"{SECTION}:  # written by mpcache-party pin"]
     for rank, some in pins.items():
         if some:
@@ -95,14 +84,14 @@ def section(pins: Mapping[Rank, list[x509.Certificate]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(config: Path, pins: Mapping[Rank, list[x509.Certificate]]) -> None:
+def _write_section(config: Path, pins: Mapping[Rank, list[x509.Certificate]]) -> None:
     """Exchange the section in the file, and leave everything else in it, comments too. Atomic."""
     try:
         text = config.read_text(encoding="utf-8")
         rest = re.sub(
             rf"^{SECTION}:.*\n(?:[ \t].*\n|\n)*", "", text + "\n" * (not text.endswith("\n")), flags=re.M
         )
-        new = rest.rstrip("\n") + "\n\n" + section(pins)
+        new = rest.rstrip("\n") + "\n\n" + certificates_section(pins)
         handle, name = tempfile.mkstemp(dir=config.parent, prefix=config.name)
         with os.fdopen(handle, "w", encoding="utf-8") as out:
             out.write(new)

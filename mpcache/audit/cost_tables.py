@@ -11,35 +11,15 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from mpcache.audit.rows import Row
+from mpcache.audit.priced_rows import AuditRow
 from mpcache.errors import BadInput
+from mpcache.report.units import duration, number, size
 
 PARTS = {"layer": "layers", "op": "ops"}
 
 
-def size(n: float) -> str:
-    """Bytes in decimal units, three digits."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while n >= 999.5 and len(units) > 1:
-        n /= 1000
-        units.pop(0)
-    unit = units[0]
-    return f"{n:.0f} {unit}" if unit == "B" or n >= 99.95 else f"{n:.3g} {unit}"
-
-
-def duration(ms: float) -> str:
-    """Milliseconds below ten seconds, then seconds, then minutes."""
-    if ms < 10_000:
-        return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
-    return f"{ms / 1000:.3g} s" if ms < 600_000 else f"{ms / 60_000:.3g} min"
-
-
-def number(n: float) -> str:
-    return f"{n:,.0f}" if n == int(n) else f"{n:,.1f}"
-
-
-def tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """A table per protocol and context; a row per policy, with a column pair per network."""
+def cost_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
+    """Make a table per protocol and context: a row per policy, with a column pair per network."""
     for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
         mine = list(group)
         networks = list(dict.fromkeys(r["network"] for r in mine))
@@ -63,8 +43,8 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         yield table
 
 
-def measured_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """A table per protocol and context: modelled and measured, a line per policy and network."""
+def measured_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
+    """Make a table per protocol and context: modelled and measured, a line per policy and network."""
     for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
         table = _table(f"context {context:,} tokens, protocol {protocol}: measured beside modelled")
         table.add_column("policy", overflow="fold", min_width=10)
@@ -87,8 +67,8 @@ def measured_tables(rows: Sequence[Row]) -> Iterator[Table]:
         yield table
 
 
-def verdict(result: Row) -> Iterator[str]:
-    """What the measurement says about the model, in lines."""
+def verdict(result: AuditRow) -> Iterator[str]:
+    """Say in lines what the measurement tells about the model."""
     rounds = [rate["round_ms"] for rate in result["calibration"]]
     if rounds:
         yield (
@@ -112,8 +92,8 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
-def breakdowns(rows: Sequence[Row], by: str) -> Iterator[Table]:
-    """Which layer or operation pays, per policy, protocol and context (the network does not matter)."""
+def breakdowns(rows: Sequence[AuditRow], by: str) -> Iterator[Table]:
+    """Show which layer or operation pays, per policy, protocol and context; the network does not matter."""
     seen = set()
     for row in rows:
         key = row["policy"], row["protocol"], row["context_tokens"]
@@ -139,17 +119,18 @@ def breakdowns(rows: Sequence[Row], by: str) -> Iterator[Table]:
         yield table
 
 
-def label(part: Row, by: str) -> str:
+def label(part: AuditRow, by: str) -> str:
+    """Name a part of a row: its operation, or its layer."""
     if by == "op":
         return str(part["op"])
     return f"{part['layer']}{' (shares selection)' if part['shares_selection'] else ''}"
 
 
-def _alike(parts: Sequence[tuple[str, Row]]) -> list[tuple[str, Row]]:
-    """Neighbouring layers of the same cost in one line, each with its own amounts."""
-    merged: list[tuple[str, Row]] = []
+def _alike(parts: Sequence[tuple[str, AuditRow]]) -> list[tuple[str, AuditRow]]:
+    """Put neighbouring layers of the same cost into one line, with the amounts of each."""
+    merged: list[tuple[str, AuditRow]] = []
 
-    def cost_of(item: tuple[str, Row]) -> Any:
+    def cost_of(item: tuple[str, AuditRow]) -> Any:
         return {k: v for k, v in item[1].items() if k != "layer"}
 
     for _, group in groupby(parts, cost_of):
@@ -159,8 +140,8 @@ def _alike(parts: Sequence[tuple[str, Row]]) -> list[tuple[str, Row]]:
     return merged
 
 
-def write_csv(path: Path, rows: Sequence[Row], by: str | None) -> None:
-    """One line per row, or per part of a row. Raises BadInput."""
+def write_csv(path: Path, rows: Sequence[AuditRow], by: str | None) -> None:
+    """Write one line per row, or per part of a row. Raises BadInput where the file cannot be written."""
     lines = []
     for row in rows:
         flat = {k: v for k, v in row.items() if not isinstance(v, dict | list)}

@@ -1,0 +1,24 @@
+"""The public choices that have names: enums that are text, as YAML, JSON and the command line write them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class ProtocolName(StrEnum):
+    """What computes on shares. FAST and FAST_BITS differ in how a top-k compares; AUTO picks one of them.
+
+    The engines themselves: `mpcache.engines.registry`. The choice of AUTO: `mpcache.cost.choose`.
+    """
+
+    STOCK = "stock"
+    FAST = "fast"
+    FAST_BITS = "fast-bits"
+    AUTO = "auto"
+
+
+class Reveal(StrEnum):
+    """What the client learns of each step: all logits, or the likeliest token alone."""
+
+    LOGITS = "logits"
+    TOKEN = "token"

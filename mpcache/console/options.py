@@ -1,0 +1,72 @@
+"""The options that several commands share, each with its one help text.
+
+A command takes them as the types of its parameters: `network: NetworkOption = None`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpcache.choices import Reveal
+from mpcache.errors import BadInput
+from mpcache.transport.network import NETWORKS
+
+ModelOption = Annotated[Path | None, typer.Option("--model", help="A Hugging Face folder. [the demo model]")]
+ContextOption = Annotated[Path | None, typer.Option(help="The server's document, a text file. [the demo's]")]
+QuestionOption = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
+QuestionFileOption = Annotated[
+    Path | None, typer.Option(help="A file with the question, or - for stdin: not seen in the process list.")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="Public settings, a YAML file; its addresses are not used here.")
+]
+PolicyOption = Annotated[
+    str | None, typer.Option(help="NAME[:key=value,...], as `mpcache policies` lists them.")
+]
+PoliciesOption = Annotated[
+    list[str] | None, typer.Option("--policy", help="NAME[:key=value,...]; may be given several times. [all]")
+]
+ProtocolOption = Annotated[str | None, typer.Option(help="fast, fast-bits, auto or stock.")]
+NetworkOption = Annotated[str | None, typer.Option(help=f"{NETWORKS}: the links are slowed down to it.")]
+NewTokensOption = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
+RevealOption = Annotated[
+    str | None, typer.Option(help="What the client learns of each step: logits, or the token alone. [logits]")
+]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option(help="Share of probability to draw from.")]
+SeedOption = Annotated[int, typer.Option(help="Of the draws.")]
+StopAtEosOption = Annotated[
+    bool, typer.Option(help="End at the model's end token; the answer's length is public then.")
+]
+StateOption = Annotated[
+    Path | None, typer.Option(help="Keep the session here after each token, each party's part encrypted.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the session in --state.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
+
+
+def read_reveal(text: str | None) -> Reveal:
+    """Read what --reveal was given; LOGITS where it was not. Raises BadInput."""
+    try:
+        return Reveal.LOGITS if text is None else Reveal(text)
+    except ValueError:
+        raise BadInput(f"--reveal {text!r} is not known; give {' or '.join(Reveal)}") from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"mpcache {version('mpcache')}")
+        except PackageNotFoundError:  # run from a checkout
+            print("mpcache, not installed: run from its source")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end."),
+]

@@ -1,0 +1,51 @@
+"""Check that a session fits: the model's positions, the policy's plan, the protocol's longest row.
+
+Every party makes these checks, on public facts alone, before anything secret is shared.
+"""
+
+from __future__ import annotations
+
+from mpcache.config import PublicConfig
+from mpcache.errors import BadInput, PolicyError
+from mpcache.model import ModelShape
+from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.protocols.ranges import LONGEST_ATTENDED
+
+
+def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question: int) -> BoundPolicy:
+    """Check a session's limits, and return its policy with the plan for this context.
+
+    context, question: lengths in tokens. Raises BadInput or PolicyError.
+    """
+    _check_positions(shape, public, context, question)
+    policy = parse_policy(public.policy)
+    if policy.plan_is_public and policy.leak == "count":
+        raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
+    bound = policy.bind(context, shape)
+    bound.check(public.protocol)
+    _check_attended(bound, public, question)
+    return bound
+
+
+def _check_positions(shape: ModelShape, public: PublicConfig, context: int, question: int) -> None:
+    if context < 1:
+        raise BadInput("the context is empty; it needs at least one token")
+    if question < 1:
+        raise BadInput("the question is empty; it needs at least one token")
+    total = context + question + public.max_new_tokens
+    if total > shape.max_positions:
+        raise BadInput(
+            f"context ({context} tokens), question ({question}) and answer (up to {public.max_new_tokens}) "
+            f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
+            "--max-new-tokens"
+        )
+
+
+def _check_attended(bound: BoundPolicy, public: PublicConfig, question: int) -> None:
+    attended = bound.plan.attended + question + public.max_new_tokens
+    if public.protocol != "stock" and attended > LONGEST_ATTENDED:
+        raise PolicyError(
+            f"policy {bound.policy.spec}: a query may attend to {attended} tokens of context, question and "
+            f"answer; protocol {public.protocol} holds {LONGEST_ATTENDED}: give it smaller budgets, or "
+            "shorten the context"
+        )

@@ -1,0 +1,100 @@
+"""Read the tensors of a Hugging Face folder: one or several *.safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mpcache.errors import ModelError
+from mpcache.model.checks import one_line, shorten
+
+READABLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises ModelError."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{file}: holds a JSON {type(data).__name__}, not an object")
+    return data
+
+
+class TensorFiles:
+    """The tensors of a folder by name, each checked and digested as it is read.
+
+    folder: holds model.safetensors, or shards with their index, or any other *.safetensors.
+    prefix: stands before the stored names and is taken off.
+    digest: takes the bytes of what is read.
+    """
+
+    def __init__(self, folder: Path, prefix: str, digest: Callable[[Any], None]) -> None:
+        """Open the files. Raises ModelError."""
+        self._folder, self._digest = folder, digest
+        self._file_of: dict[str, tuple[Any, str]] = {}  # name without the prefix -> open file, stored name
+        for file in _files(folder):
+            try:
+                opened: Any = safe_open(file, framework="pt")
+                names = list(opened.keys())
+            except (OSError, SafetensorError, ValueError) as error:
+                raise ModelError(f"{file}: cannot be read as safetensors: {one_line(error)}") from error
+            self._file_of |= {name.removeprefix(prefix): (opened, name) for name in names}
+
+    def read(self, name: str, *size: int) -> Tensor:
+        """Read the stored tensor `name` of exactly this size, as float32, laid out as the file has it.
+
+        Raises ModelError when it is missing, of another size or dtype, or not finite.
+        """
+        if name not in self._file_of:
+            raise ModelError(f"{self._folder}: tensor {name} is missing; the files do not match config.json")
+        file, stored = self._file_of[name]
+        try:
+            found = tuple(file.get_slice(stored).get_shape())
+            if found != size:
+                raise ModelError(f"{self._folder}: tensor {stored} is {found}, config.json makes it {size}")
+            tensor: Tensor = file.get_tensor(stored)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{self._folder}: tensor {stored} cannot be read: {one_line(error)}") from error
+        if tensor.dtype not in READABLE:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{self._folder}: tensor {stored} is {kind}; supported: float32, float16, bfloat16"
+            )
+        self._digest(f"{name} {found} {tensor.dtype}\n".encode())
+        self._digest(tensor.contiguous().view(torch.uint8).numpy())
+        result = tensor.to(torch.float32)
+        if not torch.isfinite(result).all():
+            raise ModelError(f"{self._folder}: tensor {stored} holds NaN or infinity; the file is damaged")
+        return result
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    whole = folder / "model.safetensors"
+    if index.is_file():
+        return _shards(folder, index)
+    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: no *.safetensors in it; other weight formats are not supported")
+    return files
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    shards = read_json_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{index}: has no weight_map; copy it again from where the model came from")
+    names = sorted({str(name) for name in shards.values()})
+    there = {file.name for file in folder.iterdir() if file.is_file()}
+    for name in names:
+        # The name comes from a file that somebody else wrote: it must not lead out of the folder.
+        if name not in there:
+            raise ModelError(f"{folder}: {shorten(name)}, named by the index, is not there; copy it here")
+    return [folder / name for name in names]

@@ -1,0 +1,89 @@
+"""Public integers of a policy: what a plan is, and how budgets become whole numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class LeakClass(StrEnum):
+    """What a policy reveals beyond public sizes (docs/threat-model.md)."""
+
+    NONE = "none"
+    COUNT = "count"
+    STATIC_INDEX = "static-index"
+    STEP_INDEX = "step-index"
+    STEP_BIT = "step-bit"
+    TOKEN_CLASS = "token-class"
+
+
+FULL_PERCENT = 100  # of the context: no budget
+
+Budget = int | float  # a count, or a ratio written with a point: 0.25
+Budgets = Budget | tuple[Budget, ...]  # one for all layers, or one for each: 512/256/256/128
+
+
+def tokens_of(budget: Budget, whole: int, at_least: int = 1) -> int:
+    """Turn a budget into a whole number: ratios are rounded up, once, here."""
+    n = math.ceil(budget * whole - 1e-9) if isinstance(budget, float) else budget
+    return max(at_least, n)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Public integers of one layer.
+
+    kept: context tokens in its cache.  attended: most context tokens that one query attends to.
+    representatives: keys that q is scored against beside the kept tokens.
+    """
+
+    kept: int
+    attended: int
+    representatives: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Public integers of one policy for one context length and one model."""
+
+    context: int
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def kept(self) -> int:
+        """Context tokens in the cache of the layer that keeps most."""
+        return max(layer.kept for layer in self.layers)
+
+    @property
+    def attended(self) -> int:
+        return max(layer.attended for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """All integers, a line for each run of layers that are alike."""
+        layers = [
+            {k: v for k, v in asdict(layer).items() if v not in ((), {}) and (k, v) != ("leader", i)}
+            for i, layer in enumerate(self.layers)
+        ]
+        return [f"{name}: " + ", ".join(f"{k} {v}" for k, v in layer.items()) for name, layer in runs(layers)]
+
+
+def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Group neighbouring layers that are equal under one name: `layers 0 to 5`."""
+    start = 0
+    for i in range(1, len(items) + 1):
+        if i == len(items) or items[i] != items[start]:
+            yield (f"layers {start} to {i - 1}" if i - start > 1 else f"layer {start}"), items[start]
+            start = i
+
+
+def written(value: Any) -> str:
+    """Write an option's value as the policy grammar reads it."""
+    if isinstance(value, tuple):
+        return "/".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,271 @@
+"""Agree on what is public about a session, before anything secret moves.
+
+The owners tell what is public about model, document and question; each party makes of it the shape, the
+plan and the protocol by itself; what they have made of it is compared. In some policies the document
+decides part of the plan: these counts are announced later, before CONTEXT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mpcache.answer import bind_to_document
+from mpcache.config import PublicConfig
+from mpcache.cost.choose import AUTO, pick
+from mpcache.errors import Desync, ModelError, PolicyError
+from mpcache.limits import bind_policy
+from mpcache.model.prefill import Prefill
+from mpcache.model.shape import ModelShape
+from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
+from mpcache.model.weights import Weights
+from mpcache.policy import BoundPolicy
+from mpcache.rank import Rank
+from mpcache.transport.link import Link, Links, bytes_of, tensor_of
+from mpcache.transport.network import parse_network
+from mpcache_kernels import Backend
+from mpcache_parties.handshake import confirm_facts
+from mpcache_parties.kernel_choice import choose_kernels
+from mpcache_parties.private_inputs import Document, PrivateInput, Question
+from mpcache_parties.state.checkpoint import Checkpoint
+
+TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
+MASKED_BYTES = 16  # that each party holds for a value of a weight or of the cache
+FACT_CHARACTERS = 80  # of a text that the server tells
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is public about a session, known to all before anything secret moves."""
+
+    shape: ModelShape
+    context: int  # tokens
+    question: int  # tokens
+    kernels: str
+    policy: BoundPolicy
+    digests: Mapping[str, str]  # of the weights and the tokenizer
+    protocol: str  # the config's, or what `auto` picked, and why
+    picked: str = ""
+
+    def flat(self) -> dict[str, str]:
+        """Return what all parties have to agree on, by field, as text."""
+        fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
+        fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
+        fields |= self.digests
+        fields["protocol"] = self.protocol
+        for index, layer in enumerate(self.policy.plan.layers):
+            fields |= {f"plan.layer{index}.{name}": value for name, value in asdict(layer).items()}
+        return {name: str(value) for name, value in fields.items()}
+
+
+def tape_sizes(facts: Facts, public: PublicConfig) -> dict[str, Any]:
+    """Return all that tapes depend on, but for the number of tokens."""
+    return {
+        "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
+        "policy": facts.policy.policy.spec, "plan": facts.policy.plan.to_dict(),
+        "protocol": facts.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ told and compared
+
+
+def agreed_facts(
+    me: Rank,
+    links: Links,
+    own: PrivateInput,
+    public: PublicConfig,
+    earlier: Checkpoint | None = None,
+) -> tuple[dict[str, Any], Facts]:
+    """Exchange the facts, or take those of the session's first run, and compare what each makes of them.
+
+    Returns the facts as they were told and what this party makes of them. Raises BadInput, Desync or
+    Mismatch.
+    """
+    told = _exchange_facts(me, links, own, public) if earlier is None else earlier.facts
+    facts = facts_of(told, public)
+    confirm_facts(links, me, facts.flat())
+    return told, facts
+
+
+def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicConfig) -> dict[str, Any]:
+    """Exchange what `facts_of` starts from.
+
+    That is what is public about `model` and `question`, told by their owners; at the client also the bytes of
+    the `tokenizer`.
+    """
+    match own:
+        case Document():
+            model = _send_model(links, own, public)
+            return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
+        case Question():
+            model = links[Rank.SERVER].recv_facts("facts/model")
+            vocabulary = receive_tokenizer(links[Rank.SERVER], model)
+            tokenizer = read_tokenizer(vocabulary, _shape(model))
+            question = {"question_tokens": len(tokenizer.encode(own.text, bos=False))}
+            for link in links.values():
+                link.send_facts("facts/question", question)
+            model |= {"tokenizer_digest": tokenizer.digest}
+            return {"model": model, "question": question, "tokenizer": vocabulary}
+        case _:
+            model = links[Rank.SERVER].recv_facts("facts/model")
+            return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
+
+
+def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, Any]:
+    """Tell all what is public about the server's model and document; send the client the tokenizer."""
+    model = own.model
+    try:
+        vocabulary = (model.folder / "tokenizer.json").read_bytes()
+    except OSError as error:
+        raise ModelError(f"{model.folder}/tokenizer.json: cannot be read: {error.strerror}") from None
+    facts = {
+        "shape": model.shape.to_dict(),
+        "model_digest": model.digest,
+        "tokenizer_bytes": len(vocabulary),
+        "tokenizer_digest": hashlib.sha256(vocabulary).hexdigest(),
+        "context_tokens": len(own.tokens),
+        "kernels": choose_kernels(public.kernels, own.device).name,
+        "session": secrets.token_hex(16),
+    }
+    for link in links.values():
+        link.send_facts("facts/model", facts)
+    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(vocabulary)])
+    return facts
+
+
+def receive_tokenizer(server: Link, facts: Mapping[str, Any]) -> torch.Tensor:
+    """Receive the bytes of the model's tokenizer, which is public: the client needs no model folder.
+
+    Raises Desync on a length that is none, or too large.
+    """
+    length = _count(facts, "tokenizer_bytes")
+    if not 0 < length <= TOKENIZER_BYTES:
+        raise Desync(
+            f"Desync: the server's tokenizer has {length} bytes; at most {TOKENIZER_BYTES} are taken"
+        )
+    (data,) = server.recv("facts/tokenizer", [(torch.uint8, (length,))])
+    return data
+
+
+# The client reads it for the question's length, and again, facts told, for the question itself.
+_parse_once = lru_cache(maxsize=1)(parse_tokenizer)
+
+
+def read_tokenizer(vocabulary: torch.Tensor, shape: ModelShape) -> Tokenizer:
+    """Return the tokenizer in these bytes. Raises ModelError."""
+    content = bytes_of(vocabulary)
+    try:
+        inner = _parse_once(content)
+    except LibraryError as error:
+        raise ModelError(
+            "the server's tokenizer.json cannot be read; is its model folder complete?", private=False
+        ) from error
+    return Tokenizer(inner, shape.vocab, shape.bos_id, hashlib.sha256(content).hexdigest())
+
+
+# ------------------------------------------------------------------------------- made of the facts
+
+
+def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
+    """Return everything public, checked alike by all three.
+
+    told: as `agreed_facts` returns it; of a resumed session also the `counts` that were announced.
+    Raises BadInput, or Desync on facts that are none.
+    """
+    model, question = told["model"], told["question"]
+    shape = _shape(model)
+    context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
+    _check_memory(shape, context)
+    names = ("kernels", "model_digest", "tokenizer_digest")
+    said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
+    policy = bind_policy(shape, public, context, asked)
+    protocol: str = public.protocol
+    picked = ""
+    if protocol == AUTO:
+        choice = pick(
+            shape, policy, context, asked, public.max_new_tokens, parse_network(public.network),
+            public.fraction_bits, public.reveal,
+        )  # fmt: skip
+        protocol, picked = choice.protocol, str(choice)
+    facts = Facts(shape, context, asked, said.pop("kernels"), policy, said, protocol, picked)
+    return _with_counts(facts, told["counts"]) if "counts" in told else facts
+
+
+def _check_memory(shape: ModelShape, context: int) -> None:
+    """Refuse a shape that this machine cannot hold. Raises ModelError.
+
+    Every party holds masks of all weights and of the cache: a shape that is only claimed must not take a
+    machine's memory.
+    """
+    weights = sum(tensor.numel() for _, tensor in Weights.meta(shape).items())
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * min(context, shape.max_positions)
+    needed = MASKED_BYTES * (weights + cache)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        gib = 1 << 30
+        raise ModelError(
+            f"the server's model takes {needed / gib:.3g} GiB of memory at each party; this machine has "
+            f"{there / gib:.3g} GiB",
+            private=False,
+        )
+
+
+def _shape(facts: Mapping[str, Any]) -> ModelShape:
+    shape = facts.get("shape")
+    if not isinstance(shape, dict):
+        raise Desync("Desync: the server's facts hold no model shape; is it the same version?")
+    try:
+        return ModelShape.from_dict(shape)
+    except ModelError as error:
+        raise ModelError(f"the server's facts: {error}", private=False) from None
+
+
+def _count(facts: Mapping[str, Any], name: str) -> int:
+    value = facts.get(name)
+    if type(value) is not int or value < 0:
+        raise Desync(f"Desync: the fact {name} is {value!r:.60}, not a count; is it the same version?")
+    return value
+
+
+# ---------------------------------------------------------------- what the document decides later
+
+
+def announce_counts(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
+    """Server: make public what the document decides about the plan, before the context phase."""
+    policy, counts = bind_to_document(facts.policy, facts.shape, prefilled, kernels)
+    if not facts.policy.policy.plan_is_public:
+        for link in links.values():
+            link.send_facts("facts/counts", {"counts": counts})
+    return replace(facts, policy=policy)
+
+
+def receive_counts(server: Link, facts: Facts) -> Facts:
+    """Take what `announce_counts` sends. Raises Desync on counts that no such plan can have."""
+    if facts.policy.policy.plan_is_public:
+        return facts
+    return _with_counts(facts, server.recv_facts("facts/counts").get("counts"))
+
+
+def counts_of(facts: Facts) -> dict[str, list[int]]:
+    """Return what `facts_of` needs beside the told facts when the session is resumed."""
+    return {"counts": [layer.kept for layer in facts.policy.plan.layers]}
+
+
+def _with_counts(facts: Facts, counts: Any) -> Facts:
+    policy = facts.policy.policy
+    if policy.plan_is_public:
+        return facts
+    if not isinstance(counts, list) or any(type(n) is not int for n in counts):
+        raise Desync(f"Desync: the server announces counts {counts!r:.60}, not a list of whole numbers")
+    try:
+        return replace(facts, policy=policy.with_counts(counts).bind(facts.context, facts.shape))
+    except PolicyError as error:
+        raise Desync(f"Desync: the server announces counts that do not fit: {error}") from None

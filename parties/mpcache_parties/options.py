@@ -1,0 +1,153 @@
+"""Hold a party's command line as values, and check what goes together before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpcache.config import Settings, load_settings
+from mpcache.console.inputs import read_question
+from mpcache.errors import BadInput
+from mpcache.rank import Rank
+from mpcache.sampling import Sampling
+from mpcache_parties.handshake import KeepMode
+from mpcache_parties.private_inputs import PrivateInput, Question, read_document
+from mpcache_parties.state.checkpoint import Checkpointer
+from mpcache_parties.state.store import Store
+from mpcache_parties.state.tapes import TapeStore
+
+
+@dataclass(frozen=True)
+class PartyOptions:
+    """The flags of `mpcache-party` as given; None: left out. Its `--help` says what each is for."""
+
+    me: Rank
+    config: Path | None = None
+    model: Path | None = None
+    context: Path | None = None
+    question: str | None = None
+    question_file: Path | None = None
+    policy: str | None = None
+    protocol: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop_at_eos: bool = True
+    state: Path | None = None
+    state_key: Path | None = None
+    resume: bool = False
+    offline_store: Path | None = None
+    prepare_tokens: int | None = None
+    connect_timeout: float | None = None
+    identity: Path | None = None
+    insecure: bool = False
+    log: Path | None = None
+    log_level: str = "info"
+    metrics: str | None = None
+    health: str | None = None
+    serve: bool = False
+    sessions: int | None = None
+    events: bool = False
+
+    @property
+    def preparing(self) -> bool:
+        """Whether tapes are prepared, in place of a session."""
+        return self.prepare_tokens is not None
+
+    def settings(self) -> Settings:
+        """Return the config with the flags that go before it. Raises ConfigError."""
+        tokens = self.prepare_tokens if self.preparing else self.max_new_tokens
+        return load_settings(
+            self.config,
+            {
+                "public.policy": self.policy,
+                "public.protocol": self.protocol,
+                "public.max_new_tokens": tokens,
+                "timeouts.connect_s": self.connect_timeout,
+            },
+        )
+
+    def check(self) -> None:
+        """Check that the flags belong to this rank, and those of `--serve` to each other. Raises BadInput."""
+        self._check_owners()
+        self._check_serving()
+
+    def _check_owners(self) -> None:
+        """Refuse another rank's flags: a document given to the client should not pass in silence."""
+        owned = {
+            "model": (Rank.SERVER, self.model),
+            "context": (Rank.SERVER, self.context),
+            "question": (Rank.CLIENT, self.question),
+            "question-file": (Rank.CLIENT, self.question_file),
+            "temperature": (Rank.CLIENT, self.temperature),
+            "top-p": (Rank.CLIENT, self.top_p),
+            "seed": (Rank.CLIENT, self.seed),
+        }
+        for name, (owner, value) in owned.items():
+            if value is not None and owner is not self.me:
+                whose = f"the {owner.label} (--rank {int(owner)})"
+                raise BadInput(f"--{name} belongs to {whose}, this is the {self.me.label}")
+
+    def _check_serving(self) -> None:
+        if self.serve and self.me is Rank.CLIENT:
+            raise BadInput("--serve belongs to the server and the dealer (--rank 0, 2), this is the client")
+        if self.serve and self.resume:
+            raise BadInput(
+                "--resume is said by the client where others --serve; give --serve --state alone here"
+            )
+        if self.serve and self.offline_store is not None:
+            raise BadInput("--offline-store is for one session, --serve has many; give one of them")
+        if self.sessions is not None and not self.serve:
+            raise BadInput("--sessions is how many sessions --serve takes at once; give --serve, too")
+
+    def sampling(self) -> Sampling:
+        """Return how the client chooses tokens.
+
+        Raises BadInput: a value out of its range, or two flags that want stdin.
+        """
+        top_p = 1.0 if self.top_p is None else self.top_p
+        found = Sampling(self.temperature or 0.0, top_p, self.seed or 0)
+        if self.events and str(self.question_file) == "-":
+            raise BadInput("--events and --question-file -: both want stdin")
+        return found
+
+    def checkpointer(self) -> Checkpointer:
+        """Return what --state, --state-key and --resume ask for. Raises BadInput or StateError."""
+        if self.state is None and (self.resume or self.state_key is not None):
+            flag = "resume" if self.resume else "state-key"
+            raise BadInput(f"--{flag} needs --state DIR, where the session is kept")
+        store = None if self.state is None else Store(self.state, self.me, self.state_key)
+        checkpointer = Checkpointer(store, self.resume)
+        checkpointer.check()
+        return checkpointer
+
+    def tapes(self, mode: KeepMode) -> TapeStore | None:
+        """Return what --offline-store and --prepare ask for; mode: of keeping the session.
+
+        Raises BadInput or StateError.
+        """
+        if self.me is Rank.DEALER:
+            if self.offline_store is not None:
+                raise BadInput(
+                    "--offline-store belongs to server and client; the dealer takes --prepare alone"
+                )
+            return None
+        if self.offline_store is None:
+            if self.preparing:
+                raise BadInput("--prepare needs --offline-store DIR, where the tapes go")
+            return None
+        if mode is not KeepMode.NONE:
+            raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
+        return TapeStore(self.offline_store, self.me)
+
+    def private_input(self, sampling: Sampling) -> PrivateInput:
+        """Read and check what this party brings, before it connects. Raises BadInput."""
+        match self.me:
+            case Rank.SERVER:
+                return read_document(self.model, self.context)
+            case Rank.CLIENT:
+                text = read_question(self.question, self.question_file)
+                return Question(text, sampling, self.stop_at_eos)
+            case _:
+                return None

@@ -1,0 +1,49 @@
+"""Hold what a party brings in private: the server its model and document, the client its question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mpcache.console.inputs import read_text
+from mpcache.demo import DEMO_DOCUMENT
+from mpcache.errors import BadInput
+from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Document:
+    """What the server brings. tokens: of the document, with BOS.  device: where it is read."""
+
+    model: Model
+    tokens: list[int]
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the client brings. Without `stop_at_eos` the answer's length tells nothing about it."""
+
+    text: str
+    sampling: Sampling = Sampling()
+    stop_at_eos: bool = True
+
+
+PrivateInput = Document | Question | None  # None: the dealer's
+
+
+def read_document(model: Path | None, context: Path | None) -> Document:
+    """Load the server's model and read its document; those of the demo where there is None.
+
+    Raises BadInput: a model or a text that cannot be used, or more tokens than the model allows.
+    """
+    text = read_text(context or DEMO_DOCUMENT)
+    loaded = load_model(model or demo_model_dir())
+    tokens = loaded.tokenizer.encode(text, bos=True)
+    allowed = loaded.shape.max_positions
+    if len(tokens) > allowed:
+        raise BadInput(f"the context has {len(tokens)} tokens, the model allows {allowed}; shorten it")
+    return Document(loaded, tokens, "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,239 @@
+"""Run a party as a process, in one of three modes: one session, one session after another, or tapes.
+
+    flags -> settings -> identity -> own input -> connect -> mode
+
+An error of its own input is told to the parties that wait for this one; every error ends in one line and
+an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NoReturn
+
+import torch
+
+from mpcache.config import Settings
+from mpcache.console.signals import stop_on_signals
+from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError
+from mpcache.ledger import Ledger
+from mpcache.policy import parse_policy
+from mpcache.rank import Rank
+from mpcache.report.account import Report
+from mpcache_parties.handshake import PROTOCOL_VERSION, TapeMode, agree
+from mpcache_parties.network.connect import cannot_take_part, connect_all
+from mpcache_parties.network.session_network import Network
+from mpcache_parties.network.tls import Trust, trust
+from mpcache_parties.operations.exposure import exposed
+from mpcache_parties.operations.logs import Log
+from mpcache_parties.operations.output import EventKind, Output, closing_line
+from mpcache_parties.operations.status import PartyStatus, SessionPhase, SessionStatus
+from mpcache_parties.options import PartyOptions
+from mpcache_parties.prepare import prepare
+from mpcache_parties.private_inputs import Document, PrivateInput, Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import ask, deal, serve
+from mpcache_parties.say import Say
+from mpcache_parties.serving import AT_ONCE, serve_all
+from mpcache_parties.state.checkpoint import Checkpointer
+from mpcache_parties.state.tapes import TapeStore
+
+TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
+END_S = 5.0  # for a process whose parent is gone to end in order
+
+
+@dataclass
+class PartyProcess:
+    """One party on this machine: what all its sessions share.
+
+    The first five are there from the start; the others once its own input has been checked.
+    """
+
+    me: Rank
+    settings: Settings
+    trust: Trust
+    output: Output
+    status: PartyStatus
+    checkpointer: Checkpointer = field(default_factory=Checkpointer)
+    tapes: TapeStore | None = None
+    tape_mode: TapeMode = TapeMode.LIVE
+    own: PrivateInput = None
+
+    def read_inputs(self, options: PartyOptions) -> None:
+        """Check the flags and read what they name. Raises BadInput or StateError."""
+        options.check()
+        parse_policy(self.settings.public.policy)
+        sampling = options.sampling()
+        self.checkpointer = options.checkpointer()
+        self.tapes = options.tapes(self.checkpointer.mode)
+        if options.preparing:
+            self.tape_mode = TapeMode.PREPARING
+        elif self.tapes is not None:
+            self.tape_mode = TapeMode.PREPARED
+        self.own = options.private_input(sampling)
+
+    def resources(
+        self, network: Network, status: SessionStatus, checkpointer: Checkpointer, say: Say
+    ) -> SessionResources:
+        """Return what a session on this network stands on."""
+        return SessionResources(
+            network.links, network.ledger, self.settings.public, say, self.output.token, status,
+            checkpointer, self.tapes,
+        )  # fmt: skip
+
+    def agreed_fields(self, checkpointer: Checkpointer) -> dict[str, str]:
+        """Return all that the parties must have in common before they begin, by name."""
+        modes = {"state": checkpointer.mode.value, "tapes": self.tape_mode.value}
+        return self.settings.public.flat() | modes
+
+
+def run_party(options: PartyOptions) -> None:
+    """Run one party until its part is done. Raises SystemExit with an error's exit code, once it is told."""
+    if options.events:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    stop_on_signals(options.me.label)
+    torch.set_num_threads(1)  # three parties with a thread per core each would fight for the cores
+    output, process = Output(options.events), None
+    with ExitStack() as shown:
+        try:
+            process = _open_process(options, output, shown)
+            _take_part(process, options, shown)
+        except MpcacheError as error:
+            output.error(error)
+            if process is not None:
+                _say_how_to_resume(process)
+            raise SystemExit(error.exit_code) from None
+
+
+def _open_process(options: PartyOptions, output: Output, shown: ExitStack) -> PartyProcess:
+    """Read settings and identity, and show the party's status. Raises BadInput or PortInUse."""
+    me = options.me
+    output.log = Log(me.label, options.log, options.log_level)
+    settings = options.settings()
+    trusted = trust(me, settings, options.identity, options.insecure)
+    if options.insecure:
+        output.say(f"{me.label}: warning: --insecure: the links are neither encrypted nor authenticated")
+    status = shown.enter_context(exposed(PartyStatus(me, output.log), options.metrics, options.health))
+    output.log("start", version=PROTOCOL_VERSION, tls=trusted.tls, values=settings.public.flat())
+    return PartyProcess(me, settings, trusted, output, status)
+
+
+def _take_part(process: PartyProcess, options: PartyOptions, shown: ExitStack) -> None:
+    """Read this party's input, connect, and go through its mode; `shown` holds the session's status."""
+    try:
+        process.read_inputs(options)
+        if options.serve:
+            serve_sessions(process, options.sessions or AT_ONCE)
+        ledger = Ledger()
+        status = shown.enter_context(process.status.session(ledger))
+        network = _connect(process, ledger)
+    except (BadInput, PortInUse, StateError) as error:
+        process.output.error(error)
+        _tell_the_others(process, error)
+        raise SystemExit(error.exit_code) from None
+    with network:
+        if process.tape_mode is TapeMode.PREPARING:
+            prepare_tapes(process, network, status)
+        else:
+            run_one_session(process, network, status)
+
+
+def _connect(process: PartyProcess, ledger: Ledger) -> Network:
+    """Connect with the parties that take part: with tapes from a store, the dealer does not."""
+    process.status.be_ready(True)
+    dealt = process.tape_mode is TapeMode.PREPARED
+    peers = (Rank.SERVER, Rank.CLIENT) if dealt else tuple(Rank)
+    say = process.output.say
+    return connect_all(process.me, process.settings, ledger, say, trust=process.trust, peers=peers)
+
+
+# ------------------------------------------------------------------------------------------- modes
+
+
+def run_one_session(process: PartyProcess, network: Network, status: SessionStatus) -> None:
+    """Mode: one session, and its account at the end."""
+    resources = process.resources(network, status, process.checkpointer, process.output.say)
+    process.output.report(_run_session(process, resources))
+
+
+def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
+    """Mode `--serve`: sessions until this process is told to stop, `at_once` of them at the same time."""
+    process.status.be_ready(True)
+    serve_one = partial(_serve_one, process, at_once)
+    serve_all(process.me, process.settings, process.trust, at_once, serve_one, process.output.say)
+
+
+def prepare_tapes(process: PartyProcess, network: Network, status: SessionStatus) -> None:
+    """Mode `--prepare`: the dealer's part of a later session, dealt and stored."""
+    status.reached(SessionPhase.HELLO)
+    agree(network.links, process.me, process.agreed_fields(process.checkpointer))
+    resources = process.resources(network, status, process.checkpointer, process.output.say)
+    prepare(process.me, resources, process.own)
+
+
+def _serve_one(process: PartyProcess, at_once: int, network: Network, say: Say) -> None:
+    """One of many sessions, on its own thread; afterwards its files are free for the client to resume it."""
+    patience = process.settings.timeouts.reconnect_s  # by then a client that is lost is known to be
+    checkpointer = Checkpointer(process.checkpointer.store, serving=at_once, patience=patience)
+    with closing(checkpointer), process.status.session(network.ledger) as status:
+        try:
+            network.wait()
+            report = _run_session(process, process.resources(network, status, checkpointer, say))
+        except MpcacheError:
+            if (last := checkpointer.last) is not None:
+                say(f"kept {_up_to(last)}; its client can go on with --resume")
+            raise
+    process.output.event(EventKind.REPORT, report=report.to_dict())
+    say(closing_line(report))
+
+
+def _run_session(process: PartyProcess, resources: SessionResources) -> Report:
+    """One session on links that are connected."""
+    status, checkpointer = resources.status, resources.checkpointer
+    status.reached(SessionPhase.HELLO)
+    others = agree(resources.links, process.me, process.agreed_fields(checkpointer))
+    checkpointer.heard({peer: hello.public["state"] for peer, hello in others.items()})
+    match process.own:
+        case Document() as document:
+            report = serve(resources, document)
+        case Question() as question:
+            report = ask(resources, question)
+        case _:
+            report = deal(resources)
+    status.reached(SessionPhase.CLOSE)
+    return report
+
+
+# --------------------------------------------------------------------------------------------- end
+
+
+def _tell_the_others(process: PartyProcess, error: MpcacheError) -> None:
+    seconds = min(TELL_S, process.settings.timeouts.connect_s)
+    cannot_take_part(process.me, process.settings, process.trust, error.for_peers, seconds)
+
+
+def _say_how_to_resume(process: PartyProcess) -> None:
+    if (last := process.checkpointer.last) is not None:
+        whom = "it" if process.checkpointer.alone else "all parties"
+        process.output.say(
+            f"{process.me.label}: kept {_up_to(last)}; start {whom} again with --resume to go on"
+        )
+
+
+def _up_to(step: int) -> str:
+    return f"the session up to token {step}" if step else "the session up to its context"
+
+
+def _end_with_parent() -> None:
+    """End with the parent, which holds the other end of stdin."""
+    with suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), 15)  # in order, if possible
+    time.sleep(END_S)
+    os._exit(143)

@@ -1,0 +1,77 @@
+"""Deal, take and trade the seeds of a session, and time the waits for the dealer."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import torch
+
+from mpcache.rank import Rank
+from mpcache.runtime.party import ComputingParty
+from mpcache.runtime.rng import SEED_BYTES, fresh_seed
+from mpcache.transport.link import Link, Links, bytes_of, tensor_of
+from mpcache_parties.facts import Facts, tape_sizes
+from mpcache_parties.operations.status import SessionStatus
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.state.tapes import TapeLink
+
+TAPE_SEED = "seeds/tape"  # the step's name
+
+
+class TimedDealerLink:
+    """A link to the dealer that adds up how long its reader waits, in ms."""
+
+    def __init__(self, link: Link, status: SessionStatus) -> None:
+        self._link, self._status, self.ms = link, status, 0.0
+
+    def close(self) -> None:
+        """End a tape; a dealer is told by its network."""
+        if isinstance(self._link, TapeLink):
+            self._link.close()
+
+    def recv(self, *arguments: Any) -> list[torch.Tensor]:
+        """Receive as the link does, and book the wait."""
+        start = time.perf_counter()
+        tensors = self._link.recv(*arguments)
+        seconds = time.perf_counter() - start
+        self.ms += 1000 * seconds
+        self._status.waited(seconds)
+        return tensors
+
+
+def deal_seeds(links: Links) -> dict[Rank, bytes]:
+    """Dealer: send each computing party a new seed for its streams, and return them."""
+    seeds = {rank: fresh_seed() for rank in links}
+    for rank, seed in seeds.items():
+        links[rank].send(TAPE_SEED, [tensor_of(seed)])
+    return seeds
+
+
+def receive_seed(dealer: Link) -> torch.Tensor:
+    """Take the seed that the dealer sends, or that lies on a tape: (SEED_BYTES,) of bytes."""
+    (seed,) = dealer.recv(TAPE_SEED, [(torch.uint8, (SEED_BYTES,))])
+    return seed
+
+
+def computing_party(
+    me: Rank, resources: SessionResources, facts: Facts
+) -> tuple[ComputingParty, TimedDealerLink]:
+    """Take a seed from the dealer, or from a tape, and trade one with the peer: my `next` is its `prev`.
+
+    The dealer's link is handed out, too: it knows how long this party has waited. Raises StateError where
+    there is no tape that fits, or what a link raises.
+    """
+    links, peer = resources.links, resources.links[me.peer]
+    if resources.tapes is None:
+        dealer = links[Rank.DEALER]
+    else:
+        public = resources.public
+        dealer = resources.tapes.claim(links, tape_sizes(facts, public), public.max_new_tokens)
+    tape = receive_seed(dealer)
+    mine = fresh_seed()
+    (theirs,) = peer.exchange("seeds/pair", [tensor_of(mine)])
+    pair = {"next": mine, "prev": bytes_of(theirs)}
+    wait = TimedDealerLink(dealer, resources.status)
+    party = ComputingParty(me, peer, cast(Link, wait), bytes_of(tape), pair, fresh_seed(), resources.ledger)
+    return party, wait

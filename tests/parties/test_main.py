@@ -1,0 +1,39 @@
+"""The command line itself: what it says of itself before any party starts."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+from typer.testing import CliRunner
+
+from mpcache.errors import BadInput
+from mpcache.rank import Rank
+from mpcache_parties.main import app
+from mpcache_parties.options import PartyOptions
+
+
+def test_it_says_its_version_and_completes_in_a_shell() -> None:
+    run = CliRunner()
+    told = run.invoke(app, ["--version"])
+    assert told.exit_code == 0 and told.output == f"mpcache-party {version('mpcache')}\n"
+    shown = run.invoke(app, ["--help"]).output
+    assert "--install-completion" in shown and "--show-completion" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (PartyOptions(Rank.CLIENT, serve=True), "--serve belongs to the server and the dealer"),
+        (PartyOptions(Rank.SERVER, serve=True, resume=True), "--resume is said by the client"),
+        (PartyOptions(Rank.SERVER, sessions=2), "give --serve, too"),
+        (PartyOptions(Rank.DEALER, seed=1), r"--seed belongs to the client \(--rank 1\), this is the dealer"),
+        (PartyOptions(Rank.CLIENT, top_p=0.5, question="x"), None),
+    ],
+)
+def test_flags_that_do_not_go_together_are_told(options: PartyOptions, words: str | None) -> None:
+    if words is None:
+        options.check()
+        return
+    with pytest.raises(BadInput, match=words):
+        options.check()

@@ -17,6 +17,8 @@ from mpcache_parties.network.liveness import GONE_S
 from tests.support.links import free_settings
 from tests.support.processes import PARTY, Process, errors_of, start, started, write_config
 
+pytestmark = pytest.mark.processes
+
 S, C, D = Rank
 FAULTY = [sys.executable, "-m", "tests.support.faulty_party"]
 RECONNECT_S, RECV_S = 60, 8

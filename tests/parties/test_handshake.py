@@ -171,6 +171,7 @@ main()
 """
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("odd", list(Rank))
 def test_a_release_that_plans_otherwise_is_found_before_anything_secret_moves(

@@ -195,6 +195,7 @@ def files(tmp_path: Path, model: Model, tokens: list[int]) -> tuple[Settings, Pa
     return settings, write_config(settings, tmp_path / "config.yaml"), document
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("victim", list(Rank))
 def test_a_party_killed_in_mid_answer(victim: Rank, folder: Path, files: tuple[Settings, Path, Path]) -> None:
     _, config, document = files
@@ -231,6 +232,7 @@ BAD = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_all(
     case: str, folder: Path, files: tuple[Settings, Path, Path], tmp_path: Path
@@ -281,6 +283,7 @@ def test_kernels_that_the_config_asks_for(model: Model, tokens: list[int]) -> No
         assert "public.kernels is triton: the server has no GPU" in str(error)
 
 
+@pytest.mark.processes
 def test_a_party_that_never_comes(files: tuple[Settings, Path, Path], folder: Path) -> None:
     _, config, document = files
     with started() as children:
@@ -293,6 +296,7 @@ def test_a_party_that_never_comes(files: tuple[Settings, Path, Path], folder: Pa
             assert "gave up waiting for " in line and "client to connect" in line
 
 
+@pytest.mark.processes
 def test_a_stop_signal_ends_all(files: tuple[Settings, Path, Path], folder: Path) -> None:
     """One party is told to stop; the others hear why. (The stopped one is the server.)"""
     _, config, document = files

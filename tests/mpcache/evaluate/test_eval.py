@@ -256,6 +256,7 @@ def test_what_people_see(run_here: Run) -> None:
     assert "sample 2 of 2" in noise
 
 
+@pytest.mark.processes
 def test_interrupted_it_keeps_what_is_done() -> None:
     with started() as children:
         flags = ["--task", "passkey", "--samples", 500, "--context", SHORT, "--policy", "snapkv", "--json"]

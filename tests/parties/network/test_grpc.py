@@ -6,8 +6,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,21 +23,19 @@ from mpcache_parties.network import grpc_server, session_network
 from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.session_network import Network
 from tests.support.links import free_settings, grpc_networks
-from tests.support.one_party import WORD
-from tests.support.paths import ROOT
-from tests.support.processes import SOON_S
+from tests.support.one_party import ONE_PARTY, WORD
+from tests.support.processes import SOON_S, Process
+from tests.support.processes import start as start_process
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Process]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Start a party as a process; none outlives the test."""
-    children: list[subprocess.Popen[str]] = []
+    children: list[Process] = []
 
-    def run(
-        rank: Rank, settings: Settings, task: str, peers: tuple[Rank, ...] = tuple(Rank)
-    ) -> subprocess.Popen[str]:
+    def run(rank: Rank, settings: Settings, task: str, peers: tuple[Rank, ...] = tuple(Rank)) -> Process:
         addresses = settings.addresses
         words = [
             int(rank),
@@ -48,13 +44,7 @@ def start() -> Iterator[Start]:
             addresses.dealer,
             task,
         ]
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.one_party", *map(str, words)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        child = start_process(ONE_PARTY, *words)
         children.append(child)
         return child
 
@@ -81,6 +71,7 @@ def raised_soon(call: Callable[[], object]) -> LinkError:
     return caught.value
 
 
+@pytest.mark.processes
 def test_three_processes_in_the_worst_order(start: Start) -> None:
     settings = free_settings()
     client = start(Rank.CLIENT, settings, "round")
@@ -96,6 +87,7 @@ def test_three_processes_in_the_worst_order(start: Start) -> None:
         assert all("waiting for" in line for line in noise.splitlines())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("victim", list(Rank))
 def test_a_killed_party_ends_both_others(start: Start, victim: Rank) -> None:
     settings = free_settings()
@@ -123,6 +115,7 @@ def test_a_killed_party_ends_both_others(start: Start, victim: Rank) -> None:
         assert time.monotonic() - begin < SOON_S
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stalled", [Rank.SERVER, Rank.CLIENT])
 def test_a_stalled_party_is_a_timeout(start: Start, stalled: Rank) -> None:
     settings = free_settings(recv_s=1.5)
@@ -136,6 +129,7 @@ def test_a_stalled_party_is_a_timeout(start: Start, stalled: Rank) -> None:
         assert time.monotonic() - begin < SOON_S
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stalled", [Rank.SERVER, Rank.CLIENT])
 def test_a_stalled_party_does_not_answer_pings(
     start: Start, stalled: Rank, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +151,7 @@ def test_a_stalled_party_does_not_answer_pings(
         network.close(str(error))
 
 
+@pytest.mark.processes
 def test_a_party_that_exits_without_closing_says_so(start: Start) -> None:
     settings = free_settings()
     child = start(Rank.SERVER, settings, "vanish", (Rank.SERVER, Rank.CLIENT))

@@ -197,6 +197,7 @@ def cut_then_mend(cutters: list[Proxy], seconds: float) -> None:
         cutter.mend()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("seconds", "which"),
     [
@@ -220,6 +221,7 @@ def test_an_answer_survives_a_cut(seconds: float, which: str, tmp_path: Path) ->
         assert all(cutter.connections >= 2 for cutter in chosen)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_cut_for_good_ends_all_three(tmp_path: Path) -> None:
     with parties(tmp_path, reconnect_s=3) as (running, cutters, _):

@@ -27,6 +27,8 @@ from tests.support.processes import (
     write_config,
 )
 
+pytestmark = pytest.mark.processes
+
 S, C, D = Rank
 QUESTION = "the gate of"
 TOKENS = 24

@@ -27,6 +27,8 @@ from tests.support.processes import PARTY, SOON_S, Process, errors_of, start, st
 from tests.support.service import QUESTIONS, Service, plain, said, serving
 from tests.support.uniformity import largest_deviation
 
+pytestmark = pytest.mark.processes
+
 S, C, D = Rank
 QUESTION = QUESTIONS[0]
 

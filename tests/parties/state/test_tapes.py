@@ -219,6 +219,7 @@ def test_a_plan_that_the_document_decides_cannot_be_prepared(
     assert issubclass(PolicyError, MpcacheError)
 
 
+@pytest.mark.processes
 @SLOW
 def test_processes_prepare_and_answer(folder: Path, model: Model, tokens: list[int], tmp_path: Path) -> None:
     """As a user starts them: three prepare, two answer, and the same two are refused afterwards."""

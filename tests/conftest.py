@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mpcache.model import Model, load_model
+from tests.support import processes
 from tests.support.processes import tiny_model
 
 
@@ -17,11 +18,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("processes"):
+            item.add_marker(pytest.mark.xdist_group("processes"))
     if seed := config.getoption("--shuffle"):
         files = sorted({item.path for item in items})
         place = {file: random.Random(f"{seed} {file}").random() for file in files}
         random.Random(seed).shuffle(items)
         items.sort(key=lambda item: place[item.path])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    processes.allowed = item.get_closest_marker("processes") is not None
 
 
 @pytest.fixture(autouse=True)

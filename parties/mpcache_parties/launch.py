@@ -113,8 +113,9 @@ def _start(
 
     def read() -> None:
         assert child.stdout is not None
-        for line in child.stdout:
-            events.put((rank, json.loads(line)))
+        with child.stdout:
+            for line in child.stdout:
+                events.put((rank, json.loads(line)))
         events.put((rank, None))
 
     threading.Thread(target=read, daemon=True).start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -27,17 +26,17 @@ from tests.fuzz.replay import Conversation, converse, replay
 from tests.fuzz.run import check_line
 from tests.fuzz.wire import bytes_of, odd_frames, odd_metadata
 from tests.support.links import free_settings
-from tests.support.processes import ROOT
+from tests.support.paths import ROOT
+from tests.support.processes import environment
 
 QUICK, MANY = 2500, 100_000  # cases
 
 
 def fuzz(cases: int, seed: int, folder: Path, timeout_s: float) -> None:
     command = [sys.executable, "-m", "tests.fuzz.run", str(cases), str(seed), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout_s
         )
     except subprocess.TimeoutExpired:
         pytest.fail(f"a hang, or too slow, at case {(folder / 'case').read_text()}")

@@ -36,7 +36,8 @@ from mpcache_parties.network.metadata import BEACON_KEY, RANK_KEY, REASON_KEY, R
 from mpcache_protos import party_pb2 as pb
 from tests.fuzz.mutate import NUMBERS, damaged
 from tests.support.links import free_settings
-from tests.support.processes import PARTY, ROOT, write_config
+from tests.support.paths import ROOT
+from tests.support.processes import PARTY, environment, write_config
 from tests.support.service import said
 
 LIMIT = largest_frame(Rank.DEALER)  # bytes of a frame that it takes
@@ -71,7 +72,7 @@ class Party:
         flags += ["--metrics", self.metrics, "--health", self.health]
         with self.noise.open("wb") as noise:
             self.process = subprocess.Popen(
-                [*PARTY, *map(str, flags)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                [*PARTY, *map(str, flags)], cwd=ROOT, env=environment(),
                 stdin=subprocess.DEVNULL, stdout=noise, stderr=noise, preexec_fn=_die_with_parent,
             )  # fmt: skip
         atexit.register(self.process.kill)

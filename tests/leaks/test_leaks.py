@@ -251,7 +251,7 @@ def test_the_wire_carries_the_same(model: Model) -> None:
     }
     with (
         recording() as views,
-        grpc_networks(free_settings(60, 60), *Rank) as networks,
+        grpc_networks(free_settings(), *Rank) as networks,
         ThreadPoolExecutor(3) as pool,
     ):
         reports = pool.map(lambda network: jobs[network.rank](network.links), networks)

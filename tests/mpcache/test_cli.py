@@ -67,6 +67,7 @@ def test_a_question_comes_from_a_flag_a_file_or_stdin(
         read_question(None, file)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_no_process_shows_the_question(folder: Path, document: Path, tmp_path: Path) -> None:
     """Every command line of the machine, over and over until the answer is there."""
@@ -101,6 +102,7 @@ def demo() -> tuple[dict[str, Any], str]:
     return json.loads(out), noise
 
 
+@pytest.mark.processes
 def test_the_demo_equals_plaintext(demo: tuple[dict[str, Any], str]) -> None:
     run, noise = demo
     assert run["token_ids"] == run["plaintext_token_ids"]
@@ -110,6 +112,7 @@ def test_the_demo_equals_plaintext(demo: tuple[dict[str, Any], str]) -> None:
     assert "Traceback" not in noise
 
 
+@pytest.mark.processes
 def test_the_json_object_is_complete(demo: tuple[dict[str, Any], str]) -> None:
     run, _ = demo
     assert run["context_tokens"] > 500
@@ -125,6 +128,7 @@ def test_the_json_object_is_complete(demo: tuple[dict[str, Any], str]) -> None:
     assert len(private["token_ms"]) == 3
 
 
+@pytest.mark.processes
 def test_compare(tiny: list[object], run_here: Run) -> None:
     """Two policies in one run; both equal plaintext, and full sends more than it keeps with mpcache."""
     flags = [*tiny, "--policy", "mpcache", "--policy", "full", "--max-new-tokens", 3, "--json"]
@@ -139,6 +143,7 @@ def test_compare(tiny: list[object], run_here: Run) -> None:
         assert run["private"]["ms_per_token_p95"] >= run["private"]["ms_per_token_median"]
 
 
+@pytest.mark.processes
 def test_what_people_see(tiny: list[object], run_here: Run) -> None:
     # The full cache: on a random model a choice of clusters can be a tie, which noise decides.
     flags = ["--policy", "full", "--max-new-tokens", 3, "--temperature", 0.8, "--top-p", 0.9, "--seed", 7]
@@ -152,6 +157,7 @@ def test_what_people_see(tiny: list[object], run_here: Run) -> None:
     assert "server: context of" in noise
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_stock(tiny: list[object], run_here: Run) -> None:
     """CrypTen as it is: the same program, the same tokens."""
@@ -263,6 +269,7 @@ def begun(process: Process) -> list[int]:
     return pids
 
 
+@pytest.mark.processes
 def test_a_broken_checkpoint_is_the_servers_error(
     folder: Path, document: Path, tmp_path: Path, run_here: Run
 ) -> None:
@@ -287,6 +294,7 @@ def test_a_broken_checkpoint_is_the_servers_error(
     assert "Traceback" not in noise
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", [pytest.param("party", marks=pytest.mark.slow), "parent", "interrupt"])
 def test_no_process_is_left_behind(how: str, tiny: list[object]) -> None:
     """A killed party ends the run; a killed parent, or Ctrl-C, ends the parties."""

@@ -77,6 +77,7 @@ def test_gpt2_with_stock_protocols(folder: Path) -> None:
     check(folder, "full", "stock", tokens=2)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_gpt2_between_processes(folder: Path, tmp_path: Path) -> None:
     """As a user runs it, with the threshold rule: the counts are announced between processes, too."""

@@ -17,10 +17,12 @@ from mpcache_parties.network.liveness import GONE_S
 from tests.support.links import free_settings
 from tests.support.processes import PARTY, Process, errors_of, start, started, write_config
 
+pytestmark = pytest.mark.processes
+
 S, C, D = Rank
 FAULTY = [sys.executable, "-m", "tests.support.faulty_party"]
 RECONNECT_S, RECV_S = 60, 8
-BUSY_S = 10  # what a busy machine adds
+BUSY_S = 30  # what a busy machine adds; with it, still far from RECONNECT_S
 
 
 def begin(
@@ -33,7 +35,7 @@ def begin(
     tokens: int = 25,
 ) -> dict[Rank, Process]:
     """All three; one of them will have an accident."""
-    settings: Settings = free_settings(connect_s=60, recv_s=RECV_S, reconnect_s=RECONNECT_S)
+    settings: Settings = free_settings(recv_s=RECV_S, reconnect_s=RECONNECT_S)
     public = PublicConfig(policy="full", max_new_tokens=tokens)
     config = write_config(settings.model_copy(update={"public": public}), tmp_path / "config.yaml")
     document = tmp_path / "document.txt"

@@ -171,6 +171,7 @@ main()
 """
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("odd", list(Rank))
 def test_a_release_that_plans_otherwise_is_found_before_anything_secret_moves(
@@ -181,7 +182,7 @@ def test_a_release_that_plans_otherwise_is_found_before_anything_secret_moves(
     document = tmp_path / "document.txt"
     document.write_text("and the number of the gate of the city is in the book")
     public = PublicConfig(policy="full", max_new_tokens=4)
-    config = write_config(free_settings(60, 60).model_copy(update={"public": public}), tmp_path / "c.yaml")
+    config = write_config(free_settings().model_copy(update={"public": public}), tmp_path / "c.yaml")
     flags: dict[Rank, list[object]] = {
         S: ["--model", model, "--context", document],
         C: ["--question", "the gate of"],

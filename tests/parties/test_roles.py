@@ -187,7 +187,7 @@ def test_what_the_model_cannot_hold_is_the_same_line_everywhere(model: Model, to
 @pytest.fixture
 def files(tmp_path: Path, model: Model, tokens: list[int]) -> tuple[Settings, Path, Path]:
     """Settings on free ports; their file; the document."""
-    settings = free_settings(connect_s=60, recv_s=60)
+    settings = free_settings()
     public = PublicConfig(policy="full", max_new_tokens=25)
     settings = settings.model_copy(update={"public": public})
     document = tmp_path / "document.txt"
@@ -195,6 +195,7 @@ def files(tmp_path: Path, model: Model, tokens: list[int]) -> tuple[Settings, Pa
     return settings, write_config(settings, tmp_path / "config.yaml"), document
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("victim", list(Rank))
 def test_a_party_killed_in_mid_answer(victim: Rank, folder: Path, files: tuple[Settings, Path, Path]) -> None:
     _, config, document = files
@@ -231,6 +232,7 @@ BAD = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_all(
     case: str, folder: Path, files: tuple[Settings, Path, Path], tmp_path: Path
@@ -281,6 +283,7 @@ def test_kernels_that_the_config_asks_for(model: Model, tokens: list[int]) -> No
         assert "public.kernels is triton: the server has no GPU" in str(error)
 
 
+@pytest.mark.processes
 def test_a_party_that_never_comes(files: tuple[Settings, Path, Path], folder: Path) -> None:
     _, config, document = files
     with started() as children:
@@ -293,6 +296,7 @@ def test_a_party_that_never_comes(files: tuple[Settings, Path, Path], folder: Pa
             assert "gave up waiting for " in line and "client to connect" in line
 
 
+@pytest.mark.processes
 def test_a_stop_signal_ends_all(files: tuple[Settings, Path, Path], folder: Path) -> None:
     """One party is told to stop; the others hear why. (The stopped one is the server.)"""
     _, config, document = files
@@ -307,7 +311,7 @@ def test_a_stop_signal_ends_all(files: tuple[Settings, Path, Path], folder: Path
         client.stdout.read(1)
         server.send_signal(signal.SIGTERM)
         for child, code in ((server, 143), (client, 3), (dealer, 3)):
-            _, noise = child.communicate(timeout=3 * SOON_S)  # the token in flight is finished first
+            _, noise = child.communicate(timeout=SOON_S)  # the token in flight is finished first
             assert child.returncode == code
             (line,) = errors_of(noise)
             assert "server: stopped by SIGTERM" in line

@@ -25,6 +25,8 @@ from tests.support.links import free_settings
 from tests.support.processes import Process
 from tests.support.service import QUESTIONS, TOKENS, plain, said, serving
 
+pytestmark = pytest.mark.processes
+
 S, C, D = Rank
 
 

@@ -70,7 +70,7 @@ def together(jobs: Mapping[Rank, Job]) -> dict[Rank, Any]:
         return dict(zip(jobs, pool.map(body, jobs), strict=True))
 
 
-def free_settings(connect_s: float = 20, recv_s: float = 20, reconnect_s: float = 2) -> Settings:
+def free_settings(connect_s: float = 60, recv_s: float = 60, reconnect_s: float = 2) -> Settings:
     """Settings with two ports of this machine that nobody listens on."""
     with socket.socket() as one, socket.socket() as two:
         for probe in (one, two):

@@ -20,6 +20,7 @@ from mpcache_parties.handshake import agree, confirm_facts
 from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.session_network import Network
 
+ONE_PARTY = [sys.executable, "-m", "tests.support.one_party"]
 STATUS = Path("/proc/self/status")  # of this process, on Linux
 COMPUTE_S = 30.0
 WORD = [(torch.int64, (1,))]

@@ -18,7 +18,12 @@ from mpcache.rank import Rank
 from tests.support.paths import ROOT
 
 PARTY, CLI = [sys.executable, "-m", "mpcache_parties"], [sys.executable, "-m", "mpcache.cli"]
-SOON_S = 10.0  # within which everybody must have ended after something went wrong
+# Within which everybody must have ended after something went wrong. It only has to tell an end that has a
+# reason from one that a timeout brings: tests set no timeout below 60 s that could end a party, too. A start
+# alone is 2 s of processor time for each of three parties, and other tests have the second core.
+SOON_S = 30.0
+
+allowed = True  # whether the test that runs now is marked `processes`
 
 Process = subprocess.Popen[str]
 Run = Callable[..., tuple[int, str, str]]  # a command: exit code, stdout, stderr
@@ -32,12 +37,19 @@ def tiny_model(folder: Path) -> Path:
     return save(make("llama-gqa"), folder)
 
 
+def environment() -> dict[str, str]:
+    """Return this process's, for one that imports tests from wherever it runs."""
+    found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
+
+
 def start(command: list[str], *flags: object) -> Process:
-    """stdout and stderr are piped; stdin is empty."""
+    """Start a process; stdout and stderr are piped, stdin is empty."""
+    assert allowed, "mark a test that starts processes: @pytest.mark.processes"
     return subprocess.Popen(
         [*command, *map(str, flags)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -23,7 +23,7 @@ from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask
 from mpcache_parties.state.checkpoint import Checkpointer
 from tests.support.links import free_settings, plain_ids
-from tests.support.processes import PARTY, Process, errors_of, start, started, write_config
+from tests.support.processes import PARTY, SOON_S, Process, errors_of, start, started, write_config
 
 S, C, D = Rank
 DOCUMENT = "and the number of the gate of the city is in the book"
@@ -109,7 +109,7 @@ class Service:
         for child in self.parties.values():
             child.send_signal(signal.SIGTERM)
         for rank, child in self.parties.items():
-            assert child.wait(timeout=20) == 143
+            assert child.wait(timeout=SOON_S) == 143
             self.seen(rank, "stopped by SIGTERM")
             assert errors_of("".join(self.noise[rank])) == [f"error: {rank.label}: stopped by SIGTERM"]
 
@@ -124,7 +124,7 @@ def serving(
     state: Path | None = None,
 ) -> Iterator[Service]:
     public = PublicConfig(policy="full", max_new_tokens=tokens)
-    settings = free_settings(connect_s=60, recv_s=60, reconnect_s=reconnect_s)
+    settings = free_settings(reconnect_s=reconnect_s)
     settings = settings.model_copy(update={"public": public})
     config = write_config(settings, tmp_path / "config.yaml")
     document = tmp_path / "document.txt"

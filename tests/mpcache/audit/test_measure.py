@@ -34,6 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.processes
 def test_ledgers_equal_the_model_and_stand_beside_it(model: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     flags = [*SMALL, "--shape", model, "--policy", "mpcache", "--report", report]
@@ -53,6 +54,7 @@ def test_ledgers_equal_the_model_and_stand_beside_it(model: Path, tmp_path: Path
     assert "measured_ms_per_token" in report.read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_an_interrupted_measurement_keeps_what_it_has(model: Path, tmp_path: Path) -> None:
     with started() as children:
@@ -78,6 +80,7 @@ def test_an_interrupted_measurement_keeps_what_it_has(model: Path, tmp_path: Pat
         assert [bool(row["measured_ms_per_token"]) for row in csv.DictReader(file)] == [True, False]
 
 
+@pytest.mark.processes
 def test_a_party_that_fails_first_is_the_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*arguments: Any) -> Any:
         raise PartyFailed("server: no")

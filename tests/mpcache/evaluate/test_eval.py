@@ -26,7 +26,7 @@ from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.sampling import Sampling
-from tests.support.processes import CLI, Run, start, started, tiny_model
+from tests.support.processes import CLI, SOON_S, Run, start, started, tiny_model
 
 SHORT = 200  # tokens of a document, for speed
 FIELDS = {"task", "policy", "budget_percent", "question", "accuracy", "ci95", "n", "engine"}
@@ -256,6 +256,7 @@ def test_what_people_see(run_here: Run) -> None:
     assert "sample 2 of 2" in noise
 
 
+@pytest.mark.processes
 def test_interrupted_it_keeps_what_is_done() -> None:
     with started() as children:
         flags = ["--task", "passkey", "--samples", 500, "--context", SHORT, "--policy", "snapkv", "--json"]
@@ -264,7 +265,7 @@ def test_interrupted_it_keeps_what_is_done() -> None:
         lines = iter(process.stderr.readline, "")
         assert any("full: sample 4 " in line for line in lines)
         process.send_signal(signal.SIGINT)
-        out, noise = process.communicate(timeout=20)
+        out, noise = process.communicate(timeout=SOON_S)
     assert process.returncode == 130
     assert "error: mpcache: stopped by SIGINT" in noise and "Traceback" not in noise
     found = json.loads(out)

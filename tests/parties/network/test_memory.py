@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from threading import Event
@@ -23,14 +21,17 @@ from mpcache.transport.flow_control import (
 from mpcache.transport.session_order import AGREED
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import free_settings
-from tests.support.one_party import STATUS
+from tests.support.one_party import ONE_PARTY, STATUS
 from tests.support.peer_frames import BYE, HELLO, ack, facts, tensors
+from tests.support.processes import start
 
 import grpc  # isort: skip  # after the link, which quiets it
 
 from mpcache_parties.network.channels import SERVICE
 from mpcache_parties.network.liveness import Beacon
 from mpcache_parties.network.metadata import BEACON_KEY, RANK_KEY, SESSION_KEY
+
+pytestmark = pytest.mark.processes
 
 COPIES = 10  # of a frame: as gRPC puts it together, hands it over and frees it, and while it is parsed
 FLOOD = 64 * MIB  # of room: four times what a party gives to the client
@@ -66,11 +67,8 @@ def peak(me: Rank, before: Iterable[bytes], flood: bytes | None, task: str) -> i
     the flood over and over until it is refused."""
     settings = free_settings()
     addresses = settings.addresses
-    command = [sys.executable, "-m", "tests.support.one_party", str(int(me)), f"{int(me)}{int(Rank.CLIENT)}"]
-    child = subprocess.Popen(
-        [*command, addresses.server, addresses.dealer, task],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    peers = f"{int(me)}{int(Rank.CLIENT)}"
+    child = start(ONE_PARTY, int(me), peers, addresses.server, addresses.dealer, task)
     beacon = Beacon(addresses.of(me))
     about = ((RANK_KEY, "1"), (SESSION_KEY, secrets.token_hex(16)), (BEACON_KEY, str(beacon.port)))
     ended = Event()

@@ -138,6 +138,7 @@ def test_who_is_not_pinned_is_refused_on_both_sides(
             assert re.search(words, text), text
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("case", [case if case == "swapped-client" else
                                   pytest.param(case, marks=pytest.mark.slow) for case in CASES])  # fmt: skip
 def test_processes_refuse_with_one_line_each(case: str, homes: dict[Rank, Path], tmp_path: Path) -> None:
@@ -212,6 +213,7 @@ def test_right_identities_connect_and_a_wire_shows_nothing(encrypted: bool, home
 # ------------------------------------------------------------------------------------- keygen and pin
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_session_of_parties_that_made_and_pinned_their_identities(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -220,7 +222,7 @@ def test_a_session_of_parties_that_made_and_pinned_their_identities(
     model = tiny_model(tmp_path_factory.mktemp("model"))
     document = tmp_path / "document.txt"
     document.write_text("and the number of the gate of the city is in the book")
-    settings = free_settings(connect_s=60, recv_s=60)
+    settings = free_settings()
     config = write_config(settings, tmp_path / "session.yaml")
     with config.open("a") as file:
         file.write("# a comment of ours\n")
@@ -354,6 +356,7 @@ def test_half_a_setup_is_refused(homes: dict[Rank, Path], tmp_path: Path) -> Non
         trust(C, settings, homes[C], True)
 
 
+@pytest.mark.processes
 def test_insecure_is_said(tmp_path: Path) -> None:
     settings = free_settings(connect_s=0.5)
     config = write_config(settings, tmp_path / "config.yaml")

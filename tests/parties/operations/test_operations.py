@@ -78,7 +78,7 @@ class Run:
     """Three parties with logs, metrics and health ports."""
 
     def __init__(self, folder: Path, place: Path, children: list[Process], tokens: int = 25) -> None:
-        settings = free_settings(connect_s=60, recv_s=60)
+        settings = free_settings()
         public = PublicConfig(policy="full", max_new_tokens=tokens)
         config = write_config(settings.model_copy(update={"public": public}), place / "config.yaml")
         document = place / "document.txt"
@@ -119,6 +119,7 @@ class Run:
         return [line for line in lines_of(self.logs[rank]) if line["event"] == "token"]
 
 
+@pytest.mark.processes
 def test_a_session_is_seen_in_logs_metrics_and_health_and_no_secret_is(folder: Path, tmp_path: Path) -> None:
     with started() as children:
         run = Run(folder, tmp_path, children, tokens=6)
@@ -157,6 +158,8 @@ def test_a_session_is_seen_in_logs_metrics_and_health_and_no_secret_is(folder: P
             assert text not in pages
 
 
+# A party's log is open until its process ends.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_a_log_that_told_the_question_would_be_seen(tmp_path: Path) -> None:
     """The check above sees what it is for."""
     log = Log("client", tmp_path / "log")
@@ -164,6 +167,7 @@ def test_a_log_that_told_the_question_would_be_seen(tmp_path: Path) -> None:
     assert all(word in (tmp_path / "log").read_text() for word in QUESTION.split())
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", list(Rank))
 def test_a_stop_signal_lets_the_token_in_flight_end(victim: Rank, folder: Path, tmp_path: Path) -> None:
@@ -172,7 +176,7 @@ def test_a_stop_signal_lets_the_token_in_flight_end(victim: Rank, folder: Path, 
         run = Run(folder, tmp_path, children)
         soon(lambda: run.tokens(C), 120)
         run.parties[victim].send_signal(signal.SIGTERM)
-        noises = {rank: child.communicate(timeout=3 * SOON_S)[1] for rank, child in run.parties.items()}
+        noises = {rank: child.communicate(timeout=SOON_S)[1] for rank, child in run.parties.items()}
     done = len(run.tokens(C))
     assert 1 <= done < 25
     said = f"{victim.label}: stopped by SIGTERM after {done} token{'s' * (done != 1)}"
@@ -264,6 +268,8 @@ def test_places_that_cannot_be() -> None:
             pass
 
 
+# A party's log is open until its process ends.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_logs_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be written: Is a directory"):
         Log("server", tmp_path)

@@ -27,6 +27,8 @@ from tests.support.processes import (
     write_config,
 )
 
+pytestmark = pytest.mark.processes
+
 S, C, D = Rank
 QUESTION = "the gate of"
 TOKENS = 24
@@ -41,9 +43,7 @@ class Session:
         document = tmp_path / "document.txt"
         document.write_text(model.tokenizer.decode(ids[:30]))
         self.public = PublicConfig(policy="mpcache:coarse=8,fine=4,recent=4", max_new_tokens=TOKENS)
-        self.settings: Settings = free_settings(connect_s=60, recv_s=60).model_copy(
-            update={"public": self.public}
-        )
+        self.settings: Settings = free_settings().model_copy(update={"public": self.public})
         self.config = write_config(self.settings, tmp_path / "config.yaml")
         self.flags: dict[Rank, list[object]] = {
             S: ["--model", folder, "--context", document],
@@ -81,7 +81,7 @@ class Session:
     def end(self, parties: dict[Rank, Process], killed: Iterable[Rank]) -> None:
         """The others end soon, with a reason and a hint."""
         for rank in set(parties) - set(killed):
-            _, noise = parties[rank].communicate(timeout=SOON_S + 10)
+            _, noise = parties[rank].communicate(timeout=SOON_S)
             assert parties[rank].returncode == 3
             assert len(errors_of(noise)) == 1
             assert f"{rank.label}: kept the session up to token" in noise
@@ -138,7 +138,7 @@ def test_a_stop_signal_suspends(session: Session, victim: Rank) -> None:
     session.reach(victim, 3, parties)
     parties[victim].send_signal(signal.SIGTERM)
     for rank, child in parties.items():
-        _, noise = child.communicate(timeout=SOON_S + 10)
+        _, noise = child.communicate(timeout=SOON_S)
         assert child.returncode == (143 if rank is victim else 3)
         (line,) = errors_of(noise)
         assert f"{victim.label}: stopped by SIGTERM" in line
@@ -158,7 +158,7 @@ def test_only_one_resumes(session: Session) -> None:
     session.flags[D] = ["--resume"]
     parties = session.start()
     for child in parties.values():
-        _, noise = child.communicate(timeout=60)
+        _, noise = child.communicate(timeout=120)
         assert child.returncode == 3
         (line,) = errors_of(noise)
         assert "state is " in line and "start both with the same --state and --resume" in line
@@ -167,7 +167,7 @@ def test_only_one_resumes(session: Session) -> None:
     session.flags[D] = []
     parties = session.start("--resume")
     for rank, child in parties.items():
-        _, noise = child.communicate(timeout=60)
+        _, noise = child.communicate(timeout=120)
         assert child.returncode == (2 if rank is S else 3)
         (line,) = errors_of(noise)
         assert "server: no session to resume in" in line
@@ -183,7 +183,7 @@ def test_generate_goes_on(session: Session, folder: Path, tmp_path: Path) -> Non
     session.children.append(child := start(CLI, *flags))
     session.reach(C, 3, {C: child})
     child.send_signal(signal.SIGTERM)
-    _, noise = child.communicate(timeout=30)
+    _, noise = child.communicate(timeout=SOON_S)
     assert child.returncode == 143 and "Traceback" not in noise
     session.children.append(child := start(CLI, *flags, "--resume", "--json"))
     out, noise = child.communicate(timeout=120)

@@ -23,9 +23,11 @@ from mpcache_parties.network.session_network import Network
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import Store
 from tests.support.links import Killed
-from tests.support.processes import PARTY, Process, errors_of, start, started
+from tests.support.processes import PARTY, SOON_S, Process, errors_of, start, started
 from tests.support.service import QUESTIONS, Service, plain, said, serving
 from tests.support.uniformity import largest_deviation
+
+pytestmark = pytest.mark.processes
 
 S, C, D = Rank
 QUESTION = QUESTIONS[0]
@@ -220,7 +222,7 @@ def test_each_is_killed_in_turn(model: Model, tmp_path: Path) -> None:
                 assert "start it again with --resume to go on" in noise
             for victim in set(victims) - {C}:
                 if victims != [S]:
-                    assert service.parties[victim].wait(timeout=20) == 143
+                    assert service.parties[victim].wait(timeout=SOON_S) == 143
                     service.seen(victim, "kept the session up to token")
                 service.start(victim)
                 service.seen(victim, "serving at")

@@ -219,10 +219,11 @@ def test_a_plan_that_the_document_decides_cannot_be_prepared(
     assert issubclass(PolicyError, MpcacheError)
 
 
+@pytest.mark.processes
 @SLOW
 def test_processes_prepare_and_answer(folder: Path, model: Model, tokens: list[int], tmp_path: Path) -> None:
     """As a user starts them: three prepare, two answer, and the same two are refused afterwards."""
-    settings = free_settings(connect_s=60, recv_s=60).model_copy(update={"public": PUBLIC})
+    settings = free_settings().model_copy(update={"public": PUBLIC})
     config = write_config(settings, tmp_path / "config.yaml")
     document = tmp_path / "document.txt"
     document.write_text(model.tokenizer.decode(tokens[:30]))

@@ -220,7 +220,7 @@ class Clustered(Policy):
             tokens = self._fold(view, scores[..., plan.sink : end])
             tokens, picks = yield from self._pick(ops, plan, levels, tokens)
             # A slot matrix that is used once puts the weights back for less than it costs to keep.
-            made = at("select/keep", _keep(picks, clusters)) if self._reused(view) else local(None)
+            made = at("select/prepare", _keep(picks, clusters)) if self._reused(view) else local(None)
         else:
             scores = yield from at("scores", ops.scores(q, view.layer.k))
             tokens = self._fold(view, scores[..., plan.sink : end])

@@ -15,14 +15,14 @@ import torch
 
 from mpcache.engines.registry import engine
 from mpcache.ledger import Ledger
-from mpcache.ops import Ops
+from mpcache.ops import AnyEngine
 from mpcache.rank import Rank
 from mpcache.runtime.party import ComputingParty, DealerParty, Party
 from mpcache.runtime.rng import fresh_seed
 from mpcache.transport.link import Link
 from mpcache.transport.local import local_pair
 
-Job = Callable[[Ops, Party, Rank], Any]
+Job = Callable[[AnyEngine, Party, Rank], Any]
 
 
 def run_threads(job: Job, protocol: str = "fast", bits: int = 16) -> dict[Rank, tuple[Any, Ledger]]:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import pytest
 import torch
 
 from mpcache.cache import Cache, LayerCache
@@ -100,7 +101,8 @@ def resumes(place: Path, found: Callable[[str, int, Any, Any, bytes], None]) -> 
 def _keep(folder: Path, rank: Rank) -> None:
     """A session's files as a party leaves them."""
     share = Share(torch.arange(12).reshape(2, 6), 16, Rank.SERVER)
-    cache = Cache([LayerCache(MaskedOperand(share.data, share.data, 16), share, None)], 6)
+    k, v = cast(Any, MaskedOperand(share.data, share.data, 16)), cast(Any, share)
+    cache = Cache([LayerCache(k, v, None)], 6)
     files = Files(Store(folder, rank), SESSION, 6)
     step = {"cache": cache, "own": {"ids": [1]}, "wire_bytes": 9, "phases": {}}
     for number, run in HELD[rank].items():
@@ -185,12 +187,11 @@ class _new_run:
     def __enter__(self) -> None:
         from mpcache_parties.state import checkpoint
 
-        self._module: Any = checkpoint
-        self._real = checkpoint.secrets
-        self._module.secrets = SimpleNamespace(token_hex=lambda n: NEW)
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(checkpoint, "secrets", SimpleNamespace(token_hex=lambda n: NEW))
 
     def __exit__(self, *error: object) -> None:
-        self._module.secrets = self._real
+        self._patch.undo()
 
 
 def _check_agreed(rank: Rank, step: int, steps: list[bytes], choices: list[bytes]) -> None:
@@ -257,7 +258,7 @@ def tapes(place: Path, bytes_of: Any, json_of: Any) -> None:
             link = TapeLink(store, TAPES, SIZES)
             link.recv("seeds/tape", [(torch.uint8, (32,))])
             for message in messages:
-                (tensor,) = link.recv(message["step"], SPECS)
+                (tensor,) = link.recv(str(message["step"]), SPECS)
                 assert torch.equal(tensor, words), "a damaged tape was taken for a whole one"
         finally:
             for name, file in files.items():

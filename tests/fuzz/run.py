@@ -67,7 +67,7 @@ def one(target: Target, data: bytes) -> str | None:
 
 def main() -> int:
     cases, seed, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    os.fsync = lambda descriptor: None  # nothing here has to outlive a power cut
+    os.fsync = lambda fd: None  # nothing here has to outlive a power cut
     every = targets(folder)
     if len(sys.argv) > 5:
         name, number = sys.argv[4], int(sys.argv[5])

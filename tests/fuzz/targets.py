@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 import torch
@@ -228,7 +228,8 @@ def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
 
     bytes_of("checkpoint", 6, state, [file.read_bytes()])
     share = Share(torch.arange(6).reshape(2, 3), 16, Rank.SERVER)
-    layer = LayerCache(MaskedOperand(share.data, share.data, 16), share, None)
+    k, v = cast(Any, MaskedOperand(share.data, share.data, 16)), cast(Any, share)
+    layer = LayerCache(k, v, None)
     tree = {
         "cache": Cache([layer], 7),
         "words": ["x", 1, 2.5, None],

@@ -23,7 +23,7 @@ from mpcache_parties.network.channels import SERVICE
 from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.metadata import RANK_KEY, SESSION_KEY, new_session
 from tests.fuzz.replay import Conversation, converse, replay
-from tests.fuzz.run import check_line
+from tests.fuzz.targets import check_line
 from tests.fuzz.wire import bytes_of, odd_frames, odd_metadata
 from tests.support.links import free_settings
 from tests.support.paths import ROOT

@@ -251,7 +251,8 @@ def _check_page(caller: socket.socket) -> None:
 
 def _hello(hello: Hello) -> bytes:
     said = pb.Hello(version=hello.version, rank=int(hello.rank), nonce=hello.nonce, public=dict(hello.public))
-    return pb.Frame(hello=said).SerializeToString()
+    frame: bytes = pb.Frame(hello=said).SerializeToString()
+    return frame
 
 
 def _stream(session: str, rank: Rank, frames: list[Any]) -> dict[str, Any]:

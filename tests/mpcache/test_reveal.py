@@ -13,7 +13,7 @@ from mpcache.choices import Reveal
 from mpcache.cost.pricing import price
 from mpcache.engines import ideal
 from mpcache.errors import BadInput
-from mpcache.ops import Ops
+from mpcache.ops import AnyEngine
 from mpcache.policy import parse_policy
 from mpcache.protocols import suite
 from mpcache.rank import Rank
@@ -36,7 +36,7 @@ def test_one_of_the_highest(n: int) -> None:
     logits[4] = 0.25
     logits[5, n // 2 :] = 511.9
 
-    def protocol(ops: Ops, share: Share) -> Any:
+    def protocol(ops: AnyEngine, share: Share) -> Any:
         places = []
         for row in range(6):
             places.append(
@@ -83,7 +83,7 @@ def test_the_tokens_are_those_of_plain_logits(vocab: int) -> None:
     assert [int(t) for t in played.client] == [int(x.argmax()) for x in plain]
     assert played.server == [None] * len(CHUNKS)
     found = price(tiny.shape(vocab=vocab), "full", 24, 3, new_tokens=4, reveal=Reveal.TOKEN)
-    ledger = played.ledgers[0].total()
+    ledger = played.ledgers[Rank.SERVER].total()
     phases = [found.total(phase) for phase in found.phases]
     assert sum(t.rounds for t in phases) == ledger.rounds
     assert sum(t.server_sent for t in phases) == ledger.sent
@@ -142,7 +142,7 @@ def test_logits_do_not_tell_the_size_of_what_was_normed(rms: float, monkeypatch:
     x = (x / x.square().mean().sqrt() * rms * 2**16).round() / 2**16
     w = (torch.randn(64, 512) / 4 * 2**16).round() / 2**16
 
-    def protocol(ops: Ops, x: Share, w: Share) -> Any:
+    def protocol(ops: AnyEngine, x: Share, w: Share) -> Any:
         _, y = yield from ops.norm_linear(None, x, 1e-5, (yield from ops.prepare(w)))
         return (yield from ops.reveal(y[0], Rank.CLIENT, "logits for the client"))
 

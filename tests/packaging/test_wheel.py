@@ -54,8 +54,8 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (site / "kernels").mkdir()
     (site / "kernels" / "__init__.py").write_text('MINE = "another project"\n')
     (wheel,) = dist.glob("*.whl")
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel]
-    subprocess.run(pip, check=True, capture_output=True)
+    pip = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([str(folder / "bin" / "python"), *pip], check=True, capture_output=True)
     return folder / "bin"
 
 

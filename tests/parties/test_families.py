@@ -16,7 +16,8 @@ from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.sampling import Sampling
 from mpcache_parties.private_inputs import Question
-from tests.support.processes import CLI, ROOT, start
+from tests.support.paths import ROOT
+from tests.support.processes import CLI, start
 from tests.support.session import QUESTION, run_session
 from tests.support.tiny_models import make, save
 

@@ -63,7 +63,9 @@ def test_a_failed_session_ends_alone_and_one_too_many_is_told(model: Model, tmp_
         service.stop()
 
 
-def test_no_mask_is_used_in_two_sessions(model: Model, tmp_path: Path) -> None:
+def test_no_mask_is_used_in_two_sessions(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """W - B of each session, as the client gets it: for the same W they differ by fresh masks."""
     opened: list[list[torch.Tensor]] = []
     with serving(model, tmp_path, tokens=1) as service:
@@ -79,7 +81,7 @@ def test_no_mask_is_used_in_two_sessions(model: Model, tmp_path: Path) -> None:
                         taken.extend(tensor.clone() for tensor in got)
                     return got
 
-                link.swap = tap  # type: ignore[method-assign]
+                monkeypatch.setattr(link, "swap", tap)
                 resources = SessionResources(network.links, network.ledger, service.settings.public)
                 ask(resources, Question(QUESTIONS[0]))
             opened.append(taken)

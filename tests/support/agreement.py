@@ -11,10 +11,11 @@ import torch
 from mpcache.engines.plain import PlainOps
 from mpcache.model import Model
 from mpcache.model.prefill import prefill
-from mpcache.ops import Ops
+from mpcache.ops import AnyEngine
 from mpcache.policy import parse_policy
 from mpcache.protocols import ranges
 from mpcache.rank import Rank
+from mpcache.runtime.shares import decode
 from mpcache.session import Session
 from mpcache_kernels import backend
 from tests.support.play import play
@@ -37,7 +38,7 @@ class Agreement:
     margin: float  # between the plain run's first two candidates, at the first token that differs (0: none)
 
 
-def record(ops: Ops) -> list[tuple[Any, Any]]:
+def record(ops: AnyEngine) -> list[tuple[Any, Any]]:
     """Every (scores, selection) of `ops.topk` from now on."""
     seen: list[tuple[Any, Any]] = []
     topk = ops.topk
@@ -47,17 +48,17 @@ def record(ops: Ops) -> list[tuple[Any, Any]]:
         seen.append((scores, result[0]))
         return result
 
-    ops.topk = recording  # type: ignore[method-assign]
+    ops.topk = recording  # type: ignore[assignment, method-assign]
     return seen
 
 
 def opened(server: Any, client: Any) -> torch.Tensor:
     """Scores that both parties hold, in the clear."""
     if server.ring == 64:  # stock
-        return (server.data + client.data).double() / 2**server.bits
+        return decode(server.data + client.data, server.bits)
     raw = (server.data + client.data) & ((1 << server.ring) - 1)
     raw = raw - ((raw >> (server.ring - 1)) << server.ring)
-    return raw.double() * ranges.SCORE_UNIT
+    return decode(raw, 0) * ranges.SCORE_UNIT
 
 
 def generate(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mpcache.ops import Ops
+from mpcache.ops import AnyEngine
 from mpcache.rank import Rank
 from mpcache.runtime.party import Party
 from mpcache.runtime.program import Program, at, run
@@ -22,7 +22,7 @@ def secure(protocol: Protocol, *secrets: torch.Tensor, kind: str = "fast", bits:
     """`protocol(ops, *shares)`, on shares that are uniform, each alone."""
     masks = [KeyStream(fresh_seed(), "test").tensor(x.shape) for x in secrets]
 
-    def program(ops: Ops, party: Party, rank: Rank) -> Any:
+    def program(ops: AnyEngine, party: Party, rank: Rank) -> Any:
         party.begin("test")
         shares = []
         for i, (x, r) in enumerate(zip(secrets, masks, strict=True)):

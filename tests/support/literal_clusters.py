@@ -78,7 +78,9 @@ class Layer:
     o: Options
     tokens: list[tuple[int, list[Vector]]]
     levels: list[list[Cluster]] = field(default_factory=list)
-    chosen: list[set[int]] | None = None  # per query row: indices of tokens; None: all clusters
+    chosen: list[list[set[int]]] | None = (
+        None  # per KV head and query row: indices of tokens; None: all clusters
+    )
     covered: int = 0  # tokens that were clustered when the choice was made
     age: int = 0
 
@@ -104,7 +106,7 @@ class Layer:
                     )
                 )  # fmt: skip
 
-    def step(self, new: list[tuple[int, list[Vector]]], queries: list[list[list[Vector]]]) -> None:
+    def step(self, new: list[tuple[int, list[Vector]]], queries: list[list[Vector]]) -> None:
         """queries[kv][row]: a row for each new token and head of the group, a token's heads together."""
         self.tokens += new
         o = self.o

@@ -22,7 +22,7 @@ from mpcache.demo.documents import make_document
 from mpcache.engines.plain import PlainOps, PlainSelection
 from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.model.prefill import Prefill, prefill
-from mpcache.ops import Ops
+from mpcache.ops import AnyEngine
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.base import BoundPolicy
 from mpcache.rank import Rank
@@ -55,8 +55,8 @@ class Errors:
 
 
 def read(
-    ops: Ops, party: Any, model: Model, bound: BoundPolicy, filled: Prefill, chunks: Sequence[Sequence[int]],
-    rank: Rank | None = None,
+    ops: AnyEngine, party: Any, model: Model, bound: BoundPolicy, filled: Prefill,
+    chunks: Sequence[Sequence[int]], rank: Rank | None = None,
 ) -> list[torch.Tensor | None]:  # fmt: skip
     session = Session(ops, party, model.shape, bound)
     server, client = rank in (None, Rank.SERVER), rank in (None, Rank.CLIENT)

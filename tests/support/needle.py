@@ -92,6 +92,6 @@ def weights() -> Weights:
 def model(folder: Path) -> Model:
     """The model; `folder` gets its tokenizer.json, which the client takes from the server."""
     inner = tokenizers.Tokenizer(models.WordLevel(dict(zip(WORDS, range(WIDTH), strict=True)), "<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.save(str(folder / "tokenizer.json"))
     return Model(SHAPE, weights(), Tokenizer.load(folder, WIDTH, None), "made by hand", folder)

@@ -10,7 +10,7 @@ import torch
 from mpcache.engines.threads import Job, run_threads
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.runtime.shares import Share
+from mpcache.runtime.shares import Share, decode
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Played:
 
 def reconstruct(server: Share, client: Share) -> torch.Tensor:
     assert server.bits == client.bits and server.shape == client.shape
-    return (server.data + client.data).double() / 2**server.bits
+    return decode(server.data + client.data, server.bits)
 
 
 def play(program: Job, protocol: str = "fast", bits: int = 16) -> Played:
     """`program(ops, party, rank)` runs at each of the three; the dealer's ops hold shapes only."""
     played = run_threads(program, protocol, bits)
-    results = (played[rank][0] for rank in Rank)
-    return Played(*results, {rank: ledger for rank, (_, ledger) in played.items()})
+    server, client, dealer = (played[rank][0] for rank in Rank)
+    return Played(server, client, dealer, {rank: ledger for rank, (_, ledger) in played.items()})

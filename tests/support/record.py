@@ -60,6 +60,7 @@ class LayerView:
             return  # says how far the other's program is, and comes when there is much to confirm
         self.frames[peer].append(data)
         message = getattr(frame, kind)
+        slot: tuple[object, ...]
         match kind:
             case "tensors":
                 slot = (message.step, message.sequence, message.layout, message.offset, len(message.data))

@@ -16,6 +16,7 @@ from mpcache.ops import Ops, Value
 from mpcache.policy import POLICIES
 from mpcache.policy.clusters import ClusterPlan, Pick
 from mpcache.policy.mpcache import MPCache
+from mpcache.policy.plan import LeakClass
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, together
 
@@ -28,11 +29,11 @@ class StepIndex(MPCache):
 
     name = "step-index"
     source = "none: for tests only"
-    leaks = "step-index"
+    leaks = LeakClass.STEP_INDEX
 
     @property
-    def leak(self) -> str:
-        return "step-index"
+    def leak(self) -> LeakClass:
+        return LeakClass.STEP_INDEX
 
     def _pick(
         self, ops: Ops, plan: ClusterPlan, levels: list[Value], tokens: Value
@@ -41,8 +42,8 @@ class StepIndex(MPCache):
         chosen, picks = yield from super()._pick(ops, plan, levels, tokens)
         for pick in picks:
             numbers = torch.arange(pick.items).unsqueeze(-1).expand(*rows, pick.items, 1)
-            numbers = ops.secret(numbers.double(), numbers.shape, Rank.SERVER)
-            index = yield from at("index", pick.selection.gather(numbers))
+            secret = ops.secret(numbers.double(), numbers.shape, Rank.SERVER)
+            index = yield from at("index", pick.selection.gather(secret))
             both = (ops.reveal(index, rank, WHY) for rank in (Rank.SERVER, Rank.CLIENT))
             yield from at("index", together(*both))
         return chosen, picks

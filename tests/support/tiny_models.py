@@ -72,7 +72,7 @@ def make(kind: str) -> PreTrainedModel:
     sizes = (
         {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2} if config_class is GPT2Config else _SIZES
     )
-    model = model_class(config_class(**(sizes | changes))).eval()
+    model: PreTrainedModel = model_class(config_class(**(sizes | changes))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from mpcache.engines.plain import PlainOps
 from mpcache.ledger import Ledger
 from mpcache.model import Model, ModelShape, Weights
 from mpcache.model.prefill import Prefill, prefill
-from mpcache.ops import Ops, Value
+from mpcache.ops import AnyEngine
 from mpcache.policy import Policy, parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.party import Party, ShapeParty
@@ -51,8 +51,7 @@ def model(s: ModelShape, seed: int = 0) -> Model:
             return tuple(map(fill, like))
         return like
 
-    made: Any = SimpleNamespace(shape=s, weights=fill(Weights.meta(s)))
-    return made
+    return cast(Model, SimpleNamespace(shape=s, weights=fill(Weights.meta(s))))
 
 
 def tokens(n: int, seed: int = 1) -> list[int]:
@@ -75,7 +74,7 @@ class Counting(PlainOps):
         super().__init__()
         self.seen: list[tuple[int, int]] = []
 
-    def weighted_sum(self, weights: Value, values: Value) -> Program[Value]:
+    def weighted_sum(self, weights: torch.Tensor, values: torch.Tensor) -> Program[torch.Tensor]:
         numbers = (weights > 0).sum(-1)
         self.seen.append((int(numbers.min()), int(numbers.max())))
         return super().weighted_sum(weights, values)
@@ -87,7 +86,7 @@ def plain(
     context: Sequence[int],
     chunks: Sequence[Sequence[int]],
     seed: int = 0,
-    ops: Ops | None = None,
+    ops: AnyEngine | None = None,
 ) -> tuple[list[torch.Tensor], Session]:
     """Logits after each chunk, and the session."""
     policy = parse_policy(spec)
@@ -109,7 +108,7 @@ def secure(
 ) -> tuple[list[torch.Tensor], dict[Rank, Ledger]]:
     """Logits at the client after each chunk, and the ledgers."""
 
-    def program(ops: Ops, party: Party, rank: Rank) -> list[Any]:
+    def program(ops: AnyEngine, party: Party, rank: Rank) -> list[Any]:
         policy = parse_policy(spec)
         session = Session(ops, party, s, policy.bind(len(context), s))
         mine = rank is Rank.SERVER

@@ -98,7 +98,8 @@ def _logistic(x: np.ndarray[Any, Any], labels: Labels, train: int) -> int:
     optimizer = torch.optim.Adam(net.parameters(), 0.05, weight_decay=0.01)
     for _ in range(200):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(features[:train]), wanted[:train]).backward()
+        loss = torch.nn.functional.cross_entropy(net(features[:train]), wanted[:train])
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     with torch.no_grad():
         return int((net(features[train:]).argmax(-1) == wanted[train:]).sum())

@@ -41,6 +41,7 @@ def test_the_evaluation_set_of_the_demo_model(demo: Model, spec: str) -> None:
 
 def test_a_model_out_of_range_is_told_so(demo: Model) -> None:
     first, *rest = demo.weights.layers
+    assert first.w_gate is not None
     loud = replace(first, w_gate=first.w_gate * 40)
     louder = replace(demo, weights=replace(demo.weights, layers=(loud, *rest)))
     with pytest.raises(OutOfRange, match=r"^silu at .*layer0/gate: a value of .* is out of range"):

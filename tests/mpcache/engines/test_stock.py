@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mpcache.engines import crypten_shim
 from mpcache.engines.crypten_shim import crypten
 from mpcache.engines.stock import blocking
 from mpcache.rank import Rank
-from mpcache.runtime.program import Call, run
+from mpcache.runtime.program import Call, Program, run
 from tests.support.harness import secure
 from tests.support.paths import ROOT
 from tests.support.play import play
@@ -69,7 +70,7 @@ def test_communicator() -> None:
                 "barrier": c.barrier(),
             }
 
-        def ask():  # type: ignore[no-untyped-def]
+        def ask() -> Program[Any]:
             return (yield Call(lambda party, step: crypten_shim.call(party, collectives, step)))
 
         return run(ask(), party)

@@ -11,6 +11,7 @@ import torch
 from mpcache.cache import Cache
 from mpcache.engines.plain import PlainOps
 from mpcache.model.prefill import Prefill
+from mpcache.ops import as_tensor, as_value
 from mpcache.policy import Policy, parse_policy
 from mpcache.policy.base import LayerView
 from mpcache.policy.clusters import ClusterPlan
@@ -84,7 +85,8 @@ def check(spec: str, context: int, kv: int, group: int, steps: list[int], seed: 
             scores = importance(nested(q_w[source]), nested(k[source]), context - window, group)
             rows = keep(scores, plan.kept, policy.sink, policy.recent)  # type: ignore[attr-defined]
             assert policy.evict(prefilled, i, bound.plan, KERNELS).tolist() == rows
-        layer.v = eye[:, rows]
+        there: Any = layer  # plain tensors
+        there.v = eye[:, rows]
         layers.append(layer)
         p: Any = policy
         o = Options(
@@ -103,9 +105,9 @@ def check(spec: str, context: int, kv: int, group: int, steps: list[int], seed: 
             q = whole(generator, kv, m * group, D)
             keys[i][:, position : position + m] = new_k.transpose(0, 1)
             new_v = eye[:, position : position + m].transpose(0, 1)
-            run(cache.append(ops, i, new_k, new_v), None)  # type: ignore[arg-type]
+            run(cache.append(ops, i, as_value(new_k), as_value(new_v)), None)  # type: ignore[arg-type]
             view = LayerView(ops, s, bound.plan, cache, i, positions)
-            out = run(policy.attend(view, q), None)  # type: ignore[arg-type]
+            out = as_tensor(run(policy.attend(view, as_value(q)), None))  # type: ignore[arg-type]
             run(policy.observe(view), None)  # type: ignore[arg-type]
 
             literal[i].step([(position + t, nested(new_k[t])) for t in range(m)], nested(q))
@@ -121,8 +123,8 @@ def check(spec: str, context: int, kv: int, group: int, steps: list[int], seed: 
                     weights = torch.softmax(keys[i][h, seen] @ q[h, row], 0)
                     assert (out[h, row, seen] - weights).abs().max() < 1e-5
                     compared += leader.chosen is not None
-        for layer in literal:
-            layer.after()
+        for read in literal:
+            read.after()
         position += m
     return compared
 

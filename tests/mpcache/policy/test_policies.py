@@ -13,7 +13,7 @@ from mpcache.engines.plain import PlainOps
 from mpcache.errors import PolicyError
 from mpcache.ledger import Ledger
 from mpcache.model.rope import rope_tables, rotate
-from mpcache.ops import Value
+from mpcache.ops import as_tensor, as_value
 from mpcache.policy import POLICIES, LeakClass, parse_policy
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.rank import Rank
@@ -119,7 +119,7 @@ def test_kernels_change_nothing(spec: str) -> None:
 class Elsewhere(PlainOps):
     """On a device that is not the CPU, and has no values: whatever mixes the two fails."""
 
-    def reveal(self, x: Value, to: Rank, why: str) -> Program[Any]:
+    def reveal(self, x: torch.Tensor, to: Rank, why: str) -> Program[Any]:
         assert x.device.type == "meta"
         return local(x)
 
@@ -131,7 +131,9 @@ def test_the_plain_engine_stays_on_its_device(spec: str, kernels: Backend | None
     session = Session(Elsewhere(kernels, "meta"), None, s, policy.bind(CONTEXT, s))
     session.setup(model(s).weights)
     known = prefilled(policy, s, tokens(CONTEXT))
-    there = {f: tuple(x.to("meta") for x in getattr(known, f)) for f in ("k", "v", "q_window")}
+    there: dict[str, Any] = {
+        f: tuple(x.to("meta") for x in getattr(known, f)) for f in ("k", "v", "q_window")
+    }
     session.context(replace(known, **there), KERNELS)
     for chunk in chunks(3, *[1] * 9):
         session.chunk(chunk, len(chunk))
@@ -351,16 +353,18 @@ def test_streaming_renumbers_positions() -> None:
         return rotate(x, *rope_tables(s, torch.tensor([position]))).transpose(0, 1)
 
     q, k, v = (torch.randn(1, n, s.head_dim) for n in (s.heads, s.kv_heads, s.kv_heads))
-    run_plain(session.cache.append(session.ops, 0, turned(k, CONTEXT).transpose(0, 1), v))
+    run_plain(session.cache.append(session.ops, 0, as_value(turned(k, CONTEXT).transpose(0, 1)), as_value(v)))
     view = bound.view(session.ops, s, session.cache, 0, session.cache.advance(1))
     grouped = (s.kv_heads, s.group, s.head_dim)
-    got = run_plain(policy.attend(view, turned(q, CONTEXT).reshape(grouped)))
+    got = run_plain(policy.attend(view, as_value(turned(q, CONTEXT).reshape(grouped))))
 
     kept = [0, 1, 19, 20, 21, 22, 23]
     unturned = [turned(known.k[0][:, t].unsqueeze(0), -t).transpose(0, 1) for t in kept]
     keys = torch.cat([turned(x, place) for place, x in enumerate([*unturned, k])], 1)
     scores = turned(q, 7).reshape(grouped) @ keys.transpose(1, 2)
-    torch.testing.assert_close(got, scores.softmax(-1) @ session.cache.layers[0].v, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        got, scores.softmax(-1) @ as_tensor(session.cache.layers[0].v), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["h2o", "tova"])
@@ -373,7 +377,7 @@ def test_the_least_attended_token_dies(name: str) -> None:
     noted: list[torch.Tensor] = []
 
     class Noting(PlainOps):
-        def weighted_sum(self, weights: Value, values: Value) -> Program[Value]:
+        def weighted_sum(self, weights: torch.Tensor, values: torch.Tensor) -> Program[torch.Tensor]:
             noted.append(weights / weights.sum(-1, keepdim=True))
             return super().weighted_sum(weights, values)
 

@@ -10,12 +10,12 @@ import torch
 
 from mpcache.argmax import argmax
 from mpcache.engines.plain import PlainOps
-from mpcache.ops import Ops, Value
+from mpcache.ops import AnyEngine, Ops, Value
 from mpcache.policy.columns import by_item, flat
 from mpcache.policy.representatives import extremes
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, run
-from mpcache.runtime.shares import Share
+from mpcache.runtime.shares import Share, decode
 from tests.support.play import play
 
 CLOSE = 2**-11  # scores nearer than this may be told apart the other way round
@@ -23,14 +23,14 @@ PROTOCOLS = ["fast", "fast-bits", pytest.param("stock", marks=pytest.mark.slow)]
 
 
 def both(
-    program: Callable[..., Program[list[Value]]], *inputs: torch.Tensor, protocol: str = "fast"
+    program: Callable[..., Program[list[Any]]], *inputs: torch.Tensor, protocol: str = "fast"
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(secure, plain) of each value that `program(ops, *inputs)` returns; keys are the last input."""
 
-    def enter(ops: Ops, rank: Rank) -> list[Value]:
+    def enter(ops: AnyEngine, rank: Rank) -> list[Any]:
         return [ops.secret(x if rank is Rank.SERVER else None, x.shape, Rank.SERVER) for x in inputs]
 
-    def party(ops: Ops, party: Any, rank: Rank) -> list[Share]:
+    def party(ops: AnyEngine, party: Any, rank: Rank) -> list[Share]:
         party.begin("test")
         return run(program(ops, *enter(ops, rank)), party)
 
@@ -44,7 +44,7 @@ def both(
 def opened(a: Share, b: Share) -> torch.Tensor:
     """The secret behind two shares modulo 2^ring."""
     away = 64 - a.ring
-    return (((a.data + b.data) << away >> away).double() / 2**a.bits).float()
+    return decode((a.data + b.data) << away >> away, a.bits).float()
 
 
 def apart(rows: int, n: int) -> torch.Tensor:

@@ -42,7 +42,8 @@ def test_every_point_of_a_small_domain(width: int) -> None:
     shape, alpha, beta, seeds, _, words, bits = keys(64, 6, 0, width)
     whole = -1 if width == 8 else 255
     x = torch.arange(64).expand(64, 64).contiguous()
-    below = sum(dcf_eval(shape, p, seeds[p], words, bits, x)[1] for p in (0, 1))
+    one, two = (dcf_eval(shape, p, seeds[p], words, bits, x)[1] for p in (0, 1))
+    below = one + two
     assert torch.equal(below & whole, (beta & whole).unsqueeze(1) * (x < alpha.unsqueeze(1)))
 
 

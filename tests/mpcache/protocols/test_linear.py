@@ -43,7 +43,7 @@ def test_truncation_is_never_off_by_a_wrap(ring: int, n: int) -> None:
     y = played.server.data + played.client.data
     error = y - (x >> 16)
     assert error.min() >= 0 and error.max() <= 1
-    assert played.ledgers[0].total().sent == n * ring // 8
+    assert played.ledgers[Rank.SERVER].total().sent == n * ring // 8
 
 
 def test_products_are_exact_in_their_ring() -> None:
@@ -105,7 +105,7 @@ def test_new_rows_and_a_product_with_them_share_a_round() -> None:
     played = secure(protocol, x, old, new)
     expected = x.double() @ torch.cat([old, new], 1).double()
     torch.testing.assert_close(played.value(), torch.cat([expected, expected]), atol=1e-3, rtol=0)
-    assert played.ledgers[0].total().rounds == 3
+    assert played.ledgers[Rank.SERVER].total().rounds == 3
 
 
 def test_only_what_is_settled_is_announced() -> None:

@@ -12,6 +12,7 @@ from mpcache.protocols.activation import series
 from mpcache.protocols.linear import truncate, truncate_local
 from mpcache.protocols.lookup import lookup
 from mpcache.protocols.softmax import quantize_scores
+from mpcache.rank import Rank
 from mpcache.runtime.program import Opening, Part, Request, RequestKind, draw, open_masked, together
 from mpcache.runtime.shares import Share, centred
 from mpcache.runtime.side import bytes_for
@@ -29,8 +30,8 @@ def test_comparison_with_thresholds() -> None:
 
     played = secure(protocol, x, bits=0)
     assert torch.equal(played.value().long(), (x.unsqueeze(-1) < torch.tensor(thetas)).long())
-    assert played.ledgers[0].total().rounds == 1
-    assert played.ledgers[0].total().sent == 3 * 500
+    assert played.ledgers[Rank.SERVER].total().rounds == 1
+    assert played.ledgers[Rank.SERVER].total().sent == 3 * 500
 
 
 @pytest.mark.parametrize("kind", [compare.Keys, compare.Digits])
@@ -53,7 +54,7 @@ def test_signs_over_the_whole_ring(kind: type[compare.Keys], dtype: torch.dtype,
     played = secure(protocol, x, bits=0)
     signs = (played.server.data + played.client.data).to(dtype)
     assert torch.equal(signs, (x < 0).to(dtype))
-    assert played.ledgers[0].total().rounds == (1 if kind is compare.Keys else 2)
+    assert played.ledgers[Rank.SERVER].total().rounds == (1 if kind is compare.Keys else 2)
 
 
 def test_lookup_wraps_around() -> None:
@@ -77,7 +78,7 @@ def test_activations(kind: str, edge: float, gated: bool) -> None:
     def protocol(ops, a, b):  # type: ignore[no-untyped-def]
         return (yield from ops.rescale((yield from ops.gate(kind, raised(a), raised(b) if gated else None))))
 
-    act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}[kind](x)
+    act = F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
     expected = act * up if gated else act
     error = (secure(protocol, x, up).value() - expected).abs()
     # Each factor is off by half a unit as it is encoded and by one as each party drops bits by itself
@@ -116,7 +117,7 @@ def test_norm_over_the_whole_range_of_variances(variance: float, width: int) -> 
     expected = x @ w.double() * root
     error = (y - expected).abs()
     assert (error <= 3.2e-5 * expected.abs() + 2.5 * 2**-18 * root + 1e-7).all()
-    assert played.ledgers[0].total().rounds == 1 + 4 + 4
+    assert played.ledgers[Rank.SERVER].total().rounds == 1 + 4 + 4
 
 
 @pytest.mark.parametrize("least", [2.0**-9, 2.0**-3])
@@ -132,7 +133,7 @@ def test_reciprocal_over_its_whole_range(least: float) -> None:
 
     played = secure(protocol, x, bits=ranges.WEIGHT_BITS)
     assert ((played.value() * x - 1).abs() < 2e-4).all()
-    assert played.ledgers[0].total().rounds == 2
+    assert played.ledgers[Rank.SERVER].total().rounds == 2
 
 
 EDGE = ranges.LARGEST_SCORE * 8 / 7 - 0.01  # scores are below this in size

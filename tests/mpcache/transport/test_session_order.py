@@ -257,8 +257,8 @@ def test_messages_larger_than_the_room_pass_both_ways_at_once(pair: Pair) -> Non
     with ThreadPoolExecutor(2) as pool:
         for _ in range(2):
             ends = [pool.submit(end.exchange, "big", [words + int(end.me)]) for end in pair]
-            for end, other in zip(ends, (1, 0), strict=True):
-                assert torch.equal(end.result(timeout=60)[0], words + other)
+            for got, other in zip(ends, (1, 0), strict=True):
+                assert torch.equal(got.result(timeout=60)[0], words + other)
 
 
 def test_a_receiver_that_takes_nothing_is_a_timeout(pair: Pair) -> None:

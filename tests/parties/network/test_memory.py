@@ -75,9 +75,10 @@ def peak(me: Rank, before: Iterable[bytes], flood: bytes | None, task: str) -> i
 
     def said() -> Iterator[bytes]:
         yield from before
-        for _ in range(0 if flood is None else 1 + FLOOD // frame_cost(len(flood))):
-            if not ended.is_set():
-                yield flood
+        if flood is not None:
+            for _ in range(1 + FLOOD // frame_cost(len(flood))):
+                if not ended.is_set():
+                    yield flood
         yield BYE
         ended.wait(30)
 

@@ -28,9 +28,9 @@ from mpcache_parties.network.channels import SERVICE
 from mpcache_parties.operations import metrics as operations
 from mpcache_parties.operations.address import host_and_port
 from mpcache_parties.operations.exposure import exposed
-from mpcache_parties.operations.logs import Log
+from mpcache_parties.operations.logs import Log, LogLevel
 from mpcache_parties.operations.metrics import PartyMetrics
-from mpcache_parties.operations.status import PartyStatus
+from mpcache_parties.operations.status import PartyStatus, SessionPhase
 from tests.support.links import free_settings
 from tests.support.processes import (
     PARTY,
@@ -206,7 +206,7 @@ def test_metrics_are_the_ledgers() -> None:
         watch.waited(0.25)
         ledger.wire_bytes += 0
         assert board.totals().traffic == ledger.total()
-        assert board.phases()["decode"] == 1
+        assert board.phases()[SessionPhase.DECODE] == 1
     assert board.totals().traffic == ledger.total()
     assert sum(board.phases().values()) == 0
     page = generate_latest(registry).decode()
@@ -277,7 +277,7 @@ def test_logs_that_cannot_be(tmp_path: Path) -> None:
         Log("server", tmp_path / "log", "loud")
     log = Log("server", tmp_path / "log", "warning")
     log("note")
-    log("trouble", "error", text='a "quoted"\nline')
+    log("trouble", LogLevel.ERROR, text='a "quoted"\nline')
     (line,) = lines_of(tmp_path / "log")
     assert (line["who"], line["level"], line["text"]) == ("server", "error", 'a "quoted"\nline')
 

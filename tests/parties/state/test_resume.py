@@ -103,7 +103,8 @@ def play(
                 resources = SessionResources(
                     links, ledger, public, on_token=on_token, checkpointer=keepers[rank]
                 )
-                return parties[rank](resources)
+                report: Report = parties[rank](resources)
+                return report
             finally:
                 keepers[rank].close()
 

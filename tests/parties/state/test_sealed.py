@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,18 +132,17 @@ def grown(more: int) -> Cache:
     """A layer of three tokens and `more`, the same ones each time."""
     torch.manual_seed(0)
     rows = torch.randint(-9, 9, (2, 8, 4))[:, : 3 + more]
-    k = MaskedOperand(rows, rows + 1, 16, ring=48)
-    v = MaskedOperand(
-        MetaTensor((2, 3 + more, 4)), torch.zeros(2, 3 + more, 4, dtype=torch.int64), 16, dealt=rows * 2
-    )  # type: ignore[arg-type]
+    k: Any = MaskedOperand(rows, rows + 1, 16, ring=48)
+    shape: Any = MetaTensor((2, 3 + more, 4))
+    v: Any = MaskedOperand(shape, torch.zeros(2, 3 + more, 4, dtype=torch.int64), 16, dealt=rows * 2)
     return Cache(
         [LayerCache(k, v, {"share": Share(rows.sum(1), 16, Rank.SERVER), "n": (1, 2.5, None, True)})], 9
     )
 
 
 def same(a: object, b: object) -> bool:
-    text = lambda x: b"".join(map(bytes, snapshot.serialize(x)))  # noqa: E731
-    return text(a) == text(b)
+    one, two = (b"".join(map(bytes, snapshot.serialize(x))) for x in (a, b))
+    return one == two
 
 
 def test_a_tree_comes_back(tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def test_only_what_is_new_is_written() -> None:
     assert same(snapshot.deserialize(data, since), late)
     with pytest.raises(StateError):
         snapshot.deserialize(data)  # not without what came before
-    other = snapshot.tensors_of(
-        Cache([LayerCache(MaskedOperand(torch.ones(2, 3, 4), torch.ones(2, 3, 4), 16), None)], 9)
-    )
+    ones: Any = MaskedOperand(torch.ones(2, 3, 4), torch.ones(2, 3, 4), 16)
+    nothing: Any = None
+    other = snapshot.tensors_of(Cache([LayerCache(ones, nothing)], 9))
     whole = bytearray(b"".join(map(bytes, snapshot.serialize(late, other))))
     assert same(snapshot.deserialize(whole, other), late)
 

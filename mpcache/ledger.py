@@ -3,7 +3,7 @@
 A round is one wait for a message from the other computing party: an exchange, in which both send
 at once, is one round, and so is a one-way message. Bytes are payload bytes; what framing adds is
 kept apart as `wire_bytes`, and what a broken connection made this party send again as `resent_bytes`:
-a message is booked once. Traffic with the dealer is booked as offline (PROTOCOLS 7).
+a message is booked once. Traffic with the dealer is booked as offline (docs/design.md, section 10).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Every party makes these checks, on public facts alone, before anything secret is
 from __future__ import annotations
 
 from mpcache.config import PublicConfig
+from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, PolicyError
 from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy, parse_policy
@@ -23,6 +24,7 @@ def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question:
         raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
+    check_protocol(public.protocol)
     _check_attended(bound, public, question)
     return bound
 

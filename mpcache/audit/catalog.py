@@ -13,9 +13,12 @@ from mpcache.runtime.program import RequestKind
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """says: in a few words.  code: the function that is its definition, under mpcache.protocols.  error:
-    its bound.  source: the paper, or what it follows from."""
+class ProtocolEntry:
+    """One protocol in words.
+
+    says: in a few words.  code: the function that is its definition, under mpcache.protocols.  error: its
+    bound.  source: the paper, or what it follows from.
+    """
 
     says: str
     code: str
@@ -26,74 +29,74 @@ class Protocol:
         return f"{self.says} ({self.source})" if self.source else self.says
 
 
-CATALOG: Mapping[RequestKind, Protocol] = {
-    RequestKind.MASK: Protocol(
+CATALOG: Mapping[RequestKind, ProtocolEntry] = {
+    RequestKind.MASK: ProtocolEntry(
         "a permanent mask: opened once as W - B, used again and again", "linear.mask_operand", "exact", ""
     ),
-    RequestKind.MASKED_OPERAND: Protocol(
+    RequestKind.MASKED_OPERAND: ProtocolEntry(
         "product with a masked operand: only the activation is opened", "linear.matmul_masked_operand",
         "exact modulo the ring", "masks kept for weights and cache",
     ),
-    RequestKind.TRUNCATION: Protocol(
+    RequestKind.TRUNCATION: ProtocolEntry(
         "exact truncation", "linear.truncate", "floor + {0, 1} units, never a wrap, for x below 2^(R-2)",
         "Escudero et al., eprint 2020/338",
     ),
-    RequestKind.TRUNCATION_PRODUCT: Protocol(
+    RequestKind.TRUNCATION_PRODUCT: ProtocolEntry(
         "exact truncation fused with a product", "linear.truncate_to_scale", "as the truncation",
         "Escudero et al., eprint 2020/338",
     ),
-    RequestKind.TRUNCATIONS_PRODUCT: Protocol(
+    RequestKind.TRUNCATIONS_PRODUCT: ProtocolEntry(
         "product of two values that the same opening truncates", "linear.truncate_product",
         "as the truncations", "Escudero et al., eprint 2020/338",
     ),
-    RequestKind.LINE: Protocol(
+    RequestKind.LINE: ProtocolEntry(
         "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector",
         "reciprocal.power", "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
     ),
-    RequestKind.BLUR: Protocol(
+    RequestKind.BLUR: ProtocolEntry(
         "noise of the other party's on what one party learns", "linear.blur", "2^-11 standard deviation",
         "so that a secret factor's step does not show",
     ),
-    RequestKind.COMPARE: Protocol(
+    RequestKind.COMPARE: ProtocolEntry(
         "comparison by a key tree", "compare.less", "exact", "Boyle et al., EUROCRYPT 2021"
     ),
-    RequestKind.TOPK: Protocol(
+    RequestKind.TOPK: ProtocolEntry(
         "oblivious top-k with one-hot slots: all pairs by key trees, then rotated ranks", "topk.topk",
         "ties to the lower index", "all pairs on one opening; Boyle et al., EUROCRYPT 2021",
     ),
-    RequestKind.TOPK_DIGITS: Protocol(
+    RequestKind.TOPK_DIGITS: ProtocolEntry(
         "oblivious top-k with one-hot slots: all pairs by tables of the masks' digits, then rotated ranks",
         "topk.topk", "ties to the lower index",
         "all pairs on one opening; one-time truth tables, Ishai et al., TCC 2013",
     ),
-    RequestKind.SCATTER: Protocol(
+    RequestKind.SCATTER: ProtocolEntry(
         "weights put back through the selection", "topk.HotSelection.scatter", "exact",
         "masks rotated with the slots",
     ),
-    RequestKind.ONE_HOT: Protocol(
+    RequestKind.ONE_HOT: ProtocolEntry(
         "table lookup by a rotated one-hot vector", "lookup.lookup", "exact", "rotation"
     ),
-    RequestKind.EXP: Protocol(
+    RequestKind.EXP: ProtocolEntry(
         "exponential by one key tree per element", "softmax.exp",
         "1.4e-4 relative and 2e-6, zero below e^-16 to e^-18.3", "one key tree with a payload",
     ),
-    RequestKind.ACTIVATION: Protocol(
+    RequestKind.ACTIVATION: ProtocolEntry(
         "activation as a sum of sines, with its truncation", "activation.activate", "1.5e-4 abs(x up)",
         "sines of the opened value",
     ),
-    RequestKind.NORM: Protocol(
+    RequestKind.NORM: ProtocolEntry(
         "the residual connection's sum and its squares, from one opening", "norm.norm_linear", "exact",
         "masks kept for the stream",
     ),
-    RequestKind.SQUARE: Protocol("squares", "stock", "exact modulo the ring", "Beaver, CRYPTO 1991"),
-    RequestKind.TRIPLE_MUL: Protocol(
+    RequestKind.SQUARE: ProtocolEntry("squares", "stock", "exact modulo the ring", "Beaver, CRYPTO 1991"),
+    RequestKind.TRIPLE_MUL: ProtocolEntry(
         "elementwise products", "linear.product", "exact modulo the ring", "Beaver, CRYPTO 1991"
     ),
-    RequestKind.TRIPLE_MATMUL: Protocol(
+    RequestKind.TRIPLE_MATMUL: ProtocolEntry(
         "matrix product", "linear.product", "exact modulo the ring", "Beaver, CRYPTO 1991"
     ),
-    RequestKind.AND: Protocol("bitwise products of XOR shares", "stock", "exact", "CrypTen"),
-    RequestKind.BIT: Protocol("a shared bit from XOR to arithmetic shares", "stock", "exact", "CrypTen"),
+    RequestKind.AND: ProtocolEntry("bitwise products of XOR shares", "stock", "exact", "CrypTen"),
+    RequestKind.BIT: ProtocolEntry("a shared bit from XOR to arithmetic shares", "stock", "exact", "CrypTen"),
 }  # fmt: skip
 
 

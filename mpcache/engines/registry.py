@@ -22,16 +22,16 @@ def engine(protocol: str, rank: Rank, bits: int = 16, device: str = "cpu") -> An
     """
     if protocol in FAST:
         return FAST[protocol](rank, bits, device)
-    check(protocol)
+    check_protocol(protocol)
     from mpcache.engines.stock import StockOps
 
     return StockOps(rank, bits, device)
 
 
-def check(protocol: str) -> None:
+def check_protocol(protocol: str) -> None:
     """Raise BadInput for a protocol that cannot run here."""
-    if protocol == STOCK and find_spec("crypten") is None:
+    if protocol == STOCK and not all(find_spec(name) for name in ("crypten", "omegaconf", "onnx")):
         raise BadInput(
-            "protocol stock is CrypTen's own, and CrypTen is not installed; "
+            "protocol stock is CrypTen's own, and CrypTen is not installed; pip install omegaconf onnx and "
             "pip install --no-deps crypten==0.4.1, or choose protocol fast"
         )

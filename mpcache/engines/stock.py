@@ -122,7 +122,7 @@ class StockOps(Engine[Share, Share]):
         y = yield from self.linear((yield from at("norm", self.norm(x, eps))), w, bias)
         if turn is not None:
             turn = Rotation(turn.heads, turn.cos.to(self.device), turn.sin.to(self.device))
-            # CrypTen's truncation: each party divides its own share, no message (PROTOCOLS 0).
+            # CrypTen's truncation: each party divides its own share, no message (docs/design.md, 13).
             y = Share(turn(y.data, self.bits).div(1 << self.bits, rounding_mode="trunc"), y.bits)
         return x, y
 

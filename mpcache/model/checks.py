@@ -38,7 +38,7 @@ def shorten(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def one_line(error: BaseException | str) -> str:
+def first_words(error: BaseException | str) -> str:
     """Return an error's text as one line of at most 300 characters.
 
     Files that we did not write may shape the text.

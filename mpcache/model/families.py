@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mpcache.errors import ModelError
-from mpcache.model.checks import check_flag, check_positive, check_whole, one_line, shorten
+from mpcache.model.checks import check_flag, check_positive, check_whole, first_words, shorten
 from mpcache.model.shape import ROPE_SCALINGS, ActivationKind, ModelShape, RopeScaling
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ def shape_from_config(config: Mapping[str, Any], source: str = "config.json") ->
     try:
         return family.read(values)
     except ValueError as error:
-        raise ModelError(f"{source}: {one_line(error)}") from error
+        raise ModelError(f"{source}: {first_words(error)}") from error
 
 
 # ------------------------------------------------------------------------------------- readers

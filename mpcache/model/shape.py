@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from mpcache.errors import ModelError
-from mpcache.model.checks import check_flag, check_one_of, check_positive, check_whole, one_line, shorten
+from mpcache.model.checks import check_flag, check_one_of, check_positive, check_whole, first_words, shorten
 
 # Literals and not enums: a shape's values are written to JSON and compared with what a peer sends.
 NormKind = Literal["rms", "layer"]
@@ -127,4 +127,4 @@ class ModelShape:
             values["eos_ids"] = tuple(values.get("eos_ids", ()))
             return ModelShape(**values)
         except (TypeError, ValueError) as error:
-            raise ModelError(f"model shape: {one_line(error)}") from error
+            raise ModelError(f"model shape: {first_words(error)}") from error

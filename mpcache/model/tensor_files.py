@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpcache.errors import ModelError
-from mpcache.model.checks import one_line, shorten
+from mpcache.model.checks import first_words, shorten
 
 READABLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
@@ -22,7 +22,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: cannot be read as JSON: {one_line(error)}") from error
+        raise ModelError(f"{file}: cannot be read as JSON: {first_words(error)}") from error
     if not isinstance(data, dict):
         raise ModelError(f"{file}: holds a JSON {type(data).__name__}, not an object")
     return data
@@ -45,7 +45,7 @@ class TensorFiles:
                 opened: Any = safe_open(file, framework="pt")
                 names = list(opened.keys())
             except (OSError, SafetensorError, ValueError) as error:
-                raise ModelError(f"{file}: cannot be read as safetensors: {one_line(error)}") from error
+                raise ModelError(f"{file}: cannot be read as safetensors: {first_words(error)}") from error
             self._file_of |= {name.removeprefix(prefix): (opened, name) for name in names}
 
     def read(self, name: str, *size: int) -> Tensor:
@@ -62,7 +62,9 @@ class TensorFiles:
                 raise ModelError(f"{self._folder}: tensor {stored} is {found}, config.json makes it {size}")
             tensor: Tensor = file.get_tensor(stored)
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{self._folder}: tensor {stored} cannot be read: {one_line(error)}") from error
+            raise ModelError(
+                f"{self._folder}: tensor {stored} cannot be read: {first_words(error)}"
+            ) from error
         if tensor.dtype not in READABLE:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(

@@ -237,7 +237,7 @@ def average(view: LayerView, weights: Program[Value], total: Value) -> Program[t
         w = yield from weights
         return (yield from at("attend", ops.weighted_sum(w, view.layer.v)))
 
-    out, inverse = yield from together(weighted(), at("attend/inverse", ops.reciprocal(total)))
+    out, inverse = yield from together(weighted(), at("attend/reciprocal", ops.reciprocal(total)))
     return (yield from at("attend", ops.mul(out, inverse))), inverse
 
 

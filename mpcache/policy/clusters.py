@@ -7,8 +7,8 @@ tail: there are no ragged clusters and no padding. When generated tokens make th
 what is attended to stays bounded however long the answer is.
 
 q is scored against tokens and representatives alike; selecting moves scores and softmax weights,
-never rows of K or V (PROTOCOLS 5). A choice is one slot matrix; layers that share it, and steps
-until the next refresh, only gather and scatter by it.
+never rows of K or V (docs/protocols.md, section 8). A choice is one slot matrix; layers that share it, and
+steps until the next refresh, only gather and scatter by it.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class Clustered(Policy):
             tokens = self._fold(view, scores[..., plan.sink : end])
             tokens, picks = yield from self._pick(ops, plan, levels, tokens)
             # A slot matrix that is used once puts the weights back for less than it costs to keep.
-            made = at("select/keep", _keep(picks, clusters)) if self._reused(view) else local(None)
+            made = at("select/prepare", _keep(picks, clusters)) if self._reused(view) else local(None)
         else:
             scores = yield from at("scores", ops.scores(q, view.layer.k))
             tokens = self._fold(view, scores[..., plan.sink : end])

@@ -2,9 +2,9 @@
 
 The step (sigmoid, or the normal distribution's) is 1/2 + x / (2 half) + sum_k b_k sin(pi k x / half)
 on |x| < half. The linear part makes both ends of the period meet, so that the coefficients fall
-exponentially (PROTOCOLS 6). sin(k (c - r)) is public angles of the opened c = x + r times the
-dealer's shares of sin(k r) and cos(k r). The same opening truncates x, and with that of `up` it gives
-x * up (`linear.Cut`); the second round multiplies by the step.
+exponentially (docs/protocols.md, section 9.4). sin(k (c - r)) is public angles of the opened c = x + r
+times the dealer's shares of sin(k r) and cos(k r). The same opening truncates x, and with that of `up` it
+gives x * up (`linear.Truncated`); the second round multiplies by the step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from functools import cache
 
 import torch
 
-from mpcache.protocols.linear import Cut, cross, raised, truncate_local, truncate_product, truncate_times
+from mpcache.protocols.linear import (
+    Truncated,
+    cross,
+    raised,
+    truncate_local,
+    truncate_product,
+    truncate_times,
+)
 from mpcache.protocols.ranges import GATE_RING, STEP_BITS
 from mpcache.runtime.correlations import mask_parts
 from mpcache.runtime.program import (
@@ -112,7 +119,7 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
             for v, r in zip(values, masks, strict=True)
         )
     )
-    mine = Cut.of(c, 0, ring, rb, rc)
+    mine = Truncated.of(c, 0, ring, rb, rc)
     value = Share(mine.share(side), x.bits)
     out = _SHARED_BITS + _PUBLIC_BITS
     if c.is_meta:
@@ -125,6 +132,6 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
         slope = out - x.bits - wave.half.bit_length()
         step = total + (value.data << slope) + side.constant(1 << (out - 1), total)
     if up is not None:
-        theirs = Cut.of(c_up[0], 0, up.ring, *others[:2])
+        theirs = Truncated.of(c_up[0], 0, up.ring, *others[:2])
         value = Share(mine.times(side, theirs, others[2:]), x.bits + up.bits)
     return truncate_local(side, Share(step, out, ring=32), STEP_BITS), value

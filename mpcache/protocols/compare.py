@@ -1,5 +1,6 @@
-"""Comparison of a value that is opened masked, with arithmetic shares of the outcome (PROTOCOLS 3).
+"""Comparison of a value that is opened masked, with arithmetic shares of the outcome.
 
+Source and costs: docs/protocols.md, section 6.
 x is opened as c = x + r in a ring of `width` bits. msb(x) = msb(c) xor msb(r) xor t, where
 t = [c mod 2^(width-1) < r mod 2^(width-1)] compares a public number with one that the dealer knows.
 The dealer multiplies what tells t by 1 - 2 msb(r) and shares msb(r), so that u = msb(r) xor t arrives

@@ -54,7 +54,7 @@ def affine(c: torch.Tensor, f: int, ring: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @dataclass(frozen=True)
-class Cut:
+class Truncated:
     """A truncated value as it comes out of its opening: p + q rb - rc. p, q: public.  rb, rc: shares.
 
     Products of such values cost no further opening where the dealer shares the products of their parts.
@@ -66,13 +66,13 @@ class Cut:
     rc: torch.Tensor
 
     @staticmethod
-    def of(c: torch.Tensor, f: int, ring: int, rb: torch.Tensor, rc: torch.Tensor) -> Cut:
-        return Cut(*affine(c, f, ring), rb, rc)
+    def of(c: torch.Tensor, f: int, ring: int, rb: torch.Tensor, rc: torch.Tensor) -> Truncated:
+        return Truncated(*affine(c, f, ring), rb, rc)
 
     def share(self, side: Side) -> torch.Tensor:
         return side.first(self.p) + self.q * self.rb - self.rc
 
-    def times(self, side: Side, y: Cut, crossed: Sequence[torch.Tensor]) -> torch.Tensor:
+    def times(self, side: Side, y: Truncated, crossed: Sequence[torch.Tensor]) -> torch.Tensor:
         """Shares of the product; crossed: shares of rb rb', rb rc', rc rb' and rc rc' (`cross`)."""
         bb, bc, cb, cc = crossed
         mine = y.p * (self.q * self.rb - self.rc) + self.p * (y.q * y.rb - y.rc)
@@ -82,7 +82,7 @@ class Cut:
 def cross(
     rb: torch.Tensor, rc: torch.Tensor, rb_: torch.Tensor, rc_: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """At the dealer: what `Cut.times` needs of two masks' parts."""
+    """Multiply two masks' parts, at the dealer: what `Truncated.times` needs."""
     return rb * rb_, rb * rc_, rc * rb_, rc * rc_
 
 
@@ -100,7 +100,7 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     """Truncate to `bits` fraction bits and the whole ring: floor(x / 2^f) + {0, 1}, never off by a wrap.
 
     For |x_raw| < 2^(ring-2). One round; with fewer fraction bits than wanted it is a shift and costs
-    nothing. Escudero et al., eprint 2020/338; PROTOCOLS 2.
+    nothing. Escudero et al., eprint 2020/338; docs/protocols.md, section 5.
     """
     f = x.bits - bits
     if f <= 0 and x.ring == 64:
@@ -109,13 +109,13 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     data = x.data << max(0, bits - x.bits)
     r, rc, rb = yield from draw(correlations.truncation(x.shape, f, ring))
     (c,) = yield from open_masked(raised(side, data, r, ring, "masked for truncation"))
-    return Share(Cut.of(c, f, ring, rb, rc).share(side), bits)
+    return Share(Truncated.of(c, f, ring, rb, rc).share(side), bits)
 
 
 def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
     """Multiply x, brought back to the whole ring, by y, which is there already: one round for both.
 
-    |x_raw| < 2^(ring-2). The dealer shares y's mask times the parts of x's (PROTOCOLS 2, fused).
+    |x_raw| < 2^(ring-2). The dealer shares y's mask times the parts of x's.
     """
     factor = Scaled.shape(x, y.shape)
     r, a, *parts = yield from draw(factor)
@@ -167,7 +167,7 @@ class Scaled:
     def times(self, d: torch.Tensor, bits: int) -> Share:
         """By the factor opened as d, with so many fraction bits."""
         rc, rb, arc, arb = self.parts
-        y = Cut.of(self.c, 0, self.x.ring, rb, rc)
+        y = Truncated.of(self.c, 0, self.x.ring, rb, rc)
         return Share(d * y.share(self.side) + y.p * self.a + y.q * arb - arc, self.x.bits + bits)
 
 
@@ -187,7 +187,7 @@ def truncate_product(side: Side, x: Share, y: Share) -> Program[Share]:
         raised(side, x.data, r, x.ring, "masked for truncation"),
         raised(side, y.data, r_, y.ring, "masked for truncation"),
     )
-    one, two = Cut.of(c, 0, x.ring, rb, rc), Cut.of(c_, 0, y.ring, rb_, rc_)
+    one, two = Truncated.of(c, 0, x.ring, rb, rc), Truncated.of(c_, 0, y.ring, rb_, rc_)
     return Share(one.times(side, two, crossed), x.bits + y.bits)
 
 
@@ -209,7 +209,7 @@ def blur(side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]:
 
 
 def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
-    """Open x - B once, with a mask B that stays (PROTOCOLS 1). One round; one way if x has an owner."""
+    """Open x - B once, with a mask B that stays. One round; one way if x has an owner."""
     started = yield from start_mask_operand(x, ring)
     return (yield from finish_mask_operand(x, started, started))
 

@@ -1,4 +1,4 @@
-"""Table lookup by a rotated one-hot vector (PROTOCOLS 6).
+"""Table lookup by a rotated one-hot vector (docs/protocols.md, section 7).
 
 The index is opened modulo the table's size N with a uniform rotation, never as a difference of
 integers.

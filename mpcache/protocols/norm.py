@@ -1,4 +1,6 @@
-"""Residual connection, RMSNorm and the linear layer after it, as one protocol of four rounds (PROTOCOLS 6).
+"""Residual connection, RMSNorm and the linear layer after it, as one protocol of four rounds.
+
+docs/protocols.md, section 9.1.
 
 1. What the last sublayer adds is opened, to be truncated. The stream was opened before with a mask that
    the dealer knows, so the sum of squares of stream and addition comes out of this opening.
@@ -15,9 +17,9 @@ from functools import cache
 
 import torch
 
-from mpcache.protocols.linear import Cut, raised, share_of_product, truncate_local, truncate_to_scale
+from mpcache.protocols.linear import Truncated, raised, share_of_product, truncate_local, truncate_to_scale
 from mpcache.protocols.ranges import MEAN_SQUARE_HIGH, MEAN_SQUARE_LOW, NORM_PRODUCT_BITS, NORM_PRODUCT_RING
-from mpcache.protocols.reciprocal import Curve, Range, power
+from mpcache.protocols.reciprocal import Curve, ExponentRange, power
 from mpcache.runtime.correlations import dealt, mask_parts, masked_operand_product
 from mpcache.runtime.program import (
     Opening,
@@ -36,13 +38,13 @@ from mpcache.runtime.side import Side
 
 
 @cache
-def root(width: int, bits: int) -> tuple[Range, Curve, int]:
+def root(width: int, bits: int) -> tuple[ExponentRange, Curve, int]:
     """Plan sqrt(width) 2^bits / sqrt(total), total the raw sum of `width` squares at `bits` fraction bits.
 
     Returns the range of the total, the curve, and the result's fraction bits. Relative error 3.2e-5.
     """
     spread = math.log2(width) + 2 * bits
-    where = Range.of(spread + MEAN_SQUARE_LOW, spread + MEAN_SQUARE_HIGH, 2)
+    where = ExponentRange.of(spread + MEAN_SQUARE_LOW, spread + MEAN_SQUARE_HIGH, 2)
     scale = math.log2(width) / 2  # the part of sqrt(width) that is no power of two goes into the curve
     whole = math.floor(scale)
     curve = Curve(lambda u: torch.rsqrt(u) * 2 ** (scale - whole), 2, 7, 16, 10)
@@ -102,7 +104,7 @@ def _add(
     request = Request(RequestKind.NORM, (each,), (each, each, each, row), derive, products_of(m * width))
     r, rc, rb, a_rb, aa = yield from draw(request)
     (c,) = yield from open_masked(raised(side, change.data, r, change.ring, "masked for truncation"))
-    opened = Cut.of(c, 0, change.ring, rb, rc)
+    opened = Truncated.of(c, 0, change.ring, rb, rc)
     e, a = (opened.p, -rc) if stream is None else (opened.p + stream.opened, stream.mask - rc)
     # (e + q rb + a)^2
     squares = side.first(e * e) + 2 * e * a + 2 * opened.q * (e * rb + a_rb) + opened.q * opened.q * rb

@@ -1,4 +1,4 @@
-"""Reciprocals and reciprocal square roots over a wide range, in two rounds (PROTOCOLS 6).
+"""Reciprocals and reciprocal square roots over a wide range, in two rounds (docs/protocols.md, section 9.2).
 
 Round 1: a positive x is opened once, masked. One key tree tells which of the thresholds
 2^low, 2^(low + step), ... it passes; a second one, with the mask as its payload, gives x times the same
@@ -70,34 +70,36 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Range:
+class ExponentRange:
     """Raw x in [2^low, 2^high), high - low a multiple of the curve's step."""
 
     low: int
     high: int
 
     @staticmethod
-    def of(low: float, high: float, step: int) -> Range:
+    def of(low: float, high: float, step: int) -> ExponentRange:
         """Cover [low, high), exponents; the whole range stays below 2^62."""
         first = math.floor(low) // step * step
-        return Range(first, min(62 // step * step, first + -(-(math.ceil(high) - first) // step) * step))
+        return ExponentRange(
+            first, min(62 // step * step, first + -(-(math.ceil(high) - first) // step) * step)
+        )
 
     def steps(self, step: int) -> int:
         """Exponents to tell apart."""
         return (self.high - self.low) // step
 
 
-def power(side: Side, x: torch.Tensor, where: Range, curve: Curve) -> Program[torch.Tensor]:
+def power(side: Side, x: torch.Tensor, where: ExponentRange, curve: Curve) -> Program[torch.Tensor]:
     """Compute fn(x 2^-low) at `curve.bits` + steps - 1 fraction bits, x (*s) shares of integers. Two rounds.
 
-    Relative error: that of the lines, and of u on its grid: see `RECIPROCAL`, `norm.ROOT`.
+    Relative error: that of the lines, and of u on its grid: see `RECIPROCAL`, `norm.root`.
     """
     u, ring, factor = yield from _exponent(side, x, where, curve)
     return (yield from _line(side, u, ring, factor, curve))
 
 
 def _exponent(
-    side: Side, x: torch.Tensor, where: Range, curve: Curve
+    side: Side, x: torch.Tensor, where: ExponentRange, curve: Curve
 ) -> Program[tuple[torch.Tensor, int, torch.Tensor]]:
     """-> v = u - 1 on the curve's grid, within 2, modulo 2^ring; ring; and the factor, a power of two."""
     n, step, k = math.prod(x.shape), curve.step, where.steps(curve.step)
@@ -171,12 +173,12 @@ def _line(
 RECIPROCAL = Curve(lambda u: 1 / u, 1, 7, 14, 9)
 
 
-def reciprocal_range(least: float, most: float, bits: int) -> tuple[Range, int]:
+def reciprocal_range(least: float, most: float, bits: int) -> tuple[ExponentRange, int]:
     """Return the range of raw x with `bits` fraction bits, and the fraction bits of 1 / x.
 
     They are 23 for the largest x, and one more for each factor of two below.
     """
-    where = Range.of(math.log2(least) + bits, math.log2(most) + bits, 1)
+    where = ExponentRange.of(math.log2(least) + bits, math.log2(most) + bits, 1)
     return where, RECIPROCAL.bits + where.steps(1) - 1 + where.low - bits
 
 

@@ -1,4 +1,4 @@
-"""max(x, 0) in one round: a comparison whose key trees also carry the mask (PROTOCOLS 3).
+"""max(x, 0) in one round: a comparison whose key trees also carry the mask.
 
 x is opened as x + r in the whole ring. [x < 0] = m + u - 2 m u with m public and u shared, as in
 `mpcache.protocols.compare`; so max(x, 0) = (x + r - r) (1 - [x < 0]) needs shares of r u beside those

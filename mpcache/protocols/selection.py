@@ -1,4 +1,4 @@
-"""A selection prepared for repeated use: its slot matrix as a resident operand (PROTOCOLS 1).
+"""A selection prepared for repeated use: its slot matrix as a masked operand.
 
 Where `topk.HotSelection` shares a mask for each item and place, n N c words for c columns, a matrix
 that was opened once under a mask of its own needs n c or k c words per use: what layers that share a

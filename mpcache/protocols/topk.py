@@ -1,4 +1,4 @@
-"""Oblivious top-k with one-hot slots, and the gather inside it: two rounds (PROTOCOLS 4).
+"""Oblivious top-k with one-hot slots, and the gather inside it: two rounds (docs/protocols.md, section 7).
 
 Round 1 opens every score masked; all differences are then public with known masks, so all pairs
 are compared without another message, and rank_i = how many beat i arrives in shares. Round 2 opens

@@ -89,8 +89,9 @@ def cat(parts: Sequence[Share], dim: int) -> Share:
 
 @dataclass(frozen=True)
 class MaskedOperand:
-    """A secret tensor W that is used again and again: opened once as V = W - B (PROTOCOLS 1).
+    """A secret tensor W that is used again and again: opened once as V = W - B.
 
+    docs/protocols.md, section 4, says why the mask may stay.
     mask: this party's share of B.  opened: V, public to both computing parties; `Awaited` until the
     round that opens it is over.  dealt: B itself, at the dealer only. All three have W's shape.
     ring: V, and so every product with it, is known modulo 2^ring only.

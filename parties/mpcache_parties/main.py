@@ -15,7 +15,7 @@ from mpcache.console.signals import ignore_signals
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
 from mpcache_parties.keygen import keygen
-from mpcache_parties.options import PartyOptions
+from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.pinning import pin
 from mpcache_parties.process import run_party
 from mpcache_parties.serving import AT_ONCE

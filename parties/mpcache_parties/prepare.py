@@ -27,7 +27,7 @@ from mpcache_parties.state.tapes import TapeStore, TapeWriter
 def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
     """Deal, or store, one batch of tapes, for a session of `public.max_new_tokens` tokens.
 
-    Server and client store it in `resources.tapes`. Raises StateError (a full disk), PolicyError (a plan
+    Server and client store it in their store of tapes. Raises StateError (a full disk), PolicyError (a plan
     that the document decides) or what a link raises.
     """
     public, store = resources.public, resources.tapes

@@ -33,7 +33,7 @@ from mpcache_parties.operations.exposure import exposed
 from mpcache_parties.operations.logs import Log
 from mpcache_parties.operations.output import EventKind, Output, closing_line
 from mpcache_parties.operations.status import PartyStatus, SessionPhase, SessionStatus
-from mpcache_parties.options import PartyOptions
+from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.prepare import prepare
 from mpcache_parties.private_inputs import Document, PrivateInput, Question
 from mpcache_parties.resources import SessionResources

@@ -1,0 +1,1 @@
+"""The messages between parties, generated from party.proto (`make protos`)."""

@@ -1,4 +1,4 @@
-"""The wheel, alone: every command runs from it, without CrypTen, and beside another project named `kernels`."""
+"""The wheel alone: every command runs from it, without CrypTen, beside another project's `kernels`."""
 
 from __future__ import annotations
 

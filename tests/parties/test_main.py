@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache_parties.main import app
-from mpcache_parties.options import PartyOptions
+from mpcache_parties.party_options import PartyOptions
 
 
 def test_it_says_its_version_and_completes_in_a_shell() -> None:

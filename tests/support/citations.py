@@ -129,9 +129,14 @@ def names() -> Names:
                 found.bases.setdefault(node.name, set()).update(
                     part for base in node.bases for part in re.findall(r"\w+", ast.unparse(base))
                 )
-    for suffix in ("*.proto", "*.toml", "*.yaml"):
-        for path in (*ROOT.glob(suffix), *(ROOT / "configs").glob(suffix), *(ROOT / "protos").rglob(suffix)):
-            found.words |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    rest = (
+        ROOT.glob("*.toml"),
+        *((ROOT / room).rglob("*") for room in ("configs", "protos", "requirements")),
+    )
+    for path in (
+        path for paths in rest for path in paths if path.suffix in (".toml", ".yaml", ".proto", ".txt")
+    ):
+        found.words |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
     return found
 
 

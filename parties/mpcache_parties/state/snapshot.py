@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import torch
 
 from mpcache.cache import Cache, LayerCache
 from mpcache.decode import Layer, Operands
-from mpcache.engines.stock import StockSelection
 from mpcache.errors import StateError
 from mpcache.model import ModelShape, RopeScaling
 from mpcache.policy.clusters import Choice, Clusters
@@ -35,13 +35,21 @@ CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         Cache, LayerCache, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, Share,
-        Side, PreparedSelection, StockSelection, Choice, Clusters, ValidMask,
+        Side, PreparedSelection, Choice, Clusters, ValidMask,
     )
 }  # fmt: skip
+LATER = {"StockSelection": "mpcache.engines.stock"}  # looked up when one is met: it brings CrypTen
 _ALIGNMENT = 8  # bytes
 _LENGTH_BYTES = 8  # of the JSON text's length
 
 Tensors = Mapping[str, torch.Tensor]  # by path in the tree: /layers/0/k/mask
+
+
+def _class_of(name: str) -> Any:
+    """Return the class of a name in this module's lists; None for any other name."""
+    if name in LATER:
+        return getattr(import_module(LATER[name]), name)
+    return CLASSES.get(name)
 
 
 def tensors_of(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
@@ -130,7 +138,7 @@ def _pack(x: Any, path: str, since: Tensors, table: list[torch.Tensor]) -> Any:
         return {"dict": dict(below)}
     if isinstance(x, list | tuple):
         return {"list" if isinstance(x, list) else "tuple": [value for _, value in below]}
-    if CLASSES.get(type(x).__name__) is type(x):
+    if _class_of(type(x).__name__) is type(x):
         return {"class": type(x).__name__, "fields": dict(below)}
     raise TypeError(f"{type(x).__name__} at {path} is not part of a checkpoint")
 
@@ -185,7 +193,7 @@ class _Reader:
         if "dict" in node:
             return self._named(node["dict"], path)
         if "class" in node:
-            return CLASSES[node["class"]](**self._named(node["fields"], path))
+            return _class_of(node["class"])(**self._named(node["fields"], path))
         (kind, items), *rest = node.items()
         if kind not in ("list", "tuple") or rest:
             raise ValueError(kind)

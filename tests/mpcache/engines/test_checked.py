@@ -75,6 +75,7 @@ def one(x: float, bits: int, ring: int = 64) -> Share:
 
 
 OPS = CheckedOps()
+LONGEST, LARGEST = ranges.LONGEST_ATTENDED, ranges.LARGEST_SCORE
 LOW, HIGH = 2.0 ** (ranges.MEAN_SQUARE_LOW / 2), 2.0 ** (ranges.MEAN_SQUARE_HIGH / 2)
 EDGES: dict[str, tuple[float, float, Callable[[float], Any]]] = {
     # the last value that is allowed, one that is not, and what they go through
@@ -87,9 +88,9 @@ EDGES: dict[str, tuple[float, float, Callable[[float], Any]]] = {
     "norm, high": (HIGH * 0.99, HIGH * 1.01, lambda x: normed(one(x, 16), 1e-6)),
     "norm, low": (LOW * 1.01, LOW * 0.98, lambda x: normed(one(x, 16), 0.0)),
     "gate times up": (511.0, 513.0, lambda x: OPS.gate("silu", one(31.99, 16), one(x, 16))),
-    "reciprocal, high": (ranges.LONGEST_ATTENDED - 1, ranges.LONGEST_ATTENDED, lambda x: OPS.reciprocal(one(x, ranges.WEIGHT_BITS))),
+    "reciprocal, high": (LONGEST - 1, LONGEST, lambda x: OPS.reciprocal(one(x, ranges.WEIGHT_BITS))),
     "reciprocal, low": (2.0**-9, 2.0**-10, lambda x: OPS.reciprocal(one(x, ranges.WEIGHT_BITS))),
-    "score": (-ranges.LARGEST_SCORE + 0.01, -ranges.LARGEST_SCORE, lambda x: OPS.softmax(one(x, ranges.SCORE_BITS), None)),
+    "score": (-LARGEST + 0.01, -LARGEST, lambda x: OPS.softmax(one(x, ranges.SCORE_BITS), None)),
     "top": (1023.9, 1024.0, lambda x: OPS.topk(pair(x), 1, [pair(x).reshape(1, 2, 1)])),
     "average": (127.9, 128.1, lambda x: product(x)),
 }  # fmt: skip

@@ -46,7 +46,7 @@ def milliseconds(links: tuple[FrameLink, FrameLink], sizes: list[int]) -> float:
 
 
 def quickest(links: tuple[FrameLink, FrameLink], sizes: list[int], at_most: float = inf) -> float:
-    """Of three runs, and of up to twenty until one takes `at_most` milliseconds: what else runs on this
+    """Of three runs, and of up to twenty until one takes no longer than at_most, in ms: what else runs on this
     machine only ever adds time."""
     found = min(milliseconds(links, sizes) for _ in range(3))
     for _ in range(17):

@@ -46,8 +46,10 @@ def milliseconds(links: tuple[FrameLink, FrameLink], sizes: list[int]) -> float:
 
 
 def quickest(links: tuple[FrameLink, FrameLink], sizes: list[int], at_most: float = inf) -> float:
-    """Of three runs, and of up to twenty until one takes no longer than at_most, in ms: what else runs on this
-    machine only ever adds time."""
+    """Return the quickest of three runs, or of up to twenty until one is within at_most. All in ms.
+
+    What else runs on this machine only ever adds time.
+    """
     found = min(milliseconds(links, sizes) for _ in range(3))
     for _ in range(17):
         if found <= at_most:

@@ -22,7 +22,7 @@ from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
 from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.tls import Trust, trust
-from tests.support.links import free_settings
+from tests.support.links import free_ports, free_settings
 from tests.support.processes import PARTY, errors_of, start, started, tiny_model, write_config
 
 S, C, D = Rank
@@ -130,10 +130,10 @@ def refusals(
             connect_all(me, settings, Ledger(), peers=[peer], trust=trust(me, settings, folder, False))
         return str(caught.value)
 
-    said = {}
+    said, ports = {}, free_ports(2 * len(CASES))
     with ThreadPoolExecutor(2 * len(CASES)) as pool:
         for case, (sides, _, _) in CASES.items():
-            good = with_pins(free_settings(connect_s=10), homes)
+            good = with_pins(free_settings(connect_s=6, ports=(ports.pop(), ports.pop())), homes)
             client, dealer = sides(good, homes, tmp_path_factory.mktemp(case) / "spare")
             said[case] = pool.submit(party, C, client, D), pool.submit(party, D, dealer, C)
     return said

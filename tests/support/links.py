@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
@@ -70,12 +70,18 @@ def together(jobs: Mapping[Rank, Job]) -> dict[Rank, Any]:
         return dict(zip(jobs, pool.map(body, jobs), strict=True))
 
 
-def free_settings(connect_s: float = 60, recv_s: float = 60, reconnect_s: float = 2) -> Settings:
-    """Settings with two ports of this machine that nobody listens on."""
-    with socket.socket() as one, socket.socket() as two:
-        for probe in (one, two):
-            probe.bind(("127.0.0.1", 0))
-        server, dealer = (f"127.0.0.1:{probe.getsockname()[1]}" for probe in (one, two))
+def free_ports(n: int) -> list[int]:
+    """Return n ports of this machine that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def free_settings(
+    connect_s: float = 60, recv_s: float = 60, reconnect_s: float = 2, ports: Iterable[int] = ()
+) -> Settings:
+    """Settings with two ports that nobody listens on, the server's and the dealer's."""
+    server, dealer = (f"127.0.0.1:{port}" for port in ports or free_ports(2))
     return Settings(
         addresses=Addresses(server=server, dealer=dealer),
         timeouts=Timeouts(connect_s=connect_s, recv_s=recv_s, reconnect_s=reconnect_s),

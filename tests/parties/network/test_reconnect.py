@@ -76,7 +76,7 @@ def play(network: Network, peer: Rank, rounds: int) -> list[int]:
 
 
 def test_many_short_cuts_lose_and_repeat_nothing() -> None:
-    rounds, over = 900, threading.Event()
+    rounds, over = 1500, threading.Event()
     with over_a_proxy() as (server, client, cutter), ThreadPoolExecutor(3) as pool:
 
         def cut() -> int:
@@ -86,7 +86,7 @@ def test_many_short_cuts_lose_and_repeat_nothing() -> None:
                 time.sleep(0.02 * (cuts % 4))
                 cutter.mend()
                 cuts += 1
-                over.wait(0.3)
+                over.wait(0.15)
             return cuts
 
         cuts = pool.submit(cut)

@@ -6,7 +6,7 @@ import re
 import socket
 import stat
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -22,7 +22,7 @@ from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
 from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.tls import Trust, trust
-from tests.support.links import free_settings
+from tests.support.links import free_ports, free_settings
 from tests.support.processes import PARTY, errors_of, start, started, tiny_model, write_config
 
 S, C, D = Rank
@@ -118,24 +118,35 @@ CASES: dict[str, tuple[Sides, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_who_is_not_pinned_is_refused_on_both_sides(
-    case: str, homes: dict[Rank, Path], tmp_path: Path
-) -> None:
-    sides, at_client, at_dealer = CASES[case]
-    client, dealer = sides(with_pins(free_settings(connect_s=5), homes), homes, tmp_path / "spare")
+@pytest.fixture(scope="module")
+def refusals(
+    homes: dict[Rank, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Future[str], Future[str]]]:
+    """What the client and the dealer say in each case; all cases at once, as most of it is waiting."""
 
-    def party(me: Rank, side: tuple[Settings, Path | None], peer: Rank) -> str:
+    def party(me: Rank, side: Side, peer: Rank) -> str:
         settings, folder = side
         with pytest.raises(LinkError) as caught:
             connect_all(me, settings, Ledger(), peers=[peer], trust=trust(me, settings, folder, False))
         return str(caught.value)
 
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.submit(party, D, dealer, C), pool.submit(party, C, client, D)
-        for text, words in ((second.result(), at_client), (first.result(), at_dealer)):
-            assert "\n" not in text
-            assert re.search(words, text), text
+    said, ports = {}, free_ports(2 * len(CASES))
+    with ThreadPoolExecutor(2 * len(CASES)) as pool:
+        for case, (sides, _, _) in CASES.items():
+            good = with_pins(free_settings(connect_s=6, ports=(ports.pop(), ports.pop())), homes)
+            client, dealer = sides(good, homes, tmp_path_factory.mktemp(case) / "spare")
+            said[case] = pool.submit(party, C, client, D), pool.submit(party, D, dealer, C)
+    return said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_who_is_not_pinned_is_refused_on_both_sides(
+    case: str, refusals: dict[str, tuple[Future[str], Future[str]]]
+) -> None:
+    for end, words in zip(refusals[case], CASES[case][1:], strict=True):
+        text = end.result()
+        assert "\n" not in text
+        assert re.search(words, text), text
 
 
 @pytest.mark.processes

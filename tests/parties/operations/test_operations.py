@@ -31,7 +31,7 @@ from mpcache_parties.operations.exposure import exposed
 from mpcache_parties.operations.logs import Log, LogLevel
 from mpcache_parties.operations.metrics import PartyMetrics
 from mpcache_parties.operations.status import PartyStatus, SessionPhase
-from tests.support.links import free_settings
+from tests.support.links import free_ports, free_settings
 from tests.support.processes import (
     PARTY,
     SOON_S,
@@ -45,14 +45,6 @@ from tests.support.processes import (
 S, C, D = Rank
 QUESTION = "where did the gatekeeper bury seventeen pomegranates"
 DOCUMENT = "and nebuchadnezzar counted the camels of the city before the watchman slept"
-
-
-def free_ports(n: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def soon(call: Callable[[], Any], seconds: float = 60) -> Any:

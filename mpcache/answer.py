@@ -27,10 +27,10 @@ def bind_to_document(
     Returns the policy and the counts, a number for each layer; the same policy and no counts where the
     plan is public. Raises PolicyError.
     """
-    if policy.policy.plan_is_public:
+    if policy.plan_is_public:
         return policy, []
-    counts = policy.policy.count_from_document(prefilled, kernels)
-    return policy.policy.with_counts(counts).bind(policy.plan.context, shape), counts
+    counts = policy.count_from_document(prefilled, kernels)
+    return policy.with_counts(counts, shape), counts
 
 
 class Observer:
@@ -158,7 +158,7 @@ def plain_answer(
     session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
     session.setup(model.weights)
     start = time.perf_counter()
-    prefilled = prefill(model, context, device, window=policy.policy.window(len(context)))
+    prefilled = prefill(model, context, device, window=policy.window)
     session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
     session.context(prefilled, kernels)
     result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start), kernels=kernels.name)

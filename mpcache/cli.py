@@ -177,7 +177,7 @@ def generate(
         reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
     plain = inquiry.plain(settings.public)
     text = inquiry.tokenizer.decode(plain.ids)
-    run = summary(settings.public.policy, bound.policy.leak, reports, plain, text)
+    run = summary(settings.public.policy, bound.leak, reports, plain, text)
     if as_json:
         print(json.dumps(run))
         return
@@ -226,7 +226,7 @@ def compare(
             reports = inquiry.private(settings, say, lambda token, text: None)
         plain = inquiry.plain(public)
         text = inquiry.tokenizer.decode(plain.ids)
-        runs.append(summary(spec, bound.policy.leak, reports, plain, text))
+        runs.append(summary(spec, bound.leak, reports, plain, text))
     if as_json:
         print(json.dumps({"runs": runs}))
     else:

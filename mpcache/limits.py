@@ -47,7 +47,7 @@ def _check_attended(bound: BoundPolicy, public: PublicConfig, question: int) -> 
     attended = bound.plan.attended + question + public.max_new_tokens
     if public.protocol != "stock" and attended > LONGEST_ATTENDED:
         raise PolicyError(
-            f"policy {bound.policy.spec}: a query may attend to {attended} tokens of context, question and "
+            f"policy {bound.spec}: a query may attend to {attended} tokens of context, question and "
             f"answer; protocol {public.protocol} holds {LONGEST_ATTENDED}: give it smaller budgets, or "
             "shorten the context"
         )

@@ -48,7 +48,7 @@ def check(model: Model, spec: str, context: list[int], question: str, ranges: Ra
     Raises OutOfRange where those are strict.
     """
     policy = parse_policy(spec).bind(len(context), model.shape)
-    filled = prefill(model, context, window=policy.policy.window(len(context)))
+    filled = prefill(model, context, window=policy.window)
     kernels = backend("cpu")
     policy, _ = bind_to_document(policy, model.shape, filled, kernels)
     session = Session(CheckedOps(), ranges, model.shape, policy)

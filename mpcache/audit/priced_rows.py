@@ -65,7 +65,7 @@ def price_rows(
     @cache  # the same on every network, and `full` beside every policy
     def priced(spec: str, context: int, protocol: str) -> Priced:
         cost = price_setting(grid, spec, context, protocol)
-        return Priced(cost, (rates or {}).get((cost.policy.policy.spec, protocol, context), RATES))
+        return Priced(cost, (rates or {}).get((cost.policy.spec, protocol, context), RATES))
 
     for context, protocol in product(grid.contexts, grid.protocols):
         for spec in grid.policies:
@@ -92,7 +92,7 @@ def resolved(
         return protocol
     bound = price_setting(grid, spec, context, ProtocolName.FAST).policy
     choice = pick(grid.shape, bound, context, grid.question, grid.new_tokens, network, reveal=grid.reveal)
-    note(f"{bound.policy.spec} at {context} tokens: {choice}")
+    note(f"{bound.spec} at {context} tokens: {choice}")
     return choice.protocol
 
 

@@ -56,7 +56,7 @@ class Cell:
 
     def count(self, bound: BoundPolicy) -> None:
         """Count one more sample that is asked under this policy and plan."""
-        self.spec = self.spec or bound.policy.spec
+        self.spec = self.spec or bound.spec
         self.attended += bound.plan.attended
         self.context += bound.plan.context
 

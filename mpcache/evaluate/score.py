@@ -98,7 +98,7 @@ class EvalModel:
         """Begin a session after a context, which may be read with more queries than the policy needs."""
         session = Session(self.ops, None, self.model.shape, policy)
         session.operands = self.operands
-        window = policy.policy.window(policy.plan.context)
+        window = policy.window
         session.context(read.known.last_queries(window), read.kernels)
         return session
 

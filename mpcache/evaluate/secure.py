@@ -76,7 +76,7 @@ def _answer(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, n
     """Ask three processes one question."""
     (turn,), tokens = sample.turns, engine.tokens(sample)
     question, answer, _ = tokens.turns[0]
-    public = PublicConfig(policy=bound.policy.spec, max_new_tokens=len(answer), network=network)
+    public = PublicConfig(policy=bound.spec, max_new_tokens=len(answer), network=network)
     bind_policy(engine.model.shape, public, len(tokens.context), len(question))
     plain = plain_answer(
         engine.model, bound, tokens.context, question, len(answer), Sampling(), (), engine.device
@@ -96,7 +96,7 @@ def _go_on(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, to
     answer = answer[:CONFIRMED]
     size = len(engine.model.tokenizer.decode(answer).encode())
     tokens = Tokens(tokens.context, ((question, answer, size),))
-    window = bound.policy.window(len(tokens.context))
+    window = bound.window
     read = engine.read(tokens.context, window)
     (plain,) = score(cell.task, engine.session(bound, read), sample, tokens)
 

@@ -69,7 +69,7 @@ def tape_sizes(facts: Facts, public: PublicConfig) -> dict[str, Any]:
     """Return all that tapes depend on, but for the number of tokens."""
     return {
         "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
-        "policy": facts.policy.policy.spec, "plan": facts.policy.plan.to_dict(),
+        "policy": facts.policy.spec, "plan": facts.policy.plan.to_dict(),
         "protocol": facts.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
     }  # fmt: skip
 
@@ -241,7 +241,7 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
 def announce_counts(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
     """Server: make public what the document decides about the plan, before the context phase."""
     policy, counts = bind_to_document(facts.policy, facts.shape, prefilled, kernels)
-    if not facts.policy.policy.plan_is_public:
+    if not facts.policy.plan_is_public:
         for link in links.values():
             link.send_facts("facts/counts", {"counts": counts})
     return replace(facts, policy=policy)
@@ -249,7 +249,7 @@ def announce_counts(links: Links, facts: Facts, prefilled: Prefill, kernels: Bac
 
 def receive_counts(server: Link, facts: Facts) -> Facts:
     """Take what `announce_counts` sends. Raises Desync on counts that no such plan can have."""
-    if facts.policy.policy.plan_is_public:
+    if facts.policy.plan_is_public:
         return facts
     return _with_counts(facts, server.recv_facts("facts/counts").get("counts"))
 
@@ -260,12 +260,11 @@ def counts_of(facts: Facts) -> dict[str, list[int]]:
 
 
 def _with_counts(facts: Facts, counts: Any) -> Facts:
-    policy = facts.policy.policy
-    if policy.plan_is_public:
+    if facts.policy.plan_is_public:
         return facts
     if not isinstance(counts, list) or any(type(n) is not int for n in counts):
         raise Desync(f"Desync: the server announces counts {counts!r:.60}, not a list of whole numbers")
     try:
-        return replace(facts, policy=policy.with_counts(counts).bind(facts.context, facts.shape))
+        return replace(facts, policy=facts.policy.with_counts(counts, facts.shape))
     except PolicyError as error:
         raise Desync(f"Desync: the server announces counts that do not fit: {error}") from None

@@ -32,7 +32,7 @@ def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
     """
     public, store = resources.public, resources.tapes
     _, facts = agreed_facts(me, resources.links, own, public)
-    if not facts.policy.policy.plan_is_public:
+    if not facts.policy.plan_is_public:
         raise PolicyError(f"policy {public.policy}: the document decides its plan; no tape can be prepared")
     if store is None:
         _deal_batch(resources, facts)

@@ -86,7 +86,7 @@ def _open_document(
     session.setup(own.model.weights)
     say(f"server: set-up: weights masked and opened in {duration(session.ms['setup'])}")
     start = time.perf_counter()
-    window = facts.policy.policy.window(facts.context)
+    window = facts.policy.window
     prefilled = prefill(own.model, own.tokens, own.device, window=window)
     prefill_ms = 1000 * (time.perf_counter() - start)
     if facts.picked:

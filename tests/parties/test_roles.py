@@ -96,7 +96,7 @@ def test_what_the_document_decides_is_announced(model: Model, tokens: list[int])
     assert isinstance(server, Report) and isinstance(client, Report) and isinstance(dealer, Report), reports
     asked = model.tokenizer.encode(QUESTION, bos=False)
     bound = bind_policy(model.shape, THRESHOLD, len(tokens), len(asked))
-    window = bound.policy.window(len(tokens))
+    window = bound.window
     known, _ = bind_to_document(bound, model.shape, prefill(model, tokens, window=window), backend("cpu"))
     kept = [layer.kept for layer in known.plan.layers]
     assert max(kept) < len(tokens) and len(set(kept)) > 1

@@ -82,7 +82,7 @@ def compare(
 ) -> Agreement:
     """The same document, question and greedy choice, plain and by three parties."""
     bound = parse_policy(spec).bind(len(context), model.shape)
-    filled = prefill(model, context, window=bound.policy.window(len(context)))
+    filled = prefill(model, context, window=bound.window)
     plain_ops = PlainOps()
     plain_seen = record(plain_ops)
     session = Session(plain_ops, None, model.shape, bound)

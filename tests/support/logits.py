@@ -80,7 +80,7 @@ def greedy(model: Model, context: Sequence[int], question: Sequence[int], n: int
 
 def errors(model: Model, context: Sequence[int], chunks: Sequence[Sequence[int]], spec: str) -> Errors:
     bound = parse_policy(spec).bind(len(context), model.shape)
-    filled = prefill(model, context, window=bound.policy.window(len(context)))
+    filled = prefill(model, context, window=bound.window)
 
     def program(ops: Any, party: Any, rank: Rank) -> Any:
         seen = record(ops)

@@ -143,7 +143,7 @@ def test_one_read_context_serves_every_policy(engine: EvalModel, spec: str) -> N
     bound = bind_at_budget(engine, spec, FULL_PERCENT if spec == "full" else 40, n)
     if spec != "full":
         engine.session(bind_at_budget(engine, spec, 20, n), shared).chunk(ask, len(ask))
-    for read in (shared, engine.read(tokens.context, bound.policy.window(n))):
+    for read in (shared, engine.read(tokens.context, bound.window)):
         with torch.no_grad():
             logits.append(engine.session(bound, read).chunk(ask, len(ask)))
     torch.testing.assert_close(logits[0], logits[1])

@@ -32,11 +32,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
-    build = (
-        "from setuptools import build_meta as b; import sys; "
-        "print(b.build_wheel(sys.argv[1])); print(b.build_sdist(sys.argv[1]))"
-    )
-    subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, check=True, capture_output=True)
+    for what in ("wheel", "sdist"):  # each in a process of its own: a build changes its process's arguments
+        build = f"import sys; from setuptools import build_meta; build_meta.build_{what}(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, check=True, capture_output=True)
     return out
 
 

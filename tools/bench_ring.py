@@ -4,7 +4,7 @@
 
 Limbs have 22 bits, so that a sum over k <= 512 stays below 2^53: six float64 products modulo 2^64.
 Both are checked to agree on uniform words before they are timed. The right operand's limbs are split
-beforehand, as a resident operand's would be.
+beforehand, as a masked operand's would be.
 """
 
 from __future__ import annotations

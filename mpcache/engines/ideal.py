@@ -97,7 +97,7 @@ def truncate_local(side: Side, x: Share, bits: int) -> Share:
 
 def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
     """Prepare an operand: known, and of its ring."""
-    yield from _held("resident operand", x, ring)
+    yield from _held("masked operand", x, ring)
     return MaskedOperand(torch.zeros_like(x.data), x.data, x.bits, ring=ring)
 
 

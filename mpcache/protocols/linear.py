@@ -1,4 +1,4 @@
-"""Products and truncation: Beaver triples, resident operands, exact truncation."""
+"""Products and truncation: Beaver triples, masked operands, exact truncation."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def start_mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
 
 def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand) -> Program[MaskedOperand]:
     """Open: the second half, one round. joined: what was made of `started` meanwhile; it comes out opened."""
-    why = "resident, masked"
+    why = "operand, masked"
     (opened,) = yield from open_masked(masked(x.data - started.mask, started.ring, why, x.owner))
     started.opened.bring(opened)
     return replace(joined, opened=joined.public)

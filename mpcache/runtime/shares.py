@@ -1,4 +1,4 @@
-"""What one party holds of a secret: shares, and resident operands.
+"""What one party holds of a secret: shares, and masked operands.
 
 A secret x in fixed point with `bits` fraction bits is x_raw = round(x * 2^bits) in Z_2^64, held as
 additive shares x_raw = s0 + s1 (int64 tensors; wrapping is the ring's own arithmetic). A party
@@ -129,7 +129,7 @@ class MaskedOperand:
     def append(self, other: MaskedOperand, dim: int) -> MaskedOperand:
         """Concatenate: both keep the masks they were opened with."""
         if self.bits != other.bits:
-            raise ValueError("appending residents with different fraction bits")
+            raise ValueError("appending operands with different fraction bits")
         dealt = None
         if self.dealt is not None and other.dealt is not None:
             dealt = torch.cat([self.dealt, other.dealt], dim)

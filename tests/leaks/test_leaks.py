@@ -126,7 +126,7 @@ def test_a_mask_of_zeros_is_seen(model: Model, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(party, "_expand", forgetful)
     found = suspicious(seen(model, "mpcache" + SELECTS, 4))
-    assert {"resident, masked", "activation, masked", "masked for truncation"} <= found
+    assert {"operand, masked", "activation, masked", "masked for truncation"} <= found
 
 
 def test_a_mask_that_is_too_short_is_seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_a_mask_that_is_too_short_is_seen(model: Model, monkeypatch: pytest.Monk
         return value & ((1 << 44) - 1) if value.dtype == torch.int64 and not part.own else value
 
     monkeypatch.setattr(party, "_expand", short)
-    assert {"resident, masked", "activation, masked", "stream, masked"} <= suspicious(seen(model, "full", 4))
+    assert {"operand, masked", "activation, masked", "stream, masked"} <= suspicious(seen(model, "full", 4))
 
 
 def repeated_words(views: list[Views]) -> int:

@@ -145,7 +145,7 @@ def test_reading_again_gives_the_same() -> None:
     assert one.phases == two.phases and one.held == two.held
 
 
-def test_counts_of_a_resident_product_and_of_comparisons() -> None:
+def test_counts_of_a_product_with_an_operand_and_of_comparisons() -> None:
     """(1, 24) by (24, 24): a product of two secrets takes three products at the server."""
     ops = price(LLAMA, "full", 20, QUESTION).by_op("decode")
     per_layer = ops["o"].multiplications // LLAMA.layers

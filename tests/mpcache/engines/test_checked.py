@@ -81,7 +81,7 @@ EDGES: dict[str, tuple[float, float, Callable[[float], Any]]] = {
     # the last value that is allowed, one that is not, and what they go through
     "truncation": (2.0**14 - 1, 2.0**14, lambda x: OPS.rescale(one(x, 32, 48))),
     "product with an operand": (2.0**15 - 1, 2.0**15, lambda x: OPS.linear(one(x, 16, 48), kept(1.0))),
-    "resident operand": (2.0**31 - 1, 2.0**31, lambda x: ideal.mask_operand(one(x, 16), 48)),
+    "masked operand": (2.0**31 - 1, 2.0**31, lambda x: ideal.mask_operand(one(x, 16), 48)),
     "silu": (series("silu").half - 0.01, series("silu").half, lambda x: OPS.gate("silu", one(x, 16), None)),
     "gelu": (-series("gelu").half + 0.01, -series("gelu").half, lambda x: OPS.gate("gelu", one(x, 16), None)),
     "max(x, 0)": (-(2.0**15) + 1, -(2.0**15) - 1, lambda x: OPS.relu(one(x, 16))),

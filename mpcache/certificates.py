@@ -42,16 +42,19 @@ class Identity:
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write both files; only the owner can read the key's. Raises ConfigError, also when there is one."""
         key, certificate = self.files(folder, self.rank)
+        made: list[Path] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if there := [file.name for file in (key, certificate) if os.path.lexists(file)]:
+                what = f"holds an identity of the {self.rank.label} already ({' and '.join(there)})"
+                raise ConfigError(f"{folder}: {what}; give another folder with --out, or move it away")
             for file, data, mode in ((key, self.key, KEY_MODE), (certificate, self.certificate, 0o644)):
-                if file.exists():
-                    raise FileExistsError
                 with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as out:
+                    made.append(file)
                     out.write(data)
-        except FileExistsError:
-            raise ConfigError(f"{folder}: holds an identity of the {self.rank.label} already") from None
         except OSError as error:
+            for file in made:  # half an identity would be taken for one
+                file.unlink(missing_ok=True)
             raise ConfigError(f"{folder}: cannot be written: {error.strerror}") from None
         return key, certificate
 

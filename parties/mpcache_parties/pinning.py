@@ -15,7 +15,7 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from mpcache.certificates import certificates_in, fingerprint, rank_of, short_fingerprint
+from mpcache.certificates import certificates_in, fingerprint, rank_of, shared_name, short_fingerprint
 from mpcache.config import load_settings
 from mpcache.errors import BadInput, ConfigError
 from mpcache.rank import Rank
@@ -57,6 +57,8 @@ def pin(
     changed = []
     for rank, some in sorted(given.items()):
         wanted = list(dict.fromkeys(some if replace else [*pins[rank], *some]))
+        if (alike := shared_name(wanted)) is not None:
+            raise ConfigError(f"{config}: {rank.label}'s certificates {alike}")
         if wanted != pins[rank]:
             pins[rank] = wanted
             changed.append(rank)

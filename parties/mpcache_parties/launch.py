@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -11,15 +12,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from mpcache.certificates import make_identity
 from mpcache.config import Addresses, Certificates, PublicConfig, Settings
-from mpcache.errors import MpcacheError
+from mpcache.errors import MpcacheError, one_line
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.operations.output import EventKind
@@ -28,8 +31,14 @@ from mpcache_parties.say import Say, quiet
 
 GRACE_S = 5.0  # for the others to say why, after a party failed
 END_S = 3.0  # for a party to end in order
+GONE_S = 10.0  # for a process that closed its stdout to be gone
+LOOK_EVERY_S = 1.0  # for a process that is gone while another holds its stdout open
+LONGEST_LINE = 64 << 20  # bytes of one event
+# -P: the parties import what is installed, and what PYTHONPATH names, not what lies in this folder.
+COMMAND = (sys.executable, "-P", "-m", "mpcache_parties")
 
 Event = dict[str, Any] | None  # None: the process has closed its stdout
+Child = subprocess.Popen[bytes]
 _EFFECTS = ("PeerLost", "PeerFailed")  # errors that another party's failure causes
 
 
@@ -66,7 +75,7 @@ def run_parties(
     """
     settings = settings.model_copy(update={"addresses": free_addresses()})
     events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
-    children: dict[Rank, subprocess.Popen[str]] = {}
+    children: dict[Rank, Child] = {}
     with tempfile.TemporaryDirectory(prefix="mpcache-") as folder:
         config = Path(folder) / "session.yaml"
         settings = settings.model_copy(update={"certificates": _identities(Path(folder))})
@@ -101,29 +110,42 @@ def _identities(folder: Path) -> Certificates:
     return Certificates(**pinned)
 
 
-def _start(
-    rank: Rank, config: Path, flags: Sequence[str], events: SimpleQueue[tuple[Rank, Event]]
-) -> subprocess.Popen[str]:
+def _start(rank: Rank, config: Path, flags: Sequence[str], events: SimpleQueue[tuple[Rank, Event]]) -> Child:
     # A session of its own, so that Ctrl-C reaches this process alone, which then ends the parties.
     own = ["--rank", str(int(rank)), "--config", str(config), "--identity", str(config.parent)]
-    command = [sys.executable, "-m", "mpcache_parties", *own, "--events"]
     child = subprocess.Popen(
-        [*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [*COMMAND, *own, "--events", *flags],
+        env={**os.environ, "PYTHONSAFEPATH": "1"},  # -P, for what the child starts
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
-
-    def read() -> None:
-        assert child.stdout is not None
-        with child.stdout:
-            for line in child.stdout:
-                events.put((rank, json.loads(line)))
-        events.put((rank, None))
-
-    threading.Thread(target=read, daemon=True).start()
+    assert child.stdout is not None
+    threading.Thread(target=_read, args=(rank, child.stdout, events), daemon=True).start()
     return child
 
 
+def _read(rank: Rank, stdout: IO[bytes], events: SimpleQueue[tuple[Rank, Event]]) -> None:
+    """Queue what a process writes, and that it has ended, whatever happens to this thread."""
+    try:
+        with stdout:
+            for line in iter(partial(stdout.readline, LONGEST_LINE), b""):
+                events.put((rank, _event(rank, line)))
+    finally:
+        events.put((rank, None))
+
+
+def _event(rank: Rank, line: bytes) -> dict[str, Any]:
+    """Read an event. A line that is none comes from a library, and is passed on as a word of the party's."""
+    with suppress(ValueError, RecursionError):
+        found = json.loads(line)
+        if isinstance(found, dict) and "event" in found:
+            return found
+    return {"event": EventKind.SAY, "text": f"{rank.label}: {one_line(line.decode(errors='replace'))}"}
+
+
 def _listen(
-    children: Mapping[Rank, subprocess.Popen[str]],
+    children: Mapping[Rank, Child],
     events: SimpleQueue[tuple[Rank, Event]],
     say: Say,
     on_token: OnToken,
@@ -134,21 +156,25 @@ def _listen(
     running, deadline = set(children), float("inf")
     while running and time.monotonic() < deadline:
         try:
-            rank, event = events.get(timeout=max(0.0, min(deadline - time.monotonic(), 3600.0)))
+            rank, event = events.get(timeout=max(0.0, min(deadline - time.monotonic(), LOOK_EVERY_S)))
         except Empty:
-            continue
+            gone = [rank for rank in running if children[rank].poll() is not None]
+            if not gone:
+                continue
+            rank, event = gone[0], None  # all that it wrote has been read
         match event:
-            case {"event": EventKind.SAY, "text": text}:
+            case {"event": EventKind.SAY, "text": str(text)}:
                 say(text)
-            case {"event": EventKind.TOKEN, "id": token, "text": text}:
+            case {"event": EventKind.TOKEN, "id": int(token), "text": str(text)}:
                 on_token(token, text)
-            case {"event": EventKind.REPORT, "report": report}:
-                reports[rank] = Report.from_dict(report)
-            case {"event": EventKind.ERROR, "name": name, "text": text, "exit_code": exit_code}:
-                errors[rank] = {"name": name, "text": text, "exit_code": exit_code}
+            case {"event": EventKind.REPORT, "report": dict(report)}:
+                with suppress(KeyError, TypeError, ValueError):
+                    reports[rank] = Report.from_dict(report)
+            case {"event": EventKind.ERROR, "name": str(name), "text": str(text), "exit_code": int(code)}:
+                errors[rank] = {"name": name, "text": text, "exit_code": code}
             case None:
                 running.discard(rank)
-                if children[rank].wait() == 0 and rank in reports:
+                if _exit_code(children[rank]) == 0 and rank in reports:
                     continue
                 if rank not in errors or errors[rank]["name"] not in _EFFECTS:
                     break
@@ -158,8 +184,15 @@ def _listen(
     raise _cause(children, reports, errors)
 
 
+def _exit_code(child: Child) -> int | None:
+    """Wait for the end of a process that has closed its stdout; None where it goes on."""
+    with suppress(subprocess.TimeoutExpired):
+        return child.wait(GONE_S)
+    return None
+
+
 def _cause(
-    children: Mapping[Rank, subprocess.Popen[str]],
+    children: Mapping[Rank, Child],
     reports: Mapping[Rank, Report],
     errors: Mapping[Rank, dict[str, Any]],
 ) -> PartyFailed:
@@ -177,11 +210,12 @@ def _cause(
     return PartyFailed(found[0]["text"], found[0]["exit_code"])
 
 
-def _end(children: Mapping[Rank, subprocess.Popen[str]]) -> None:
+def _end(children: Mapping[Rank, Child]) -> None:
     """End them: in order if they take the hint of a closed stdin, else by force."""
     for child in children.values():
         if child.stdin is not None:
-            child.stdin.close()
+            with suppress(OSError):
+                child.stdin.close()
     deadline = time.monotonic() + END_S
     for child in children.values():
         try:

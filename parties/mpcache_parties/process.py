@@ -31,7 +31,7 @@ from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust, trust
 from mpcache_parties.operations.exposure import exposed
 from mpcache_parties.operations.logs import Log
-from mpcache_parties.operations.output import EventKind, Output, closing_line
+from mpcache_parties.operations.output import EventKind, Output, closing_line, stdout_for_events
 from mpcache_parties.operations.status import PartyStatus, SessionPhase, SessionStatus
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.prepare import prepare
@@ -98,7 +98,7 @@ def run_party(options: PartyOptions) -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     stop_on_signals(options.me.label)
     torch.set_num_threads(1)  # three parties with a thread per core each would fight for the cores
-    output, process = Output(options.events), None
+    output, process = Output(options.events, stdout_for_events() if options.events else None), None
     with ExitStack() as shown:
         try:
             process = _open_process(options, output, shown)

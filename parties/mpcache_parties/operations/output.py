@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from typing import Any, TextIO
@@ -72,6 +73,14 @@ class Output:
             if report.rank == Rank.CLIENT:
                 print(file=self.out, flush=True)
             print(closing_line(report), file=sys.stderr, flush=True)
+
+
+def stdout_for_events() -> TextIO:
+    """Keep stdout for events alone: what libraries of this process print there goes to stderr from now on."""
+    sys.stdout.flush()
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return own
 
 
 def closing_line(report: Report) -> str:

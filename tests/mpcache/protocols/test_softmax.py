@@ -53,7 +53,7 @@ def test_one_peak_above_a_floor(n: int, floor: float, same_masks: None) -> None:
         out, inverse = yield from together(ops.weighted_sum(e, kept), ops.reciprocal(total))
         return (yield from ops.rescale((yield from ops.mul(out, inverse))))
 
-    for some in offsets.split(max(1, OFFSETS * 1024 // n)):
+    for some in torch.split(offsets, max(1, OFFSETS * 1024 // n)):
         s = torch.full((1, len(some), n), -float(floor))
         s[..., 0] = 0
         s = s + some.unsqueeze(-1)

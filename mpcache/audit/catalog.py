@@ -54,7 +54,7 @@ CATALOG: Mapping[RequestKind, ProtocolEntry] = {
         "reciprocal.power", "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
     ),
     RequestKind.BLUR: ProtocolEntry(
-        "noise of the other party's on what one party learns", "linear.blur", "2^-11 standard deviation",
+        "noise of the other party's on what one party learns", "linear.blur", "2^-9 standard deviation",
         "so that a secret factor's step does not show",
     ),
     RequestKind.COMPARE: ProtocolEntry(

@@ -58,7 +58,7 @@ NORM_PRODUCT_RING = 40  # so |stream times matrix| < 2^20
 STEP_BITS = 16  # fraction bits of an activation's step, when it multiplies
 GATE_RING = 32  # |gate * up| < 2^14 at 16 fraction bits
 
-BLUR_BITS = 11  # what a party learns is blurred with a standard deviation of 2^-11 (`Ops.reveal`)
+BLUR_BITS = 9  # what a party learns is blurred with a standard deviation of 2^-9 (`Ops.reveal`)
 
 
 def weight_bits(n: int) -> int:

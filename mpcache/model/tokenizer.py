@@ -87,10 +87,16 @@ class Tokenizer:
     @property
     def adds_bos(self) -> bool:
         """Whether the tokenizer's own post-processor starts a text with the BOS token."""
-        return self.bos_id is not None and self.bos_id in self._inner.encode("").ids[:1]
+        return self.bos_id is not None and self.bos_id in self._begins()[:1]
+
+    def _begins(self) -> list[int]:
+        """Return the tokens that the tokenizer's own post-processor puts before a text."""
+        encoded = self._inner.encode("a")
+        added = encoded.special_tokens_mask
+        return list(encoded.ids[: added.index(0) if 0 in added else len(added)])
 
     def encode(self, text: str, bos: bool) -> list[int]:
-        """Encode `text` as token ids, with the BOS token before them iff `bos` (if the model has one).
+        """Encode `text` as token ids; iff `bos`, a text begins as the tokenizer's post-processor says.
 
         There is exactly one BOS: a text that begins with its spelling gets no second. Raises ModelError
         for a token that the model has no embedding for, or a text that is not Unicode.
@@ -98,10 +104,11 @@ class Tokenizer:
         try:
             with _library():  # lone surrogates, and whatever else it cannot take
                 ids = self._inner.encode(text, add_special_tokens=False).ids
+                first = self._begins() if bos else []
         except LibraryError as error:
             raise ModelError(f"the text cannot be tokenized: {error}") from error
-        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids = [self.bos_id, *ids]
+        if ids[: len(first)] != first:
+            ids = first + ids
         if ids and max(ids) >= self.vocab:
             limit = f"beyond the model's {self.vocab} tokens"
             raise ModelError(f"the text holds token {max(ids)}, {limit}; use the model's own tokenizer.json")

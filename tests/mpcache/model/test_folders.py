@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mpcache.answer import plain_answer
 from mpcache.errors import BadInput, ModelError
 from mpcache.model import load_model
 from mpcache.model.prefill import prefill
+from mpcache.policy import parse_policy
+from mpcache.sampling import Sampling
 from tests.support.tiny_models import make, save
 
 IDS = [1, *range(5, 64)]
@@ -160,6 +163,56 @@ def test_gpt2_goes_by_other_families_names_too(tmp_path: Path) -> None:
     same(folder)
     rewrite(folder, n_head=2)
     assert "num_attention_heads and n_head differ" in str(ours(folder))
+
+
+# --------------------------------------------------------------- how a text begins, where an answer ends
+
+
+def generated(folder: Path, text: str) -> list[int]:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    made: list[int] = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    return made
+
+
+def answered(folder: Path, text: str) -> list[int]:
+    model = load_model(folder)
+    *context, last = model.tokenizer.encode(text, bos=True)
+    bound = parse_policy("full").bind(len(context), model.shape)
+    return plain_answer(model, bound, context, [last], 12, Sampling(), model.shape.eos_ids, "cpu").ids
+
+
+def test_an_answer_is_that_of_generate(tmp_path: Path) -> None:
+    folder, text = save(make("llama-gqa"), tmp_path), "the gate of the city"
+    file = folder / "generation_config.json"
+    file.write_text("{}")
+    free = answered(folder, text)
+    assert len(free) == 12 and free == generated(folder, text)
+    for ends in ([2, free[5]], free[3], None):
+        file.write_text(json.dumps({"bos_token_id": 1, "eos_token_id": ends}))
+        assert answered(folder, text) == generated(folder, text)
+        assert (len(answered(folder, text)) < 12) == (ends is not None)
+    file.unlink()
+    rewrite(folder, eos_token_id=free[4])
+    assert answered(folder, text) == generated(folder, text)
+    bare = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
+    (folder / "tokenizer.json").write_text(json.dumps(bare))
+    assert answered(folder, text) == generated(folder, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"eos_token_id": "end"}, "generation_config.json: eos_token_id must be one token id"),
+        ({"stop_strings": ["."]}, "generation_config.json: stop_strings is not supported"),
+        ({"min_new_tokens": 5}, "min_new_tokens is not supported"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_used(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    folder = save(make("llama-gqa"), tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps(change))
+    assert says in str(ours(folder))
 
 
 # What stands in for a value when its kind alone does not say what else it could be.

@@ -74,20 +74,17 @@ def test_bos_exactly_once(made: Tokenizer) -> None:
     assert made.encode("", bos=True) == [1]
 
 
-def test_bos_of_a_post_processor_is_not_doubled() -> None:
+def test_a_text_begins_as_the_post_processor_says() -> None:
     inner = tokenizer()
-    assert not Tokenizer(inner, VOCAB, 1).adds_bos
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     made = Tokenizer(inner, VOCAB, 1)
-    assert made.adds_bos
-    assert made.encode("the", bos=True).count(1) == 1
-    assert made.encode("the", bos=False).count(1) == 0
-
-
-def test_a_model_without_bos_gets_none() -> None:
-    made = Tokenizer(tokenizer(), VOCAB, None)
-    assert made.encode("the", bos=True) == made.encode("the", bos=False)
-    assert not made.adds_bos
+    alone = made.encode("the", bos=False)
+    assert made.adds_bos and alone.count(1) == 0
+    for template, first in (("<s> $A", [1]), ("$A", []), ("<s> </s> $A", [1, 2]), ("<s> $A </s>", [1])):
+        inner.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+        assert made.adds_bos == (first[:1] == [1])
+        assert made.encode("the", bos=True) == first + alone
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path) -> None:

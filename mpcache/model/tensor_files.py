@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpcache.errors import ModelError
-from mpcache.model.checks import first_words, shorten
+from mpcache.model.checks import first_words, read_small_file, shorten
 
 _COMPILED = "_orig_mod."  # before all names of a compiled module: nobody takes it off
 READABLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
@@ -21,7 +21,7 @@ READABLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises ModelError."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(read_small_file(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read as JSON: {first_words(error)}") from error
     if not isinstance(data, dict):

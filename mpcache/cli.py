@@ -85,8 +85,10 @@ class Inquiry:
         """Read everything but the weights; raises BadInput before any process is started."""
         folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
         shape, tokenizer = load_shape(folder), load_tokenizer(folder)
-        ids = tokenizer.encode(read_text(file), bos=True), tokenizer.encode(question, bos=False)
-        return Inquiry(folder, file, question, shape, tokenizer, *ids, sampling, stop_at_eos)
+        most = shape.max_positions
+        document = tokenizer.encode_within(read_text(file), True, most, "the context")
+        asked = tokenizer.encode_within(question, False, most, "the question")
+        return Inquiry(folder, file, question, shape, tokenizer, document, asked, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)

@@ -9,6 +9,8 @@ from pathlib import Path
 from mpcache.demo import DEMO
 from mpcache.errors import BadInput, TextError
 
+LARGEST_TEXT = 64 << 20  # bytes
+
 
 def demo_question() -> str:
     """Return the question that comes with the demo document."""
@@ -24,7 +26,7 @@ def read_question(text: str | None, file: Path | None) -> str:
     if text is not None and file is not None:
         raise BadInput("--question and --question-file: give one of them")
     if file is not None:
-        text = _decode("stdin", sys.stdin.buffer.read()) if str(file) == "-" else _read(file)
+        text = _decode("stdin", sys.stdin.buffer.read(LARGEST_TEXT + 1)) if str(file) == "-" else _read(file)
         text = text.removesuffix("\n")
     elif text is None:
         text = demo_question()
@@ -56,13 +58,22 @@ def listed(option: str, text: str, known: Collection[str] = ()) -> list[str]:
 
 
 def _read(path: Path) -> str:
+    """Read a file once its first bytes and its size say that it may be a text. Raises TextError."""
     try:
-        return _decode(str(path), path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(4096)
+            if b"\0" not in data:  # else it is no text: the rest is not read
+                data += file.read(LARGEST_TEXT + 1 - len(data))
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}") from None
+    return _decode(str(path), data)
 
 
 def _decode(name: str, data: bytes) -> str:
+    if len(data) > LARGEST_TEXT:
+        raise TextError(f"{name}: is larger than {LARGEST_TEXT >> 20} MiB, more than any model reads")
+    if b"\0" in data[:4096]:
+        raise TextError(f"{name}: is not a text file in UTF-8")
     try:
         return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError:

@@ -9,8 +9,7 @@ import torch
 
 from mpcache.console.inputs import read_text
 from mpcache.demo import DEMO_DOCUMENT
-from mpcache.errors import BadInput
-from mpcache.model.loading import Model, demo_model_dir, load_model
+from mpcache.model.loading import Model, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.sampling import Sampling
 
 
@@ -41,9 +40,7 @@ def read_document(model: Path | None, context: Path | None) -> Document:
     Raises BadInput: a model or a text that cannot be used, or more tokens than the model allows.
     """
     text = read_text(context or DEMO_DOCUMENT)
-    loaded = load_model(model or demo_model_dir())
-    tokens = loaded.tokenizer.encode(text, bos=True)
-    allowed = loaded.shape.max_positions
-    if len(tokens) > allowed:
-        raise BadInput(f"the context has {len(tokens)} tokens, the model allows {allowed}; shorten it")
-    return Document(loaded, tokens, "cuda" if torch.cuda.is_available() else "cpu")
+    folder = model or demo_model_dir()
+    # The text is looked at before the weights are: they take minutes where a model is large.
+    tokens = load_tokenizer(folder).encode_within(text, True, load_shape(folder).max_positions, "the context")
+    return Document(load_model(folder), tokens, "cuda" if torch.cuda.is_available() else "cpu")

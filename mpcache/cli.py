@@ -39,8 +39,9 @@ from mpcache.console.options import (
     VersionOption,
 )
 from mpcache.console.signals import ignore_signals, stop_on_signals
+from mpcache.console.streams import open_streams, written_out
 from mpcache.demo import DEMO_DOCUMENT
-from mpcache.errors import BadInput, MpcacheError
+from mpcache.errors import BadInput, MpcacheError, told_as
 from mpcache.evaluate.eval_command import evaluate
 from mpcache.limits import bind_policy
 from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
@@ -305,13 +306,17 @@ app.command("eval")(evaluate)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error of the user's or a party's is one line on stderr, and an exit code above 0."""
-    stop_on_signals("mpcache")
-    torch.set_num_threads(1)  # as each party does: else the comparison is not one
+    open_streams()
     try:
-        app(arguments, prog_name="mpcache")  # also as `python -m mpcache`
-    except MpcacheError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        stop_on_signals("mpcache")
+        torch.set_num_threads(1)  # as each party does: else the comparison is not one
+        with written_out():
+            app(arguments, prog_name="mpcache")  # also as `python -m mpcache`
+    except (MpcacheError, OSError) as error:
+        ignore_signals()
+        told = told_as(error)
+        terminal.say(f"error: {told}")
+        sys.exit(told.exit_code)
     finally:
         ignore_signals()
 

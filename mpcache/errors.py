@@ -19,17 +19,20 @@
      +-- StateError             1  a file of a party's own state                      (private)
      |    +-- InUse                somebody else has it open                          (private)
      |
+     +-- SystemRefusal          1  the operating system refused a file, a folder or a resource (private)
      +-- Reuse                  1  randomness that was used already
      +-- OutOfRange             1  a value left a protocol's range                    (private)
      +-- Stopped           128 + n  signal n ended this process (`mpcache.console.signals`)
      +-- PartyFailed               a party's process ended; its own exit code (`mpcache_parties.launch`)
 
 The numbers are exit codes; a branch has its root's. Every error that a user can meet is an `MpcacheError`.
-The command line prints its text and exits with its `exit_code`; anything else that escapes is a bug and
-keeps its traceback. Peers read of a private error its name alone.
+The command line prints its text and exits with its `exit_code`, of an OSError as a SystemRefusal; anything
+else that escapes is a bug and keeps its traceback. Peers read of a private error its name alone.
 """
 
 from __future__ import annotations
+
+import errno
 
 LONGEST = 2000  # characters
 
@@ -87,6 +90,39 @@ class TextError(BadInput):
 
 class PolicyError(BadInput):
     """An unknown policy, an unknown option, or an option out of its range."""
+
+
+class SystemRefusal(MpcacheError):
+    """The operating system refused something ordinary: a file, a folder, memory, a process."""
+
+    private = True
+
+    @classmethod
+    def of(cls, error: OSError, what: str | None = None) -> SystemRefusal:
+        """Say what an OSError says, and what to do. what: that it is about, where the error does not know."""
+        where = what or error.filename
+        why = error.strerror or type(error).__name__
+        advice = _ADVICE.get(error.errno or 0, "")
+        return cls(f"{f'{where}: ' if where else ''}{why}{advice and f'; {advice}'}")
+
+
+def told_as(error: MpcacheError | OSError) -> MpcacheError:
+    """Return the error that a user is told of."""
+    return SystemRefusal.of(error) if isinstance(error, OSError) else error
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space, or give another folder",
+    errno.EDQUOT: "free some space, or give another folder",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or give another folder",
+    errno.EROFS: "give a folder that can be written",
+    errno.EACCES: "give a file or folder that this user may use",
+    errno.EPERM: "give a file or folder that this user may use",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs' files",
+    errno.ENOMEM: "free some memory",
+    errno.EAGAIN: "raise the limit on processes (ulimit -u)",
+}
 
 
 class Reuse(MpcacheError):

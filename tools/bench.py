@@ -32,7 +32,7 @@ def compare(model: Path, document: str, question: str, given: argparse.Namespace
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write(document)
         file.flush()
-        command = [sys.executable, "-m", "mpcache.cli", "compare", "--json", "--no-stop-at-eos"]
+        command = [sys.executable, "-m", "mpcache", "compare", "--json", "--no-stop-at-eos"]
         command += ["--model", str(model), "--context", file.name, "--question", question]
         command += ["--max-new-tokens", str(given.tokens)]
         for name in ("policy", "protocol"):

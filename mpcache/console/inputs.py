@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -26,17 +27,18 @@ def read_question(text: str | None, file: Path | None) -> str:
     if text is not None and file is not None:
         raise BadInput("--question and --question-file: give one of them")
     if file is not None:
-        text = _decode("stdin", sys.stdin.buffer.read(LARGEST_TEXT + 1)) if str(file) == "-" else _read(file)
-        text = text.removesuffix("\n")
+        text = _read(file).removesuffix("\n")
     elif text is None:
         text = demo_question()
+    else:
+        text = _typed("--question", text)
     if not text.strip():
         raise BadInput("the question is empty; give --question TEXT or --question-file FILE")
     return text
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file that is not empty. Raises TextError."""
+    """Read a UTF-8 text file (`-`: stdin, to its end) that is not empty. Raises TextError."""
     text = _read(path)
     if not text.strip():
         raise TextError(f"{path}: is empty; the context needs at least one token")
@@ -57,9 +59,17 @@ def listed(option: str, text: str, known: Collection[str] = ()) -> list[str]:
     return items
 
 
+def check_stdin(*files: Path | None) -> None:
+    """Check that stdin is read once at most. Raises BadInput."""
+    if sum(str(file) == "-" for file in files) > 1:
+        raise BadInput("stdin (-) holds one text; give the other one in a file")
+
+
 def _read(path: Path) -> str:
     """Read a file once its first bytes and its size say that it may be a text. Raises TextError."""
     try:
+        if str(path) == "-":
+            return _decode("stdin", sys.stdin.buffer.read(LARGEST_TEXT + 1))
         with path.open("rb") as file:
             data = file.read(4096)
             if b"\0" not in data:  # else it is no text: the rest is not read
@@ -75,6 +85,19 @@ def _decode(name: str, data: bytes) -> str:
     if b"\0" in data[:4096]:
         raise TextError(f"{name}: is not a text file in UTF-8")
     try:
-        return data.decode("utf-8").replace("\r\n", "\n")
+        return _same_for_all(data.decode("utf-8"))
     except UnicodeDecodeError:
-        raise TextError(f"{name}: is not a text file in UTF-8") from None
+        raise TextError(f"{name}: is not a text file in UTF-8; save it as one") from None
+
+
+def _typed(option: str, text: str) -> str:
+    """Return what an option was given, whose bytes the locale may have kept from being read as UTF-8."""
+    try:
+        return _same_for_all(os.fsencode(text).decode("utf-8"))
+    except UnicodeError:
+        raise TextError(f"{option}: is not a text in UTF-8; type it so, or give a file") from None
+
+
+def _same_for_all(text: str) -> str:
+    """Return a text without what an editor adds of its own: the mark of its encoding, its ends of lines."""
+    return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")

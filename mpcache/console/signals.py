@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from types import FrameType
 
 from mpcache.errors import MpcacheError
@@ -28,6 +29,31 @@ class _Asked:
     stop: Stopped | None = None
 
 
+@cache
+def _taken() -> tuple[signal.Signals, ...]:
+    """Return the stop signals that end this process: all but those that its caller has it ignore (nohup)."""
+    return tuple(each for each in STOPS if signal.getsignal(each) is not signal.SIG_IGN)
+
+
+def _on_stop(handler: Callable[[int, FrameType | None], None]) -> None:
+    for each in _taken():
+        signal.signal(each, handler)
+
+
+def stop_at_once(who: str) -> None:
+    """Make a stop signal end this process with one line, until `stop_on_signals` takes over.
+
+    For the time of imports: nothing needs an end in order yet, and a library may catch what is raised.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):
+            os.write(2, f"error: {who}: stopped by {signal.Signals(number).name}\n".encode())
+        os._exit(128 + number)
+
+    _on_stop(stop)
+
+
 def stop_on_signals(who: str) -> None:
     """Make a stop signal raise Stopped in the main thread; a second one ends the process at once.
 
@@ -35,15 +61,13 @@ def stop_on_signals(who: str) -> None:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in STOPS:
-            signal.signal(each, lambda number, frame: os._exit(128 + number))
+        _on_stop(lambda number, frame: os._exit(128 + number))
         _Asked.stop = Stopped(f"{who}: stopped by {signal.Signals(number).name}", number)
         if not _Asked.waiting:
             raise _Asked.stop
 
     _Asked.stop = None
-    for each in STOPS:
-        signal.signal(each, stop)
+    _on_stop(stop)
 
 
 @contextmanager
@@ -75,5 +99,6 @@ def check_stop() -> None:
 
 def ignore_signals() -> None:
     """Ignore stop signals at the end of a process: nothing is left to stop, and its exit code is known."""
+    _taken()  # looked at before: what the caller ignores is not what is ignored here
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)

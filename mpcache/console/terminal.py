@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 
@@ -16,12 +16,18 @@ err = Console(stderr=True, highlight=False)
 
 def stdout() -> Console:
     """Return a console on stdout, PIPE_WIDTH wide where stdout is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    shown = sys.stdout is not None and sys.stdout.isatty()
+    return Console(highlight=False, width=None if shown else PIPE_WIDTH)
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, as it is."""
-    err.print(text, markup=False, soft_wrap=True)
+    """Print a line on stderr, as it is; where stderr cannot take it, nobody is told."""
+    with suppress(OSError):
+        if err.is_terminal:
+            err.print(text, markup=False, emoji=False, soft_wrap=True)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
 
 
 @contextmanager

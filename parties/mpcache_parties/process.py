@@ -20,7 +20,8 @@ import torch
 
 from mpcache.config import Settings
 from mpcache.console.signals import stop_on_signals
-from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError
+from mpcache.console.streams import own_stdout
+from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError, told_as
 from mpcache.ledger import Ledger
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
@@ -31,7 +32,7 @@ from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust, trust
 from mpcache_parties.operations.exposure import exposed
 from mpcache_parties.operations.logs import Log
-from mpcache_parties.operations.output import EventKind, Output, closing_line, stdout_for_events
+from mpcache_parties.operations.output import EventKind, Output, closing_line
 from mpcache_parties.operations.status import PartyStatus, SessionPhase, SessionStatus
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.prepare import prepare
@@ -96,18 +97,18 @@ def run_party(options: PartyOptions) -> None:
     """Run one party until its part is done. Raises SystemExit with an error's exit code, once it is told."""
     if options.events:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    stop_on_signals(options.me.label)
-    torch.set_num_threads(1)  # three parties with a thread per core each would fight for the cores
-    output, process = Output(options.events, stdout_for_events() if options.events else None), None
+    output, process = Output(options.events, own_stdout("utf-8") if options.events else None), None
     with ExitStack() as shown:
         try:
+            stop_on_signals(options.me.label)
+            torch.set_num_threads(1)  # three parties with a thread per core each would fight for the cores
             process = _open_process(options, output, shown)
             _take_part(process, options, shown)
-        except MpcacheError as error:
-            output.error(error)
+        except (MpcacheError, OSError) as error:
+            output.error(told := told_as(error))
             if process is not None:
                 _say_how_to_resume(process)
-            raise SystemExit(error.exit_code) from None
+            raise SystemExit(told.exit_code) from None
 
 
 def _open_process(options: PartyOptions, output: Output, shown: ExitStack) -> PartyProcess:
@@ -134,10 +135,10 @@ def _take_part(process: PartyProcess, options: PartyOptions, shown: ExitStack) -
         ledger = Ledger()
         status = shown.enter_context(process.status.session(ledger))
         network = _connect(process, ledger)
-    except (BadInput, PortInUse, StateError) as error:
-        process.output.error(error)
-        _tell_the_others(process, error)
-        raise SystemExit(error.exit_code) from None
+    except (BadInput, PortInUse, StateError, OSError) as error:
+        process.output.error(told := told_as(error))
+        _tell_the_others(process, told)
+        raise SystemExit(told.exit_code) from None
     with network:
         if process.tape_mode is TapeMode.PREPARING:
             prepare_tapes(process, network, status)
@@ -186,7 +187,7 @@ def _serve_one(process: PartyProcess, at_once: int, network: Network, say: Say) 
         try:
             network.wait()
             report = _run_session(process, process.resources(network, status, checkpointer, say))
-        except MpcacheError:
+        except (MpcacheError, OSError):
             if (last := checkpointer.last) is not None:
                 say(f"kept {_up_to(last)}; its client can go on with --resume")
             raise

@@ -18,7 +18,7 @@ import torch
 
 from mpcache.config import Settings
 from mpcache.console.signals import check_stop
-from mpcache.errors import MpcacheError
+from mpcache.errors import MpcacheError, told_as
 from mpcache.rank import Rank
 from mpcache_parties.network.listener import Listener
 from mpcache_parties.network.session_network import Network
@@ -77,8 +77,8 @@ def _session(me: Rank, network: Network, serve_one: Serve, say_all: Say) -> None
     try:
         with network:
             serve_one(network, say)
-    except MpcacheError as error:
-        say("ended: " + " ".join(str(error).split()))
+    except (MpcacheError, OSError) as error:
+        say(f"ended: {told_as(error)}")
     finally:
         del network, serve_one
         _give_back()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from mpcache.config import PublicConfig
-from mpcache.console.inputs import demo_question, read_question
+from mpcache.console.inputs import demo_question, read_question, read_text
 from mpcache.errors import BadInput
 from mpcache.report.account import agreement, p95
 from mpcache.report.units import duration, size
@@ -65,6 +65,26 @@ def test_a_question_comes_from_a_flag_a_file_or_stdin(
     file.write_text("\n")
     with pytest.raises(BadInput, match="the question is empty"):
         read_question(None, file)
+
+
+@pytest.mark.parametrize(
+    "saved", [b"\xef\xbb\xbfthe gate\nof\n", b"the gate\r\nof\r\n", b"the gate\rof\r", b"the gate\nof\n"]
+)
+def test_a_text_is_the_same_whoever_saved_it(saved: bytes, tmp_path: Path) -> None:
+    """Twice, too: a text that was read is written for the party that needs it, which reads it again."""
+    file = tmp_path / "text.txt"
+    file.write_bytes(saved)
+    assert read_text(file) == "the gate\nof\n"
+    assert read_question(None, file) == read_question(saved.decode().rstrip(), None) == "the gate\nof"
+    file.write_bytes(b"\xef\xbb\xbf" * 2 + saved)
+    assert read_text(file) == "the gate\nof\n"
+
+
+def test_a_typed_question_is_utf_8_or_one_line() -> None:
+    assert read_question("the \u2019gate", None) == "the \u2019gate"
+    for text in ("a\udcffb", "a\ud800b"):
+        with pytest.raises(BadInput, match="^--question: is not a text in UTF-8"):
+            read_question(text, None)
 
 
 @pytest.mark.processes

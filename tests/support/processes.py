@@ -17,7 +17,7 @@ from mpcache.config import Settings
 from mpcache.rank import Rank
 from tests.support.paths import ROOT
 
-PARTY, CLI = [sys.executable, "-m", "mpcache_parties"], [sys.executable, "-m", "mpcache.cli"]
+PARTY, CLI = [sys.executable, "-m", "mpcache_parties"], [sys.executable, "-m", "mpcache"]
 # Within which everybody must have ended after something went wrong. It only has to tell an end that has a
 # reason from one that a timeout brings: tests set no timeout below 60 s that could end a party, too. A start
 # alone is 2 s of processor time for each of three parties, and other tests have the second core.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any, TextIO
 
@@ -46,8 +46,7 @@ class Output:
         if self.events:
             self.event(EventKind.SAY, text=text)
         else:
-            sys.stderr.write(text + "\n")  # whole, whichever thread it is
-            sys.stderr.flush()
+            _to_stderr(text)
 
     def token(self, token: int, text: str) -> None:
         """Show a token of the answer: its id, or -1 for text that was held back until the end."""
@@ -63,7 +62,7 @@ class Output:
         if self.events:
             self.event(EventKind.ERROR, name=name, text=text, exit_code=code)
         else:
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            _to_stderr(f"error: {text}")
 
     def report(self, report: Report) -> None:
         """Tell what the party's session took, at its end."""
@@ -72,15 +71,14 @@ class Output:
         if not self.events:
             if report.rank == Rank.CLIENT:
                 print(file=self.out, flush=True)
-            print(closing_line(report), file=sys.stderr, flush=True)
+            _to_stderr(closing_line(report))
 
 
-def stdout_for_events() -> TextIO:
-    """Keep stdout for events alone: what libraries of this process print there goes to stderr from now on."""
-    sys.stdout.flush()
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return own
+def _to_stderr(line: str) -> None:
+    """Write a line, whole, whichever thread it is. A stderr that takes nothing ends no session."""
+    with suppress(OSError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 def closing_line(report: Report) -> str:

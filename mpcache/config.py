@@ -18,6 +18,7 @@ from mpcache.choices import ProtocolName, Reveal
 from mpcache.errors import ConfigError, PolicyError
 from mpcache.policy.grammar import NOTATION, parse_parts
 from mpcache.rank import Rank
+from mpcache.transport.address import HostPort
 from mpcache.transport.network import NETWORKS, parse_network
 
 
@@ -34,9 +35,7 @@ def _policy(spec: str) -> str:
 
 
 def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
-        raise ValueError("must be HOST:PORT with a port from 1 to 65535")
+    HostPort.parse(text)
     return text
 
 
@@ -93,12 +92,19 @@ class Addresses(_Section):
 
     server: Address = "127.0.0.1:7100"
     dealer: Address = "127.0.0.1:7102"
+    bind: Address | None = (
+        None  # --listen: what this party binds, where its address above is another machine's
+    )
 
     def of(self, rank: Rank) -> str:
         """Return where this rank listens; raises ValueError for the client."""
         if rank is Rank.CLIENT:
             raise ValueError("the client does not listen")
         return self.server if rank is Rank.SERVER else self.dealer
+
+    def bound_by(self, rank: Rank) -> str:
+        """Return what this rank binds on its own machine; raises ValueError for the client."""
+        return self.bind if self.bind is not None and rank is not Rank.CLIENT else self.of(rank)
 
 
 class Timeouts(_Section):

@@ -109,6 +109,10 @@ def party(
     health: Annotated[
         str | None, typer.Option(help="[HOST:]PORT of gRPC's standard health service.  [likewise]")
     ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(help="Server, dealer: HOST:PORT to bind. [the address in the config]"),
+    ] = None,
     serve: Annotated[
         bool,
         typer.Option("--serve", help="Server or dealer: serve one session after another until stopped."),
@@ -157,6 +161,7 @@ def party(
             log_level=log_level,
             metrics=metrics,
             health=health,
+            listen=listen,
             serve=serve,
             sessions=sessions,
             events=events,

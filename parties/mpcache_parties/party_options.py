@@ -10,6 +10,7 @@ from mpcache.console.inputs import read_question
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
+from mpcache.transport.address import HostPort
 from mpcache_parties.handshake import KeepMode
 from mpcache_parties.private_inputs import PrivateInput, Question, read_document
 from mpcache_parties.state.checkpoint import Checkpointer
@@ -46,6 +47,7 @@ class PartyOptions:
     log_level: str = "info"
     metrics: str | None = None
     health: str | None = None
+    listen: str | None = None
     serve: bool = False
     sessions: int | None = None
     events: bool = False
@@ -56,7 +58,16 @@ class PartyOptions:
         return self.prepare_tokens is not None
 
     def settings(self) -> Settings:
-        """Return the config with the flags that go before it. Raises ConfigError."""
+        """Return the config with the flags that go before it. Raises BadInput."""
+        if self.listen is not None:
+            if self.me is Rank.CLIENT:
+                raise BadInput(
+                    "--listen belongs to the server and the dealer (--rank 0, 2), this is the client"
+                )
+            try:
+                HostPort.parse(self.listen)
+            except ValueError as wrong:
+                raise BadInput(f"--listen is {self.listen!r}: {wrong}") from None
         tokens = self.prepare_tokens if self.preparing else self.max_new_tokens
         return load_settings(
             self.config,
@@ -65,6 +76,7 @@ class PartyOptions:
                 "public.protocol": self.protocol,
                 "public.max_new_tokens": tokens,
                 "timeouts.connect_s": self.connect_timeout,
+                "addresses.bind": self.listen,
             },
         )
 

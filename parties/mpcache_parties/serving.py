@@ -38,13 +38,16 @@ def serve_all(
     """Take sessions until this process is told to stop. Raises PortInUse, ConfigError, or Stopped."""
     listener = Listener(me, settings, limit=at_once, trust=trust, say=say)
     address = settings.addresses.of(me)
-    say(f"{me.label}: serving at {address}, up to {at_once} session{'s' * (at_once > 1)} at once")
+    bound = settings.addresses.bound_by(me)
+    where = f" (listening at {bound})" if bound != address else ""
+    say(f"{me.label}: serving at {address}{where}, up to {at_once} session{'s' * (at_once > 1)} at once")
     threads: list[Thread] = []
     reason = f"{me.label} failed"
     try:
         while True:
             check_stop()
             network = listener.next(LOOK_EVERY_S)
+            listener.say_strangers()
             threads = [thread for thread in threads if thread.is_alive()]
             if network is not None:
                 threads.append(Thread(target=_session, args=(me, network, serve_one, say), daemon=True))

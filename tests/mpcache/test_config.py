@@ -78,7 +78,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
             "public: {max_new_token: 3}",
             "unknown key public.max_new_token; did you mean public.max_new_tokens?",
         ),
-        ("addresses: {client: 'a:1'}", "unknown key addresses.client; known: server, dealer"),
+        ("addresses: {client: 'a:1'}", "unknown key addresses.client; known: server, dealer, bind"),
         ("1: 2", "unknown key 1; known: public, addresses, certificates, timeouts"),
         ("public: fast", "public must be a section with protocol, .*, not a str"),
         ("public:", "public must be a section with .*, not nothing"),

@@ -14,6 +14,7 @@ import grpc
 from mpcache.config import Settings
 from mpcache.errors import ConfigError, MpcacheError, PortInUse
 from mpcache.rank import Rank
+from mpcache.transport.address import HostPort
 from mpcache_parties.network.channels import LISTEN_OPTIONS, SERVICE, channel_options
 from mpcache_parties.network.tls import Trust
 
@@ -29,7 +30,7 @@ def start_server(
     trust: Trust,
 ) -> grpc.Server:
     """Listen at this rank's address for up to `streams` streams. Raises PortInUse or ConfigError."""
-    address = settings.addresses.of(rank)
+    address = settings.addresses.bound_by(rank)
     options = channel_options(rank, LISTEN_OPTIONS)
     server = grpc.server(_DaemonThreads(), options=options, maximum_concurrent_rpcs=streams)
     handler = grpc.stream_stream_rpc_method_handler(accept)
@@ -37,26 +38,42 @@ def start_server(
     try:
         trust.bind(server, address)
     except RuntimeError:
-        raise _bind_error(rank, address) from None
+        raise bind_error(rank, address) or _in_use(rank, address) from None
     server.start()
     return server
 
 
-def _bind_error(rank: Rank, address: str) -> MpcacheError:
-    """Say why this address cannot be listened on: gRPC does not, so ask the system."""
-    host, _, port = address.rpartition(":")
+def bind_error(rank: Rank, address: str) -> MpcacheError | None:
+    """Say why this address cannot be listened on, as gRPC does not; None if it can."""
+    place = HostPort.parse(address)
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            place.host, place.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC
             probe.bind(target)
+            probe.listen(1)
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            return ConfigError(f"{rank.label}: cannot listen on {address}: {error.strerror or error}")
+        if error.errno == errno.EADDRINUSE:
+            return _in_use(rank, address)
+        what = f"{rank.label}: cannot listen on {address}: {error.strerror or error}"
+        if error.errno == errno.EACCES:
+            return ConfigError(f"{what}; give a port from 1024 with --listen HOST:PORT")
+        if isinstance(error, socket.gaierror):
+            return ConfigError(f"{what}; give an address of this machine with --listen HOST:PORT")
+        everywhere = "[::]" if family is socket.AF_INET6 else "0.0.0.0"
+        return ConfigError(
+            f"{what}: it is no address of this machine; where others' calls to it are passed on to this one, "
+            f"give --listen {everywhere}:{place.port}"
+        )
+    return None
+
+
+def _in_use(rank: Rank, address: str) -> PortInUse:
     return PortInUse(
         f"{rank.label}: {address} is in use by another program, or by a {rank.label} that still runs; "
-        f"end it, or change addresses.{rank.label} in every party's config"
+        f"end it, or change addresses.{rank.label} in every party's config (or --listen here)"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -14,12 +15,14 @@ from mpcache.config import Settings
 from mpcache.errors import LinkError, Mismatch, PeerFailed
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
+from mpcache_parties.handshake import PROTOCOL_VERSION
 from mpcache_parties.network.channels import dials
 from mpcache_parties.network.grpc_link import GrpcLink
 from mpcache_parties.network.grpc_server import start_server
 from mpcache_parties.network.liveness import beacon_at
 from mpcache_parties.network.metadata import (
     BEACON_KEY,
+    CHECK_KEY,
     RANK_KEY,
     REASON_CHARACTERS,
     REASON_KEY,
@@ -27,9 +30,12 @@ from mpcache_parties.network.metadata import (
     SESSION_KEY,
     count_of,
 )
-from mpcache_parties.network.session_network import Network
+from mpcache_parties.network.session_network import STRANGER, Network
 from mpcache_parties.network.tls import Trust
 from mpcache_parties.say import Say, quiet
+
+QUIET_S = 1.0  # after a line about a refused caller
+STRANGERS_EVERY_S = 10.0  # a line about callers without a pinned certificate
 
 
 class Listener:
@@ -56,6 +62,7 @@ class Listener:
         self._new: SimpleQueue[Network] = SimpleQueue()
         self._lock = Lock()
         self._closed = False
+        self._quiet_until, self._unsaid, self._look_at = 0.0, 0, 0.0
         streams = 16 + 8 * limit  # two per session, new ones in place of broken ones, refusals
         self._server = start_server(rank, settings, self._accept, streams, self._trust)
 
@@ -87,24 +94,59 @@ class Listener:
 
     def _accept(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         about = dict(context.invocation_metadata())
+        if CHECK_KEY in about:
+            return self._answer_check(about, context)
         try:
             link = self._link_of(about, context)
             beacon = beacon_at(context.peer(), about.get(BEACON_KEY))
             return link.accept(frames, context, count_of(about.get(RECEIVED_KEY)), beacon)
         except LinkError as error:
+            self._say_refused(context, str(error))
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             raise AssertionError from None  # abort raises
+
+    def _answer_check(self, about: dict[str, Any], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Tell a caller that only asks whether it would be taken; no session ends or begins."""
+        peer = self._peer_in(about)
+        refusal = "it does not dial here" if peer is None else self._trust.refusal(peer, context)
+        if refusal is not None:
+            self._say_refused(context, refusal)
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        context.send_initial_metadata(((RANK_KEY, str(int(self.rank))), (CHECK_KEY, str(PROTOCOL_VERSION))))
+        return iter(())
+
+    def _say_refused(self, context: grpc.ServicerContext, why: str) -> None:
+        """Tell whom a party that serves refused; one that waits for a single session ends with it."""
+        if self._first is not None:
+            return
+        now = time.monotonic()
+        if now < self._quiet_until:  # a caller that comes again and again must not fill the log
+            self._unsaid += 1
+            return
+        more = f" (and {self._unsaid} more since the last line)" if self._unsaid else ""
+        self._quiet_until, self._unsaid = now + QUIET_S, 0
+        self._say(f"{self.rank.label}: refused {self._trust.described(context)}: {why}{more}")
+
+    def say_strangers(self) -> None:
+        """Tell that callers were refused before they could say who they are."""
+        now = time.monotonic()
+        if now >= self._look_at and (n := self._trust.strangers()):
+            self._look_at = now + STRANGERS_EVERY_S
+            where = self.settings.addresses.bound_by(self.rank)
+            self._say(f"{self.rank.label}: refused {n} connections at {where}: {STRANGER}")
+
+    def _peer_in(self, about: dict[str, Any]) -> Rank | None:
+        said = about.get(RANK_KEY)
+        return next((r for r in Rank if str(int(r)) == said and dials(r, self.rank)), None)
 
     def _link_of(self, about: dict[str, Any], context: grpc.ServicerContext) -> GrpcLink:
         """Return the link that a stream with this metadata belongs to. Raises LinkError to refuse it."""
         me = self.rank.label
-        peer = next((r for r in Rank if str(int(r)) == about.get(RANK_KEY) and dials(r, self.rank)), None)
+        peer = self._peer_in(about)
         who = peer.label if peer is not None else "a caller without a rank that dials here"
         if peer is not None and (refusal := self._trust.refusal(peer, context)) is not None:
             if self._first is not None:
                 self._first.fail(Mismatch(f"Mismatch: refused {who}: {refusal}"))
-            else:
-                self._say(f"{me}: refused {who}: {refusal}")
             raise Mismatch(refusal)
         if peer is not None and self._first is not None and REASON_KEY in about:
             reason = about[REASON_KEY].decode(errors="replace")[:REASON_CHARACTERS]
@@ -124,7 +166,9 @@ class Listener:
             if link is None or (link.connected.is_set() and RECEIVED_KEY not in about):
                 why = f"{me} has one already, or needs none; does another session run there?"
                 raise LinkError(f"{who} is not awaited: {why}")
-            return link
+        if self._first is None and RECEIVED_KEY not in about:
+            self._say(f"{me}: session {session[:8]}: {who} is {self._trust.described(context)}")
+        return link
 
     def _admit(self, session: str) -> Network | None:
         """Make a place for a new session; None if there was to be one only.

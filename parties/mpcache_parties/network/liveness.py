@@ -14,6 +14,8 @@ import socket
 import time
 from urllib.parse import unquote
 
+from mpcache.transport.address import HostPort
+
 # Without a break, until the peer is given up. No party closes its port and opens it again in a session;
 # the time is for what may stand before one: a port forward, or a host's network, that is set up anew.
 GONE_S = 3.0
@@ -92,5 +94,5 @@ class Refusals:
 
 
 def _parts(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
+    found = HostPort.parse(address)
+    return found.host, found.port

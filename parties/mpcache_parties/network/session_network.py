@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from threading import Thread
 from types import TracebackType
@@ -29,8 +29,10 @@ from mpcache_parties.network.probe import foreign_program_at
 from mpcache_parties.network.tls import Trust
 from mpcache_parties.say import Say, quiet
 
+GAVE_UP = "gave up waiting for"
+NOT_YET = "no answer yet: its name is looked up, or a firewall is silent"
 SAY_EVERY_S = 5.0
-LOOK_EVERY_S = 1.0
+FIRST_LOOK_S, LOOK_EVERY_S = 0.3, 1.0
 STRANGER = "it shows no pinned certificate over TLS, or does not take this one's; its own output says which"
 PROBE_AFTER_S = 2.0  # of no connection: does something else listen there?
 
@@ -68,6 +70,8 @@ class Network:
         self.on_close: list[Callable[[], None]] = []
         self._channels: list[grpc.Channel] = []
         self._probed: set[Rank] = set()
+        self._reasons: dict[Rank, str] = {}  # why a peer that was dialled is not connected
+        self._closed = False
         atexit.register(self.close, f"{rank.label} exited")
 
     def __getitem__(self, peer: Rank) -> GrpcLink:
@@ -87,6 +91,7 @@ class Network:
     def close(self, reason: str = "") -> None:
         """End every link and what it stands on; bounded, and harmless to repeat."""
         atexit.unregister(self.close)
+        self._closed = True
         for link in self.links.values():
             link.say_end(reason)
         deadline = time.monotonic() + (ABORT_LINGER_S if reason else self.settings.timeouts.recv_s)
@@ -128,52 +133,73 @@ class Network:
             return connect(frames, metadata=(*about, *metadata), wait_for_ready=not metadata)
 
         self.links[peer].dial(open_stream, address)
+        self._reasons[peer] = NOT_YET
+        Thread(target=self._look, args=(peer, address), name=f"look-at-{peer.label}", daemon=True).start()
 
     def wait(self) -> None:
         """Dial, and wait until every peer is connected. Raises PeerTimeout, or what a link failed with."""
         start = time.monotonic()
         limit = self.settings.timeouts.connect_s
         next_word = 0.5  # a peer that comes at once is not worth a message
-        next_look, stranger = 0.5, ""
+        stranger = ""
         to_dial = [peer for peer in self.links if dials(self.rank, peer)]
         while True:
             if self.session is not None:
                 while to_dial:
                     self.dial(to_dial.pop())
-            missing = [link for link in self.links.values() if not link.connected.is_set()]
+            missing = [peer for peer, link in self.links.items() if not link.connected.is_set()]
             if self.failure is not None:
-                raise type(self.failure)(f"{self.rank.label}, connecting: {self.failure}")
+                raise self._failed(self.failure, missing)
             if not missing:
                 return
             waited = time.monotonic() - start
-            whom = " and ".join(f"{link.peer.label} {self._place(link.peer)}" for link in missing)
             if not stranger and self.trust.strangers():
-                stranger = f"refused a caller at {self.settings.addresses.of(self.rank)}: {STRANGER}"
+                where = self.settings.addresses.bound_by(self.rank)
+                stranger = f"refused a caller at {where}: {STRANGER}"
                 self.say(f"{self.rank.label}: {stranger}")
             if waited >= limit:
                 heard = f" ({stranger})" if stranger else ""
                 raise PeerTimeout(
-                    f"{self.rank.label}: gave up waiting for {whom} after {limit:g} s; start it, "
+                    f"{self.rank.label}: {GAVE_UP} {self._whom(missing)} after {limit:g} s; start it, "
                     f"check `addresses` in the config, or raise timeouts.connect_s{heard}"
                 )
-            if waited >= next_look:
-                self._look([link.peer for link in missing if self._dialled(link.peer)])
-                next_look = waited + LOOK_EVERY_S
             if waited >= next_word:
-                self.say(f"{self.rank.label}: waiting for {whom} ...")
+                self.say(f"{self.rank.label}: waiting for {self._whom(missing)} ...")
                 next_word = waited + SAY_EVERY_S
             if waited >= PROBE_AFTER_S and not self.trust.tls:
-                self._probe(link.peer for link in missing if self._dialled(link.peer))
-            missing[0].connected.wait(min(0.05, limit - waited))
+                self._probe(peer for peer in missing if peer in self._reasons)
+            self.links[missing[0]].connected.wait(min(0.05, limit - waited))
 
-    def _dialled(self, peer: Rank) -> bool:
-        return self.session is not None and dials(self.rank, peer)
+    def _whom(self, missing: Sequence[Rank]) -> str:
+        """Say who is waited for, and why each that was dialled is not there.
 
-    def _look(self, peers: Iterable[Rank]) -> None:
-        """Look at identities, where a connection does not come about. Raises Mismatch."""
-        for peer in peers:
-            if (why := self.trust.look(peer, self.settings.addresses.of(peer))) is not None:
-                raise Mismatch(f"{self.rank.label}, connecting: Mismatch: {why}")
+        A peer that is dialled later, or dials later, is healthy as far as anyone knows.
+        """
+        first = [peer for peer in missing if peer in self._reasons or not dials(self.rank, peer)]
+        if self.rank is Rank.DEALER and Rank.CLIENT in first:
+            first = [Rank.CLIENT]  # the server dials once the client has reached it
+        if self.rank is Rank.DEALER and first == [Rank.SERVER] and Rank.CLIENT in self.links:
+            return f"server {self._place(Rank.SERVER)} (it does when the client has reached it)"
+        return " and ".join(f"{peer.label} {self._place(peer)}" for peer in first)
+
+    def _failed(self, failure: LinkError, missing: Sequence[Rank]) -> LinkError:
+        """Return the failure of a link; another's wait that was in vain stands behind a link missing here."""
+        own = [peer for peer in missing if peer in self._reasons]
+        if GAVE_UP in str(failure) and own:
+            return PeerTimeout(f"{self.rank.label}: no connection to {self._whom(own)}; {failure}")
+        return type(failure)(f"{self.rank.label}, connecting: {failure}")
+
+    def _look(self, peer: Rank, address: str) -> None:
+        """Learn why a connection does not come about, until it does. Fails with a Mismatch of identities."""
+        link, pause = self.links[peer], FIRST_LOOK_S
+        while not link.connected.wait(pause) and not self._closed and self.failure is None:
+            pause = LOOK_EVERY_S
+            found = self.trust.look(peer, address)
+            if link.connected.is_set() or self._closed:
+                return
+            self._reasons[peer] = found.reason or self._reasons[peer]
+            if found.mismatch is not None:
+                self._fail_all(Mismatch(f"Mismatch: {found.mismatch}"))
 
     def _probe(self, peers: Iterable[Rank]) -> None:
         """Once per peer: fail with a Mismatch if another kind of program listens at its address."""
@@ -191,6 +217,8 @@ class Network:
             Thread(target=probe, args=(peer,), daemon=True).start()
 
     def _place(self, peer: Rank) -> str:
+        addresses = self.settings.addresses
         if dials(self.rank, peer):
-            return f"at {self.settings.addresses.of(peer)}"
-        return f"to connect to {self.settings.addresses.of(self.rank)}"
+            return f"at {addresses.of(peer)} ({self._reasons.get(peer, NOT_YET)})"
+        own, bound = addresses.of(self.rank), addresses.bound_by(self.rank)
+        return f"to connect to {own}" + (f" (listening at {bound})" if bound != own else "")

@@ -9,12 +9,12 @@ connections that never became calls.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,16 @@ from mpcache.certificates import (
 from mpcache.config import Settings
 from mpcache.errors import ConfigError
 from mpcache.rank import Rank
+from mpcache.transport.address import HostPort
+from mpcache_parties.network.metadata import caller_address
+from mpcache_parties.network.probe import Unreached, reach
 
 LOOK_TIMEOUT_S = 2.0
 STRANGER_AFTER_S = 1.0  # between a connection and its first call
 REMEDY = "set the clock, or make a new one (mpcache-party keygen) and pin it with --replace everywhere"
 STRANGER_TRIES = 2  # a single connection without a call may have been a look
+CALLERS = 4096  # connections that are remembered to have made a call
+SLOW = "it takes connections, and does not answer"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,17 @@ class Credentials:
         return grpc.ssl_channel_credentials(_pem(self.pinned[peer]), self.own.key, self.own.certificate)
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a look at a connection that does not come about has found.
+
+    reason: why there is none now; it may yet come. mismatch: why there never will be.
+    """
+
+    reason: str = ""
+    mismatch: str | None = None
+
+
 class Trust:
     """What a network asks about identities. Without credentials: neither encrypted nor authenticated."""
 
@@ -62,6 +78,7 @@ class Trust:
         self._credentials = credentials
         self._channels: dict[Rank, grpc.Channel] = {}
         self._connections, self._calls, self._latest = 0, 0, 0.0
+        self._callers: dict[str, None] = {}  # the latest that made a call, as gRPC names them
         self._seen: set[Rank] = set()  # peers that a look has found something wrong with
 
     def warnings(self) -> list[str]:
@@ -107,47 +124,68 @@ class Trust:
 
     def refusal(self, claimed: Rank, context: grpc.ServicerContext) -> str | None:
         """Say why this caller is not who it claims to be; None if it is, or if there is no TLS."""
-        self._calls += 1
+        if (caller := context.peer()) not in self._callers:  # a connection has a call for each stream
+            self._callers[caller] = None
+            self._calls += 1
+            while len(self._callers) > CALLERS:
+                del self._callers[next(iter(self._callers))]
         if self._credentials is None:
             return None
-        (pem,) = context.auth_context().get("x509_pem_cert", [b""])
-        try:
-            shown = x509.load_pem_x509_certificate(pem)
-        except ValueError:
+        shown = _shown_by(context)
+        if shown is None:
             return f"the caller shows no certificate, {claimed.label} has to"
         return self._difference(claimed, shown)
 
-    def strangers(self) -> bool:
-        """Return whether someone tried to connect who has no pinned certificate, or wants another of us."""
-        tried = self._connections - self._calls >= STRANGER_TRIES
-        return tried and time.monotonic() - self._latest >= STRANGER_AFTER_S
+    def described(self, context: grpc.ServicerContext) -> str:
+        """Say from where a caller comes, and with which certificate."""
+        shown = _shown_by(context) if self.tls else None
+        how = f"certificate sha256:{fingerprint(shown)}" if shown is not None else "no TLS"
+        return f"{caller_address(context.peer())} with {how}"
 
-    def look(self, peer: Rank, address: str) -> str | None:
-        """Say why the connection to a listening peer does not come about; None while it may yet come.
+    def strangers(self) -> int:
+        """Return how often someone tried to connect who has no pinned certificate, or wants another of us.
 
-        Blocks for a few seconds at most, and connects only if gRPC has just failed to. Tells what it
-        found the second time: one that has just begun to listen needs as many connections to see us.
+        Once asked, these are not counted again.
         """
-        if not _fails(self._channels[peer]):
-            return None
-        host, _, port = address.rpartition(":")
+        tried = self._connections - self._calls
+        if tried < STRANGER_TRIES or time.monotonic() - self._latest < STRANGER_AFTER_S:
+            return 0
+        self._connections -= tried
+        return tried
+
+    def look(self, peer: Rank, address: str) -> Look:
+        """Say why the connection to a listening peer does not come about.
+
+        Blocks for a few seconds, longer where a name server is silent, and connects only if gRPC does not.
+        Tells of a mismatch the second time: one that has just begun to listen needs as many
+        connections to see us.
+        """
+        state = _state_of(self._channels[peer])
+        if state is _State.ANSWERS:
+            return Look()
+        try:
+            raw = reach(address, LOOK_TIMEOUT_S)
+        except Unreached as why_not:
+            return Look(str(why_not))
+        with raw:
+            if state is _State.SILENT:
+                return Look(SLOW)
+            try:
+                why = self._look_within(peer, address, raw)
+            except OSError:
+                return Look("it ends connections at once")
+        first = peer not in self._seen
+        if why is not None:
+            self._seen.add(peer)
+        return Look(why or "", None if first else why)
+
+    def _look_within(self, peer: Rank, address: str, raw: socket.socket) -> str | None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # to look, not to trust
         context.set_alpn_protocols(["h2"])
         if self._credentials is not None:
             key, certificate = Identity.files(self._credentials.folder, self._credentials.own.rank)
             context.load_cert_chain(certificate, key)
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), LOOK_TIMEOUT_S) as raw:
-                why = self._look(peer, address, context, raw)
-        except OSError:
-            return None  # nobody listens yet
-        first = peer not in self._seen
-        if why is not None:
-            self._seen.add(peer)
-        return None if first else why
-
-    def _look(self, peer: Rank, address: str, context: ssl.SSLContext, raw: socket.socket) -> str | None:
         try:
             with context.wrap_socket(raw, server_hostname=host_of(peer)) as tls:
                 if self._credentials is None:
@@ -188,15 +226,35 @@ class Trust:
         return f"{found}, not the {claimed.label}'s ({prints}); check --identity and `certificates`"
 
 
-def _fails(channel: grpc.Channel) -> bool:
-    """Whether gRPC has just failed to connect: a method that nobody has tells."""
+class _State(Enum):
+    """What gRPC makes of a connection."""
+
+    ANSWERS = auto()  # or is closed: nothing is wrong
+    FAILS = auto()
+    SILENT = auto()
+
+
+def _state_of(channel: grpc.Channel) -> _State:
+    """Ask for a method that nobody has: the error tells."""
+    states = {
+        grpc.StatusCode.UNAVAILABLE: _State.FAILS,
+        grpc.StatusCode.DEADLINE_EXCEEDED: _State.SILENT,
+    }
     try:
         channel.unary_unary("/mpcache/look")(b"", timeout=LOOK_TIMEOUT_S)
     except grpc.RpcError as error:
-        return bool(error.code() is grpc.StatusCode.UNAVAILABLE)
+        return states.get(error.code(), _State.ANSWERS)
     except ValueError:  # the channel was closed
-        return False
-    return False
+        return _State.ANSWERS
+    return _State.ANSWERS
+
+
+def _shown_by(context: grpc.ServicerContext) -> x509.Certificate | None:
+    (pem,) = context.auth_context().get("x509_pem_cert", [b""])
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError:
+        return None
 
 
 def _answers(tls: ssl.SSLSocket) -> bool:
@@ -255,15 +313,15 @@ def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> 
 def _check_loopback(settings: Settings, insecure: bool) -> None:
     for rank in (Rank.SERVER, Rank.DEALER):
         address = settings.addresses.of(rank)
-        if not insecure and not _is_loopback(address.rpartition(":")[0].strip("[]")):
+        if not insecure and not HostPort.parse(address).is_loopback:
             raise ConfigError(
                 f"addresses.{rank.label} {address} is not on this machine, and the links have no TLS; "
                 "give --identity DIR (mpcache-party keygen, pin), or --insecure for a network you trust"
             )
 
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    listen = settings.addresses.bind
+    if listen is not None and not insecure and not HostPort.parse(listen).is_loopback:
+        raise ConfigError(
+            f"--listen {listen} is open to other hosts, and the links have no TLS; "
+            "give --identity DIR (mpcache-party keygen, pin), or --insecure for a network you trust"
+        )

@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mpcache.errors import PortInUse
 from mpcache_parties.network.channels import SERVICE
-from mpcache_parties.operations.address import host_and_port
+from mpcache_parties.operations.own_address import own_address
 from mpcache_parties.operations.status import PartyStatus
 
 REQUEST_BYTES = 4 << 10  # of a question for health: a service's name
@@ -37,7 +37,7 @@ def show_health(status: PartyStatus, place: str) -> Callable[[], None]:
 
     The result ends it. Raises BadInput or PortInUse.
     """
-    host, port = host_and_port("--health", place)
+    host_port = own_address("--health", place)
     servicer = _Health()
 
     def show(ready: bool) -> None:
@@ -51,7 +51,7 @@ def show_health(status: PartyStatus, place: str) -> Callable[[], None]:
     server = grpc.server(ThreadPoolExecutor(2), options=options, maximum_concurrent_rpcs=8)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     try:
-        server.add_insecure_port(f"{host}:{port}")
+        server.add_insecure_port(str(host_port))
     except RuntimeError:
         raise PortInUse(f"--health {place}: cannot listen there; is the port in use?") from None
     server.start()

@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from mpcache.errors import PortInUse
-from mpcache_parties.operations.address import host_and_port
+from mpcache_parties.operations.own_address import own_address
 from mpcache_parties.operations.status import PartyStatus
 
 REQUEST_S = 10.0  # longest silence of a caller in the middle of its request for metrics
@@ -115,12 +115,12 @@ class _Pages(ThreadingHTTPServer):
 
 def show_metrics(status: PartyStatus, place: str) -> Callable[[], None]:
     """Serve `/metrics` at [HOST:]PORT; the result ends it. Raises BadInput or PortInUse."""
-    host, port = host_and_port("--metrics", place)
+    host_port = own_address("--metrics", place)
     registry = CollectorRegistry()
     registry.register(PartyMetrics(status))
     ProcessCollector(registry=registry)  # memory and CPU time of this process
     try:
-        server = _Pages(host, port, registry)
+        server = _Pages(host_port.host, host_port.port, registry)
     except OSError as error:
         raise PortInUse(f"--metrics {place}: cannot listen there: {error.strerror or error}") from None
     thread = Thread(target=server.serve_forever, daemon=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -12,38 +11,20 @@ import pytest
 from cryptography import x509
 
 from mpcache.certificates import FIRST_DAY, LAST_DAY, Identity, fingerprint, make_identity, shared_name
-from mpcache.config import Certificates, Settings
+from mpcache.config import Settings
 from mpcache.errors import ConfigError, LinkError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.handshake import agree
 from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.listener import Listener
-from mpcache_parties.network.tls import Trust, trust
+from mpcache_parties.network.tls import Trust
 from mpcache_parties.pinning import pin
+from tests.support.identities import certificate_of, pinned, trusts
 from tests.support.links import free_settings
 from tests.support.old_identity import old_identity
 
 S, C, D = Rank
-
-
-def pinned(settings: Settings, identities: Sequence[Identity]) -> Settings:
-    """The settings with these certificates."""
-    pins = {r.label: "".join(i.certificate.decode() for i in identities if i.rank is r) for r in Rank}
-    return settings.model_copy(update={"certificates": Certificates(**pins)})
-
-
-def certificate_of(identity: Identity) -> x509.Certificate:
-    return x509.load_pem_x509_certificate(identity.certificate)
-
-
-def trusts(settings: Settings, identities: Sequence[Identity], folder: Path) -> list[Trust]:
-    """What each of these takes for whom, its files in a folder of its own."""
-    found = []
-    for n, identity in enumerate(identities):
-        identity.write(folder / str(n))
-        found.append(trust(identity.rank, settings, folder / str(n), False))
-    return found
 
 
 def serve_one(listener: Listener, settings: Settings) -> None:

@@ -24,12 +24,13 @@ from mpcache.errors import BadInput, PortInUse
 from mpcache.ledger import Ledger
 from mpcache.model import load_model
 from mpcache.rank import Rank
+from mpcache.transport.address import HostPort
 from mpcache_parties.network.channels import SERVICE
 from mpcache_parties.operations import metrics as operations
-from mpcache_parties.operations.address import host_and_port
 from mpcache_parties.operations.exposure import exposed
 from mpcache_parties.operations.logs import Log, LogLevel
 from mpcache_parties.operations.metrics import PartyMetrics
+from mpcache_parties.operations.own_address import own_address
 from mpcache_parties.operations.status import PartyStatus, SessionPhase
 from tests.support.links import free_ports, free_settings
 from tests.support.processes import (
@@ -241,11 +242,12 @@ def test_health_follows_the_board() -> None:
 
 
 def test_places_that_cannot_be() -> None:
-    assert host_and_port("--metrics", "9100") == ("127.0.0.1", 9100)
-    assert host_and_port("--metrics", "0.0.0.0:9100") == ("0.0.0.0", 9100)
+    assert own_address("--metrics", "9100") == HostPort("127.0.0.1", 9100)
+    assert own_address("--metrics", "0.0.0.0:9100") == HostPort("0.0.0.0", 9100)
+    assert own_address("--health", "[::1]:49100") == HostPort("::1", 49100)
     for place in ("", "host", "70000", "a:b", ":0"):
         with pytest.raises(BadInput, match="--health is"):
-            host_and_port("--health", place)
+            own_address("--health", place)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         with (

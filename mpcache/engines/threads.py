@@ -6,6 +6,7 @@ right tokens and reads the logits). Nobody's secrets are kept from anybody here.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable
 from itertools import combinations
@@ -35,13 +36,14 @@ def run_threads(job: Job, protocol: str = "fast", bits: int = 16) -> dict[Rank, 
     for a, b in combinations(Rank, 2):
         links[a][b], links[b][a] = local_pair(ledgers[a], ledgers[b], a, b)
     tapes, pair = {rank: fresh_seed() for rank in (Rank.SERVER, Rank.CLIENT)}, (fresh_seed(), fresh_seed())
+    name = secrets.token_hex(16)
     parties: dict[Rank, Party] = {
-        Rank.DEALER: DealerParty(dict(links[Rank.DEALER]), tapes, ledgers[Rank.DEALER])
+        Rank.DEALER: DealerParty(dict(links[Rank.DEALER]), name, tapes, ledgers[Rank.DEALER])
     }
     for rank, (one, two) in {Rank.SERVER: pair, Rank.CLIENT: pair[::-1]}.items():
         mine, seeds = links[rank], {"prev": one, "next": two}
         parties[rank] = ComputingParty(
-            rank, mine[rank.peer], mine[Rank.DEALER], tapes[rank], seeds, fresh_seed(), ledgers[rank]
+            rank, mine[rank.peer], mine[Rank.DEALER], name, tapes[rank], seeds, fresh_seed(), ledgers[rank]
         )
     results: dict[Rank, Any] = {}
     errors: list[BaseException] = []

@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Self
 
 import numpy as np
 import torch
@@ -34,7 +35,9 @@ from mpcache.runtime.program import (
     draw,
     local,
     open_masked,
+    tree_cipher,
 )
+from mpcache.runtime.rng import TreeCipher
 from mpcache.runtime.side import Side, bytes_for
 
 
@@ -58,13 +61,20 @@ class Keys:
     """n comparisons by key trees (Boyle et al., EUROCRYPT 2021), with outcomes in `dtype`'s ring.
 
     They take about 16 bytes per bit of the width, to both parties, and no further round.
+    cipher: what the phase's trees grow by; None where there are only shapes.
     """
 
     n: int
     width: int
     dtype: torch.dtype = torch.int64
+    cipher: TreeCipher | None = None
 
     kind = RequestKind.TOPK
+
+    @classmethod
+    def of(cls, n: int, width: int, dtype: torch.dtype = torch.int64) -> Program[Self]:
+        """Make them for the phase that runs. No message."""
+        return cls(n, width, dtype, (yield from tree_cipher()))
 
     @property
     def shape(self) -> KeyShape:
@@ -89,14 +99,16 @@ class Keys:
         """Derive msb(r), words and bits for masks r (n,), at the dealer."""
         keys = self.shape
         top = (mask >> keys.depth) & 1
-        words, bits = dcf.dcf_keygen(keys, seeds, mask & ((1 << keys.depth) - 1), 1 - 2 * top)
+        words, bits = dcf.dcf_keygen(keys, self.cipher, seeds, mask & ((1 << keys.depth) - 1), 1 - 2 * top)
         return top.to(self.dtype), words, bits
 
     def points(self, side: Side, parts: Sequence[torch.Tensor], opened: torch.Tensor) -> torch.Tensor:
         """Shares of [x < 0] at opened values (n, points): one tree serves them all."""
         seeds, top, words, bits = parts
         keys = self.shape
-        _, t = dcf.dcf_eval(keys, side.number, seeds, words, bits, opened & ((1 << keys.depth) - 1))
+        _, t = dcf.dcf_eval(
+            keys, self.cipher, side.number, seeds, words, bits, opened & ((1 << keys.depth) - 1)
+        )
         return _signed(side, keys.depth, opened, top.long().unsqueeze(-1) + t)
 
     def sign(self, side: Side, parts: Sequence[torch.Tensor], opened: torch.Tensor) -> Program[torch.Tensor]:
@@ -130,6 +142,11 @@ class Digits:
     dtype: torch.dtype = torch.int64
 
     kind = RequestKind.TOPK_DIGITS
+
+    @classmethod
+    def of(cls, n: int, width: int, dtype: torch.dtype = torch.int64) -> Program[Self]:
+        """Make them as `Keys.of` does; they are of no phase."""
+        return local(cls(n, width, dtype))
 
     @property
     def depth(self) -> int:
@@ -236,7 +253,7 @@ def less(
     element whatever the number of thresholds: the same opening is evaluated at shifted points.
     """
     n = math.prod(x.shape)
-    keys = Keys(n, width, dtype)
+    keys = yield from Keys.of(n, width, dtype)
     request = Request(RequestKind.COMPARE, (Part((n,)), *keys.random), keys.derived, keys.derive, keys.work)
     r, *parts = yield from draw(request)
     (opened,) = yield from open_masked(

@@ -1,4 +1,4 @@
-"""Function secret sharing: distributed comparison functions, vectorised over fixed-key AES.
+"""Function secret sharing: distributed comparison functions, vectorised over AES in ECB.
 
 Boyle, Chandran, Gilboa, Gupta, Ishai, Kumar, Rathee: Function Secret Sharing for Mixed-Mode and
 Fixed-Point Secure Computation, EUROCRYPT 2021, figure 1. A key pair for (alpha, beta) lets the
@@ -8,50 +8,50 @@ One generalisation: with `start` > 0, x and alpha must first agree in their top 
 tree then gives shares of beta * [top(x) = top(alpha)] and of beta * [top(x) = top(alpha) and
 x < alpha]: the window of the exponential (mpcache.protocols.softmax).
 
-The length-doubling generator is s -> AES_k(s ^ c) ^ s ^ c with a public key k and a constant c for
-each output (Matyas-Meyer-Oseas; Guo, Katz, Wang, Yu, S&P 2020 for its use in such trees).
+The length-doubling generator is s -> AES_k(s ^ c) ^ s ^ c with a public key k, the session's and phase's
+own (`runtime.rng.TreeCipher`), and a constant c for each output (Matyas-Meyer-Oseas; Guo, Katz, Wang, Yu,
+S&P 2020 for its use in such trees).
 """
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from mpcache.runtime.program import Work
+from mpcache.runtime.rng import TreeCipher
 
 Words = npt.NDArray[np.uint64]
 
-# Public constants: the first digits of pi as a key, and one tweak for each output of the generator.
-_KEY = AES(bytes.fromhex("243f6a8885a308d313198a2e03707344"))
+# Public constants: one tweak for each output of the generator.
 _LEFT, _RIGHT, _VALUE, _LEAF, _WINDOW = (np.array([c, c << 32], dtype=np.uint64) for c in range(5))
 _CHILDREN = np.stack([_LEFT, _RIGHT, _VALUE])
 _ONE = np.uint64(1)
 _BLOCK = 16  # bytes
 
 
-class _Encryptor(threading.local):
-    """One ECB context for each thread: blocks are independent, so it never needs to be reset."""
-
-    def __init__(self) -> None:
-        self.update = Cipher(_KEY, ECB()).encryptor().update
+Prg = Callable[[Words, Words], Words]
 
 
-_encryptor = _Encryptor()
+def _generator(cipher: TreeCipher | None) -> Prg:
+    """Return the generator: blocks (..., 2) with tweaks that broadcast, to blocks of the same shape.
 
+    Raises RuntimeError where no phase has begun.
+    """
+    if cipher is None:
+        raise RuntimeError("key trees before begin")
+    encrypt = cipher.encrypt
 
-def _prg(s: Words, tweak: Words) -> Words:
-    """Blocks (..., 2) with tweaks that broadcast, to blocks of the same shape."""
-    x = s ^ tweak
-    out = np.frombuffer(_encryptor.update(x.tobytes()), dtype=np.uint64).reshape(x.shape)
-    return out ^ x
+    def prg(s: Words, tweak: Words) -> Words:
+        x = s ^ tweak
+        return np.frombuffer(encrypt(x.tobytes()), dtype=np.uint64).reshape(x.shape) ^ x
+
+    return prg
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,17 @@ class KeyShape:
 
 
 def dcf_keygen(
-    shape: KeyShape, seeds: tuple[torch.Tensor, torch.Tensor], alpha: torch.Tensor, beta: torch.Tensor
+    shape: KeyShape,
+    cipher: TreeCipher | None,
+    seeds: tuple[torch.Tensor, torch.Tensor],
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generate correction words and bytes (the same for both parties) from both parties' root seeds.
 
     alpha: (n,) in [0, 2^depth).  beta: (n,) integers.  seeds: two (n, 2) int64 tensors.
     """
-    n, depth, dtype = shape.n, shape.depth, shape.dtype
+    n, depth, dtype, prg = shape.n, shape.depth, shape.dtype, _generator(cipher)
     a = alpha.numpy().astype(np.uint64)
     payload = beta.numpy().astype(dtype)
     s = np.stack([x.numpy().view(np.uint64) for x in seeds])  # (party, n, 2)
@@ -130,11 +134,11 @@ def dcf_keygen(
         counts = level >= shape.start
         if level == shape.start and shape.start:
             # The node itself as a payload: beta where the top bits agree.
-            node = _prg(s, _WINDOW).view(dtype)[..., 0]
+            node = prg(s, _WINDOW).view(dtype)[..., 0]
             values[:, -1] = _signed(t[1], payload - node[0] + node[1])
         bit = (a >> np.uint64(depth - 1 - level)) & _ONE
         right = bit.astype(bool)
-        out = _prg(s, _CHILDREN[: 2 + counts, None, None])  # (left, right, values; party; n; 2)
+        out = prg(s, _CHILDREN[: 2 + counts, None, None])  # (left, right, values; party; n; 2)
         control = out[:2, ..., 0] & _ONE
         out[:2, ..., 0] ^= control
         lose = np.where(right[:, None], out[0], out[1])
@@ -155,7 +159,7 @@ def dcf_keygen(
         t = np.where(right, control[1], control[0]) ^ (t & np.where(right, right_cw, left_cw))
     # What is left of a point chooses an output of the leaf.
     size = 1 << shape.tail
-    leaf = _prg(s, _LEAF).view(dtype)[..., :size]
+    leaf = prg(s, _LEAF).view(dtype)[..., :size]
     last = a & np.uint64(size - 1)
     below = (np.arange(size, dtype=np.uint64) < last[:, None]).astype(dtype) * payload[:, None]
     values[:, column : column + size] = _signed(t[1][:, None], below - running[:, None] - leaf[0] + leaf[1])
@@ -165,6 +169,7 @@ def dcf_keygen(
 
 def dcf_eval(
     shape: KeyShape,
+    cipher: TreeCipher | None,
     party: int,
     seeds: torch.Tensor,
     words: torch.Tensor,
@@ -178,7 +183,7 @@ def dcf_eval(
     n, points = x.shape
     if x.is_meta:
         return torch.empty_like(x), torch.empty_like(x)
-    dtype = shape.dtype
+    dtype, prg = shape.dtype, _generator(cipher)
     path = x.numpy().astype(np.uint64).reshape(-1)
     w, b, s = words.numpy().view(np.uint64), bits.numpy(), seeds.numpy().view(np.uint64)
     v = np.ascontiguousarray(b[:, shape.levels :]).view(dtype)
@@ -192,13 +197,13 @@ def dcf_eval(
     for level in range(shape.levels):
         counts = level >= shape.start
         if level == shape.start and shape.start:
-            window = _prg(s, _WINDOW).view(dtype)[:, 0] + t.astype(dtype) * v[:, -1]
+            window = prg(s, _WINDOW).view(dtype)[:, 0] + t.astype(dtype) * v[:, -1]
         bit = (path >> np.uint64(shape.depth - 1 - level)) & _ONE
         side = bit.astype(np.intp)
         tweaks = (
             _CHILDREN[side] if not counts else np.stack([_CHILDREN[side], np.broadcast_to(_VALUE, s.shape)])
         )
-        out = _prg(s, tweaks)
+        out = prg(s, tweaks)
         child = out[0] if counts else out
         control = child[:, 0] & _ONE
         child[:, 0] ^= control
@@ -209,7 +214,7 @@ def dcf_eval(
         s = child ^ (w[:, 2 * level : 2 * level + 2] * t[:, None])
         t = control ^ (t & ((b[:, level].astype(np.uint64) >> bit) & _ONE))
     last = (path & np.uint64((1 << shape.tail) - 1)).astype(np.intp)[:, None]
-    leaf = np.take_along_axis(_prg(s, _LEAF).view(dtype), last, 1)[:, 0]
+    leaf = np.take_along_axis(prg(s, _LEAF).view(dtype), last, 1)[:, 0]
     total += leaf + t.astype(dtype) * np.take_along_axis(v, column + last, 1)[:, 0]
     if party == 1:
         total, window = -total, -window

@@ -24,7 +24,7 @@ from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import affine, masked, raised
 from mpcache.protocols.lookup import one_hot
 from mpcache.runtime.correlations import mask_parts
-from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked
+from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked, tree_cipher
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -109,11 +109,12 @@ def _exponent(
     keys = KeyShape(2 * n, high + 1)  # first half: [x < theta], second half: x [x < theta]
     mask = (1 << keys.depth) - 1
     seeds, words, bit_parts = key_parts(keys)
+    cipher = yield from tree_cipher()
 
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         top = ((r >> keys.depth) & 1).repeat(2)
         carried = torch.cat([torch.ones_like(r), r])
-        trees = dcf.dcf_keygen(keys, s, (r & mask).repeat(2), carried * (1 - 2 * top))
+        trees = dcf.dcf_keygen(keys, cipher, s, (r & mask).repeat(2), carried * (1 - 2 * top))
         return carried * top, *trees
 
     request = Request(
@@ -122,7 +123,7 @@ def _exponent(
     r, own, tops, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(x + r, ring, "masked for comparison"))
     points = c.unsqueeze(-1) - side.public([1 << (low + step * i) for i in range(1, k)])
-    _, t = dcf.dcf_eval(keys, side.number, own, cw, cb, (points & mask).repeat(2, 1))
+    _, t = dcf.dcf_eval(keys, cipher, side.number, own, cw, cb, (points & mask).repeat(2, 1))
     u, ru = (tops.unsqueeze(-1) + t).chunk(2)
     m = (points >> keys.depth) & 1
     below = side.first(m) + (1 - 2 * m) * u

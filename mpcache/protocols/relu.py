@@ -17,7 +17,7 @@ from mpcache.protocols import dcf
 from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.linear import masked
-from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked
+from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked, tree_cipher
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side
 
@@ -28,11 +28,12 @@ def relu(side: Side, x: Share, width: int) -> Program[Share]:
     keys = KeyShape(2 * n, width - 1)  # first half: [x < 0], second half: r [x < 0]
     seeds, words, bits = key_parts(keys)
     low = (1 << keys.depth) - 1
+    cipher = yield from tree_cipher()
 
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         top = (r >> keys.depth) & 1
         carried = torch.cat([torch.ones_like(r), r])
-        trees = dcf.dcf_keygen(keys, s, (r & low).repeat(2), carried * (1 - 2 * top.repeat(2)))
+        trees = dcf.dcf_keygen(keys, cipher, s, (r & low).repeat(2), carried * (1 - 2 * top.repeat(2)))
         return carried * top.repeat(2), *trees
 
     request = Request(
@@ -41,7 +42,7 @@ def relu(side: Side, x: Share, width: int) -> Program[Share]:
     r, own, tops, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(x.data.reshape(n) + r, x.ring, "masked for max(x, 0)"))
     points = (c & low).repeat(2).unsqueeze(-1)
-    _, t = dcf.dcf_eval(keys, side.number, own, cw, cb, points)
+    _, t = dcf.dcf_eval(keys, cipher, side.number, own, cw, cb, points)
     u, ru = (tops + t.squeeze(-1)).chunk(2)
     m = (c >> keys.depth) & 1
     # x [x < 0] = (c - r) (m + (1 - 2m) u)

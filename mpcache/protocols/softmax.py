@@ -30,7 +30,7 @@ from mpcache.protocols.ranges import (
     WINDOW_BITS,
     WINDOWS_BITS,
 )
-from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked
+from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked, tree_cipher
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -83,10 +83,11 @@ def exp(side: Side, d: Share) -> Program[Share]:
         (1 << (WINDOW_BITS + WINDOWS_BITS)) - 1,
         WINDOW_BITS - COMPARED_BITS,
     )
+    cipher = yield from tree_cipher()
 
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
         payload = torch.exp((r & low).double() * SCORE_UNIT - EXP_WINDOW) * 2**_KEY_BITS
-        return dcf.dcf_keygen(keys, s, (r & whole) >> rest, payload.round().to(torch.int64))
+        return dcf.dcf_keygen(keys, cipher, s, (r & whole) >> rest, payload.round().to(torch.int64))
 
     request = Request(RequestKind.EXP, (Part((n,)), seeds), (words, bit_parts), derive, keys.work(points=2))
     r, own, cw, cb = yield from draw(request)
@@ -98,10 +99,10 @@ def exp(side: Side, d: Share) -> Program[Share]:
     # d lies in the window if c and r share their top bits, or if c's top bits are one higher and its low bits
     # are not above r's. Leading bits tell. Where these are equal in the second case d is about a window, on
     # either side of its end: the formula holds on both.
-    same, _ = dcf.dcf_eval(keys, side.number, own, cw, cb, c >> rest)
+    same, _ = dcf.dcf_eval(keys, cipher, side.number, own, cw, cb, c >> rest)
     before = ((c - (1 << WINDOW_BITS)) & whole) >> rest
     lowest = before & ((1 << COMPARED_BITS) - 1) == 0  # not above any: the top bits decide alone
-    window, below = dcf.dcf_eval(keys, side.number, own, cw, cb, before - (~lowest).long())
+    window, below = dcf.dcf_eval(keys, cipher, side.number, own, cw, cb, before - (~lowest).long())
     wrapped = torch.where(lowest, window, below)
     factor = torch.exp(-(c & low).double() * SCORE_UNIT) * 2**_PUBLIC_BITS
     e = same * (factor * math.exp(EXP_WINDOW)).round().to(torch.int64)

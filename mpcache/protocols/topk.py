@@ -112,7 +112,7 @@ def topk(
         flat *= r
     # Ranks are opened modulo `size`: that many bits of the comparisons' outcomes are enough.
     bit = torch.int8 if size <= 1 << 8 else torch.int16
-    compared = comparison(flat * pairs, width, bit)
+    compared = yield from comparison.of(flat * pairs, width, bit)
     together = cat(list(values), -1)
     c = together.shape[-1]
     dtype = torch.int32 if together.ring <= 32 else torch.int64

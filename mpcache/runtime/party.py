@@ -16,7 +16,7 @@ from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Part, Request
-from mpcache.runtime.rng import KeyStream, Tapes
+from mpcache.runtime.rng import KeyStream, Tapes, TreeCipher
 from mpcache.transport.link import Link
 
 COMPUTING = (Rank.SERVER, Rank.CLIENT)
@@ -53,10 +53,14 @@ class Party(ABC):
 
     rank: Rank
     ledger: Ledger
+    trees: TreeCipher | None = None  # of the phase; a party that reads shapes needs none
 
     @abstractmethod
     def begin(self, phase: str) -> None:
-        """Start a phase: fresh key streams, so that no mask of another phase can come again."""
+        """Start a phase: fresh key streams, so that no mask of another phase can come again.
+
+        The phase's key trees grow under a key of their own, too.
+        """
 
     @abstractmethod
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
@@ -78,7 +82,8 @@ class Party(ABC):
 class ComputingParty(Party):
     """Rank 0 or 1: real shares over a link to the peer, corrections from the dealer.
 
-    seed: shared with the dealer.  pair_seeds: `prev` and `next`, shared with the peer.
+    session: its name, which all three know.  seed: shared with the dealer.
+    pair_seeds: `prev` and `next`, shared with the peer.
     """
 
     def __init__(
@@ -86,13 +91,14 @@ class ComputingParty(Party):
         rank: Rank,
         peer: Link,
         dealer: Link,
+        session: str,
         seed: bytes,
         pair_seeds: dict[str, bytes],
         own_seed: bytes,
         ledger: Ledger,
     ) -> None:
         self.rank, self.ledger = rank, ledger
-        self._peer, self._dealer = peer, dealer
+        self._peer, self._dealer, self._session = peer, dealer, session
         self._tapes = Tapes(seed)
         self._crypten_seeds = {**pair_seeds, "local": own_seed}
         self._tape: KeyStream | None = None
@@ -100,6 +106,7 @@ class ComputingParty(Party):
 
     def begin(self, phase: str) -> None:
         self._tape = self._tapes.begin(phase)
+        self.trees = TreeCipher(self._session, phase)
         # One seed is `prev` at one party and `next` at the other: the label must not tell them apart.
         self._streams = {k: KeyStream(s, f"crypten/{phase}") for k, s in self._crypten_seeds.items()}
 
@@ -175,14 +182,17 @@ class DealerParty(Party):
 
     rank = Rank.SERVER  # CrypTen asks for a rank; by shapes both computing parties run the same code
 
-    def __init__(self, links: dict[Rank, Link], seeds: dict[Rank, bytes], ledger: Ledger) -> None:
+    def __init__(
+        self, links: dict[Rank, Link], session: str, seeds: dict[Rank, bytes], ledger: Ledger
+    ) -> None:
         self.ledger = ledger
-        self._links = links
+        self._links, self._session = links, session
         self._seeds = {rank: Tapes(seed) for rank, seed in seeds.items()}
         self._tapes: dict[Rank, KeyStream] = {}
 
     def begin(self, phase: str) -> None:
         self._tapes = {rank: tapes.begin(phase) for rank, tapes in self._seeds.items()}
+        self.trees = TreeCipher(self._session, phase)
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
         return [MetaTensor(i.share.shape, i.share.dtype) for i in items]

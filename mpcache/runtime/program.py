@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from mpcache.rank import Rank
+from mpcache.runtime.rng import TreeCipher
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -196,9 +197,9 @@ class Draw:
 
 @dataclass(frozen=True)
 class Call:
-    """A function of the party and the step that communicates by itself and blocks (CrypTen).
+    """A function of the party and the step: what no opening and no draw says. Answered by its result.
 
-    Answered by its result.
+    CrypTen's code communicates by itself and blocks; `tree_cipher` only asks.
     """
 
     run: Callable[[Any, str], Any]
@@ -245,6 +246,16 @@ def open_secret(opening: Opening) -> Program[torch.Tensor | None]:
 def draw(request: Request) -> Program[list[Any]]:
     """Draw this party's parts of a correlation (`Party.draw`)."""
     answer: list[Any] = yield Draw(request)
+    return answer
+
+
+def _trees(party: Any, step: str) -> TreeCipher | None:
+    return party.trees  # type: ignore[no-any-return]
+
+
+def tree_cipher() -> Program[TreeCipher | None]:
+    """Take what this phase's key trees grow by (`Party.trees`); None where there are only shapes."""
+    answer: TreeCipher | None = yield Call(_trees)
     return answer
 
 

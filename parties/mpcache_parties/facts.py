@@ -53,13 +53,14 @@ class Facts:
     digests: Mapping[str, str]  # of the weights and the tokenizer
     protocol: str  # the config's, or what `auto` picked, and why
     picked: str = ""
+    session: str = ""  # its name, drawn by the server
 
     def flat(self) -> dict[str, str]:
         """Return what all parties have to agree on, by field, as text."""
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
         fields |= self.digests
-        fields["protocol"] = self.protocol
+        fields |= {"protocol": self.protocol, "session": self.session}
         for index, layer in enumerate(self.policy.plan.layers):
             fields |= {f"plan.layer{index}.{name}": value for name, value in asdict(layer).items()}
         return {name: str(value) for name, value in fields.items()}
@@ -186,7 +187,7 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     shape = _shape(model)
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
     _check_memory(shape, context)
-    names = ("kernels", "model_digest", "tokenizer_digest")
+    names = ("kernels", "session", "model_digest", "tokenizer_digest")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     policy = bind_policy(shape, public, context, asked)
     protocol: str = public.protocol
@@ -197,7 +198,8 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
             public.fraction_bits, public.reveal,
         )  # fmt: skip
         protocol, picked = choice.protocol, str(choice)
-    facts = Facts(shape, context, asked, said.pop("kernels"), policy, said, protocol, picked)
+    kernels, session = said.pop("kernels"), said.pop("session")
+    facts = Facts(shape, context, asked, kernels, policy, said, protocol, picked, session)
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
 
 

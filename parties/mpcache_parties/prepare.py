@@ -52,7 +52,7 @@ def _deal_batch(resources: SessionResources, facts: Facts) -> None:
             link.recv_facts(f"stored/{phase}")
 
     ledger = links[Rank.SERVER].ledger
-    _read_by_shapes(facts, public, DealerParty(dict(links), seeds, ledger), stored)
+    _read_by_shapes(facts, public, DealerParty(dict(links), batch, seeds, ledger), stored)
     n = ledger.total().offline_sent
     resources.say(f"dealer: dealt {size(n)} for {public.max_new_tokens} tokens, batch {batch}")
 

@@ -177,7 +177,7 @@ def deal(resources: SessionResources) -> Report:
     earlier = checkpointer.meet(links, public.flat())
     told, facts = agreed_facts(Rank.DEALER, links, None, public, earlier)
 
-    party = DealerParty(dict(links), deal_seeds(links), ledger)
+    party = DealerParty(dict(links), facts.session, deal_seeds(links), ledger)
     session = _session(Rank.SERVER, party, facts, resources, "meta")
     if earlier is None:
         session.setup(None)

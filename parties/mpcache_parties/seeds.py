@@ -63,15 +63,18 @@ def computing_party(
     there is no tape that fits, or what a link raises.
     """
     links, peer = resources.links, resources.links[me.peer]
-    if resources.tapes is None:
-        dealer = links[Rank.DEALER]
-    else:
+    dealer, name = links.get(Rank.DEALER), facts.session
+    if resources.tapes is not None:
         public = resources.public
         dealer = resources.tapes.claim(links, tape_sizes(facts, public), public.max_new_tokens)
+        name = dealer.batch  # what the dealer knew when it dealt
+    assert dealer is not None
     tape = receive_seed(dealer)
     mine = fresh_seed()
     (theirs,) = peer.exchange("seeds/pair", [tensor_of(mine)])
     pair = {"next": mine, "prev": bytes_of(theirs)}
     wait = TimedDealerLink(dealer, resources.status)
-    party = ComputingParty(me, peer, cast(Link, wait), bytes_of(tape), pair, fresh_seed(), resources.ledger)
+    party = ComputingParty(
+        me, peer, cast(Link, wait), name, bytes_of(tape), pair, fresh_seed(), resources.ledger
+    )
     return party, wait

@@ -224,7 +224,8 @@ def test_the_tokenizer_and_the_facts_are_all_that_is_said_in_the_clear(model: Mo
     allowed = {"facts/model": model_facts, "facts/question": {"question_tokens"}, "more/decode1": {"more"}}
     heard = {Rank.SERVER: 4, Rank.CLIENT: 3, Rank.DEALER: 5}
     agreed = (
-        r"(shape|plan\.layer\d+)\.\w+|(context|question)_tokens|kernels|protocol|(model|tokenizer)_digest"
+        r"(shape|plan\.layer\d+)\.\w+|(context|question)_tokens|kernels|protocol|session"
+        r"|(model|tokenizer)_digest"
     )
     for rank, view in views.items():
         assert len(view.facts) == heard[rank]

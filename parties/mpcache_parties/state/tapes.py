@@ -122,7 +122,7 @@ class TapeLink(Link):
     peer, offline = Rank.DEALER, True
 
     def __init__(self, store: TapeStore, batch: str, sizes: Sizes) -> None:
-        self.me, self._store, self._batch = store.rank, store, batch
+        self.me, self._store, self.batch = store.rank, store, batch
         self._phase, self._messages = "", iter(())
         header = store.header(batch, SEED) | {"sizes": _plain(sizes)}
         self._seed = self._read(SEED, header)["seed"]
@@ -135,7 +135,7 @@ class TapeLink(Link):
         phase = step.partition("/")[0]
         if phase != self._phase:
             self._phase = phase
-            self._messages = iter(self._read(phase, self._store.header(self._batch, phase))["messages"])
+            self._messages = iter(self._read(phase, self._store.header(self.batch, phase))["messages"])
         message = next(self._messages, None)
         if message is None or message["step"] != step or _specs(message["tensors"]) != _specs_of(specs):
             raise StateError(
@@ -146,7 +146,7 @@ class TapeLink(Link):
 
     def _read(self, phase: str, header: Mapping[str, Any]) -> Any:
         """Read a file's content; the file is gone then, since it will not be read again."""
-        file = self._store.file(self._batch, phase)
+        file = self._store.file(self.batch, phase)
         try:
             content = snapshot.read_snapshot(file, self._store.key, header)
         except StateError as error:
@@ -156,7 +156,7 @@ class TapeLink(Link):
 
     def close(self, reason: str = "") -> None:
         """Remove the rest of the batch, which is of no use to anyone."""
-        shutil.rmtree(self._store.folder / self._batch, ignore_errors=True)
+        shutil.rmtree(self._store.folder / self.batch, ignore_errors=True)
 
     def send(self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None) -> None:
         raise _mute(step)

@@ -41,9 +41,9 @@ def test_signs_over_the_whole_ring(kind: type[compare.Keys], dtype: torch.dtype,
     half, edges = 1 << (width - 1), torch.tensor([0, -1, 1, -2])
     x = torch.cat([torch.tensor([half - 1, -half]), edges.clamp(-half, half - 1)])
     x = torch.cat([x, torch.randint(-half, half, (300,))])
-    how = kind(len(x), width, dtype)
 
     def protocol(ops, share):  # type: ignore[no-untyped-def]
+        how = yield from kind.of(len(x), width, dtype)
         request = Request(
             RequestKind.COMPARE, (Part(x.shape), *how.random), how.derived, how.derive, how.work
         )

@@ -13,8 +13,8 @@ from mpcache.ops import AnyEngine
 from mpcache.protocols import ranges
 from mpcache.protocols.softmax import exp, quantize_scores
 from mpcache.rank import Rank
-from mpcache.runtime.program import Draw, Open, Part, together
-from mpcache.runtime.rng import KeyStream, derive_key
+from mpcache.runtime.program import Call, Draw, Open, Part, together
+from mpcache.runtime.rng import KeyStream, TreeCipher, derive_key
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side
 from tests.support import harness
@@ -72,7 +72,9 @@ def exp_by_hand(d: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     bits = ranges.SCORE_BITS
     sides = [exp(Side(rank), Share(x, bits, ring=ranges.SCORE_RING))
              for rank, x in ((Rank.SERVER, d), (Rank.CLIENT, torch.zeros_like(d)))]  # fmt: skip
-    draws = [next(side) for side in sides]
+    for side in sides:
+        assert isinstance(next(side), Call)
+    draws = [side.send(TreeCipher("test", "exp")) for side in sides]
     assert isinstance(draws[0], Draw)
     mask, seed = draws[0].request.random
     assert mask == Part((len(d),)) and seed.own

@@ -137,7 +137,12 @@ def test_a_text_that_cannot_fit_is_refused_by_its_beginning(
 ) -> None:
     tried: list[int] = []
     encode = Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, *a: (tried.append(len(a[0])), encode(self, *a))[1])
+
+    def counted(self: Tokenizer, text: str, bos: bool) -> list[int]:
+        tried.append(len(text))
+        return encode(self, text, bos)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
     with pytest.raises(BadInput, match="the context has more than 50 tokens, the model allows 50; shorten"):
         made.encode_within("the gate of 日本 " * 100_000, True, 50, "the context")
     assert sum(tried) < 10_000

@@ -103,7 +103,7 @@ def largest_score(q: Tensor, k: Tensor, exact_from: float) -> float:
 
     The lengths of queries and keys bound it at no cost; from `exact_from` on it is computed.
     """
-    parts = q.unflatten(0, (k.shape[0], -1))  # (kv_heads, group, T, d)
+    parts = q.reshape(k.shape[0], -1, *q.shape[1:])  # (kv_heads, group, T, d)
     longest_q, longest_k = (x.square().sum(-1).flatten(1).amax(1).sqrt() for x in (parts, k))
     most = float((longest_q * longest_k).max())
     if most < exact_from:

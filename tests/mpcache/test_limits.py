@@ -59,8 +59,8 @@ def test_scores_of_the_document_out_of_range_are_refused(biased: Model) -> None:
 def test_a_private_run_is_refused_before_it_is_wrong(biased: Model) -> None:
     public = PublicConfig(policy="full", max_new_tokens=2)
     ended = run_session(public, biased, IDS, Question("the gate", stop_at_eos=False))
-    with pytest.raises(OutOfRange, match="attention scores of the document"):
-        raise ended[Rank.SERVER]
+    assert isinstance(ended[Rank.SERVER], OutOfRange)
+    assert "attention scores of the document" in str(ended[Rank.SERVER])
     assert isinstance(ended[Rank.CLIENT], PeerFailed) and isinstance(ended[Rank.DEALER], PeerFailed)
 
 

@@ -1,16 +1,18 @@
 """Check that a session fits: the model's positions, the policy's plan, the protocol's longest row.
 
-Every party makes these checks, on public facts alone, before anything secret is shared.
+Every party makes these checks, on public facts alone, before anything secret is shared. The document's
+owner also checks what it alone sees of it: scores and values (`check_document`).
 """
 
 from __future__ import annotations
 
 from mpcache.config import PublicConfig
 from mpcache.engines.registry import check_protocol
-from mpcache.errors import BadInput, PolicyError
+from mpcache.errors import BadInput, OutOfRange, PolicyError
 from mpcache.model import ModelShape
+from mpcache.model.prefill import Prefill
 from mpcache.policy import BoundPolicy, parse_policy
-from mpcache.protocols.ranges import LONGEST_ATTENDED
+from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
 
 
 def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question: int) -> BoundPolicy:
@@ -51,3 +53,34 @@ def _check_attended(bound: BoundPolicy, public: PublicConfig, question: int) -> 
             f"answer; protocol {public.protocol} holds {LONGEST_ATTENDED}: give it smaller budgets, or "
             "shorten the context"
         )
+
+
+def largest_score_held(policy: BoundPolicy, shape: ModelShape) -> float:
+    """Return what the attention scores must stay below in size; scores are held as 7/8 of themselves."""
+    return 8 / 7 * min(LARGEST_SCORE, LARGEST_RANK / policy.policy.heads_summed(shape))
+
+
+def check_document(
+    prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, question: int, new_tokens: int
+) -> None:
+    """Check at the document's owner, in the clear, what the protocols of `fast` hold of it.
+
+    prefilled: its scores exact from `largest_score_held` on.  question, new_tokens: lengths in tokens.
+    Raises OutOfRange.
+    """
+    held = largest_score_held(policy, shape)
+    attended = policy.plan.attended + question + new_tokens
+    room = largest_value(attended)
+    for i, (score, v) in enumerate(zip(prefilled.largest_scores, prefilled.v, strict=True)):
+        if not score < held:
+            raise OutOfRange(
+                f"server: layer {i}: attention scores of the document reach {score:.4g}; protocol fast "
+                f"holds less than {held:.4g} with policy {policy.spec}: the answer would be wrong; "
+                "use another model or policy"
+            )
+        if not (size := float(v.abs().max())) < room:
+            raise OutOfRange(
+                f"server: layer {i}: values of the document reach {size:.4g}; protocol fast holds "
+                f"less than {room:.4g} with {attended} attended tokens: the answer would be wrong; "
+                "use another model"
+            )

@@ -85,7 +85,7 @@ def audit(
     name, model = shape_of(shape)
     protocols = listed("--protocol", protocol, CHOICES)
     folder = _weights_of(shape) if measure else None
-    contexts = _contexts(context, shape, model, question + new_tokens if measure else 0)
+    contexts = _contexts(context, shape, model, question + max(2, new_tokens))
     networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
     if explain is not None:
         if len(protocols) > 1 or (context and len(contexts) > 1):
@@ -108,7 +108,7 @@ def audit(
         explicit=bool(policy or sweep_),
         reveal=revealed,
     )
-    evaluated = read_quality(quality) if quality else []
+    of, evaluated = read_quality(quality) if quality else ("", [])
     for path in (csv, report):
         if path is not None:
             _check_writable(path)
@@ -125,7 +125,10 @@ def audit(
     }
     if evaluated:
         result["quality"] = evaluated
-        result["quality_points"] = points(evaluated, grid, _note)
+        other = None if of == name else of or "a model that its file does not name"
+        if other is not None:
+            _note(f"the accuracy is that of {other}, the cost that of {name}")
+        result["quality_points"] = points(evaluated, grid, _note, other)
     stopped: MpcacheError | None = None
     if folder is not None:
         stopped = _measured(result, grid, folder, needed)
@@ -184,8 +187,9 @@ def _show(
         out.print(table)
     out.print(
         "Per generated token. kept/used: context tokens in the cache, and those a query attends to. online: "
-        "bytes sent by each computing party; offline: by the dealer, ahead. Times are modelled: rounds x "
-        "RTT/2 + bytes / bandwidth + computation; ratio: that time to full's.",
+        "bytes sent by each computing party; offline: by the dealer, ahead. A time is the larger of two: the "
+        "modelled rounds x RTT/2 + bytes / bandwidth + computation, and the dealer's bytes / bandwidth "
+        "(dealer); ratio: that time to full's.",
         style="dim",
     )
     if "runs" in result:
@@ -225,7 +229,7 @@ def _policies(given: list[str] | None, sweeps: list[str]) -> list[str]:
     return sweep_options(list(dict.fromkeys(given)) if given else secure_policies(), sweeps)
 
 
-def _contexts(text: str | None, given: str, shape: ModelShape, more: int = 0) -> list[int]:
+def _contexts(text: str | None, given: str, shape: ModelShape, more: int) -> list[int]:
     """Read context lengths that the model can take, with `more` tokens after them. Raises BadInput.
 
     A packaged shape with rotary positions may be priced beyond its lengths, since such positions can be
@@ -243,12 +247,13 @@ def _contexts(text: str | None, given: str, shape: ModelShape, more: int = 0) ->
         contexts.append(int(item))
     beyond = [c for c in contexts if c > limit]
     if beyond and (given not in NAMES or shape.positions != "rope"):
-        besides = f" besides question and answer ({more})" if more else ""
         raise BadInput(
-            f"--context {beyond[0]} is beyond the model, which takes up to {limit} tokens{besides}"
+            f"--context {beyond[0]} is beyond the model, which takes up to {limit} tokens besides question "
+            f"and answer ({more})"
         )
     if beyond:
-        _note(f"{given} was trained for {limit} tokens; beyond, rotary positions are taken as stretched")
+        trained = shape.max_positions
+        _note(f"{given} was trained for {trained} tokens; beyond, rotary positions are taken as stretched")
     return contexts
 
 

@@ -19,7 +19,7 @@ PARTS = {"layer": "layers", "op": "ops"}
 
 
 def cost_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
-    """Make a table per protocol and context: a row per policy, with a column pair per network."""
+    """Make a table per protocol and context: a row per policy, with times and ratio per network."""
     for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
         mine = list(group)
         networks = list(dict.fromkeys(r["network"] for r in mine))
@@ -28,8 +28,8 @@ def cost_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
         for name in ("kept/used", "rounds", "online", "offline"):
             table.add_column(name, justify="right", no_wrap=True)
         for network in networks:
-            table.add_column(network, justify="right", no_wrap=True)
-            table.add_column("ratio", justify="right", no_wrap=True)
+            for name in (network, "dealer", "ratio"):
+                table.add_column(name, justify="right", no_wrap=True)
         table.add_column("leaks", no_wrap=True)
         for policy, found in groupby(mine, lambda r: r["policy"]):
             of = {r["network"]: r for r in found}
@@ -37,7 +37,8 @@ def cost_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
             cells = [f"{row['kept_tokens']}/{row['attended_tokens']}", number(row["rounds_per_token"])]
             cells += [size(row["online_bytes_per_token"]), size(row["offline_bytes_per_token"])]
             for network in networks:
-                cells.append(duration(of[network]["modelled_ms_per_token"]))
+                cells.append(duration(of[network]["total_ms_per_token"]))
+                cells.append(duration(of[network]["offline_transfer_ms"]))
                 cells.append(f"{of[network]['ratio_to_full']:.2f}")
             table.add_row(policy, *cells, row["leakage"])
         yield table
@@ -52,7 +53,7 @@ def measured_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
         for name in ("modelled", "measured", "diff", "p95", "first token", "rounds", "online", "offline"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in group:
-            modelled = max(row["modelled_ms_per_token"], row["offline_transfer_ms"])
+            modelled = row["total_ms_per_token"]
             bound = "*" if row["offline_transfer_ms"] > row["modelled_ms_per_token"] else ""
             cells = [row["policy"], row["network"], duration(modelled) + bound]
             if row["measured_ms_per_token"] is None:

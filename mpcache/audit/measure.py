@@ -175,7 +175,7 @@ def put_beside(rows: Sequence[AuditRow], runs: Mapping[Key, Measured]) -> None:
         row["measured_rounds_per_token"] = whole(round(run.rounds, 3)) if run else None
         row["measured_online_bytes_per_token"] = whole(round(run.online, 3)) if run else None
         row["measured_offline_bytes_per_token"] = whole(round(run.offline, 3)) if run else None
-        pace = max(row["modelled_ms_per_token"], row["offline_transfer_ms"])
+        pace = row["total_ms_per_token"]
         row["difference"] = round(run.ms / pace - 1, 4) if run else None
 
 

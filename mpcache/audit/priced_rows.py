@@ -11,7 +11,7 @@ from typing import Any
 from mpcache.choices import ProtocolName, Reveal
 from mpcache.cost.choose import AUTO, pick
 from mpcache.cost.pricing import price
-from mpcache.cost.rates import RATES, Rates, modelled, offline_ms
+from mpcache.cost.rates import RATES, Rates, modelled, offline_ms, pace_ms
 from mpcache.cost.tally import Cost, Tally
 from mpcache.errors import PolicyError
 from mpcache.model import ModelShape
@@ -58,7 +58,8 @@ def price_rows(
     note: hears what was left out and why.
 
     Units: rounds, bytes, ms, per generated token; `online_bytes` is sent by one computing party (the
-    mean of both), `offline_bytes` by the dealer. `ratio_to_full`: modelled latency over that of `full`.
+    mean of both), `offline_bytes` by the dealer. `total_ms`: the larger of the modelled latency and the
+    transfer of the dealer's bytes. `ratio_to_full`: that over the one of `full`.
     """
     found: list[AuditRow] = []
 
@@ -109,7 +110,8 @@ def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | No
     priced = one.cost
     plan, policy, steps = priced.policy.plan, priced.policy.policy, priced.steps
     tally, first = priced.total("decode"), priced.total("question")
-    ms, base = (modelled(each.cost, network, each.rates) for each in (one, full))
+    ms = modelled(one.cost, network, one.rates)
+    total, base = (pace_ms(each.cost, network, each.rates) for each in (one, full))
     row: AuditRow = {
         "policy": policy.spec,
         "protocol": priced.protocol,
@@ -119,7 +121,8 @@ def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | No
         "attended_tokens": plan.attended,
         **_three(tally, steps, "_per_token"),
         "modelled_ms_per_token": round(sum(ms.values()), 3),
-        "ratio_to_full": round(sum(ms.values()) / sum(base.values()), 4),
+        "total_ms_per_token": round(total, 3),
+        "ratio_to_full": round(total / base, 4),
         "leakage": policy.leak,
         "modelled_parts_ms": {name: round(value, 3) for name, value in ms.items()},
         "offline_transfer_ms": round(offline_ms(priced, network), 3),

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_setting, resolved
 from mpcache.choices import ProtocolName
-from mpcache.cost.rates import modelled
+from mpcache.cost.rates import modelled, pace_ms
 from mpcache.errors import BadInput, PolicyError
 from mpcache.policy import parse_policy
 from mpcache.policy.plan import FULL_PERCENT
@@ -18,8 +18,10 @@ from mpcache.policy.plan import FULL_PERCENT
 FIELDS = ("task", "question", "n", "engine")  # beside what is checked
 
 
-def read_quality(path: Path) -> list[AuditRow]:
+def read_quality(path: Path) -> tuple[str, list[AuditRow]]:
     """Read rows with `policy` and `accuracy` (0 to 1), as `mpcache eval --json` prints them.
+
+    The model's name comes with them, empty where the file has none.
 
     Raises BadInput, or PolicyError where a row names a policy that is none.
     """
@@ -37,7 +39,8 @@ def read_quality(path: Path) -> list[AuditRow]:
         )
     for row in rows:
         parse_policy(row["policy"])
-    return rows
+    model = data.get("model") if isinstance(data, dict) else None
+    return model[:80] if isinstance(model, str) else "", rows
 
 
 def _is_quality(row: Any) -> bool:
@@ -57,11 +60,14 @@ def _between(value: Any, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
-def points(evaluated: Sequence[AuditRow], grid: AuditGrid, note: Callable[[str], None]) -> list[AuditRow]:
+def points(
+    evaluated: Sequence[AuditRow], grid: AuditGrid, note: Callable[[str], None], other: str | None = None
+) -> list[AuditRow]:
     """Price each evaluated row at each context, protocol and network of the grid.
 
     A point is a row's accuracy beside what one token costs there; a budget is in percent of that context.
-    note: hears what has no price, and why.
+    note: hears what has no price, and why.  other: the model that was evaluated, if it is not the one that
+    is priced; each point says so.
     """
     found: list[AuditRow] = []
     unpriced: dict[str, None] = {}
@@ -80,6 +86,7 @@ def points(evaluated: Sequence[AuditRow], grid: AuditGrid, note: Callable[[str],
             found.append(
                 {
                     **{name: row[name] for name in FIELDS if name in row},
+                    "accuracy_of": other,
                     "policy": row["policy"],
                     "budget_percent": budget,
                     "accuracy": row["accuracy"],
@@ -89,6 +96,7 @@ def points(evaluated: Sequence[AuditRow], grid: AuditGrid, note: Callable[[str],
                     "network": network.name,
                     "context_tokens": context,
                     "modelled_ms_per_token": round(sum(modelled(cost, network).values()), 3),
+                    "total_ms_per_token": round(pace_ms(cost, network), 3),
                     "rounds_per_token": tally.rounds / cost.steps,
                     "online_bytes_per_token": tally.online / cost.steps,
                     "offline_bytes_per_token": tally.offline / cost.steps,

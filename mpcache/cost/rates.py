@@ -64,6 +64,11 @@ def offline_ms(priced: Cost, network: Profile, phase: str = "decode") -> float:
     return network.transfer_ms(priced.total(phase).server_offline / steps)
 
 
+def pace_ms(priced: Cost, network: Profile, rates: Rates = RATES) -> float:
+    """Return what a token takes in a long answer, in ms: itself or its tape, whichever takes longer."""
+    return max(offline_ms(priced, network), sum(modelled(priced, network, rates).values()))
+
+
 def answer_ms(priced: Cost, network: Profile, tokens: int) -> float:
     """Return how long a whole answer of `tokens` tokens takes from the context on, in ms.
 
@@ -73,5 +78,4 @@ def answer_ms(priced: Cost, network: Profile, tokens: int) -> float:
     first = offline_ms(priced, network, "question") + sum(
         modelled(priced, network, phase="question").values()
     )
-    pace = max(offline_ms(priced, network), sum(modelled(priced, network).values()))
-    return first + (tokens - 1) * pace
+    return first + (tokens - 1) * pace_ms(priced, network)

@@ -6,6 +6,7 @@ it is tested against them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ from mpcache.model.rope import rope_tables, rotate
 from mpcache.model.shape import ModelShape
 from mpcache.model.weights import LayerWeights
 
+SCORED_ROWS = 256  # queries whose scores are computed at once
+
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
@@ -27,6 +30,7 @@ class Prefill:
     k, v: per layer (kv_heads, T, head_dim), keys rotated to their positions 0..T-1;
     q_window: per layer (heads, w, head_dim), the last w queries, rotated, with 1/sqrt(head_dim) in
     them; first_position: the position T - w of the first of them;
+    largest_scores: per layer, no less than any attention score in size, and exact from `exact_from` on;
     logits: (vocab,) after the last token, or (T, vocab) if all were asked for.
     """
 
@@ -35,6 +39,7 @@ class Prefill:
     q_window: tuple[Tensor, ...]
     first_position: int
     logits: Tensor
+    largest_scores: tuple[float, ...] = ()
 
     def last_queries(self, window: int) -> Prefill:
         """Return the same context as seen by its last `window` queries.
@@ -93,6 +98,24 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(0, 1).flatten(1)
 
 
+def largest_score(q: Tensor, k: Tensor, exact_from: float) -> float:
+    """Bound the size of all scores of q: (heads, T, d), scaled, with k: (kv_heads, T, d), causally.
+
+    The lengths of queries and keys bound it at no cost; from `exact_from` on it is computed.
+    """
+    parts = q.reshape(k.shape[0], -1, *q.shape[1:])  # (kv_heads, group, T, d)
+    longest_q, longest_k = (x.square().sum(-1).flatten(1).amax(1).sqrt() for x in (parts, k))
+    most = float((longest_q * longest_k).max())
+    if most < exact_from:
+        return most
+    most = 0.0
+    for first in range(0, k.shape[1], SCORED_ROWS):
+        last = min(first + SCORED_ROWS, k.shape[1])
+        scores = torch.matmul(parts[:, :, first:last], k[:, None, :last].transpose(-1, -2))
+        most = max(most, float(scores.tril_(first).abs().max()))
+    return most
+
+
 @torch.no_grad()
 def prefill(
     model: Model,
@@ -101,6 +124,7 @@ def prefill(
     *,
     window: int = 0,
     all_logits: bool = False,
+    exact_from: float = math.inf,
 ) -> Prefill:
     """Run the model over a context of T tokens.
 
@@ -116,6 +140,8 @@ def prefill(
         How many of the last queries to keep, 0..T (public).
     all_logits
         Whether to return the logits after every token, not after the last alone.
+    exact_from
+        From which size on `largest_scores` are computed, not bounded.
 
     Raises
     ------
@@ -138,7 +164,7 @@ def prefill(
     positions = torch.arange(length, device=device)
     tables = rope_tables(shape, positions) if shape.positions == "rope" else None
 
-    keys, values, queries = [], [], []
+    keys, values, queries, scores = [], [], [], []
     for stored in weights.layers:
         layer = stored.to(device)
         h = normalise(x, shape.norm_eps)
@@ -152,14 +178,14 @@ def prefill(
         x = x + feed_forward(normalise(x, shape.norm_eps), layer, shape)
         keys.append(k)
         values.append(v)
+        scores.append(largest_score(q, k, exact_from))
         queries.append(q[:, length - window :].clone())  # a view would keep all T queries alive
 
     last = normalise(x if all_logits else x[-1:], shape.norm_eps)
     lm_bias = None if weights.lm_bias is None else weights.lm_bias.to(device)
     logits = apply_linear(last, weights.lm_head.to(device), lm_bias)
-    return Prefill(
-        tuple(keys), tuple(values), tuple(queries), length - window, logits if all_logits else logits[0]
-    )
+    logits = logits if all_logits else logits[0]
+    return Prefill(tuple(keys), tuple(values), tuple(queries), length - window, logits, tuple(scores))
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

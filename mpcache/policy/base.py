@@ -118,6 +118,10 @@ class Policy(ABC):
         """
         return True
 
+    def heads_summed(self, shape: ModelShape) -> int:
+        """Return how many heads' scores are added before tokens are ranked by them."""
+        return 1
+
     def with_counts(self, counts: Sequence[int]) -> Policy:
         """Take announced counts as options, which `plan` checks: the plan is public then."""
         return self

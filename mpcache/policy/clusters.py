@@ -109,6 +109,9 @@ class Clustered(Policy):
         if self.refresh < 1:
             raise self.fail("refresh", "1 or more steps")
 
+    def heads_summed(self, shape: ModelShape) -> int:
+        return shape.group if self.gqa == "sum" else 1
+
     def leaders(self, layers: int) -> list[int]:
         """For each layer the one whose choice it uses."""
         leader = list(range(layers))

@@ -56,6 +56,9 @@ class Combined(Policy):
     def in_the_clear(self) -> bool:
         return self.first.in_the_clear or self.then.in_the_clear
 
+    def heads_summed(self, shape: ModelShape) -> int:
+        return self.then.heads_summed(shape)
+
     def plan(self, context: int, shape: ModelShape) -> CombinedPlan:
         first = self.first.plan(context, shape)
         layers = []

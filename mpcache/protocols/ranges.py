@@ -7,8 +7,9 @@ models come; the debug engine (mpcache.engines.checked) judges values by these s
 |---|---|---|
 | weights, keys, values, activations | size below 2^VALUE_BITS | operands' and small rings |
 | attended tokens of a query | at most LONGEST_ATTENDED | the sum of softmax's weights |
-| values in a weighted sum of n tokens | size below 2^5 | WEIGHTED_SUM_RING, with `weight_bits(n)` |
+| values in a weighted sum of n tokens | size below `largest_value(n)` | WEIGHTED_SUM_RING, `weight_bits(n)` |
 | attention scores | 7/8 of the size below LARGEST_SCORE | the histogram's buckets |
+| sums of g heads' scores (`gqa=sum`) | 7/8 of each one's size below LARGEST_RANK / g | SCORE_RING |
 | scores in a row of softmax | fewer than LONGEST_ROW | counted in 16 bits |
 | a score below its row's bound | less than FARTHEST_SCORE steps | windows of the exponential |
 | mean squares in a norm | 2^MEAN_SQUARE_LOW to 2^MEAN_SQUARE_HIGH | exponents that are told apart |
@@ -35,6 +36,7 @@ SELECTION_RING = 56  # scores to gather and softmax weights to scatter fit
 # Attention.
 SCORE_BITS = 13  # fraction bits of quantized scores, which are 7/8 of the scores: 1.4e-4 a step
 SCORE_RING = 24  # bits of the ring they live in: differences below 1024
+LARGEST_RANK = 512  # size of what scores are ranked by, so that differences are
 BUCKET_STEP = 2  # quantized scores per bucket of the histogram
 BUCKETS = 256
 LARGEST_SCORE = BUCKET_STEP * (BUCKETS // 2 - 1)  # |quantized score|: a bucket may come out one too low
@@ -59,6 +61,11 @@ STEP_BITS = 16  # fraction bits of an activation's step, when it multiplies
 GATE_RING = 32  # |gate * up| < 2^14 at 16 fraction bits
 
 BLUR_BITS = 9  # what a party learns is blurred with a standard deviation of 2^-9 (`Ops.reveal`)
+
+
+def largest_value(n: int) -> float:
+    """Return what the values of a weighted sum must stay below in size, with up to n tokens."""
+    return 2.0**5 if n > 1 << 11 else 2.0**16 / n
 
 
 def weight_bits(n: int) -> int:

@@ -17,9 +17,11 @@ from dataclasses import replace
 from typing import Any
 
 from mpcache.answer import TimedSession, answer
+from mpcache.choices import ProtocolName
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
 from mpcache.errors import LinkError
+from mpcache.limits import check_document, largest_score_held
 from mpcache.model.prefill import prefill
 from mpcache.rank import Rank
 from mpcache.report.account import Report
@@ -89,7 +91,11 @@ def _open_document(
     say(f"server: set-up: weights masked and opened in {duration(session.ms['setup'])}")
     start = time.perf_counter()
     window = facts.policy.window
-    prefilled = prefill(own.model, own.tokens, own.device, window=window)
+    held = largest_score_held(facts.policy, facts.shape)
+    prefilled = prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+    if facts.protocol != ProtocolName.STOCK:
+        tokens = resources.public.max_new_tokens
+        check_document(prefilled, facts.policy, facts.shape, facts.question, tokens)
     prefill_ms = 1000 * (time.perf_counter() - start)
     if facts.picked:
         say(f"server: {facts.picked}")

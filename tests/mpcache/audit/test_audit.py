@@ -35,7 +35,7 @@ def test_rows_hold_the_exact_cost() -> None:
         assert {
             "policy", "protocol", "network", "context_tokens", "kept_tokens", "attended_tokens",
             "rounds_per_token", "online_bytes_per_token", "offline_bytes_per_token",
-            "modelled_ms_per_token", "ratio_to_full", "leakage",
+            "modelled_ms_per_token", "total_ms_per_token", "ratio_to_full", "leakage",
         } <= set(row)  # fmt: skip
         if row["policy"] == "full":
             assert row["ratio_to_full"] == 1 and row["kept_tokens"] == row["attended_tokens"] == 200
@@ -61,6 +61,29 @@ def test_parts_add_up(protocol: str) -> None:
     assert [part["layer"] for part in by_layer["layers"]] == list(range(6))
     assert all(isinstance(part["shares_selection"], bool) for part in by_layer["layers"])
     assert {"embed", "softmax", "lm_head"} <= {part["op"] for part in by_op["ops"]}
+
+
+def test_a_token_takes_as_long_as_the_dealer_s_part_of_it() -> None:
+    flags = ["--shape", "llama-2-7b", "--context", "2048", "--policy", "full", "--policy", "quest"]
+    full, quest = result_of(*flags, "--network", "wan")["rows"]
+    for row in (full, quest):
+        assert row["offline_transfer_ms"] > row["modelled_ms_per_token"]
+        assert row["total_ms_per_token"] == row["offline_transfer_ms"]
+    ratio = quest["total_ms_per_token"] / full["total_ms_per_token"]
+    assert quest["ratio_to_full"] == pytest.approx(ratio, rel=1e-3) and ratio > 3
+    table = run(*flags, "--network", "wan").stdout
+    assert re.search(r"wan +dealer +ratio", table) and duration(full["total_ms_per_token"]) in table
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [({"model": "demo"}, None), ({"model": "gpt2"}, "gpt2"), ({}, "a model that its file does not name")],
+)
+def test_accuracy_of_another_model_says_so(about: dict[str, str], says: str | None, tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps(about | {"rows": [{"policy": "full", "accuracy": 1}]}))
+    done = run("--quality", str(tmp_path / "q.json"), *SMALL, "--json")
+    assert [point["accuracy_of"] for point in json.loads(done.stdout)["quality_points"]] == [says] * 2
+    assert (says is None) == ("the accuracy is that of" not in done.stderr)
 
 
 def test_all_policies_by_default_and_a_mean_over_an_answer() -> None:
@@ -149,7 +172,13 @@ def test_explain_names_every_opening() -> None:
     ("arguments", "words"),
     [
         (["--shape", "gpt5"], "--shape gpt5: no such folder, nor one of demo, gpt2"),
-        (["--context", "5000"], "beyond the model, which takes up to 1024"),
+        (
+            ["--context", "5000"],
+            "beyond the model, which takes up to 1006 tokens besides question and answer (18)",
+        ),
+        (["--shape", "gpt2", "--context", "1024"], "takes up to 1006"),
+        (["--context", "1007"], "takes up to 1006"),
+        (["--context", "1000", "--new-tokens", "10"], "takes up to 998"),
         (["--shape", "gpt2", "--context", "5000"], "beyond the model"),
         (["--context", "0"], "is not a number of tokens"),
         (["--context", "many"], "is not a number of tokens"),
@@ -235,7 +264,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "accuracy": accuracy, "ci95": [accuracy - 0.1, accuracy], "n": 50, "engine": "plain"}
         for policy, budget, accuracy in [("full", 100, 0.99), ("mpcache", 40, 0.8), ("mpcache", 60, 0.95)]
     ]  # fmt: skip
-    (folder / "q.json").write_text(json.dumps({"rows": quality}))
+    (folder / "q.json").write_text(json.dumps({"model": "demo", "rows": quality}))
     done = run(
         "--context", "100,200", "--policy", "full", "--policy", "mpcache", "--report", str(folder / "r.html"),
         "--quality", str(folder / "q.json"), "--protocol", "fast",

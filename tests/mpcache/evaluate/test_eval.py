@@ -242,7 +242,7 @@ def test_json(run_here: Run, tmp_path: Path) -> None:
     # The audit reads what this prints.
     saved = tmp_path / "quality.json"
     saved.write_text(out)
-    assert read_quality(saved) == rows
+    assert read_quality(saved) == ("demo", rows)
 
 
 def test_what_people_see(run_here: Run) -> None:

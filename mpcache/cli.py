@@ -15,9 +15,9 @@ from rich.table import Table
 
 from mpcache.answer import PlainAnswer, plain_answer
 from mpcache.audit.audit_command import audit
-from mpcache.config import PublicConfig, Settings, load_settings
+from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
 from mpcache.console import terminal
-from mpcache.console.inputs import read_question, read_text
+from mpcache.console.inputs import check_stdin, read_question, read_text
 from mpcache.console.options import (
     ConfigOption,
     ContextOption,
@@ -70,7 +70,7 @@ class Inquiry:
     """What is asked of whom. context, question: token ids."""
 
     model: Path
-    context_file: Path
+    context_text: str
     question_text: str
     shape: ModelShape
     tokenizer: Tokenizer
@@ -86,8 +86,9 @@ class Inquiry:
         """Read everything but the weights; raises BadInput before any process is started."""
         folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
         shape, tokenizer = load_shape(folder), load_tokenizer(folder)
-        ids = tokenizer.encode(read_text(file), bos=True), tokenizer.encode(question, bos=False)
-        return Inquiry(folder, file, question, shape, tokenizer, *ids, sampling, stop_at_eos)
+        text = read_text(file)  # once: it may be a pipe
+        ids = tokenizer.encode(text, bos=True), tokenizer.encode(question, bos=False)
+        return Inquiry(folder, text, question, shape, tokenizer, *ids, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
@@ -103,7 +104,7 @@ class Inquiry:
         """Run three processes, and return their reports. every: flags that all of them get."""
         sampling = self.sampling
         flags = {
-            Rank.SERVER: ["--model", str(self.model), "--context", str(self.context_file)],
+            Rank.SERVER: ["--model", str(self.model)],
             Rank.CLIENT: [
                 f"--temperature={sampling.temperature}",
                 f"--top-p={sampling.top_p}",
@@ -112,7 +113,8 @@ class Inquiry:
             ],
         }
         flags = {rank: [*flags.get(rank, ()), *every] for rank in Rank}
-        return run_parties(settings, flags, self.question_text, say, on_token)
+        texts = {Rank.SERVER: self.context_text, Rank.CLIENT: self.question_text}
+        return run_parties(settings, flags, texts, say, on_token)
 
     def plain(self, public: PublicConfig) -> PlainAnswer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,10 +154,11 @@ def generate(
 
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
-    settings = _settings(config, policy, protocol, network, max_new_tokens, reveal)
+    settings = load_settings(config, _overrides(policy, protocol, network, max_new_tokens, reveal))
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
+    check_stdin(context, question_file)
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
     inquiry = Inquiry.read(model, context, text, sampling, stop_at_eos)
     bound = inquiry.bind(settings.public)
@@ -212,10 +215,12 @@ def compare(
     """Compare private with plaintext, per policy and protocol: latency, rounds, bytes, agreement."""
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
+    check_stdin(context, question_file)
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
     inquiry = Inquiry.read(model, context, text, sampling, stop_at_eos)
+    agreed = load_settings(config)  # once: it may be a pipe
     chosen = [
-        _settings(config, one, way, network, max_new_tokens, reveal)
+        with_overrides(agreed, _overrides(one, way, network, max_new_tokens, reveal))
         for way in protocol or (None,)
         for one in policy or ("full", None)
     ]
@@ -270,20 +275,16 @@ def policies(as_json: JsonOption = False) -> None:
     )
 
 
-def _settings(
-    config: Path | None, policy: str | None, protocol: str | None, network: str | None, tokens: int | None,
-    reveal: str | None,
-) -> Settings:  # fmt: skip
-    return load_settings(
-        config,
-        {
-            "public.policy": policy,
-            "public.protocol": protocol,
-            "public.network": network,
-            "public.max_new_tokens": tokens,
-            "public.reveal": reveal,
-        },
-    )
+def _overrides(
+    policy: str | None, protocol: str | None, network: str | None, tokens: int | None, reveal: str | None
+) -> dict[str, Any]:
+    return {
+        "public.policy": policy,
+        "public.protocol": protocol,
+        "public.network": network,
+        "public.max_new_tokens": tokens,
+        "public.reveal": reveal,
+    }
 
 
 def _entry(name: str, text: str) -> None:

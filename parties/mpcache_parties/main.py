@@ -53,7 +53,7 @@ def party(
         Path | None, typer.Option(help="Server: a Hugging Face folder. [the demo model]")
     ] = None,
     context: Annotated[
-        Path | None, typer.Option(help="Server: the document, a text file. [the demo's]")
+        Path | None, typer.Option(help="Server: the document, a text file, or - for stdin. [the demo's]")
     ] = None,
     question: Annotated[str | None, typer.Option(help="Client: the question. [the demo's]")] = None,
     question_file: Annotated[

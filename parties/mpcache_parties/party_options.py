@@ -108,8 +108,9 @@ class PartyOptions:
         """
         top_p = 1.0 if self.top_p is None else self.top_p
         found = Sampling(self.temperature or 0.0, top_p, self.seed or 0)
-        if self.events and str(self.question_file) == "-":
-            raise BadInput("--events and --question-file -: both want stdin")
+        for flag, file in (("question-file", self.question_file), ("context", self.context)):
+            if self.events and str(file) == "-":
+                raise BadInput(f"--events and --{flag} -: both want stdin")
         return found
 
     def checkpointer(self) -> Checkpointer:

@@ -189,7 +189,7 @@ def generate(
         _write("\n")
     _entry("Plaintext", text if text.endswith("\n") else text + "\n")
     _write("\n")
-    out.print(card(run))
+    terminal.print_table(out, card(run))
 
 
 @app.command()
@@ -236,7 +236,7 @@ def compare(
     if as_json:
         print(json.dumps({"runs": runs}))
     else:
-        out.print(comparison(runs))
+        terminal.print_table(out, comparison(runs))
 
 
 @app.command()
@@ -268,7 +268,7 @@ def policies(as_json: JsonOption = False) -> None:
         leaks = cls.leaks + (f"; {cls.may_leak}" if cls.may_leak else "")
         about = f"[bold]{name}[/]: {cls.source}\nneeds {cls.needs}"
         table.add_row(about, runs, side, leaks, ", ".join(options) or "none")
-    out.print(table)
+    terminal.print_table(out, table)
     out.print(
         "Write NAME or NAME:key=value,... A budget is a count, or a ratio with a point: 0.25.\n"
         "A|B: A evicts the context once, B selects from what is left at every step: 'snapkv:cap=256|quest'."

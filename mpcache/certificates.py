@@ -1,15 +1,18 @@
 """Make and read who a party is: a key that never leaves it, and a certificate that the others pin.
 
 A certificate is signed by its own key and names the rank. Nobody vouches for it: the pins in the config
-(`certificates`) say that it is the right one, so there is no authority that could be fooled. Keys are ECDSA
-on P-256, because gRPC's TLS does not take Ed25519.
+(`certificates`) say that it is the right one, so there is no authority that could be fooled, and a pin is
+taken back by removing it: certificates never expire. TLS finds a pinned certificate by its subject, so a
+subject holds the key's digest beside the rank. Keys are ECDSA on P-256, because gRPC's TLS does not take
+Ed25519.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -21,8 +24,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from mpcache.errors import ConfigError
 from mpcache.rank import Rank
 
-VALID = timedelta(days=3650)
-SKEW = timedelta(days=1)  # clocks of three hosts differ
+# The widest dates that a certificate can say (RFC 5280, 4.1.2.5): what a clock shows is no reason to refuse.
+FIRST_DAY = datetime(1970, 1, 1, tzinfo=UTC)
+LAST_DAY = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 KEY_MODE = 0o600
 
 
@@ -42,16 +46,19 @@ class Identity:
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write both files; only the owner can read the key's. Raises ConfigError, also when there is one."""
         key, certificate = self.files(folder, self.rank)
+        made: list[Path] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if there := [file.name for file in (key, certificate) if os.path.lexists(file)]:
+                what = f"holds an identity of the {self.rank.label} already ({' and '.join(there)})"
+                raise ConfigError(f"{folder}: {what}; give another folder with --out, or move it away")
             for file, data, mode in ((key, self.key, KEY_MODE), (certificate, self.certificate, 0o644)):
-                if file.exists():
-                    raise FileExistsError
                 with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as out:
+                    made.append(file)
                     out.write(data)
-        except FileExistsError:
-            raise ConfigError(f"{folder}: holds an identity of the {self.rank.label} already") from None
         except OSError as error:
+            for file in made:  # half an identity would be taken for one
+                file.unlink(missing_ok=True)
             raise ConfigError(f"{folder}: cannot be written: {error.strerror}") from None
         return key, certificate
 
@@ -81,19 +88,28 @@ class Identity:
         return Identity(rank, found[0], found[1])
 
 
-def make_identity(rank: Rank) -> Identity:
+def make_identity(rank: Rank, begins: datetime = FIRST_DAY, ends: datetime = LAST_DAY) -> Identity:
     """Make a new key from the system's entropy, and its certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host_of(rank))])
-    now = datetime.now(UTC)
+    public = key.public_key()
+    key_id = x509.SubjectKeyIdentifier.from_public_key(public)
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.COMMON_NAME, host_of(rank)),
+            x509.NameAttribute(NameOID.SERIAL_NUMBER, key_id.digest.hex()),
+        ]
+    )
     usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(key_id)
     certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - SKEW)
-        .not_valid_after(now + VALID)
+        x509.CertificateBuilder(name, name, public, x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(ends)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(host_of(rank))]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(key_id, critical=False)
+        .add_extension(authority, critical=False)
         .sign(key, hashes.SHA256())
     )
     pem = key.private_bytes(
@@ -111,6 +127,29 @@ def rank_of(certificate: x509.Certificate) -> Rank | None:
     """Return the rank that a certificate names; None for a foreign one."""
     names = {attribute.value for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)}
     return next((rank for rank in Rank if host_of(rank) in names), None)
+
+
+def dates_refuse(certificate: x509.Certificate) -> str | None:
+    """Say why this machine's clock makes TLS refuse a certificate; None if it does not."""
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    now = datetime.now(UTC)
+    if begins <= now <= ends:
+        return None
+    times = [f"{time:%Y-%m-%d %H:%M}" for time in (begins, ends, now)]
+    return f"is valid from {times[0]} to {times[1]} UTC, and it is {times[2]} here"
+
+
+def shared_name(certificates: Sequence[x509.Certificate]) -> str | None:
+    """Say which of a rank's certificates TLS cannot tell apart, as 0.1.0 made them; None if it can."""
+    subjects = [each.subject for each in certificates]
+    alike = [each for each in certificates if subjects.count(each.subject) > 1]
+    if not alike:
+        return None
+    prints = " and ".join(short_fingerprint(fingerprint(each)) for each in alike)
+    return (
+        f"{prints} share a name, as mpcache 0.1.0 made them, and TLS takes the first alone; "
+        "make new ones with mpcache-party keygen, and pin them with --replace in every config"
+    )
 
 
 def certificates_in(pem: str) -> list[x509.Certificate]:

@@ -86,9 +86,11 @@ class Inquiry:
         """Read everything but the weights; raises BadInput before any process is started."""
         folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
         shape, tokenizer = load_shape(folder), load_tokenizer(folder)
+        most = shape.max_positions
         text = read_text(file)  # once: it may be a pipe
-        ids = tokenizer.encode(text, bos=True), tokenizer.encode(question, bos=False)
-        return Inquiry(folder, text, question, shape, tokenizer, *ids, sampling, stop_at_eos)
+        document = tokenizer.encode_within(text, True, most, "the context")
+        asked = tokenizer.encode_within(question, False, most, "the question")
+        return Inquiry(folder, text, question, shape, tokenizer, document, asked, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)

@@ -54,7 +54,7 @@ CATALOG: Mapping[RequestKind, ProtocolEntry] = {
         "reciprocal.power", "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
     ),
     RequestKind.BLUR: ProtocolEntry(
-        "noise of the other party's on what one party learns", "linear.blur", "2^-11 standard deviation",
+        "noise of the other party's on what one party learns", "linear.blur", "2^-9 standard deviation",
         "so that a secret factor's step does not show",
     ),
     RequestKind.COMPARE: ProtocolEntry(
@@ -78,7 +78,7 @@ CATALOG: Mapping[RequestKind, ProtocolEntry] = {
     ),
     RequestKind.EXP: ProtocolEntry(
         "exponential by one key tree per element", "softmax.exp",
-        "1.4e-4 relative and 2e-6, zero below e^-16 to e^-18.3", "one key tree with a payload",
+        "1.8e-4 relative and 1.2e-7, zero below e^-18.3 to e^-20.6", "one key tree with a payload",
     ),
     RequestKind.ACTIVATION: ProtocolEntry(
         "activation as a sum of sines, with its truncation", "activation.activate", "1.5e-4 abs(x up)",

@@ -10,6 +10,8 @@ from pathlib import Path
 from mpcache.demo import DEMO
 from mpcache.errors import BadInput, TextError
 
+LARGEST_TEXT = 64 << 20  # bytes
+
 
 def demo_question() -> str:
     """Return the question that comes with the demo document."""
@@ -64,15 +66,24 @@ def check_stdin(*files: Path | None) -> None:
 
 
 def _read(path: Path) -> str:
+    """Read a file once its first bytes and its size say that it may be a text. Raises TextError."""
     try:
         if str(path) == "-":
-            return _decode("stdin", sys.stdin.buffer.read())
-        return _decode(str(path), path.read_bytes())
+            return _decode("stdin", sys.stdin.buffer.read(LARGEST_TEXT + 1))
+        with path.open("rb") as file:
+            data = file.read(4096)
+            if b"\0" not in data:  # else it is no text: the rest is not read
+                data += file.read(LARGEST_TEXT + 1 - len(data))
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}") from None
+    return _decode(str(path), data)
 
 
 def _decode(name: str, data: bytes) -> str:
+    if len(data) > LARGEST_TEXT:
+        raise TextError(f"{name}: is larger than {LARGEST_TEXT >> 20} MiB, more than any model reads")
+    if b"\0" in data[:4096]:
+        raise TextError(f"{name}: is not a text file in UTF-8")
     try:
         return _same_for_all(data.decode("utf-8"))
     except UnicodeDecodeError:

@@ -190,7 +190,8 @@ class FastOps(Engine[Share, MaskedOperand]):
         """Open to one party. One round.
 
         Products are blurred by the other party (`blur`): a logit is a whole number of 2^-18 / rms, so
-        that exact logits would tell the last hidden state's root mean square, which is no public size.
+        that exact logits would tell the last hidden state's root mean square, which is no public size. The
+        blur hides it in one step of one session: docs/threat-model.md says what repeated questions tell.
         """
         # Whole bytes, all of them significant: the recipient sees a share that is uniform.
         spare = -(x.ring - max(0, x.bits - self.bits)) % 8

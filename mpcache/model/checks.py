@@ -3,6 +3,28 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+
+LARGEST_FILE = 64 << 20  # bytes of a config, an index or a tokenizer
+_KINDS = {b"GGUF": "a GGUF file", b"PK\3\4": "a zip file", b"\x80": "a pickle", b"\x1f\x8b": "a gzip file"}
+
+
+def read_small_file(file: Path) -> bytes:
+    """Read a text file of a model folder, once its first bytes and its size say that it may be one.
+
+    Raises OSError, or ValueError, which says what the file is instead.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(256)
+        for magic, kind in _KINDS.items():
+            if start.startswith(magic):
+                raise ValueError(f"it is {kind}")
+        if b"\0" in start:
+            raise ValueError("it is a binary file")
+        size = file.stat().st_size
+        if size > LARGEST_FILE:
+            raise ValueError(f"it has {size >> 20} MiB; such a file has at most {LARGEST_FILE >> 20}")
+        return start + opened.read()
 
 
 def check_whole(name: str, value: object) -> int:

@@ -114,6 +114,7 @@ class StoredLinear:
 class Family:
     """What one architecture does its own way. In tensor names, {} is the layer's number."""
 
+    model_type: str  # what `transformers` goes by
     read: Callable[[ConfigValues], ModelShape]  # raises ModelError or ValueError
     prefix: str  # stands before all names but the head's; some checkpoints leave it out
     inputs_first: bool  # linears are stored (inputs, outputs)
@@ -132,9 +133,28 @@ def family_of(values: ConfigValues) -> Family:
         raise ModelError(f"{values.source}: architectures must be one name in a list; supported: {known}")
     if names[0] not in FAMILIES:
         raise ModelError(f"{values.source}: {shorten(names[0])} is not supported; supported: {known}")
+    family = FAMILIES[names[0]]
+    kind = values.get("model_type", family.model_type)
+    if kind != family.model_type:
+        raise ModelError(
+            f"{values.source}: model_type {shorten(kind)} is not that of {names[0]}, {family.model_type}; "
+            "use the config.json that came with the model"
+        )
     if values.get("quantization_config") is not None:
         raise ModelError(f"{values.source}: quantized checkpoints are not supported; use the float one")
-    return FAMILIES[names[0]]
+    for key, usual in _FIXED.items():
+        if values.get(key, usual) != usual:
+            raise ModelError(
+                f"{values.source}: {key} {shorten(values.get(key))} is not supported; leave it out"
+            )
+    return family
+
+
+# Keys of any family that would change what is computed, and the one value that each may have.
+_FIXED: Mapping[str, Any] = {
+    "is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False,
+    "per_layer_config": {}, "transformers_weights": None,
+}  # fmt: skip
 
 
 def shape_from_config(config: Mapping[str, Any], source: str = "config.json") -> ModelShape:
@@ -169,7 +189,11 @@ def _read_rope(values: ConfigValues) -> tuple[float, RopeScaling | None]:
             given.number("factor"),
             given.number("low_freq_factor"),
             given.number("high_freq_factor"),
-            given.whole("original_max_position_embeddings", values.whole("max_position_embeddings")),
+            # A value beside the table goes before the table's own.
+            values.whole(
+                "original_max_position_embeddings",
+                given.whole("original_max_position_embeddings", values.whole("max_position_embeddings")),
+            ),
         )
     elif kind != "default":
         known = ", ".join(("default", *ROPE_SCALINGS))
@@ -188,11 +212,32 @@ def _no_window(values: ConfigValues) -> int | None:
 
 
 def _always_window(values: ConfigValues) -> int | None:
-    return values.whole("sliding_window") if values.get("sliding_window") is not None else None
+    """Read the window of every layer: null says that there is none, a missing key 4096."""
+    if "sliding_window" in values.values and values.get("sliding_window") is None:
+        return None
+    return values.whole("sliding_window", 4096)
 
 
 def _switched_window(values: ConfigValues) -> int | None:
-    return _always_window(values) if values.flag("use_sliding_window", False) else None
+    """Read the window of the layers that have one: those from `max_window_layers` on, or by `layer_types`."""
+    layers = values.whole("num_hidden_layers")
+    window = _always_window(values) if values.flag("use_sliding_window", False) else None
+    kinds = values.get("layer_types")
+    if kinds is None:
+        return window if _first_window(values) < layers else None
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise ModelError(f"{values.source}: layer_types must list one of {', '.join(known)} for each layer")
+    if "sliding_attention" not in kinds:
+        return None
+    if window is None:
+        raise ModelError(f"{values.source}: layer_types has sliding_attention, and no window is switched on")
+    return window
+
+
+def _first_window(values: ConfigValues) -> int:
+    """Read the first layer that has a window; 0 is one."""
+    return 0 if values.get("max_window_layers") == 0 else values.whole("max_window_layers", 28)
 
 
 def _llama_like(
@@ -200,11 +245,13 @@ def _llama_like(
     qkv_bias: bool | str = False,
     o_bias: bool | str = False,
     mlp_bias: bool | str = False,
+    kv_heads: int | None = None,
 ) -> Callable[[ConfigValues], ModelShape]:
     """Make the reader of a Llama relative.
 
     window: reads the sliding window in tokens; None: there is none. Each bias is a constant or the key
-    of the flag that decides it.
+    of the flag that decides it.  kv_heads: how many there are where config.json has no such key; None, and
+    where it says null: as many as heads.
     """
 
     def read(values: ConfigValues) -> ModelShape:
@@ -218,13 +265,14 @@ def _llama_like(
             raise ModelError(
                 f"{values.source}: without head_dim, {heads} heads must divide hidden_size {width}"
             )
+        grouped = heads if "num_key_value_heads" in values.values or kv_heads is None else kv_heads
         rope_theta, rope_scaling = _read_rope(values)
         bos_id, eos_ids = _read_special_tokens(values, vocab)
         return ModelShape(
             layers=values.whole("num_hidden_layers"),
             width=width,
             heads=heads,
-            kv_heads=values.whole("num_key_value_heads", heads),
+            kv_heads=values.whole("num_key_value_heads", grouped),
             head_dim=values.whole("head_dim", width // heads),
             ffn=values.whole("intermediate_size"),
             vocab=vocab,
@@ -246,9 +294,28 @@ def _llama_like(
     return read
 
 
+# Names that other families use, which GPT-2's config.json may have in place of its own.
+_GPT2_NAMES = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
+
+
+def _with_gpt2_names(values: ConfigValues) -> ConfigValues:
+    """Give each value its own name. Raises ModelError where a value stands under both, and differs."""
+    renamed = dict(values.values)
+    for other, own in _GPT2_NAMES.items():
+        found = values.get(other)
+        if found is not None and values.get(own, found) != found:
+            raise ModelError(f"{values.source}: {other} and {own} differ, and mean the same; leave one out")
+        if found is not None:
+            renamed[own] = found
+    return ConfigValues(renamed, values.source)
+
+
 def _read_gpt2(values: ConfigValues) -> ModelShape:
-    for key, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
-                       ("add_cross_attention", False)):  # fmt: skip
+    values = _with_gpt2_names(values)
+    for key, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
         if values.flag(key, usual) != usual:
             raise ModelError(f"{values.source}: {key} {str(not usual).lower()} is not supported")
     width, heads, vocab = values.whole("n_embd"), values.whole("n_head"), values.whole("vocab_size")
@@ -282,6 +349,7 @@ def _read_gpt2(values: ConfigValues) -> ModelShape:
 
 
 _LLAMA = Family(
+    model_type="llama",
     read=_llama_like(_no_window, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
     prefix="model.",
     inputs_first=False,
@@ -299,6 +367,7 @@ _LLAMA = Family(
     },
 )
 _GPT2 = Family(
+    model_type="gpt2",
     read=_read_gpt2,
     prefix="transformer.",
     inputs_first=True,
@@ -317,7 +386,11 @@ _GPT2 = Family(
 )
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": dataclasses.replace(_LLAMA, read=_llama_like(_always_window)),
-    "Qwen2ForCausalLM": dataclasses.replace(_LLAMA, read=_llama_like(_switched_window, qkv_bias=True)),
+    "MistralForCausalLM": dataclasses.replace(
+        _LLAMA, model_type="mistral", read=_llama_like(_always_window, kv_heads=8)
+    ),
+    "Qwen2ForCausalLM": dataclasses.replace(
+        _LLAMA, model_type="qwen2", read=_llama_like(_switched_window, qkv_bias=True, kv_heads=32)
+    ),
     "GPT2LMHeadModel": _GPT2,
 }

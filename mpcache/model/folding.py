@@ -24,17 +24,22 @@ _Pair = tuple[Tensor, Tensor | None]  # a matrix and its bias, or a norm's gain 
 
 
 def read_folded(tensors: TensorFiles, family: Family, shape: ModelShape, tied: bool) -> Weights:
-    """Read all weights of a checkpoint and fold them; tied: its head is the embedding. Raises ModelError.
+    """Read all weights of a checkpoint and fold them. Raises ModelError.
 
+    tied: head and embedding are one matrix, if no more than one is stored; two that are stored stay two.
     A checkpoint's digest depends on the order of the reads.
     """
     reader = _FoldingReader(tensors, family, shape)
-    embed = tensors.read(f"{family.embed}.weight", shape.vocab, shape.width)
+    embedding, output = f"{family.embed}.weight", "lm_head.weight"
+    if tied and embedding not in tensors and output in tensors:
+        embedding = output
+    embed = tensors.read(embedding, shape.vocab, shape.width)
     positions = None
     if family.positions:
         positions = tensors.read(f"{family.positions}.weight", shape.max_positions, shape.width)
     layers = tuple(reader.layer(number) for number in range(shape.layers))
-    head = embed if tied else tensors.read("lm_head.weight", shape.vocab, shape.width)
+    alone = embedding == output or (tied and output not in tensors)
+    head = embed if alone else tensors.read(output, shape.vocab, shape.width)
     lm_head, lm_bias = _fold((head.T, None), reader.norm(family.norms[2]))
     return Weights(
         reader.centre(embed),

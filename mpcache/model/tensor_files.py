@@ -12,15 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpcache.errors import ModelError
-from mpcache.model.checks import first_words, shorten
+from mpcache.model.checks import first_words, read_small_file, shorten
 
+_COMPILED = "_orig_mod."  # before all names of a compiled module: nobody takes it off
 READABLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises ModelError."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(read_small_file(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read as JSON: {first_words(error)}") from error
     if not isinstance(data, dict):
@@ -31,7 +32,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 class TensorFiles:
     """The tensors of a folder by name, each checked and digested as it is read.
 
-    folder: holds model.safetensors, or shards with their index, or any other *.safetensors.
+    folder: holds model.safetensors, or shards with their index; where it has both, the one file counts.
     prefix: stands before the stored names and is taken off.
     digest: takes the bytes of what is read.
     """
@@ -46,7 +47,15 @@ class TensorFiles:
                 names = list(opened.keys())
             except (OSError, SafetensorError, ValueError) as error:
                 raise ModelError(f"{file}: cannot be read as safetensors: {first_words(error)}") from error
-            self._file_of |= {name.removeprefix(prefix): (opened, name) for name in names}
+            for stored in names:
+                name = stored.removeprefix(prefix)
+                if name in self._file_of:
+                    raise ModelError(f"{file}: tensor {shorten(stored)} is there twice; copy the files again")
+                self._file_of[name] = opened, stored
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor `name`."""
+        return name in self._file_of
 
     def read(self, name: str, *size: int) -> Tensor:
         """Read the stored tensor `name` of exactly this size, as float32, laid out as the file has it.
@@ -54,7 +63,11 @@ class TensorFiles:
         Raises ModelError when it is missing, of another size or dtype, or not finite.
         """
         if name not in self._file_of:
-            raise ModelError(f"{self._folder}: tensor {name} is missing; the files do not match config.json")
+            compiled = any(stored.startswith(_COMPILED) for stored in self._file_of)
+            why = f"save the model without the {_COMPILED} of torch.compile" if compiled else (
+                "the files do not match config.json"
+            )  # fmt: skip
+            raise ModelError(f"{self._folder}: tensor {name} is missing; {why}")
         file, stored = self._file_of[name]
         try:
             found = tuple(file.get_slice(stored).get_shape())
@@ -81,12 +94,16 @@ class TensorFiles:
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     whole = folder / "model.safetensors"
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: holds an adapter; merge it into its model, and save that")
+    if whole.is_file():
+        return [whole]
     if index.is_file():
         return _shards(folder, index)
-    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: no *.safetensors in it; other weight formats are not supported")
-    return files
+    raise ModelError(
+        f"{folder}: no model.safetensors in it, nor shards with a {index.name}; other weight files are not "
+        "supported"
+    )
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import tokenizers
 
-from mpcache.errors import ModelError, MpcacheError
+from mpcache.errors import BadInput, ModelError, MpcacheError
+from mpcache.model.checks import read_small_file
 
+_TRIED = 16  # characters for each token that fits: where a text has more, its beginning is counted first
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token that stands for one raw byte (byte fallback)
 
 
@@ -78,19 +80,41 @@ class Tokenizer:
         if not file.is_file():
             raise ModelError(f"{folder}: no tokenizer.json in it; save the fast tokenizer of the model there")
         try:
-            content = file.read_bytes()
+            content = read_small_file(file)
             inner = parse_tokenizer(content)
-        except (OSError, LibraryError) as error:
+        except (OSError, ValueError, LibraryError) as error:
             raise ModelError(f"{file}: cannot be read as a tokenizer: {error}") from error
         return Tokenizer(inner, vocab, bos_id, hashlib.sha256(content).hexdigest())
 
     @property
     def adds_bos(self) -> bool:
         """Whether the tokenizer's own post-processor starts a text with the BOS token."""
-        return self.bos_id is not None and self.bos_id in self._inner.encode("").ids[:1]
+        return self.bos_id is not None and self.bos_id in self._begins()[:1]
+
+    def _begins(self) -> list[int]:
+        """Return the tokens that the tokenizer's own post-processor puts before a text."""
+        encoded = self._inner.encode("a")
+        added = encoded.special_tokens_mask
+        return list(encoded.ids[: added.index(0) if 0 in added else len(added)])
+
+    def encode_within(self, text: str, bos: bool, most: int, what: str) -> list[int]:
+        """Encode a text of at most `most` tokens. Raises BadInput, which names it `what`; see `encode`.
+
+        A text that is far longer is refused by its beginning, so that its length costs nothing.
+        """
+        size = _TRIED * (most + 1)
+        while size < len(text):
+            # A token's length in the beginning may differ where it was cut, and nowhere else by much.
+            if len(self.encode(text[:size], bos)) > most + most // 8 + 8:
+                raise BadInput(f"{what} has more than {most} tokens, the model allows {most}; shorten it")
+            size *= 2
+        ids = self.encode(text, bos)
+        if len(ids) > most:
+            raise BadInput(f"{what} has {len(ids)} tokens, the model allows {most}; shorten it")
+        return ids
 
     def encode(self, text: str, bos: bool) -> list[int]:
-        """Encode `text` as token ids, with the BOS token before them iff `bos` (if the model has one).
+        """Encode `text` as token ids; iff `bos`, a text begins as the tokenizer's post-processor says.
 
         There is exactly one BOS: a text that begins with its spelling gets no second. Raises ModelError
         for a token that the model has no embedding for, or a text that is not Unicode.
@@ -98,10 +122,11 @@ class Tokenizer:
         try:
             with _library():  # lone surrogates, and whatever else it cannot take
                 ids = self._inner.encode(text, add_special_tokens=False).ids
+                first = self._begins() if bos else []
         except LibraryError as error:
             raise ModelError(f"the text cannot be tokenized: {error}") from error
-        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids = [self.bos_id, *ids]
+        if ids[: len(first)] != first:
+            ids = first + ids
         if ids and max(ids) >= self.vocab:
             limit = f"beyond the model's {self.vocab} tokens"
             raise ModelError(f"the text holds token {max(ids)}, {limit}; use the model's own tokenizer.json")

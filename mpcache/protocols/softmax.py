@@ -3,7 +3,7 @@
 1. An upper bound of the maximum, at most 4.6 above it, from unary histograms (two rounds).
 2. exp by one key tree per element (one round): with d opened as d + r, e^-d is e^r, which the
    dealer knows, times e^-(d+r), which is public; the tree tells which of the two wraps happened and
-   cuts off at e^-16 to e^-18.
+   cuts off at e^-18.3 to e^-20.6.
 The division is deferred past the product with the values.
 """
 
@@ -34,7 +34,7 @@ from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, o
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
 
-_KEY_BITS, _PUBLIC_BITS = 43, 19  # fraction bits of e^(r - window) and of e^-(d + r)
+_KEY_BITS, _PUBLIC_BITS = 40, 22  # fraction bits of e^(r - window) and of e^-(d + r)
 
 
 def quantize_scores(scores: Share) -> Share:
@@ -72,8 +72,8 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
 def exp(side: Side, d: Share) -> Program[Share]:
     """Compute e^-d of a narrow d > 0 with 62 fraction bits. One round.
 
-    It is zero from 18.3 on, and from 16 on at times. Relative error 3e-6, and 2e-6 absolute: the two
-    factors' bits; the grid adds 1.4e-4 relative. d < FARTHEST_SCORE.
+    It is zero from 20.6 on, and from 18.3 on at times. Relative error 4.4e-5, and 1.2e-7 absolute: the two
+    factors' bits, without bias down to e^-15; the grid adds 1.4e-4 relative. d < FARTHEST_SCORE.
     """
     n = math.prod(d.shape)
     keys = KeyShape(n, COMPARED_BITS + WINDOWS_BITS, start=WINDOWS_BITS)
@@ -91,18 +91,20 @@ def exp(side: Side, d: Share) -> Program[Share]:
     request = Request(RequestKind.EXP, (Part((n,)), seeds), (words, bit_parts), derive, keys.work(points=2))
     r, own, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(d.data.reshape(n) + r, WINDOW_BITS + WINDOWS_BITS, "masked for exp"))
-    c = (c & whole).unsqueeze(-1)
-    # d lies in the window if c and r share their top bits (then c's low bits are not below r's, for d is
-    # not negative), or if c's top bits are one higher and its low bits are below r's. Leading bits tell:
-    # where they are equal d is small in the first case, and at the window's end in the second.
-    same, under = dcf.dcf_eval(keys, side.number, own, cw, cb, c >> rest)
-    before = ((c - (1 << WINDOW_BITS)) & whole) >> rest
-    _, wrapped = dcf.dcf_eval(keys, side.number, own, cw, cb, before)
     bits = _KEY_BITS + _PUBLIC_BITS
     if c.is_meta:
         return Share(torch.empty_like(d.data), bits)
+    c = (c & whole).unsqueeze(-1)
+    # d lies in the window if c and r share their top bits, or if c's top bits are one higher and its low bits
+    # are not above r's. Leading bits tell. Where these are equal in the second case d is about a window, on
+    # either side of its end: the formula holds on both.
+    same, _ = dcf.dcf_eval(keys, side.number, own, cw, cb, c >> rest)
+    before = ((c - (1 << WINDOW_BITS)) & whole) >> rest
+    lowest = before & ((1 << COMPARED_BITS) - 1) == 0  # not above any: the top bits decide alone
+    window, below = dcf.dcf_eval(keys, side.number, own, cw, cb, before - (~lowest).long())
+    wrapped = torch.where(lowest, window, below)
     factor = torch.exp(-(c & low).double() * SCORE_UNIT) * 2**_PUBLIC_BITS
-    e = (same - under) * (factor * math.exp(EXP_WINDOW)).round().to(torch.int64)
+    e = same * (factor * math.exp(EXP_WINDOW)).round().to(torch.int64)
     e = e + wrapped * factor.round().to(torch.int64)
     return Share(e.reshape(d.shape), bits)
 
@@ -112,11 +114,12 @@ def softmax(
 ) -> Program[tuple[Share, Share]]:
     """Turn narrow scores (*b, n) into e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds.
 
-    Each weight is off by 1.4e-4 of itself (the grid) and by 3e-7 or 2^-bits / 2 more, whichever is larger (a
-    standard deviation), while their sum may be as low as e^-BOUND_SLACK. With the bits of
-    `ranges.weight_bits` the weighted mean of n values comes out within 2e-4 + 6e-5 sqrt(n) of the largest of
-    them, for scores of any size below LARGEST_SCORE. It takes a peak above a floor of about e^-11 for each of
-    the others to come near it: rows of normal, flat or single scores stay below 6e-4, for n up to 5000.
+    Each weight is off by 1.4e-4 of itself (the grid) and by 2^-bits / 2 more (a standard deviation), while
+    their sum may be as low as e^-BOUND_SLACK. With the bits of `ranges.weight_bits` the weighted mean of n
+    values comes out within `ranges.weighted_mean_error` of the largest of them, for scores of any size below
+    LARGEST_SCORE: 2e-4 + 6e-5 sqrt(n) for n <= 2048, 7.9e-3 for 4096 and 2.2e-2 for 8192. It takes a peak
+    above a floor of e^-10 to e^-13 for each of the others to come near it: rows of normal, flat or single
+    scores stay below 6e-4, for n up to 5000.
     """
     if visible is not None:
         visible = visible.to(scores.data.device).expand(scores.shape)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -41,6 +42,13 @@ REASON_CHARACTERS = 2000
 LOOK_EVERY_S = 0.2  # while a shaped message is waited for
 _LOOK = "look"  # wakes a sender that waits for room
 
+# A frame with its size, and when it may be taken; None: a failure, or Bye.
+Arrived = tuple[pb.Frame, int, float] | str | None
+
+
+def _nothing() -> None:
+    pass
+
 
 class FrameLink(Link):
     """A Link over an ordered carrier of frames; a subclass says how they leave (`_carry`)."""
@@ -49,8 +57,9 @@ class FrameLink(Link):
         self.me, self.peer, self.ledger = me, peer, ledger
         self.offline = Rank.DEALER in (me, peer)
         self.timeout_s = timeout_s  # longest silence while waiting for a frame
-        # Frames with their sizes, and when they may be taken; None: a failure, or Bye.
-        self._inbox: SimpleQueue[tuple[pb.Frame, int, float] | str | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Arrived] = SimpleQueue()
+        self._early: deque[Arrived] = deque()  # taken from there, and not due yet
+        self.before_frame = _nothing
         self.shaper: Shaper | None = None  # what comes in is as slow as this network
         # Both become wider with `facts/agreed`.
         self.sent = Sent(queue_room(me, peer, agreed=False))
@@ -60,7 +69,7 @@ class FrameLink(Link):
         self._wants_room = False
         self._failure: LinkError | None = None
         self._closed = False
-        self._peer_ended = False  # it said Bye or Abort
+        self.peer_left = False  # it said Bye or Abort
         self._sent = 0  # messages so far in each direction
         self._received = 0
         # Frames so far: `_came` and `_came_cost` on the carrier's thread, the others on the party's.
@@ -104,7 +113,7 @@ class FrameLink(Link):
         if kind is FrameKind.ACK:
             return self._confirmed(frame.ack.frames)
         if kind is FrameKind.ABORT:
-            self._peer_ended = True
+            self.peer_left = True
             reason = frame.abort.reason[:REASON_CHARACTERS]
             self.fail(PeerFailed(f"{self.peer.label} ended the session: {reason}"))
             return False
@@ -112,12 +121,14 @@ class FrameLink(Link):
         complaint = self._order.complaint(kind, step[:200])
         self._came += 1
         self._came_cost += frame_cost(len(data))
-        if complaint is None and self._came_cost - self._took_cost > self.room:
+        # A Bye needs no room: nothing comes after it, and its sender may stop where the room is used up.
+        over = kind is not FrameKind.BYE and self._came_cost - self._took_cost > self.room
+        if complaint is None and over:
             complaint = f"more than the {self.room} bytes that may wait here"
         if complaint is not None:
             return self._refuse(complaint)
         if kind is FrameKind.BYE:
-            self._peer_ended = True
+            self.peer_left = True
             self._inbox.put(None)
             return False
         due = 0.0 if self.shaper is None else self.shaper.due(len(data))
@@ -187,6 +198,7 @@ class FrameLink(Link):
     ) -> None:
         self._check_alive(step)
         for data in split_message(self._sent, step, tensors):
+            self.before_frame()
             if not self.sent.fits(len(data)):
                 self._make_room(step, len(data), coming)
             self.ledger.wire_bytes += len(data)
@@ -205,7 +217,7 @@ class FrameLink(Link):
         """Wait until the peer has taken enough.
 
         If the peer sends, too (`coming`), take that in meanwhile: two that only send would wait for each
-        other.
+        other. Raises PeerLost if the peer has ended its session: it takes nothing any more.
         """
         self._wants_room = True
         while not self.sent.fits(size):
@@ -217,6 +229,9 @@ class FrameLink(Link):
             limit = time.monotonic() + self.timeout_s
             while not self.sent.wait(size, LOOK_EVERY_S):
                 self._check_alive(step)
+                self.before_frame()
+                if self.peer_left:
+                    raise self._left(step)
                 if time.monotonic() >= limit:
                     raise PeerTimeout(
                         f"{self.me.label} at {step}: {self.peer.label} has taken nothing for "
@@ -253,6 +268,19 @@ class FrameLink(Link):
         self._received += 1
         self._book("received", step, [size], None)
         return facts
+
+    def poll_facts(self, step: str) -> dict[str, Any] | None:
+        item: Arrived = _LOOK
+        while item is _LOOK:
+            self._check_alive(step)
+            try:
+                item = self._from_inbox(0.0)
+            except Empty:
+                return None
+        self._early.appendleft(item)
+        if isinstance(item, tuple) and item[2] > time.monotonic():
+            return None
+        return self.recv_facts(step)
 
     def close(self, reason: str = "") -> None:
         if self._closed:
@@ -292,10 +320,10 @@ class FrameLink(Link):
     def _next(self, kind: FrameKind, step: str, or_look: bool = False) -> Any:
         """Return the peer's next frame, of this kind; with `or_look` None if there may be room to send."""
         self._check_alive(step)
-        item: tuple[pb.Frame, int, float] | str | None = _LOOK
+        item: Arrived = _LOOK
         while item is _LOOK:
             try:
-                item = self._inbox.get(timeout=self.timeout_s)
+                item = self._from_inbox(self.timeout_s)
             except Empty:
                 raise PeerTimeout(
                     f"{self.me.label} at {step}: no word from {self.peer.label} for {self.timeout_s:g} s; "
@@ -306,7 +334,7 @@ class FrameLink(Link):
                 return None
         if item is None:
             self._inbox.put(None)  # for the next call, too
-            raise PeerLost(f"{self.me.label} at {step}: {self.peer.label} has ended its session")
+            raise self._left(step)
         assert not isinstance(item, str)
         frame, size, due = item
         self._until(due, step)
@@ -317,6 +345,10 @@ class FrameLink(Link):
             where = frame.tensors.step or frame.facts.step or "its start"
             raise self._desync(f"{found} at {where}", f"{kind} at {step}")
         return frame
+
+    def _from_inbox(self, wait_s: float) -> Arrived:
+        """Return what came first. Raises Empty if nothing comes within `wait_s`."""
+        return self._early.popleft() if self._early else self._inbox.get(timeout=wait_s)
 
     def _took_one(self, size: int) -> None:
         """Count a frame that has left the queue; now and then the peer is told."""
@@ -356,6 +388,9 @@ class FrameLink(Link):
     def _check_alive(self, step: str) -> None:
         if self._failure is not None:
             raise type(self._failure)(f"{self.me.label} at {step}: {self._failure}")
+
+    def _left(self, step: str) -> PeerLost:
+        return PeerLost(f"{self.me.label} at {step}: {self.peer.label} has ended its session")
 
     def _check_order(self, step: str, their_step: str, sequence: int) -> None:
         if their_step != step:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,8 @@ class Link(ABC):
     peer: Rank
     ledger: Ledger
     offline: bool  # book traffic as offline: one end is the dealer
+    before_frame: Callable[[], None]  # called before each frame of tensors, and while one waits for room
+    peer_left: bool  # the peer has ended the session, and takes nothing any more
 
     @abstractmethod
     def send(self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None) -> None:
@@ -99,6 +101,10 @@ class Link(ABC):
     @abstractmethod
     def recv_facts(self, step: str) -> dict[str, Any]:
         """Wait for the peer's facts. Books bytes, no round. Raises as `recv` does."""
+
+    @abstractmethod
+    def poll_facts(self, step: str) -> dict[str, Any] | None:
+        """Take the peer's facts if they have come; None if they have not. Raises as `recv` does."""
 
     @abstractmethod
     def send_hello(self, hello: Hello) -> None:

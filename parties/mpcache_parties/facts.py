@@ -108,8 +108,10 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
         case Question():
             model = links[Rank.SERVER].recv_facts("facts/model")
             vocabulary = receive_tokenizer(links[Rank.SERVER], model)
-            tokenizer = read_tokenizer(vocabulary, _shape(model))
-            question = {"question_tokens": len(tokenizer.encode(own.text, bos=False))}
+            shape = _shape(model)
+            tokenizer = read_tokenizer(vocabulary, shape)
+            asked = tokenizer.encode_within(own.text, False, shape.max_positions, "the question")
+            question = {"question_tokens": len(asked)}
             for link in links.values():
                 link.send_facts("facts/question", question)
             model |= {"tokenizer_digest": tokenizer.digest}

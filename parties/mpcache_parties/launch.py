@@ -174,7 +174,10 @@ def _listen(
     say: Say,
     on_token: OnToken,
 ) -> dict[Rank, Report]:
-    """Listen until all have ended, or the cause of a failure is known. Raises PartyFailed."""
+    """Listen until all have ended, or the cause of a failure is known. Raises PartyFailed.
+
+    A party's report ends its part: how it closes its links, and how long that takes, costs no answer.
+    """
     reports: dict[Rank, Report] = {}
     errors: dict[Rank, dict[str, Any]] = {}
     running, deadline = set(children), float("inf")
@@ -194,25 +197,22 @@ def _listen(
             case {"event": EventKind.REPORT, "report": dict(report)}:
                 with suppress(KeyError, TypeError, ValueError):
                     reports[rank] = Report.from_dict(report)
+                if len(reports) == len(children):
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
             case {"event": EventKind.ERROR, "name": str(name), "text": str(text), "exit_code": int(code)}:
                 errors[rank] = {"name": name, "text": text, "exit_code": code}
             case None:
                 running.discard(rank)
-                if _exit_code(children[rank]) == 0 and rank in reports:
+                if rank in reports:
                     continue
+                with suppress(subprocess.TimeoutExpired):  # one that goes on without its stdout
+                    children[rank].wait(GONE_S)
                 if rank not in errors or errors[rank]["name"] not in _EFFECTS:
                     break
                 deadline = min(deadline, time.monotonic() + GRACE_S)
-    if len(reports) == len(children) and not errors:
+    if len(reports) == len(children):
         return reports
     raise _cause(children, reports, errors)
-
-
-def _exit_code(child: Child) -> int | None:
-    """Wait for the end of a process that has closed its stdout; None where it goes on."""
-    with suppress(subprocess.TimeoutExpired):
-        return child.wait(GONE_S)
-    return None
 
 
 def _cause(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpcache.console.signals import ignore_signals
+from mpcache.console.signals import Stopped, ignore_signals
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
 from mpcache_parties.keygen import keygen
@@ -171,8 +171,10 @@ def main() -> None:
         app()
     except SystemExit as end:
         code = end.code
-    except MpcacheError as error:  # told to stop while another error was told
+    except MpcacheError as error:
         code = error.exit_code
+        if not (isinstance(error, Stopped) and isinstance(error.__context__, MpcacheError | SystemExit)):
+            print(f"error: {error}", file=sys.stderr)  # else: told to stop while another error was told
     finally:
         ignore_signals()
     with suppress(OSError):

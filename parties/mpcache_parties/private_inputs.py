@@ -9,7 +9,6 @@ import torch
 
 from mpcache.console.inputs import read_text
 from mpcache.demo import DEMO_DOCUMENT
-from mpcache.errors import BadInput
 from mpcache.model.loading import Model, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.sampling import Sampling
 
@@ -40,8 +39,8 @@ def read_document(model: Path | None, context: Path | None) -> Document:
 
     Raises BadInput: a model or a text that cannot be used, or more tokens than the model allows.
     """
-    text, folder = read_text(context or DEMO_DOCUMENT), model or demo_model_dir()
-    tokens, allowed = load_tokenizer(folder).encode(text, bos=True), load_shape(folder).max_positions
-    if len(tokens) > allowed:  # found before the weights are read
-        raise BadInput(f"the context has {len(tokens)} tokens, the model allows {allowed}; shorten it")
+    text = read_text(context or DEMO_DOCUMENT)
+    folder = model or demo_model_dir()
+    # The text is looked at before the weights are: they take minutes where a model is large.
+    tokens = load_tokenizer(folder).encode_within(text, True, load_shape(folder).max_positions, "the context")
     return Document(load_model(folder), tokens, "cuda" if torch.cuda.is_available() else "cpu")

@@ -119,6 +119,8 @@ def _open_process(options: PartyOptions, output: Output, shown: ExitStack) -> Pa
     trusted = trust(me, settings, options.identity, options.insecure)
     if options.insecure:
         output.say(f"{me.label}: warning: --insecure: the links are neither encrypted nor authenticated")
+    for warning in trusted.warnings():
+        output.say(f"{me.label}: warning: {warning}")
     status = shown.enter_context(exposed(PartyStatus(me, output.log), options.metrics, options.health))
     output.log("start", version=PROTOCOL_VERSION, tls=trusted.tls, values=settings.public.flat())
     return PartyProcess(me, settings, trusted, output, status)

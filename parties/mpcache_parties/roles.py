@@ -12,19 +12,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
 from mpcache.answer import TimedSession, answer
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
-from mpcache.errors import Desync
+from mpcache.errors import LinkError
 from mpcache.model.prefill import prefill
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration
 from mpcache.runtime.party import DealerParty
-from mpcache.transport.link import Link
+from mpcache.transport.link import Links
+from mpcache_parties.client_pace import ClientPace, NoMoreTapes, hear_more, more_step
 from mpcache_parties.facts import (
     Facts,
     agreed_facts,
@@ -63,7 +65,7 @@ def serve(resources: SessionResources, own: Document) -> Report:
     with token_by_token():
         for step in range(session.chunks, public.max_new_tokens):
             if step:
-                if not _more(links[Rank.CLIENT], step):
+                if not hear_more(links[Rank.CLIENT], step):
                     break
                 between_tokens(step)
             session.chunk(None, 1 if step else facts.question)
@@ -147,7 +149,8 @@ def ask(resources: SessionResources, own: Question) -> Report:
 
     def announce(step: int, more: bool) -> None:
         for link in links.values():
-            link.send_facts(_step_name(step), {"more": more})
+            with nullcontext() if more else suppress(LinkError):  # an answer that is there needs nobody
+                link.send_facts(more_step(step), {"more": more})
 
     stops = set(facts.shape.eos_ids) if own.stop_at_eos else set()
     wait.ms = 0.0
@@ -192,29 +195,34 @@ def deal(resources: SessionResources) -> Report:
         checkpointer.token(session, ledger, {})
 
     with token_by_token():
-        _deal_tokens(session, links[Rank.CLIENT], public.max_new_tokens, facts.question, keep)
+        _deal_tokens(session, links, public.max_new_tokens, facts.question, keep)
     report = _report(Rank.DEALER, facts, session, resources)
     checkpointer.end(links)
     return report
 
 
 def _deal_tokens(
-    session: TimedSession, client: Link, limit: int, question: int, keep: Callable[[], None]
+    session: TimedSession, links: Links, limit: int, question: int, keep: Callable[[], None]
 ) -> None:
-    """Deal until the client says that there is no more, at most AHEAD steps ahead of it."""
-    begun = max(0, session.chunks - 1)  # steps that the client is known to have begun; the question is 0
+    """Deal until the client says that there is no more, at most AHEAD steps ahead of it.
+
+    A tape that is being dealt then is left where it is: the others leave it, too.
+    """
+    pace = ClientPace(links, begun=max(0, session.chunks - 1))
     for step in range(session.chunks, limit):
-        while step and (begun < step - AHEAD or stopping()):
-            begun += 1
-            if not _more(client, begun):
+        while step and (pace.begun < step - AHEAD or stopping()):
+            if not pace.goes_on():
                 return
-            if begun == step:  # only a stop lets the client get so far: all that was dealt is used
+            if pace.begun == step:  # only a stop lets the client get so far: all that was dealt is used
                 between_tokens(step)
-        session.chunk(None, 1 if step else question)
+        try:
+            with pace.watched(step):
+                session.chunk(None, 1 if step else question)
+        except NoMoreTapes:
+            return
         keep()
-    while begun < limit - 1:
-        begun += 1
-        if not _more(client, begun):
+    while pace.begun < limit - 1:
+        if not pace.goes_on():
             return
 
 
@@ -224,19 +232,6 @@ def _session(
     public = resources.public
     ops = engine(facts.protocol, me, public.fraction_bits, device)
     return TimedSession(ops, party, facts.shape, facts.policy, resources.status, public.reveal)
-
-
-def _step_name(step: int) -> str:
-    """Name the step outside the program's own names: the decode program's cost is booked apart from this."""
-    return f"more/decode{step}"
-
-
-def _more(client: Link, step: int) -> bool:
-    """Hear whether the client goes on to this decode step. The answer's length is public."""
-    more = client.recv_facts(_step_name(step)).get("more")
-    if not isinstance(more, bool):
-        raise Desync(f"Desync: the client says {more!r:.60} at {_step_name(step)}, not true or false")
-    return more
 
 
 def _digest(secret: object) -> str:

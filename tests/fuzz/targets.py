@@ -37,9 +37,9 @@ from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
 from mpcache.transport.local import local_pair
+from mpcache_parties.client_pace import hear_more
 from mpcache_parties.facts import facts_of, read_tokenizer, receive_tokenizer
 from mpcache_parties.handshake import PROTOCOL_VERSION, compare_hellos
-from mpcache_parties.roles import _more
 from mpcache_parties.state import sealed, snapshot
 from mpcache_protos import party_pb2 as pb
 from tests.fuzz.kept import resumes, tapes
@@ -317,7 +317,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
         compare_hellos(mine, link.recv_hello(), Rank.CLIENT)
         link.recv_facts("facts")
         link.recv("layer0/select", specs)
-        _more(link, 1)
+        hear_more(link, 1)
 
     joined = b"".join(len(f).to_bytes(2, "little") + f for f in conversation)
     bytes_of("frames", 22, stream, [joined])

@@ -7,7 +7,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -87,7 +87,7 @@ def save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
 
 
 def tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer of at most VOCAB tokens that can spell any text."""
+    """A byte-level BPE tokenizer of at most VOCAB tokens that can spell any text, and begins it with BOS."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -98,4 +98,5 @@ def tokenizer() -> tokenizers.Tokenizer:
         show_progress=False,
     )
     made.train_from_iterator(["the gate of the city", "and the number of the gate is"], trainer)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return made

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Condition, Event, Thread, Timer
 from typing import Any
@@ -128,7 +129,8 @@ class GrpcLink(FrameLink):
                     self._say(f"{self.me.label}: connected to {self.peer.label} again")
                 limit = None
                 self.connected.set()
-                if self._drain(call, stream, queue):
+                # A peer that closed, too, may have ended its stream in the middle of a message.
+                if self._drain(call, stream, queue) or self._closed:
                     self._end(self._failure)
                     return
             except LinkError as error:
@@ -255,7 +257,8 @@ class GrpcLink(FrameLink):
                     return True
                 if self.arrived(data):
                     continue
-            if self._peer_ended:
+            if self.peer_left:
+                _discard(queue)  # it takes nothing any more
                 queue.put(None)
             elif not self._closed and self._failure is not None:
                 self._fail_all(self._failure)  # refused; `close` will tell the peer why
@@ -305,11 +308,7 @@ class GrpcLink(FrameLink):
         if self._closed:
             return
         if reason and (queue := self._queue) is not None:
-            try:
-                while True:
-                    queue.get_nowait()
-            except Empty:
-                pass
+            _discard(queue)
         super().close(reason)
 
     def _abort(self, data: bytes) -> None:
@@ -329,3 +328,10 @@ class GrpcLink(FrameLink):
             queue.put(None)
         if not self._ended.is_set():
             cancel()
+
+
+def _discard(queue: Queue) -> None:
+    """Take out what has not been sent."""
+    with suppress(Empty):
+        while True:
+            queue.get_nowait()

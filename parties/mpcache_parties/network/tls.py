@@ -22,13 +22,24 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from mpcache.certificates import Identity, certificates_in, fingerprint, host_of, rank_of, short_fingerprint
+from mpcache.certificates import (
+    LAST_DAY,
+    Identity,
+    certificates_in,
+    dates_refuse,
+    fingerprint,
+    host_of,
+    rank_of,
+    shared_name,
+    short_fingerprint,
+)
 from mpcache.config import Settings
 from mpcache.errors import ConfigError
 from mpcache.rank import Rank
 
 LOOK_TIMEOUT_S = 2.0
 STRANGER_AFTER_S = 1.0  # between a connection and its first call
+REMEDY = "set the clock, or make a new one (mpcache-party keygen) and pin it with --replace everywhere"
 STRANGER_TRIES = 2  # a single connection without a call may have been a look
 
 
@@ -52,6 +63,16 @@ class Trust:
         self._channels: dict[Rank, grpc.Channel] = {}
         self._connections, self._calls, self._latest = 0, 0, 0.0
         self._seen: set[Rank] = set()  # peers that a look has found something wrong with
+
+    def warnings(self) -> list[str]:
+        """Return what will be refused although it is pinned: peers' certificates of other dates."""
+        pinned = self._credentials.pinned if self._credentials is not None else {}
+        return [
+            f"{rank.label}'s pinned certificate {short_fingerprint(fingerprint(each))} {dates}; {REMEDY}"
+            for rank, some in pinned.items()
+            for each in some
+            if (dates := dates_refuse(each)) is not None
+        ]
 
     @property
     def tls(self) -> bool:
@@ -134,17 +155,21 @@ class Trust:
                 shown = x509.load_der_x509_certificate(tls.getpeercert(binary_form=True) or b"")
                 if (difference := self._difference(peer, shown)) is not None:
                     return f"at {address} {difference}"
+                if (dates := dates_refuse(shown)) is not None:
+                    print_ = short_fingerprint(fingerprint(shown))
+                    return f"at {address} {peer.label}'s certificate {print_} {dates}; {REMEDY}"
                 if _answers(tls):
                     return None
         except ssl.SSLError:
             if self._credentials is None:
                 return None
             return f"what listens at {address} does not speak TLS; start {peer.label} with --identity DIR"
-        mine = short_fingerprint(
-            fingerprint(x509.load_pem_x509_certificate(self._credentials.own.certificate))
-        )
+        mine = x509.load_pem_x509_certificate(self._credentials.own.certificate)
         own = self._credentials.own.rank.label
-        return f"{peer.label} at {address} refuses {own}'s certificate {mine}; pin it there, for {own}"
+        what = f"refuses {own}'s certificate {short_fingerprint(fingerprint(mine))}; pin it there, for {own}"
+        if (ends := mine.not_valid_after_utc) < LAST_DAY:
+            what += f", and see that its clock stands between {mine.not_valid_before_utc:%F} and {ends:%F}"
+        return f"{peer.label} at {address} {what}"
 
     def _difference(self, claimed: Rank, shown: x509.Certificate) -> str | None:
         assert self._credentials is not None
@@ -197,7 +222,8 @@ def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> 
     """Read a party's trust from its identity folder and the config's pins.
 
     Raises ConfigError: pins without an identity or the reverse, a certificate that is pinned for
-    another rank, or an address of another host without TLS unless `insecure`.
+    another rank, that this machine's clock does not take, or that TLS cannot tell from another, or an
+    address of another host without TLS unless `insecure`.
     """
     pins = pins_of(settings)
     if folder is None:
@@ -218,6 +244,11 @@ def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> 
             f"{Identity.files(folder, me)[1]}: is {found}, the config pins another for {me.label}; "
             "use the pinned identity, or pin this one in every party's config"
         )
+    if (dates := dates_refuse(mine)) is not None:
+        raise ConfigError(f"{Identity.files(folder, me)[1]}: {dates}; {REMEDY}")
+    for rank, some in pins.items():
+        if (alike := shared_name(some)) is not None:
+            raise ConfigError(f"certificates.{rank.label}: {alike}")
     return Trust(Credentials(own, folder, pins))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,7 +20,7 @@ from mpcache.answer import TimedSession
 from mpcache.cache import Cache
 from mpcache.console.signals import check_stop
 from mpcache.decode import Operands
-from mpcache.errors import BadInput, Desync, InUse, StateError
+from mpcache.errors import BadInput, Desync, InUse, LinkError, StateError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.report.account import Phase, phases_of
@@ -235,12 +236,16 @@ class Checkpointer:
             self._files = None
 
     def end(self, links: Links) -> None:
-        """Forget the session: all hear from the client that it has the whole answer. Raises Desync."""
+        """Forget the session: all hear from the client that it has the whole answer.
+
+        Raises Desync, or what a link raises; nothing of that at the client, whose answer is there.
+        """
         if self._files is None:
             return
         if self._files.store.rank is Rank.CLIENT:
             for link in links.values():
-                link.send_facts("close", {"answered": True})
+                with suppress(LinkError):  # one that does not hear it keeps its part
+                    link.send_facts("close", {"answered": True})
         elif links[Rank.CLIENT].recv_facts("close").get("answered") is not True:
             raise Desync("Desync: the client does not say that it has the answer; the session is kept")
         self._files.remove()

@@ -167,6 +167,9 @@ class TapeLink(Link):
     def recv_facts(self, step: str) -> dict[str, Any]:
         raise _mute(step)
 
+    def poll_facts(self, step: str) -> dict[str, Any] | None:
+        raise _mute(step)
+
     def send_hello(self, hello: Hello) -> None:
         raise _mute("hello")
 

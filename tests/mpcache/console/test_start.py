@@ -57,7 +57,7 @@ def test_a_signal_at_any_moment_is_one_line(command: list[str], seconds: float) 
 
 
 def test_a_signal_that_the_caller_ignores_is_ignored(tmp_path: Path) -> None:
-    """As nohup starts it; the other signals end it as ever."""
+    """The command nohup starts it so; the other signals end it as ever."""
     config = tmp_path / "two.yaml"
     config.write_text("addresses:\n  server: 127.0.0.1:1\n  dealer: 127.0.0.1:2\n")  # where nobody listens
     with started() as children:

@@ -36,6 +36,10 @@ LLAMA: dict[str, Any] = {
 }
 LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 32}
 
+QWEN2_WINDOW: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "sliding_window": 50, "use_sliding_window": True
+}  # fmt: skip
+
 
 def one_line(error: pytest.ExceptionInfo[ModelError], *parts: str) -> None:
     text = str(error.value)
@@ -105,12 +109,22 @@ def test_token_ids_one_many_and_impossible() -> None:
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 50}, 50),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 500}, 128),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 128),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 50, "use_sliding_window": True}, 50),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 50, "use_sliding_window": False}, 128),
+        ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 9000}, 4096),
+        (QWEN2_WINDOW | {"max_window_layers": 0}, 50),
+        (QWEN2_WINDOW | {"max_window_layers": 2}, 50),
+        (QWEN2_WINDOW, 128),
+        (QWEN2_WINDOW | {"max_window_layers": 0, "use_sliding_window": False}, 128),
     ],
 )
 def test_a_sliding_window_limits_the_context(given: dict[str, Any], positions: int) -> None:
-    assert shape_from_config(LLAMA | given).max_positions == positions
+    config = LLAMA | {"num_key_value_heads": 4} | given
+    assert shape_from_config(config).max_positions == positions
+
+
+def test_kv_heads_that_config_json_does_not_name() -> None:
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "num_attention_heads": 16, "head_dim": 4}
+    assert shape_from_config(mistral).kv_heads == 8
+    assert shape_from_config(mistral | {"num_key_value_heads": None}).kv_heads == 16
 
 
 @pytest.mark.parametrize(
@@ -141,6 +155,8 @@ def test_a_sliding_window_limits_the_context(given: dict[str, Any], positions: i
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"bos_token_id": "1"}, "bos_token_id must be one token id"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"model_type": "mistral"}, "model_type 'mistral' is not that of LlamaForCausalLM, llama"),
+        ({"is_causal": False}, "is_causal False is not supported"),
         ({"hidden_size": "x" * 100_000}, "hidden_size must be"),
     ],
 )
@@ -218,7 +234,7 @@ def test_missing_files(folder: Path) -> None:
     (folder / "away.json").rename(folder / "tokenizer.json")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"")
-    fails(folder, "no *.safetensors", "not supported")
+    fails(folder, "no model.safetensors", "not supported")
     (folder / "config.json").unlink()
     fails(folder, "no config.json")
 
@@ -292,6 +308,7 @@ def test_tensors_that_do_not_fit(folder: Path) -> None:
     ],
 )
 def test_a_broken_index(folder: Path, index: str, says: str) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     fails(folder, says)
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import processors
+from tokenizers import normalizers, processors
 
 from mpcache.console.signals import Stopped
-from mpcache.errors import ModelError
+from mpcache.errors import BadInput, ModelError
+from mpcache.model import load_shape
 from mpcache.model.tokenizer import Tokenizer
 from tests.support.paths import STORIES
 from tests.support.tiny_models import VOCAB, tokenizer
@@ -74,20 +75,17 @@ def test_bos_exactly_once(made: Tokenizer) -> None:
     assert made.encode("", bos=True) == [1]
 
 
-def test_bos_of_a_post_processor_is_not_doubled() -> None:
+def test_a_text_begins_as_the_post_processor_says() -> None:
     inner = tokenizer()
-    assert not Tokenizer(inner, VOCAB, 1).adds_bos
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     made = Tokenizer(inner, VOCAB, 1)
-    assert made.adds_bos
-    assert made.encode("the", bos=True).count(1) == 1
-    assert made.encode("the", bos=False).count(1) == 0
-
-
-def test_a_model_without_bos_gets_none() -> None:
-    made = Tokenizer(tokenizer(), VOCAB, None)
-    assert made.encode("the", bos=True) == made.encode("the", bos=False)
-    assert not made.adds_bos
+    alone = made.encode("the", bos=False)
+    assert made.adds_bos and alone.count(1) == 0
+    for template, first in (("<s> $A", [1]), ("$A", []), ("<s> </s> $A", [1, 2]), ("<s> $A </s>", [1])):
+        inner.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+        assert made.adds_bos == (first[:1] == [1])
+        assert made.encode("the", bos=True) == first + alone
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path) -> None:
@@ -132,3 +130,46 @@ def test_a_stop_signal_is_not_the_texts_fault(made: Tokenizer, monkeypatch: pyte
     monkeypatch.setattr(made, "_inner", Interrupted())
     with pytest.raises(Stopped):
         made.encode("a text", bos=False)
+
+
+def test_a_text_that_cannot_fit_is_refused_by_its_beginning(
+    made: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    encode = Tokenizer.encode
+
+    def counted(self: Tokenizer, text: str, bos: bool) -> list[int]:
+        tried.append(len(text))
+        return encode(self, text, bos)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    with pytest.raises(BadInput, match="the context has more than 50 tokens, the model allows 50; shorten"):
+        made.encode_within("the gate of 日本 " * 100_000, True, 50, "the context")
+    assert sum(tried) < 10_000
+    fits = made.encode("the gate " * 9, True)
+    assert made.encode_within("the gate " * 9, True, len(fits), "the text") == fits
+    with pytest.raises(BadInput, match=f"the text has {len(fits)} tokens, the model allows {len(fits) - 1};"):
+        made.encode_within("the gate " * 9, True, len(fits) - 1, "the text")
+
+
+def test_a_text_of_few_long_tokens_is_read_to_its_end() -> None:
+    inner = tokenizer()
+    inner.normalizer = normalizers.Replace("-", "")
+    made, text = Tokenizer(inner, VOCAB, 1), "-" * 5000 + "the gate"
+    assert made.encode_within(text, True, 20, "the text") == made.encode("the gate", True)
+
+
+def test_a_file_that_is_none_is_not_read(tmp_path: Path) -> None:
+    for content, says in ((b"GGUF" + b"x" * 99, "a GGUF file"), (b"{\0" * 99, "a binary file")):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ModelError, match=f"tokenizer: it is {says}"):
+            Tokenizer.load(tmp_path, VOCAB, 1)
+        for named in (tmp_path, tmp_path / "config.json"):
+            with pytest.raises(ModelError, match=f"JSON: it is {says}"):
+                load_shape(named)
+    with (tmp_path / "config.json").open("wb") as file:
+        file.write(b"{" + b" " * 300)
+        file.truncate(5 << 30)
+    with pytest.raises(ModelError, match="it has 5120 MiB; such a file has at most 64"):
+        load_shape(tmp_path)

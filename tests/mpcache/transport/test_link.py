@@ -16,6 +16,7 @@ from mpcache.rank import Rank
 from mpcache.transport.flow_control import CHUNK_BYTES, largest_frame
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.message import split_message
+from mpcache.transport.network import Profile, Shaper
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import linked
 
@@ -300,6 +301,82 @@ def test_a_silent_peer_is_a_timeout(kind: str) -> None:
         with pytest.raises(PeerTimeout, match="client at layer1/norm: no word from server for 0.2 s"):
             client.recv("layer1/norm", [(torch.int64, (1,))])
         server.send("layer1/norm", [torch.zeros(1)])
+
+
+def test_facts_that_have_come_are_taken_without_a_wait(pair: Pair) -> None:
+    server, client = pair
+    begin = time.monotonic()
+    assert client.poll_facts("one") is None
+    assert time.monotonic() - begin < 5
+    server.send_facts("one", {"more": True})
+    server.send_facts("two", {"more": False})
+    while (facts := client.poll_facts("one")) is None:
+        time.sleep(0.01)
+    assert facts == {"more": True}
+    assert client.recv_facts("two") == {"more": False}
+    server.send("three", [torch.zeros(1)])
+    with pytest.raises(Desync, match="server sends tensors at three, client expects facts at four"):
+        while client.poll_facts("four") is None:
+            time.sleep(0.01)
+    server.close()
+    with pytest.raises(PeerLost, match="server has ended its session"):
+        while client.poll_facts("four") is None:
+            time.sleep(0.01)
+
+
+def test_facts_are_not_polled_before_a_shaped_network_brings_them(pair: Pair) -> None:
+    server, client = pair
+    client.shaper = Shaper(Profile("", rtt_ms=1e7, mbps=1000))
+    server.send_facts("s", {"more": True})
+    time.sleep(0.2)
+    assert client.poll_facts("s") is None
+    assert client.poll_facts("s") is None
+    assert client.ledger.total("s").received == 0
+
+
+def test_a_sender_does_not_wait_for_room_at_a_peer_that_has_left(kind: str) -> None:
+    with linked(kind, Rank.DEALER, Rank.SERVER, recv_s=60) as (dealer, server), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(dealer.send, "question/tape", [torch.zeros(12_000_000)])
+        time.sleep(0.3)
+        assert not waiting.done()
+        server.close()
+        with pytest.raises(PeerLost, match="dealer at question/tape: server has ended its session"):
+            waiting.result(timeout=10)
+
+
+@pytest.mark.parametrize("first", [Rank.DEALER, Rank.SERVER])
+def test_a_link_closes_in_the_middle_of_a_message(kind: str, first: Rank) -> None:
+    """Where the room is used up, too; nobody waits, and neither end calls it an error."""
+
+    class Enough(Exception):
+        """Ends a message between two frames."""
+
+    with linked(kind, Rank.DEALER, Rank.SERVER, recv_s=60) as (dealer, server), ThreadPoolExecutor(2) as pool:
+        full = []
+
+        def look() -> None:
+            if not dealer.sent.fits(CHUNK_BYTES):
+                full.append(True)
+                raise Enough
+
+        dealer.before_frame = look
+        with pytest.raises(Enough):
+            dealer.send("question/tape", [torch.zeros(12_000_000)])
+        dealer.sent.room = server.room = dealer.sent._cost  # not a byte more
+        assert full
+        begin = time.monotonic()
+        ends = [dealer, server] if first is Rank.DEALER else [server, dealer]
+        closing = []
+        for end in ends:
+            closing.append(pool.submit(end.close))
+            time.sleep(0.3)
+            if first is Rank.SERVER:  # the dealer may compute yet: it is not waited for
+                closing[0].result(timeout=10)
+            if end is dealer and first is Rank.DEALER:  # the server is not done yet, and has nothing to fear
+                server.send_facts("more/decode1", {})
+        for one in closing:
+            one.result(timeout=20)
+        assert time.monotonic() - begin < 10
 
 
 def test_labels_must_match_the_tensors(pair: Pair) -> None:

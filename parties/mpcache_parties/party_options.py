@@ -29,7 +29,9 @@ class PartyOptions:
     question_file: Path | None = None
     policy: str | None = None
     protocol: str | None = None
+    network: str | None = None
     max_new_tokens: int | None = None
+    reveal: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
@@ -63,7 +65,9 @@ class PartyOptions:
             {
                 "public.policy": self.policy,
                 "public.protocol": self.protocol,
+                "public.network": self.network,
                 "public.max_new_tokens": tokens,
+                "public.reveal": self.reveal,
                 "timeouts.connect_s": self.connect_timeout,
             },
         )

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from mpcache.answer import PlainAnswer, plain_answer
 from mpcache.audit.audit_command import audit
-from mpcache.config import PublicConfig, Settings, load_settings
+from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
 from mpcache.console import terminal
-from mpcache.console.inputs import read_question, read_text
+from mpcache.console.inputs import check_stdin, read_question, read_text
 from mpcache.console.options import (
     ConfigOption,
     ContextOption,
@@ -72,7 +72,7 @@ class Inquiry:
     """What is asked of whom. context, question: token ids."""
 
     model: Path
-    context_file: Path
+    context_text: str
     question_text: str
     shape: ModelShape
     tokenizer: Tokenizer
@@ -89,9 +89,10 @@ class Inquiry:
         folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
         shape, tokenizer = load_shape(folder), load_tokenizer(folder)
         most = shape.max_positions
-        document = tokenizer.encode_within(read_text(file), True, most, "the context")
+        text = read_text(file)  # once: it may be a pipe
+        document = tokenizer.encode_within(text, True, most, "the context")
         asked = tokenizer.encode_within(question, False, most, "the question")
-        return Inquiry(folder, file, question, shape, tokenizer, document, asked, sampling, stop_at_eos)
+        return Inquiry(folder, text, question, shape, tokenizer, document, asked, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
@@ -107,7 +108,7 @@ class Inquiry:
         """Run three processes, and return their reports. every: flags that all of them get."""
         sampling = self.sampling
         flags = {
-            Rank.SERVER: ["--model", str(self.model), "--context", str(self.context_file)],
+            Rank.SERVER: ["--model", str(self.model)],
             Rank.CLIENT: [
                 f"--temperature={sampling.temperature}",
                 f"--top-p={sampling.top_p}",
@@ -116,7 +117,8 @@ class Inquiry:
             ],
         }
         flags = {rank: [*flags.get(rank, ()), *every] for rank in Rank}
-        return run_parties(settings, flags, self.question_text, say, on_token)
+        texts = {Rank.SERVER: self.context_text, Rank.CLIENT: self.question_text}
+        return run_parties(settings, flags, texts, say, on_token)
 
     def plain(self, public: PublicConfig) -> PlainAnswer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,10 +158,11 @@ def generate(
 
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
-    settings = _settings(config, policy, protocol, network, max_new_tokens, reveal)
+    settings = load_settings(config, _overrides(policy, protocol, network, max_new_tokens, reveal))
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
+    check_stdin(context, question_file)
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
     inquiry = Inquiry.read(model, context, text, sampling, stop_at_eos)
     bound = inquiry.bind(settings.public)
@@ -190,7 +193,7 @@ def generate(
         _write("\n")
     _entry("Plaintext", text if text.endswith("\n") else text + "\n")
     _write("\n")
-    out.print(card(run))
+    terminal.print_table(out, card(run))
 
 
 @app.command()
@@ -216,10 +219,12 @@ def compare(
     """Compare private with plaintext, per policy and protocol: latency, rounds, bytes, agreement."""
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
+    check_stdin(context, question_file)
     sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
     inquiry = Inquiry.read(model, context, text, sampling, stop_at_eos)
+    agreed = load_settings(config)  # once: it may be a pipe
     chosen = [
-        _settings(config, one, way, network, max_new_tokens, reveal)
+        with_overrides(agreed, _overrides(one, way, network, max_new_tokens, reveal))
         for way in protocol or (None,)
         for one in policy or ("full", None)
     ]
@@ -235,7 +240,7 @@ def compare(
     if as_json:
         print(json.dumps({"runs": runs}))
     else:
-        out.print(comparison(runs))
+        terminal.print_table(out, comparison(runs))
 
 
 @app.command()
@@ -267,7 +272,7 @@ def policies(as_json: JsonOption = False) -> None:
         leaks = cls.leaks + (f"; {cls.may_leak}" if cls.may_leak else "")
         about = f"[bold]{name}[/]: {cls.source}\nneeds {cls.needs}"
         table.add_row(about, runs, side, leaks, ", ".join(options) or "none")
-    out.print(table)
+    terminal.print_table(out, table)
     out.print(
         "Write NAME or NAME:key=value,... A budget is a count, or a ratio with a point: 0.25.\n"
         "A|B: A evicts the context once, B selects from what is left at every step: 'snapkv:cap=256|quest'."
@@ -301,25 +306,21 @@ def check(
         for each in found:
             word = {True: "ok", False: "[bold red]failed[/]", None: "not known here"}[each.ok]
             table.add_row(each.what, escape(each.where), escape(each.found), word)
-        out.print(table)
+        terminal.print_table(out, table)
     if any(each.ok is False for each in found):
         raise typer.Exit(LinkError.exit_code)
 
 
-def _settings(
-    config: Path | None, policy: str | None, protocol: str | None, network: str | None, tokens: int | None,
-    reveal: str | None,
-) -> Settings:  # fmt: skip
-    return load_settings(
-        config,
-        {
-            "public.policy": policy,
-            "public.protocol": protocol,
-            "public.network": network,
-            "public.max_new_tokens": tokens,
-            "public.reveal": reveal,
-        },
-    )
+def _overrides(
+    policy: str | None, protocol: str | None, network: str | None, tokens: int | None, reveal: str | None
+) -> dict[str, Any]:
+    return {
+        "public.policy": policy,
+        "public.protocol": protocol,
+        "public.network": network,
+        "public.max_new_tokens": tokens,
+        "public.reveal": reveal,
+    }
 
 
 def _entry(name: str, text: str) -> None:

@@ -6,6 +6,7 @@ What is each party's own (model folder, document, question, keys) is not here: t
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -147,7 +148,16 @@ def load_settings(path: Path | str | None, overrides: Mapping[str, Any] | None =
     source = str(path) if path is not None else "settings"
     tree = _read_yaml(Path(path)) if path is not None else {}
     _check_keys(Settings, tree, source, "")
-    for key, value in (overrides or {}).items():
+    return _validated(tree, overrides or {}, source)
+
+
+def with_overrides(settings: Settings, overrides: Mapping[str, Any]) -> Settings:
+    """Put `overrides` on top of settings that were read before. Raises ConfigError."""
+    return _validated(settings.model_dump(), overrides, "settings")
+
+
+def _validated(tree: dict[str, Any], overrides: Mapping[str, Any], source: str) -> Settings:
+    for key, value in overrides.items():
         if value is None:
             continue
         section, _, name = key.partition(".")
@@ -165,14 +175,47 @@ def load_settings(path: Path | str | None, overrides: Mapping[str, Any] | None =
         ) from None
 
 
+_OTHERWISE = ("int", "float", "merge", "value")  # what YAML 1.1 finds in words, and this loader does not
+_NUMBERS = list("-+.0123456789")
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml comes without types
-    """Without aliases: a few lines of them spell gigabytes, and a config needs none."""
+    """YAML in which a file means what it seems to mean.
+
+    No aliases: a few lines of them spell gigabytes. No key twice: the last one would win in silence. No
+    merged keys (<<), and numbers in decimal alone: 10:50 is no 650, and 010 no 8.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in some if tag.rpartition(":")[2] not in _OTHERWISE]
+        for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    problem = f"the key {key.value} comes twice; leave one of them"
+                    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(problem="aliases (*) are not allowed here", problem_mark=mark)
         return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z"), _NUMBERS)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.inf\Z|\.nan\Z", re.I
+    ),
+    _NUMBERS,
+)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

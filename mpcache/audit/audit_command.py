@@ -184,7 +184,7 @@ def _show(
         return
     out = terminal.stdout()
     for table in [*cost_tables(found), *(breakdowns(found, by) if by else ())]:
-        out.print(table)
+        terminal.print_table(out, table)
     out.print(
         "Per generated token. kept/used: context tokens in the cache, and those a query attends to. online: "
         "bytes sent by each computing party; offline: by the dealer, ahead. A time is the larger of two: the "
@@ -195,7 +195,7 @@ def _show(
     if "runs" in result:
         out.print()
         for table in measured_tables(found):
-            out.print(table)
+            terminal.print_table(out, table)
         for line in verdict(result):
             out.print(line, soft_wrap=True)
     for path in (csv, report):

@@ -16,7 +16,9 @@ from mpcache.errors import BadInput
 from mpcache.transport.network import NETWORKS
 
 ModelOption = Annotated[Path | None, typer.Option("--model", help="A Hugging Face folder. [the demo model]")]
-ContextOption = Annotated[Path | None, typer.Option(help="The server's document, a text file. [the demo's]")]
+ContextOption = Annotated[
+    Path | None, typer.Option(help="The server's document: a text file, or - for stdin. [the demo's]")
+]
 QuestionOption = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
 QuestionFileOption = Annotated[
     Path | None, typer.Option(help="A file with the question, or - for stdin: not seen in the process list.")

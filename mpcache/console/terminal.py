@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 Say = Callable[[str], None]  # takes one line for the user
 PIPE_WIDTH = 110  # columns of a table that no terminal shows
+WIDEST = 1000  # columns that no table needs
 
 err = Console(stderr=True, highlight=False)
 
@@ -18,6 +21,16 @@ def stdout() -> Console:
     """Return a console on stdout, PIPE_WIDTH wide where stdout is no terminal."""
     shown = sys.stdout is not None and sys.stdout.isatty()
     return Console(highlight=False, width=None if shown else PIPE_WIDTH)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table whole: beyond the console's width where it must, since rich would leave columns out."""
+    wide = console.options.update_width(WIDEST)
+    console.width = max(kept := console.width, Measurement.get(console, wide, table).minimum)
+    try:
+        console.print(table, crop=False)
+    finally:
+        console.width = kept
 
 
 def say(text: str) -> None:

@@ -128,7 +128,7 @@ def _show(
     else:
         out = terminal.stdout()
         for table in quality_tables(rows):
-            out.print(table)
+            terminal.print_table(out, table)
         if rows:
             out.print(CAPTION, style="dim")
     if plot_file is not None and rows:

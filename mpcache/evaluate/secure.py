@@ -8,9 +8,7 @@ three parties are threads of this one (`mpcache.engines.threads`), with the same
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mpcache.answer import plain_answer
@@ -81,10 +79,7 @@ def _answer(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, n
     plain = plain_answer(
         engine.model, bound, tokens.context, question, len(answer), Sampling(), (), engine.device
     )
-    with tempfile.TemporaryDirectory(prefix="mpcache-") as folder:
-        document = Path(folder) / "document.txt"
-        document.write_text(sample.context, encoding="utf-8")
-        reports = run_quietly(public, engine.model.folder, document, turn.question)
+    reports = run_quietly(public, engine.model.folder, sample.context, turn.question)
     ids = reports[Rank.CLIENT].token_ids
     cell.scores.append(Score(turn.part, int(ids == answer), 1, 0.0, 0))
     cell.agreed.append(ids == plain.ids)

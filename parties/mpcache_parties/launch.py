@@ -11,8 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -22,7 +22,7 @@ import yaml
 
 from mpcache.certificates import make_identity
 from mpcache.config import Addresses, Certificates, PublicConfig, Settings
-from mpcache.errors import MpcacheError, one_line
+from mpcache.errors import MpcacheError, SystemRefusal, one_line
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.operations.output import EventKind
@@ -36,6 +36,9 @@ LOOK_EVERY_S = 1.0  # for a process that is gone while another holds its stdout 
 LONGEST_LINE = 64 << 20  # bytes of one event
 # -P: the parties import what is installed, and what PYTHONPATH names, not what lies in this folder.
 COMMAND = (sys.executable, "-P", "-m", "mpcache_parties")
+
+TEXT_FLAGS = {Rank.SERVER: "--context", Rank.CLIENT: "--question-file"}
+TEXT_ENDS = {Rank.SERVER: "", Rank.CLIENT: "\n"}  # what its reader takes off again
 
 Event = dict[str, Any] | None  # None: the process has closed its stdout
 Child = subprocess.Popen[bytes]
@@ -62,42 +65,64 @@ def free_addresses() -> Addresses:
 def run_parties(
     settings: Settings,
     flags: Mapping[Rank, Sequence[str]],
-    question: str,
+    texts: Mapping[Rank, str],
     say: Say,
     on_token: OnToken,
 ) -> dict[Rank, Report]:
     """Run one session between three processes on free ports, over TLS with identities of its own.
 
-    flags: each party's own; the question goes in a file, since everybody can see a process's flags.
+    flags: each party's own. texts: the server's document and the client's question, which go in files:
+    everybody can see a process's flags, and what was read from a pipe cannot be read again.
 
-    Raises PartyFailed with the first cause, in one line. No process outlives this call; if this
-    process is killed they end by themselves, as their stdin closes.
+    Raises PartyFailed with the first cause, in one line; SystemRefusal where no file can be written.
+    No process outlives this call; if this process is killed they end by themselves, as their stdin closes.
     """
     settings = settings.model_copy(update={"addresses": free_addresses()})
     events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
     children: dict[Rank, Child] = {}
-    with tempfile.TemporaryDirectory(prefix="mpcache-") as folder:
-        config = Path(folder) / "session.yaml"
-        settings = settings.model_copy(update={"certificates": _identities(Path(folder))})
-        config.write_text(yaml.safe_dump(settings.model_dump()), encoding="utf-8")
-        asked = Path(folder) / "question.txt"  # in a folder that only this user can enter
-        asked.write_text(question + "\n", encoding="utf-8", newline="")
-        own = {**flags, Rank.CLIENT: [*flags.get(Rank.CLIENT, ()), "--question-file", str(asked)]}
+    with _private_folder() as folder:
+        own = _write_session(settings, texts, folder)
         try:
             for rank in Rank:
-                children[rank] = _start(rank, config, own.get(rank, ()), events)
+                children[rank] = _start(rank, [*own[rank], *flags.get(rank, ())], events)
             return _listen(children, events, say, on_token)
         finally:
             _end(children)
 
 
-def run_quietly(public: PublicConfig, model: Path, document: Path, question: str) -> dict[Rank, Report]:
+def run_quietly(public: PublicConfig, model: Path, document: str, question: str) -> dict[Rank, Report]:
     """Run a session to be measured: an answer of full length, of which only the account is of interest."""
-    flags = {
-        Rank.SERVER: ["--model", str(model), "--context", str(document)],
-        Rank.CLIENT: ["--no-stop-at-eos"],
-    }
-    return run_parties(Settings(public=public), flags, question, quiet, show_no_token)
+    flags = {Rank.SERVER: ["--model", str(model)], Rank.CLIENT: ["--no-stop-at-eos"]}
+    texts = {Rank.SERVER: document, Rank.CLIENT: question}
+    return run_parties(Settings(public=public), flags, texts, quiet, show_no_token)
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """Make a folder that only this user can enter, for a while. Raises SystemRefusal."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="mpcache-", ignore_cleanup_errors=True)
+    except OSError as error:
+        what = f"no temporary folder can be made: {error.strerror or error}"
+        raise SystemRefusal(f"{what}; set TMPDIR to a folder that can be written") from None
+    with folder as name:
+        yield Path(name)
+
+
+def _write_session(settings: Settings, texts: Mapping[Rank, str], folder: Path) -> dict[Rank, list[str]]:
+    """Write what three parties need for one session; return each party's flags. Raises SystemRefusal."""
+    config = folder / "session.yaml"
+    flags = {rank: ["--config", str(config), "--identity", str(folder)] for rank in Rank}
+    try:
+        settings = settings.model_copy(update={"certificates": _identities(folder)})
+        config.write_text(yaml.safe_dump(settings.model_dump()), encoding="utf-8")
+        for rank, text in texts.items():
+            file = folder / f"{rank.label}.txt"
+            file.write_text(text + TEXT_ENDS[rank], encoding="utf-8", newline="")
+            flags[rank] += [TEXT_FLAGS[rank], str(file)]
+    except OSError as error:
+        raise SystemRefusal.of(error, str(folder)) from None
+    return flags
 
 
 def _identities(folder: Path) -> Certificates:
@@ -110,11 +135,10 @@ def _identities(folder: Path) -> Certificates:
     return Certificates(**pinned)
 
 
-def _start(rank: Rank, config: Path, flags: Sequence[str], events: SimpleQueue[tuple[Rank, Event]]) -> Child:
+def _start(rank: Rank, flags: Sequence[str], events: SimpleQueue[tuple[Rank, Event]]) -> Child:
     # A session of its own, so that Ctrl-C reaches this process alone, which then ends the parties.
-    own = ["--rank", str(int(rank)), "--config", str(config), "--identity", str(config.parent)]
     child = subprocess.Popen(
-        [*COMMAND, *own, "--events", *flags],
+        [*COMMAND, "--rank", str(int(rank)), "--events", *flags],
         env={**os.environ, "PYTHONSAFEPATH": "1"},  # -P, for what the child starts
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -181,19 +205,14 @@ def _listen(
                 running.discard(rank)
                 if rank in reports:
                     continue
+                with suppress(subprocess.TimeoutExpired):  # one that goes on without its stdout
+                    children[rank].wait(GONE_S)
                 if rank not in errors or errors[rank]["name"] not in _EFFECTS:
                     break
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     if len(reports) == len(children):
         return reports
     raise _cause(children, reports, errors)
-
-
-def _exit_code(child: Child) -> int | None:
-    """Wait for the end of a process that has closed its stdout; None where it goes on."""
-    with suppress(subprocess.TimeoutExpired):
-        return child.wait(GONE_S)
-    return None
 
 
 def _cause(

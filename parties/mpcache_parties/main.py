@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mpcache.console.options import NetworkOption, RevealOption
 from mpcache.console.signals import Stopped, ignore_signals
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
@@ -53,7 +54,7 @@ def party(
         Path | None, typer.Option(help="Server: a Hugging Face folder. [the demo model]")
     ] = None,
     context: Annotated[
-        Path | None, typer.Option(help="Server: the document, a text file. [the demo's]")
+        Path | None, typer.Option(help="Server: the document, a text file, or - for stdin. [the demo's]")
     ] = None,
     question: Annotated[str | None, typer.Option(help="Client: the question. [the demo's]")] = None,
     question_file: Annotated[
@@ -63,7 +64,9 @@ def party(
         str | None, typer.Option(help="NAME[:key=value,...], as `mpcache policies` lists.")
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="fast, fast-bits, auto or stock.")] = None,
+    network: NetworkOption = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    reveal: RevealOption = None,
     temperature: Annotated[float | None, typer.Option(help="Client: 0 is greedy. [0]")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Client: share of probability to draw from. [1]")
@@ -144,7 +147,9 @@ def party(
             question_file=question_file,
             policy=policy,
             protocol=protocol,
+            network=network,
             max_new_tokens=max_new_tokens,
+            reveal=reveal,
             temperature=temperature,
             top_p=top_p,
             seed=seed,

@@ -30,7 +30,9 @@ class PartyOptions:
     question_file: Path | None = None
     policy: str | None = None
     protocol: str | None = None
+    network: str | None = None
     max_new_tokens: int | None = None
+    reveal: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
@@ -74,7 +76,9 @@ class PartyOptions:
             {
                 "public.policy": self.policy,
                 "public.protocol": self.protocol,
+                "public.network": self.network,
                 "public.max_new_tokens": tokens,
+                "public.reveal": self.reveal,
                 "timeouts.connect_s": self.connect_timeout,
                 "addresses.bind": self.listen,
             },
@@ -120,8 +124,9 @@ class PartyOptions:
         """
         top_p = 1.0 if self.top_p is None else self.top_p
         found = Sampling(self.temperature or 0.0, top_p, self.seed or 0)
-        if self.events and str(self.question_file) == "-":
-            raise BadInput("--events and --question-file -: both want stdin")
+        for flag, file in (("question-file", self.question_file), ("context", self.context)):
+            if self.events and str(file) == "-":
+                raise BadInput(f"--events and --{flag} -: both want stdin")
         return found
 
     def checkpointer(self) -> Checkpointer:

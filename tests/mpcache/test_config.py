@@ -64,6 +64,21 @@ def test_a_choice_is_its_text_in_yaml_and_its_member_in_memory(tmp_path: Path) -
     assert "protocol: fast-bits" in file.read_text() and load_settings(file) == settings
 
 
+def test_numbers_and_texts_are_what_they_seem(tmp_path: Path) -> None:
+    """10:50 is 650 in YAML 1.1, which counts in sixties."""
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "\ufeffpublic: {network: 10:50, max_new_tokens: 7}\ntimeouts: {connect_s: 1e1, recv_s: 2.5, "
+        "reconnect_s: 3}\naddresses: {server: 127.0.0.1:4710}\n",
+        encoding="utf-8",
+    )
+    settings = load_settings(file)
+    assert (settings.public.network, settings.public.max_new_tokens) == ("10:50", 7)
+    times = settings.timeouts
+    assert (times.connect_s, times.recv_s, times.reconnect_s) == (10.0, 2.5, 3.0)
+    assert settings.addresses.server == "127.0.0.1:4710"
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text("# nothing yet\n")
@@ -106,6 +121,13 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("public: {policy: 'a", "line 1: not valid YAML"),
         ("a: &a [*a, *a]", r"line 1: not valid YAML: aliases \(\*\) are not allowed"),
         ("? {a: 1}\n: 2", "not valid YAML"),
+        ("public: {}\ntimeouts: {}\npublic: {}", "line 3: not valid YAML: the key public comes twice"),
+        ("public:\n  policy: full\n  policy: quest\n", "line 3: not valid YAML: the key policy comes twice"),
+        ("public: {max_new_tokens: 010}", "public.max_new_tokens is '010': input should be a valid integer"),
+        ("public: {max_new_tokens: 1_0}", "public.max_new_tokens is '1_0'"),
+        ("public: {max_new_tokens: 0x10}", "public.max_new_tokens is '0x10'"),
+        ("timeouts: {connect_s: 1:30}", "timeouts.connect_s is '1:30': input should be a valid number"),
+        ("public: {<<: {policy: full}, policy: quest}", "unknown key public.<<"),
         ("\x00", "not valid YAML"),
         ("[" * 5000, "not valid YAML"),
     ],

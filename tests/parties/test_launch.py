@@ -21,6 +21,7 @@ pytestmark = pytest.mark.processes
 
 FLAGS = ("--question", "the gate of", "--policy", "full", "--max-new-tokens", "2", "--json")
 
+TEXTS = {Rank.SERVER: "the gate of", Rank.CLIENT: "the gate"}
 NOISE = {
     "no event": b"Intel MKL VERBOSE: on\n",
     "no text": b"\xff\xfe\x00\n\x80",
@@ -29,6 +30,13 @@ NOISE = {
     "an endless number": b"1" * 5000 + b"\n",
     "deep JSON": b"[" * 100_000 + b"\n",
 }
+
+
+def shell(line: str, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", line, "bash", *map(str, arguments)],
+        env=environment() | more, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
 
 
 def generate(model: Path, document: Path, cwd: Path, **more: str) -> tuple[int, str, str]:
@@ -55,7 +63,7 @@ def test_whatever_a_child_prints_the_run_ends(
     monkeypatch.setattr(launch, "COMMAND", (sys.executable, str(child)))
     said: list[str] = []
     with pytest.raises(PartyFailed, match=r"process \(rank \d\) failed"):
-        run_parties(Settings(), {}, "a", said.append, lambda token, text: None)
+        run_parties(Settings(), {}, TEXTS, said.append, lambda token, text: None)
     assert all(line.startswith(tuple(rank.label for rank in Rank)) for line in said)
 
 
@@ -70,7 +78,7 @@ def test_an_open_or_closed_stdout_keeps_no_parent(
     monkeypatch.setattr(launch, "GONE_S", 1.0)
     begin = time.monotonic()
     with pytest.raises(PartyFailed):
-        run_parties(Settings(), {}, "a", lambda text: None, lambda token, text: None)
+        run_parties(Settings(), {}, TEXTS, lambda text: None, lambda token, text: None)
     assert time.monotonic() - begin < SOON_S
 
 
@@ -108,3 +116,62 @@ def test_the_parties_import_what_is_installed(folder: Path, document: Path, tmp_
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "foreign" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'F=$1 M=$2; shift 2; "$@" --model "$M" --context <(cat "$F")',
+        'F=$1 M=$2; shift 2; "$@" --model "$M" --context - < "$F"',
+        'F=$1 M=$2; shift 2; cat "$F" | "$@" --model "$M" --context /dev/stdin --config <(echo "public: {}")',
+    ],
+)
+def test_a_document_is_read_once(line: str, folder: Path, document: Path) -> None:
+    """It may come through a pipe, which holds it once."""
+    done = shell(line, document, folder, *CLI, "generate", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    code, out, _ = generate(folder, document, document.parent)
+    assert code == 0 and found["token_ids"] == json.loads(out)["token_ids"]
+    assert found["context_tokens"] == json.loads(out)["context_tokens"]
+
+
+def test_a_config_is_read_once_by_compare(folder: Path, document: Path) -> None:
+    line = '"$@" --config <(echo "public: {max_new_tokens: 2}")'
+    flags = ("--model", folder, "--context", document, "--question", "the gate", "--json")
+    done = shell(line, *CLI, "compare", *flags, "--policy", "full", "--policy", "streaming")
+    assert done.returncode == 0, done.stderr
+    assert [len(run["token_ids"]) for run in json.loads(done.stdout)["runs"]] == [2, 2]
+
+
+def test_stdin_holds_one_text(folder: Path) -> None:
+    done = shell('"$@"', *CLI, "generate", "--context", "-", "--question-file", "-")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: stdin (-) holds one text; give the other one in a file\n",
+    )
+
+
+def test_a_system_that_refuses_files_is_one_line(folder: Path, document: Path) -> None:
+    """No temporary folder: each candidate is tried with a small file, which may not grow here."""
+    flags = ("--model", folder, "--context", document)
+    done = shell('ulimit -f 0; "$@"', *CLI, "generate", *flags, *FLAGS)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: no temporary folder can be made: No usable temporary directory found")
+    assert last.endswith("set TMPDIR to a folder that can be written") and "Traceback" not in done.stderr
+
+
+def test_a_name_that_the_system_refuses_is_one_line() -> None:
+    """As a folder does that cannot be entered, on a file system's own terms: here a name that is too long."""
+    long = "a" * 300
+    for flags in (
+        ["generate", "--model"],
+        ["generate", "--context"],
+        ["audit", "--shape"],
+        ["audit", "--csv"],
+    ):
+        done = shell('"$@"', *CLI, *flags, long)
+        assert done.returncode in (1, 2)
+        assert done.stderr.startswith("error: ") and "File name too long" in done.stderr
+        assert done.stderr.count("\n") == 1

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 from typer.testing import CliRunner
 
+from mpcache.choices import Reveal
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache_parties.main import app
@@ -19,6 +20,15 @@ def test_it_says_its_version_and_completes_in_a_shell() -> None:
     assert told.exit_code == 0 and told.output == f"mpcache-party {version('mpcache')}\n"
     shown = run.invoke(app, ["--help"]).output
     assert "--install-completion" in shown and "--show-completion" in shown
+
+
+def test_what_all_agree_on_has_a_flag_of_each_command() -> None:
+    """As the threat model's `--reveal token`: a party takes what `mpcache generate` takes."""
+    settings = PartyOptions(Rank.CLIENT, reveal="token", network="10:50").settings().public
+    assert (settings.reveal, settings.network) == (Reveal.TOKEN, "10:50")
+    shown = CliRunner().invoke(app, ["--help"]).output
+    for flag in ("--reveal", "--network", "--policy", "--protocol", "--max-new-tokens"):
+        assert flag in shown
 
 
 @pytest.mark.parametrize(

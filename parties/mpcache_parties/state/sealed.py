@@ -36,6 +36,9 @@ SALT_BYTES = 32
 TAG_BYTES = 16
 CHUNK_BYTES = 4 << 20  # of plaintext
 HEADER_BYTES = 64 << 10  # the longest header that a reader takes
+# What a file system answers that does not know a call: FAT, FUSE, 9p and network file systems lack some.
+LACKING = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR)
+LOCK_FILE = "lock"  # locked in place of its folder where folders cannot be
 PARTIAL = ".partial"  # the end of the name of a file that is being written
 
 
@@ -47,7 +50,7 @@ def load_key(file: Path) -> bytes:
     with suppress(FileExistsError), telling(f"{file}: no key can be written here"):
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new:
             new.write(os.urandom(KEY_BYTES))
-            os.fsync(new.fileno())
+            sync_as_it_can(new.fileno())
         _to_disk_folder(file.parent)
     with telling(f"{file}: this key cannot be read"), open(file, "rb") as old:
         others = os.fstat(old.fileno()).st_mode & 0o077
@@ -80,7 +83,7 @@ def seal(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[bytes
                     sealed = aes.encrypt(_nonce(number, last), chunk, front)
                     _write_all(out.fileno(), sealed)
                     size += len(sealed)
-                os.fsync(out.fileno())
+                sync_as_it_can(out.fileno())
             os.rename(partial, file)
             _to_disk_folder(file.parent)
     except BaseException:
@@ -152,6 +155,24 @@ def lock(folder: Path, what: str) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise InUse(f"{folder}: another process uses {what}") from None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in LACKING:
+                raise
+            descriptor = _lock_file(folder, what)
+    return descriptor
+
+
+def _lock_file(folder: Path, what: str) -> int:
+    """Lock a file in the folder: network file systems lock nothing that is not open for writing."""
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise InUse(f"{folder}: another process uses {what}") from None
+        raise
     return descriptor
 
 
@@ -159,6 +180,15 @@ def to_disk(folder: Path) -> None:
     """Make names in this folder that were added, changed or removed stay so, whatever happens next."""
     with telling(f"{folder}: cannot be written"):
         _to_disk_folder(folder)
+
+
+def sync_as_it_can(descriptor: int) -> None:
+    """Bring a file or a folder to the disk, as far as its file system knows how."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
 
 
 @contextmanager
@@ -241,6 +271,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def _to_disk_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync_as_it_can(descriptor)
     finally:
         os.close(descriptor)

@@ -129,6 +129,7 @@ class Files:
         for step in self.steps():
             self._file(step).unlink(missing_ok=True)
         with self.store.changing, suppress(OSError):
+            (self.folder / sealed.LOCK_FILE).unlink(missing_ok=True)
             self.folder.rmdir()
         with suppress(StateError):
             sealed.to_disk(self.store.folder)

@@ -101,7 +101,7 @@ class TapeStore:
             except FileExistsError:
                 raise StateError(f"{self.rank.label}: tapes {batch} are used, by another process") from None
             try:
-                os.fsync(descriptor)
+                sealed.sync_as_it_can(descriptor)
             finally:
                 os.close(descriptor)
         sealed.to_disk(self.folder / USED)

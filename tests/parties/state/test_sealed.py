@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ import pytest
 import torch
 
 from mpcache.cache import Cache, LayerCache
-from mpcache.errors import StateError
+from mpcache.errors import InUse, StateError
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache_parties.state import sealed, snapshot
+from mpcache_parties.state.store import Files, Store
 
 KEY = bytes(range(32))
 HEADER = {"kind": "test", "step": 3}
@@ -100,6 +104,42 @@ def test_a_key_is_made_once_and_for_its_owner(tmp_path: Path) -> None:
         sealed.load_key(file)
     with pytest.raises(StateError, match="no key can be written here: No such file"):
         sealed.load_key(tmp_path / "no" / "key")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_that_lacks_a_nicety_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """It syncs and locks no folder: a file in it is locked, and keeps others out just as well."""
+    sync, flock = os.fsync, fcntl.flock
+
+    def of_files(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(descriptor: int, *how: int) -> Any:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(number, os.strerror(number))
+            return call(descriptor, *how)
+
+        return called
+
+    monkeypatch.setattr(os, "fsync", of_files(sync))
+    monkeypatch.setattr(fcntl, "flock", of_files(flock))
+    store = Store(tmp_path, Rank.SERVER)
+    files = Files(store, "0" * 32)
+    files.write(0, "run", {})
+    with pytest.raises(InUse):
+        Files(store, "0" * 32)
+    assert files.steps() == [0]
+    files.remove()
+    assert not files.folder.exists()
+
+
+def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(StateError, match="no key can be written here: Input/output error"):
+        Store(tmp_path, Rank.SERVER)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:

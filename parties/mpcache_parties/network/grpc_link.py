@@ -34,6 +34,7 @@ logging.getLogger("grpc").addHandler(logging.NullHandler())
 logging.getLogger("grpc").propagate = False
 
 ABORT_LINGER_S = 1.0  # for the reason to reach the peer
+DEALER_LINGER_S = 5.0  # for a dealer that computes to leave the tape that it is in
 AGAIN_AFTER_S = 0.1  # between two attempts to reconnect
 
 Queue = SimpleQueue[bytes | None]  # what gRPC's sending thread takes from; None ends the stream
@@ -130,7 +131,7 @@ class GrpcLink(FrameLink):
                 limit = None
                 self.connected.set()
                 # A peer that closed, too, may have ended its stream in the middle of a message.
-                if self._drain(call, stream, queue) or self._closed:
+                if self._drain(call, stream, queue, listening=False) or self._closed:
                     self._end(self._failure)
                     return
             except LinkError as error:
@@ -227,9 +228,9 @@ class GrpcLink(FrameLink):
     def _serving(self, frames: Iterator[bytes], stream: int, queue: Queue) -> None:
         error: LinkError | None = None
         try:
-            ended = self._drain(frames, stream, queue) or self._closed
+            ended = self._drain(frames, stream, queue, listening=True) or self._closed
         except Exception:  # gRPC's server side raises bare exceptions
-            ended = self._last_word is not None
+            ended = self._last_word is not None or self.peer_left
         queue.put(None)
         if not ended:
             error = self._await(stream)
@@ -249,7 +250,7 @@ class GrpcLink(FrameLink):
 
     # Both.
 
-    def _drain(self, frames: Iterator[bytes], stream: int, queue: Queue) -> bool:
+    def _drain(self, frames: Iterator[bytes], stream: int, queue: Queue, listening: bool) -> bool:
         """Take in what comes until the session ends here; False if the stream does without a word."""
         for data in frames:
             with self._state:
@@ -259,7 +260,8 @@ class GrpcLink(FrameLink):
                     continue
             if self.peer_left:
                 _discard(queue)  # it takes nothing any more
-                queue.put(None)
+                if self._closed or not listening or self._failure is not None:
+                    queue.put(None)  # else when this party closes: one that dialled hears that it has
             elif not self._closed and self._failure is not None:
                 self._fail_all(self._failure)  # refused; `close` will tell the peer why
             for data in frames:  # until the peer, too, has got everything
@@ -310,6 +312,8 @@ class GrpcLink(FrameLink):
         if reason and (queue := self._queue) is not None:
             _discard(queue)
         super().close(reason)
+        if self.peer_left and (queue := self._queue) is not None:
+            queue.put(None)
 
     def _abort(self, data: bytes) -> None:
         with self._out:
@@ -317,7 +321,12 @@ class GrpcLink(FrameLink):
             self._carry(data)
 
     def finish(self, deadline: float) -> None:
-        """Do the second half of `close`: wait for the peer to end its side, until a monotonic time."""
+        """Do the second half of `close`: wait for the peer to end its side, until a monotonic time.
+
+        A dealer is waited for shortly: it may be in the middle of a tape that nobody reads any more.
+        """
+        if self.peer is Rank.DEALER:
+            deadline = min(deadline, time.monotonic() + DEALER_LINGER_S)
         if self.connected.is_set():
             self._ended.wait(max(0.0, deadline - time.monotonic()))
         with self._state:

@@ -371,12 +371,12 @@ def test_a_link_closes_in_the_middle_of_a_message(kind: str, first: Rank) -> Non
             closing.append(pool.submit(end.close))
             time.sleep(0.3)
             if first is Rank.SERVER:  # the dealer may compute yet: it is not waited for
-                closing[0].result(timeout=10)
+                closing[0].result(timeout=20)
             if end is dealer and first is Rank.DEALER:  # the server is not done yet, and has nothing to fear
                 server.send_facts("more/decode1", {})
         for one in closing:
             one.result(timeout=20)
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 30
 
 
 def test_labels_must_match_the_tensors(pair: Pair) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError
@@ -10,9 +13,11 @@ from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.transport.local import LocalLink
+from mpcache_parties import facts
 from mpcache_parties.private_inputs import Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
+from mpcache_protos import party_pb2 as pb
 from tests.support.record import recording
 from tests.support.session import run_session
 
@@ -47,6 +52,15 @@ class Deaf(LocalLink):
     _post = _carry
 
 
+def session_of(heard: Conversation) -> str:
+    """Return the name that the server drew for the recorded session: its peers compare it."""
+    for data in heard[Rank.CLIENT][Rank.SERVER]:
+        frame = pb.Frame.FromString(data)
+        if frame.WhichOneof("kind") == "facts" and frame.facts.step == "facts/model":
+            return str(json.loads(frame.facts.json)["session"])
+    raise AssertionError("the server told no facts")
+
+
 def replay(
     model: Model, heard: Conversation, rank: Rank, said: dict[Rank, list[bytes]]
 ) -> BaseException | None:
@@ -62,7 +76,8 @@ def replay(
     try:
         match rank:
             case Rank.SERVER:
-                serve(resources, Document(model, tokens(model)))
+                with patch.object(facts, "secrets", SimpleNamespace(token_hex=lambda n: session_of(heard))):
+                    serve(resources, Document(model, tokens(model)))
             case Rank.CLIENT:
                 ask(resources, QUESTION)
             case _:

@@ -218,7 +218,7 @@ def _shortened(asks: Sequence[Ask]) -> list[Ask]:
                 for item in items:
                     sizes[item.sender, item.to, item.step] += math.prod(item.share.shape) * item.width
                 merged = (
-                    Opening(cast(torch.Tensor, _Bytes((n,))), "counted", to, sender, width=1, step=name)
+                    Opening(cast(torch.Tensor, _Bytes((n,))), "counted", to, sender, ring=8, step=name)
                     for (sender, to, name), n in sizes.items()
                 )
                 short.append(Open(tuple(merged), step))

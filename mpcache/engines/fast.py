@@ -28,7 +28,7 @@ from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Program, open_secret
 from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode
-from mpcache.runtime.side import Side, bytes_for
+from mpcache.runtime.side import Side
 
 
 class FastOps(Engine[Share, MaskedOperand]):
@@ -198,7 +198,7 @@ class FastOps(Engine[Share, MaskedOperand]):
         if x.bits > self.bits + spare:
             x = self.do.truncate_local(self.side, x, self.bits + spare)
             x = replace(x, data=x.data + (yield from self.do.blur(self.side, x, to.peer, BLUR_BITS)))
-        raw = yield from open_secret(Opening(x.data, why, to=to, width=bytes_for(x.ring)))
+        raw = yield from open_secret(Opening(x.data, why, to=to, ring=x.ring))
         if raw is None:
             return None
         return decode(centred(raw, x.ring), x.bits)

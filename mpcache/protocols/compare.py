@@ -38,7 +38,7 @@ from mpcache.runtime.program import (
     tree_cipher,
 )
 from mpcache.runtime.rng import TreeCipher
-from mpcache.runtime.side import Side, bytes_for
+from mpcache.runtime.side import Side
 
 
 def key_parts(keys: KeyShape) -> tuple[Part, Part, Part]:
@@ -206,7 +206,7 @@ class Digits:
         m = self.digits
         (entries,) = yield from open_masked(
             Opening(self._entries(masks, tables, opened), "digits, compared and masked",
-                    width=bytes_for(2 * m - 1), xor=True)
+                    ring=2 * m - 1, xor=True)
         )  # fmt: skip
         if opened.is_meta:
             return torch.empty_like(opened)
@@ -256,8 +256,6 @@ def less(
     keys = yield from Keys.of(n, width, dtype)
     request = Request(RequestKind.COMPARE, (Part((n,)), *keys.random), keys.derived, keys.derive, keys.work)
     r, *parts = yield from draw(request)
-    (opened,) = yield from open_masked(
-        Opening(x.reshape(n) + r, "masked for comparison", width=bytes_for(width))
-    )
+    (opened,) = yield from open_masked(Opening(x.reshape(n) + r, "masked for comparison", ring=width))
     points = opened.unsqueeze(-1) - side.public(thresholds)
     return keys.points(side, parts, points).reshape(*x.shape, len(thresholds))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mpcache.errors import Reuse
 from mpcache.rank import Rank
 from mpcache.runtime import correlations
 from mpcache.runtime.correlations import mask_parts
@@ -24,7 +25,7 @@ from mpcache.runtime.program import (
 )
 from mpcache.runtime.ring import matmul
 from mpcache.runtime.shares import Awaited, MaskedOperand, Share
-from mpcache.runtime.side import Side, bytes_for, drop_low_bits
+from mpcache.runtime.side import Side, drop_low_bits
 
 
 def truncation_room(ring: int) -> int:
@@ -34,7 +35,7 @@ def truncation_room(ring: int) -> int:
 
 def masked(x: torch.Tensor, ring: int, why: str, sender: Rank | None = None) -> Opening:
     """Open modulo 2^ring: so many bytes, and no more."""
-    return Opening(x, why, sender=sender, width=bytes_for(ring))
+    return Opening(x, why, sender=sender, ring=ring)
 
 
 def raised(side: Side, x: torch.Tensor, r: torch.Tensor, ring: int, why: str) -> Opening:
@@ -128,12 +129,20 @@ def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
 def truncate_to_scale(
     side: Side, x: Share, shape: tuple[int, ...]
 ) -> Program[Callable[[Share], Program[Share]]]:
-    """Run `truncate_times` in two steps, for a factor of `shape` that comes later: a round now, one then."""
+    """Run `truncate_times` in two steps, for a factor of `shape` that comes later: a round now, one then.
+
+    What is returned serves once, and raises Reuse the second time.
+    """
     r, a, *parts = yield from draw(Scaled.shape(x, shape))
     (c,) = yield from open_masked(raised(side, x.data, r, x.ring, "masked for truncation"))
     scaled = Scaled(side, x, a, c, parts)
+    used = False
 
     def times(y: Share) -> Program[Share]:
+        nonlocal used
+        if used:
+            raise Reuse("a factor's mask is used already; `truncate_to_scale` serves one factor")
+        used = True
         (d,) = yield from open_masked(masked(y.data - a, 64, "factor, masked"))
         return scaled.times(d, y.bits)
 
@@ -221,7 +230,12 @@ def start_mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
 
 
 def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand) -> Program[MaskedOperand]:
-    """Open: the second half, one round. joined: what was made of `started` meanwhile; it comes out opened."""
+    """Open: the second half, one round. joined: what was made of `started` meanwhile; it comes out opened.
+
+    Raises Reuse the second time: two values under one mask would tell their difference.
+    """
+    if not started.mask.is_meta:
+        started.opened.begin()
     why = "operand, masked"
     (opened,) = yield from open_masked(masked(x.data - started.mask, started.ring, why, x.owner))
     started.opened.bring(opened)

@@ -11,7 +11,7 @@ import math
 import torch
 
 from mpcache.runtime.program import Opening, Part, Program, Request, RequestKind, Work, draw, open_masked
-from mpcache.runtime.side import Side, bytes_for
+from mpcache.runtime.side import Side
 
 
 def one_hot(rotation: torch.Tensor, size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -32,7 +32,7 @@ def one_hot_of(
     )
     rho, h = yield from draw(request)
     bits = size.bit_length() - 1
-    (c,) = yield from open_masked(Opening(index + rho, "index, rotated", width=bytes_for(bits)))
+    (c,) = yield from open_masked(Opening(index + rho, "index, rotated", ring=bits))
     # index = v exactly where rho = c - v.
     where = (c.unsqueeze(-1) - side.public(range(size))) & (size - 1)
     rotated: torch.Tensor = h.gather(-1, where)

@@ -158,7 +158,8 @@ class Opening:
 
     to: the recipient, or None for both computing parties.  why: the reason, for the audit.
     sender: the only party whose share is not zero, or None.
-    xor: the shares are XOR shares.  width: bytes per element; the result is modulo 2^(8 width).
+    xor: the shares are XOR shares.  ring: the value's significant bits; what an element's whole bytes have
+    above them is noise of the shares.
     """
 
     share: torch.Tensor
@@ -166,8 +167,13 @@ class Opening:
     to: Rank | None = None
     sender: Rank | None = None
     xor: bool = False
-    width: int = 8
+    ring: int = 64
     step: str = ""
+
+    @property
+    def width(self) -> int:
+        """Bytes per element."""
+        return -(-self.ring // 8)
 
 
 @dataclass(frozen=True)
@@ -235,10 +241,15 @@ def open_masked(*openings: Opening) -> Program[list[torch.Tensor]]:
 def open_secret(opening: Opening) -> Program[torch.Tensor | None]:
     """Open a secret itself, without a mask, to one recipient: `Ops.reveal` alone may. One round.
 
-    Raises ValueError without a recipient or a reason.
+    Raises ValueError without a recipient or a reason, or where its bytes would hold more than its ring: no
+    mask hides the noise above it, which follows from both parties' shares.
     """
     if opening.to is None or not opening.why:
         raise ValueError("a secret is opened to one recipient, for a reason")
+    if opening.ring % 8:
+        raise ValueError(
+            f"a secret is opened in whole bytes: {opening.why} has a ring of {opening.ring} bits"
+        )
     answer: list[torch.Tensor | None] = yield Open((opening,))
     return answer[0]
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from mpcache.errors import Reuse
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 
@@ -148,6 +149,7 @@ class Awaited:
     def __init__(self, make: Callable[[], torch.Tensor] | None = None) -> None:
         self._make = make
         self._value: torch.Tensor | None = None
+        self._begun = False
 
     @property
     def value(self) -> torch.Tensor:
@@ -156,6 +158,12 @@ class Awaited:
                 raise RuntimeError("an operand is used before the round that opens it is over")
             self._value = self._make()
         return self._value
+
+    def begin(self) -> None:
+        """Take note that the opening begins. Raises Reuse if it has before."""
+        if self._begun:
+            raise Reuse("an operand's mask is used already; each operand is opened once")
+        self._begun = True
 
     def bring(self, value: torch.Tensor) -> None:
         self._value = value

@@ -16,7 +16,7 @@ from mpcache.runtime.program import Opening
 from mpcache.session import Session
 from tests.support import tiny_policies as tiny
 from tests.support.play import play
-from tests.support.uniformity import largest_deviation
+from tests.support.uniformity import largest_deviation, worst_of_ring
 
 SPEC = "mpcache:coarse=4,fine=2,n_keep=20,recent=2,sink=1"
 CONTEXT, QUESTION = 24, 3
@@ -27,7 +27,7 @@ class Transcript:
 
     def __init__(self) -> None:
         self.slots: list[tuple[str, str, tuple[int, ...], str]] = []
-        self.words: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.words: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)  # by reason and ring
 
     def watch(self, party: ComputingParty, reasons: list[list[Opening]]) -> None:
         for name, link in (("peer", party._peer), ("dealer", party._dealer)):
@@ -41,7 +41,9 @@ class Transcript:
                 for tensor, item in zip(arrived, items, strict=True):
                     why = item.why if item else "tape"
                     self.slots.append((name, step, tuple(tensor.shape), why))
-                    self.words[why].append(tensor.contiguous().view(torch.uint8).numpy().ravel())
+                    if item:  # correction bits of key trees are two bits in a byte; see test_dcf
+                        data = tensor.contiguous().view(torch.uint8).numpy()
+                        self.words[why, item.ring].append(data.reshape(-1, item.width))
                 return arrived
 
             link.recv = recv  # type: ignore[method-assign]
@@ -98,18 +100,16 @@ def test_slots_do_not_depend_on_secrets(transcripts: Any, who: Rank) -> None:
 
 @pytest.mark.parametrize("who", [Rank.SERVER, Rank.CLIENT])
 def test_openings_look_uniform(transcripts: Any, who: Rank) -> None:
-    """Each reason's bytes, over all of a run: every bit balanced, bytes uniform (chi square, 6 sigma).
+    """Each reason's significant bits, over all of a run: every bit balanced, bytes uniform (6 sigma).
 
     The client's logits are the one thing that is not masked: its server share is uniform all the same.
     """
     for seed in (0, 1):
-        for why, pieces in transcripts[who, seed].words.items():
-            if why == "tape":
-                continue  # correction bits of key trees are two bits in a byte; see test_fss
+        words = transcripts[who, seed].words
+        assert any(why == "ranks, rotated" for why, _ in words)
+        for (why, ring), pieces in words.items():
             data = np.concatenate(pieces)
-            if why == "ranks, rotated":
-                continue  # one byte holds a rank modulo a smaller power of two, and noise above
-            assert largest_deviation(data) < 6, (who, why, len(data))
+            assert worst_of_ring(data, ring) < 6, (who, why, ring, len(data))
 
 
 def test_the_check_sees_a_planted_bug() -> None:
@@ -117,6 +117,10 @@ def test_the_check_sees_a_planted_bug() -> None:
     uniform = np.random.default_rng(0).integers(0, 256, 40_000, dtype=np.uint8)
     assert largest_deviation(uniform) < 6
     assert largest_deviation(uniform & np.uint8(0x7F)) > 6
+    ranks = np.random.default_rng(1).integers(0, 256, (4000, 1), dtype=np.uint8)
+    assert worst_of_ring(ranks, 4) < 6
+    assert worst_of_ring(ranks & np.uint8(0xF7), 4) > 6  # a rank below 8 of 16, noise above
+    assert worst_of_ring(ranks & np.uint8(0xEF), 4) < 6  # above its ring nothing counts
     bare = (torch.randn(5000) * 2**16).long().view(torch.uint8).numpy()
     assert largest_deviation(bare) > 6
 

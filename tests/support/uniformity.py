@@ -52,6 +52,26 @@ def uniformity(values: Bytes) -> Uniformity:
     return Uniformity(float(abs(bits - 0.5).max() * 2 * math.sqrt(n)), histogram, distance * math.sqrt(n))
 
 
+def worst_of_ring(values: Bytes, ring: int) -> float:
+    """Return the largest deviation of (n, width) bytes as numbers of `ring` bits: what is above is no matter.
+
+    In standard deviations: of the mean of each bit, of the whole bytes, and of what the last byte has.
+    """
+    bits = np.unpackbits(values, axis=1, bitorder="little")[:, :ring]
+    worst = [float(abs(bits.mean(0) - 0.5).max() * 2 * math.sqrt(len(values)))]
+    whole, rest = divmod(ring, 8)
+    pieces: list[tuple[Any, int]] = [(values[:, :whole].ravel(), 8)]
+    if rest:
+        pieces.append((values[:, whole] & ((1 << rest) - 1), rest))
+    for data, size in pieces:
+        if size > 2 and len(data) >= 5 << size:
+            expected, free = len(data) / (1 << size), (1 << size) - 1
+            chi = ((np.bincount(data, minlength=1 << size) - expected) ** 2 / expected).sum()
+            # Wilson and Hilferty: normal for few degrees of freedom, too
+            worst.append(float(((chi / free) ** (1 / 3) - 1 + 2 / (9 * free)) / math.sqrt(2 / (9 * free))))
+    return max(worst)
+
+
 def largest_deviation(data: Bytes) -> float:
     """Return the largest deviation, in standard deviations, of bit means and of the byte histogram."""
     bits = np.unpackbits(data.reshape(-1, 1), axis=1).mean(0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mpcache.engines.fast import FastOps
+from mpcache.errors import Reuse
 from mpcache.protocols.linear import (
     finish_mask_operand,
     mask_operand,
@@ -11,9 +12,10 @@ from mpcache.protocols.linear import (
     product,
     start_mask_operand,
     truncate,
+    truncate_to_scale,
 )
 from mpcache.rank import Rank
-from mpcache.runtime.program import together
+from mpcache.runtime.program import Opening, open_secret, together
 from mpcache.runtime.rng import KeyStream, fresh_seed
 from mpcache.runtime.shares import Share, decode
 from tests.support.harness import secure
@@ -113,3 +115,35 @@ def test_only_what_is_settled_is_announced() -> None:
     ops = FastOps(Rank.SERVER)
     with pytest.raises(ValueError, match="settled"):
         next(ops.start_prepare(Share(torch.zeros(2, 3, dtype=torch.int64), 32, ring=48)))
+
+
+def test_a_mask_that_waits_serves_once() -> None:
+    """What opens later, under a mask that was drawn before, refuses to open a second value under it."""
+    x = torch.randn(4, 3)
+
+    def twice_scaled(ops, x):  # type: ignore[no-untyped-def]
+        times = yield from truncate_to_scale(ops.side, x, (4, 1))
+        y = yield from times(x[:, :1])
+        if ops.side.device == "cpu":
+            with pytest.raises(Reuse, match="serves one factor"):
+                yield from times(x[:, 1:2])
+        return y
+
+    def twice_opened(ops, x):  # type: ignore[no-untyped-def]
+        started = yield from ops.start_prepare(x)
+        yield from ops.finish_prepare(x, started, started)
+        if ops.side.device == "cpu":
+            with pytest.raises(Reuse, match="each operand is opened once"):
+                yield from ops.finish_prepare(x + x, started, started)
+        return x
+
+    for protocol in (twice_scaled, twice_opened):
+        assert secure(protocol, x).ledgers[Rank.SERVER].total().rounds == (
+            2 if protocol is twice_scaled else 1
+        )
+
+
+def test_a_secret_is_opened_in_whole_bytes() -> None:
+    """A ring of 20 bits takes three bytes, and no mask would hide the noise in the last four bits."""
+    with pytest.raises(ValueError, match="logits has a ring of 20 bits"):
+        next(open_secret(Opening(torch.zeros(3, dtype=torch.int64), "logits", Rank.CLIENT, ring=20)))

@@ -15,7 +15,6 @@ from mpcache.protocols.softmax import quantize_scores
 from mpcache.rank import Rank
 from mpcache.runtime.program import Opening, Part, Request, RequestKind, draw, open_masked, together
 from mpcache.runtime.shares import Share, centred
-from mpcache.runtime.side import bytes_for
 from tests.support.harness import secure
 from tests.support.play import reconstruct
 
@@ -48,7 +47,7 @@ def test_signs_over_the_whole_ring(kind: type[compare.Keys], dtype: torch.dtype,
             RequestKind.COMPARE, (Part(x.shape), *how.random), how.derived, how.derive, how.work
         )
         r, *parts = yield from draw(request)
-        (c,) = yield from open_masked(Opening(share.data + r, "masked", width=bytes_for(width)))
+        (c,) = yield from open_masked(Opening(share.data + r, "masked", ring=width))
         return Share((yield from how.sign(ops.side, parts, c)), 0)
 
     played = secure(protocol, x, bits=0)

@@ -45,7 +45,7 @@ DATA = re.compile(
 _METRIC = re.compile(r"^mpcache_|_total$")  # a metric is a counter's name with these around it
 NAME = re.compile(r"^(?:_?[a-z]+(?:_[a-z0-9]+)+|(?:[A-Z][a-z0-9]+){2,}|[A-Z][a-z]+[A-Z]+\w*|[a-z]+)$")
 # A title in capitals with a number or a heading is a document; ours are cited by their path.
-ELSEWHERE = re.compile(r'\b[A-Z]{5,}(?: \d{1,2}\b|, ")|(?<![\w.])\.\./|(?<![\w.])/(?:work|tmp/wt|home)/')
+ELSEWHERE = re.compile(r'\b[A-Z]{5,}(?: \d{1,2}\b|, ")|(?<![\w.])\.\./|(?<![\w.])/(?:home|root|mnt|Users)/')
 
 
 @dataclass

@@ -123,3 +123,11 @@ def test_a_request_without_a_known_kind_or_its_work_cannot_be_made() -> None:
         Request("shuffle", (), (), lambda: (), NO_WORK)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="work"):
         Request(RequestKind.MASK, (), (), lambda: ())  # type: ignore[call-arg]
+
+
+def test_files_that_start_parties_share_a_worker() -> None:
+    pytest.importorskip("xdist")
+    from tests.support.schedule import STARTING
+
+    assert {"tests/parties/test_faults.py", "tests/mpcache/test_cli.py"} <= STARTING
+    assert "tests/kernels/test_triton.py" not in STARTING

@@ -7,7 +7,7 @@ import socket
 import stat
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from threading import Thread
 
@@ -175,8 +175,20 @@ class Tap:
         self.seen = bytearray()
         self._target = host, int(port)
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._ends = [self._listener]
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        Thread(target=self._accept, daemon=True).start()
+        self._thread = Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wake whoever waits at a socket, then close them all."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(5)  # no connection is taken any more
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -187,6 +199,7 @@ class Tap:
                 except OSError:  # it does not listen yet: who calls calls again
                     near.close()
                     continue
+                self._ends += [near, far]
                 for source, sink in ((near, far), (far, near)):
                     Thread(target=self._forward, args=(source, sink), daemon=True).start()
 
@@ -215,7 +228,7 @@ def test_right_identities_connect_and_a_wire_shows_nothing(encrypted: bool, home
                 link.send_facts("facts", {"rank": int(me), "word": secret})
                 assert link.recv_facts("facts") == {"rank": int(peer), "word": secret}
 
-    with ThreadPoolExecutor(3) as pool:
+    with closing(tap), ThreadPoolExecutor(3) as pool:
         list(pool.map(party, Rank))
     assert len(tap.seen) > 500
     assert (secret.encode() in tap.seen) is not encrypted

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mpcache.console.signals import STOPS
 from mpcache.model import Model, load_model
 from tests.support import processes
 from tests.support.processes import tiny_model
@@ -41,6 +44,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _seeded() -> None:
     """Draw the same numbers in each test, whatever ran before it: torch's generator is global."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """Leave no stop signal ignored: a program that ends in this process ignores them, and what later tests
+    start would inherit that and never stop."""
+    before = {each: signal.getsignal(each) for each in STOPS}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 @pytest.fixture(scope="module")

@@ -307,7 +307,8 @@ def test_a_stop_signal_ends_all(files: tuple[Settings, Path, Path], folder: Path
     """One party is told to stop; the others hear why. (The stopped one is the server.)"""
     _, config, document = files
     with started() as children:
-        children.append(start(PARTY, "--config", config, "--rank", 1, "--question", QUESTION))
+        asked = ["--question", QUESTION, "--no-stop-at-eos"]  # the answer must not be over before the signal
+        children.append(start(PARTY, "--config", config, "--rank", 1, *asked))
         children.append(start(PARTY, "--config", config, "--rank", 2))
         children.append(
             start(PARTY, "--config", config, "--rank", 0, "--model", folder, "--context", document)

@@ -38,6 +38,11 @@ class Identity:
     key: bytes
     certificate: bytes
 
+    @property
+    def shown(self) -> x509.Certificate:
+        """Return the certificate that the others are shown, and compare with their pins."""
+        return x509.load_pem_x509_certificate(self.certificate)
+
     @staticmethod
     def files(folder: Path, rank: Rank) -> tuple[Path, Path]:
         """Return where the key and the certificate of this rank lie."""
@@ -145,7 +150,7 @@ def shared_name(certificates: Sequence[x509.Certificate]) -> str | None:
     alike = [each for each in certificates if subjects.count(each.subject) > 1]
     if not alike:
         return None
-    prints = " and ".join(short_fingerprint(fingerprint(each)) for each in alike)
+    prints = " and ".join(short_fingerprint(each) for each in alike)
     return (
         f"{prints} share a name, as mpcache 0.1.0 made them, and TLS takes the first alone; "
         "make new ones with mpcache-party keygen, and pin them with --replace in every config"
@@ -171,6 +176,6 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-def short_fingerprint(print_: str) -> str:
-    """Return enough of a fingerprint to tell two apart in an error line."""
-    return f"sha256:{print_[:16]}"
+def short_fingerprint(certificate: x509.Certificate) -> str:
+    """Return enough of a certificate's fingerprint to tell two apart in an error line."""
+    return f"sha256:{fingerprint(certificate)[:16]}"

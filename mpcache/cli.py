@@ -37,7 +37,8 @@ from mpcache.console.options import (
     StopAtEosOption,
     TemperatureOption,
     TopPOption,
-    VersionOption,
+    public_overrides,
+    version_option,
 )
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
@@ -83,16 +84,23 @@ class Inquiry:
 
     @staticmethod
     def read(
-        model: Path | None, context: Path | None, question: str, sampling: Sampling, stop_at_eos: bool
+        model: Path | None,
+        context: Path | None,
+        question: str | None,
+        question_file: Path | None,
+        sampling: Sampling,
+        stop_at_eos: bool,
     ) -> Inquiry:
         """Read everything but the weights; raises BadInput before any process is started."""
+        check_stdin(context, question_file)
+        question_text = read_question(question, question_file)
         folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
         shape, tokenizer = load_shape(folder), load_tokenizer(folder)
         most = shape.max_positions
         text = read_text(file)  # once: it may be a pipe
         document = tokenizer.encode_within(text, True, most, "the context")
-        asked = tokenizer.encode_within(question, False, most, "the question")
-        return Inquiry(folder, text, question, shape, tokenizer, document, asked, sampling, stop_at_eos)
+        asked = tokenizer.encode_within(question_text, False, most, "the question")
+        return Inquiry(folder, text, question_text, shape, tokenizer, document, asked, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
@@ -120,6 +128,11 @@ class Inquiry:
         texts = {Rank.SERVER: self.context_text, Rank.CLIENT: self.question_text}
         return run_parties(settings, flags, texts, say, on_token)
 
+    def compared(self, public: PublicConfig, leakage: str, reports: dict[Rank, Any]) -> dict[str, Any]:
+        """Answer in plaintext, too; return what both took, as `summary` does."""
+        plain = self.plain(public)
+        return summary(public.policy, leakage, reports, plain, self.tokenizer.decode(plain.ids))
+
     def plain(self, public: PublicConfig) -> PlainAnswer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         stops = self.shape.eos_ids if self.stop_at_eos else ()
@@ -130,7 +143,7 @@ class Inquiry:
 
 
 @app.callback()
-def options_of_all(version: VersionOption = False) -> None:
+def options_of_all(version: Annotated[bool, version_option("mpcache")] = False) -> None:
     """Private LLM answers with MPCache: three parties, secret shares, an evicted KV cache."""
 
 
@@ -158,13 +171,12 @@ def generate(
 
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
-    settings = load_settings(config, _overrides(policy, protocol, network, max_new_tokens, reveal))
+    settings = load_settings(config, public_overrides(policy, protocol, network, max_new_tokens, reveal))
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
-    check_stdin(context, question_file)
-    sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
-    inquiry = Inquiry.read(model, context, text, sampling, stop_at_eos)
+    sampling = Sampling(temperature, top_p, seed)
+    inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos)
     bound = inquiry.bind(settings.public)
     if not as_json:
         _entry("Question", inquiry.question_text + "\n")
@@ -183,14 +195,13 @@ def generate(
             shown += text
 
         reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
-    plain = inquiry.plain(settings.public)
-    text = inquiry.tokenizer.decode(plain.ids)
-    run = summary(settings.public.policy, bound.leak, reports, plain, text)
+    run = inquiry.compared(settings.public, bound.leak, reports)
     if as_json:
         print(json.dumps(run))
         return
     if shown and not shown.endswith("\n"):
         _write("\n")
+    text = run["plaintext_text"]
     _entry("Plaintext", text if text.endswith("\n") else text + "\n")
     _write("\n")
     terminal.print_table(out, card(run))
@@ -219,12 +230,11 @@ def compare(
     """Compare private with plaintext, per policy and protocol: latency, rounds, bytes, agreement."""
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
-    check_stdin(context, question_file)
-    sampling, text = Sampling(temperature, top_p, seed), read_question(question, question_file)
-    inquiry = Inquiry.read(model, context, text, sampling, stop_at_eos)
+    sampling = Sampling(temperature, top_p, seed)
+    inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos)
     agreed = load_settings(config)  # once: it may be a pipe
     chosen = [
-        with_overrides(agreed, _overrides(one, way, network, max_new_tokens, reveal))
+        with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal))
         for way in protocol or (None,)
         for one in policy or ("full", None)
     ]
@@ -234,9 +244,7 @@ def compare(
         public, spec = settings.public, settings.public.policy
         with terminal.progress(STARTING, f"{spec}, {public.protocol}: ") as (say, _):
             reports = inquiry.private(settings, say, lambda token, text: None)
-        plain = inquiry.plain(public)
-        text = inquiry.tokenizer.decode(plain.ids)
-        runs.append(summary(spec, bound.leak, reports, plain, text))
+        runs.append(inquiry.compared(public, bound.leak, reports))
     if as_json:
         print(json.dumps({"runs": runs}))
     else:
@@ -309,18 +317,6 @@ def check(
         terminal.print_table(out, table)
     if any(each.ok is False for each in found):
         raise typer.Exit(LinkError.exit_code)
-
-
-def _overrides(
-    policy: str | None, protocol: str | None, network: str | None, tokens: int | None, reveal: str | None
-) -> dict[str, Any]:
-    return {
-        "public.policy": policy,
-        "public.protocol": protocol,
-        "public.network": network,
-        "public.max_new_tokens": tokens,
-        "public.reveal": reveal,
-    }
 
 
 def _entry(name: str, text: str) -> None:

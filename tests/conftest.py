@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from mpcache.cli import main
 from mpcache.console.signals import STOPS
 from mpcache.model import Model, load_model
 from tests.support import processes
-from tests.support.processes import tiny_model
+from tests.support.processes import Run, tiny_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,6 +55,22 @@ def _signals_as_before() -> Iterator[None]:
     yield
     for each, handler in before.items():
         signal.signal(each, handler)
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command in this process (only the parties are others): exit code, stdout, stderr."""
+    monkeypatch.setattr("mpcache.cli.stop_on_signals", lambda who: None)
+    monkeypatch.setattr("mpcache.cli.ignore_signals", lambda: None)
+
+    def run(*flags: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(flag) for flag in flags])
+        out, noise = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, out, noise
+
+    return run
 
 
 @pytest.fixture(scope="module")

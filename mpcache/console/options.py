@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,16 +59,28 @@ def read_reveal(text: str | None) -> Reveal:
         raise BadInput(f"--reveal {text!r} is not known; give {' or '.join(Reveal)}") from None
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        try:
-            print(f"mpcache {version('mpcache')}")
-        except PackageNotFoundError:  # run from a checkout
-            print("mpcache, not installed: run from its source")
-        raise typer.Exit
+def version_option(program: str) -> Any:
+    """Return the option `--version` of this program."""
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            try:
+                print(f"{program} {version('mpcache')}")
+            except PackageNotFoundError:  # run from a checkout
+                print(f"{program}, not installed: run from its source")
+            raise typer.Exit
+
+    return typer.Option("--version", callback=show, is_eager=True, help="Print the version, and end.")
 
 
-VersionOption = Annotated[
-    bool,
-    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end."),
-]
+def public_overrides(
+    policy: str | None, protocol: str | None, network: str | None, tokens: int | None, reveal: str | None
+) -> dict[str, Any]:
+    """Return what these options override in the config's public section."""
+    return {
+        "public.policy": policy,
+        "public.protocol": protocol,
+        "public.network": network,
+        "public.max_new_tokens": tokens,
+        "public.reveal": reveal,
+    }

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cryptography import x509
 
 from mpcache.certificates import fingerprint, make_identity
 from mpcache.rank import Rank
@@ -21,4 +20,4 @@ def keygen(
     key, certificate = identity.write(out)
     print(f"{key}: the key; keep it here")
     print(f"{certificate}: the certificate; give it to the other two parties")
-    print(f"{identity.rank.label} sha256:{fingerprint(x509.load_pem_x509_certificate(identity.certificate))}")
+    print(f"{identity.rank.label} sha256:{fingerprint(identity.shown)}")

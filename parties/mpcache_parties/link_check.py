@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from cryptography import x509
 
 from mpcache.certificates import Identity, fingerprint
 from mpcache.config import Settings
@@ -77,7 +76,7 @@ def _identity_rows(
     if identity is None:
         how = "--insecure: no TLS" if insecure else "no TLS: every address is on this machine"
         return [LinkFinding("identity", where, how, True)], trusted
-    own = x509.load_pem_x509_certificate(Identity.read(identity, me).certificate)
+    own = Identity.read(identity, me).shown
     rows = [LinkFinding("identity", where, f"{me.label}, pinned as sha256:{fingerprint(own)}", True)]
     rows += [LinkFinding("certificates", "config", warning, False) for warning in trusted.warnings()]
     return rows, trusted

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
-from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mpcache.console.options import NetworkOption, RevealOption
+from mpcache.console.options import (
+    NetworkOption,
+    NewTokensOption,
+    PolicyOption,
+    ProtocolOption,
+    RevealOption,
+    version_option,
+)
 from mpcache.console.signals import Stopped, ignore_signals
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
@@ -29,12 +35,6 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"mpcache-party {version_of('mpcache')}")
-        raise typer.Exit
-
-
 app.command()(keygen)
 app.command()(pin)
 
@@ -42,10 +42,7 @@ app.command()(pin)
 @app.callback(invoke_without_command=True)
 def party(
     command: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
-    ] = False,
+    version: Annotated[bool, version_option("mpcache-party")] = False,
     rank: Annotated[
         int | None, typer.Option(min=0, max=2, help="0: server, 1: client, 2: dealer.  [required]")
     ] = None,
@@ -60,12 +57,10 @@ def party(
     question_file: Annotated[
         Path | None, typer.Option(help="Client: a file with the question, or - for stdin; unseen by `ps`.")
     ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="NAME[:key=value,...], as `mpcache policies` lists.")
-    ] = None,
-    protocol: Annotated[str | None, typer.Option(help="fast, fast-bits, auto or stock.")] = None,
+    policy: PolicyOption = None,
+    protocol: ProtocolOption = None,
     network: NetworkOption = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    max_new_tokens: NewTokensOption = None,
     reveal: RevealOption = None,
     temperature: Annotated[float | None, typer.Option(help="Client: 0 is greedy. [0]")] = None,
     top_p: Annotated[

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpcache.config import Settings, load_settings
 from mpcache.console.inputs import read_question
+from mpcache.console.options import public_overrides
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
@@ -73,15 +74,8 @@ class PartyOptions:
         tokens = self.prepare_tokens if self.preparing else self.max_new_tokens
         return load_settings(
             self.config,
-            {
-                "public.policy": self.policy,
-                "public.protocol": self.protocol,
-                "public.network": self.network,
-                "public.max_new_tokens": tokens,
-                "public.reveal": self.reveal,
-                "timeouts.connect_s": self.connect_timeout,
-                "addresses.bind": self.listen,
-            },
+            public_overrides(self.policy, self.protocol, self.network, tokens, self.reveal)
+            | {"timeouts.connect_s": self.connect_timeout, "addresses.bind": self.listen},
         )
 
     def check(self) -> None:

@@ -47,8 +47,8 @@ def pin(
             if rank is None:
                 raise ConfigError(f"{file}: names no rank; make it with mpcache-party keygen")
             if pins[rank] and found not in pins[rank] and not (replace or add):
-                prints = " or ".join(short_fingerprint(fingerprint(each)) for each in pins[rank])
-                new = short_fingerprint(fingerprint(found))
+                prints = " or ".join(short_fingerprint(each) for each in pins[rank])
+                new = short_fingerprint(found)
                 raise ConfigError(
                     f"{config}: {rank.label} is pinned to {prints}, {file} is {new}; "
                     "give --replace, or --add to take both"

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from mpcache.certificates import Identity, make_identity
-from mpcache.cli import main
 from mpcache.config import Settings
 from mpcache.errors import BadInput
 from mpcache.ledger import Ledger
@@ -19,7 +18,7 @@ from mpcache_parties.network.connect import open_network
 from mpcache_parties.network.listener import Listener
 from tests.support.identities import pinned, trusts
 from tests.support.links import free_settings
-from tests.support.processes import write_config
+from tests.support.processes import Run, write_config
 
 S, C, D = Rank
 
@@ -81,17 +80,14 @@ def test_whose_links_are_tried(tmp_path: Path, identities: list[Identity]) -> No
         rank_in(tmp_path, None)
 
 
-def test_the_command_prints_a_table_and_ends_with_a_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_a_table_and_ends_with_a_code(tmp_path: Path, run_here: Run) -> None:
     settings = free_settings()
     config = write_config(settings, tmp_path / "session.yaml")
-    with closing(Listener(S, settings)), closing(Listener(D, settings)), pytest.raises(SystemExit) as end:
-        main(["check", "--config", str(config)])
-    assert end.value.code == 0
-    assert "link to dealer" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        main(["check", "--config", str(config), "--rank", "0", "--json"])
-    assert end.value.code == 3
-    checks = {row["what"]: row["ok"] for row in json.loads(capsys.readouterr().out)["checks"]}
+    with closing(Listener(S, settings)), closing(Listener(D, settings)):
+        code, out, _ = run_here("check", "--config", config)
+    assert code == 0
+    assert "link to dealer" in out
+    code, out, _ = run_here("check", "--config", config, "--rank", 0, "--json")
+    assert code == 3
+    checks = {row["what"]: row["ok"] for row in json.loads(out)["checks"]}
     assert checks == {"identity": True, "port": True, "link to dealer": False, "link from client": None}

@@ -20,7 +20,7 @@ def pinned(settings: Settings, identities: Sequence[Identity]) -> Settings:
 
 
 def certificate_of(identity: Identity) -> x509.Certificate:
-    return x509.load_pem_x509_certificate(identity.certificate)
+    return identity.shown
 
 
 def trusts(settings: Settings, identities: Sequence[Identity], folder: Path) -> list[Trust]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mpcache.rank import Rank
 from mpcache.transport.flow_control import READ_AHEAD_BYTES, largest_frame
+from mpcache_parties.network.metadata import RANK_KEY
 from mpcache_protos import party_pb2
 
 SERVICE = party_pb2.DESCRIPTOR.services_by_name["Party"].full_name
@@ -44,3 +46,9 @@ def channel_options(me: Rank, options: Options) -> Options:
 def dials(rank: Rank, peer: Rank) -> bool:
     """Return whether `rank` is the one that connects: the client to both, the server to the dealer."""
     return rank is not peer and (peer is Rank.DEALER or rank is Rank.CLIENT)
+
+
+def caller_in(about: Mapping[str, Any], me: Rank) -> Rank | None:
+    """Return which of those that dial `me` a stream's metadata names; None where it names none."""
+    said = about.get(RANK_KEY)
+    return next((rank for rank in Rank if str(int(rank)) == said and dials(rank, me)), None)

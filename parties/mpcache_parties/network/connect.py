@@ -18,7 +18,7 @@ from mpcache.config import Settings
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache_parties.network.channels import CONNECT, DIAL_OPTIONS, channel_options, dials
+from mpcache_parties.network.channels import CONNECT, DIAL_OPTIONS, caller_in, channel_options, dials
 from mpcache_parties.network.grpc_server import start_server
 from mpcache_parties.network.listener import Listener
 from mpcache_parties.network.metadata import RANK_KEY, REASON_CHARACTERS, REASON_KEY, new_session
@@ -80,9 +80,7 @@ def cannot_take_part(rank: Rank, settings: Settings, trust: Trust, reason: str, 
     came = Semaphore(0)
 
     def refuse(frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        who = dict(context.invocation_metadata()).get(RANK_KEY)
-        peer = next((peer for peer in to_come if str(int(peer)) == who), None)
-        to_come.discard(peer)
+        to_come.discard(caller_in(dict(context.invocation_metadata()), rank))
         came.release()
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"it cannot take part: {reason}")
         raise AssertionError  # abort raises

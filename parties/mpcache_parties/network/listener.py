@@ -16,7 +16,7 @@ from mpcache.errors import LinkError, Mismatch, PeerFailed
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.handshake import PROTOCOL_VERSION
-from mpcache_parties.network.channels import dials
+from mpcache_parties.network.channels import caller_in
 from mpcache_parties.network.grpc_link import GrpcLink
 from mpcache_parties.network.grpc_server import start_server
 from mpcache_parties.network.liveness import beacon_at
@@ -107,7 +107,7 @@ class Listener:
 
     def _answer_check(self, about: dict[str, Any], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Tell a caller that only asks whether it would be taken; no session ends or begins."""
-        peer = self._peer_in(about)
+        peer = caller_in(about, self.rank)
         refusal = "it does not dial here" if peer is None else self._trust.refusal(peer, context)
         if refusal is not None:
             self._say_refused(context, refusal)
@@ -135,14 +135,10 @@ class Listener:
             where = self.settings.addresses.bound_by(self.rank)
             self._say(f"{self.rank.label}: refused {n} connections at {where}: {STRANGER}")
 
-    def _peer_in(self, about: dict[str, Any]) -> Rank | None:
-        said = about.get(RANK_KEY)
-        return next((r for r in Rank if str(int(r)) == said and dials(r, self.rank)), None)
-
     def _link_of(self, about: dict[str, Any], context: grpc.ServicerContext) -> GrpcLink:
         """Return the link that a stream with this metadata belongs to. Raises LinkError to refuse it."""
         me = self.rank.label
-        peer = self._peer_in(about)
+        peer = caller_in(about, self.rank)
         who = peer.label if peer is not None else "a caller without a rank that dials here"
         if peer is not None and (refusal := self._trust.refusal(peer, context)) is not None:
             if self._first is not None:

@@ -85,7 +85,7 @@ class Trust:
         """Return what will be refused although it is pinned: peers' certificates of other dates."""
         pinned = self._credentials.pinned if self._credentials is not None else {}
         return [
-            f"{rank.label}'s pinned certificate {short_fingerprint(fingerprint(each))} {dates}; {REMEDY}"
+            f"{rank.label}'s pinned certificate {short_fingerprint(each)} {dates}; {REMEDY}"
             for rank, some in pinned.items()
             for each in some
             if (dates := dates_refuse(each)) is not None
@@ -194,17 +194,17 @@ class Trust:
                 if (difference := self._difference(peer, shown)) is not None:
                     return f"at {address} {difference}"
                 if (dates := dates_refuse(shown)) is not None:
-                    print_ = short_fingerprint(fingerprint(shown))
-                    return f"at {address} {peer.label}'s certificate {print_} {dates}; {REMEDY}"
+                    which = f"{peer.label}'s certificate {short_fingerprint(shown)}"
+                    return f"at {address} {which} {dates}; {REMEDY}"
                 if _answers(tls):
                     return None
         except ssl.SSLError:
             if self._credentials is None:
                 return None
             return f"what listens at {address} does not speak TLS; start {peer.label} with --identity DIR"
-        mine = x509.load_pem_x509_certificate(self._credentials.own.certificate)
+        mine = self._credentials.own.shown
         own = self._credentials.own.rank.label
-        what = f"refuses {own}'s certificate {short_fingerprint(fingerprint(mine))}; pin it there, for {own}"
+        what = f"refuses {own}'s certificate {short_fingerprint(mine)}; pin it there, for {own}"
         if (ends := mine.not_valid_after_utc) < LAST_DAY:
             what += f", and see that its clock stands between {mine.not_valid_before_utc:%F} and {ends:%F}"
         return f"{peer.label} at {address} {what}"
@@ -221,8 +221,8 @@ class Trust:
             whose = f"the {owner.label}'s certificate"
         elif named is not None:
             whose = f"a certificate for {named.label} that is not pinned"
-        prints = " or ".join(short_fingerprint(fingerprint(each)) for each in pinned)
-        found = f"{whose} is shown ({short_fingerprint(fingerprint(shown))})"
+        prints = " or ".join(short_fingerprint(each) for each in pinned)
+        found = f"{whose} is shown ({short_fingerprint(shown)})"
         return f"{found}, not the {claimed.label}'s ({prints}); check --identity and `certificates`"
 
 
@@ -287,7 +287,8 @@ def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> 
     if folder is None:
         if any(pins.values()) and not insecure:
             raise ConfigError("the config pins certificates; give --identity DIR, the folder of this party's")
-        _check_loopback(settings, insecure)
+        if not insecure:
+            _check_loopback(settings)
         return Trust()
     if insecure:
         raise ConfigError("--identity asks for TLS, --insecure for none; give one of them")
@@ -295,9 +296,9 @@ def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> 
     if missing := [rank.label for rank in Rank if not pins[rank]]:
         what = "mpcache-party pin --config FILE CERTIFICATE..."
         raise ConfigError(f"no certificate is pinned for {' and '.join(missing)}; run {what}")
-    mine = x509.load_pem_x509_certificate(own.certificate)
+    mine = own.shown
     if mine not in pins[me]:
-        found = short_fingerprint(fingerprint(mine))
+        found = short_fingerprint(mine)
         raise ConfigError(
             f"{Identity.files(folder, me)[1]}: is {found}, the config pins another for {me.label}; "
             "use the pinned identity, or pin this one in every party's config"
@@ -310,18 +311,16 @@ def trust(me: Rank, settings: Settings, folder: Path | None, insecure: bool) -> 
     return Trust(Credentials(own, folder, pins))
 
 
-def _check_loopback(settings: Settings, insecure: bool) -> None:
-    for rank in (Rank.SERVER, Rank.DEALER):
-        address = settings.addresses.of(rank)
-        if not insecure and not HostPort.parse(address).is_loopback:
+def _check_loopback(settings: Settings) -> None:
+    server, dealer, bind = settings.addresses.server, settings.addresses.dealer, settings.addresses.bind
+    opened = {
+        f"addresses.server {server} is not on this machine": server,
+        f"addresses.dealer {dealer} is not on this machine": dealer,
+        f"--listen {bind} is open to other hosts": bind,
+    }
+    for what, address in opened.items():
+        if address is not None and not HostPort.parse(address).is_loopback:
             raise ConfigError(
-                f"addresses.{rank.label} {address} is not on this machine, and the links have no TLS; "
+                f"{what}, and the links have no TLS; "
                 "give --identity DIR (mpcache-party keygen, pin), or --insecure for a network you trust"
             )
-
-    listen = settings.addresses.bind
-    if listen is not None and not insecure and not HostPort.parse(listen).is_loopback:
-        raise ConfigError(
-            f"--listen {listen} is open to other hosts, and the links have no TLS; "
-            "give --identity DIR (mpcache-party keygen, pin), or --insecure for a network you trust"
-        )

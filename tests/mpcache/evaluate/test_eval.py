@@ -13,7 +13,6 @@ import torch
 
 from mpcache.answer import plain_answer
 from mpcache.audit.quality import read_quality
-from mpcache.cli import main
 from mpcache.demo.documents import load_lines
 from mpcache.evaluate import plot as plotting
 from mpcache.evaluate.results import Cell, Results, wilson
@@ -315,10 +314,8 @@ def test_a_plot_without_matplotlib(run_here: Run, monkeypatch: pytest.MonkeyPatc
     assert noise == "error: --plot needs matplotlib, which is not installed: pip install 'mpcache[plot]'\n"
 
 
-def test_policies_say_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["policies", "--json"])
-    listed = json.loads(capsys.readouterr().out)["policies"]
+def test_policies_say_what_they_need(run_here: Run) -> None:
+    listed = json.loads(run_here("policies", "--json")[1])["policies"]
     assert {p["name"]: p["needs"] for p in listed} == {name: cls.needs for name, cls in POLICIES.items()}
 
 

@@ -8,6 +8,7 @@ import socket
 from mpcache.transport.address import HostPort
 
 PROBE_S = 2.0
+SILENCE_S = 15.0  # a party on a busy machine takes seconds to say its first word
 _WORDS = {
     errno.ECONNREFUSED: "refused: its host answers, and nobody listens there",
     errno.EHOSTUNREACH: "no route to its host",
@@ -46,10 +47,12 @@ def reach(address: str, seconds: float) -> socket.socket:
 def foreign_program_at(address: str) -> str | None:
     """Return what is wrong with the program that listens there.
 
-    None if it speaks HTTP/2 or TLS, or if nobody listens. Blocks for PROBE_S at most for each address.
+    None if it speaks HTTP/2 or TLS, or if nobody listens. Blocks for PROBE_S at most for each address,
+    and for SILENCE_S where a connection is taken.
     """
     try:
         with reach(address, PROBE_S) as probe:
+            probe.settimeout(SILENCE_S)
             probe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
             frame = probe.recv(9)
     except TimeoutError:

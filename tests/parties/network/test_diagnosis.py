@@ -19,6 +19,7 @@ from mpcache.config import Addresses, Settings, Timeouts
 from mpcache.errors import ConfigError, LinkError, MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
+from mpcache_parties.network import probe
 from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.listener import Listener
 from mpcache_parties.network.probe import Unreached, reach
@@ -51,6 +52,25 @@ def test_a_dial_fails_for_a_reason(error: OSError, words: str, monkeypatch: pyte
     with pytest.raises(Unreached) as caught:
         reach("127.0.0.1:9", 0.1)
     assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(("first_word_s", "found"), [(0.5, None), (2.0, "it does not answer")])
+def test_a_party_on_a_busy_machine_may_be_slow_to_speak(
+    first_word_s: float, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "PROBE_S", 0.1)
+    monkeypatch.setattr(probe, "SILENCE_S", 1.5)
+    with socket.create_server(("127.0.0.1", 0)) as busy, ThreadPoolExecutor(1) as pool:
+
+        def speak() -> None:
+            caller, _ = busy.accept()
+            with caller:
+                time.sleep(first_word_s)
+                caller.sendall(b"\0\0\0\x04\0\0\0\0\0")  # SETTINGS
+
+        speaking = pool.submit(speak)
+        assert probe.foreign_program_at(f"127.0.0.1:{busy.getsockname()[1]}") == found
+        speaking.exception(timeout=5)
 
 
 def ended(rank: Rank, settings: Settings, **more: Any) -> str:

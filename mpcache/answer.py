@@ -74,17 +74,19 @@ def answer(
     limit: int,
     choose: Callable[[torch.Tensor], int],
     stops: Collection[int],
-    announce: Callable[[int, bool], None] = lambda step, more: None,
+    announce: Callable[[bool], None] = lambda more: None,
     known: Sequence[int] = (),
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
     """Yield token ids as they come: at most `limit`, and none after one of `stops`.
 
     Parameters
     ----------
     session
-        At the one who asks; it has taken in the context, and the chunks of an answer that goes on.
+        At the one who asks; it has taken in the context and the turns before this one, and the chunks of
+        an answer that goes on.
     question
-        Token ids.
+        Token ids. In a later turn the last token of the answer before is the first: it was not taken in.
     limit
         The most tokens to yield, those of an answer that goes on among them.
     choose
@@ -92,18 +94,20 @@ def answer(
     stops
         Token ids that end an answer; the one that does is yielded, too.
     announce
-        Called as announce(i, more) before decode step i (1, 2, ...), and once when there is none
-        although the limit would allow it.
+        Called as announce(more) before each chunk but the question, and once when there is none although
+        the limit would allow it; `session.place` is that chunk's.
     known
-        Tokens chosen before the session was interrupted. The session goes on after the chunks that it
-        has taken in; a token that is known is not chosen again.
+        Tokens of this answer chosen before the session was interrupted. The session goes on after the
+        chunks that it has taken in; a token that is known is not chosen again.
+    stopped
+        Asked before each chunk but the question whether the one who asks has heard enough.
 
     """
     ids = list(known)
-    for step in range(session.chunks, limit):
+    for step in range(session.place.step, limit):
         if step:
-            more = ids[step - 1] not in stops
-            announce(step, more)
+            more = ids[step - 1] not in stops and not stopped()
+            announce(more)
             if not more:
                 return
         chunk = [ids[step - 1]] if step else list(question)
@@ -124,6 +128,42 @@ class PlainAnswer:
     kernels: str = ""  # which ones it took
 
 
+class PlainConversation:
+    """The same program on plain tensors, turn by turn: same policy, same sampling.
+
+    result: of all turns so far.
+    """
+
+    def __init__(
+        self, model: Model, policy: BoundPolicy, context: Sequence[int], device: str = "cpu"
+    ) -> None:
+        """Read the context (token ids) on a device. policy: as `mpcache.limits` binds it."""
+        kernels: Backend = backend(device)
+        self._session = session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
+        session.setup(model.weights)
+        start = time.perf_counter()
+        prefilled = prefill(model, context, device, window=policy.window)
+        session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
+        session.context(prefilled, kernels)
+        ms = 1000 * (time.perf_counter() - start)
+        self.result = PlainAnswer(prefill_ms=ms, ms=session.ms, kernels=kernels.name)
+        self._pending: list[int] = []  # the last token of the answer before, which was not taken in
+
+    def ask(
+        self, question: Sequence[int], limit: int, sampling: Sampling, stops: Collection[int]
+    ) -> Iterator[int]:
+        """Yield an answer's token ids, as `answer` does."""
+        ids: list[int] = []
+        with torch.no_grad():
+            asked = [*self._pending, *question]
+            for token in answer(self._session, asked, limit, sampling.chooser(), stops):
+                ids.append(token)
+                yield token
+        self.result.ids += ids
+        self._pending = ids[-1:]
+        self._session.next_turn()
+
+
 def plain_answer(
     model: Model,
     policy: BoundPolicy,
@@ -134,35 +174,8 @@ def plain_answer(
     stops: Collection[int],
     device: str = "cpu",
 ) -> PlainAnswer:
-    """Run the same program on plain tensors: same policy, same sampling.
-
-    Parameters
-    ----------
-    model
-        With its weights.
-    policy
-        As `mpcache.limits.bind_policy` returns it.
-    context, question
-        Token ids.
-    limit
-        The most tokens of the answer.
-    sampling
-        How each is chosen.
-    stops
-        Token ids that end an answer.
-    device
-        Where the plain tensors are.
-
-    """
-    kernels: Backend = backend(device)
-    session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
-    session.setup(model.weights)
-    start = time.perf_counter()
-    prefilled = prefill(model, context, device, window=policy.window)
-    session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
-    session.context(prefilled, kernels)
-    result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start), kernels=kernels.name)
-    with torch.no_grad():
-        result.ids = list(answer(session, question, limit, sampling.chooser(), stops))
-    result.ms = session.ms
-    return result
+    """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
+    conversation = PlainConversation(model, policy, context, device)
+    for _ in conversation.ask(question, limit, sampling, stops):
+        pass
+    return conversation.result

@@ -36,6 +36,8 @@ class GgufModel:
         self._header = read_header(file)
         self._values = ConfigValues(self._header.metadata, str(file))
         self.family = _family_of(self._values)
+        kinds = sorted({each.kind.name for each in self._header.tensors.values()})
+        self.about = f"{self.family.model_type}, GGUF of {', '.join(kinds)}"
         _check_keys(self._values, self.family.model_type)
         try:
             self.shape = _with_tensors(self.family.read(self._values), self._header)

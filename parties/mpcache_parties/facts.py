@@ -20,7 +20,7 @@ from mpcache.answer import bind_to_document
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
 from mpcache.errors import Desync, ModelError, PolicyError
-from mpcache.limits import bind_policy
+from mpcache.limits import bind_conversation, bind_policy
 from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
@@ -32,21 +32,28 @@ from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
 from mpcache_parties.handshake import confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
-from mpcache_parties.private_inputs import Document, PrivateInput, Question
+from mpcache_parties.private_inputs import Conversation, Document, PrivateInput, Question
 from mpcache_parties.state.checkpoint import Checkpoint
 
 TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
 MASKED_BYTES = 16  # that each party holds for a value of a weight or of the cache
 FACT_CHARACTERS = 80  # of a text that the server tells
+TYPICAL_QUESTION = 32  # tokens, where `auto` has to know before anything is asked
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is public about a session, known to all before anything secret moves."""
+    """What is public about a session, known to all before anything secret moves.
+
+    context, question: in tokens; no question where the session is a conversation, whose turns come later.
+    limit: tokens of an answer, at most.  room: tokens that all questions and answers may take.
+    """
 
     shape: ModelShape
-    context: int  # tokens
-    question: int  # tokens
+    context: int
+    question: int
+    limit: int
+    room: int
     kernels: str
     policy: BoundPolicy
     digests: Mapping[str, str]  # of the weights and the tokenizer
@@ -54,10 +61,16 @@ class Facts:
     picked: str = ""
     session: str = ""  # its name, drawn by the server
 
+    @property
+    def conversation(self) -> bool:
+        """Whether the client asks as often as it likes, and says each time how long its question is."""
+        return self.question == 0
+
     def flat(self) -> dict[str, str]:
         """Return what all parties have to agree on, by field, as text."""
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
+        fields |= {"new_tokens": self.limit, "room": self.room}
         fields |= self.digests
         fields |= {"protocol": self.protocol, "session": self.session}
         for index, layer in enumerate(self.policy.plan.layers):
@@ -105,13 +118,16 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
         case Document():
             model = _send_model(links, own, public)
             return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
-        case Question():
+        case Question() | Conversation():
             model = links[Rank.SERVER].recv_facts("facts/model")
             vocabulary = receive_tokenizer(links[Rank.SERVER], model)
             shape = _shape(model)
             tokenizer = read_tokenizer(vocabulary, shape)
-            asked = tokenizer.encode_within(own.text, False, shape.max_positions, "the question")
-            question = {"question_tokens": len(asked)}
+            question = {"question_tokens": 0, "new_tokens": 0}
+            if isinstance(own, Question):
+                asked = tokenizer.encode_within(own.text, False, shape.max_positions, "the question")
+                limit = own.limit(public.max_new_tokens)
+                question = {"question_tokens": len(asked), "new_tokens": limit}
             for link in links.values():
                 link.send_facts("facts/question", question)
             model |= {"tokenizer_digest": tokenizer.digest}
@@ -185,17 +201,23 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     _check_memory(shape, context)
     names = ("kernels", "session", "model_digest", "tokenizer_digest")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
-    policy = bind_policy(shape, public, context, asked)
+    if asked:
+        limit = _limit(question, public)
+        policy = bind_policy(shape, public.model_copy(update={"max_new_tokens": limit}), context, asked)
+        room = asked + limit
+    else:
+        policy, room = bind_conversation(shape, public, context)
+        limit = public.max_new_tokens
     protocol: str = public.protocol
     picked = ""
     if protocol == AUTO:
         choice = pick(
-            shape, policy, context, asked, public.max_new_tokens, parse_network(public.network),
+            shape, policy, context, asked or TYPICAL_QUESTION, limit, parse_network(public.network),
             public.fraction_bits, public.reveal,
         )  # fmt: skip
         protocol, picked = choice.protocol, str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
-    facts = Facts(shape, context, asked, kernels, policy, said, protocol, picked, session)
+    facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session)
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
 
 
@@ -233,6 +255,16 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or value < 0:
         raise Desync(f"Desync: the fact {name} is {value!r:.60}, not a count; is it the same version?")
     return value
+
+
+def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:
+    """Return how many new tokens the client asks for. Raises Desync on more than were agreed."""
+    limit = _count(question, "new_tokens")
+    if not 1 <= limit <= public.max_new_tokens:
+        raise Desync(
+            f"Desync: the client asks for {limit} new tokens; 1 to {public.max_new_tokens} are agreed"
+        )
+    return limit
 
 
 # ---------------------------------------------------------------- what the document decides later

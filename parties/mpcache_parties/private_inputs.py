@@ -1,7 +1,9 @@
-"""Hold what a party brings in private: the server its model and document, the client its question."""
+"""Hold what a party brings in private: the server its model and document, the client its questions."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import torch
 
 from mpcache.console.inputs import read_text
 from mpcache.demo import DEMO_DOCUMENT
+from mpcache.errors import BadInput
 from mpcache.model import Model, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
+from mpcache.report.account import TurnReport
 from mpcache.sampling import Sampling
 
 
@@ -24,14 +28,49 @@ class Document:
 
 @dataclass(frozen=True)
 class Question:
-    """What the client brings. Without `stop_at_eos` the answer's length tells nothing about it."""
+    """What the client brings. Without `stop_at_eos` the answer's length tells nothing about it.
+
+    new_tokens: of the answer, at most; None: as many as were agreed.
+    """
 
     text: str
     sampling: Sampling = Sampling()
     stop_at_eos: bool = True
+    new_tokens: int | None = None
+
+    def limit(self, agreed: int) -> int:
+        """Return how many tokens the answer may have, where `agreed` is the most."""
+        return agreed if self.new_tokens is None else min(agreed, self.new_tokens)
 
 
-PrivateInput = Document | Question | None  # None: the dealer's
+class Conversation(ABC):
+    """Questions that come while the session runs, and what becomes of each."""
+
+    @abstractmethod
+    def opened(self, room: int) -> None:
+        """Take note that questions may come, which with their answers may take `room` tokens."""
+
+    @abstractmethod
+    def questions(self, look: Callable[[], None]) -> Iterator[Question]:
+        """Yield questions as they come, until there are no more.
+
+        look: called now and then while none comes; raises what has happened to the session.
+        """
+
+    @abstractmethod
+    def stopped(self) -> bool:
+        """Return whether the answer that runs is to end after its present token."""
+
+    @abstractmethod
+    def answered(self, report: TurnReport) -> None:
+        """Take note of an answer that is complete."""
+
+    @abstractmethod
+    def refused(self, why: BadInput) -> None:
+        """Take note of a question that was not asked; the session goes on."""
+
+
+PrivateInput = Document | Question | Conversation | None  # None: the dealer's
 
 
 def read_document(model: str | None, context: Path | None) -> Document:

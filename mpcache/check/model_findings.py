@@ -18,8 +18,8 @@ from mpcache.cost.choose import AUTO, pick
 from mpcache.cost.pricing import price
 from mpcache.cost.rates import RATES, modelled, offline_ms, pace_ms
 from mpcache.engines.checked import CheckedOps, Range, Ranges
-from mpcache.errors import MpcacheError
-from mpcache.limits import bind_policy
+from mpcache.errors import MpcacheError, OutOfRange
+from mpcache.limits import bind_policy, check_document, largest_score_held
 from mpcache.model import Model, ModelShape, demo_model_dir, find_model, load_model
 from mpcache.model.loading import Checkpoint, open_checkpoint
 from mpcache.model.prefill import prefill
@@ -141,8 +141,13 @@ def _ranges(
     where = f"{bound.spec}, {len(document)} + {len(question)} tokens"
     if public.protocol == ProtocolName.STOCK:
         return LinkFinding("ranges", where, "not checked: protocol stock has ranges of its own", None)
-    filled, kernels = prefill(model, document, window=bound.window), backend("cpu")
+    held, kernels = largest_score_held(bound, model.shape), backend("cpu")
+    filled = prefill(model, document, window=bound.window, exact_from=held)
     policy, _ = bind_to_document(bound, model.shape, filled, kernels)
+    try:
+        check_document(filled, policy, model.shape, len(question), public.max_new_tokens)
+    except OutOfRange as error:
+        return LinkFinding("ranges", where, str(error), False)
     ranges = Ranges(strict=False)
     session = Session(CheckedOps(public.fraction_bits), ranges, model.shape, policy)
     session.setup(model.weights)

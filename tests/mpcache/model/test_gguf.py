@@ -43,7 +43,7 @@ def test_every_type_that_can_be_made_here_gives_the_logits_of_its_numbers(
     config: Any = make("llama-gqa").config
     config.intermediate_size = 96  # rows of whole blocks
     torch.manual_seed(int(kind))
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
     same(model, write_gguf(model, tmp_path / "model.gguf", kind))
 
 
@@ -55,5 +55,5 @@ def test_blocks_of_256_give_the_logits_of_their_numbers(
         LlamaConfig(
             vocab_size=300, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4
         )
-    ).eval()
+    )
     same(model, write_gguf(model, tmp_path / "model.gguf", kind))

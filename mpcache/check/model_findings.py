@@ -145,7 +145,7 @@ def _ranges(
     filled = prefill(model, document, window=bound.window, exact_from=held)
     policy, _ = bind_to_document(bound, model.shape, filled, kernels)
     try:
-        check_document(filled, policy, model.shape, len(question), public.max_new_tokens)
+        check_document(filled, policy, model.shape, len(question) + public.max_new_tokens)
     except OutOfRange as error:
         return LinkFinding("ranges", where, str(error), False)
     ranges = Ranges(strict=False)

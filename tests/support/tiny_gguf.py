@@ -24,9 +24,16 @@ _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2"
 
 
 def write_gguf(
-    model: PreTrainedModel, file: Path, kind: gguf.GGMLQuantizationType = Type.F32, **metadata: Any
+    model: PreTrainedModel,
+    file: Path,
+    kind: gguf.GGMLQuantizationType = Type.F32,
+    changed: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> Path:
-    """Write the model, its matrices as `kind`, and make its own weights what the file says of them."""
+    """Write the model, its matrices as `kind`, and make its own weights what the file says of them.
+
+    changed, more: metadata in place of the model's own, or beside it; __ in a name stands for a point.
+    """
     config: Any = model.config
     name = _ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(file, name)
@@ -36,8 +43,10 @@ def write_gguf(
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
-    for key, value in metadata.items():
-        writer.add_key_value(key.replace("__", "."), value, _kind_of(value))
+    given = {key.replace("__", "."): value for key, value in more.items()} | dict(changed or {})
+    for key, value in given.items():
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(key, value, _kind_of(value))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], config.num_hidden_layers)
     for stored, parameter in _tensors(model).items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": _kv_heads(config)}
@@ -151,6 +160,8 @@ def _stored(values: torch.Tensor, kind: gguf.GGMLQuantizationType) -> tuple[np.n
 
 
 def _kind_of(value: Any) -> gguf.GGUFValueType:
-    return gguf.GGUFValueType.ARRAY if isinstance(value, Sequence) and not isinstance(value, str) else (
-        gguf.GGUFValueType.get_type(value)
-    )  # fmt: skip
+    if isinstance(value, int) and value >= 1 << 31:
+        return gguf.GGUFValueType.UINT64
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return gguf.GGUFValueType.ARRAY
+    return gguf.GGUFValueType.get_type(value)

@@ -87,8 +87,9 @@ def step(
     head = ops.norm_linear(last.opened, last.pending, model.shape.norm_eps, model.lm_head, model.lm_bias)
     if reveal == "token":
         _, logits = yield from at("lm_head", head)
-        program = at("token", greedy(ops, ops.in_small_ring(logits)))
-        token, started = yield from together(program, at("guard", ops.start_verdict(1)))
+        token, started = yield from together(
+            at("token", greedy(ops, ops.in_small_ring(logits))), at("guard", ops.start_verdict(1))
+        )
         learned = at("token", ops.reveal(token, Rank.CLIENT, "token for the client"))
     else:
         (_, logits), started = yield from together(

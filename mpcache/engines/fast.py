@@ -204,7 +204,7 @@ class FastOps(Engine[Share, MaskedOperand]):
             return None
         return decode(centred(raw, x.ring), x.bits)
 
-    def start_verdict(self, rounds: int) -> Program[torch.Tensor]:
+    def start_verdict(self, rounds: int) -> Program[Any]:
         return start_verdict(self.side, rounds)
 
     def finish_verdict(self, started: torch.Tensor) -> Program[torch.Tensor | None]:

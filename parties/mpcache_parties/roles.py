@@ -155,8 +155,9 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     wait.close()
     ids = asking.ids
     return replace(
-        report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids), turns=asking.turns
-    )
+        report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids), turns=asking.turns,
+        in_range=session.in_range,
+    )  # fmt: skip
 
 
 def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, str]:

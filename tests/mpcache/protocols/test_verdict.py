@@ -1,4 +1,4 @@
-"""The guard: a value out of its range sets the step's bit, whatever protocol it meets, and none in range does."""
+"""The guard: a value out of its range sets the step's bit, whatever protocol it meets; none in range does."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from mpcache.protocols.fence import Fence, truncation_fence
 from mpcache.protocols.ranges import LARGEST_RANK, SCORE_BITS, SCORE_RING
 from mpcache.protocols.verdict import field_product, finish_verdict, start_verdict
 from mpcache.rank import Rank
+from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.guard import Guard
 from mpcache.runtime.program import Program
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
@@ -127,15 +129,16 @@ def test_what_leaves_its_range_sets_the_bit(
 def test_a_truncation_that_is_wrong_is_always_seen(ring: int) -> None:
     """A carry of the low bits may leave a value out of range right; that one may pass, and no other."""
     room = 1 << (ring - 2)
-    x = torch.cat([torch.randint(-5 * room // 2, 5 * room // 2, (4000,)), torch.randint(-9, 9, (500,)) + room])
+    wide, near = torch.randint(-5 * room // 2, 5 * room // 2, (4000,)), torch.randint(-9, 9, (500,)) + room
+    x = torch.cat([wide, near])
     r = torch.randint(0, 1 << ring, x.shape)
     c = (x + room + r) & ((1 << ring) - 1)
-    rc, rb = linear.mask_parts(r, 0, ring)
+    rc, rb = mask_parts(r, 0, ring)
     p, q = linear.affine(c, 0, ring)
-    fence, seen = truncation_fence(ring), []
-    side = Side(Rank.SERVER)
-    side.guard.note = seen.append  # type: ignore[method-assign]
-    fence.watch(side, fence.tables(r), c)
+    fence, seen = truncation_fence(ring), list[torch.Tensor]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "note", lambda self, data: seen.append(data))
+        fence.watch(Side(Rank.SERVER), fence.tables(r), c)
     flagged, wrong = seen[0].bool(), p + q * rb - rc != x
     assert not (wrong & ~flagged).any() and not (flagged & (x < room) & (x >= -room)).any()
     assert wrong.any() and (~wrong & flagged).any()

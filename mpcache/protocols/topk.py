@@ -108,12 +108,9 @@ def topk(
     first, second = torch.triu_indices(n, n, 1)
     pairs = len(first)
     size = size_for(n)
-    flat = 1
-    for r in rows:
-        flat *= r
     # Ranks are opened modulo `size`: that many bits of the comparisons' outcomes are enough.
     bit = torch.int8 if size <= 1 << 8 else torch.int16
-    compared = yield from comparison.of(flat * pairs, width, bit)
+    compared = yield from comparison.of(math.prod(rows) * pairs, width, bit)
     together = cat(list(values), -1)
     c = together.shape[-1]
     dtype = torch.int32 if together.ring <= 32 else torch.int64
@@ -126,15 +123,11 @@ def topk(
         rotated = hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
         return *compared.derive(difference, own), fence.tables(r), hot, rotated
 
+    table = fence.part((*rows, n))
     request = Request(
         compared.kind,
         (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c), dtype), *compared.random),
-        (
-            *compared.derived,
-            fence.part((*rows, n)),
-            Part((*rows, n, size)),
-            Part((*rows, n, size, c), dtype),
-        ),
+        (*compared.derived, table, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
         derive,
         compared.work + Work(multiplications=products, multiply_adds=2 * products),
         keep=True,

@@ -22,3 +22,10 @@ class Reveal(StrEnum):
 
     LOGITS = "logits"
     TOKEN = "token"
+
+
+class DocumentAs(StrEnum):
+    """Where a chat template finds the document: as its system message, or before the first question."""
+
+    SYSTEM = "system"
+    USER = "user"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,6 +97,35 @@ class Tokenizer:
         encoded = self._inner.encode("a")
         added = encoded.special_tokens_mask
         return list(encoded.ids[: added.index(0) if 0 in added else len(added)])
+
+    @property
+    def added(self) -> dict[str, tuple[int, bool]]:
+        """The tokens that are found in a text as they are spelled: their ids, and whether each is special."""
+        found = self._inner.get_added_tokens_decoder()
+        return {token.content: (number, token.special) for number, token in found.items()}
+
+    def respelled(self, names: Mapping[str, str]) -> Tokenizer:
+        """Return this tokenizer with other spellings for some of its added tokens, under the same ids.
+
+        What spelled them before is then text like any other. Raises ModelError where text may become one of
+        these tokens in another way, too.
+        """
+        try:
+            with _library(), _quiet():
+                tree = json.loads(self._inner.to_str())
+                for token in tree["added_tokens"]:
+                    token["content"] = names.get(token["content"], token["content"])
+                model = tree["model"]
+                if isinstance(words := model["vocab"], dict):
+                    model["vocab"] = {names.get(word, word): number for word, number in words.items()}
+                else:
+                    model["vocab"] = [[names.get(word, word), score] for word, score in words]
+                if model.get("unk_token") in names:
+                    model["unk_token"] = names[model["unk_token"]]
+                inner = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": None}))
+        except (LibraryError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"the tokenizer's special tokens cannot be told from text: {error}") from error
+        return Tokenizer(inner, self.vocab, self.bos_id, self.digest)
 
     def encode_within(self, text: str, bos: bool, most: int, what: str) -> list[int]:
         """Encode a text of at most `most` tokens. Raises BadInput, which names it `what`; see `encode`.

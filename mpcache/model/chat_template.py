@@ -59,7 +59,7 @@ class Conversation:
     answered: from the end of an answer that is there to the user's next message.
     prompt: from the end of that message to the next answer.
     headers: in place of the prompt where the answer is there, too: of the first answer, and of the others.
-    answer_trimmed: as `Skeleton.trimmed`, of an answer that is there.
+    answer_trimmed, later_trimmed: as `Skeleton.trimmed`, of an answer that is there, and of later questions.
     single: why there is no second turn, if there is none.
     """
 
@@ -68,6 +68,7 @@ class Conversation:
     prompt: str = ""
     headers: tuple[str, str] = ("", "")
     answer_trimmed: tuple[bool, bool] = (False, False)
+    later_trimmed: tuple[bool, bool] = (False, False)
     single: str = ""
 
 
@@ -225,10 +226,10 @@ def _conversation(turns: Sequence[Sequence[Sequence[str]]], before: int) -> Conv
     before: the messages before the first answer, 1 or 2.
     """
     first = _skeleton(turns[0], before)
-    try:
-        second, third = (_skeleton(texts, before + n) for texts, n in ((turns[1], 2), (turns[2], 4)))
-    except Unframed as why:
-        return Conversation(first, single=str(why))
+    refusals = [why for texts in turns[1:] for _, why in texts if why]
+    if refusals:
+        return Conversation(first, single=first_words(refusals[0]))
+    second, third = (_skeleton(texts, before + n) for texts, n in ((turns[1], 2), (turns[2], 4)))
     header, answered, next_header, again, prompt = third.literals[before:]
     if turns[0][0] == turns[0][3] and header.rstrip() != first.literals[-1].rstrip():
         raise Unframed("the chat template has no prompt for an answer (add_generation_prompt); use --raw")
@@ -236,10 +237,10 @@ def _conversation(turns: Sequence[Sequence[Sequence[str]]], before: int) -> Conv
         first.literals[:before] == second.literals[:before] == third.literals[:before]
         and second.literals[before + 1] == again == answered
         and second.literals[-1] == prompt
-        and len({first.trimmed[-1], *third.trimmed[before - 1 :: 2]}) == 1
+        and third.trimmed == first.trimmed + 2 * second.trimmed[before:]
     ):
         raise Unframed("the chat template writes the beginning of a conversation anew as it goes on")
-    return Conversation(first, answered, prompt, (header, next_header), third.trimmed[before])
+    return Conversation(first, answered, prompt, (header, next_header), *second.trimmed[before:])
 
 
 def template_of_folder(folder: Path | str) -> ChatTemplate | None:

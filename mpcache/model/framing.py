@@ -30,7 +30,9 @@ Piece = tuple[str, bool]  # a text, and whether it is the template's own
 _BETWEEN = "\n\n"  # the document and the first question, where both are one message
 # Texts that stand for the other party's. Questions begin, and documents end, in many ways; answers end in
 # letters: what a tokenizer would join to their end was generated before.
-_QUESTIONS = ("Alpha", "7 x", "\nx", "\n\n\nx", "  y", "(z", "é", "好", "\tx", "..", "--", "'s")
+_QUESTIONS = (
+    "Alpha", "the", "What", "a b", "7 x", "\nx", "\n\n\nx", "  y", "(z", "é", "好", "\tx", "..", "--", "'s",
+)  # fmt: skip
 _DOCUMENTS = ("Alpha.", "42 is", "((好")
 _ANSWERS = ("Alpha", "it is 42", "好")
 
@@ -164,11 +166,13 @@ class ChatFraming(Framing):
 
     def _encode(self, pieces: Iterable[Piece]) -> list[int]:
         """Tokenize pieces as one text, in which only the template's own may spell control tokens."""
-        text = "".join(
+        return self._respelled.encode(self._joined(pieces), bos=False)
+
+    def _joined(self, pieces: Iterable[Piece]) -> str:
+        return "".join(
             self._control.sub(lambda found: self._names[found[0]], text) if own else text
             for text, own in pieces
         )
-        return self._respelled.encode(text, bos=False)
 
     # ------------------------------------------------------------------------------------- the pieces
 
@@ -186,10 +190,8 @@ class ChatFraming(Framing):
 
     def _first(self, text: str) -> str:
         """Return the first question as it stands behind `_opening`."""
-        return text.strip() if self._as is DocumentAs.USER else self._asked(text)
-
-    def _asked(self, text: str) -> str:
-        return fitted(text, self._around.first.trimmed[-1])
+        both = (True, True)
+        return fitted(text, both if self._as is DocumentAs.USER else self._around.first.trimmed[-1])
 
     def _dialogue(self, texts: Sequence[str], open_end: bool = False) -> list[Piece]:
         """Return question, answer, question, ...; open_end: an answer is last, and nothing follows it."""
@@ -200,7 +202,7 @@ class ChatFraming(Framing):
                 text = fitted(text, around.answer_trimmed)
                 pieces += [(around.headers[min(i, 1)], True), (text, False)]
             else:
-                pieces += [(around.answered, True), (self._asked(text), False)]
+                pieces += [(around.answered, True), (fitted(text, around.later_trimmed), False)]
         if open_end:
             return pieces
         return [*pieces, (around.prompt if len(texts) > 1 else around.first.literals[-1], True)]
@@ -214,7 +216,9 @@ class ChatFraming(Framing):
     def _head(self, document: str | None) -> list[int]:
         """Return the tokens that are there whatever the question is."""
         opening = self._opening(document)
-        return _common([self._encode([*opening, *self._dialogue([text])]) for text in _QUESTIONS])
+        wholes = [self._joined([*opening, *self._dialogue([text])]) for text in _QUESTIONS]
+        most = self._respelled.count_within(wholes[0], len(self._joined(opening)))
+        return _common([self._respelled.encode(whole, bos=False) for whole in wholes])[:most]
 
     @cached_property
     def _heads(self) -> list[list[int]]:

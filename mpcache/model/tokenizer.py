@@ -149,18 +149,25 @@ class Tokenizer:
         There is exactly one BOS: a text that begins with its spelling gets no second. Raises ModelError
         for a token that the model has no embedding for, or a text that is not Unicode.
         """
+        ids = self._encoded(text).ids
+        first = self._begins() if bos else []
+        return ids if ids[: len(first)] == first else first + ids
+
+    def count_within(self, text: str, end: int) -> int:
+        """Return how many of a text's tokens hold nothing but some of its first `end` characters."""
+        return sum(until <= end for _, until in self._encoded(text).offsets)
+
+    def _encoded(self, text: str) -> tokenizers.Encoding:
         try:
             with _library():  # lone surrogates, and whatever else it cannot take
-                ids = self._inner.encode(text, add_special_tokens=False).ids
-                first = self._begins() if bos else []
+                found = self._inner.encode(text, add_special_tokens=False)
         except LibraryError as error:
             raise ModelError(f"the text cannot be tokenized: {error}") from error
-        if ids[: len(first)] != first:
-            ids = first + ids
+        ids = found.ids
         if ids and max(ids) >= self.vocab:
             limit = f"beyond the model's {self.vocab} tokens"
             raise ModelError(f"the text holds token {max(ids)}, {limit}; use the model's own tokenizer.json")
-        return ids
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode `ids` to text, special tokens left out; bytes that are no UTF-8 become U+FFFD.

@@ -240,7 +240,8 @@ def _conversation(turns: Sequence[Sequence[Sequence[str]]], before: int) -> Conv
         and third.trimmed == first.trimmed + 2 * second.trimmed[before:]
     ):
         raise Unframed("the chat template writes the beginning of a conversation anew as it goes on")
-    return Conversation(first, answered, prompt, (header, next_header), *second.trimmed[before:])
+    answer_trimmed, later_trimmed = second.trimmed[before:]
+    return Conversation(first, answered, prompt, (header, next_header), answer_trimmed, later_trimmed)
 
 
 def template_of_folder(folder: Path | str) -> ChatTemplate | None:

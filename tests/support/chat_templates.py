@@ -97,7 +97,7 @@ _PHI3 = """\
 
 @dataclass(frozen=True)
 class Kind:
-    """A template, its control tokens, whether text is cut at spaces, and whether a control token eats them."""
+    """A template and its control tokens; rstrip: these eat the white space behind them."""
 
     source: str
     control: tuple[str, ...] = ()
@@ -124,7 +124,7 @@ _NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 @lru_cache(maxsize=2)
 def _plain(sentencepiece: bool) -> str:
-    """A tokenizer.json: byte-level, or one whose words are joined by a sign for a space, with byte fallback."""
+    """A tokenizer.json: byte-level, or with a sign in place of spaces, and byte fallback."""
     if not sentencepiece:
         return str(byte_level().to_str())
     trained = tokenizers.Tokenizer(models.BPE())
@@ -165,8 +165,8 @@ def template_and_tokenizer(kind: Kind) -> tuple[ChatTemplate, Tokenizer, ModelSh
     return ChatTemplate(kind.source, _NAMES), Tokenizer(inner, vocab, 1), shape
 
 
-def reference(kind: Kind) -> PreTrainedTokenizerFast:
+def reference(kind: Kind) -> Any:
     """The same for `transformers`."""
-    made = PreTrainedTokenizerFast(tokenizer_object=inner_tokenizer(kind), **_NAMES)
+    made: Any = PreTrainedTokenizerFast(tokenizer_object=inner_tokenizer(kind), **_NAMES)  # type: ignore[no-untyped-call]
     made.chat_template = kind.source
     return made

@@ -46,7 +46,7 @@ from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, LinkError, MpcacheError, told_as
 from mpcache.evaluate.eval_command import evaluate
 from mpcache.limits import bind_policy
-from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, BoundPolicy
 from mpcache.policy.plan import written
@@ -84,7 +84,7 @@ class Inquiry:
 
     @staticmethod
     def read(
-        model: Path | None,
+        model: str | None,
         context: Path | None,
         question: str | None,
         question_file: Path | None,
@@ -94,13 +94,13 @@ class Inquiry:
         """Read everything but the weights; raises BadInput before any process is started."""
         check_stdin(context, question_file)
         question_text = read_question(question, question_file)
-        folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
-        shape, tokenizer = load_shape(folder), load_tokenizer(folder)
+        path = demo_model_dir() if model is None else find_model(model)
+        shape, tokenizer = load_shape(path), load_tokenizer(path)
         most = shape.max_positions
-        text = read_text(file)  # once: it may be a pipe
+        text = read_text(context or DEMO_DOCUMENT)  # once: it may be a pipe
         document = tokenizer.encode_within(text, True, most, "the context")
         asked = tokenizer.encode_within(question_text, False, most, "the question")
-        return Inquiry(folder, text, question_text, shape, tokenizer, document, asked, sampling, stop_at_eos)
+        return Inquiry(path, text, question_text, shape, tokenizer, document, asked, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)

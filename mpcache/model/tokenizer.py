@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -24,7 +25,7 @@ class LibraryError(Exception):
 
 
 @contextmanager
-def _library() -> Iterator[None]:
+def in_library() -> Iterator[None]:
     """Raise LibraryError for what the library raises.
 
     Its own errors are bare Exceptions; a panic of its Rust code is not even that.
@@ -57,25 +58,35 @@ def _quiet() -> Iterator[None]:
 
 def parse_tokenizer(content: bytes) -> tokenizers.Tokenizer:
     """Parse the bytes of a tokenizer.json. Raises LibraryError."""
-    with _library(), _quiet():
+    with in_library(), _quiet():
         return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
 
 
 class Tokenizer:
-    """A model's tokenizer.json.
+    """A model's tokenizer.
 
     vocab: rows of the model's embedding; bos_id: its beginning-of-sequence token, or None;
-    digest: sha256, in hex, of the file; parties compare it, since ids mean nothing without it.
+    content: the bytes of its tokenizer.json, which is public;
+    chat_template: the Jinja text that frames a conversation, if the model came with one.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, vocab: int, bos_id: int | None, digest: str = "") -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        vocab: int,
+        bos_id: int | None,
+        content: bytes = b"",
+        chat_template: str | None = None,
+    ) -> None:
         inner.no_truncation()  # a file may ask for both; a context is never cut or padded unseen
         inner.no_padding()
         self._inner = inner
-        self.vocab, self.bos_id, self.digest = vocab, bos_id, digest
+        self.vocab, self.bos_id, self.content, self.chat_template = vocab, bos_id, content, chat_template
 
     @staticmethod
-    def load(folder: Path | str, vocab: int, bos_id: int | None) -> Tokenizer:
+    def load(
+        folder: Path | str, vocab: int, bos_id: int | None, chat_template: str | None = None
+    ) -> Tokenizer:
         """Read `folder`/tokenizer.json. Raises ModelError."""
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
@@ -85,7 +96,16 @@ class Tokenizer:
             inner = parse_tokenizer(content)
         except (OSError, ValueError, LibraryError) as error:
             raise ModelError(f"{file}: cannot be read as a tokenizer: {error}") from error
-        return Tokenizer(inner, vocab, bos_id, hashlib.sha256(content).hexdigest())
+        return Tokenizer(inner, vocab, bos_id, content, chat_template)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256, in hex, of its content; parties compare it, since ids mean nothing without it."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def token(self, token_id: int | None) -> str | None:
+        """Return how a token is spelled, as a chat template names it; None for none."""
+        return None if token_id is None else self._inner.id_to_token(token_id)
 
     @property
     def adds_bos(self) -> bool:
@@ -111,7 +131,7 @@ class Tokenizer:
         these tokens in another way, too.
         """
         try:
-            with _library(), _quiet():
+            with in_library(), _quiet():
                 tree = json.loads(self._inner.to_str())
                 for token in tree["added_tokens"]:
                     token["content"] = names.get(token["content"], token["content"])
@@ -125,7 +145,7 @@ class Tokenizer:
                 inner = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": None}))
         except (LibraryError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"the tokenizer's special tokens cannot be told from text: {error}") from error
-        return Tokenizer(inner, self.vocab, self.bos_id, self.digest)
+        return Tokenizer(inner, self.vocab, self.bos_id, self.content)
 
     def encode_within(self, text: str, bos: bool, most: int, what: str) -> list[int]:
         """Encode a text of at most `most` tokens. Raises BadInput, which names it `what`; see `encode`.
@@ -159,7 +179,7 @@ class Tokenizer:
 
     def _encoded(self, text: str) -> tokenizers.Encoding:
         try:
-            with _library():  # lone surrogates, and whatever else it cannot take
+            with in_library():  # lone surrogates, and whatever else it cannot take
                 found = self._inner.encode(text, add_special_tokens=False)
         except LibraryError as error:
             raise ModelError(f"the text cannot be tokenized: {error}") from error
@@ -175,7 +195,7 @@ class Tokenizer:
         Raises ModelError.
         """
         try:
-            with _library():
+            with in_library():
                 return self._inner.decode(list(ids), skip_special_tokens=True)
         except LibraryError as error:
             raise ModelError(f"the answer's tokens cannot be decoded: {error}") from error

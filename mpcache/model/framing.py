@@ -302,10 +302,9 @@ def _common(lists: Sequence[list[int]]) -> list[int]:
 
 
 def make_framing(
-    template: ChatTemplate | None, tokenizer: Tokenizer, shape: ModelShape, document_as: DocumentAs,
-    has_document: bool,
-) -> Framing:  # fmt: skip
-    """Frame by a template, or by none. Raises ModelError."""
-    if template is None:
+    tokenizer: Tokenizer, shape: ModelShape, raw: bool, document_as: DocumentAs, has_document: bool
+) -> Framing:
+    """Frame by the tokenizer's chat template, or by none: where it has none, or `raw`. Raises ModelError."""
+    if raw or tokenizer.chat_template is None:
         return RawFraming(tokenizer, shape)
-    return ChatFraming(template, tokenizer, shape, document_as, has_document)
+    return ChatFraming(tokenizer.chat_template, tokenizer, shape, document_as, has_document)

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from mpcache.errors import ModelError
+from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.checks import shorten
 from mpcache.model.families import ConfigValues
 from mpcache.model.shape import ModelShape
@@ -89,10 +90,16 @@ def build_tokenizer(values: ConfigValues, shape: ModelShape) -> Tokenizer:
             content = inner.to_str().encode()
     except LibraryError as error:
         raise ModelError(f"{values.source}: no tokenizer can be made of its metadata: {error}") from error
-    template = values.get("tokenizer.chat_template")
-    return Tokenizer(
-        inner, shape.vocab, shape.bos_id, content, template if isinstance(template, str) else None
-    )
+    return Tokenizer(inner, shape.vocab, shape.bos_id, content, _chat_template(values, tokens))
+
+
+def _chat_template(values: ConfigValues, tokens: Sequence[str]) -> ChatTemplate | None:
+    source = values.get("tokenizer.chat_template")
+    if not isinstance(source, str) or not source:
+        return None
+    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {f"{name}_token": special_token(values, there) for name, there in named.items()}
+    return ChatTemplate(source, {name: tokens[i] for name, i in ids.items() if i is not None})
 
 
 def _add_special(values: ConfigValues, inner: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import tokenizers
 
 from mpcache.errors import BadInput, ModelError, MpcacheError
+from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.checks import read_small_file
 
 _TRIED = 16  # characters for each token that fits: where a text has more, its beginning is counted first
@@ -67,7 +68,7 @@ class Tokenizer:
 
     vocab: rows of the model's embedding; bos_id: its beginning-of-sequence token, or None;
     content: the bytes of its tokenizer.json, which is public;
-    chat_template: the Jinja text that frames a conversation, if the model came with one.
+    chat_template: what frames a conversation, if the model came with one.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Tokenizer:
         vocab: int,
         bos_id: int | None,
         content: bytes = b"",
-        chat_template: str | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         inner.no_truncation()  # a file may ask for both; a context is never cut or padded unseen
         inner.no_padding()
@@ -85,7 +86,7 @@ class Tokenizer:
 
     @staticmethod
     def load(
-        folder: Path | str, vocab: int, bos_id: int | None, chat_template: str | None = None
+        folder: Path | str, vocab: int, bos_id: int | None, chat_template: ChatTemplate | None = None
     ) -> Tokenizer:
         """Read `folder`/tokenizer.json. Raises ModelError."""
         file = Path(folder) / "tokenizer.json"
@@ -127,8 +128,8 @@ class Tokenizer:
     def respelled(self, names: Mapping[str, str]) -> Tokenizer:
         """Return this tokenizer with other spellings for some of its added tokens, under the same ids.
 
-        What spelled them before is then text like any other. Raises ModelError where text may become one of
-        these tokens in another way, too.
+        What spelled them before is then text like any other, which nothing joins to one of these tokens.
+        Raises ModelError.
         """
         try:
             with in_library(), _quiet():
@@ -140,6 +141,9 @@ class Tokenizer:
                     model["vocab"] = {names.get(word, word): number for word, number in words.items()}
                 else:
                     model["vocab"] = [[names.get(word, word), score] for word, score in words]
+                if "merges" in model:
+                    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+                    model["merges"] = [p for p in pairs if not {*p, "".join(p)} & names.keys()]
                 if model.get("unk_token") in names:
                     model["unk_token"] = names[model["unk_token"]]
                 inner = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": None}))

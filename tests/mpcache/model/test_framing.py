@@ -139,7 +139,7 @@ def test_an_answer_ends_at_the_end_of_its_turn(kind: str, known: Any) -> None:
 
 def test_raw_is_the_texts_alone(known: Any) -> None:
     _, tokenizer, shape = known
-    raw = make_framing(None, tokenizer, shape, SYSTEM, True)
+    raw = make_framing(tokenizer, shape, True, SYSTEM, True)
     assert isinstance(raw, RawFraming) and raw.end_tokens == {2} and raw.between(False) == []
     assert raw.frame_document("the gate") == tokenizer.encode("the gate", True)
     assert raw.frame_document(None) == [1]

@@ -12,6 +12,7 @@ import torch
 from mpcache.engines.plain import PlainOps
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
+from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import BoundPolicy
 from mpcache.runtime.program import Program
 from mpcache.sampling import Sampling
@@ -114,11 +115,55 @@ def answer(
         yield ids[step]
 
 
+class AnswerText:
+    """The text of an answer whose tokens come one at a time, cut before the first of the texts that end it.
+
+    stopped: one of these has come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._stream, self._stops = tokenizer.stream(), tuple(stops)
+        self._settled, self._shown = "", 0
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """What was given out."""
+        return self._settled[: self._shown]
+
+    def push(self, token: int) -> str:
+        """Take a token; return the text that it settles, but what may begin a text that ends the answer."""
+        return self._give(self._stream.push(token), last=False)
+
+    def end(self) -> str:
+        """Return the text that was held back."""
+        return self._give(self._stream.end(), last=True)
+
+    def _give(self, more: str, last: bool) -> str:
+        if self.stopped:
+            return ""
+        self._settled += more
+        found = [at for stop in self._stops if (at := self._settled.find(stop, self._shown)) >= 0]
+        until = len(self._settled)
+        if found:
+            self.stopped, until = True, min(found)
+        elif not last:
+            until -= max((_overlap(self._settled, stop) for stop in self._stops), default=0)
+        given, self._shown = self._settled[self._shown : until], until
+        return given
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
 @dataclass
 class PlainAnswer:
     """The answer without privacy, and what it took. Units: ms."""
 
     ids: list[int] = field(default_factory=list)
+    text: str = ""
     prefill_ms: float = 0.0  # the pass over the context, and its eviction
     ms: dict[str, float] = field(default_factory=dict)  # by phase, as in TimedSession
     kernels: str = ""  # which ones it took
@@ -133,6 +178,7 @@ def plain_answer(
     sampling: Sampling,
     stops: Collection[int],
     device: str = "cpu",
+    stop_texts: Sequence[str] = (),
 ) -> PlainAnswer:
     """Run the same program on plain tensors: same policy, same sampling.
 
@@ -152,6 +198,8 @@ def plain_answer(
         Token ids that end an answer.
     device
         Where the plain tensors are.
+    stop_texts
+        Texts that end an answer, which is cut before them.
 
     """
     kernels: Backend = backend(device)
@@ -163,6 +211,13 @@ def plain_answer(
     session.context(prefilled, kernels)
     result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start), kernels=kernels.name)
     with torch.no_grad():
-        result.ids = list(answer(session, question, limit, sampling.chooser(), stops))
+        ends, seen = set(stops), AnswerText(model.tokenizer, stop_texts)
+        for token in answer(session, question, limit, sampling.chooser(), ends):
+            result.ids.append(token)
+            seen.push(token)
+            if seen.stopped:
+                ends.add(token)
+        seen.end()
+        result.text = seen.text
     result.ms = session.ms
     return result

@@ -24,6 +24,13 @@ class Reveal(StrEnum):
     TOKEN = "token"
 
 
+class Chat(StrEnum):
+    """What stands around document and questions: the model's chat template, if it has one, or nothing."""
+
+    TEMPLATE = "template"
+    RAW = "raw"
+
+
 class DocumentAs(StrEnum):
     """Where a chat template finds the document: as its system message, or before the first question."""
 

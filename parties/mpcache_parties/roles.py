@@ -16,7 +16,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
-from mpcache.answer import TimedSession, answer
+from mpcache.answer import AnswerText, TimedSession, answer
 from mpcache.choices import ProtocolName
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
@@ -34,7 +34,7 @@ from mpcache_parties.facts import (
     agreed_facts,
     announce_counts,
     counts_of,
-    read_tokenizer,
+    framing_of,
     receive_counts,
 )
 from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
@@ -88,6 +88,8 @@ def _open_document(
     say = resources.say
     kernels, kernel_ms = timed_kernels(choose_kernels(resources.public.kernels, own.device))
     session.setup(own.model.weights)
+    if own.note:
+        say(f"server: {own.note}")
     say(f"server: set-up: weights masked and opened in {duration(session.ms['setup'])}")
     start = time.perf_counter()
     window = facts.policy.window
@@ -121,15 +123,17 @@ def ask(resources: SessionResources, own: Question) -> Report:
     say, on_token, ledger = resources.say, resources.on_token, resources.ledger
     own.sampling.check(public.reveal)
     identity = public.flat() | {
-        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos)
+        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos),
+        "stop": _digest(own.stop_texts),
     }  # fmt: skip
     earlier = checkpointer.meet(links, identity)
     told, facts = agreed_facts(Rank.CLIENT, links, own, public, earlier)
 
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
-    tokenizer = read_tokenizer(told["tokenizer"], facts.shape)
-    question, stream = tokenizer.encode(own.text, bos=False), tokenizer.stream()
+    framing = framing_of(told, facts.shape, public)
+    question = framing.frame_turn(own.text, first=True)
+    shown = AnswerText(framing.tokenizer, own.stop_texts)
     choose = own.sampling.chooser(public.reveal)
     ids: list[int] = []
 
@@ -150,7 +154,7 @@ def ask(resources: SessionResources, own: Question) -> Report:
         session.restore(earlier.operands, earlier.cache, earlier.step)
         say(f"client: resumed after {_reached(earlier.step)}; the answer from its beginning:")
         for token in ids:
-            on_token(token, stream.push(token))
+            on_token(token, shown.push(token))
     del earlier
 
     def announce(step: int, more: bool) -> None:
@@ -158,7 +162,9 @@ def ask(resources: SessionResources, own: Question) -> Report:
             with nullcontext() if more else suppress(LinkError):  # an answer that is there needs nobody
                 link.send_facts(more_step(step), {"more": more})
 
-    stops = set(facts.shape.eos_ids) if own.stop_at_eos else set()
+    stops = set(framing.end_tokens if own.stop_at_eos else ())
+    if shown.stopped:
+        stops.add(ids[-1])
     wait.ms = 0.0
     with token_by_token():
         for token in answer(session, question, public.max_new_tokens, choose, stops, announce, tuple(ids)):
@@ -166,14 +172,16 @@ def ask(resources: SessionResources, own: Question) -> Report:
                 ids.append(token)
             checkpointer.token(session, ledger, kept())  # a token that was shown is never lost
             if new:
-                on_token(token, stream.push(token))
+                on_token(token, shown.push(token))
+            if shown.stopped:
+                stops.add(token)  # the last one: no other is asked for
             between_tokens(session.chunks)
-    if rest := stream.end():
+    if rest := shown.end():
         on_token(-1, rest)
     report = _report(Rank.CLIENT, facts, session, resources)
     checkpointer.end(links)
     wait.close()
-    return replace(report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids))
+    return replace(report, dealer_wait_ms=wait.ms, token_ids=ids, text=shown.text)
 
 
 def deal(resources: SessionResources) -> Report:

@@ -36,7 +36,7 @@ class Model:
     path: Path
 
 
-class Checkpoint(Protocol):
+class ModelSource(Protocol):
     """What a file format says of a model.
 
     about: names architecture and format.  tied: head and embedding are one, if no more is stored.
@@ -92,7 +92,7 @@ def load_model(path: Path | str) -> Model:
     return Model(opened.shape, weights, tokenizer, digest.hexdigest(), found)
 
 
-def open_checkpoint(path: Path | str, weights: bool = True) -> Checkpoint:
+def open_checkpoint(path: Path | str, weights: bool = True) -> ModelSource:
     """Read what is public about a model. weights: whether its tensors are needed, too. Raises ModelError."""
     found = find_model(path, weights)
     return GgufModel(found) if is_gguf(found) else HfFolder(found)

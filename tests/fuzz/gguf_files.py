@@ -11,7 +11,7 @@ import numpy as np
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpcache.model import load_model
-from mpcache.model.gguf_header import read_header
+from mpcache.model.gguf_header import read_gguf_header
 from mpcache.model.gguf_tokenizer import CUTTINGS
 from tests.support.tiny_gguf import write_gguf
 
@@ -44,7 +44,7 @@ def gguf_files(folder: Path, bytes_of: Any, json_of: Any) -> None:
 
     bytes_of("gguf", 5, read, [whole])
 
-    header = read_header(place / "whole.gguf")
+    header = read_gguf_header(place / "whole.gguf")
     first = min(each.start for each in header.tensors.values())
     tensors = b"".join(
         _text(each.name)

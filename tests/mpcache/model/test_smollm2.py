@@ -88,7 +88,7 @@ def stored_in(file: Path) -> Any:
 
 def test_tokens_are_those_of_transformers(smollm2: Path) -> None:
     """But for the cut, which `transformers` takes to be GPT-2's in every .gguf file; here each digit is
-    parted before it, as the file's `tokenizer.ggml.pre` says."""
+    parted before it, as the file's tokenizer.ggml.pre says."""
     reference: Any = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     digits = pre_tokenizers.Digits(individual_digits=True)
     reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -357,6 +357,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
     facts = {
         "shape": loaded.shape.to_dict(), "model_digest": loaded.digest, "tokenizer_bytes": 1000,
         "tokenizer_digest": "00", "context_tokens": 40, "kernels": "cpu", "question_tokens": 4,
+        "new_tokens": 4,
     }  # fmt: skip
 
     def public(data: bytes) -> None:

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpcache.errors import MpcacheError
+from mpcache.report.units import BYTES, DURATIONS
 from mpcache_parties.endpoint.answers import Beat, Exchange
 from mpcache_parties.endpoint.chat_like import OpenChat
 from mpcache_parties.endpoint.completions import chunk, completion, read_request
@@ -211,9 +212,11 @@ class Endpoint:
     async def _page(self, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
         about = json.dumps({"model": self.model, "key": self._needs_key})
-        for character in "<>&\u2028\u2029":
+        for character in "<>&":  # a script element ends at the first "</", whatever its quotes say
             about = about.replace(character, f"\\u{ord(character):04x}")
-        text = PAGE.read_text(encoding="utf-8").replace("{{nonce}}", nonce).replace("{{about}}", about)
+        units = json.dumps({"bytes": BYTES, "durations": DURATIONS})
+        text = PAGE.read_text(encoding="utf-8").replace("{{nonce}}", nonce).replace("{{units}}", units)
+        text = text.replace("{{about}}", about)
         return HTMLResponse(text, headers={"Content-Security-Policy": CSP.format(nonce=nonce)})
 
 

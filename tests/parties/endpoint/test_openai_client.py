@@ -305,7 +305,8 @@ def test_a_running_answer_is_stopped_by_its_id(client: Any, ask: Ask, script: Sc
 
 def test_a_slow_setup_and_a_slow_question_are_told_in_the_stream(ask: Ask, script: Script) -> None:
     script.setup_s, script.pace_s = 1.2, 0.4
-    told = [c.mpcache["progress"] for c in ask("x", stream=True) if "progress" in (c.mpcache or {})]
+    about = [(c.model_extra or {}).get("mpcache", {}) for c in ask("x", stream=True)]
+    told = [each.get("progress") for each in about]
     assert "set-up 50 %" in told and "question: layer 1 of 2" in told
 
 

@@ -60,7 +60,7 @@ class EndpointOptions:
         return key
 
     def serve(self, open_chat: OpenChat, limit: int, model: str, say: Say) -> None:
-        """Serve `limit` conversations at once until a signal ends this process. Raises BadInput or PortInUse."""
+        """Serve until a signal ends this process. limit: conversations. Raises BadInput or PortInUse."""
         place = self.check()
         endpoint = Endpoint(open_chat, limit, model, self.queue, self.idle_s, say)
         serve_endpoint(endpoint, place.host, place.port, self.read_key(), self.hosts, self.origins)

@@ -37,8 +37,9 @@ def test_a_plain_body_asks_greedily_for_all_there_may_be() -> None:
 
 def test_fields_that_ask_for_nothing_are_taken() -> None:
     neutral = {
-        "n": 1, "tools": [], "tool_choice": "none", "logprobs": False, "logit_bias": {}, "presence_penalty": 0.0,
-        "response_format": {"type": "text"}, "user": "somebody", "metadata": {"a": "b"}, "stop": None,
+        "n": 1, "tools": [], "tool_choice": "none", "logprobs": False, "logit_bias": {},
+        "presence_penalty": 0.0, "response_format": {"type": "text"}, "user": "me",
+        "metadata": {"a": "b"}, "stop": None,
         "max_tokens": None, "temperature": None, "stream": None, "top_logprobs": None, "store": False,
     }  # fmt: skip
     assert read(**neutral).turn == Turn("")

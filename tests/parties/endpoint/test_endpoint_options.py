@@ -72,6 +72,7 @@ def test_a_port_in_use_is_one_line() -> None:
         listen("127.0.0.1", taken.getsockname()[1])
 
 
+@pytest.mark.slow  # starts processes that import torch
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_in_seconds_with_an_answer_running(number: signal.Signals) -> None:
     with socket.socket() as probe:
@@ -82,11 +83,8 @@ def test_a_signal_ends_it_in_seconds_with_an_answer_running(number: signal.Signa
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        assert (
-            line
-            == f"endpoint: http://127.0.0.1:{port}/ is its page, http://127.0.0.1:{port}/v1 speaks OpenAI's API\n"
-        )
+        at = f"http://127.0.0.1:{port}"
+        assert process.stdout.readline() == f"endpoint: {at}/ is its page, {at}/v1 speaks OpenAI's API\n"
         caller = HTTPConnection("127.0.0.1", port, timeout=10)
         body = {"model": "demo", "messages": [{"role": "user", "content": "many " * 900}], "stream": True}
         caller.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})

@@ -7,7 +7,7 @@ process of its own; this module speaks with it over its stdin and stdout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from mpcache.config import Settings, load_settings
+from mpcache.console.inputs import read_text
 from mpcache.errors import BadInput
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
@@ -128,6 +129,16 @@ class Chat:
     def finish_reason(self) -> str:
         """What the last answer ended with: "stop" or "length"."""
         return "length" if self.turns and self.turns[-1].finish is Finish.LENGTH else "stop"
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the last question, with what stands around its text."""
+        return self.turns[-1].question_tokens if self.turns else 0
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the last answer."""
+        return len(self.turns[-1].token_ids) if self.turns else 0
 
     def ask(self, question: str | Turn) -> Iterator[str]:
         """Ask, and yield the answer in pieces as they come. Raises BadInput, after which others may be asked.
@@ -258,9 +269,9 @@ class LocalParties:
     ) -> None:
         self.close()
 
-    def chat(self) -> Chat:
-        """Open a conversation. Raises PartyFailed."""
-        return Chat(self._own[Rank.CLIENT], self._say, self._watch)
+    def chat(self, say: Say | None = None) -> Chat:
+        """Open a conversation. say: told how far it is, in place of the parties'. Raises PartyFailed."""
+        return Chat(self._own[Rank.CLIENT], say or self._say, self._watch)
 
     def close(self) -> None:
         """End both."""
@@ -285,13 +296,49 @@ class LocalParties:
 
 
 def connect(config: Path | str, identity: Path | str | None = None, say: Say = quiet) -> Chat:
-    """Open a conversation with parties that run elsewhere.
+    """Open a conversation with a server and a dealer that run elsewhere; close it after use.
 
-    config: the YAML file that all parties agree on.  identity: this client's folder of key and certificate.
-    Raises ConfigError, or PartyFailed where no session comes about.
+    config: the YAML file that all parties agree on.  identity: the folder of this client's key and
+    certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
+    the set-up is. Raises ConfigError, or PartyFailed where no session comes about.
     """
     load_settings(config)  # its faults are told here, not by a process
     flags = ["--config", str(config)]
     if identity is not None:
         flags += ["--identity", str(identity)]
     return Chat(flags, say)
+
+
+@contextmanager
+def local(
+    model: Path | str | None = None,
+    document: Path | str | None = None,
+    *,
+    policy: str | None = None,
+    max_new_tokens: int | None = None,
+    config: Path | str | None = None,
+    say: Say = quiet,
+) -> Iterator[Chat]:
+    """Open a conversation with a server and a dealer of its own, all processes of this machine.
+
+    Parameters
+    ----------
+    model
+        As `mpcache generate --model` takes it; None: the demo model.
+    document
+        The server's: a text, or the Path of a text file. None: with the demo model its own, else none.
+    policy, max_new_tokens
+        In place of the config's.
+    config
+        A YAML file of public settings; its addresses are not used.
+    say
+        Gets a line now and then about how far the set-up is.
+
+    Raises ConfigError, or PartyFailed where no session comes about.
+
+    """
+    settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
+    flags = [] if model is None else ["--model", str(model)]
+    text = read_text(document) if isinstance(document, Path) else document
+    with LocalParties(settings, flags, text, at_once=1, say=say) as parties, parties.chat() as chat:
+        yield chat

@@ -219,7 +219,7 @@ class ConversationPool:
         self._openings.append(opening)
 
         def say(text: str) -> None:
-            opening.progress = text
+            opening.progress = text.removeprefix("client: ")
             for waiter, each in zip(self._waiting, self._openings, strict=False):
                 waiter.progress = each.progress
 

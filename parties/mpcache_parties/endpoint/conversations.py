@@ -85,7 +85,7 @@ def _same(ours: Said, theirs: Said, cut: bool) -> bool:
 
 
 @dataclass(eq=False)
-class Opening:
+class SessionOpening:
     """A session that is being set up. progress: how far, in words."""
 
     progress: str = "set-up"
@@ -116,7 +116,7 @@ class ConversationPool:
         self.open: list[OpenConversation] = []
         self._open_chat, self._idle_s, self._say = open_chat, idle_s, say
         self._waiting: list[Waiter] = []
-        self._openings: list[Opening] = []
+        self._openings: list[SessionOpening] = []
         self._closing: set[asyncio.Future[None]] = set()
         self._took_s: float = RETRY_S  # of the last answer
         self._ended: str | None = None
@@ -215,7 +215,7 @@ class ConversationPool:
         waiter.given.set_result(conversation)
 
     def _start_opening(self) -> None:
-        opening = Opening()
+        opening = SessionOpening()
         self._openings.append(opening)
 
         def say(text: str) -> None:

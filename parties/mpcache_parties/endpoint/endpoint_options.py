@@ -33,14 +33,15 @@ class EndpointOptions:
     origins: tuple[str, ...] = ()
     queue: int = QUEUE
     idle_s: float = IDLE_S
+    flag: str = "--api"
 
     def check(self) -> HostPort:
         """Return where it listens. Raises BadInput."""
-        place = own_address("--api", self.address)
+        place = own_address(self.flag, self.address)
         if self.read_key() is None and not place.is_loopback:
             raise BadInput(
-                f"--api is {self.address!r}, which others can reach: give --api-key FILE, or the key in "
-                f"{KEY_VARIABLE}"
+                f"{self.flag} is {self.address!r}, which others can reach: give --api-key FILE, "
+                f"or the key in {KEY_VARIABLE}"
             )
         for origin in self.origins:
             if not re.fullmatch(r"https?://[^/\s]+", origin):

@@ -158,7 +158,8 @@ class ConversationPool:
 
     def give_back(self, conversation: OpenConversation, alive: bool = True) -> None:
         """Take a conversation back after its answer. alive: it can be continued."""
-        self._took_s = monotonic() - conversation.used_at
+        if conversation.busy:
+            self._took_s = monotonic() - conversation.used_at
         conversation.busy, conversation.used_at = False, monotonic()
         if not alive or self._ended is not None:
             self._close(conversation)

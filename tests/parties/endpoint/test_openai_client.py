@@ -160,7 +160,7 @@ def test_two_callers_are_answered_at_once_and_a_third_waits_and_is_told_its_plac
         assert third.line().startswith(": place 1 in the queue")
         with pytest.raises(openai.RateLimitError) as full:
             ask("fourth")
-        assert full.value.code == "queue_full" and int(full.value.response.headers["retry-after"]) >= 1
+        assert full.value.code == "queue_full" and 1 <= int(full.value.response.headers["retry-after"]) <= 10
         script.go.set()
         assert {each.result().choices[0].message.content for each in two} == {
             "Heard 1: caller 0", "Heard 1: caller 1"

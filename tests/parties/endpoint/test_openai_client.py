@@ -105,9 +105,11 @@ def test_a_request_goes_on_with_the_conversation_that_it_continues(ask: Ask, scr
 
 
 def test_turns_that_no_open_conversation_knows_are_told_as_a_text(ask: Ask, script: Script) -> None:
-    ask("one", "something else", "two")
-    (chat,) = script.opened
-    assert chat.turns[0].text == "User: one\n\nAssistant: something else\n\nUser: two"
+    heard = ask("one").choices[0].message.content
+    for question, answer in (("One", heard), ("one", "something else")):
+        ask(question, answer, "two")
+        assert script.opened[-1].turns[-1].text == f"User: {question}\n\nAssistant: {answer}\n\nUser: two"
+    assert len(script.opened) == 3 and len(script.opened[0].turns) == 1
 
 
 def test_the_callers_system_message_stands_before_its_first(client: Any, script: Script) -> None:

@@ -13,12 +13,15 @@ from mpcache.console.inputs import read_text
 from mpcache.console.options import (
     ConfigOption,
     ContextOption,
+    DocumentAsOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
     PolicyOption,
     ProtocolOption,
+    RawOption,
     RevealOption,
+    chat_overrides,
     public_overrides,
 )
 from mpcache_parties.chat import Chat, LocalParties
@@ -37,6 +40,8 @@ def serve_here(
     network: NetworkOption = None,
     max_new_tokens: NewTokensOption = None,
     reveal: RevealOption = None,
+    raw: RawOption = False,
+    document_as: DocumentAsOption = None,
     port: Annotated[str, typer.Option(help="[HOST:]PORT.  [HOST: this machine alone]")] = "8000",
     api_key: Annotated[
         Path | None,
@@ -58,7 +63,8 @@ def serve_here(
         port, api_key, tuple(allow_host or ()), tuple(allow_origin or ()), flag="--port"
     )  # fmt: skip
     options.check()
-    settings = load_settings(config, public_overrides(policy, protocol, network, max_new_tokens, reveal))
+    overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as))
     flags = [] if model is None else ["--model", str(model)]
     text = None if context is None else read_text(context)  # once: it may be a pipe
     with LocalParties(settings, flags, text, conversations, terminal.say) as parties:

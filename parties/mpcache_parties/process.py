@@ -76,7 +76,7 @@ class PartyProcess:
             self.tape_mode = TapeMode.PREPARING
         elif self.tapes is not None:
             self.tape_mode = TapeMode.PREPARED
-        self.own = options.private_input(sampling, self.output)
+        self.own = options.private_input(sampling, self.settings.public, self.output)
 
     def resources(
         self, network: Network, status: SessionStatus, checkpointer: Checkpointer, say: Say

@@ -34,7 +34,7 @@ from mpcache_parties.facts import (
     agreed_facts,
     announce_counts,
     counts_of,
-    read_tokenizer,
+    framing_of,
     receive_counts,
 )
 from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
@@ -93,6 +93,8 @@ def _open_document(
     say = resources.say
     kernels, kernel_ms = timed_kernels(choose_kernels(resources.public.kernels, own.device))
     session.setup(own.model.weights)
+    if own.note:
+        say(f"server: {own.note}")
     say(f"server: set-up: weights masked and opened in {duration(session.ms['setup'])}")
     start = time.perf_counter()
     window = facts.policy.window
@@ -129,19 +131,19 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
 
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
-    tokenizer = read_tokenizer(told["tokenizer"], facts.shape)
+    framing = framing_of(told, facts.shape, public)
     if earlier is None:
         session.setup(None)
         say(f"client: set-up: masked weights received in {duration(session.ms['setup'])}")
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         session.context(None, None)
-        asking = Asking(resources, facts, session, tokenizer)
+        asking = Asking(resources, facts, session, framing)
         say(f"client: {_asking(facts)}")
         checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
     else:
         session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
-        asking = Asking(resources, facts, session, tokenizer, earlier.own)
+        asking = Asking(resources, facts, session, framing, earlier.own)
         say(f"client: resumed after {_reached(earlier.step)}; the answer from its beginning:")
     del earlier
 
@@ -149,14 +151,11 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     if isinstance(own, Conversation):
         asking.converse(own)
     else:
-        asking.answer(own, asking.tokens_of(own), facts.limit)
+        asking.answer(own, framing.frame_turn(own.text, first=True), facts.limit)
     report = _report(Rank.CLIENT, facts, session, resources)
     checkpointer.end(links)
     wait.close()
-    ids = asking.ids
-    return replace(
-        report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids), turns=asking.turns
-    )
+    return replace(report, dealer_wait_ms=wait.ms, token_ids=asking.ids, text=asking.text, turns=asking.turns)
 
 
 def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, str]:
@@ -165,7 +164,8 @@ def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, s
         return {}
     own.sampling.check(public.reveal)
     return {
-        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos)
+        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos),
+        "stop": _digest(own.stop_texts),
     }  # fmt: skip
 
 

@@ -59,7 +59,10 @@ class ScriptedChat:
         self._stopped, self.finish_reason = False, "stop"
         self.prompt_tokens, self.completion_tokens = len(asked), 0
         self.progress = "question: layer 1 of 2"
-        for number, word in enumerate([f"Heard {len(self.turns)}:", *asked]):
+        words = " ".join([f"Heard_{len(self.turns)}:", *asked])
+        for stop in turn.stop:
+            words = words.partition(stop)[0]
+        for number, word in enumerate(words.split()):
             if number == turn.max_new_tokens:
                 self.finish_reason = "length"
                 break
@@ -69,7 +72,7 @@ class ScriptedChat:
             if self._stopped:
                 break
             self.completion_tokens += 1
-            yield word if number == 0 else f" {word}"
+            yield word.replace("_", " ") if number == 0 else f" {word}"
         self.progress = ""
         self.room -= self.prompt_tokens + self.completion_tokens
         one, count = self.account, self.completion_tokens

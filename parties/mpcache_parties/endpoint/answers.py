@@ -16,7 +16,6 @@ from mpcache_parties.endpoint.completions import (
     CompletionRequest,
     Role,
     Said,
-    StopText,
     question_of,
 )
 from mpcache_parties.endpoint.conversations import ConversationPool, OpenConversation, Waiter
@@ -43,7 +42,7 @@ class RunningAnswer:
         self.error: BaseException | None = None
         self.conversation = conversation
         self._pool, self._messages, self._text = pool, of.messages, ""
-        self._stop_text, self._stopping, self._left = StopText(of.turn.stop), False, False
+        self._stopping = self._left = False
         known = len(conversation.said)
         self._turn = replace(of.turn, text=question_of(of.messages[known:]))
         self._loop = asyncio.get_running_loop()
@@ -72,22 +71,17 @@ class RunningAnswer:
             self._loop.call_soon_threadsafe(self._finish, error)
 
     def _take(self, piece: str) -> None:
-        self._show(self._stop_text.push(piece))
-        if self._stop_text.found or self._stopping:
+        if piece:
+            self._text += piece
+            self.pieces.put_nowait(piece)
+        if self._stopping:
             self.stop()  # again: a stop that came before the answer had begun stopped nothing
-
-    def _show(self, text: str) -> None:
-        if text:
-            self._text += text
-            self.pieces.put_nowait(text)
 
     def _finish(self, error: BaseException | None) -> None:
         chat, conversation = self.conversation.chat, self.conversation
         if error is None:
-            self._show(self._stop_text.rest())
-            finish = "stop" if self._stop_text.found else chat.finish_reason
             self.end = AnswerEnd(
-                finish, chat.prompt_tokens, chat.completion_tokens, chat.room, chat.account
+                chat.finish_reason, chat.prompt_tokens, chat.completion_tokens, chat.room, chat.account
             )  # fmt: skip
             conversation.said = (*self._messages, Said(Role.ASSISTANT, self._text))
             conversation.cut = self._left

@@ -301,34 +301,3 @@ def completion(
         "usage": end.usage(),
         "mpcache": mpcache,
     }
-
-
-class StopText:
-    """Cut an answer before the first of some texts; what may become one is held back."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.found = False
-        self._stops, self._held = stops, ""
-
-    def push(self, piece: str) -> str:
-        """Take a piece and return what can be shown of it."""
-        if self.found or not self._stops:
-            return "" if self.found else piece
-        self._held += piece
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.found = True
-            return self._held[: min(places)]
-        longest = max(map(len, self._stops)) - 1
-        begun = (n for n in range(min(longest, len(self._held)), 0, -1) if self._begins(self._held[-n:]))
-        shown = len(self._held) - next(begun, 0)
-        text, self._held = self._held[:shown], self._held[shown:]
-        return text
-
-    def rest(self) -> str:
-        """Return what was held back of an answer that is over."""
-        text, self._held = "" if self.found else self._held, ""
-        return text
-
-    def _begins(self, end: str) -> bool:
-        return any(stop.startswith(end) for stop in self._stops)

@@ -13,7 +13,6 @@ from mpcache_parties.endpoint.completions import (
     CompletionRequest,
     Role,
     Said,
-    StopText,
     question_of,
     read_request,
 )
@@ -115,22 +114,6 @@ def test_earlier_turns_stand_before_the_question() -> None:
     assert question_of(said[2:]) == "c"
     assert question_of(said) == "User: a\n\nAssistant: b\n\nUser: c"
     assert question_of(said[1:]) == "Assistant: b\n\nUser: c"
-
-
-def test_a_stop_text_is_found_however_the_pieces_fall() -> None:
-    draw = random.Random(0)
-    for _ in range(500):
-        text = "".join(draw.choices("ab ", k=draw.randint(0, 30)))
-        stops = ["".join(draw.choices("ab ", k=draw.randint(1, 4))) for _ in range(draw.randint(0, 3))]
-        cut, shown, rest = StopText(stops), "", text
-        while rest and not cut.found:
-            length = draw.randint(1, 5)
-            shown, rest = shown + cut.push(rest[:length]), rest[length:]
-        shown += cut.rest()
-        places = [text.find(stop) for stop in stops if stop in text]
-        assert text.startswith(shown) and not any(stop in shown for stop in stops)
-        assert cut.found == bool(places)
-        assert len(shown) == len(text) if not places else len(shown) >= min(places)
 
 
 BODIES = [

@@ -89,6 +89,13 @@ def test_an_answer_that_is_left_or_stopped_leaves_the_conversation_usable(
     assert conversation.chat.account.turns == 2 and conversation.chat.completion_tokens < 24
 
 
+def test_a_stop_text_ends_an_answer_before_it(client: Any) -> None:
+    whole = ask(client, QUESTION, max_tokens=8).choices[0].message.content
+    cut = ask(client, QUESTION, max_tokens=8, stop=[whole[3:5]])
+    assert cut.choices[0].message.content == whole[: whole.find(whole[3:5])]
+    assert cut.choices[0].finish_reason == "stop"
+
+
 def test_a_question_that_does_not_fit_is_one_error(client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="room"):
         ask(client, "word " * 3000)

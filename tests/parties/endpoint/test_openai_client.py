@@ -146,7 +146,6 @@ def test_a_stop_text_ends_an_answer_before_it(ask: Ask, script: Script, stream: 
         assert chunks[-1].choices[0].finish_reason == "stop"
     else:
         assert answer.choices[0].message.content == "Heard 1: some words en"
-    assert script.opened[0].completion_tokens < 8
     assert ask("some words end here and go on", "Heard 1: some words en", "next").choices[0].message.content
 
 

@@ -97,7 +97,7 @@ def test_a_stop_text_ends_an_answer_before_it(client: Any) -> None:
 
 
 def test_a_question_that_does_not_fit_is_one_error(client: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match="room"):
+    with pytest.raises(openai.BadRequestError, match="3002 tokens"):
         ask(client, "word " * 3000)
 
 

@@ -113,10 +113,10 @@ def test_an_error_is_shown_and_the_question_can_be_sent_again(page: Any, script:
 def test_setup_and_the_place_in_the_queue_are_shown(
     page: Any, script: Script, browser: Any, address: str
 ) -> None:
-    script.setup_s = 1.5
+    script.setup_s = 3.0
     script.go.clear()
     ask(page, "first")
-    page.get_by_text("set-up 50 %").wait_for()
+    page.get_by_text("set-up").wait_for()
     page.get_by_text("question: layer 1 of 2").wait_for()
     other = browser.new_page()
     other.goto(address)

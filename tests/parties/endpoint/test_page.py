@@ -116,7 +116,7 @@ def test_setup_and_the_place_in_the_queue_are_shown(
     script.setup_s = 3.0
     script.go.clear()
     ask(page, "first")
-    page.get_by_text("set-up").wait_for()
+    page.get_by_role("status").get_by_text("set-up").wait_for()
     page.get_by_text("question: layer 1 of 2").wait_for()
     other = browser.new_page()
     other.goto(address)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mpcache.engines.plain import PlainOps
+from mpcache.errors import OutOfRange
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.model.tokenizer import Tokenizer
@@ -75,17 +76,21 @@ def answer(
     limit: int,
     choose: Callable[[torch.Tensor], int],
     stops: Collection[int],
-    announce: Callable[[int, bool], None] = lambda step, more: None,
+    announce: Callable[[bool], None] = lambda more: None,
     known: Sequence[int] = (),
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
     """Yield token ids as they come: at most `limit`, and none after one of `stops`.
+
+    A chunk whose values left their ranges yields no token, and ends the answer: `session.in_range` is false.
 
     Parameters
     ----------
     session
-        At the one who asks; it has taken in the context, and the chunks of an answer that goes on.
+        At the one who asks; it has taken in the context and the turns before this one, and the chunks of
+        an answer that goes on.
     question
-        Token ids.
+        Token ids. In a later turn the last token of the answer before is the first: it was not taken in.
     limit
         The most tokens to yield, those of an answer that goes on among them.
     choose
@@ -93,23 +98,29 @@ def answer(
     stops
         Token ids that end an answer; the one that does is yielded, too.
     announce
-        Called as announce(i, more) before decode step i (1, 2, ...), and once when there is none
-        although the limit would allow it.
+        Called as announce(more) before each chunk but the question, and once when there is none although
+        the limit would allow it; `session.place` is that chunk's.
     known
-        Tokens chosen before the session was interrupted. The session goes on after the chunks that it
-        has taken in; a token that is known is not chosen again.
+        Tokens of this answer chosen before the session was interrupted. The session goes on after the
+        chunks that it has taken in; a token that is known is not chosen again.
+    stopped
+        Asked before each chunk but the question whether the one who asks has heard enough.
 
     """
     ids = list(known)
-    for step in range(session.chunks, limit):
+    for step in range(session.place.step, limit):
         if step:
-            more = ids[step - 1] not in stops
-            announce(step, more)
+            more = ids[step - 1] not in stops and not stopped()
+            announce(more)
             if not more:
                 return
         chunk = [ids[step - 1]] if step else list(question)
         learned = session.chunk(chunk, len(chunk))
         assert learned is not None, "the one who asks learns the answer"
+        if session.in_range is False:
+            if step + 1 < limit:
+                announce(False)
+            return
         if step == len(ids):
             ids.append(choose(learned))
         yield ids[step]
@@ -158,6 +169,14 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def left_range(tokens: int) -> OutOfRange:
+    """Say that an answer ended after so many tokens because a value left its range."""
+    return OutOfRange(
+        f"client: a value left its range on the way to token {tokens + 1}, which would be wrong and is not "
+        "shown; ask otherwise, or use another model or policy (docs/ranges.md)"
+    )
+
+
 @dataclass
 class PlainAnswer:
     """The answer without privacy, and what it took. Units: ms."""
@@ -167,6 +186,48 @@ class PlainAnswer:
     prefill_ms: float = 0.0  # the pass over the context, and its eviction
     ms: dict[str, float] = field(default_factory=dict)  # by phase, as in TimedSession
     kernels: str = ""  # which ones it took
+
+
+class PlainConversation:
+    """The same program on plain tensors, turn by turn: same policy, same sampling.
+
+    result: the last answer, and what all of them took.
+    """
+
+    def __init__(
+        self, model: Model, policy: BoundPolicy, context: Sequence[int], device: str = "cpu"
+    ) -> None:
+        """Read the context (token ids) on a device. policy: as `mpcache.limits` binds it."""
+        kernels: Backend = backend(device)
+        self._session = session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
+        session.setup(model.weights)
+        start = time.perf_counter()
+        prefilled = prefill(model, context, device, window=policy.window)
+        session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
+        session.context(prefilled, kernels)
+        ms = 1000 * (time.perf_counter() - start)
+        self.result = PlainAnswer(prefill_ms=ms, ms=session.ms, kernels=kernels.name)
+        self._tokenizer = model.tokenizer
+
+    def ask(
+        self, question: Sequence[int], limit: int, sampling: Sampling, stops: Collection[int],
+        stop_texts: Sequence[str] = (),
+    ) -> Iterator[int]:  # fmt: skip
+        """Yield an answer's token ids, as `answer` does; `result` has them, and their text.
+
+        question: token ids; of a later turn, as `Framing.next_turn` returns them.  stop_texts: texts that end
+        the answer, which is cut before them.
+        """
+        self.result.ids, shown = [], AnswerText(self._tokenizer, stop_texts)
+        choose = sampling.chooser()
+        with torch.no_grad():
+            for token in answer(self._session, question, limit, choose, stops, stopped=lambda: shown.stopped):
+                self.result.ids.append(token)
+                shown.push(token)
+                yield token
+        shown.end()
+        self.result.text = shown.text
+        self._session.next_turn()
 
 
 def plain_answer(
@@ -180,44 +241,8 @@ def plain_answer(
     device: str = "cpu",
     stop_texts: Sequence[str] = (),
 ) -> PlainAnswer:
-    """Run the same program on plain tensors: same policy, same sampling.
-
-    Parameters
-    ----------
-    model
-        With its weights.
-    policy
-        As `mpcache.limits.bind_policy` returns it.
-    context, question
-        Token ids.
-    limit
-        The most tokens of the answer.
-    sampling
-        How each is chosen.
-    stops
-        Token ids that end an answer.
-    device
-        Where the plain tensors are.
-    stop_texts
-        Texts that end an answer, which is cut before them.
-
-    """
-    kernels: Backend = backend(device)
-    session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
-    session.setup(model.weights)
-    start = time.perf_counter()
-    prefilled = prefill(model, context, device, window=policy.window)
-    session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
-    session.context(prefilled, kernels)
-    result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start), kernels=kernels.name)
-    with torch.no_grad():
-        ends, seen = set(stops), AnswerText(model.tokenizer, stop_texts)
-        for token in answer(session, question, limit, sampling.chooser(), ends):
-            result.ids.append(token)
-            seen.push(token)
-            if seen.stopped:
-                ends.add(token)
-        seen.end()
-        result.text = seen.text
-    result.ms = session.ms
-    return result
+    """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
+    conversation = PlainConversation(model, policy, context, device)
+    for _ in conversation.ask(question, limit, sampling, stops, stop_texts):
+        pass
+    return conversation.result

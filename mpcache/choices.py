@@ -24,7 +24,7 @@ class Reveal(StrEnum):
     TOKEN = "token"
 
 
-class Chat(StrEnum):
+class ChatForm(StrEnum):
     """What stands around document and questions: the model's chat template, if it has one, or nothing."""
 
     TEMPLATE = "template"

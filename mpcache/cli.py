@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from mpcache.answer import PlainAnswer, plain_answer
+from mpcache.answer import PlainAnswer, left_range, plain_answer
 from mpcache.audit.audit_command import audit
-from mpcache.choices import Chat
+from mpcache.check.check_command import check
+from mpcache.choices import ChatForm
 from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
 from mpcache.console import terminal
 from mpcache.console.inputs import check_stdin, read_context, read_question
@@ -48,7 +48,7 @@ from mpcache.console.options import (
 )
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
-from mpcache.errors import BadInput, LinkError, MpcacheError, told_as
+from mpcache.errors import BadInput, MpcacheError, told_as
 from mpcache.evaluate.eval_command import evaluate
 from mpcache.limits import bind_policy
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
@@ -60,7 +60,6 @@ from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache_parties.launch import run_parties
-from mpcache_parties.link_check import check_links, rank_in
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -111,7 +110,7 @@ class Inquiry:
         stops = read_stops(stop, stop_at_eos)
         text = read_context(model, context)  # once: it may be a pipe
         framing = make_framing(
-            tokenizer, shape, public.chat is Chat.RAW, public.document_as, text is not None
+            tokenizer, shape, public.chat is ChatForm.RAW, public.document_as, text is not None
         )
         document, asked = framing.frame_document(text), framing.frame_turn(question_text, first=True)
         return Inquiry(
@@ -222,6 +221,7 @@ def generate(
     run = inquiry.compared(settings.public, bound.leak, reports)
     if as_json:
         print(json.dumps(run))
+        _check_range(run)
         return
     if shown and not shown.endswith("\n"):
         _write("\n")
@@ -229,6 +229,13 @@ def generate(
     _entry("Plaintext", text if text.endswith("\n") else text + "\n")
     _write("\n")
     terminal.print_table(out, card(run))
+    _check_range(run)
+
+
+def _check_range(run: dict[str, Any]) -> None:
+    """Raise OutOfRange where an answer ended for a value that left its range: what is shown is right."""
+    if run["in_range"] is False:
+        raise left_range(len(run["token_ids"]))
 
 
 @app.command()
@@ -278,6 +285,8 @@ def compare(
         print(json.dumps({"runs": runs}))
     else:
         terminal.print_table(out, comparison(runs))
+    for run in runs:
+        _check_range(run)
 
 
 @app.command()
@@ -316,38 +325,6 @@ def policies(as_json: JsonOption = False) -> None:
     )
 
 
-@app.command()
-def check(
-    config: ConfigOption = None,
-    identity: Annotated[
-        Path | None, typer.Option(help="Folder of a party's key and certificate: the links use TLS.")
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=0, max=2, help="Whose links are tried. [whose key is in --identity, or 1: client]"),
-    ] = None,
-    listen: Annotated[str | None, typer.Option(help="Server, dealer: HOST:PORT that it binds.")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, whatever the addresses.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Try every link and certificate of a config from this machine, before a run.
-
-    The parties that are dialled must run, or wait. No session begins, and none is disturbed.
-    """
-    settings = load_settings(config, {"addresses.bind": listen})
-    found = check_links(rank_in(identity, rank), settings, identity, insecure)
-    if as_json:
-        print(json.dumps({"checks": [asdict(each) for each in found]}))
-    else:
-        table = Table("", "where", "found", "")
-        for each in found:
-            word = {True: "ok", False: "[bold red]failed[/]", None: "not known here"}[each.ok]
-            table.add_row(each.what, escape(each.where), escape(each.found), word)
-        terminal.print_table(out, table)
-    if any(each.ok is False for each in found):
-        raise typer.Exit(LinkError.exit_code)
-
-
 def _entry(name: str, text: str) -> None:
     """Write a name in bold, and the (beginning of the) text that belongs to it."""
     out.print(f"[bold]{name:<11}[/]", end="")
@@ -361,6 +338,7 @@ def _write(text: str) -> None:
 
 
 app.command()(audit)
+app.command()(check)
 app.command("eval")(evaluate)
 
 

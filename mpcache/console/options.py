@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpcache.choices import Chat, Reveal
+from mpcache.choices import ChatForm, Reveal
 from mpcache.errors import BadInput
 from mpcache.transport.network import NETWORKS
 
@@ -101,7 +101,7 @@ def read_stops(stops: Sequence[str] | None, stop_at_eos: bool) -> tuple[str, ...
 
 def chat_overrides(raw: bool, document_as: str | None) -> dict[str, Any]:
     """Return what these options override in the config's public section."""
-    return {"public.chat": Chat.RAW if raw else None, "public.document_as": document_as}
+    return {"public.chat": ChatForm.RAW if raw else None, "public.document_as": document_as}
 
 
 def public_overrides(

@@ -52,7 +52,7 @@ class Skeleton:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Dialogue:
     """What a template puts around the messages of a conversation of any length.
 
     first: up to the first answer; the system message is among its slots, or is not.
@@ -130,23 +130,23 @@ class ChatTemplate:
         return texts
 
     @property
-    def with_system(self) -> Conversation:
+    def with_system(self) -> Dialogue:
         """How it frames a conversation with a system message. Raises Unframed."""
         return _there(self._read[0])
 
     @property
-    def without_system(self) -> Conversation:
+    def without_system(self) -> Dialogue:
         """How it frames a conversation without one. Raises Unframed."""
         return _there(self._read[1])
 
     @cached_property
-    def _read(self) -> tuple[Conversation | Unframed, ...]:
+    def _read(self) -> tuple[Dialogue | Unframed, ...]:
         """Render all that has to be known, in one process."""
         shapes = [(*head, *_ROLES[:n]) for head in (("system",), ()) for n in (1, 3, 5)]
         texts = self.render([each for roles in shapes for each in _probes(roles)])
         every = len(texts) // len(shapes)
         rendered = [texts[i : i + every] for i in range(0, len(texts), every)]
-        found: list[Conversation | Unframed] = []
+        found: list[Dialogue | Unframed] = []
         for turns, before in ((rendered[:3], 2), (rendered[3:], 1)):
             try:
                 found.append(_conversation(turns, before))
@@ -161,7 +161,7 @@ def fitted(message: str, trimmed: tuple[bool, bool]) -> str:
     return message.rstrip() if trimmed[1] else message
 
 
-def _there(found: Conversation | Unframed) -> Conversation:
+def _there(found: Dialogue | Unframed) -> Dialogue:
     if isinstance(found, Unframed):
         raise found
     return found
@@ -220,7 +220,7 @@ def _trimmed(plain: Sequence[str], padded: Sequence[str]) -> tuple[tuple[bool, b
     return tuple(zip(starts[:-1], ends[1:], strict=True))
 
 
-def _conversation(turns: Sequence[Sequence[Sequence[str]]], before: int) -> Conversation:
+def _conversation(turns: Sequence[Sequence[Sequence[str]]], before: int) -> Dialogue:
     """Put together what stays the same in conversations of one, two and three turns. Raises Unframed.
 
     before: the messages before the first answer, 1 or 2.
@@ -228,7 +228,7 @@ def _conversation(turns: Sequence[Sequence[Sequence[str]]], before: int) -> Conv
     first = _skeleton(turns[0], before)
     refusals = [why for texts in turns[1:] for _, why in texts if why]
     if refusals:
-        return Conversation(first, single=first_words(refusals[0]))
+        return Dialogue(first, single=first_words(refusals[0]))
     second, third = (_skeleton(texts, before + n) for texts, n in ((turns[1], 2), (turns[2], 4)))
     header, answered, next_header, again, prompt = third.literals[before:]
     if turns[0][0] == turns[0][3] and header.rstrip() != first.literals[-1].rstrip():
@@ -241,7 +241,7 @@ def _conversation(turns: Sequence[Sequence[Sequence[str]]], before: int) -> Conv
     ):
         raise Unframed("the chat template writes the beginning of a conversation anew as it goes on")
     answer_trimmed, later_trimmed = second.trimmed[before:]
-    return Conversation(first, answered, prompt, (header, next_header), answer_trimmed, later_trimmed)
+    return Dialogue(first, answered, prompt, (header, next_header), answer_trimmed, later_trimmed)
 
 
 def template_of_folder(folder: Path | str) -> ChatTemplate | None:

@@ -21,7 +21,7 @@ from itertools import takewhile
 
 from mpcache.choices import DocumentAs
 from mpcache.errors import BadInput
-from mpcache.model.chat_template import ChatTemplate, Conversation, Unframed, fitted
+from mpcache.model.chat_template import ChatTemplate, Dialogue, Unframed, fitted
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import Tokenizer
 
@@ -125,7 +125,7 @@ class ChatFraming(Framing):
     ) -> None:  # fmt: skip
         super().__init__(tokenizer, shape)
         self._as = document_as if has_document else None
-        self._around: Conversation
+        self._around: Dialogue
         if self._as is DocumentAs.SYSTEM:
             try:
                 self._around = template.with_system

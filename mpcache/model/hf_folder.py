@@ -33,6 +33,7 @@ class HfFolder:
         values = ConfigValues(self._config, source)
         self._folder = Path(source).parent
         self.family = family_of(values)
+        self.about = f"{self.family.model_type}, a Hugging Face folder"
         self.shape = shape_from_config(self._config, source)
         self.tied = values.flag("tie_word_embeddings", self.family.tied)
 

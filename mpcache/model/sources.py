@@ -7,7 +7,6 @@ What is there under the name is taken before the hub is asked. The hub's cache, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from mpcache.errors import ModelError, MpcacheError
@@ -47,9 +46,12 @@ def find_model(name: Path | str, weights: bool = True) -> Path:
             f"{text}: no such model folder or file, nor can a hub model have that name; give {FORMS}"
         )
     repo, revision, file = found["repo"], found["revision"], found["file"]
+    wanted = [file] if file is not None else _SMALL + _WEIGHTS * weights
+    folder = _fetch(text, repo, revision, wanted)
     if file is not None:
-        return _fetched(text, lambda: _one_file(repo, revision, file))
-    folder = _fetched(text, lambda: _snapshot(repo, revision, _SMALL + _WEIGHTS * weights))
+        if not (folder / file).is_file():
+            raise ModelError(f"{text}: this hub model has no file {file}; check its name on the hub")
+        return folder / file
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{text}: this hub model has no config.json; where it has .gguf files, name one: {text}:FILE.gguf"
@@ -57,25 +59,16 @@ def find_model(name: Path | str, weights: bool = True) -> Path:
     return folder
 
 
-def _one_file(repo: str, revision: str | None, file: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    return hf_hub_download(repo, file, revision=revision)
-
-
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
+def _fetch(text: str, repo: str, revision: str | None, wanted: list[str]) -> Path:
+    """Return the folder in the hub's cache, with what is wanted in it. Raises ModelError."""
+    # Imported here: it takes a fifth of a second, and few runs need it.
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(repo, revision=revision, allow_patterns=patterns)
-
-
-def _fetched(text: str, fetch: Callable[[], str]) -> Path:
-    """Return what `fetch` leaves in the hub's cache. Raises ModelError, whatever the library raises."""
     try:
-        return Path(fetch())
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except MpcacheError:
         raise  # a stop signal's
-    except Exception as error:
+    except Exception as error:  # of any kind: the library passes on those of four others
         raise ModelError(f"{text}: no such folder or file here, and {_reason(error)}") from error
 
 
@@ -102,7 +95,6 @@ def _reason(error: Exception) -> str:
             "the hub has no such model, or not for your HF_TOKEN; check the name",
         ),
         (errors.RevisionNotFoundError, "the hub's model has no such revision; check what follows the @"),
-        (errors.EntryNotFoundError, "the hub's model has no such file; check what follows the colon"),
     )
     for kind, words in told:
         if isinstance(error, kind):

@@ -130,6 +130,12 @@ def party(
         bool,
         typer.Option("--events", help="JSON lines on stdout; ends when stdin closes: for a parent process."),
     ] = False,
+    conversation: Annotated[
+        bool,
+        typer.Option(
+            "--conversation", help="Client, with --events: questions, one after another, from stdin."
+        ),
+    ] = False,
 ) -> None:
     """Run one party until the answer is complete. Start all three, in any order.
 
@@ -176,6 +182,7 @@ def party(
             serve=serve,
             sessions=sessions,
             events=events,
+            conversation=conversation,
         )
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from mpcache.rank import Rank
 from mpcache.sampling import Sampling
 from mpcache.transport.address import HostPort
 from mpcache_parties.handshake import KeepMode
+from mpcache_parties.operations.output import Output
+from mpcache_parties.piped_conversation import PipedConversation
 from mpcache_parties.private_inputs import PrivateInput, Question, read_document
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import Store
@@ -57,6 +60,7 @@ class PartyOptions:
     serve: bool = False
     sessions: int | None = None
     events: bool = False
+    conversation: bool = False
 
     @property
     def preparing(self) -> bool:
@@ -86,6 +90,7 @@ class PartyOptions:
         """Check that the flags belong to this rank, and those of `--serve` to each other. Raises BadInput."""
         self._check_owners()
         self._check_serving()
+        self._check_conversation()
 
     def _check_owners(self) -> None:
         """Refuse another rank's flags: a document given to the client should not pass in silence."""
@@ -115,6 +120,22 @@ class PartyOptions:
             raise BadInput("--offline-store is for one session, --serve has many; give one of them")
         if self.sessions is not None and not self.serve:
             raise BadInput("--sessions is how many sessions --serve takes at once; give --serve, too")
+
+    def _check_conversation(self) -> None:
+        """Refuse what a conversation cannot have. Raises BadInput."""
+        if not self.conversation:
+            return
+        if self.me is not Rank.CLIENT:
+            raise BadInput(f"--conversation belongs to the client (--rank 1), this is the {self.me.label}")
+        if not self.events:
+            raise BadInput("--conversation takes questions from a parent process; give --events, too")
+        one = {
+            "question": self.question, "question-file": self.question_file, "state": self.state,
+            "offline-store": self.offline_store, "prepare": self.prepare_tokens,
+        }  # fmt: skip
+        for name, value in one.items():
+            if value is not None:
+                raise BadInput(f"--{name} is for a session of one question, not for a --conversation")
 
     def sampling(self) -> Sampling:
         """Return how the client chooses tokens.
@@ -157,11 +178,13 @@ class PartyOptions:
             raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
         return TapeStore(self.offline_store, self.me)
 
-    def private_input(self, sampling: Sampling, public: PublicConfig) -> PrivateInput:
+    def private_input(self, sampling: Sampling, public: PublicConfig, output: Output) -> PrivateInput:
         """Read and check what this party brings, before it connects. Raises BadInput."""
         match self.me:
             case Rank.SERVER:
                 return read_document(self.model, self.context, public)
+            case Rank.CLIENT if self.conversation:
+                return PipedConversation(output, sys.stdin.buffer)
             case Rank.CLIENT:
                 text = read_question(self.question, self.question_file)
                 stops = read_stops(self.stop, self.stop_at_eos)

@@ -1,18 +1,22 @@
-"""Hold what a party brings in private: the server its model and document, the client its question."""
+"""Hold what a party brings in private: the server its model and document, the client its questions."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mpcache.choices import Chat
+from mpcache.choices import ChatForm
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import read_context
+from mpcache.errors import BadInput
 from mpcache.model import Model, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.framing import make_framing
+from mpcache.report.account import TurnReport
 from mpcache.sampling import Sampling
 
 
@@ -37,16 +41,49 @@ class Document:
 class Question:
     """What the client brings. Without `stop_at_eos` the answer's length tells nothing about it.
 
-    stop_texts: the answer is cut before these.
+    stop_texts: the answer is cut before these.  new_tokens: of the answer, at most; None: as many as were
+    agreed.
     """
 
     text: str
     sampling: Sampling = Sampling()
     stop_at_eos: bool = True
     stop_texts: tuple[str, ...] = ()
+    new_tokens: int | None = None
+
+    def limit(self, agreed: int) -> int:
+        """Return how many tokens the answer may have, where `agreed` is the most."""
+        return agreed if self.new_tokens is None else min(agreed, self.new_tokens)
 
 
-PrivateInput = Document | Question | None  # None: the dealer's
+class Conversation(ABC):
+    """Questions that come while the session runs, and what becomes of each."""
+
+    @abstractmethod
+    def opened(self, room: int) -> None:
+        """Take note that questions may come, which with their answers may take `room` tokens."""
+
+    @abstractmethod
+    def questions(self, look: Callable[[], None]) -> Iterator[Question]:
+        """Yield questions as they come, until there are no more.
+
+        look: called now and then while none comes; raises what has happened to the session.
+        """
+
+    @abstractmethod
+    def stopped(self) -> bool:
+        """Return whether the answer that runs is to end after its present token."""
+
+    @abstractmethod
+    def answered(self, report: TurnReport) -> None:
+        """Take note of an answer that is complete."""
+
+    @abstractmethod
+    def refused(self, why: BadInput) -> None:
+        """Take note of a question that was not asked; the session goes on."""
+
+
+PrivateInput = Document | Question | Conversation | None  # None: the dealer's
 
 
 def read_document(model: str | None, context: Path | None, public: PublicConfig) -> Document:
@@ -59,7 +96,7 @@ def read_document(model: str | None, context: Path | None, public: PublicConfig)
     path = demo_model_dir() if model is None else find_model(model)
     # The text is looked at before the weights are: they take minutes where a model is large.
     tokenizer, shape = load_tokenizer(path), load_shape(path)
-    raw, written = public.chat is Chat.RAW, text is not None
+    raw, written = public.chat is ChatForm.RAW, text is not None
     framing = make_framing(tokenizer, shape, raw, public.document_as, written)
     tokens = framing.frame_document(text)
     template = None if raw else tokenizer.chat_template

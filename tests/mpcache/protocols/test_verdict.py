@@ -80,6 +80,18 @@ def weighed(ops: FastOps, x: Share) -> Program[Any]:
     return softmax.softmax(ops.side, scores.reshape(1, -1), None, 22)
 
 
+def test_a_score_that_is_not_seen_need_not_be_near_the_others() -> None:
+    """A later token of a question is not seen: its exponential is out of its range, and counts for nothing."""
+    scores = torch.tensor([-90.0, -88.0, 95.0, 120.0]).double()
+
+    def weighed_unseen(ops: FastOps, x: Share) -> Program[Any]:
+        narrow = Share(x.data >> 16 - SCORE_BITS, SCORE_BITS, ring=SCORE_RING)
+        visible = torch.tensor([[1, 1, 0, 0]])
+        return softmax.softmax(ops.side, narrow.reshape(1, -1), visible, 22)
+
+    assert all(judged(weighed_unseen, scores) for _ in range(20))
+
+
 def ranked(ops: FastOps, x: Share) -> Program[Any]:
     return topk.topk(ops.side, replace(x, ring=40), 2, [x.reshape(-1, 1)], 27)
 

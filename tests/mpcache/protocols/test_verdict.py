@@ -82,14 +82,14 @@ def weighed(ops: FastOps, x: Share) -> Program[Any]:
 
 def test_a_score_that_is_not_seen_need_not_be_near_the_others() -> None:
     """A later token of a question is not seen: its exponential is out of its range, and counts for nothing."""
-    scores = torch.tensor([-90.0, -88.0, 95.0, 120.0]).double()
+    scores = torch.cat([torch.tensor([-90.0, -88.0]), torch.linspace(-70, 240, 311)]).double()
 
     def weighed_unseen(ops: FastOps, x: Share) -> Program[Any]:
         narrow = Share(x.data >> 16 - SCORE_BITS, SCORE_BITS, ring=SCORE_RING)
-        visible = torch.tensor([[1, 1, 0, 0]])
+        visible = (torch.arange(len(scores)) < 2).long().unsqueeze(0)
         return softmax.softmax(ops.side, narrow.reshape(1, -1), visible, 22)
 
-    assert all(judged(weighed_unseen, scores) for _ in range(20))
+    assert judged(weighed_unseen, scores)
 
 
 def ranked(ops: FastOps, x: Share) -> Program[Any]:

@@ -63,7 +63,7 @@ class Oracle(Policy):
 
     def attend(self, view: LayerView, q: Value) -> Program[Value]:
         ops, kept = view.ops, view.plan.layers[view.index].kept
-        scores = as_tensor((yield from at("scores", ops.scores(q, view.layer.k))))
+        scores = as_tensor(view.biased((yield from at("scores", ops.scores(q, view.layer.k)))))
         order = torch.sort(scores[..., :kept], descending=True, stable=True).indices
         others = order[..., view.plan.layers[view.index].attended :]
         scores = scores.scatter(-1, others, -torch.inf)

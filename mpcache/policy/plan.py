@@ -14,6 +14,7 @@ class LeakClass(StrEnum):
 
     NONE = "none"
     COUNT = "count"
+    MODEL_COUNT = "model-count"
     STATIC_INDEX = "static-index"
     STEP_INDEX = "step-index"
     STEP_BIT = "step-bit"
@@ -46,6 +47,36 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class SplitPlan(LayerPlan):
+    """A layer whose heads keep different numbers of tokens; kept is their mean, rounded up.
+
+    heads: the KV heads of each part, which keep the same number.  parts: the plan of each part.
+    """
+
+    heads: tuple[tuple[int, ...], ...]
+    parts: tuple[LayerPlan, ...]
+
+    @staticmethod
+    def of(heads: Sequence[Sequence[int]], parts: Sequence[LayerPlan]) -> SplitPlan:
+        """Join the plans of a layer's parts."""
+        kv_heads = sum(map(len, heads))
+        kept = sum(len(some) * part.kept for some, part in zip(heads, parts, strict=True))
+        return SplitPlan(
+            -(-kept // kv_heads), max(part.attended for part in parts),
+            max(part.representatives for part in parts), tuple(map(tuple, heads)), tuple(parts),
+        )  # fmt: skip
+
+    def by_head(self, name: str) -> list[int]:
+        """Return one of the parts' integers for each KV head."""
+        found = {
+            head: getattr(part, name)
+            for some, part in zip(self.heads, self.parts, strict=True)
+            for head in some
+        }
+        return [found[head] for head in sorted(found)]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Public integers of one policy for one context length and one model."""
 
@@ -61,16 +92,31 @@ class Plan:
     def attended(self) -> int:
         return max(layer.attended for layer in self.layers)
 
+    def mean_attended(self, kv_heads: int) -> float:
+        """Context tokens that a query attends to at most, the mean over all heads of all layers."""
+        heads = (
+            layer.by_head("attended") if isinstance(layer, SplitPlan) else [layer.attended] * kv_heads
+            for layer in self.layers
+        )
+        return sum(map(sum, heads)) / (kv_heads * len(self.layers))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
         """All integers, a line for each run of layers that are alike."""
         layers = [
-            {k: v for k, v in asdict(layer).items() if v not in ((), {}) and (k, v) != ("leader", i)}
+            {k: v for k, v in _told(layer).items() if v not in ((), {}) and (k, v) != ("leader", i)}
             for i, layer in enumerate(self.layers)
         ]
         return [f"{name}: " + ", ".join(f"{k} {v}" for k, v in layer.items()) for name, layer in runs(layers)]
+
+
+def _told(layer: LayerPlan) -> dict[str, Any]:
+    """Name a layer's integers; of one whose heads differ, what each of them keeps and attends to."""
+    if not isinstance(layer, SplitPlan):
+        return asdict(layer)
+    return {name: written(tuple(layer.by_head(name))) for name in ("kept", "attended", "representatives")}
 
 
 def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:

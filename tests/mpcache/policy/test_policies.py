@@ -243,7 +243,7 @@ def test_secure_equals_plain_over_many_blocks(spec: str) -> None:
     # A near tie may go the other way on shares, and moves what follows: most steps are equal, none wild.
     errors = torch.stack([(a - b).abs().max() for a, b in zip(got, want, strict=True)])
     assert errors.median() < 0.02 and (errors < 0.02).double().mean() > 0.8, errors
-    memory: Any = session.cache.layers[-1].memory
+    memory: Any = session.cache.whole(-1).memory
     if bare(spec.rpartition("|")[2]) in ("mpcache", "quest") and memory is not None:
         planned: Any = session.policy.plan.layers[-1]
         assert memory.clusters >= planned.counts[0] + 6
@@ -363,7 +363,7 @@ def test_streaming_renumbers_positions() -> None:
     keys = torch.cat([turned(x, place) for place, x in enumerate([*unturned, k])], 1)
     scores = turned(q, 7).reshape(grouped) @ keys.transpose(1, 2)
     torch.testing.assert_close(
-        got, scores.softmax(-1) @ as_tensor(session.cache.layers[0].v), atol=1e-4, rtol=1e-4
+        got, scores.softmax(-1) @ as_tensor(session.cache.whole(0).v), atol=1e-4, rtol=1e-4
     )
 
 
@@ -383,7 +383,7 @@ def test_the_least_attended_token_dies(name: str) -> None:
 
     _, session = plain(SMALL[name], s, context, [], ops=Noting())
     sets = s.kv_heads if name == "h2o" else 1
-    memory: Any = session.cache.layers[0].memory
+    memory: Any = session.cache.whole(0).memory
     n = plan.kept
     alive = [list(range(n)) for _ in range(sets)]
     paid = [memory.importance[a].tolist() if name == "h2o" else [0.0] * n for a in range(sets)]

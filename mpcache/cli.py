@@ -44,6 +44,7 @@ from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, LinkError, MpcacheError, told_as
+from mpcache.evaluate.calibrate_command import calibrate_model
 from mpcache.evaluate.eval_command import evaluate
 from mpcache.limits import bind_policy
 from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
@@ -333,6 +334,7 @@ def _write(text: str) -> None:
 
 app.command()(audit)
 app.command("eval")(evaluate)
+app.command("calibrate")(calibrate_model)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

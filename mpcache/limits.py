@@ -11,7 +11,7 @@ from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.policy import BoundPolicy, LeakClass, parse_policy
 from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
 
 
@@ -22,8 +22,8 @@ def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question:
     """
     _check_positions(shape, public, context, question)
     policy = parse_policy(public.policy)
-    if policy.plan_is_public and policy.leak == "count":
-        raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
+    if policy.plan_is_public and policy.leak != LeakClass.NONE:
+        raise PolicyError(f"policy {policy.spec}: gives counts that are decided later; leave one of them out")
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
     check_protocol(public.protocol)
@@ -56,8 +56,12 @@ def _check_attended(bound: BoundPolicy, public: PublicConfig, question: int) -> 
 
 
 def largest_score_held(policy: BoundPolicy, shape: ModelShape) -> float:
-    """Return what the attention scores must stay below in size; scores are held as 7/8 of themselves."""
-    return 8 / 7 * min(LARGEST_SCORE, LARGEST_RANK / policy.policy.heads_summed(shape))
+    """Return what the attention scores must stay below in size; scores are held as 7/8 of themselves.
+
+    The biases of kept keys take their room.
+    """
+    held = 8 / 7 * min(LARGEST_SCORE, LARGEST_RANK / policy.policy.heads_summed(shape))
+    return held - policy.policy.largest_bias
 
 
 def check_document(

@@ -170,6 +170,11 @@ class Policy(ABC):
         """Take announced counts as options, which `plan` checks: the plan is public then."""
         return self
 
+    @property
+    def counts_given(self) -> tuple[Budget, ...]:
+        """What `with_counts` took; nothing where it was not called."""
+        return ()
+
     def as_selector(self) -> Policy:
         """Return the policy as it runs behind another's eviction: it evicts nothing. Raises PolicyError."""
         return self
@@ -412,6 +417,10 @@ class BoundPolicy:
         return self.policy.with_counts(counts).bind(self.plan.context, shape)
 
     # ------------------------------------------------------------- the document's owner, in plaintext
+
+    def count_from_model(self, model: Model) -> list[int]:
+        """Count what stays, where the model and the context's length decide; nothing where they do not."""
+        return [] if self.plan_is_public else self.policy.count_from_model(model, self.plan.context)
 
     def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
         """Count what stays, layer by layer, where the document decides."""

@@ -19,7 +19,7 @@ from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.base import Kept, LayerView, PlaintextContext, Policy
-from mpcache.policy.plan import LayerPlan, LeakClass, Plan, SplitPlan
+from mpcache.policy.plan import Budget, LayerPlan, LeakClass, Plan, SplitPlan
 from mpcache.runtime.program import Program
 from mpcache_kernels import Backend
 
@@ -138,6 +138,10 @@ class Combined(Policy):
 
     def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
         return self.first.count_from_document(prefill, kernels)
+
+    @property
+    def counts_given(self) -> tuple[Budget, ...]:
+        return self.first.counts_given
 
     def with_counts(self, counts: Sequence[int]) -> Combined:
         return replace(self, first=self.first.with_counts(counts))

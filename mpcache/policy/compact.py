@@ -103,6 +103,10 @@ class Compact(Policy):
     def with_counts(self, counts: Sequence[int]) -> Compact:
         return replace(self, heads=tuple(counts))
 
+    @property
+    def counts_given(self) -> tuple[Budget, ...]:
+        return self.heads if isinstance(self.heads, tuple) else ()
+
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Compact:
         """Keep that many in the mean over all heads."""
         if self.heads != 0:

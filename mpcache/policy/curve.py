@@ -58,8 +58,18 @@ class Curve:
         )
 
 
+_tried: dict[str, Curve] = {}  # by the model's digest
+
+
+def try_curve(curve: Curve) -> None:
+    """Use a curve in this process, whatever is stored."""
+    _tried[curve.digest] = curve
+
+
 def curve_of(model: Model) -> Curve | None:
     """Find a model's curve: beside it, else in the user's folder. None: it has none. Raises ModelError."""
+    if model.digest in _tried:
+        return _tried[model.digest]
     for file in places(model.folder, model.digest):
         if file.is_file():
             curve = read_curve(file)

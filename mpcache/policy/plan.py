@@ -92,8 +92,10 @@ class Plan:
     def attended(self) -> int:
         return max(layer.attended for layer in self.layers)
 
-    def mean_attended(self, kv_heads: int) -> float:
-        """Context tokens that a query attends to at most, the mean over all heads of all layers."""
+    def tokens_attended(self, kv_heads: int) -> float:
+        """Context tokens that a query attends to at most: in any layer; of split ones, in the mean of all."""
+        if not any(isinstance(layer, SplitPlan) for layer in self.layers):
+            return self.attended
         heads = (
             layer.by_head("attended") if isinstance(layer, SplitPlan) else [layer.attended] * kv_heads
             for layer in self.layers

@@ -1,0 +1,116 @@
+"""The command line of `mpcache calibrate`."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from mpcache.console import terminal
+from mpcache.console.inputs import read_text
+from mpcache.console.options import JsonOption, ModelOption
+from mpcache.errors import BadInput
+from mpcache.evaluate.calibrate import CHECKED, calibrate, check, texts
+from mpcache.evaluate.score import EvalModel
+from mpcache.evaluate.tasks import TASKS
+from mpcache.model import demo_model_dir, load_model
+from mpcache.policy.curve import Curve, places
+from mpcache.report.units import duration
+
+DOCUMENT_TOKENS = 700  # of a calibration document, where the model allows as many
+KEPT_AT_LEAST = 0.9  # of fresh facts, at the default's budget, for a curve that is said to hold
+DEFAULT_PERCENT = 20
+
+
+def calibrate_model(
+    model: ModelOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the curve goes. [beside the model, else the user's folder]")
+    ] = None,
+    documents: Annotated[int, typer.Option(help="Made of facts and of prose, in turn.")] = 4,
+    context: Annotated[
+        int | None, typer.Option(help=f"Tokens of each document, at most. [{DOCUMENT_TOKENS}]")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text to calibrate on, too, which is never served.")
+    ] = None,
+    answers: Annotated[int, typer.Option(help="Fresh facts asked to check the curve; 0: no check.")] = 24,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a model's curve for the policy `compact`: which heads lose how much where they keep less.
+
+    Once per model, on text that is never served; then fresh facts are asked at several budgets.
+    """
+    for name, value, least in (("--documents", documents, 0), ("--answers", answers, 0)):
+        if not least <= value <= 1000:
+            raise BadInput(f"{name} is {value}; give {least} to 1000")
+    if not documents and not text:
+        raise BadInput("--documents is 0 and there is no --text: a curve needs text")
+    given = [read_text(file) for file in text or ()]
+    engine = EvalModel(load_model(model or demo_model_dir()), "cuda" if torch.cuda.is_available() else "cpu")
+    most = engine.model.shape.max_positions - TASKS["recall"].room
+    tokens = min(DOCUMENT_TOKENS, most) if context is None else context
+    if not 32 <= tokens <= max(32, most):
+        raise BadInput(f"--context is {tokens}; give 32 to {most} tokens")
+    start = time.perf_counter()
+    with terminal.progress("starting ...") as (say, _):
+        errors = calibrate(engine.model, texts(engine.model, documents, tokens, given), engine.device, say)
+        curve = Curve(engine.model.digest, errors, {})
+        if answers:
+            curve = replace(curve, check=check(engine, curve, answers, tokens, say))
+    file = _write(curve, engine.model.folder, out)
+    row = {"curve": str(file), "model_digest": curve.digest, "check": curve.check}
+    if as_json:
+        print(json.dumps(row))
+    else:
+        _show(curve)
+    terminal.say(f"wrote {file} in {duration(1000 * (time.perf_counter() - start))}")
+
+
+def _write(curve: Curve, folder: Path, out: Path | None) -> Path:
+    """Write a curve where it was asked for, or beside the model, or apart. Raises BadInput."""
+    failed = ""
+    for file in [out] if out is not None else places(folder, curve.digest):
+        try:
+            if out is None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(curve.to_json() + "\n", encoding="utf-8")
+            return file
+        except OSError as error:
+            failed = f"{file}: cannot be written: {error.strerror}"
+    raise BadInput(failed)
+
+
+def _show(curve: Curve) -> None:
+    """Print how many tokens the greediest heads get, and what the check found."""
+    out = terminal.stdout()
+    heads = curve.errors.shape[0] * curve.errors.shape[1]
+    table = Table(
+        title="Tokens of a document of 1000, and fresh facts that are answered right", title_justify="left"
+    )
+    for name in ("kept", "by the greediest tenth of the heads", "by the least greedy half", "facts right"):
+        table.add_column(name, justify="right")
+    percents = curve.check.get("percent", {})
+    for percent in CHECKED:
+        counts = curve.counts(10 * percent, 1000).flatten().sort(descending=True).values
+        total = float(counts.sum())
+        right = f"{100 * percents[str(percent)]:.0f} %" if str(percent) in percents else "-"
+        tenth, half = counts[: max(1, heads // 10)].sum(), counts[heads // 2 :].sum()
+        table.add_row(f"{percent} %", f"{100 * tenth / total:.0f} %", f"{100 * half / total:.0f} %", right)
+    terminal.print_table(out, table)
+    if curve.check and not curve.check["judged"]:
+        terminal.say(
+            f"note: the check says nothing: with the full cache the model answers {100 * curve.check['full']:.0f} % of "
+            "these facts; compare answers of your own with `mpcache compare --policy full --policy compact`"
+        )
+    elif percents and percents.get(str(DEFAULT_PERCENT), 0) < KEPT_AT_LEAST:
+        terminal.say(
+            f"note: at {DEFAULT_PERCENT} % the curve keeps fewer than {100 * KEPT_AT_LEAST:.0f} % of the facts: calibrate "
+            "on more documents, or keep more"
+        )

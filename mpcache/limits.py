@@ -6,6 +6,8 @@ owner also checks what it alone sees of it: scores and values (`check_document`)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mpcache.config import PublicConfig
 from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
@@ -13,6 +15,7 @@ from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.policy import BoundPolicy, LeakClass, parse_policy
 from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
+from mpcache_kernels import Backend
 
 
 def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question: int) -> BoundPolicy:
@@ -73,16 +76,30 @@ def check_document(
     Raises OutOfRange.
     """
     held = largest_score_held(policy, shape)
-    attended = policy.plan.attended + question + new_tokens
-    room = largest_value(attended)
-    for i, (score, v) in enumerate(zip(prefilled.largest_scores, prefilled.v, strict=True)):
+    for i, score in enumerate(prefilled.largest_scores):
         if not score < held:
             raise OutOfRange(
                 f"server: layer {i}: attention scores of the document reach {score:.4g}; protocol fast "
                 f"holds less than {held:.4g} with policy {policy.spec}: the answer would be wrong; "
                 "use another model or policy"
             )
-        if not (size := float(v.abs().max())) < room:
+    _check_values([float(v.abs().max()) for v in prefilled.v], policy, question + new_tokens)
+
+
+def check_fitted(
+    prefilled: Prefill, policy: BoundPolicy, kernels: Backend, question: int, new_tokens: int
+) -> None:
+    """Check likewise the values that a policy has made of the document's. Raises OutOfRange."""
+    if policy.policy.largest_bias:
+        _check_values(policy.largest_values(prefilled, kernels), policy, question + new_tokens)
+
+
+def _check_values(sizes: Sequence[float], policy: BoundPolicy, more: int) -> None:
+    """Check the largest value of each layer. more: tokens that come after the context."""
+    attended = policy.plan.attended + more
+    room = largest_value(attended)
+    for i, size in enumerate(sizes):
+        if not size < room:
             raise OutOfRange(
                 f"server: layer {i}: values of the document reach {size:.4g}; protocol fast holds "
                 f"less than {room:.4g} with {attended} attended tokens: the answer would be wrong; "

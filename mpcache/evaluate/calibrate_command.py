@@ -23,7 +23,7 @@ from mpcache.model import demo_model_dir, load_model
 from mpcache.policy.curve import Curve, places
 from mpcache.report.units import duration
 
-DOCUMENT_TOKENS = 700  # of a calibration document, where the model allows as many
+DOCUMENT_TOKENS = 880  # of a document, where the model allows as many
 KEPT_AT_LEAST = 0.9  # of fresh facts, at the default's budget, for a curve that is said to hold
 DEFAULT_PERCENT = 20
 
@@ -105,12 +105,13 @@ def _show(curve: Curve) -> None:
         table.add_row(f"{percent} %", f"{100 * tenth / total:.0f} %", f"{100 * half / total:.0f} %", right)
     terminal.print_table(out, table)
     if curve.check and not curve.check["judged"]:
+        full = 100 * curve.check["full"]
         terminal.say(
-            f"note: the check says nothing: with the full cache the model answers {100 * curve.check['full']:.0f} % of "
-            "these facts; compare answers of your own with `mpcache compare --policy full --policy compact`"
+            f"note: the check says nothing: the full cache itself answers {full:.0f} % of these facts; ask some "
+            "of your own with `mpcache compare --policy full --policy compact`"
         )
     elif percents and percents.get(str(DEFAULT_PERCENT), 0) < KEPT_AT_LEAST:
         terminal.say(
-            f"note: at {DEFAULT_PERCENT} % the curve keeps fewer than {100 * KEPT_AT_LEAST:.0f} % of the facts: calibrate "
-            "on more documents, or keep more"
+            f"note: at {DEFAULT_PERCENT} % fewer than {100 * KEPT_AT_LEAST:.0f} % of the facts are kept: "
+            "calibrate on more documents, or keep more"
         )

@@ -171,7 +171,7 @@ class Policy(ABC):
         return self
 
     @property
-    def counts_given(self) -> tuple[Budget, ...]:
+    def counts_given(self) -> tuple[int, ...]:
         """What `with_counts` took; nothing where it was not called."""
         return ()
 
@@ -425,6 +425,12 @@ class BoundPolicy:
     def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
         """Count what stays, layer by layer, where the document decides."""
         return self.policy.count_from_document(prefill, kernels)
+
+    def largest_values(self, prefill: Prefill, kernels: Backend) -> list[float]:
+        """Return the largest size of a value that stays, by layer."""
+        layers = range(len(self.plan.layers))
+        kept = (self.policy.retain(prefill, i, self.plan, kernels) for i in layers)
+        return [max(float(part.v.abs().max()) for part in parts) for parts in kept]
 
     # ---------------------------------------------------------------------------- on shares, all alike
 

@@ -19,7 +19,7 @@ from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.base import Kept, LayerView, PlaintextContext, Policy
-from mpcache.policy.plan import Budget, LayerPlan, LeakClass, Plan, SplitPlan
+from mpcache.policy.plan import LayerPlan, LeakClass, Plan, SplitPlan
 from mpcache.runtime.program import Program
 from mpcache_kernels import Backend
 
@@ -96,7 +96,7 @@ class Combined(Policy):
         """Plan the second for each part of a layer: a layer of its own."""
         parts = []
         for kept in (part.kept for part in mine.parts):
-            layer = self._selector(kept, shape).layers[index]
+            layer: Any = self._selector(kept, shape).layers[index]
             self._check_leader(index, getattr(layer, "leader", index))
             parts.append(replace(layer, leader=0) if hasattr(layer, "leader") else layer)
         return SplitPlan.of(mine.heads, parts)
@@ -140,7 +140,7 @@ class Combined(Policy):
         return self.first.count_from_document(prefill, kernels)
 
     @property
-    def counts_given(self) -> tuple[Budget, ...]:
+    def counts_given(self) -> tuple[int, ...]:
         return self.first.counts_given
 
     def with_counts(self, counts: Sequence[int]) -> Combined:

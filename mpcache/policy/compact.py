@@ -43,10 +43,10 @@ class Compact(Policy):
     """Options of compact.
 
     keep: context tokens that stay, the mean over all KV heads.  score: kvzip+, kvzip, rms (these read the
-    document a second time), expected, keydiff, compactor, static, or snapkv.  counts: curve, the model's own
-    (`mpcache calibrate`); joint, the best of all heads of this document, adakv, the best of each layer's; or
-    equal.  refit: both, a bias per kept key and new values; bias; or none.  heads: tokens of each KV head, for
-    all layers alike or layer after layer, in place of keep and counts, as in 12/200/31/8.
+    document a second time), expected, keydiff, compactor, static, or snapkv.  counts: curve, the model's
+    own (`mpcache calibrate`); joint, the best of all heads of this document; adakv, the best of each
+    layer's; or equal.  refit: both, a bias per kept key and new values; bias; or none.  heads: tokens of
+    each KV head, for all layers alike or layer after layer, in place of keep and counts, as in 12/200/31/8.
     """
 
     name = "compact"
@@ -104,8 +104,8 @@ class Compact(Policy):
         return replace(self, heads=tuple(counts))
 
     @property
-    def counts_given(self) -> tuple[Budget, ...]:
-        return self.heads if isinstance(self.heads, tuple) else ()
+    def counts_given(self) -> tuple[int, ...]:
+        return tuple(map(int, self.heads)) if isinstance(self.heads, tuple) else ()
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Compact:
         """Keep that many in the mean over all heads."""
@@ -145,6 +145,12 @@ class Compact(Policy):
         return kept.rows
 
     def retain(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> list[Kept]:
+        if (self, layer) not in prefill.notes:  # once, for who checks it and for who fills the cache
+            prefill.notes[self, layer] = self._retained(prefill, layer, plan, kernels)
+        found: list[Kept] = prefill.notes[self, layer]
+        return found
+
+    def _retained(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> list[Kept]:
         mine, kv_heads = plan.layers[layer], len(prefill.k[layer])
         counts = mine.by_head("kept") if isinstance(mine, SplitPlan) else [mine.kept] * kv_heads
         groups = mine.heads if isinstance(mine, SplitPlan) else (tuple(range(kv_heads)),)

@@ -1,7 +1,7 @@
 """A model's curve: what each of its KV heads loses where it keeps less, and so who gets how many tokens.
 
-`mpcache calibrate` makes the curve, from text that is never served. It belongs to one model, by digest, and is
-kept beside the model or, where that folder cannot be written, in the user's data folder.
+`mpcache calibrate` makes the curve, from text that is never served. It belongs to one model, by digest. It
+lies beside the model or, where that folder cannot be written, in the user's data folder.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from mpcache.model.reread import Reread
 
 LARGEST_BIAS = 3.0  # |bias|, added to scores
 BIAS_RIDGE, VALUE_RIDGE = 1e-3, 1e-2  # of the mean diagonal of the Gram matrix
-STEPS, POWER_STEPS = 200, 12  # of the projected gradient, and to find its step
+STEPS, POWER_STEPS = 200, 12  # of the projected gradient, at most, and to find its step
+STILL, LOOKS = 1e-4, 8  # it ends where no factor moves by as much, looked at every few steps
 ALL_ROWS, RANDOM_ROWS = 4096, 1024  # queries that are all taken; of more, each key's best and so many others
 
 
@@ -86,10 +87,13 @@ def fit_biases(targets: Targets, kept: Tensor, weights: Tensor | None = None) ->
     b = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(gram))[:, 0].clamp(low, high)
     step = 1 / (1.02 * _largest_eigenvalue(gram))
     ahead, speed = b, 1.0
-    for _ in range(STEPS):
+    for i in range(STEPS):
         new = (ahead - step * (gram @ ahead - right)).clamp(low, high)
         next_speed = (1 + math.sqrt(1 + 4 * speed * speed)) / 2
+        moved = (new - b).abs().max()
         b, ahead, speed = new, new + (speed - 1) / next_speed * (new - b), next_speed
+        if i % LOOKS == 0 and not b.is_meta and moved < STILL:
+            break
     return b.to(m.dtype)
 
 

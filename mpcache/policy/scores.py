@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpcache.model import Model
 from mpcache.model.prefill import Prefill
-from mpcache.model.reread import Reread, reread
+from mpcache.model.reread import reread
 from mpcache.model.rope import rope_tables, rotate
 from mpcache.policy.refit import reference_queries, targets_of
 from mpcache_kernels import Backend
@@ -31,7 +31,7 @@ ScoreOf = Callable[[Prefill, int, Backend, int], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """A score by name. queries: how many of a context's last queries it looks at.  source: where it is from."""
+    """A score by name. queries: how many of a context's last ones it looks at.  source: where it is from."""
 
     of: ScoreOf
     queries: Callable[[int], int]
@@ -142,7 +142,7 @@ def keydiff(prefill: Prefill, layer: int, kernels: Backend, budget: int) -> Tens
 
 
 def compactor(prefill: Prefill, layer: int, kernels: Backend, budget: int) -> Tensor:
-    """Score by leverage, and by attention within blocks of keys; the smaller the budget, the more the first."""
+    """Score by attention within blocks of keys, and by leverage, the more the larger the budget is."""
     q, k, v = prefill.q_window[layer], prefill.k[layer], prefill.v[layer]
     length = k.shape[1]
     first, last = min(FIRST, length - 1), LAST if length > FIRST + LAST else 0

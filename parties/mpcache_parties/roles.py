@@ -21,7 +21,7 @@ from mpcache.choices import ProtocolName
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
 from mpcache.errors import LinkError
-from mpcache.limits import check_document, largest_score_held
+from mpcache.limits import check_document, check_fitted, largest_score_held
 from mpcache.model.prefill import prefill
 from mpcache.rank import Rank
 from mpcache.report.account import Report
@@ -100,6 +100,8 @@ def _open_document(
     if facts.picked:
         say(f"server: {facts.picked}")
     facts = announce_counts(resources.links, facts, prefilled, kernels)
+    if facts.protocol != ProtocolName.STOCK:
+        check_fitted(prefilled, facts.policy, kernels, facts.question, resources.public.max_new_tokens)
     session.policy = facts.policy
     session.context(prefilled, kernels)
     prefill_ms += sum(kernel_ms)

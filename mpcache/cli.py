@@ -46,7 +46,7 @@ from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput, LinkError, MpcacheError, told_as
 from mpcache.evaluate.calibrate_command import calibrate_model
 from mpcache.evaluate.eval_command import evaluate
-from mpcache.limits import bind_policy
+from mpcache.limits import bind_policy, with_default_policy
 from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, BoundPolicy
@@ -173,6 +173,7 @@ def generate(
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
     settings = load_settings(config, public_overrides(policy, protocol, network, max_new_tokens, reveal))
+    settings = with_default_policy(settings, model or demo_model_dir())
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
@@ -234,6 +235,7 @@ def compare(
     sampling = Sampling(temperature, top_p, seed)
     inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos)
     agreed = load_settings(config)  # once: it may be a pipe
+    agreed = with_default_policy(agreed, model or demo_model_dir())
     chosen = [
         with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal))
         for way in protocol or (None,)

@@ -7,13 +7,15 @@ owner also checks what it alone sees of it: scores and values (`check_document`)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from mpcache.config import PublicConfig
+from mpcache.config import PublicConfig, Settings, with_overrides
 from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.policy import BoundPolicy, LeakClass, parse_policy
+from mpcache.policy.curve import has_curve
 from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
 from mpcache_kernels import Backend
 
@@ -32,6 +34,13 @@ def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question:
     check_protocol(public.protocol)
     _check_attended(bound, public, question)
     return bound
+
+
+def with_default_policy(settings: Settings, folder: Path) -> Settings:
+    """Take the policy `compact` for a model that has a curve, where nobody has named a policy."""
+    if "policy" in settings.public.model_fields_set or not has_curve(folder):
+        return settings
+    return with_overrides(settings, {"public.policy": "compact"})
 
 
 def _check_positions(shape: ModelShape, public: PublicConfig, context: int, question: int) -> None:

@@ -107,8 +107,8 @@ def _show(curve: Curve) -> None:
     if curve.check and not curve.check["judged"]:
         full = 100 * curve.check["full"]
         terminal.say(
-            f"note: the check says nothing: the full cache itself answers {full:.0f} % of these facts; ask some "
-            "of your own with `mpcache compare --policy full --policy compact`"
+            f"note: the check says nothing: the full cache itself answers {full:.0f} % of these facts; ask "
+            "some of your own with `mpcache compare --policy full --policy compact`"
         )
     elif percents and percents.get(str(DEFAULT_PERCENT), 0) < KEPT_AT_LEAST:
         terminal.say(

@@ -114,7 +114,11 @@ def _ask(engine: EvalModel, grid: EvalGrid, cells: Sequence[Cell], results: Resu
         read = engine.read(tokens.context, max((b.policy.window(length) for _, b in bounds), default=0))
         done = []
         for cell, bound in bounds:
-            session = engine.session(bound, read)
+            try:
+                session = engine.session(bound, read)
+            except PolicyError as error:  # what the model lacks
+                results.note(f"left out: {error}")
+                continue
             done.append((cell, session.policy, score(task, session, sample, tokens)))
         for cell, bound, scores in done:
             cell.count(bound, engine.model.shape.kv_heads)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mpcache.errors import ModelError
-from mpcache.model import Model
+from mpcache.model import Model, load_model
 from mpcache.policy.counts import from_shares, shares
 
 FILE = "mpcache-curve.json"  # beside a model
@@ -77,6 +77,14 @@ def curve_of(model: Model) -> Curve | None:
                 _check_size(curve, model, file)
                 return curve
     return None
+
+
+def has_curve(folder: Path) -> bool:
+    """Tell whether a model has a curve; its weights are read only where that takes a digest."""
+    beside, apart = places(folder, "")
+    if beside.is_file():
+        return True
+    return any(apart.parent.glob("*.json")) and curve_of(load_model(folder)) is not None
 
 
 def places(folder: Path, digest: str) -> list[Path]:

@@ -118,7 +118,8 @@ def _told(layer: LayerPlan) -> dict[str, Any]:
     """Name a layer's integers; of one whose heads differ, what each of them keeps and attends to."""
     if not isinstance(layer, SplitPlan):
         return asdict(layer)
-    return {name: written(tuple(layer.by_head(name))) for name in ("kept", "attended", "representatives")}
+    found = {name: tuple(layer.by_head(name)) for name in ("kept", "attended", "representatives")}
+    return {name: written(by_head) for name, by_head in found.items() if any(by_head)}
 
 
 def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ def repeated(
     queries: list[list[Vector]], keys: list[list[Vector]], first: int, count: int, group: int,
     rows: list[float], columns: list[list[float]],
 ) -> tuple[list[list[float]], list[list[int]]]:  # fmt: skip
-    """queries[head][i], the last of keys[kv] their own. By KV head: the most of each token, and whose it is."""
+    """queries[head][i], the last of keys[kv] their own. By KV head: the most of each token, and whose."""
     best, whose = [], []
     for kv, mine in enumerate(keys):
         most, who = [-1.0] * count, [0] * count

@@ -190,7 +190,7 @@ def test_a_refit_answers_nearer_to_the_whole() -> None:
 
         bias, values = fit(targets, kept, v)
         plain_error = missed(torch.zeros(10), v[kept])
-        assert missed(bias, values) < 0.5 * plain_error
+        assert missed(bias, values) < 0.75 * plain_error
         assert missed(bias, values) < missed(bias, v[kept])
         assert bias.abs().max() <= LARGEST_BIAS + 1e-6
 
@@ -293,7 +293,7 @@ def test_a_curve_is_read_as_it_was_written(tmp_path: Path) -> None:
         file.write_text(json.dumps(json.loads(made.to_json()) | damage))
         with pytest.raises(ModelError, match="is no curve of this release; make it anew"):
             read_curve(file)
-    for text in ("", "[]", "nan", made.to_json().replace("0.", "-0.", 1)):
+    for text in ("", "[]", "nan", made.to_json().replace("[[[", "[[[-")):
         file.write_text(text)
         with pytest.raises(ModelError, match="no curve"):
             read_curve(file)
@@ -371,9 +371,7 @@ def test_a_price_is_of_heads_that_keep_the_same() -> None:
     split = parse_policy("compact:heads=10/30").plan(100, s)
     assert all(isinstance(layer, SplitPlan) for layer in split.layers)
     assert split.kept == 20 and split.attended == 30 and split.tokens_attended(2) == 20
-    assert (
-        split.lines() == ["layers 0 to 1: kept 10/30, attended 10/30, representatives 0/0"] or split.lines()
-    )
+    assert [line.partition(": ")[2] for line in split.lines()] == ["kept 10/30, attended 10/30"]
 
 
 def test_biases_are_added_to_the_kept_context_alone() -> None:

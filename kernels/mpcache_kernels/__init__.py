@@ -72,7 +72,7 @@ def _gpu() -> Backend:
     return Backend(
         name="triton",
         window_importance=triton_kernels.window_importance,
-        repeat_importance=reference.repeat_importance,  # TRITON
+        repeat_importance=triton_kernels.repeat_importance,
         cluster_extremes=triton_kernels.cluster_extremes,
         cluster_means=triton_kernels.cluster_means,
         representatives=reference.representatives,  # element by element, and small

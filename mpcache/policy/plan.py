@@ -92,12 +92,21 @@ class Plan:
     def attended(self) -> int:
         return max(layer.attended for layer in self.layers)
 
+    def tokens_kept(self, kv_heads: int) -> int:
+        """Context tokens in the cache of the layer that keeps most; of split ones, the mean of all heads."""
+        if not any(isinstance(layer, SplitPlan) for layer in self.layers):
+            return self.kept
+        return round(self._mean("kept", kv_heads))
+
     def tokens_attended(self, kv_heads: int) -> float:
         """Context tokens that a query attends to at most: in any layer; of split ones, in the mean of all."""
         if not any(isinstance(layer, SplitPlan) for layer in self.layers):
             return self.attended
+        return self._mean("attended", kv_heads)
+
+    def _mean(self, name: str, kv_heads: int) -> float:
         heads = (
-            layer.by_head("attended") if isinstance(layer, SplitPlan) else [layer.attended] * kv_heads
+            layer.by_head(name) if isinstance(layer, SplitPlan) else [getattr(layer, name)] * kv_heads
             for layer in self.layers
         )
         return sum(map(sum, heads)) / (kv_heads * len(self.layers))

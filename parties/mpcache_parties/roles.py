@@ -100,13 +100,15 @@ def _open_document(
     if facts.picked:
         say(f"server: {facts.picked}")
     facts = announce_counts(resources.links, facts, prefilled, kernels)
+    start, in_kernels = time.perf_counter(), sum(kernel_ms)
     if facts.protocol != ProtocolName.STOCK:
         check_fitted(prefilled, facts.policy, kernels, facts.question, resources.public.max_new_tokens)
+    prefill_ms += 1000 * (time.perf_counter() - start) - (sum(kernel_ms) - in_kernels)
     session.policy = facts.policy
     session.context(prefilled, kernels)
     prefill_ms += sum(kernel_ms)
     say(
-        f"server: context of {facts.context} tokens, {facts.policy.plan.kept} kept: "
+        f"server: context of {facts.context} tokens, {_kept(facts)} kept: "
         f"prefill and eviction {duration(prefill_ms)} (kernels: {facts.kernels})"
     )
     for line in facts.policy.plan.lines():
@@ -144,7 +146,7 @@ def ask(resources: SessionResources, own: Question) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         session.context(None, None)
-        n = facts.policy.plan.kept
+        n = _kept(facts)
         say(f"client: asking {facts.question} tokens about {facts.context}, of which {n} are kept ...")
         checkpointer.begin(identity, told | counts_of(facts), session, ledger, kept())
     else:
@@ -245,6 +247,11 @@ def _session(
 def _digest(secret: object) -> str:
     """Return a digest of a party's own input, for its own file, to compare on resuming."""
     return hashlib.sha256(repr(secret).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _kept(facts: Facts) -> int:
+    """Return how many tokens stay: in the layer that keeps most, or of heads that differ in the mean."""
+    return facts.policy.plan.tokens_kept(facts.shape.kv_heads)
 
 
 def _reached(step: int) -> str:

@@ -23,7 +23,8 @@ from mpcache.model import demo_model_dir, load_model
 from mpcache.policy.curve import Curve, places
 from mpcache.report.units import duration
 
-DOCUMENT_TOKENS = 880  # of a document, where the model allows as many
+DOCUMENT_TOKENS = 700  # of a document to calibrate on, where the model allows as many
+CHECKED_TOKENS = 880  # of one that is asked about, likewise
 KEPT_AT_LEAST = 0.9  # of fresh facts, at the default's budget, for a curve that is said to hold
 DEFAULT_PERCENT = 20
 
@@ -63,7 +64,7 @@ def calibrate_model(
         errors = calibrate(engine.model, texts(engine.model, documents, tokens, given), engine.device, say)
         curve = Curve(engine.model.digest, errors, {})
         if answers:
-            curve = replace(curve, check=check(engine, curve, answers, tokens, say))
+            curve = replace(curve, check=check(engine, curve, answers, min(CHECKED_TOKENS, most), say))
     file = _write(curve, engine.model.folder, out)
     row = {"curve": str(file), "model_digest": curve.digest, "check": curve.check}
     if as_json:

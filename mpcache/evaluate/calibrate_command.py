@@ -23,7 +23,7 @@ from mpcache.model import demo_model_dir, load_model
 from mpcache.policy.curve import Curve, places
 from mpcache.report.units import duration
 
-DOCUMENT_TOKENS = 700  # of a document to calibrate on, where the model allows as many
+DOCUMENT_TOKENS = 400  # of a document to calibrate on, where the model allows as many
 CHECKED_TOKENS = 880  # of one that is asked about, likewise
 KEPT_AT_LEAST = 0.9  # of fresh facts, at the default's budget, for a curve that is said to hold
 DEFAULT_PERCENT = 20
@@ -34,7 +34,7 @@ def calibrate_model(
     out: Annotated[
         Path | None, typer.Option(help="Where the curve goes. [beside the model, else the user's folder]")
     ] = None,
-    documents: Annotated[int, typer.Option(help="Made of facts and of prose, in turn.")] = 4,
+    documents: Annotated[int, typer.Option(help="Made of facts and of prose, in turn.")] = 8,
     context: Annotated[
         int | None, typer.Option(help=f"Tokens of each document, at most. [{DOCUMENT_TOKENS}]")
     ] = None,

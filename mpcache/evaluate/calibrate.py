@@ -25,7 +25,7 @@ from mpcache.model import Model
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.model.reread import Reread, reread
 from mpcache.policy.counts import LEAST
-from mpcache.policy.curve import LEVELS, Curve, try_curve
+from mpcache.policy.curve import LEVELS, HeadCurve, try_curve
 from mpcache.policy.refit import Targets, fit, reference_queries, targets_of
 from mpcache.policy.scores import score_tokens
 from mpcache_kernels import Backend, backend
@@ -123,7 +123,9 @@ def _change(targets: Targets, own: OwnPart, share: Tensor, kept: Tensor, v: Tens
     return after - before
 
 
-def check(engine: EvalModel, curve: Curve, answers: int, tokens: int, say: Say) -> dict[str, object]:
+def check_curve(
+    engine: EvalModel, curve: HeadCurve, answers: int, tokens: int, say: Say
+) -> dict[str, object]:
     """Ask fresh facts with the curve, gated on the full cache; say how many were answered at each budget."""
     try_curve(curve)
     results = Results()

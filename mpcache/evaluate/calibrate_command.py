@@ -16,11 +16,11 @@ from mpcache.console import terminal
 from mpcache.console.inputs import read_text
 from mpcache.console.options import JsonOption, ModelOption
 from mpcache.errors import BadInput
-from mpcache.evaluate.calibrate import CHECKED, calibrate, check, texts
+from mpcache.evaluate.calibrate import CHECKED, calibrate, check_curve, texts
 from mpcache.evaluate.score import EvalModel
 from mpcache.evaluate.tasks import TASKS
 from mpcache.model import demo_model_dir, load_model
-from mpcache.policy.curve import Curve, places
+from mpcache.policy.curve import HeadCurve, places
 from mpcache.report.units import duration
 
 DOCUMENT_TOKENS = 400  # of a document to calibrate on, where the model allows as many
@@ -62,9 +62,9 @@ def calibrate_model(
     start = time.perf_counter()
     with terminal.progress("starting ...") as (say, _):
         errors = calibrate(engine.model, texts(engine.model, documents, tokens, given), engine.device, say)
-        curve = Curve(engine.model.digest, errors, {})
+        curve = HeadCurve(engine.model.digest, errors, {})
         if answers:
-            curve = replace(curve, check=check(engine, curve, answers, min(CHECKED_TOKENS, most), say))
+            curve = replace(curve, check=check_curve(engine, curve, answers, min(CHECKED_TOKENS, most), say))
     file = _write(curve, engine.model.folder, out)
     row = {"curve": str(file), "model_digest": curve.digest, "check": curve.check}
     if as_json:
@@ -74,7 +74,7 @@ def calibrate_model(
     terminal.say(f"wrote {file} in {duration(1000 * (time.perf_counter() - start))}")
 
 
-def _write(curve: Curve, folder: Path, out: Path | None) -> Path:
+def _write(curve: HeadCurve, folder: Path, out: Path | None) -> Path:
     """Write a curve where it was asked for, or beside the model, or apart. Raises BadInput."""
     failed = ""
     for file in [out] if out is not None else places(folder, curve.digest):
@@ -88,7 +88,7 @@ def _write(curve: Curve, folder: Path, out: Path | None) -> Path:
     raise BadInput(failed)
 
 
-def _show(curve: Curve) -> None:
+def _show(curve: HeadCurve) -> None:
     """Print how many tokens the greediest heads get, and what the check found."""
     out = terminal.stdout()
     heads = curve.errors.shape[0] * curve.errors.shape[1]

@@ -9,7 +9,8 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Value, as_tensor, as_value
-from mpcache.policy.base import LayerView, Policy, average
+from mpcache.policy.base import Policy, average
+from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import Budget, LayerPlan, Plan
 from mpcache.runtime.program import Program, at, local
 from mpcache_kernels import Backend

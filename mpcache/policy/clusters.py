@@ -21,8 +21,9 @@ import torch
 
 from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Selection, Value, as_tensor, as_value
-from mpcache.policy.base import LayerView, PlaintextContext, Policy, average
+from mpcache.policy.base import Policy, average
 from mpcache.policy.columns import by_item, flat
+from mpcache.policy.layer_view import LayerView, PlaintextContext
 from mpcache.policy.plan import LayerPlan, Plan
 from mpcache.policy.representatives import in_plaintext, on_shares
 from mpcache.rank import Rank

@@ -18,7 +18,8 @@ from mpcache.errors import PolicyError
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import Kept, LayerView, PlaintextContext, Policy
+from mpcache.policy.base import Policy
+from mpcache.policy.layer_view import Kept, LayerView, PlaintextContext
 from mpcache.policy.plan import LayerPlan, LeakClass, Plan, SplitPlan
 from mpcache.runtime.program import Program
 from mpcache_kernels import Backend

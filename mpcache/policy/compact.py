@@ -21,8 +21,9 @@ from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.model.reread import reread
 from mpcache.policy import counts as rules
-from mpcache.policy.base import Kept, Policy, take
+from mpcache.policy.base import Policy
 from mpcache.policy.curve import curve_of
+from mpcache.policy.layer_view import Kept, take
 from mpcache.policy.plan import Budget, Budgets, LayerPlan, LeakClass, Plan, SplitPlan
 from mpcache.policy.refit import LARGEST_BIAS, fit, reference_queries, some_rows, targets_of
 from mpcache.policy.scores import SCORES, score_tokens

@@ -30,7 +30,7 @@ LARGEST_FILE = 64 << 20  # bytes
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class HeadCurve:
     """digest: of the model.  errors: (layers, kv_heads, levels), in parts of the residual stream's power.
 
     check: how often fresh facts were answered right with the curve, by budget in percent, and what was asked.
@@ -58,15 +58,15 @@ class Curve:
         )
 
 
-_tried: dict[str, Curve] = {}  # by the model's digest
+_tried: dict[str, HeadCurve] = {}  # by the model's digest
 
 
-def try_curve(curve: Curve) -> None:
+def try_curve(curve: HeadCurve) -> None:
     """Use a curve in this process, whatever is stored."""
     _tried[curve.digest] = curve
 
 
-def curve_of(model: Model) -> Curve | None:
+def curve_of(model: Model) -> HeadCurve | None:
     """Find a model's curve: beside it, else in the user's folder. None: it has none. Raises ModelError."""
     if model.digest in _tried:
         return _tried[model.digest]
@@ -95,7 +95,7 @@ def places(folder: Path, digest: str) -> list[Path]:
 
 
 @lru_cache(maxsize=4)
-def _read(file: Path, changed: int, size: int) -> Curve:
+def _read(file: Path, changed: int, size: int) -> HeadCurve:
     try:
         if size > LARGEST_FILE:
             raise ValueError
@@ -113,10 +113,10 @@ def _read(file: Path, changed: int, size: int) -> Curve:
         raise ModelError(
             f"{file}: is no curve of this release; make it anew with `mpcache calibrate`"
         ) from None
-    return Curve(data["model_digest"], errors, data["check"])
+    return HeadCurve(data["model_digest"], errors, data["check"])
 
 
-def read_curve(file: Path) -> Curve:
+def read_curve(file: Path) -> HeadCurve:
     """Read a curve. Raises ModelError, which names the file."""
     try:
         found = file.stat()
@@ -125,7 +125,7 @@ def read_curve(file: Path) -> Curve:
     return _read(file, found.st_mtime_ns, found.st_size)
 
 
-def _check_size(curve: Curve, model: Model, file: Path) -> None:
+def _check_size(curve: HeadCurve, model: Model, file: Path) -> None:
     wanted = (model.shape.layers, model.shape.kv_heads)
     if curve.errors.shape[:2] != wanted:
         raise ModelError(

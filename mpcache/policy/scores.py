@@ -30,7 +30,7 @@ ScoreOf = Callable[[Prefill, int, Backend, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Score:
+class Scorer:
     """A score by name. queries: how many of a context's last ones it looks at.  source: where it is from."""
 
     of: ScoreOf
@@ -216,13 +216,13 @@ def _voters(context: int) -> int:
     return min(VOTERS, context)
 
 
-SCORES: dict[str, Score] = {
-    "kvzip+": Score(kvzip_plus, _none, "KVzip+, after arXiv 2505.23416"),
-    "kvzip": Score(kvzip, _none, "KVzip, arXiv 2505.23416"),
-    "rms": Score(rms, _none, "attention matching, arXiv 2602.16284"),
-    "expected": Score(expected, _all, "Expected Attention, arXiv 2510.00636"),
-    "keydiff": Score(keydiff, _none, "KeyDiff, arXiv 2504.15364"),
-    "compactor": Score(compactor, _all, "Compactor, arXiv 2507.08143"),
-    "static": Score(static, _judges, "MPCache's static eviction, arXiv 2501.06807"),
-    "snapkv": Score(snapkv, _voters, "SnapKV, arXiv 2404.14469"),
+SCORES: dict[str, Scorer] = {
+    "kvzip+": Scorer(kvzip_plus, _none, "KVzip+, after arXiv 2505.23416"),
+    "kvzip": Scorer(kvzip, _none, "KVzip, arXiv 2505.23416"),
+    "rms": Scorer(rms, _none, "attention matching, arXiv 2602.16284"),
+    "expected": Scorer(expected, _all, "Expected Attention, arXiv 2510.00636"),
+    "keydiff": Scorer(keydiff, _none, "KeyDiff, arXiv 2504.15364"),
+    "compactor": Scorer(compactor, _all, "Compactor, arXiv 2507.08143"),
+    "static": Scorer(static, _judges, "MPCache's static eviction, arXiv 2501.06807"),
+    "snapkv": Scorer(snapkv, _voters, "SnapKV, arXiv 2404.14469"),
 }

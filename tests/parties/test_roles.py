@@ -24,7 +24,7 @@ from mpcache.ledger import Ledger
 from mpcache.limits import bind_policy
 from mpcache.model import Model
 from mpcache.model.prefill import prefill
-from mpcache.policy.curve import LEVELS, Curve, try_curve
+from mpcache.policy.curve import LEVELS, HeadCurve, try_curve
 from mpcache.rank import Rank
 from mpcache.report.account import Report, summary
 from mpcache.sampling import Sampling
@@ -114,7 +114,7 @@ def give_curve(model: Model) -> None:
     """A curve for this process: heads of one layer lose differently."""
     shape, g = model.shape, torch.Generator().manual_seed(0)
     errors = torch.rand(shape.layers, shape.kv_heads, len(LEVELS), generator=g, dtype=torch.float64)
-    try_curve(Curve(model.digest, errors.sort(-1, descending=True).values, {}))
+    try_curve(HeadCurve(model.digest, errors.sort(-1, descending=True).values, {}))
 
 
 def test_what_the_model_decides_is_told_with_the_facts(model: Model, tokens: list[int]) -> None:

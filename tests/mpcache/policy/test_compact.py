@@ -18,7 +18,7 @@ from mpcache.model import demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.model.reread import LEAD, reread
 from mpcache.policy import counts, curve, parse_policy
-from mpcache.policy.curve import LEVELS, Curve, curve_of, read_curve
+from mpcache.policy.curve import LEVELS, HeadCurve, curve_of, read_curve
 from mpcache.policy.plan import SplitPlan
 from mpcache.policy.refit import (
     LARGEST_BIAS,
@@ -270,10 +270,10 @@ def test_values_that_fixed_point_cannot_hold_are_refused() -> None:
 # ------------------------------------------------------------------------------------------- the curve
 
 
-def some_curve(layers: int, kv: int, digest: str = "0" * 64) -> Curve:
+def some_curve(layers: int, kv: int, digest: str = "0" * 64) -> HeadCurve:
     g = torch.Generator().manual_seed(0)
     errors = torch.rand(layers, kv, len(LEVELS), generator=g, dtype=torch.float64).sort(-1, descending=True)
-    return Curve(digest, errors.values, {"judged": True})
+    return HeadCurve(digest, errors.values, {"judged": True})
 
 
 def test_a_curve_is_read_as_it_was_written(tmp_path: Path) -> None:

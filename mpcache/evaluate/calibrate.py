@@ -17,15 +17,15 @@ from torch import Tensor
 from mpcache.console.terminal import Say
 from mpcache.demo.documents import CountTokens, make_document, take_verses
 from mpcache.errors import BadInput
-from mpcache.evaluate.results import Results
-from mpcache.evaluate.score import EvalModel
-from mpcache.evaluate.sweep import FULL, EvalGrid, run_sweep
+from mpcache.evaluate.score import EvalModel, score
+from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, take_sample
 from mpcache.evaluate.tasks import FACTS, TASKS
 from mpcache.model import Model
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.model.reread import Reread, reread
 from mpcache.policy.counts import LEAST
 from mpcache.policy.curve import LEVELS, HeadCurve, try_curve
+from mpcache.policy.plan import FULL_PERCENT
 from mpcache.policy.refit import Targets, fit, reference_queries, targets_of
 from mpcache.policy.scores import score_tokens
 from mpcache_kernels import Backend, backend
@@ -126,17 +126,29 @@ def _change(targets: Targets, own: OwnPart, share: Tensor, kept: Tensor, v: Tens
 def check_curve(
     engine: EvalModel, curve: HeadCurve, answers: int, tokens: int, say: Say
 ) -> dict[str, object]:
-    """Ask fresh facts with the curve, gated on the full cache; say how many were answered at each budget."""
+    """Ask fresh facts with the curve, at several budgets, in documents of at most so many tokens.
+
+    Counted are those that the full cache answers right. Raises BadInput.
+    """
     try_curve(curve)
-    results = Results()
-    grid = EvalGrid((TASKS["recall"],), ("after",), ("compact",), CHECKED, answers, CHECK_SEED, tokens)
-    run_sweep(engine, grid, results, say)
-    full, *cells = results.cells
-    assert full.policy == FULL
+    task, full, asked = TASKS["recall"], 0, 0
+    right = dict.fromkeys(CHECKED, 0)
+    grid = EvalGrid((task,), ("after",), (), CHECKED, answers, CHECK_SEED, tokens)
+    for i in range(task.samples(answers)):
+        say(f"fresh facts: document {i + 1} of {task.samples(answers)}")
+        sample, known = take_sample(engine, task, "after", grid, i)
+        read = engine.read(known.context, 0)
+
+        def answered(spec: str, percent: int) -> list[int]:
+            bound = bind_at_budget(engine, spec, percent, len(known.context))  # noqa: B023
+            scores = score(task, engine.session(bound, read), sample, known)  # noqa: B023
+            return [turn.right for turn in scores]
+
+        able = answered(FULL, FULL_PERCENT)
+        asked, full = asked + len(able), full + sum(able)
+        for percent in CHECKED:
+            right[percent] += sum(map(min, able, answered("compact", percent)))
     found: dict[str, object] = {
-        "task": "recall", "context_tokens": tokens, "answers": full.asked, "full": round(full.accuracy, 4),
-        "judged": bool(full.judged),
+        "task": task.name, "context_tokens": tokens, "asked": asked, "full": full,
     }  # fmt: skip
-    if full.judged:
-        found["percent"] = {str(cell.budget): round(cell.accuracy, 4) for cell in cells if cell.scores}
-    return found
+    return found | {"right": {str(percent): n for percent, n in right.items()}}

@@ -90,28 +90,26 @@ def _write(curve: HeadCurve, folder: Path, out: Path | None) -> Path:
 
 def _show(curve: HeadCurve) -> None:
     """Print how many tokens the greediest heads get, and what the check found."""
-    out = terminal.stdout()
-    heads = curve.errors.shape[0] * curve.errors.shape[1]
-    table = Table(
-        title="Tokens of a document of 1000, and fresh facts that are answered right", title_justify="left"
-    )
+    out, heads = terminal.stdout(), curve.errors.shape[0] * curve.errors.shape[1]
+    full, right = curve.check.get("full", 0), curve.check.get("right", {})
+    table = Table(title="Who keeps the tokens of a document of 1000, and fresh facts", title_justify="left")
     for name in ("kept", "by the greediest tenth of the heads", "by the least greedy half", "facts right"):
         table.add_column(name, justify="right")
-    percents = curve.check.get("percent", {})
     for percent in CHECKED:
         counts = curve.counts(10 * percent, 1000).flatten().sort(descending=True).values
-        total = float(counts.sum())
-        right = f"{100 * percents[str(percent)]:.0f} %" if str(percent) in percents else "-"
         tenth, half = counts[: max(1, heads // 10)].sum(), counts[heads // 2 :].sum()
-        table.add_row(f"{percent} %", f"{100 * tenth / total:.0f} %", f"{100 * half / total:.0f} %", right)
+        shares = (f"{100 * float(part) / float(counts.sum()):.0f} %" for part in (tenth, half))
+        answered = f"{right[str(percent)]} of {full}" if right else "not asked"
+        table.add_row(f"{percent} %", *shares, answered)
     terminal.print_table(out, table)
-    if curve.check and not curve.check["judged"]:
-        full = 100 * curve.check["full"]
+    if not right:
+        return
+    if 2 * full < curve.check["asked"]:
         terminal.say(
-            f"note: the check says nothing: the full cache itself answers {full:.0f} % of these facts; ask "
-            "some of your own with `mpcache compare --policy full --policy compact`"
+            f"note: the full cache itself answers {full} of {curve.check['asked']} of these facts: they say "
+            "little; ask some of your own with `mpcache compare --policy full --policy compact`"
         )
-    elif percents and percents.get(str(DEFAULT_PERCENT), 0) < KEPT_AT_LEAST:
+    elif right[str(DEFAULT_PERCENT)] < KEPT_AT_LEAST * full:
         terminal.say(
             f"note: at {DEFAULT_PERCENT} % fewer than {100 * KEPT_AT_LEAST:.0f} % of the facts are kept: "
             "calibrate on more documents, or keep more"

@@ -65,7 +65,7 @@ def calibrate_model(
         curve = HeadCurve(engine.model.digest, errors, {})
         if answers:
             curve = replace(curve, check=check_curve(engine, curve, answers, min(CHECKED_TOKENS, most), say))
-    file = _write(curve, engine.model.folder, out)
+    file = write_curve(curve, engine.model.folder, out)
     row = {"curve": str(file), "model_digest": curve.digest, "check": curve.check}
     if as_json:
         print(json.dumps(row))
@@ -74,7 +74,7 @@ def calibrate_model(
     terminal.say(f"wrote {file} in {duration(1000 * (time.perf_counter() - start))}")
 
 
-def _write(curve: HeadCurve, folder: Path, out: Path | None) -> Path:
+def write_curve(curve: HeadCurve, folder: Path, out: Path | None) -> Path:
     """Write a curve where it was asked for, or beside the model, or apart. Raises BadInput."""
     failed = ""
     for file in [out] if out is not None else places(folder, curve.digest):

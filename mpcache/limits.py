@@ -28,7 +28,10 @@ def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question:
     _check_positions(shape, public, context, question)
     policy = parse_policy(public.policy)
     if policy.plan_is_public and policy.leak != LeakClass.NONE:
-        raise PolicyError(f"policy {policy.spec}: gives counts that are decided later; leave one of them out")
+        raise PolicyError(
+            f"policy {policy.spec}: gives counts that are decided later, by the model or the document; leave "
+            "one of them out"
+        )
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
     check_protocol(public.protocol)

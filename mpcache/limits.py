@@ -12,7 +12,7 @@ from pathlib import Path
 from mpcache.config import PublicConfig, Settings, with_overrides
 from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
-from mpcache.model import ModelShape
+from mpcache.model import ModelShape, demo_model_dir, find_model
 from mpcache.model.prefill import Prefill
 from mpcache.policy import BoundPolicy, LeakClass, parse_policy
 from mpcache.policy.curve import has_curve
@@ -26,6 +26,27 @@ def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question:
     context, question: lengths in tokens. Raises BadInput or PolicyError.
     """
     _check_positions(shape, public, context, question)
+    bound = _bind(shape, public, context)
+    _check_attended(bound, public, question)
+    return bound
+
+
+def bind_conversation(shape: ModelShape, public: PublicConfig, context: int) -> tuple[BoundPolicy, int]:
+    """Check a conversation's limits; return its policy, and its room: the tokens that all its turns may take.
+
+    context: in tokens. The room is what was agreed, or less: what the model and the protocol hold.
+    Raises BadInput or PolicyError.
+    """
+    _check_positions(shape, public.model_copy(update={"max_new_tokens": 1}), context, 1)
+    bound = _bind(shape, public, context)
+    room = min(public.conversation_tokens, shape.max_positions - context)
+    if public.protocol != "stock":
+        room = min(room, LONGEST_ATTENDED - bound.plan.attended)
+    _check_attended(bound, public.model_copy(update={"max_new_tokens": 1}), 1)
+    return bound, room
+
+
+def _bind(shape: ModelShape, public: PublicConfig, context: int) -> BoundPolicy:
     policy = parse_policy(public.policy)
     if policy.plan_is_public and policy.leak != LeakClass.NONE:
         raise PolicyError(
@@ -35,13 +56,17 @@ def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question:
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
     check_protocol(public.protocol)
-    _check_attended(bound, public, question)
     return bound
 
 
-def with_default_policy(settings: Settings, folder: Path) -> Settings:
-    """Take the policy `compact` for a model that has a curve, where nobody has named a policy."""
-    if "policy" in settings.public.model_fields_set or not has_curve(folder):
+def with_default_policy(settings: Settings, model: Path | str | None) -> Settings:
+    """Take the policy `compact` for a model that has a curve, where nobody has named a policy.
+
+    model: --model; None: the demo's.
+    """
+    if "policy" in settings.public.model_fields_set:
+        return settings
+    if not has_curve(demo_model_dir() if model is None else find_model(model)):
         return settings
     return with_overrides(settings, {"public.policy": "compact"})
 
@@ -79,12 +104,10 @@ def largest_score_held(policy: BoundPolicy, shape: ModelShape) -> float:
     return held - policy.policy.largest_bias
 
 
-def check_document(
-    prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, question: int, new_tokens: int
-) -> None:
+def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, room: int) -> None:
     """Check at the document's owner, in the clear, what the protocols of `fast` hold of it.
 
-    prefilled: its scores exact from `largest_score_held` on.  question, new_tokens: lengths in tokens.
+    prefilled: its scores exact from `largest_score_held` on.  room: tokens that questions and answers take.
     Raises OutOfRange.
     """
     held = largest_score_held(policy, shape)
@@ -95,25 +118,23 @@ def check_document(
                 f"holds less than {held:.4g} with policy {policy.spec}: the answer would be wrong; "
                 "use another model or policy"
             )
-    _check_values([float(v.abs().max()) for v in prefilled.v], policy, question + new_tokens)
+    _check_values([float(v.abs().max()) for v in prefilled.v], policy, room)
 
 
-def check_fitted(
-    prefilled: Prefill, policy: BoundPolicy, kernels: Backend, question: int, new_tokens: int
-) -> None:
+def check_fitted(prefilled: Prefill, policy: BoundPolicy, kernels: Backend, room: int) -> None:
     """Check likewise the values that a policy has made of the document's. Raises OutOfRange."""
     if policy.policy.largest_bias:
-        _check_values(policy.largest_values(prefilled, kernels), policy, question + new_tokens)
+        _check_values(policy.largest_values(prefilled, kernels), policy, room)
 
 
 def _check_values(sizes: Sequence[float], policy: BoundPolicy, more: int) -> None:
     """Check the largest value of each layer. more: tokens that come after the context."""
     attended = policy.plan.attended + more
-    room = largest_value(attended)
+    most = largest_value(attended)
     for i, size in enumerate(sizes):
-        if not size < room:
+        if not size < most:
             raise OutOfRange(
                 f"server: layer {i}: values of the document reach {size:.4g}; protocol fast holds "
-                f"less than {room:.4g} with {attended} attended tokens: the answer would be wrong; "
+                f"less than {most:.4g} with {attended} attended tokens: the answer would be wrong; "
                 "use another model"
             )

@@ -54,7 +54,10 @@ def calibrate_model(
     if not documents and not text:
         raise BadInput("--documents is 0 and there is no --text: a curve needs text")
     given = [read_text(file) for file in text or ()]
-    engine = EvalModel(load_model(model or demo_model_dir()), "cuda" if torch.cuda.is_available() else "cpu")
+    engine = EvalModel(
+        load_model(demo_model_dir() if model is None else model),
+        "cuda" if torch.cuda.is_available() else "cpu",
+    )
     most = engine.model.shape.max_positions - TASKS["recall"].room
     tokens = min(DOCUMENT_TOKENS, most) if context is None else context
     if not 32 <= tokens <= max(32, most):
@@ -65,7 +68,7 @@ def calibrate_model(
         curve = HeadCurve(engine.model.digest, errors, {})
         if answers:
             curve = replace(curve, check=check_curve(engine, curve, answers, min(CHECKED_TOKENS, most), say))
-    file = write_curve(curve, engine.model.folder, out)
+    file = write_curve(curve, engine.model.path, out)
     row = {"curve": str(file), "model_digest": curve.digest, "check": curve.check}
     if as_json:
         print(json.dumps(row))
@@ -74,10 +77,10 @@ def calibrate_model(
     terminal.say(f"wrote {file} in {duration(1000 * (time.perf_counter() - start))}")
 
 
-def write_curve(curve: HeadCurve, folder: Path, out: Path | None) -> Path:
+def write_curve(curve: HeadCurve, model: Path, out: Path | None) -> Path:
     """Write a curve where it was asked for, or beside the model, or apart. Raises BadInput."""
     failed = ""
-    for file in [out] if out is not None else places(folder, curve.digest):
+    for file in [out] if out is not None else places(model, curve.digest):
         try:
             if out is None:
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ COUNTS = {
     "equal": LeakClass.NONE,
 }
 REFITS = ("both", "bias", "none")
+WHOLE = 32  # tokens: a context of so few is worth no eviction
 FITTED_BELOW = 0.7  # of a head's tokens: one that keeps more keeps its values
 
 
@@ -43,11 +44,12 @@ FITTED_BELOW = 0.7  # of a head's tokens: one that keeps more keeps its values
 class Compact(Policy):
     """Options of compact.
 
-    keep: context tokens that stay, the mean over all KV heads.  score: kvzip+, kvzip, rms (these read the
-    document a second time), expected, keydiff, compactor, static, or snapkv.  counts: curve, the model's
-    own (`mpcache calibrate`); joint, the best of all heads of this document; adakv, the best of each
-    layer's; or equal.  refit: both, a bias per kept key and new values; bias; or none.  heads: tokens of
-    each KV head, for all layers alike or layer after layer, in place of keep and counts, as in 12/200/31/8.
+    keep: context tokens that stay, the mean over all KV heads; a ratio keeps no fewer than 32.  score:
+    kvzip+, kvzip, rms (these read the document a second time), expected, keydiff, compactor, static, or
+    snapkv.  counts: curve, the model's own (`mpcache calibrate`); joint, the best of all heads of this
+    document; adakv, the best of each layer's; or equal.  refit: both, a bias per kept key and new values;
+    bias; or none.  heads: tokens of each KV head, for all layers alike or layer after layer, in place of
+    keep and counts, as in 12/200/31/8.
     """
 
     name = "compact"
@@ -81,7 +83,7 @@ class Compact(Policy):
         for option, allowed in (("score", tuple(SCORES)), ("counts", tuple(COUNTS)), ("refit", REFITS)):
             if getattr(self, option) not in allowed:
                 raise self.fail(option, ", ".join(allowed))
-        budget = self.count("keep", context, "the context")
+        budget = self._budget(context)
         if self.heads != 0:
             return Plan(context, tuple(map(split, self._heads(context, shape))))
         most = budget if self.plan_is_public else context
@@ -90,6 +92,11 @@ class Compact(Policy):
     def priced(self, context: int, shape: ModelShape) -> Plan:
         """Plan for heads that keep the same number: others cost as much, but for a few bytes."""
         return (self if self.plan_is_public else replace(self, counts="equal")).plan(context, shape)
+
+    def _budget(self, context: int) -> int:
+        """Read `keep`: a number of tokens. Of a short context a ratio keeps `WHOLE` tokens, or all of it."""
+        budget = self.count("keep", context, "the context")
+        return max(budget, min(context, WHOLE)) if isinstance(self.keep, float) else budget
 
     def _heads(self, context: int, shape: ModelShape) -> list[list[int]]:
         """Read `heads`: a count for each KV head of each layer."""
@@ -128,13 +135,13 @@ class Compact(Policy):
                 f"policy {self.spec}: this model has no curve; make one with `mpcache calibrate`, or take "
                 "counts=joint, which reveals how many tokens each head keeps of this document"
             )
-        counts = curve.counts(self.count("keep", context, "the context"), context)
+        counts = curve.counts(self._budget(context), context)
         return [int(n) for n in counts.flatten()]
 
     def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
         """Count each head's tokens, one layer after another."""
         context = prefill.k[0].shape[1]
-        budget = self.count("keep", context, "the context")
+        budget = self._budget(context)
         layers = range(len(prefill.k))
         scores = torch.stack([score_tokens(self.score, prefill, i, kernels, budget) for i in layers])
         found = rules.joint(scores, budget) if self.counts == "joint" else rules.adakv(scores, budget)
@@ -155,7 +162,7 @@ class Compact(Policy):
         mine, kv_heads = plan.layers[layer], len(prefill.k[layer])
         counts = mine.by_head("kept") if isinstance(mine, SplitPlan) else [mine.kept] * kv_heads
         groups = mine.heads if isinstance(mine, SplitPlan) else (tuple(range(kv_heads)),)
-        budget = self.count("keep", plan.context, "the context")
+        budget = self._budget(plan.context)
         scores = score_tokens(self.score, prefill, layer, kernels, budget)
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         rows = [best[:n].sort().values for best, n in zip(order, counts, strict=True)]

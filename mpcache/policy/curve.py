@@ -70,7 +70,7 @@ def curve_of(model: Model) -> HeadCurve | None:
     """Find a model's curve: beside it, else in the user's folder. None: it has none. Raises ModelError."""
     if model.digest in _tried:
         return _tried[model.digest]
-    for file in places(model.folder, model.digest):
+    for file in places(model.path, model.digest):
         if file.is_file():
             curve = read_curve(file)
             if curve.digest == model.digest:
@@ -79,19 +79,19 @@ def curve_of(model: Model) -> HeadCurve | None:
     return None
 
 
-def has_curve(folder: Path) -> bool:
+def has_curve(path: Path) -> bool:
     """Tell whether a model has a curve; its weights are read only where that takes a digest."""
-    beside, apart = places(folder, "")
+    beside, apart = places(path, "")
     if beside.is_file():
         return True
-    return any(apart.parent.glob("*.json")) and curve_of(load_model(folder)) is not None
+    return any(apart.parent.glob("*.json")) and curve_of(load_model(path)) is not None
 
 
-def places(folder: Path, digest: str) -> list[Path]:
-    """List where a model's curve may be: beside it, and apart."""
+def places(path: Path, digest: str) -> list[Path]:
+    """List where a model's curve may be: in its folder or beside its file, and apart."""
     data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    beside = folder if folder.is_dir() else folder.parent
-    return [beside / FILE, data / "mpcache" / "curves" / f"{digest}.json"]
+    beside = path.with_name(f"{path.name}.{FILE}") if path.is_file() else path / FILE
+    return [beside, data / "mpcache" / "curves" / f"{digest}.json"]
 
 
 @lru_cache(maxsize=4)

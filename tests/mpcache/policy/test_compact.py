@@ -260,11 +260,11 @@ def test_values_that_fixed_point_cannot_hold_are_refused() -> None:
     policy = parse_policy("compact:heads=6/15,counts=equal").bind(20, s)
     assert largest_score_held(policy, s) == largest_score_held(parse_policy("full").bind(20, s), s) - 3
     known = prefill(model(s), ids)
-    check_fitted(known, policy, KERNELS, 3, 3)
+    check_fitted(known, policy, KERNELS, 6)
     wide = prefill(model(s), ids)
     wide.v[1].mul_(1e4)
     with pytest.raises(OutOfRange, match="layer 1: values of the document reach"):
-        check_fitted(wide, policy, KERNELS, 3, 3)
+        check_fitted(wide, policy, KERNELS, 6)
 
 
 # ------------------------------------------------------------------------------------------- the curve
@@ -304,7 +304,7 @@ def test_a_curve_belongs_to_one_model(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     folder = tmp_path / "model"
     folder.mkdir()
-    mine: Any = SimpleNamespace(digest="a" * 64, folder=folder, shape=shape(layers=2))
+    mine: Any = SimpleNamespace(digest="a" * 64, path=folder, shape=shape(layers=2))
     beside, apart = curve.places(folder, mine.digest)
     assert curve_of(mine) is None
     beside.write_text(some_curve(2, 2, "b" * 64).to_json())
@@ -333,7 +333,7 @@ def test_the_demo_models_curve_is_its_own() -> None:
 
 def test_a_model_without_a_curve_is_one_line() -> None:
     s = shape()
-    lonely: Any = SimpleNamespace(digest="c" * 64, folder=Path("/nowhere"), shape=s)
+    lonely: Any = SimpleNamespace(digest="c" * 64, path=Path("/nowhere"), shape=s)
     with pytest.raises(
         PolicyError, match="this model has no curve; .*mpcache calibrate.*counts=joint"
     ) as caught:
@@ -366,9 +366,11 @@ def test_counts_of_the_model_do_not_depend_on_the_document(monkeypatch: pytest.M
 
 def test_a_price_is_of_heads_that_keep_the_same() -> None:
     s = shape()
-    bound = parse_policy("compact").bind(100, s)
-    assert [layer.kept for layer in bound.priced(s).plan.layers] == [20, 20]
-    assert bound.priced(s).plan_is_public and bound.plan.attended == 100
+    bound = parse_policy("compact").bind(200, s)
+    assert [layer.kept for layer in bound.priced(s).plan.layers] == [40, 40]
+    assert bound.priced(s).plan_is_public and bound.plan.attended == 200
+    for context, kept in ((20, 20), (100, 32)):  # a short context is worth no eviction
+        assert parse_policy("compact").priced(context, s).kept == kept
     split = parse_policy("compact:heads=10/30").plan(100, s)
     assert all(isinstance(layer, SplitPlan) for layer in split.layers)
     assert split.kept == 20 and split.attended == 30 and split.tokens_attended(2) == 20

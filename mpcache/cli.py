@@ -60,6 +60,7 @@ from mpcache.rank import Rank
 from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
+from mpcache.serve_command import serve_here
 from mpcache_parties.launch import run_parties
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
@@ -344,6 +345,7 @@ app.command()(audit)
 app.command()(check)
 app.command("eval")(evaluate)
 app.command("calibrate")(calibrate_model)
+app.command("serve")(serve_here)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -84,12 +84,12 @@ def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torc
 
 
 def series_fence(wave: Series, x: Share) -> Fence:
-    """Return the fence of what a series takes: |x| < half passes, and none from 3/2 half to 2^11.
+    """Return the fence of what a series takes: |x| < half passes, and none from 3/2 half to 2^10.
 
     The step is right up to there, for both ends of its period are flat.
     """
     unit = x.bits + wave.half.bit_length() - 2  # a quarter of the range
-    ring = min(x.ring, x.bits + 12)
+    ring = min(x.ring, x.bits + 11)
     return Fence(ring, ring - unit, 0, 4)
 
 

@@ -130,6 +130,16 @@ class Chat:
         """What the last answer ended with: "stop" or "length"."""
         return "length" if self.turns and self.turns[-1].finish is Finish.LENGTH else "stop"
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the last question, with what stands around its text."""
+        return self.turns[-1].question_tokens if self.turns else 0
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the last answer."""
+        return len(self.turns[-1].token_ids) if self.turns else 0
+
     def ask(self, question: str | Turn) -> Iterator[str]:
         """Ask, and yield the answer in pieces as they come. Raises BadInput, after which others may be asked.
 
@@ -259,9 +269,9 @@ class LocalParties:
     ) -> None:
         self.close()
 
-    def chat(self) -> Chat:
-        """Open a conversation. Raises PartyFailed."""
-        return Chat(self._own[Rank.CLIENT], self._say, self._watch)
+    def chat(self, say: Say | None = None) -> Chat:
+        """Open a conversation. say: told how far it is, in place of the parties'. Raises PartyFailed."""
+        return Chat(self._own[Rank.CLIENT], say or self._say, self._watch)
 
     def close(self) -> None:
         """End both."""

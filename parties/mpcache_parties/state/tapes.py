@@ -82,15 +82,22 @@ class TapeStore:
             peer.send_facts("tapes/choice", {"batch": chosen})
         if chosen is None or chosen not in mine:
             used = len(list((self.folder / USED).iterdir()))
+            lengths = ", ".join(map(str, self._lengths(sizes)))
+            instead = f"; there are some for {lengths}: give --max-new-tokens" if lengths else ""
             peer_name = self.rank.peer.label
             raise StateError(
                 f"{self.rank.label}: its store has no tapes that the {peer_name}'s has, too, for this model, "
-                f"policy, context, question and {tokens} tokens (used or half used, and refused: {used}); "
-                "make some with --prepare at all three parties",
+                f"policy, context, question and {tokens} tokens (used or half used, and refused: {used})"
+                f"{instead}; make some with --prepare at all three parties",
                 private=False,
             )
         self._mark(chosen)
         return TapeLink(self, chosen, sizes)
+
+    def _lengths(self, sizes: Sizes) -> list[int]:
+        """List the answers' lengths that unused batches of these sizes are for."""
+        headers = (sealed.read_header(self.file(batch, SEED)) for batch in self.batches(sizes, 0))
+        return sorted({header["tokens"] for header in headers})
 
     def _mark(self, batch: str) -> None:
         """Mark a batch as used: durable before this returns, and done by one process only."""

@@ -202,7 +202,7 @@ class Watching(ShapeParty):
 
 @pytest.mark.parametrize("spec", ALL_PRIVATE)
 def test_what_is_opened_is_what_is_declared(spec: str) -> None:
-    """Leak class none: whatever both parties see is masked, and the client sees its logits."""
+    """Leak class none: both parties see what is masked; the client its logits, and that all was in range."""
     party = Watching()
     cost(spec, shape(), CONTEXT, [3, 1, 1, 1, 1, 1], party)
     assert parse_policy(spec).leak == "none"
@@ -210,7 +210,7 @@ def test_what_is_opened_is_what_is_declared(spec: str) -> None:
         if to is None:
             assert "masked" in why or "rotated" in why, why
         else:
-            assert (why, to) == ("logits for the client", Rank.CLIENT)
+            assert why in ("logits for the client", "whether all was in range") and to is Rank.CLIENT
 
 
 @pytest.mark.parametrize("spec", [*EVERY, *[pytest.param(s, id=n) for n, s in MORE.items()]])

@@ -98,6 +98,8 @@ def test_prepared_tapes_serve_once(model: Model, tokens: list[int], tmp_path: Pa
         names = sorted(file.name.removesuffix(".tape") for file in batch.iterdir())
         assert names == ["context", "decode1", "decode2", "question", "seed", "setup"]
         shutil.copytree(batch, kept / rank.label / batch.name)
+    longer = answered(model, tokens, tmp_path, PUBLIC.model_copy(update={"max_new_tokens": 9}))
+    assert "9 tokens" in str(longer[S]) and "some for 3: give --max-new-tokens" in str(longer[S])
     reports = answered(model, tokens, tmp_path)
     assert reports[C].token_ids == plain_ids(model, PUBLIC, tokens, QUESTION.text), reports
     assert not batches(tmp_path, S) + batches(tmp_path, C)

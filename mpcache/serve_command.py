@@ -1,0 +1,87 @@
+"""`mpcache serve`: three parties on this machine, and the client's endpoint for programs and a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpcache.config import load_settings
+from mpcache.console import terminal
+from mpcache.console.inputs import read_text
+from mpcache.console.options import (
+    ConfigOption,
+    ContextOption,
+    DocumentAsOption,
+    ModelOption,
+    NetworkOption,
+    NewTokensOption,
+    PolicyOption,
+    ProtocolOption,
+    RawOption,
+    RevealOption,
+    chat_overrides,
+    public_overrides,
+)
+from mpcache.limits import with_default_policy
+from mpcache_parties.chat import Chat, LocalParties
+from mpcache_parties.endpoint.endpoint_options import KEY_VARIABLE, EndpointOptions
+from mpcache_parties.say import Say
+
+CONVERSATIONS = 2  # at once: each holds its own masked operands
+
+
+def serve_here(
+    model: ModelOption = None,
+    context: ContextOption = None,
+    config: ConfigOption = None,
+    policy: PolicyOption = None,
+    protocol: ProtocolOption = None,
+    network: NetworkOption = None,
+    max_new_tokens: NewTokensOption = None,
+    reveal: RevealOption = None,
+    raw: RawOption = False,
+    document_as: DocumentAsOption = None,
+    port: Annotated[str, typer.Option(help="[HOST:]PORT.  [HOST: this machine alone]")] = "8000",
+    api_key: Annotated[
+        Path | None,
+        typer.Option(help=f"A file with the key that callers need, mode 0600. [{KEY_VARIABLE}, if set]"),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A further name under which it is called; may be repeated.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="A site whose pages may call, https://HOST; may be repeated.")
+    ] = None,
+    conversations: Annotated[int, typer.Option(min=1, max=64, help="How many at once.")] = CONVERSATIONS,
+) -> None:
+    """Serve private conversations: an OpenAI-compatible API, and a page for a browser.
+
+    All three parties run on this machine. It ends with Ctrl-C.
+    """
+    options = EndpointOptions(
+        port, api_key, tuple(allow_host or ()), tuple(allow_origin or ()), flag="--port"
+    )  # fmt: skip
+    options.check()
+    overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as))
+    settings = with_default_policy(settings, model)
+    flags = [] if model is None else ["--model", str(model)]
+    text = None if context is None else read_text(context)  # once: it may be a pipe
+    with LocalParties(settings, flags, text, conversations, terminal.say) as parties:
+        ready = [parties.chat()]  # what is wrong is told now, and the first question need not wait
+
+        def open_chat(say: Say) -> Chat:
+            return ready.pop() if ready else parties.chat(say)
+
+        try:
+            options.serve(open_chat, conversations, public_name(model), terminal.say)
+        finally:
+            for chat in ready:
+                chat.close()
+
+
+def public_name(model: Path | str | None) -> str:
+    """Return what callers name a model: the last part of its folder, file or id."""
+    return "mpcache-demo" if model is None else Path(model).name.removesuffix(".gguf") or "model"

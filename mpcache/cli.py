@@ -49,8 +49,9 @@ from mpcache.console.options import (
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
 from mpcache.errors import BadInput, MpcacheError, told_as
+from mpcache.evaluate.calibrate_command import calibrate_model
 from mpcache.evaluate.eval_command import evaluate
-from mpcache.limits import bind_policy
+from mpcache.limits import bind_policy, with_default_policy
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.framing import Framing, make_framing
 from mpcache.policy import POLICIES, BoundPolicy
@@ -196,6 +197,7 @@ def generate(
     """
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as))
+    settings = with_default_policy(settings, model)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
@@ -267,6 +269,7 @@ def compare(
         max_new_tokens = COMPARE_TOKENS
     sampling = Sampling(temperature, top_p, seed)
     agreed = load_settings(config, chat_overrides(raw, document_as))  # once: it may be a pipe
+    agreed = with_default_policy(agreed, model)
     inquiry = Inquiry.read(
         model, context, question, question_file, sampling, stop_at_eos, stop, agreed.public
     )
@@ -341,6 +344,7 @@ def _write(text: str) -> None:
 app.command()(audit)
 app.command()(check)
 app.command("eval")(evaluate)
+app.command("calibrate")(calibrate_model)
 app.command("serve")(serve_here)
 
 

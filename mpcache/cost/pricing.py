@@ -64,7 +64,7 @@ def price(
     """
     if isinstance(policy, str):
         policy = parse_policy(policy).bind(context, shape)
-    policy.priced()
+    policy = policy.priced(shape)
     setup, operands = _setup(shape, protocol, bits)
     party = CostParty()
     session = Session(_memoized(protocol, bits), party, shape, policy, reveal)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mpcache.answer import PlainAnswer, left_range, plain_answer
 from mpcache.audit.audit_command import audit
+from mpcache.chat_command import chat_here
 from mpcache.check.check_command import check
 from mpcache.choices import ChatForm
 from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
@@ -346,6 +347,7 @@ app.command()(check)
 app.command("eval")(evaluate)
 app.command("calibrate")(calibrate_model)
 app.command("serve")(serve_here)
+app.command("chat")(chat_here)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

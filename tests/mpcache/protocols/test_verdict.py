@@ -81,7 +81,7 @@ def weighed(ops: FastOps, x: Share) -> Program[Any]:
 
 
 def test_a_score_that_is_not_seen_may_lie_above_the_others() -> None:
-    """A later token of a question is not seen: its exponential is out of its range, and counts for nothing."""
+    """A later token of a question is not seen: its exponential leaves its range, and counts for nothing."""
     scores = torch.cat([torch.tensor([-90.0, -88.0]), torch.linspace(-88, -70, 400)]).double()
 
     def weighed_unseen(ops: FastOps, x: Share) -> Program[Any]:

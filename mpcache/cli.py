@@ -62,7 +62,7 @@ from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache.serve_command import serve_here
-from mpcache_parties.launch import run_parties
+from mpcache_parties.launch import PartyFailed, run_parties
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -221,7 +221,13 @@ def generate(
                 _entry("Private", text)
             shown += text
 
-        reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
+        try:
+            reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
+        except PartyFailed as failure:
+            if as_json and failure.answer is not None:  # it is there, though not what all of it took
+                told = {"text": failure.answer.text, "token_ids": failure.answer.token_ids}
+                print(json.dumps(told | {"error": str(failure)}))
+            raise
     run = inquiry.compared(settings.public, bound.leak, reports)
     if as_json:
         print(json.dumps(run))

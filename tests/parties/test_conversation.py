@@ -24,7 +24,7 @@ from mpcache_parties.private_inputs import Conversation, Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
 from tests.support.links import context_of, together
-from tests.support.policy_specs import PRIVATE
+from tests.support.policy_specs import MORE, PRIVATE
 
 S, C, D = Rank
 QUESTIONS = ["the book of", " and the number", " is in"]
@@ -139,7 +139,7 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(message, "CHUNK_BYTES", 4 << 10)
 
 
-@pytest.mark.parametrize("spec", ["full", PRIVATE["mpcache"], PRIVATE["h2o"]])
+@pytest.mark.parametrize("spec", ["full", MORE["mpcache, shared, summed, refreshed"], PRIVATE["h2o"]])
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_an_answer_that_is_stopped_leaves_the_cache_as_it_was(
     spec: str, stop_after: int, model: Model, little_room: None

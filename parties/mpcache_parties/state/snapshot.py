@@ -124,7 +124,8 @@ def _children(tree: Any) -> Sequence[tuple[str, Any]]:
     if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
         return [(str(i), value) for i, value in enumerate(tree)]
     if is_dataclass(tree) and not isinstance(tree, type):
-        return [(f.name, getattr(tree, f.name)) for f in fields(tree)]
+        # What one session alone needs is not kept: its guard.
+        return [(f.name, getattr(tree, f.name)) for f in fields(tree) if f.metadata.get("kept", True)]
     return []
 
 

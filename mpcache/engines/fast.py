@@ -26,9 +26,10 @@ from mpcache.protocols.ranges import (
 from mpcache.protocols.suite import Suite
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.program import Opening, Program, open_secret
+from mpcache.runtime.program import Call, Opening, Program, open_secret
 from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode
 from mpcache.runtime.side import Side
+from mpcache.runtime.standing import standing_masks
 
 
 class FastOps(Engine[Share, MaskedOperand]):
@@ -74,7 +75,8 @@ class FastOps(Engine[Share, MaskedOperand]):
     def prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         x = yield from self.rescale_to(x)
         self._check_own(x)
-        return (yield from self.do.mask_operand(x, ring))
+        standing: MaskedOperand | None = yield Call(standing_masks(x, ring))
+        return (yield from self.do.mask_operand(x, ring)) if standing is None else standing
 
     def start_prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         if (x.bits, x.ring) != (self.bits, 64):

@@ -42,6 +42,7 @@ from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
 from mpcache_parties.serving import AT_ONCE, serve_all
 from mpcache_parties.state.checkpoint import Checkpointer
+from mpcache_parties.state.setups import Setups
 from mpcache_parties.state.tapes import TapeStore
 
 TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
@@ -63,6 +64,7 @@ class PartyProcess:
     checkpointer: Checkpointer = field(default_factory=Checkpointer)
     tapes: TapeStore | None = None
     tape_mode: TapeMode = TapeMode.LIVE
+    setups: Setups = None
     own: PrivateInput = None
 
     def read_inputs(self, options: PartyOptions) -> None:
@@ -76,6 +78,7 @@ class PartyProcess:
             self.tape_mode = TapeMode.PREPARING
         elif self.tapes is not None:
             self.tape_mode = TapeMode.PREPARED
+        self.setups = options.setups()
         self.own = options.private_input(sampling, self.output)
 
     def resources(
@@ -84,7 +87,7 @@ class PartyProcess:
         """Return what a session on this network stands on."""
         return SessionResources(
             network.links, network.ledger, self.settings.public, say, self.output.token, status,
-            checkpointer, self.tapes, self.settings.timeouts.idle_s,
+            checkpointer, self.tapes, self.settings.timeouts.idle_s, self.setups,
         )  # fmt: skip
 
     def agreed_fields(self, checkpointer: Checkpointer) -> dict[str, str]:

@@ -74,6 +74,7 @@ def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
         ours, theirs, tape = (report.phases[name] for report in (server, client, dealer))
         assert (ours.sent, ours.received, ours.rounds) == (theirs.received, theirs.sent, theirs.rounds)
         assert tape.offline_sent == ours.offline_received + theirs.offline_received
+        assert tape.offline_received == ours.offline_sent
     assert server.prefill_ms > 0
     assert client.dealer_wait_ms > 0
     told = {S: server, C: client, D: dealer}

@@ -21,7 +21,7 @@ from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
 from mpcache.limits import check_document, largest_score_held
-from mpcache.model.prefill import prefill
+from mpcache.model.prefill import Prefill, prefill
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Report
@@ -99,7 +99,11 @@ def _open_document(
     start = time.perf_counter()
     window = facts.policy.window
     held = largest_score_held(facts.policy, facts.shape)
-    prefilled = prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+
+    def read() -> Prefill:
+        return prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+
+    prefilled = set_up.prefilled(own, read, window, held)
     if facts.protocol != ProtocolName.STOCK:
         check_document(prefilled, facts.policy, facts.shape, facts.room)
     prefill_ms = 1000 * (time.perf_counter() - start)

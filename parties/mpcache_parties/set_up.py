@@ -57,15 +57,19 @@ class Progress:
 
     def __init__(self, say: Say, what: str) -> None:
         self._say, self._what = say, what
-        self._start = self._said = time.monotonic()
+        self._start = self._said = 0.0  # of the first word
+        self._before = 0
 
     def at(self, done: int, total: int) -> bool:
         """Take note of how far it is; returns whether that was said."""
         now = time.monotonic()
-        if now - self._said < SAY_EVERY_S or not 0 < done < total:
+        if not self._start:
+            self._start = self._said = now
+            self._before = done
+        if now - self._said < SAY_EVERY_S or not self._before < done < total:
             return False
         self._said = now
-        left = (now - self._start) * (total - done) / done
+        left = (now - self._start) * (total - done) / (done - self._before)
         share = 100 * done // total
         self._say(
             f"{self._what}: {size(done)} of {size(total)} ({share} %), about {duration(1000 * left)} left"
@@ -117,6 +121,10 @@ class ServerSetUp:
         session.ms["setup"] = 1000 * (time.perf_counter() - start)
         return None
 
+    def prefilled(self, own: Document, make: Callable[[], Prefill], *options: object) -> Prefill:
+        """Return the pass over the document, as an earlier session of this process made it, or anew."""
+        return self._setups.prefilled(repr((own.model.digest, own.tokens, own.device, options)), make)
+
     def context(self, own: Document, prefilled: Prefill, kernels: Backend) -> None:
         """Go through CONTEXT."""
         session = self._session
@@ -151,6 +159,7 @@ class ServerSetUp:
         progress = Progress(self._resources.say, f"server: masking the {WHAT[phase]}")
 
         def watch(done: int, total: int) -> None:
+            done, total = done // 2, total // 2  # two passes over the same bytes
             if progress.at(done, total):  # who waits for this party hears that it works
                 for link in self._resources.links.values():
                     link.send_facts(TOLD, {"masked": done, "of": total})
@@ -260,8 +269,8 @@ class DealerSetUp:
                 self._setups.keep(identifier, held)
         if (theirs := links[Rank.CLIENT].recv_facts(TOLD).get("identifier")) != identifier:
             raise Mismatch(
-                f"Mismatch: the set-up of the {WHAT[phase]} is {theirs!r:.40} at client, {identifier!r:.40} at "
-                "dealer; start both anew"
+                f"Mismatch: the set-up of the {WHAT[phase]} is {theirs!r:.40} at client, {identifier!r:.40} "
+                "at dealer; start both anew"
             )
         self._session.ms[phase] = 1000 * (time.perf_counter() - start)
         return None

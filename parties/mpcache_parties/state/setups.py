@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from mpcache.errors import StateError
+from mpcache.model.prefill import Prefill
 from mpcache.rank import Rank
 from mpcache.runtime.rng import derive_key, fresh_seed
 from mpcache.runtime.standing import OwnersMasks, Place, digest_of, pack, unpack
@@ -63,7 +64,15 @@ class ServerSetups:
             sealed.make_folder(mine)
             self._master = sealed.load_key(mine / "masks.key")
         self._made: OrderedDict[str, Made] = OrderedDict()
+        self._prefilled: tuple[str, Prefill] | None = None  # the last one: a party serves one document
         self._making = RLock()  # two sessions that begin at once need it once
+
+    def prefilled(self, key: str, make: Callable[[], Prefill]) -> Prefill:
+        """Return the pass over a document, from memory if it was the last one."""
+        with self._making:
+            if self._prefilled is None or self._prefilled[0] != key:
+                self._prefilled = key, make()
+            return self._prefilled[1]
 
     def made(
         self, key: str, make: Callable[[OwnersMasks], Any], fresh: bool, watch: Callable[[int, int], None]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from mpcache.answer import PlainAnswer, plain_answer
 from mpcache.audit.audit_command import audit
+from mpcache.check.check_command import check
 from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
 from mpcache.console import terminal
 from mpcache.console.inputs import check_stdin, read_question, read_text
@@ -43,10 +43,10 @@ from mpcache.console.options import (
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
 from mpcache.demo import DEMO_DOCUMENT
-from mpcache.errors import BadInput, LinkError, MpcacheError, told_as
+from mpcache.errors import BadInput, MpcacheError, told_as
 from mpcache.evaluate.eval_command import evaluate
 from mpcache.limits import bind_policy
-from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import POLICIES, BoundPolicy
 from mpcache.policy.plan import written
@@ -55,7 +55,6 @@ from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache_parties.launch import run_parties
-from mpcache_parties.link_check import check_links, rank_in
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -84,7 +83,7 @@ class Inquiry:
 
     @staticmethod
     def read(
-        model: Path | None,
+        model: str | None,
         context: Path | None,
         question: str | None,
         question_file: Path | None,
@@ -94,13 +93,13 @@ class Inquiry:
         """Read everything but the weights; raises BadInput before any process is started."""
         check_stdin(context, question_file)
         question_text = read_question(question, question_file)
-        folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
-        shape, tokenizer = load_shape(folder), load_tokenizer(folder)
+        path = demo_model_dir() if model is None else find_model(model)
+        shape, tokenizer = load_shape(path), load_tokenizer(path)
         most = shape.max_positions
-        text = read_text(file)  # once: it may be a pipe
+        text = read_text(context or DEMO_DOCUMENT)  # once: it may be a pipe
         document = tokenizer.encode_within(text, True, most, "the context")
         asked = tokenizer.encode_within(question_text, False, most, "the question")
-        return Inquiry(folder, text, question_text, shape, tokenizer, document, asked, sampling, stop_at_eos)
+        return Inquiry(path, text, question_text, shape, tokenizer, document, asked, sampling, stop_at_eos)
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
@@ -287,38 +286,6 @@ def policies(as_json: JsonOption = False) -> None:
     )
 
 
-@app.command()
-def check(
-    config: ConfigOption = None,
-    identity: Annotated[
-        Path | None, typer.Option(help="Folder of a party's key and certificate: the links use TLS.")
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=0, max=2, help="Whose links are tried. [whose key is in --identity, or 1: client]"),
-    ] = None,
-    listen: Annotated[str | None, typer.Option(help="Server, dealer: HOST:PORT that it binds.")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, whatever the addresses.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Try every link and certificate of a config from this machine, before a run.
-
-    The parties that are dialled must run, or wait. No session begins, and none is disturbed.
-    """
-    settings = load_settings(config, {"addresses.bind": listen})
-    found = check_links(rank_in(identity, rank), settings, identity, insecure)
-    if as_json:
-        print(json.dumps({"checks": [asdict(each) for each in found]}))
-    else:
-        table = Table("", "where", "found", "")
-        for each in found:
-            word = {True: "ok", False: "[bold red]failed[/]", None: "not known here"}[each.ok]
-            table.add_row(each.what, escape(each.where), escape(each.found), word)
-        terminal.print_table(out, table)
-    if any(each.ok is False for each in found):
-        raise typer.Exit(LinkError.exit_code)
-
-
 def _entry(name: str, text: str) -> None:
     """Write a name in bold, and the (beginning of the) text that belongs to it."""
     out.print(f"[bold]{name:<11}[/]", end="")
@@ -332,6 +299,7 @@ def _write(text: str) -> None:
 
 
 app.command()(audit)
+app.command()(check)
 app.command("eval")(evaluate)
 
 

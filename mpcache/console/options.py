@@ -15,7 +15,8 @@ from mpcache.choices import Reveal
 from mpcache.errors import BadInput
 from mpcache.transport.network import NETWORKS
 
-ModelOption = Annotated[Path | None, typer.Option("--model", help="A Hugging Face folder. [the demo model]")]
+MODEL_FORMS = "A Hugging Face folder, a .gguf file, or OWNER/NAME[@REVISION][:FILE.gguf] of the hub"
+ModelOption = Annotated[str | None, typer.Option("--model", help=f"{MODEL_FORMS}. [the demo model]")]
 ContextOption = Annotated[
     Path | None, typer.Option(help="The server's document: a text file, or - for stdin. [the demo's]")
 ]

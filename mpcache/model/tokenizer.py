@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -23,7 +24,7 @@ class LibraryError(Exception):
 
 
 @contextmanager
-def _library() -> Iterator[None]:
+def in_library() -> Iterator[None]:
     """Raise LibraryError for what the library raises.
 
     Its own errors are bare Exceptions; a panic of its Rust code is not even that.
@@ -56,25 +57,35 @@ def _quiet() -> Iterator[None]:
 
 def parse_tokenizer(content: bytes) -> tokenizers.Tokenizer:
     """Parse the bytes of a tokenizer.json. Raises LibraryError."""
-    with _library(), _quiet():
+    with in_library(), _quiet():
         return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
 
 
 class Tokenizer:
-    """A model's tokenizer.json.
+    """A model's tokenizer.
 
     vocab: rows of the model's embedding; bos_id: its beginning-of-sequence token, or None;
-    digest: sha256, in hex, of the file; parties compare it, since ids mean nothing without it.
+    content: the bytes of its tokenizer.json, which is public;
+    chat_template: the Jinja text that frames a conversation, if the model came with one.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, vocab: int, bos_id: int | None, digest: str = "") -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        vocab: int,
+        bos_id: int | None,
+        content: bytes = b"",
+        chat_template: str | None = None,
+    ) -> None:
         inner.no_truncation()  # a file may ask for both; a context is never cut or padded unseen
         inner.no_padding()
         self._inner = inner
-        self.vocab, self.bos_id, self.digest = vocab, bos_id, digest
+        self.vocab, self.bos_id, self.content, self.chat_template = vocab, bos_id, content, chat_template
 
     @staticmethod
-    def load(folder: Path | str, vocab: int, bos_id: int | None) -> Tokenizer:
+    def load(
+        folder: Path | str, vocab: int, bos_id: int | None, chat_template: str | None = None
+    ) -> Tokenizer:
         """Read `folder`/tokenizer.json. Raises ModelError."""
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
@@ -84,7 +95,16 @@ class Tokenizer:
             inner = parse_tokenizer(content)
         except (OSError, ValueError, LibraryError) as error:
             raise ModelError(f"{file}: cannot be read as a tokenizer: {error}") from error
-        return Tokenizer(inner, vocab, bos_id, hashlib.sha256(content).hexdigest())
+        return Tokenizer(inner, vocab, bos_id, content, chat_template)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256, in hex, of its content; parties compare it, since ids mean nothing without it."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def token(self, token_id: int | None) -> str | None:
+        """Return how a token is spelled, as a chat template names it; None for none."""
+        return None if token_id is None else self._inner.id_to_token(token_id)
 
     @property
     def adds_bos(self) -> bool:
@@ -120,7 +140,7 @@ class Tokenizer:
         for a token that the model has no embedding for, or a text that is not Unicode.
         """
         try:
-            with _library():  # lone surrogates, and whatever else it cannot take
+            with in_library():  # lone surrogates, and whatever else it cannot take
                 ids = self._inner.encode(text, add_special_tokens=False).ids
                 first = self._begins() if bos else []
         except LibraryError as error:
@@ -138,7 +158,7 @@ class Tokenizer:
         Raises ModelError.
         """
         try:
-            with _library():
+            with in_library():
                 return self._inner.decode(list(ids), skip_special_tokens=True)
         except LibraryError as error:
             raise ModelError(f"the answer's tokens cannot be decoded: {error}") from error

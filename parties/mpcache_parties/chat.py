@@ -7,7 +7,7 @@ process of its own; this module speaks with it over its stdin and stdout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from mpcache.config import Settings, load_settings
+from mpcache.console.inputs import read_text
 from mpcache.errors import BadInput
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
@@ -285,13 +286,49 @@ class LocalParties:
 
 
 def connect(config: Path | str, identity: Path | str | None = None, say: Say = quiet) -> Chat:
-    """Open a conversation with parties that run elsewhere.
+    """Open a conversation with a server and a dealer that run elsewhere; close it after use.
 
-    config: the YAML file that all parties agree on.  identity: this client's folder of key and certificate.
-    Raises ConfigError, or PartyFailed where no session comes about.
+    config: the YAML file that all parties agree on.  identity: the folder of this client's key and
+    certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
+    the set-up is. Raises ConfigError, or PartyFailed where no session comes about.
     """
     load_settings(config)  # its faults are told here, not by a process
     flags = ["--config", str(config)]
     if identity is not None:
         flags += ["--identity", str(identity)]
     return Chat(flags, say)
+
+
+@contextmanager
+def local(
+    model: Path | str | None = None,
+    document: Path | str | None = None,
+    *,
+    policy: str | None = None,
+    max_new_tokens: int | None = None,
+    config: Path | str | None = None,
+    say: Say = quiet,
+) -> Iterator[Chat]:
+    """Open a conversation with a server and a dealer of its own, all processes of this machine.
+
+    Parameters
+    ----------
+    model
+        As `mpcache generate --model` takes it; None: the demo model.
+    document
+        The server's: a text, or the Path of a text file. None: with the demo model its own, else none.
+    policy, max_new_tokens
+        In place of the config's.
+    config
+        A YAML file of public settings; its addresses are not used.
+    say
+        Gets a line now and then about how far the set-up is.
+
+    Raises ConfigError, or PartyFailed where no session comes about.
+
+    """
+    settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
+    flags = [] if model is None else ["--model", str(model)]
+    text = read_text(document) if isinstance(document, Path) else document
+    with LocalParties(settings, flags, text, at_once=1, say=say) as parties, parties.chat() as chat:
+        yield chat

@@ -7,7 +7,6 @@ decides part of the plan: these counts are announced later, before CONTEXT.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 from collections.abc import Mapping
@@ -141,15 +140,12 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
 def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, Any]:
     """Tell all what is public about the server's model and document; send the client the tokenizer."""
     model = own.model
-    try:
-        vocabulary = (model.folder / "tokenizer.json").read_bytes()
-    except OSError as error:
-        raise ModelError(f"{model.folder}/tokenizer.json: cannot be read: {error.strerror}") from None
+    vocabulary = model.tokenizer.content
     facts = {
         "shape": model.shape.to_dict(),
         "model_digest": model.digest,
         "tokenizer_bytes": len(vocabulary),
-        "tokenizer_digest": hashlib.sha256(vocabulary).hexdigest(),
+        "tokenizer_digest": model.tokenizer.digest,
         "context_tokens": len(own.tokens),
         "kernels": choose_kernels(public.kernels, own.device).name,
         "session": secrets.token_hex(16),
@@ -185,9 +181,9 @@ def read_tokenizer(vocabulary: torch.Tensor, shape: ModelShape) -> Tokenizer:
         inner = _parse_once(content)
     except LibraryError as error:
         raise ModelError(
-            "the server's tokenizer.json cannot be read; is its model folder complete?", private=False
+            "the server's tokenizer cannot be read; is its model complete?", private=False
         ) from error
-    return Tokenizer(inner, shape.vocab, shape.bos_id, hashlib.sha256(content).hexdigest())
+    return Tokenizer(inner, shape.vocab, shape.bos_id, content)
 
 
 # ------------------------------------------------------------------------------- made of the facts

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mpcache.console.options import (
+    MODEL_FORMS,
     NetworkOption,
     NewTokensOption,
     PolicyOption,
@@ -47,9 +48,7 @@ def party(
         int | None, typer.Option(min=0, max=2, help="0: server, 1: client, 2: dealer.  [required]")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="What all parties agree on: a YAML file.")] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Server: a Hugging Face folder. [the demo model]")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=f"Server. {MODEL_FORMS}. [the demo model]")] = None,
     context: Annotated[
         Path | None, typer.Option(help="Server: the document, a text file, or - for stdin. [the demo's]")
     ] = None,

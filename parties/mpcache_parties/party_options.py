@@ -29,7 +29,7 @@ class PartyOptions:
 
     me: Rank
     config: Path | None = None
-    model: Path | None = None
+    model: str | None = None
     context: Path | None = None
     question: str | None = None
     question_file: Path | None = None

@@ -87,15 +87,12 @@ class PipedConversation(Conversation):
 
     def _read(self) -> None:
         """Take lines until stdin closes; what does not end in order then is ended."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError), self._stdin:
             for line in iter(lambda: self._stdin.readline(LONGEST_LINE), b""):
                 self._take(line)
         self._stopped = self._came
         self._asked.put(None)
-        time.sleep(END_S)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(END_S)
-        os._exit(128 + signal.SIGTERM)
+        _end_this_process()
 
     def _take(self, data: bytes) -> None:
         try:
@@ -112,6 +109,14 @@ class PipedConversation(Conversation):
             asked = error
         self._came += 1
         self._asked.put(asked)
+
+
+def _end_this_process() -> None:
+    """End what does not end in order."""
+    time.sleep(END_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(END_S)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _question(line: _Line) -> Question:

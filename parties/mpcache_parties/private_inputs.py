@@ -12,7 +12,7 @@ import torch
 from mpcache.console.inputs import read_text
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.errors import BadInput
-from mpcache.model.loading import Model, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.model import Model, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.report.account import TurnReport
 from mpcache.sampling import Sampling
 
@@ -73,13 +73,13 @@ class Conversation(ABC):
 PrivateInput = Document | Question | Conversation | None  # None: the dealer's
 
 
-def read_document(model: Path | None, context: Path | None) -> Document:
+def read_document(model: str | None, context: Path | None) -> Document:
     """Load the server's model and read its document; those of the demo where there is None.
 
     Raises BadInput: a model or a text that cannot be used, or more tokens than the model allows.
     """
     text = read_text(context or DEMO_DOCUMENT)
-    folder = model or demo_model_dir()
+    path = demo_model_dir() if model is None else find_model(model)
     # The text is looked at before the weights are: they take minutes where a model is large.
-    tokens = load_tokenizer(folder).encode_within(text, True, load_shape(folder).max_positions, "the context")
-    return Document(load_model(folder), tokens, "cuda" if torch.cuda.is_available() else "cpu")
+    tokens = load_tokenizer(path).encode_within(text, True, load_shape(path).max_positions, "the context")
+    return Document(load_model(path), tokens, "cuda" if torch.cuda.is_available() else "cpu")

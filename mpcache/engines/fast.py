@@ -27,7 +27,7 @@ from mpcache.protocols.suite import Suite
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Call, Opening, Program, open_secret
-from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode
+from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode, zeros
 from mpcache.runtime.side import Side
 from mpcache.runtime.standing import standing_masks
 
@@ -54,7 +54,7 @@ class FastOps(Engine[Share, MaskedOperand]):
         if self.side.device == "meta":
             return Share(MetaTensor(tuple(shape)), bits, owner)
         if value is None or self.side.rank is not owner:
-            return Share(torch.zeros(tuple(shape), dtype=torch.int64), bits, owner)
+            return Share(zeros(shape), bits, owner)
         return Share(encode(value.cpu(), bits).reshape(tuple(shape)), bits, owner)
 
     def rescale_to(self, x: Share, bits: int | None = None) -> Program[Share]:

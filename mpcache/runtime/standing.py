@@ -25,7 +25,7 @@ from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Shape
 from mpcache.runtime.rng import KeyStream, derive_key
-from mpcache.runtime.shares import Awaited, MaskedOperand, Share
+from mpcache.runtime.shares import Awaited, MaskedOperand, Share, zeros
 from mpcache.runtime.side import bytes_for
 
 FORMAT = 1  # of what a seed is made from, and of B's bytes; another one is another seed
@@ -138,7 +138,7 @@ class ClientsMasks(StandingMasks):
     def _operand(self, x: Share, place: Place) -> MaskedOperand:
         number = len(self.places) - 1
         opened = Awaited(lambda: expand(self._seed, number, place.shape))
-        return MaskedOperand(torch.zeros(place.shape, dtype=torch.int64), opened, x.bits, ring=place.ring)
+        return MaskedOperand(zeros(place.shape), opened, x.bits, ring=place.ring)
 
 
 class DealersMasks(StandingMasks):

@@ -91,7 +91,8 @@ class ServerSetups:
             if not masks.splits(tensor for path, tensor in inner if path.endswith("/mask")):
                 raise RuntimeError("an operand was copied before its mask was made")
             masks.finish(master, watch)
-            found = Made(tree, masks, _named(master, b"set-up" + masks.seed), _named(master, b"family"))
+            family = _named(self._master, b"family")  # of fresh ones, too: they replace no other
+            found = Made(tree, masks, _named(master, b"set-up" + masks.seed), family)
             if not fresh:
                 self._made[key] = found
                 while len(self._made) > KEPT_AT_SERVER:

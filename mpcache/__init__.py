@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 from mpcache.errors import BadInput, MpcacheError
 
 if TYPE_CHECKING:
-    from mpcache_parties.chat import Chat, Turn, connect, local
+    from mpcache_parties.chat import Chat, Turn, connect
+    from mpcache_parties.chat import local_chat as local
 
 __all__ = ["BadInput", "Chat", "MpcacheError", "Turn", "connect", "local"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what talks with parties when it is asked for: it stands above everything else here."""
-    if name in ("Chat", "Turn", "connect", "local"):
+    if name in __all__:
         from mpcache_parties import chat
 
-        return getattr(chat, name)
+        return getattr(chat, "local_chat" if name == "local" else name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ import torch
 from mpcache.engines.plain import PlainOps
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
+from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import BoundPolicy
 from mpcache.runtime.program import Program
 from mpcache.sampling import Sampling
@@ -118,11 +119,55 @@ def answer(
         yield ids[step]
 
 
+class AnswerText:
+    """The text of an answer whose tokens come one at a time, cut before the first of the texts that end it.
+
+    stopped: one of these has come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._stream, self._stops = tokenizer.stream(), tuple(stops)
+        self._settled, self._shown = "", 0
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """What was given out."""
+        return self._settled[: self._shown]
+
+    def push(self, token: int) -> str:
+        """Take a token; return the text that it settles, but what may begin a text that ends the answer."""
+        return self._give(self._stream.push(token), last=False)
+
+    def end(self) -> str:
+        """Return the text that was held back."""
+        return self._give(self._stream.end(), last=True)
+
+    def _give(self, more: str, last: bool) -> str:
+        if self.stopped:
+            return ""
+        self._settled += more
+        found = [at for stop in self._stops if (at := self._settled.find(stop, self._shown)) >= 0]
+        until = len(self._settled)
+        if found:
+            self.stopped, until = True, min(found)
+        elif not last:
+            until -= max((_overlap(self._settled, stop) for stop in self._stops), default=0)
+        given, self._shown = self._settled[self._shown : until], until
+        return given
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
 @dataclass
 class PlainAnswer:
     """The answer without privacy, and what it took. Units: ms."""
 
     ids: list[int] = field(default_factory=list)
+    text: str = ""
     prefill_ms: float = 0.0  # the pass over the context, and its eviction
     ms: dict[str, float] = field(default_factory=dict)  # by phase, as in TimedSession
     kernels: str = ""  # which ones it took
@@ -131,7 +176,7 @@ class PlainAnswer:
 class PlainConversation:
     """The same program on plain tensors, turn by turn: same policy, same sampling.
 
-    result: of all turns so far.
+    result: the last answer, and what all of them took.
     """
 
     def __init__(
@@ -147,20 +192,26 @@ class PlainConversation:
         session.context(prefilled, kernels)
         ms = 1000 * (time.perf_counter() - start)
         self.result = PlainAnswer(prefill_ms=ms, ms=session.ms, kernels=kernels.name)
-        self._pending: list[int] = []  # the last token of the answer before, which was not taken in
+        self._tokenizer = model.tokenizer
 
     def ask(
-        self, question: Sequence[int], limit: int, sampling: Sampling, stops: Collection[int]
-    ) -> Iterator[int]:
-        """Yield an answer's token ids, as `answer` does."""
-        ids: list[int] = []
+        self, question: Sequence[int], limit: int, sampling: Sampling, stops: Collection[int],
+        stop_texts: Sequence[str] = (),
+    ) -> Iterator[int]:  # fmt: skip
+        """Yield an answer's token ids, as `answer` does; `result` has them, and their text.
+
+        question: token ids; of a later turn, as `Framing.next_turn` returns them.  stop_texts: texts that end
+        the answer, which is cut before them.
+        """
+        self.result.ids, shown = [], AnswerText(self._tokenizer, stop_texts)
+        choose = sampling.chooser()
         with torch.no_grad():
-            asked = [*self._pending, *question]
-            for token in answer(self._session, asked, limit, sampling.chooser(), stops):
-                ids.append(token)
+            for token in answer(self._session, question, limit, choose, stops, stopped=lambda: shown.stopped):
+                self.result.ids.append(token)
+                shown.push(token)
                 yield token
-        self.result.ids += ids
-        self._pending = ids[-1:]
+        shown.end()
+        self.result.text = shown.text
         self._session.next_turn()
 
 
@@ -173,9 +224,10 @@ def plain_answer(
     sampling: Sampling,
     stops: Collection[int],
     device: str = "cpu",
+    stop_texts: Sequence[str] = (),
 ) -> PlainAnswer:
     """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
     conversation = PlainConversation(model, policy, context, device)
-    for _ in conversation.ask(question, limit, sampling, stops):
+    for _ in conversation.ask(question, limit, sampling, stops, stop_texts):
         pass
     return conversation.result

@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from mpcache.certificates import certificates_in
-from mpcache.choices import ProtocolName, Reveal
+from mpcache.choices import ChatForm, DocumentAs, ProtocolName, Reveal
 from mpcache.errors import ConfigError, PolicyError
 from mpcache.policy.grammar import NOTATION, parse_parts
 from mpcache.rank import Rank
@@ -73,6 +73,8 @@ class PublicConfig(_Section):
     max_new_tokens: int = Field(default=32, ge=1, le=100_000)  # of one answer
     conversation_tokens: int = Field(default=1024, ge=2, le=100_000)  # of all turns, questions and answers
     reveal: Annotated[Reveal, *_TEXT] = Reveal.LOGITS  # what the client learns of each step
+    chat: Annotated[ChatForm, *_TEXT] = ChatForm.TEMPLATE  # a model without a template is asked raw
+    document_as: Annotated[DocumentAs, *_TEXT] = DocumentAs.SYSTEM  # where a template finds the document
     fraction_bits: int = Field(default=16, ge=8, le=16)  # `fast` has its ranges, docs/ranges.md, at 16
     network: Annotated[str, AfterValidator(_network)] = "none"
     # What the server reads its document with, in plaintext; auto: Triton's where there is a GPU.

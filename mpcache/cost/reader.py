@@ -23,7 +23,7 @@ from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty, sends
 from mpcache.runtime.program import Ask, Call, Draw, Open, Opening, Program, Request
 from mpcache.runtime.shares import Awaited, MaskedOperand, Share
-from mpcache.runtime.standing import Place, StandingMasks
+from mpcache.runtime.standing import OperandPlace, StandingMasks
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _UploadedMasks(StandingMasks):
         super().__init__()
         self._party = party
 
-    def _operand(self, x: Share, place: Place) -> MaskedOperand:
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         self._party.steps[place.step].uploaded += place.nbytes
         return MaskedOperand(x.data, x.data, x.bits, ring=place.ring)
 

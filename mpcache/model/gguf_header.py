@@ -58,7 +58,7 @@ class _Damaged(Exception):
     """What is wrong with the file."""
 
 
-def read_header(file: Path) -> GgufHeader:
+def read_gguf_header(file: Path) -> GgufHeader:
     """Read a .gguf file's header. Raises ModelError."""
     try:
         with file.open("rb") as opened:

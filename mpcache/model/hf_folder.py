@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.errors import ModelError
-from mpcache.model.checks import read_small_file, shorten
+from mpcache.model.chat_template import template_of_folder
 from mpcache.model.families import ConfigValues, family_of, shape_from_config
 from mpcache.model.shape import LARGEST
 from mpcache.model.tensor_files import TensorFiles, read_json_object
@@ -45,7 +45,7 @@ class HfFolder:
     def tokenizer(self) -> Tokenizer:
         """Read tokenizer.json and the chat template. Raises ModelError."""
         shape = self.shape
-        return Tokenizer.load(self._folder, shape.vocab, shape.bos_id, _chat_template(self._folder))
+        return Tokenizer.load(self._folder, shape.vocab, shape.bos_id, template_of_folder(self._folder))
 
     def tensors(self, digest: Callable[[Any], None]) -> TensorFiles:
         """Open the weights. Raises ModelError."""
@@ -74,24 +74,3 @@ def _read_configs(path: Path) -> tuple[dict[str, Any], str]:
         values.tokens(key, LARGEST["vocab"])  # checked here, where the file's name is known
         special[key] = values.get(key)
     return config | special, source
-
-
-def _chat_template(folder: Path) -> str | None:
-    """Read the chat template: of its own file, or of tokenizer_config.json, where `default` is one of many.
-
-    Raises ModelError.
-    """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return read_small_file(file).decode("utf-8")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{file}: cannot be read as a chat template: {error}") from error
-    file = folder / "tokenizer_config.json"
-    given = read_json_object(file).get("chat_template") if file.is_file() else None
-    if isinstance(given, list):
-        named = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
-        given = named.get("default")
-    if given is not None and not isinstance(given, str):
-        raise ModelError(f"{file}: chat_template must be a text, not {shorten(given)}")
-    return given

@@ -31,7 +31,7 @@ from mpcache.runtime.side import bytes_for
 FORMAT = 1  # of what a seed is made from, and of B's bytes; another one is another seed
 
 
-class Place(NamedTuple):
+class OperandPlace(NamedTuple):
     """Where an operand stands in its phase: all that is public about it. ring, bits: as `MaskedOperand`'s."""
 
     step: str
@@ -54,7 +54,7 @@ class Place(NamedTuple):
         return f"{self.step} {'x'.join(map(str, self.shape))} ring {self.ring} bits {self.bits}\n"
 
 
-def layout_of(places: Sequence[Place]) -> str:
+def places_digest(places: Sequence[OperandPlace]) -> str:
     """Return a digest of the public places of all operands, in order: a set-up fits one layout alone."""
     return hashlib.sha256("".join(place.text for place in places).encode()).hexdigest()
 
@@ -63,16 +63,16 @@ class StandingMasks(ABC):
     """One party's answers for the operands of one phase, in the program's order."""
 
     def __init__(self) -> None:
-        self.places: list[Place] = []
+        self.places: list[OperandPlace] = []
 
     def take(self, x: Share, ring: int, step: str) -> MaskedOperand:
         """Return x as a masked operand, at no message."""
-        place = Place(step, tuple(x.shape), ring, x.bits)
+        place = OperandPlace(step, tuple(x.shape), ring, x.bits)
         self.places.append(place)
         return self._operand(x, place)
 
     @abstractmethod
-    def _operand(self, x: Share, place: Place) -> MaskedOperand: ...
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand: ...
 
 
 class OwnersMasks(StandingMasks):
@@ -87,7 +87,7 @@ class OwnersMasks(StandingMasks):
         self.seed = b""
         self.digest = ""  # of all of B, packed
 
-    def _operand(self, x: Share, place: Place) -> MaskedOperand:
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         whole = x.data.contiguous()  # taken over: nobody else computes with what goes in here
         self._split.append((whole, torch.empty_like(whole)))
         return MaskedOperand(*self._split[-1], x.bits, ring=place.ring)
@@ -117,7 +117,7 @@ class OwnersMasks(StandingMasks):
             watch(done := done + place.nbytes, total)
         self.digest = digest.hexdigest()
 
-    def packed(self) -> Iterator[tuple[Place, torch.Tensor]]:
+    def packed(self) -> Iterator[tuple[OperandPlace, torch.Tensor]]:
         """Yield B's bytes as the dealer gets them."""
         for place, (mask, _) in zip(self.places, self._split, strict=True):
             yield place, pack(mask, place.ring)
@@ -135,7 +135,7 @@ class ClientsMasks(StandingMasks):
         super().__init__()
         self._seed = seed
 
-    def _operand(self, x: Share, place: Place) -> MaskedOperand:
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         number = len(self.places) - 1
         opened = Awaited(lambda: expand(self._seed, number, place.shape))
         return MaskedOperand(zeros(place.shape), opened, x.bits, ring=place.ring)
@@ -144,11 +144,11 @@ class ClientsMasks(StandingMasks):
 class DealersMasks(StandingMasks):
     """At the dealer: B, in the program's order. take_next: gives the next one, of this place."""
 
-    def __init__(self, take_next: Callable[[Place], torch.Tensor]) -> None:
+    def __init__(self, take_next: Callable[[OperandPlace], torch.Tensor]) -> None:
         super().__init__()
         self._take_next = take_next
 
-    def _operand(self, x: Share, place: Place) -> MaskedOperand:
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         blank: torch.Tensor = MetaTensor(place.shape)  # type: ignore[assignment]
         return MaskedOperand(blank, blank, x.bits, self._take_next(place), place.ring)
 

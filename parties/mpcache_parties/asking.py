@@ -8,10 +8,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
-from mpcache.answer import TimedSession, answer
+from mpcache.answer import AnswerText, TimedSession, answer
 from mpcache.console.signals import between_tokens, token_by_token
 from mpcache.errors import BadInput, LinkError
-from mpcache.model.tokenizer import Tokenizer
+from mpcache.model.framing import Framing
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Finish, TurnReport
@@ -25,7 +25,7 @@ from mpcache_parties.turns import TurnSizes, announce_turn, skip_undone, turn_st
 class Asking:
     """The client's part of a session that has taken in its context.
 
-    ids: the tokens of the present answer.  turns: the accounts of a conversation's.
+    ids, text: the present answer.  turns: the accounts of a conversation's.
     """
 
     def __init__(
@@ -33,59 +33,56 @@ class Asking:
         resources: SessionResources,
         facts: Facts,
         session: TimedSession,
-        tokenizer: Tokenizer,
+        framing: Framing,
         earlier: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin, or go on with an answer of which `kept` was kept."""
         self.ids: list[int] = list(earlier["ids"]) if earlier else []
+        self.text = ""
         self.turns: list[TurnReport] = []
+        self._ended = False  # the last answer, by its end token, as all know
         self._draws: Any = earlier["draws"] if earlier else None
         self._resources, self._facts, self._session = resources, facts, session
-        self._tokenizer = tokenizer
+        self._framing = framing
 
     def kept(self) -> dict[str, Any]:
         """Return what has to be kept of an answer, so that no token of it is chosen twice."""
         return {"ids": self.ids, "draws": self._draws}
 
-    def tokens_of(self, question: Question) -> list[int]:
-        """Encode a question, after the token of the last answer that was not taken in."""
-        return self.ids[-1:] * (self._session.place.turn > 1) + self._tokenizer.encode(
-            question.text, bos=False
-        )
-
     def answer(
         self, question: Question, asked: list[int], limit: int, conversation: Conversation | None = None
-    ) -> str:
-        """Take a question in, and show its answer token by token; return its text."""
+    ) -> None:
+        """Take a question in (token ids, with what is around it), and show its answer token by token."""
         resources, session = self._resources, self._session
-        choose, stream = question.sampling.chooser(resources.public.reveal), self._tokenizer.stream()
+        choose, shown = question.sampling.chooser(resources.public.reveal), self._begin(question)
         choose.state = choose.state if self._draws is None else self._draws
         self._draws = choose.state
-        text = ""
-
-        def show(token: int, piece: str) -> None:
-            nonlocal text
-            text += piece
-            resources.on_token(token, piece)
-
-        for token in self.ids:  # of an answer that goes on
-            show(token, stream.push(token))
-        stops = set(self._facts.shape.eos_ids) if question.stop_at_eos else set()
-        stopped = (lambda: False) if conversation is None else conversation.stopped
+        stops = self._framing.end_tokens if question.stop_at_eos else frozenset[int]()
         known = tuple(self.ids)
+
+        def enough() -> bool:
+            return shown.stopped or (conversation is not None and conversation.stopped())
+
         with token_by_token():
-            for token in answer(session, asked, limit, choose, stops, self._announce, known, stopped):
+            for token in answer(session, asked, limit, choose, stops, self._announce, known, enough):
                 if new := session.place.step > len(self.ids):
                     self.ids.append(token)
                 self._draws = choose.state
                 # A token that was shown is never lost.
                 resources.checkpointer.token(session, resources.ledger, self.kept())
                 if new:
-                    show(token, stream.push(token))
+                    resources.on_token(token, shown.push(token))
                 between_tokens(session.place.step)
-        if rest := stream.end():
-            show(-1, rest)
-        return text
+        if rest := shown.end():
+            resources.on_token(-1, rest)
+        self.text = shown.text
+
+    def _begin(self, question: Question) -> AnswerText:
+        """Begin to show an answer, or show from its beginning what there is of one that goes on."""
+        shown = AnswerText(self._framing.tokenizer, question.stop_texts)
+        for token in self.ids:
+            self._resources.on_token(token, shown.push(token))
+        return shown
 
     def _announce(self, more: bool) -> None:
         for link in self._resources.links.values():
@@ -101,7 +98,7 @@ class Asking:
         for question in conversation.questions(self._look):
             try:
                 question.sampling.check(self._resources.public.reveal)
-                asked = self.tokens_of(question)
+                asked = self._framed(question)
                 turn = self._fitting(question, asked)
             except BadInput as why:
                 conversation.refused(why)
@@ -113,6 +110,12 @@ class Asking:
             skip_undone(links[Rank.DEALER], session.place.turn)
             session.next_turn()
         announce_turn(links, session.place.turn, None)
+
+    def _framed(self, question: Question) -> list[int]:
+        """Return what is to be taken in for a question, after the answer before. Raises BadInput."""
+        if self._session.place.turn == 1:
+            return self._framing.frame_turn(question.text, first=True)
+        return self._framing.next_turn(self.ids, question.text, self._ended)
 
     def _look(self) -> None:
         for link in self._resources.links.values():
@@ -136,13 +139,18 @@ class Asking:
         ledger, session, number = self._resources.ledger, self._session, self._session.place.turn
         before, start = ledger.total(), time.perf_counter()
         self.ids, self._draws = [], None
-        text = self.answer(question, asked, turn.limit, of)
+        self.answer(question, asked, turn.limit, of)
         ms = 1000 * (time.perf_counter() - start)
         spent = asdict(ledger.total() - before)
         finish = Finish.LENGTH
-        if question.stop_at_eos and self.ids[-1] in self._facts.shape.eos_ids:
+        early = len(self.ids) < turn.limit
+        at_end = question.stop_at_eos and self.ids[-1] in self._framing.end_tokens
+        if at_end or any(text in self._framing.tokenizer.decode(self.ids) for text in question.stop_texts):
             finish = Finish.STOP
-        elif len(self.ids) < turn.limit:
+        elif early:
             finish = Finish.STOPPED
+        self._ended = at_end and early
         first = session.ms[ChunkPlace(number, 0).phase]
-        return TurnReport(number, text, self.ids, finish, turn.question, self._room(), ms, first, **spent)
+        return TurnReport(
+            number, self.text, self.ids, finish, turn.question, self._room(), ms, first, **spent
+        )

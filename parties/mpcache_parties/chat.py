@@ -139,7 +139,7 @@ class Chat:
         turn = question if isinstance(question, Turn) else Turn(question)
         wanted = {
             "new_tokens": turn.max_new_tokens, "temperature": turn.temperature, "top_p": turn.top_p,
-            "seed": turn.seed,
+            "seed": turn.seed, "stop": list(turn.stop),
         }  # fmt: skip
         line = piped_conversation.ask_line(
             turn.text, **{name: value for name, value in wanted.items() if value is not None}
@@ -168,7 +168,7 @@ class Chat:
     def stop(self) -> None:
         """End the answer that runs after its present token; any thread may call this."""
         if self._child is not None and self._answering:
-            self._write(piped_conversation.STOP_LINE)
+            self._write(piped_conversation.ENOUGH_LINE)
 
     def close(self) -> None:
         """End the session and its process; harmless to repeat."""
@@ -300,7 +300,7 @@ def connect(config: Path | str, identity: Path | str | None = None, say: Say = q
 
 
 @contextmanager
-def local(
+def local_chat(
     model: Path | str | None = None,
     document: Path | str | None = None,
     *,

@@ -7,6 +7,7 @@ decides part of the plan: these counts are announced later, before CONTEXT.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Mapping
@@ -17,10 +18,13 @@ from typing import Any
 import torch
 
 from mpcache.answer import bind_to_document
+from mpcache.choices import ChatForm, DocumentAs
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
 from mpcache.errors import Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
+from mpcache.model.chat_template import ChatTemplate
+from mpcache.model.framing import Framing, make_framing
 from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
@@ -36,6 +40,7 @@ from mpcache_parties.private_inputs import Conversation, Document, PrivateInput,
 from mpcache_parties.state.checkpoint import Checkpoint
 
 TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
+TEMPLATE_BYTES = 4 << 20  # the largest chat template
 MASKED_BYTES = 16  # that each party holds for a value of a weight or of the cache
 FACT_CHARACTERS = 80  # of a text that the server tells
 TYPICAL_QUESTION = 32  # tokens, where `auto` has to know before anything is asked
@@ -56,7 +61,7 @@ class Facts:
     room: int
     kernels: str
     policy: BoundPolicy
-    digests: Mapping[str, str]  # of the weights and the tokenizer
+    digests: Mapping[str, str]  # of the weights, the tokenizer and the chat template
     protocol: str  # the config's, or what `auto` picked, and why
     picked: str = ""
     session: str = ""  # its name, drawn by the server
@@ -112,7 +117,7 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
     """Exchange what `facts_of` starts from.
 
     That is what is public about `model` and `question`, told by their owners; at the client also the bytes of
-    the `tokenizer`.
+    the `tokenizer`, and of the chat `template` where there is one.
     """
     match own:
         case Document():
@@ -122,30 +127,35 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
             model = links[Rank.SERVER].recv_facts("facts/model")
             vocabulary = receive_tokenizer(links[Rank.SERVER], model)
             shape = _shape(model)
-            tokenizer = read_tokenizer(vocabulary, shape)
+            template = receive_template(links[Rank.SERVER], model)
+            public_texts = {"tokenizer": vocabulary} | ({} if template is None else {"template": template})
+            framing = framing_of({"model": model} | public_texts, shape, public)
             question = {"question_tokens": 0, "new_tokens": 0}
             if isinstance(own, Question):
-                asked = tokenizer.encode_within(own.text, False, shape.max_positions, "the question")
-                limit = own.limit(public.max_new_tokens)
-                question = {"question_tokens": len(asked), "new_tokens": limit}
+                asked = framing.frame_turn(own.text, first=True)
+                question = {"question_tokens": len(asked), "new_tokens": own.limit(public.max_new_tokens)}
             for link in links.values():
                 link.send_facts("facts/question", question)
-            model |= {"tokenizer_digest": tokenizer.digest}
-            return {"model": model, "question": question, "tokenizer": vocabulary}
+            model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": _digest(template)}
+            return {"model": model, "question": question} | public_texts
         case _:
             model = links[Rank.SERVER].recv_facts("facts/model")
             return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
 
 
 def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, Any]:
-    """Tell all what is public about the server's model and document; send the client the tokenizer."""
+    """Tell all what is public about the server's model and document; send the client what frames texts."""
     model = own.model
     vocabulary = model.tokenizer.content
+    template = None if own.template is None else tensor_of(own.template.to_bytes())
     facts = {
         "shape": model.shape.to_dict(),
         "model_digest": model.digest,
         "tokenizer_bytes": len(vocabulary),
         "tokenizer_digest": model.tokenizer.digest,
+        "template_bytes": 0 if template is None else len(template),
+        "template_digest": _digest(template),
+        "document": own.written,
         "context_tokens": len(own.tokens),
         "kernels": choose_kernels(public.kernels, own.device).name,
         "session": secrets.token_hex(16),
@@ -153,6 +163,8 @@ def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, 
     for link in links.values():
         link.send_facts("facts/model", facts)
     links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(vocabulary)])
+    if template is not None:
+        links[Rank.CLIENT].send("facts/template", [template])
     return facts
 
 
@@ -170,15 +182,51 @@ def receive_tokenizer(server: Link, facts: Mapping[str, Any]) -> torch.Tensor:
     return data
 
 
-# The client reads it for the question's length, and again, facts told, for the question itself.
-_parse_once = lru_cache(maxsize=1)(parse_tokenizer)
+def receive_template(server: Link, facts: Mapping[str, Any]) -> torch.Tensor | None:
+    """Receive the bytes of the model's chat template, or nothing where it has none. Raises Desync."""
+    length = _count(facts, "template_bytes")
+    if length > TEMPLATE_BYTES:
+        raise Desync(
+            f"Desync: the server's chat template has {length} bytes; at most {TEMPLATE_BYTES} are taken"
+        )
+    if not length:
+        return None
+    (data,) = server.recv("facts/template", [(torch.uint8, (length,))])
+    return data
 
 
-def read_tokenizer(vocabulary: torch.Tensor, shape: ModelShape) -> Tokenizer:
+def framing_of(told: Mapping[str, Any], shape: ModelShape, public: PublicConfig) -> Framing:
+    """Return how the client frames its questions; told: as `agreed_facts` returns it. Raises ModelError."""
+    tokenizer, template = bytes_of(told["tokenizer"]), told.get("template")
+    frame = b"" if template is None else bytes_of(template)
+    return _frame_once(
+        tokenizer, frame, shape, public.chat, public.document_as, told["model"].get("document") is True
+    )
+
+
+# The client frames for the question's length, and again, facts told, for the question itself.
+@lru_cache(maxsize=1)
+def _frame_once(
+    tokenizer: bytes,
+    template: bytes,
+    shape: ModelShape,
+    chat: ChatForm,
+    document_as: DocumentAs,
+    document: bool,
+) -> Framing:
+    known = read_tokenizer(tokenizer, shape)
+    known.chat_template = ChatTemplate.from_bytes(template) if template else None
+    return make_framing(known, shape, chat is ChatForm.RAW, document_as, document)
+
+
+def _digest(data: torch.Tensor | None) -> str:
+    return "none" if data is None else hashlib.sha256(bytes_of(data)).hexdigest()
+
+
+def read_tokenizer(content: bytes, shape: ModelShape) -> Tokenizer:
     """Return the tokenizer in these bytes. Raises ModelError."""
-    content = bytes_of(vocabulary)
     try:
-        inner = _parse_once(content)
+        inner = parse_tokenizer(content)
     except LibraryError as error:
         raise ModelError(
             "the server's tokenizer cannot be read; is its model complete?", private=False
@@ -199,7 +247,7 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     shape = _shape(model)
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
     _check_memory(shape, context)
-    names = ("kernels", "session", "model_digest", "tokenizer_digest")
+    names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     if asked:
         limit = _limit(question, public)

@@ -12,10 +12,12 @@ import typer
 
 from mpcache.console.options import (
     MODEL_FORMS,
+    DocumentAsOption,
     NetworkOption,
     NewTokensOption,
     PolicyOption,
     ProtocolOption,
+    RawOption,
     RevealOption,
     version_option,
 )
@@ -50,7 +52,8 @@ def party(
     config: Annotated[Path | None, typer.Option(help="What all parties agree on: a YAML file.")] = None,
     model: Annotated[str | None, typer.Option(help=f"Server. {MODEL_FORMS}. [the demo model]")] = None,
     context: Annotated[
-        Path | None, typer.Option(help="Server: the document, a text file, or - for stdin. [the demo's]")
+        Path | None,
+        typer.Option(help="Server: the document, a text file, or - for stdin. [the demo model: its own]"),
     ] = None,
     question: Annotated[str | None, typer.Option(help="Client: the question. [the demo's]")] = None,
     question_file: Annotated[
@@ -69,6 +72,12 @@ def party(
     stop_at_eos: Annotated[
         bool, typer.Option(help="Client: end at the model's end token; the answer's length is public then.")
     ] = True,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Client: end the answer before this text; may be given several times."),
+    ] = None,
+    raw: RawOption = False,
+    document_as: DocumentAsOption = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -167,6 +176,9 @@ def party(
             top_p=top_p,
             seed=seed,
             stop_at_eos=stop_at_eos,
+            stop=tuple(stop or ()),
+            raw=raw,
+            document_as=document_as,
             state=state,
             state_key=state_key,
             resume=resume,

@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpcache.config import Settings, load_settings
+from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import read_question
-from mpcache.console.options import public_overrides
+from mpcache.console.options import chat_overrides, public_overrides, read_stops
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
@@ -42,6 +42,9 @@ class PartyOptions:
     top_p: float | None = None
     seed: int | None = None
     stop_at_eos: bool = True
+    stop: tuple[str, ...] = ()
+    raw: bool = False
+    document_as: str | None = None
     state: Path | None = None
     state_key: Path | None = None
     resume: bool = False
@@ -82,6 +85,7 @@ class PartyOptions:
         return load_settings(
             self.config,
             public_overrides(self.policy, self.protocol, self.network, tokens, self.reveal)
+            | chat_overrides(self.raw, self.document_as)
             | {"timeouts.connect_s": self.connect_timeout, "addresses.bind": self.listen},
         )
 
@@ -101,6 +105,7 @@ class PartyOptions:
             "temperature": (Rank.CLIENT, self.temperature),
             "top-p": (Rank.CLIENT, self.top_p),
             "seed": (Rank.CLIENT, self.seed),
+            "stop": (Rank.CLIENT, self.stop or None),
         }
         for name, (owner, value) in owned.items():
             if value is not None and owner is not self.me:
@@ -190,15 +195,16 @@ class PartyOptions:
             )
         return None
 
-    def private_input(self, sampling: Sampling, output: Output) -> PrivateInput:
+    def private_input(self, sampling: Sampling, public: PublicConfig, output: Output) -> PrivateInput:
         """Read and check what this party brings, before it connects. Raises BadInput."""
         match self.me:
             case Rank.SERVER:
-                return read_document(self.model, self.context)
+                return read_document(self.model, self.context, public)
             case Rank.CLIENT if self.conversation:
                 return PipedConversation(output, sys.stdin.buffer)
             case Rank.CLIENT:
                 text = read_question(self.question, self.question_file)
-                return Question(text, sampling, self.stop_at_eos)
+                stops = read_stops(self.stop, self.stop_at_eos)
+                return Question(text, sampling, self.stop_at_eos, stops)
             case _:
                 return None

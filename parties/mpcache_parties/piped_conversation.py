@@ -1,10 +1,11 @@
 """Hold a conversation for a parent process: questions as JSON lines on stdin, what becomes of them as events.
 
-    {"ask": TEXT, "new_tokens": 32, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop_at_eos": true}
-    {"stop": true}
+    {"ask": TEXT, "new_tokens": 32, "temperature": 0.0, "top_p": 1.0, "seed": 0, "stop_at_eos": true,
+     "stop": [TEXT, ...]}
+    {"enough": true}
 
-All but `ask` may be left out. `stop` ends the answer that runs after its present token. The conversation ends
-when stdin closes.
+All but `ask` may be left out. `enough` ends the answer that runs after its present token. The conversation
+ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mpcache.console.options import read_stops
 from mpcache.errors import BadInput
 from mpcache.report.account import TurnReport
 from mpcache.sampling import Sampling
@@ -39,7 +41,8 @@ class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     ask: str | None = None
-    stop: bool = False
+    stop: list[str] = []
+    enough: bool = False
     new_tokens: int | None = Field(default=None, ge=1)
     temperature: float = 0.0
     top_p: float = 1.0
@@ -97,7 +100,7 @@ class PipedConversation(Conversation):
     def _take(self, data: bytes) -> None:
         try:
             line = _Line.model_validate_json(data)
-            if line.stop:
+            if line.enough:
                 self._stopped = self._came
                 return
             asked: Question | BadInput = _question(line)
@@ -124,7 +127,9 @@ def _question(line: _Line) -> Question:
     if line.ask is None or not line.ask.strip():
         raise BadInput("the question is empty")
     sampling = Sampling(line.temperature, line.top_p, line.seed)
-    return Question(line.ask, sampling, line.stop_at_eos, line.new_tokens)
+    return Question(
+        line.ask, sampling, line.stop_at_eos, read_stops(line.stop, line.stop_at_eos), line.new_tokens
+    )
 
 
 def ask_line(text: str, **more: object) -> bytes:
@@ -132,4 +137,4 @@ def ask_line(text: str, **more: object) -> bytes:
     return json.dumps({"ask": text, **more}).encode() + b"\n"
 
 
-STOP_LINE = json.dumps({"stop": True}).encode() + b"\n"
+ENOUGH_LINE = json.dumps({"enough": True}).encode() + b"\n"

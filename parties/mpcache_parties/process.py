@@ -79,7 +79,7 @@ class PartyProcess:
         elif self.tapes is not None:
             self.tape_mode = TapeMode.PREPARED
         self.setups = options.setups()
-        self.own = options.private_input(sampling, self.output)
+        self.own = options.private_input(sampling, self.settings.public, self.output)
 
     def resources(
         self, network: Network, status: SessionStatus, checkpointer: Checkpointer, say: Say

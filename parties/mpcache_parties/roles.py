@@ -34,7 +34,7 @@ from mpcache_parties.facts import (
     agreed_facts,
     announce_counts,
     counts_of,
-    read_tokenizer,
+    framing_of,
     receive_counts,
 )
 from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
@@ -95,6 +95,8 @@ def _open_document(
     kernels, kernel_ms = timed_kernels(choose_kernels(resources.public.kernels, own.device))
     set_up = ServerSetUp(resources, session, facts)
     set_up.weights(own)
+    if own.note:
+        say(f"server: {own.note}")
     say(f"server: set-up: weights masked in {duration(session.ms['setup'])}")
     start = time.perf_counter()
     window = facts.policy.window
@@ -135,7 +137,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
 
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
-    tokenizer = read_tokenizer(told["tokenizer"], facts.shape)
+    framing = framing_of(told, facts.shape, public)
     if earlier is None:
         set_up = ClientSetUp(resources, session, facts)
         set_up.weights()
@@ -143,12 +145,12 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
-        asking = Asking(resources, facts, session, tokenizer)
+        asking = Asking(resources, facts, session, framing)
         say(f"client: {_asking(facts)}")
         checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
     else:
         session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
-        asking = Asking(resources, facts, session, tokenizer, earlier.own)
+        asking = Asking(resources, facts, session, framing, earlier.own)
         say(f"client: resumed after {_reached(earlier.step)}; the answer from its beginning:")
     del earlier
 
@@ -156,14 +158,11 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     if isinstance(own, Conversation):
         asking.converse(own)
     else:
-        asking.answer(own, asking.tokens_of(own), facts.limit)
+        asking.answer(own, framing.frame_turn(own.text, first=True), facts.limit)
     report = _report(Rank.CLIENT, facts, session, resources)
     checkpointer.end(links)
     wait.close()
-    ids = asking.ids
-    return replace(
-        report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids), turns=asking.turns
-    )
+    return replace(report, dealer_wait_ms=wait.ms, token_ids=asking.ids, text=asking.text, turns=asking.turns)
 
 
 def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, str]:
@@ -172,7 +171,8 @@ def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, s
         return {}
     own.sampling.check(public.reveal)
     return {
-        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos)
+        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos),
+        "stop": _digest(own.stop_texts),
     }  # fmt: skip
 
 

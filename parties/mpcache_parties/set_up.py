@@ -31,9 +31,9 @@ from mpcache.runtime.rng import SEED_BYTES
 from mpcache.runtime.standing import (
     ClientsMasks,
     DealersMasks,
+    OperandPlace,
     OwnersMasks,
-    Place,
-    layout_of,
+    places_digest,
     seed_digest,
     unpack,
 )
@@ -170,7 +170,7 @@ class ServerSetUp:
         """See to it that dealer and client hold their parts, and that these are the right ones."""
         links, masks = self._resources.links, made.masks
         dealer, client = links[Rank.DEALER], links[Rank.CLIENT]
-        about = {"identifier": made.identifier, "layout": layout_of(masks.places), "bytes": masks.nbytes}
+        about = {"identifier": made.identifier, "layout": places_digest(masks.places), "bytes": masks.nbytes}
         dealer.send_facts(TOLD, about | {"family": made.family, "keep": keep})
         held = dealer.recv_facts(HELD).get("digest")
         if held is None:
@@ -283,7 +283,7 @@ class DealerSetUp:
         )
         done = 0
 
-        def take(place: Place) -> torch.Tensor:
+        def take(place: OperandPlace) -> torch.Tensor:
             nonlocal done
             (packed,) = server.recv(place.step, [(torch.uint8, place.packed)])
             digest.update(packed.reshape(-1).numpy().data)
@@ -322,9 +322,9 @@ def told(hear: Callable[[str], dict[str, Any]], say: Say, who: str) -> dict[str,
     return about
 
 
-def same_layout(places: list[Place], about: Mapping[str, Any], me: Rank) -> None:
+def same_layout(places: list[OperandPlace], about: Mapping[str, Any], me: Rank) -> None:
     """Compare what this party's program asked for with what the server masked. Raises Mismatch."""
-    if (mine := layout_of(places)) != about.get("layout"):
+    if (mine := places_digest(places)) != about.get("layout"):
         raise Mismatch(
             f"Mismatch: the layout of the set-up is {str(about.get('layout')):.16} at server, {mine:.16} at "
             f"{me.label}: shapes, rings or fraction bits differ; start both with the same release of mpcache"

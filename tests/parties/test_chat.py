@@ -25,7 +25,7 @@ from mpcache_parties import piped_conversation
 from mpcache_parties.chat import Chat, LocalParties, Turn
 from mpcache_parties.launch import PartyFailed
 from mpcache_parties.operations.output import Output
-from mpcache_parties.piped_conversation import STOP_LINE, PipedConversation, ask_line
+from mpcache_parties.piped_conversation import ENOUGH_LINE, PipedConversation, ask_line
 from tests.support.paths import ROOT
 
 TEXT = "The code of the red gate is 4921. The code of the blue gate is 7035.\n"
@@ -87,10 +87,10 @@ def test_a_stop_ends_the_answer_that_was_asked_for_before_it(pipe: Pipe) -> None
     pipe.stdin.write(ask_line("one"))
     next(questions)
     assert not pipe.conversation.stopped()
-    pipe.stdin.write(STOP_LINE + ask_line("two"))
+    pipe.stdin.write(ENOUGH_LINE + ask_line("two"))
     next(questions)
     assert not pipe.conversation.stopped()  # it came before the second question
-    pipe.stdin.write(STOP_LINE)
+    pipe.stdin.write(ENOUGH_LINE)
     limit = time.monotonic() + 10
     while not pipe.conversation.stopped():
         assert time.monotonic() < limit
@@ -125,10 +125,12 @@ def expected(questions: list[str]) -> list[str]:
     encode = model.tokenizer.encode
     context = encode(TEXT, bos=True)
     bound, _ = bind_conversation(model.shape, public, len(context))
-    plain = PlainConversation(model, bound, context)
-    return [
-        model.tokenizer.decode(list(plain.ask(encode(q, bos=False), 4, Sampling(), ()))) for q in questions
-    ]
+    plain, texts = PlainConversation(model, bound, context), list[str]()
+    pending: list[int] = []
+    for question in questions:
+        pending = list(plain.ask(pending + encode(question, bos=False), 4, Sampling(), ()))[-1:]
+        texts.append(plain.result.text)
+    return texts
 
 
 @pytest.mark.slow

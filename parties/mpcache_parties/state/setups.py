@@ -29,7 +29,7 @@ from mpcache.errors import StateError
 from mpcache.model.prefill import Prefill
 from mpcache.rank import Rank
 from mpcache.runtime.rng import derive_key, fresh_seed
-from mpcache.runtime.standing import OwnersMasks, Place, digest_of, pack, unpack
+from mpcache.runtime.standing import OperandPlace, OwnersMasks, digest_of, pack, unpack
 from mpcache_parties.state import sealed, snapshot
 
 SUFFIX = ".masks"
@@ -110,15 +110,15 @@ class Held:
     """B of one set-up at the dealer, in the program's order. digest: of its packed bytes."""
 
     family: str
-    places: list[Place]
+    places: list[OperandPlace]
     masks: list[torch.Tensor]
     digest: str
 
-    def next_of(self) -> Callable[[Place], torch.Tensor]:
+    def next_of(self) -> Callable[[OperandPlace], torch.Tensor]:
         """Return what gives them one after another. It raises StateError where the program wants another."""
         rest = iter(zip(self.places, self.masks, strict=True))
 
-        def take(place: Place) -> torch.Tensor:
+        def take(place: OperandPlace) -> torch.Tensor:
             mine, mask = next(rest, (None, None))
             if mask is None or mine != place:
                 there = "nothing" if mine is None else mine.text.strip()
@@ -184,7 +184,9 @@ class DealerSetups:
     def _read(self, file: Path, identifier: str, family: str) -> Held:
         try:
             tree = snapshot.read_snapshot(file, self._key, _header(identifier, family))
-            places = [Place(step, tuple(shape), ring, bits) for step, shape, ring, bits in tree["places"]]
+            places = [
+                OperandPlace(step, tuple(shape), ring, bits) for step, shape, ring, bits in tree["places"]
+            ]
             packed: list[torch.Tensor] = tree["masks"]
             if [tuple(mask.shape) for mask in packed] != [place.packed for place in places]:
                 raise StateError(f"{file}: its content is not what this release writes")

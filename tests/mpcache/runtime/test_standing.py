@@ -10,8 +10,8 @@ from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.standing import (
     ClientsMasks,
     DealersMasks,
+    OperandPlace,
     OwnersMasks,
-    Place,
     StandingMasks,
     pack,
     unpack,
@@ -111,10 +111,10 @@ def test_packing_keeps_what_the_ring_holds(ring: int) -> None:
 
 def test_places_say_all_that_is_public() -> None:
     class Watching(StandingMasks):
-        def _operand(self, x: Share, place: Place) -> MaskedOperand:
+        def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
             return MaskedOperand(x.data, x.data, x.bits, ring=place.ring)
 
     masks = Watching()
     masks.take(Share(weights(), 16, Rank.SERVER), 56, "context/layer2")
-    assert masks.places == [Place("context/layer2", (300, 40), 56, 16)]
+    assert masks.places == [OperandPlace("context/layer2", (300, 40), 56, 16)]
     assert masks.places[0].nbytes == 300 * 40 * 7

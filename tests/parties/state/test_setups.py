@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mpcache.errors import StateError
-from mpcache.runtime.standing import Place, digest_of, pack
+from mpcache.runtime.standing import OperandPlace, digest_of, pack
 from mpcache_parties.state.setups import KEPT_AT_DEALER, DealerSetups, Held, ServerSetups
 
-PLACES = [Place("setup/layer0", (5, 3), 48, 16), Place("setup/layer1", (4,), 64, 16)]
+PLACES = [OperandPlace("setup/layer0", (5, 3), 48, 16), OperandPlace("setup/layer1", (4,), 64, 16)]
 NAMES = [f"{i:032x}" for i in range(20)]
 FAMILY, OTHER = "a" * 32, "b" * 32
 
@@ -84,7 +84,7 @@ def test_what_another_model_masked_is_refused() -> None:
         take(PLACES[1])
 
 
-def replace_shape(place: Place, shape: tuple[int, ...]) -> Place:
+def replace_shape(place: OperandPlace, shape: tuple[int, ...]) -> OperandPlace:
     return place._replace(shape=shape)
 
 

@@ -28,9 +28,10 @@ from mpcache.protocols.suite import Suite
 from mpcache.protocols.verdict import finish_verdict, start_verdict
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.program import Opening, Program, open_secret
-from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode
+from mpcache.runtime.program import Call, Opening, Program, open_secret
+from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode, zeros
 from mpcache.runtime.side import Side
+from mpcache.runtime.standing import standing_masks
 
 
 class FastOps(Engine[Share, MaskedOperand]):
@@ -55,7 +56,7 @@ class FastOps(Engine[Share, MaskedOperand]):
         if self.side.device == "meta":
             return Share(MetaTensor(tuple(shape)), bits, owner)
         if value is None or self.side.rank is not owner:
-            return Share(torch.zeros(tuple(shape), dtype=torch.int64), bits, owner)
+            return Share(zeros(shape), bits, owner)
         return Share(encode(value.cpu(), bits).reshape(tuple(shape)), bits, owner)
 
     def rescale_to(self, x: Share, bits: int | None = None) -> Program[Share]:
@@ -76,7 +77,8 @@ class FastOps(Engine[Share, MaskedOperand]):
     def prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         x = yield from self.rescale_to(x)
         self._check_own(x)
-        return (yield from self.do.mask_operand(x, ring))
+        standing: MaskedOperand | None = yield Call(standing_masks(x, ring))
+        return (yield from self.do.mask_operand(x, ring)) if standing is None else standing
 
     def start_prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         if (x.bits, x.ring) != (self.bits, 64):

@@ -54,6 +54,8 @@ class Party(ABC):
     rank: Rank
     ledger: Ledger
     trees: TreeCipher | None = None  # of the phase; a party that reads shapes needs none
+    # `StandingMasks` of the phase's operands that the server knows; None: they are masked anew.
+    standing: Any = None
 
     @abstractmethod
     def begin(self, phase: str) -> None:

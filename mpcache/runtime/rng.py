@@ -74,8 +74,14 @@ class KeyStream:
 
     def read(self, n: int) -> bytearray:
         """Read the next n bytes."""
-        zeros = _ZEROS[:n] if n <= len(_ZEROS) else bytes(n)
-        return bytearray(self._aes.update(zeros))
+        if n <= len(_ZEROS):
+            return bytearray(self._aes.update(_ZEROS[:n]))
+        room = bytearray(n)
+        view = memoryview(room)
+        for start in range(0, n, len(_ZEROS)):
+            piece = view[start : start + len(_ZEROS)]
+            self._aes.update_into(_ZEROS[: len(piece)], piece)
+        return room
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Read uniform integers over the whole range of `dtype`."""

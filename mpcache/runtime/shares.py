@@ -81,6 +81,11 @@ class Share:
         return self._local(lambda x: x.expand(*shape))
 
 
+def zeros(shape: Sequence[int]) -> torch.Tensor:
+    """Return zeros that take no memory: a share of what the other party knows. Not to be written to."""
+    return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
+
+
 def cat(parts: Sequence[Share], dim: int) -> Share:
     """Concatenate shares with equal fraction bits."""
     if len({p.bits for p in parts}) != 1:

@@ -21,7 +21,7 @@ from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
 from mpcache.limits import check_document, largest_score_held
-from mpcache.model.prefill import prefill
+from mpcache.model.prefill import Prefill, prefill
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Report
@@ -41,6 +41,7 @@ from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
 from mpcache_parties.private_inputs import Conversation, Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
+from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes
 from mpcache_parties.state.snapshot import copied
 from mpcache_parties.turns import TurnSizes, skip_undone, tell_dealt, turns_heard
 
@@ -92,14 +93,19 @@ def _open_document(
     """
     say = resources.say
     kernels, kernel_ms = timed_kernels(choose_kernels(resources.public.kernels, own.device))
-    session.setup(own.model.weights)
+    set_up = ServerSetUp(resources, session, facts)
+    set_up.weights(own)
     if own.note:
         say(f"server: {own.note}")
-    say(f"server: set-up: weights masked and opened in {duration(session.ms['setup'])}")
+    say(f"server: set-up: weights masked in {duration(session.ms['setup'])}")
     start = time.perf_counter()
     window = facts.policy.window
     held = largest_score_held(facts.policy, facts.shape)
-    prefilled = prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+
+    def read() -> Prefill:
+        return prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+
+    prefilled = set_up.prefilled(own, read, window, held)
     if facts.protocol != ProtocolName.STOCK:
         check_document(prefilled, facts.policy, facts.shape, facts.room)
     prefill_ms = 1000 * (time.perf_counter() - start)
@@ -107,7 +113,7 @@ def _open_document(
         say(f"server: {facts.picked}")
     facts = announce_counts(resources.links, facts, prefilled, kernels)
     session.policy = facts.policy
-    session.context(prefilled, kernels)
+    set_up.context(own, prefilled, kernels)
     prefill_ms += sum(kernel_ms)
     say(
         f"server: context of {facts.context} tokens, {facts.policy.plan.kept} kept: "
@@ -133,11 +139,12 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     session = _session(Rank.CLIENT, party, facts, resources)
     framing = framing_of(told, facts.shape, public)
     if earlier is None:
-        session.setup(None)
-        say(f"client: set-up: masked weights received in {duration(session.ms['setup'])}")
+        set_up = ClientSetUp(resources, session, facts)
+        set_up.weights()
+        say(f"client: set-up done in {duration(session.ms['setup'])}")
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
-        session.context(None, None)
+        set_up.context()
         asking = Asking(resources, facts, session, framing)
         say(f"client: {_asking(facts)}")
         checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
@@ -189,11 +196,12 @@ def deal(resources: SessionResources) -> Report:
     party = DealerParty(dict(links), facts.session, deal_seeds(links), ledger)
     session = _session(Rank.SERVER, party, facts, resources, "meta")
     if earlier is None:
-        session.setup(None)
-        resources.say("dealer: set-up dealt; from now on a little ahead of the client")
+        set_up = DealerSetUp(resources, session, facts)
+        set_up.weights()
+        resources.say("dealer: set-up done; from now on a little ahead of the client")
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
-        session.context(None, None)
+        set_up.context()
         checkpointer.begin(public.flat(), told | counts_of(facts), session, ledger, {})
     else:
         session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
@@ -276,6 +284,8 @@ def _report(me: Rank, facts: Facts, session: TimedSession, resources: SessionRes
         plan=facts.policy.plan.to_dict(),
         phases=checkpointer.phases(ledger, session),
         wire_bytes=checkpointer.wire_bytes(ledger),
+        seconds=time.perf_counter() - resources.began,
+        setup_bytes=set_up_bytes(ledger),
         checkpoint_ms=checkpointer.ms,
         checkpoint_bytes=checkpointer.bytes,
     )

@@ -22,7 +22,7 @@ from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty, sends
 from mpcache.runtime.program import Ask, Call, Draw, Open, Opening, Program, Request
-from mpcache.runtime.shares import Awaited, MaskedOperand, Share
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _fresh(result: Any) -> Any:
     """Make an object of its own each time: programs may ask whether two values are one and the same."""
     if isinstance(result, list | tuple):
         return type(result)(map(_fresh, result))
-    if isinstance(result, Share | MaskedOperand | _MemoizedSelection):
+    if isinstance(result, Share | MaskedOperand | KnownOperand | _MemoizedSelection):
         twin = object.__new__(type(result))
         twin.__dict__.update(result.__dict__)
         return twin

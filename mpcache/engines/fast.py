@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -74,6 +75,9 @@ class FastOps(Engine[Share, MaskedOperand]):
     def prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         x = yield from self.rescale_to(x)
         self._check_own(x)
+        if x.owner is not None and len(x.shape) == 2:  # a weight: what has more dimensions may grow
+            matrix = yield from self.do.mask_matrix(self.side, x, ring)
+            return cast(MaskedOperand, matrix)  # for products, which is all that weights are for
         return (yield from self.do.mask_operand(x, ring))
 
     def start_prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:

@@ -17,6 +17,7 @@ import torch
 from mpcache.errors import Reuse
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
+from mpcache.runtime.ring import Matrix
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,25 @@ class MaskedOperand:
             dealt,
             min(self.ring, other.ring),
         )
+
+
+@dataclass(frozen=True)
+class KnownOperand:
+    """A matrix W of one party's own, opened once as V = W - B; each party holds a part of it.
+
+    held: W itself at its owner, V at the other computing party; shapes alone at the dealer.
+    dealt: B, at the dealer only.  ring: products with it are known modulo 2^ring only.
+    """
+
+    held: Matrix
+    owner: Rank
+    bits: int
+    ring: int = 64
+    dealt: Matrix | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.held.shape
 
 
 class Awaited:

@@ -107,9 +107,9 @@ def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
     return MaskedOperand(torch.zeros_like(x.data), x.data, x.bits, ring=ring)
 
 
-def mask_matrix(side: Side, x: Share, ring: int = 64) -> Program[MaskedOperand]:
+def mask_matrix(side: Side, x: Share, ring: int = 64) -> Program[KnownOperand | MaskedOperand]:
     """Prepare a matrix as any operand."""
-    return mask_operand(x, ring)
+    return (yield from mask_operand(x, ring))
 
 
 start_mask_operand = mask_operand
@@ -276,7 +276,7 @@ def topk(
 
 
 __all__ = [
-    "Claim", "IdealSelection", "activate", "blur", "claim", "finish_mask_operand", "mask_operand",
-    "matmul_masked_operand", "norm_linear", "product", "quantize_scores", "reciprocal", "relu", "softmax",
-    "start_mask_operand", "topk", "truncate", "truncate_local", "truncate_times",
+    "Claim", "IdealSelection", "activate", "blur", "claim", "finish_mask_operand", "mask_matrix",
+    "mask_operand", "matmul_masked_operand", "norm_linear", "product", "quantize_scores", "reciprocal", "relu",
+    "softmax", "start_mask_operand", "topk", "truncate", "truncate_local", "truncate_times",
 ]  # fmt: skip

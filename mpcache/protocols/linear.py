@@ -280,8 +280,8 @@ def masks_of_product(
     out = (*x[:-1], w.shape[-1])
     if isinstance(w, MaskedOperand):
         request = correlations.masked_operand_product(x, w, out, owner, keep)
-        a, c, *values = yield from draw(request)
-        return a, c, values[0][0] if values and values[0] is not None else None
+        a, c, *kept = yield from draw(request)
+        return a, c, kept[0][0] if keep and kept[0] is not None else None
     parts, other = [Part(x, owner=w.owner)], w.owner.peer
     if owner is other:
         parts = []  # the other's opening needs no mask of w's owner
@@ -294,7 +294,8 @@ def masks_of_product(
         keep,
     )
     drawn = yield from draw(request)
-    masks, values = drawn[: len(request.random)], drawn[-1] if keep else None
+    masks = drawn[: len(request.random)]
+    values = drawn[-1] if keep else None
     c = drawn[len(masks)]
     a = masks[0] if side.rank is w.owner else masks[-1]  # zero where x is not this party's
     return a, c, None if values is None else sum(values[1:], values[0])

@@ -1,7 +1,7 @@
 """Compile the loops of products modulo 2^64: numba, where it is installed.
 
 Each loop is compiled once and kept beside this file, or in the user's cache folder; where neither can be
-written it is compiled in each process, in about half a second. `ring.narrow` has it done at set-up.
+written it is compiled in each process, in a second or two. The import does it, and set-up imports.
 """
 
 # numba's functions have no Python types.
@@ -13,40 +13,46 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import int16, int32, int64, njit, uint32, void
 
+_INT64 = int64[:, ::1]
 _COLUMNS = 1024  # of the result, which stay in the innermost cache while all rows of the matrix pass
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    try:
-        return njit(function, nogil=True, cache=True)
-    except RuntimeError:  # no folder to keep it in
-        return njit(function, nogil=True)
+def compiled(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function: at once for a signature of numba's, else when arguments come."""
+
+    def make(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(signature, nogil=True, cache=True)(function)
+        except RuntimeError:  # no folder to keep it in
+            return njit(signature, nogil=True)(function)
+
+    return make
 
 
 # Slices and one plain index: so LLVM sees that it may work on whole vectors.
 
 
-@_compiled
+@compiled()
 def _add_one(out, row, a):
     for j in range(out.shape[0]):
         out[j] += a * row[j]
 
 
-@_compiled
+@compiled()
 def _add_four(out, row, next_, third, last, a, b, c, d):
     for j in range(out.shape[0]):
         out[j] += a * row[j] + b * next_[j] + c * third[j] + d * last[j]
 
 
-@_compiled
+@compiled()
 def _join(out, low, high):
     for j in range(out.shape[0]):
         out[j] = np.int64(low[j]) | (np.int64(high[j]) << 32)
 
 
-@_compiled
+@compiled()
 def _add_four_joined(out, l0, l1, l2, l3, h0, h1, h2, h3, a, b, c, d):
     for j in range(out.shape[0]):
         out[j] += (
@@ -57,7 +63,7 @@ def _add_four_joined(out, l0, l1, l2, l3, h0, h1, h2, h3, a, b, c, d):
         )
 
 
-@_compiled
+@compiled([void(_INT64, w, _INT64) for w in (_INT64, int32[:, ::1])])
 def add_product(x, w, out):
     """Add x (m, k) @ w (k, n) to out (m, n), all contiguous; w: int64 or int32."""
     m, k = x.shape
@@ -76,7 +82,7 @@ def add_product(x, w, out):
                 _add_one(out[r, start:end], w[i, start:end], x[r, i])
 
 
-@_compiled
+@compiled(void(_INT64, uint32[:, ::1], int16[:, ::1], _INT64))
 def add_joined_product(x, low, high, out):
     """Add x (m, k) @ (low + 2^32 high) (k, n) to out (m, n), all contiguous; uint32 and int16."""
     m, k = x.shape

@@ -38,8 +38,7 @@ def narrow(x: Any, ring: int = 64) -> Matrix:
     """Hold x (k, n), int64, of which `ring` bits count: 4 bytes each if they fit, 6 up to a ring of 48."""
     if x.is_meta:
         return Matrix(x)
-    if (compiled := loops()) is not None:
-        _compile(compiled)
+    loops()  # compiled now, before a token waits for it
     low, high = (int(v) for v in x.aminmax()) if x.numel() else (0, 0)
     if low >= -_INT32 and high < _INT32:
         return Matrix(x.to(torch.int32).contiguous())
@@ -87,11 +86,3 @@ def loops() -> ModuleType | None:
     except ImportError:
         return None
     return compiled
-
-
-@cache
-def _compile(compiled: ModuleType) -> None:
-    """Compile all loops, or load them: before the first token waits for it."""
-    one = torch.ones(1, 1, dtype=torch.int64)
-    for y in (Matrix(one), Matrix(one.int()), Matrix(one.int(), one.short())):
-        _add(one, y, one.clone())

@@ -146,7 +146,7 @@ def test_reading_again_gives_the_same() -> None:
 
 
 def test_counts_of_a_product_with_an_operand_and_of_comparisons() -> None:
-    """(1, 24) by (24, 24): a product of two secrets takes one product at the server, who knows the operand."""
+    """(1, 24) by (24, 24): a product of two secrets takes one product at the server, who knows one."""
     ops = price(LLAMA, "full", 20, QUESTION).by_op("decode")
     per_layer = ops["o"].multiplications // LLAMA.layers
     assert per_layer == 24 * 24

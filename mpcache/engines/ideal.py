@@ -277,6 +277,6 @@ def topk(
 
 __all__ = [
     "Claim", "IdealSelection", "activate", "blur", "claim", "finish_mask_operand", "mask_matrix",
-    "mask_operand", "matmul_masked_operand", "norm_linear", "product", "quantize_scores", "reciprocal", "relu",
-    "softmax", "start_mask_operand", "topk", "truncate", "truncate_local", "truncate_times",
+    "mask_operand", "matmul_masked_operand", "norm_linear", "product", "quantize_scores", "reciprocal",
+    "relu", "softmax", "start_mask_operand", "topk", "truncate", "truncate_local", "truncate_times",
 ]  # fmt: skip

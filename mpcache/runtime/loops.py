@@ -1,7 +1,8 @@
-"""Compile the loops of products modulo 2^64: numba, where it is installed.
+"""Compile what torch has no fast operation for: products modulo 2^64, bytes, waves, turned vectors.
 
-Each loop is compiled once and kept beside this file, or in the user's cache folder; where neither can be
-written it is compiled in each process, in a second or two. The import does it, and set-up imports.
+The import compiles each loop once per machine, in a few seconds, and keeps it beside this file or in the
+user's cache folder; where neither can be written each process compiles. Callers check shapes: nothing here
+does, and arrays lie as the signatures say.
 """
 
 # numba's functions have no Python types.
@@ -9,11 +10,12 @@ written it is compiled in each process, in a second or two. The import does it, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import int16, int32, int64, njit, uint32, void
+from numba import float64, int8, int16, int32, int64, njit, uint8, uint32, void
 
 _INT64 = int64[:, ::1]
 _COLUMNS = 1024  # of the result, which stay in the innermost cache while all rows of the matrix pass
@@ -113,3 +115,89 @@ def add_joined_product(x, low, high, out):
             _join(joined[0, : end - start], low[i, start:end], high[i, start:end])
             for r in range(m):
                 _add_one(out[r, start:end], joined[0, : end - start], x[r, i])
+
+
+@compiled([void(int64[::1], uint8[:, ::1])])
+def pack(x, out):
+    """Write the low bytes of each word (n,) to out (n, width), the lowest first."""
+    for i in range(x.shape[0]):
+        word = x[i]
+        for j in range(out.shape[1]):
+            out[i, j] = uint8(word)
+            word >>= 8
+
+
+@compiled([void(uint8[:, ::1], int64[::1])])
+def unpack(data, out):
+    """Read words (n,) from their low bytes (n, width)."""
+    for i in range(out.shape[0]):
+        word = int64(0)
+        for j in range(data.shape[1]):
+            word |= int64(data[i, j]) << (8 * j)
+        out[i] = word
+
+
+@compiled([void(w[:, ::1], int64[::1], w[:, ::1]) for w in (int8, int16, int32, int64)])
+def turn(x, by, out):
+    """Write x[i, (by[i] - v) mod size] to out[i, v]; x: (n, size), a power of two."""
+    size = x.shape[1]
+    for i in range(x.shape[0]):
+        start = by[i] & (size - 1)
+        for v in range(start + 1):
+            out[i, v] = x[i, start - v]
+        for v in range(start + 1, size):
+            out[i, v] = x[i, start + size - v]
+
+
+# sin x / x and cos x of x^2 below (pi / 4)^2, as far as doubles see: 1/3!, 1/5!, ... and 1/2!, 1/4!, ...
+_SINE = np.array([(-1.0) ** k / math.factorial(2 * k + 1) for k in range(10)])
+_COSINE = np.array([(-1.0) ** k / math.factorial(2 * k) for k in range(10)])
+
+
+@compiled()
+def _wave(raw, bits):
+    """Compute sine and cosine of a full turn / 2^bits times raw, from sums and products alone."""
+    eighth = (raw >> (bits - 3)) & 7
+    low = raw & ((1 << (bits - 3)) - 1)
+    if eighth & 1:
+        low = (1 << (bits - 3)) - low
+    x = low * (2 * math.pi / 2.0**bits)
+    square, s, c = x * x, 0.0, 0.0
+    for k in range(9, -1, -1):
+        s, c = s * square + _SINE[k], c * square + _COSINE[k]
+    s *= x
+    quarter = (eighth + 1) >> 1  # of a turn: the nearest
+    if eighth & 1:
+        s = -s
+    if quarter & 1:
+        s, c = c, -s
+    if quarter & 2:
+        s, c = -s, -c
+    return s, c
+
+
+@compiled(void(int64[::1], int64, float64, int32[:, ::1], int32[:, ::1]))
+def waves(raw, bits, unit, sines, cosines):
+    """Write sine and cosine of k raw / 2^bits turns, k = 1, 2, ..., in units of 1 / unit: (n, terms)."""
+    for i in range(raw.shape[0]):
+        s, c = _wave(raw[i], bits)
+        sk, ck = s, c
+        for k in range(sines.shape[1]):
+            sines[i, k], cosines[i, k] = int32(np.rint(unit * sk)), int32(np.rint(unit * ck))
+            sk, ck = sk * c + ck * s, ck * c - sk * s
+
+
+@compiled(void(int64[::1], int64, float64[::1], int32[:, ::1], int32[:, ::1], int64[::1]))
+def waves_less(raw, bits, units, sines, cosines, out):
+    """Write the sum over k of units[k] sin(k (raw - r)), given sin(k r) and cos(k r), to out (n,).
+
+    units: rounded after the sine or cosine of k raw / 2^bits turns is multiplied.
+    """
+    for i in range(raw.shape[0]):
+        s, c = _wave(raw[i], bits)
+        sk, ck, total = s, c, int64(0)
+        for k in range(sines.shape[1]):
+            total += int64(np.rint(units[k] * sk)) * int64(cosines[i, k])
+            total -= int64(np.rint(units[k] * ck)) * int64(sines[i, k])
+            sk, ck = sk * c + ck * s, ck * c - sk * s
+        out[i] = total

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
+from mpcache.runtime import loops
+
 _INT32 = 1 << 31
-_BLOCK = 1 << 17  # words that are widened at once, where no loops are compiled
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,11 @@ class Matrix:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.low.shape)
 
-    def rows(self, start: int, end: int) -> torch.Tensor:
-        """Return rows start..end as int64."""
-        low: torch.Tensor = self.low[start:end].long()
-        return low if self.high is None else (low & 0xFFFFFFFF) | (self.high[start:end].long() << 32)
-
 
 def narrow(x: Any, ring: int = 64) -> Matrix:
     """Hold x (k, n), int64, of which `ring` bits count: 4 bytes each if they fit, 6 up to a ring of 48."""
     if x.is_meta:
         return Matrix(x)
-    loops()  # compiled now, before a token waits for it
     low, high = (int(v) for v in x.aminmax()) if x.numel() else (0, 0)
     if low >= -_INT32 and high < _INT32:
         return Matrix(x.to(torch.int32).contiguous())
@@ -58,31 +53,34 @@ def matmul(x: torch.Tensor, y: torch.Tensor | Matrix) -> torch.Tensor:
         y = Matrix(y)
     if x.is_meta or y.low.is_meta:
         return torch.matmul(x, y.low)
-    left = x.reshape(-1, x.shape[-1]).contiguous()
+    left = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     if left.shape[1] != y.shape[0]:
         raise RuntimeError(f"a product of {tuple(x.shape)} with {y.shape}")
-    out = torch.zeros(left.shape[0], y.shape[1], dtype=torch.int64)
-    _add(left, y, out)
-    return out.reshape(*x.shape[:-1], y.shape[1])
-
-
-def _add(x: torch.Tensor, y: Matrix, out: torch.Tensor) -> None:
-    compiled = loops()
-    if compiled is None:
-        rows = max(1, _BLOCK // max(1, y.shape[1]))
-        for i in range(0, y.shape[0], rows):
-            out += torch.matmul(x[:, i : i + rows], y.rows(i, i + rows))
-    elif y.high is None:
-        compiled.add_product(x.numpy(), y.low.numpy(), out.numpy())
+    out = np.zeros((left.shape[0], y.shape[1]), np.int64)
+    if y.high is None:
+        loops.add_product(left.numpy(), y.low.numpy(), out)
     else:
-        compiled.add_joined_product(x.numpy(), y.low.numpy().view("u4"), y.high.numpy(), out.numpy())
+        loops.add_joined_product(left.numpy(), y.low.numpy().view(np.uint32), y.high.numpy(), out)
+    return torch.from_numpy(out).reshape(*x.shape[:-1], y.shape[1])
 
 
-@cache
-def loops() -> ModuleType | None:
-    """Return the compiled loops; None where numba is missing."""
-    try:
-        from mpcache.runtime import loops as compiled
-    except ImportError:
-        return None
-    return compiled
+def pack(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Take the low `width` bytes of each int64: (*s) -> (*s, width) uint8."""
+    out = np.empty((x.numel(), width), np.uint8)
+    loops.pack(x.reshape(-1).contiguous().numpy(), out)
+    return torch.from_numpy(out).reshape(*x.shape, width)
+
+
+def unpack(x: torch.Tensor) -> torch.Tensor:
+    """Put back what `pack` took, as numbers from 0 on: (*s, width) -> (*s)."""
+    out = np.empty(math.prod(x.shape[:-1]), np.int64)
+    loops.unpack(x.reshape(out.size, x.shape[-1]).contiguous().numpy(), out)
+    return torch.from_numpy(out).reshape(x.shape[:-1])
+
+
+def turned(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Return x[*, (by - v) mod size] at each v; x: (*s, size), a power of two; by: (*s)."""
+    flat = x.reshape(by.numel(), x.shape[-1]).contiguous()
+    out = torch.empty_like(flat)
+    loops.turn(flat.numpy(), by.reshape(-1).contiguous().numpy(), out.numpy())
+    return out.reshape(x.shape)

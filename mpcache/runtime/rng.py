@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from mpcache.errors import Reuse
 
 SEED_BYTES = 32
-_ZEROS = bytes(1 << 16)
 
 
 def fresh_seed() -> bytes:
@@ -117,8 +116,9 @@ class KeyStream:
 
     def read(self, n: int) -> bytearray:
         """Read the next n bytes."""
-        zeros = _ZEROS[:n] if n <= len(_ZEROS) else bytes(n)
-        return bytearray(self._aes.update(zeros))
+        stream = bytearray(n)
+        self._aes.update_into(stream, stream)  # of zeros
+        return stream
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Read uniform integers over the whole range of `dtype`."""

@@ -11,3 +11,22 @@ reads programs; `transport` moves frames; `model` reads weights. The processes a
 
 Read decode.py first, then ops.py, then protocols/linear.py. docs/architecture.md is the whole map.
 """
+
+from typing import TYPE_CHECKING, Any
+
+from mpcache.errors import BadInput, MpcacheError
+
+if TYPE_CHECKING:
+    from mpcache_parties.chat import Chat, Turn, connect
+    from mpcache_parties.chat import local_chat as local
+
+__all__ = ["BadInput", "Chat", "MpcacheError", "Turn", "connect", "local"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what talks with parties when it is asked for: it stands above everything else here."""
+    if name in __all__:
+        from mpcache_parties import chat
+
+        return getattr(chat, "local_chat" if name == "local" else name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ import torch
 from mpcache.engines.plain import PlainOps
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
+from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import BoundPolicy
 from mpcache.runtime.program import Program
 from mpcache.sampling import Sampling
@@ -74,17 +75,19 @@ def answer(
     limit: int,
     choose: Callable[[torch.Tensor], int],
     stops: Collection[int],
-    announce: Callable[[int, bool], None] = lambda step, more: None,
+    announce: Callable[[bool], None] = lambda more: None,
     known: Sequence[int] = (),
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
     """Yield token ids as they come: at most `limit`, and none after one of `stops`.
 
     Parameters
     ----------
     session
-        At the one who asks; it has taken in the context, and the chunks of an answer that goes on.
+        At the one who asks; it has taken in the context and the turns before this one, and the chunks of
+        an answer that goes on.
     question
-        Token ids.
+        Token ids. In a later turn the last token of the answer before is the first: it was not taken in.
     limit
         The most tokens to yield, those of an answer that goes on among them.
     choose
@@ -92,18 +95,20 @@ def answer(
     stops
         Token ids that end an answer; the one that does is yielded, too.
     announce
-        Called as announce(i, more) before decode step i (1, 2, ...), and once when there is none
-        although the limit would allow it.
+        Called as announce(more) before each chunk but the question, and once when there is none although
+        the limit would allow it; `session.place` is that chunk's.
     known
-        Tokens chosen before the session was interrupted. The session goes on after the chunks that it
-        has taken in; a token that is known is not chosen again.
+        Tokens of this answer chosen before the session was interrupted. The session goes on after the
+        chunks that it has taken in; a token that is known is not chosen again.
+    stopped
+        Asked before each chunk but the question whether the one who asks has heard enough.
 
     """
     ids = list(known)
-    for step in range(session.chunks, limit):
+    for step in range(session.place.step, limit):
         if step:
-            more = ids[step - 1] not in stops
-            announce(step, more)
+            more = ids[step - 1] not in stops and not stopped()
+            announce(more)
             if not more:
                 return
         chunk = [ids[step - 1]] if step else list(question)
@@ -114,14 +119,100 @@ def answer(
         yield ids[step]
 
 
+class AnswerText:
+    """The text of an answer whose tokens come one at a time, cut before the first of the texts that end it.
+
+    stopped: one of these has come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._stream, self._stops = tokenizer.stream(), tuple(stops)
+        self._settled, self._shown = "", 0
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """What was given out."""
+        return self._settled[: self._shown]
+
+    def push(self, token: int) -> str:
+        """Take a token; return the text that it settles, but what may begin a text that ends the answer."""
+        return self._give(self._stream.push(token), last=False)
+
+    def end(self) -> str:
+        """Return the text that was held back."""
+        return self._give(self._stream.end(), last=True)
+
+    def _give(self, more: str, last: bool) -> str:
+        if self.stopped:
+            return ""
+        self._settled += more
+        found = [at for stop in self._stops if (at := self._settled.find(stop, self._shown)) >= 0]
+        until = len(self._settled)
+        if found:
+            self.stopped, until = True, min(found)
+        elif not last:
+            until -= max((_overlap(self._settled, stop) for stop in self._stops), default=0)
+        given, self._shown = self._settled[self._shown : until], until
+        return given
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
 @dataclass
 class PlainAnswer:
     """The answer without privacy, and what it took. Units: ms."""
 
     ids: list[int] = field(default_factory=list)
+    text: str = ""
     prefill_ms: float = 0.0  # the pass over the context, and its eviction
     ms: dict[str, float] = field(default_factory=dict)  # by phase, as in TimedSession
     kernels: str = ""  # which ones it took
+
+
+class PlainConversation:
+    """The same program on plain tensors, turn by turn: same policy, same sampling.
+
+    result: the last answer, and what all of them took.
+    """
+
+    def __init__(
+        self, model: Model, policy: BoundPolicy, context: Sequence[int], device: str = "cpu"
+    ) -> None:
+        """Read the context (token ids) on a device. policy: as `mpcache.limits` binds it."""
+        kernels: Backend = backend(device)
+        self._session = session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
+        session.setup(model.weights)
+        start = time.perf_counter()
+        prefilled = prefill(model, context, device, window=policy.window)
+        session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
+        session.context(prefilled, kernels)
+        ms = 1000 * (time.perf_counter() - start)
+        self.result = PlainAnswer(prefill_ms=ms, ms=session.ms, kernels=kernels.name)
+        self._tokenizer = model.tokenizer
+
+    def ask(
+        self, question: Sequence[int], limit: int, sampling: Sampling, stops: Collection[int],
+        stop_texts: Sequence[str] = (),
+    ) -> Iterator[int]:  # fmt: skip
+        """Yield an answer's token ids, as `answer` does; `result` has them, and their text.
+
+        question: token ids; of a later turn, as `Framing.next_turn` returns them.  stop_texts: texts that end
+        the answer, which is cut before them.
+        """
+        self.result.ids, shown = [], AnswerText(self._tokenizer, stop_texts)
+        choose = sampling.chooser()
+        with torch.no_grad():
+            for token in answer(self._session, question, limit, choose, stops, stopped=lambda: shown.stopped):
+                self.result.ids.append(token)
+                shown.push(token)
+                yield token
+        shown.end()
+        self.result.text = shown.text
+        self._session.next_turn()
 
 
 def plain_answer(
@@ -133,36 +224,10 @@ def plain_answer(
     sampling: Sampling,
     stops: Collection[int],
     device: str = "cpu",
+    stop_texts: Sequence[str] = (),
 ) -> PlainAnswer:
-    """Run the same program on plain tensors: same policy, same sampling.
-
-    Parameters
-    ----------
-    model
-        With its weights.
-    policy
-        As `mpcache.limits.bind_policy` returns it.
-    context, question
-        Token ids.
-    limit
-        The most tokens of the answer.
-    sampling
-        How each is chosen.
-    stops
-        Token ids that end an answer.
-    device
-        Where the plain tensors are.
-
-    """
-    kernels: Backend = backend(device)
-    session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
-    session.setup(model.weights)
-    start = time.perf_counter()
-    prefilled = prefill(model, context, device, window=policy.window)
-    session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
-    session.context(prefilled, kernels)
-    result = PlainAnswer(prefill_ms=1000 * (time.perf_counter() - start), kernels=kernels.name)
-    with torch.no_grad():
-        result.ids = list(answer(session, question, limit, sampling.chooser(), stops))
-    result.ms = session.ms
-    return result
+    """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
+    conversation = PlainConversation(model, policy, context, device)
+    for _ in conversation.ask(question, limit, sampling, stops, stop_texts):
+        pass
+    return conversation.result

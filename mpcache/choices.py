@@ -22,3 +22,17 @@ class Reveal(StrEnum):
 
     LOGITS = "logits"
     TOKEN = "token"
+
+
+class ChatForm(StrEnum):
+    """What stands around document and questions: the model's chat template, if it has one, or nothing."""
+
+    TEMPLATE = "template"
+    RAW = "raw"
+
+
+class DocumentAs(StrEnum):
+    """Where a chat template finds the document: as its system message, or before the first question."""
+
+    SYSTEM = "system"
+    USER = "user"

@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from mpcache.answer import PlainAnswer, plain_answer
 from mpcache.audit.audit_command import audit
+from mpcache.check.check_command import check
+from mpcache.choices import ChatForm
 from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
 from mpcache.console import terminal
-from mpcache.console.inputs import check_stdin, read_question, read_text
+from mpcache.console.inputs import check_stdin, read_context, read_question
 from mpcache.console.options import (
     ConfigOption,
     ContextOption,
+    DocumentAsOption,
     JsonOption,
     ModelOption,
     NetworkOption,
@@ -30,24 +32,27 @@ from mpcache.console.options import (
     ProtocolOption,
     QuestionFileOption,
     QuestionOption,
+    RawOption,
     ResumeOption,
     RevealOption,
     SeedOption,
     StateOption,
     StopAtEosOption,
+    StopOption,
     TemperatureOption,
     TopPOption,
+    chat_overrides,
     public_overrides,
+    read_stops,
     version_option,
 )
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
-from mpcache.demo import DEMO_DOCUMENT
-from mpcache.errors import BadInput, LinkError, MpcacheError, told_as
+from mpcache.errors import BadInput, MpcacheError, told_as
 from mpcache.evaluate.eval_command import evaluate
 from mpcache.limits import bind_policy
-from mpcache.model import ModelShape, demo_model_dir, load_model, load_shape, load_tokenizer
-from mpcache.model.tokenizer import Tokenizer
+from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
+from mpcache.model.framing import Framing, make_framing
 from mpcache.policy import POLICIES, BoundPolicy
 from mpcache.policy.plan import written
 from mpcache.rank import Rank
@@ -55,7 +60,6 @@ from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache_parties.launch import run_parties
-from mpcache_parties.link_check import check_links, rank_in
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -70,37 +74,48 @@ STARTING = "starting the parties ..."
 
 @dataclass(frozen=True)
 class Inquiry:
-    """What is asked of whom. context, question: token ids."""
+    """What is asked of whom. context, question: token ids, with what frames the texts.
 
+    named: --model; None: the demo's.
+    """
+
+    named: str | None
     model: Path
-    context_text: str
+    context_text: str | None
     question_text: str
     shape: ModelShape
-    tokenizer: Tokenizer
+    framing: Framing
     context: list[int]
     question: list[int]
     sampling: Sampling
     stop_at_eos: bool
+    stop_texts: tuple[str, ...]
 
     @staticmethod
     def read(
-        model: Path | None,
+        model: str | None,
         context: Path | None,
         question: str | None,
         question_file: Path | None,
         sampling: Sampling,
         stop_at_eos: bool,
+        stop: Sequence[str] | None,
+        public: PublicConfig,
     ) -> Inquiry:
         """Read everything but the weights; raises BadInput before any process is started."""
         check_stdin(context, question_file)
         question_text = read_question(question, question_file)
-        folder, file = model or demo_model_dir(), context or DEMO_DOCUMENT
-        shape, tokenizer = load_shape(folder), load_tokenizer(folder)
-        most = shape.max_positions
-        text = read_text(file)  # once: it may be a pipe
-        document = tokenizer.encode_within(text, True, most, "the context")
-        asked = tokenizer.encode_within(question_text, False, most, "the question")
-        return Inquiry(folder, text, question_text, shape, tokenizer, document, asked, sampling, stop_at_eos)
+        path = demo_model_dir() if model is None else find_model(model)
+        shape, tokenizer = load_shape(path), load_tokenizer(path)
+        stops = read_stops(stop, stop_at_eos)
+        text = read_context(model, context)  # once: it may be a pipe
+        framing = make_framing(
+            tokenizer, shape, public.chat is ChatForm.RAW, public.document_as, text is not None
+        )
+        document, asked = framing.frame_document(text), framing.frame_turn(question_text, first=True)
+        return Inquiry(
+            model, path, text, question_text, shape, framing, document, asked, sampling, stop_at_eos, stops
+        )
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
@@ -116,30 +131,34 @@ class Inquiry:
         """Run three processes, and return their reports. every: flags that all of them get."""
         sampling = self.sampling
         flags = {
-            Rank.SERVER: ["--model", str(self.model)],
+            Rank.SERVER: [] if self.named is None else ["--model", str(self.model)],
             Rank.CLIENT: [
                 f"--temperature={sampling.temperature}",
                 f"--top-p={sampling.top_p}",
                 f"--seed={sampling.seed}",
                 "--stop-at-eos" if self.stop_at_eos else "--no-stop-at-eos",
+                *(f"--stop={text}" for text in self.stop_texts),
             ],
         }
         flags = {rank: [*flags.get(rank, ()), *every] for rank in Rank}
-        texts = {Rank.SERVER: self.context_text, Rank.CLIENT: self.question_text}
+        texts = {Rank.CLIENT: self.question_text}
+        if self.context_text is not None:
+            texts[Rank.SERVER] = self.context_text
         return run_parties(settings, flags, texts, say, on_token)
 
     def compared(self, public: PublicConfig, leakage: str, reports: dict[Rank, Any]) -> dict[str, Any]:
         """Answer in plaintext, too; return what both took, as `summary` does."""
         plain = self.plain(public)
-        return summary(public.policy, leakage, reports, plain, self.tokenizer.decode(plain.ids))
+        return summary(public.policy, leakage, reports, plain, plain.text)
 
     def plain(self, public: PublicConfig) -> PlainAnswer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        stops = self.shape.eos_ids if self.stop_at_eos else ()
+        stops = self.framing.end_tokens if self.stop_at_eos else ()
         limit, model = public.max_new_tokens, load_model(self.model)
         return plain_answer(
-            model, self.bind(public), self.context, self.question, limit, self.sampling, stops, device
-        )
+            model, self.bind(public), self.context, self.question, limit, self.sampling, stops, device,
+            self.stop_texts,
+        )  # fmt: skip
 
 
 @app.callback()
@@ -163,6 +182,9 @@ def generate(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     stop_at_eos: StopAtEosOption = True,
+    stop: StopOption = None,
+    raw: RawOption = False,
+    document_as: DocumentAsOption = None,
     state: StateOption = None,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
@@ -171,12 +193,13 @@ def generate(
 
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
-    settings = load_settings(config, public_overrides(policy, protocol, network, max_new_tokens, reveal))
+    overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as))
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
-    sampling = Sampling(temperature, top_p, seed)
-    inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos)
+    sampling, public = Sampling(temperature, top_p, seed), settings.public
+    inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos, stop, public)
     bound = inquiry.bind(settings.public)
     if not as_json:
         _entry("Question", inquiry.question_text + "\n")
@@ -225,14 +248,19 @@ def compare(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     stop_at_eos: StopAtEosOption = True,
+    stop: StopOption = None,
+    raw: RawOption = False,
+    document_as: DocumentAsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare private with plaintext, per policy and protocol: latency, rounds, bytes, agreement."""
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
     sampling = Sampling(temperature, top_p, seed)
-    inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos)
-    agreed = load_settings(config)  # once: it may be a pipe
+    agreed = load_settings(config, chat_overrides(raw, document_as))  # once: it may be a pipe
+    inquiry = Inquiry.read(
+        model, context, question, question_file, sampling, stop_at_eos, stop, agreed.public
+    )
     chosen = [
         with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal))
         for way in protocol or (None,)
@@ -287,38 +315,6 @@ def policies(as_json: JsonOption = False) -> None:
     )
 
 
-@app.command()
-def check(
-    config: ConfigOption = None,
-    identity: Annotated[
-        Path | None, typer.Option(help="Folder of a party's key and certificate: the links use TLS.")
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=0, max=2, help="Whose links are tried. [whose key is in --identity, or 1: client]"),
-    ] = None,
-    listen: Annotated[str | None, typer.Option(help="Server, dealer: HOST:PORT that it binds.")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, whatever the addresses.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Try every link and certificate of a config from this machine, before a run.
-
-    The parties that are dialled must run, or wait. No session begins, and none is disturbed.
-    """
-    settings = load_settings(config, {"addresses.bind": listen})
-    found = check_links(rank_in(identity, rank), settings, identity, insecure)
-    if as_json:
-        print(json.dumps({"checks": [asdict(each) for each in found]}))
-    else:
-        table = Table("", "where", "found", "")
-        for each in found:
-            word = {True: "ok", False: "[bold red]failed[/]", None: "not known here"}[each.ok]
-            table.add_row(each.what, escape(each.where), escape(each.found), word)
-        terminal.print_table(out, table)
-    if any(each.ok is False for each in found):
-        raise typer.Exit(LinkError.exit_code)
-
-
 def _entry(name: str, text: str) -> None:
     """Write a name in bold, and the (beginning of the) text that belongs to it."""
     out.print(f"[bold]{name:<11}[/]", end="")
@@ -332,6 +328,7 @@ def _write(text: str) -> None:
 
 
 app.command()(audit)
+app.command()(check)
 app.command("eval")(evaluate)
 
 

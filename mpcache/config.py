@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from mpcache.certificates import certificates_in
-from mpcache.choices import ProtocolName, Reveal
+from mpcache.choices import ChatForm, DocumentAs, ProtocolName, Reveal
 from mpcache.errors import ConfigError, PolicyError
 from mpcache.policy.grammar import NOTATION, parse_parts
 from mpcache.rank import Rank
@@ -70,8 +70,11 @@ class PublicConfig(_Section):
     # NAME[:key=value,...]. Plain `mpcache` is the paper's setting; the default selects by Quest's exact
     # bound in every layer, which keeps the demo model's recall at one more round (docs/quality.md).
     policy: Annotated[str, AfterValidator(_policy)] = "mpcache:score=bound,share=none"
-    max_new_tokens: int = Field(default=32, ge=1, le=100_000)
+    max_new_tokens: int = Field(default=32, ge=1, le=100_000)  # of one answer
+    conversation_tokens: int = Field(default=1024, ge=2, le=100_000)  # of all turns, questions and answers
     reveal: Annotated[Reveal, *_TEXT] = Reveal.LOGITS  # what the client learns of each step
+    chat: Annotated[ChatForm, *_TEXT] = ChatForm.TEMPLATE  # a model without a template is asked raw
+    document_as: Annotated[DocumentAs, *_TEXT] = DocumentAs.SYSTEM  # where a template finds the document
     fraction_bits: int = Field(default=16, ge=8, le=16)  # `fast` has its ranges, docs/ranges.md, at 16
     network: Annotated[str, AfterValidator(_network)] = "none"
     # What the server reads its document with, in plaintext; auto: Triton's where there is a GPU.
@@ -114,6 +117,7 @@ class Timeouts(_Section):
     connect_s: float = Field(default=60, gt=0, le=86_400)  # for all peers to come
     recv_s: float = Field(default=120, gt=0, le=86_400)  # longest silence of a peer that is waited for
     reconnect_s: float = Field(default=20, gt=0, le=86_400)  # for a broken connection to come back
+    idle_s: float = Field(default=1800, gt=0, le=604_800)  # longest pause between a conversation's turns
 
 
 class Certificates(_Section):

@@ -21,13 +21,33 @@ def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question:
     context, question: lengths in tokens. Raises BadInput or PolicyError.
     """
     _check_positions(shape, public, context, question)
+    bound = _bind(shape, public, context)
+    _check_attended(bound, public, question)
+    return bound
+
+
+def bind_conversation(shape: ModelShape, public: PublicConfig, context: int) -> tuple[BoundPolicy, int]:
+    """Check a conversation's limits; return its policy, and its room: the tokens that all its turns may take.
+
+    context: in tokens. The room is what was agreed, or less: what the model and the protocol hold.
+    Raises BadInput or PolicyError.
+    """
+    _check_positions(shape, public.model_copy(update={"max_new_tokens": 1}), context, 1)
+    bound = _bind(shape, public, context)
+    room = min(public.conversation_tokens, shape.max_positions - context)
+    if public.protocol != "stock":
+        room = min(room, LONGEST_ATTENDED - bound.plan.attended)
+    _check_attended(bound, public.model_copy(update={"max_new_tokens": 1}), 1)
+    return bound, room
+
+
+def _bind(shape: ModelShape, public: PublicConfig, context: int) -> BoundPolicy:
     policy = parse_policy(public.policy)
     if policy.plan_is_public and policy.leak == "count":
         raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
     check_protocol(public.protocol)
-    _check_attended(bound, public, question)
     return bound
 
 
@@ -60,17 +80,15 @@ def largest_score_held(policy: BoundPolicy, shape: ModelShape) -> float:
     return 8 / 7 * min(LARGEST_SCORE, LARGEST_RANK / policy.policy.heads_summed(shape))
 
 
-def check_document(
-    prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, question: int, new_tokens: int
-) -> None:
+def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, room: int) -> None:
     """Check at the document's owner, in the clear, what the protocols of `fast` hold of it.
 
-    prefilled: its scores exact from `largest_score_held` on.  question, new_tokens: lengths in tokens.
+    prefilled: its scores exact from `largest_score_held` on.  room: tokens that questions and answers take.
     Raises OutOfRange.
     """
     held = largest_score_held(policy, shape)
-    attended = policy.plan.attended + question + new_tokens
-    room = largest_value(attended)
+    attended = policy.plan.attended + room
+    most = largest_value(attended)
     for i, (score, v) in enumerate(zip(prefilled.largest_scores, prefilled.v, strict=True)):
         if not score < held:
             raise OutOfRange(
@@ -78,9 +96,9 @@ def check_document(
                 f"holds less than {held:.4g} with policy {policy.spec}: the answer would be wrong; "
                 "use another model or policy"
             )
-        if not (size := float(v.abs().max())) < room:
+        if not (size := float(v.abs().max())) < most:
             raise OutOfRange(
                 f"server: layer {i}: values of the document reach {size:.4g}; protocol fast holds "
-                f"less than {room:.4g} with {attended} attended tokens: the answer would be wrong; "
+                f"less than {most:.4g} with {attended} attended tokens: the answer would be wrong; "
                 "use another model"
             )

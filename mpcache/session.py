@@ -1,4 +1,4 @@
-"""One private session, phase by phase, for any reading: setup, context, question, decode.
+"""One private session, phase by phase, for any reading: setup, context, then turns of question and decode.
 
 The same `Session` runs plain (`PlainOps`), at the computing parties, at the dealer and in the cost
 reading; what differs is `ops` (the meaning of the operations), `party` (who answers), and which
@@ -17,6 +17,7 @@ from mpcache.decode import Layer, Operands, step
 from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
 from mpcache.ops import AnyEngine, Ops
+from mpcache.phases import ChunkPlace
 from mpcache.policy import BoundPolicy
 from mpcache.protocols.ranges import OPERAND_RINGS
 from mpcache.rank import Rank
@@ -94,6 +95,7 @@ class Session:
         self.ops, self.party, self.shape, self.policy, self.reveal = ops, party, shape, policy, reveal
         self.operands: Operands
         self.cache: Cache
+        self.place = ChunkPlace(1, 0)  # of the next chunk
         self._chunks = 0
 
     def _run(self, phase: str, program: Program[Any]) -> Any:
@@ -104,12 +106,21 @@ class Session:
 
     @property
     def chunks(self) -> int:
-        """How many chunks were taken in: the question, then one for each generated token but the last."""
+        """How many chunks were taken in, of all turns: of each its question, and its tokens but the last."""
         return self._chunks
 
-    def restore(self, operands: Operands, cache: Cache, chunks: int) -> None:
+    def restore(self, operands: Operands, cache: Cache, chunks: int, place: ChunkPlace) -> None:
         """Go on where another session of this reading stood. Masks yet to come are the party's own matter."""
-        self.operands, self.cache, self._chunks = operands, cache, chunks
+        self.operands = operands
+        self.rewind(cache, chunks, place)
+
+    def rewind(self, cache: Cache, chunks: int, place: ChunkPlace) -> None:
+        """Go back to a cache that this session had, and where it stood then."""
+        self.cache, self._chunks, self.place = cache, chunks, place
+
+    def next_turn(self) -> None:
+        """Let the next chunk be another question."""
+        self.place = ChunkPlace(self.place.turn + 1, 0)
 
     def setup(self, weights: Weights | None) -> None:
         self.operands = self._run("setup", load_operands(self.ops, self.shape, weights))
@@ -126,7 +137,8 @@ class Session:
         if tokens is not None:
             hot = torch.nn.functional.one_hot(torch.tensor(tokens), self.shape.vocab)
         one_hots = self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
-        phase = "question" if self._chunks == 0 else f"decode{self._chunks}"
+        phase = self.place.phase
+        self.place = ChunkPlace(self.place.turn, self.place.step + 1)
         self._chunks += 1
         learned: torch.Tensor | None = self._run(
             phase, step(self.ops, self.operands, self.cache, self.policy, one_hots, self.reveal)

@@ -21,11 +21,12 @@ from mpcache.audit.priced_rows import AuditGrid, price_rows, resolved
 from mpcache.audit.quality import points, read_quality
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
-from mpcache.console.options import JsonOption, PoliciesOption, RevealOption, read_reveal
+from mpcache.console.options import MODEL_FORMS, JsonOption, PoliciesOption, RevealOption, read_reveal
 from mpcache.cost.choose import CHOICES
-from mpcache.errors import BadInput, MpcacheError
-from mpcache.model import ModelShape, demo_model_dir, load_shape
+from mpcache.errors import BadInput, ModelError, MpcacheError
+from mpcache.model import ModelShape, demo_model_dir, find_model, load_shape
 from mpcache.model.shapes import NAMES, config_of
+from mpcache.model.sources import is_gguf
 from mpcache.transport.network import NO_NETWORK, parse_network
 
 CONTEXTS = (512, 1024, 2048, 4096)
@@ -34,7 +35,12 @@ MEASURED_TOKENS = 7  # answered in each run of --measure: six decode steps
 
 def audit(
     shape: Annotated[
-        str, typer.Option(help=f"demo, a model folder or config.json, or {', '.join(NAMES)}.")
+        str,
+        typer.Option(
+            "--shape",
+            "--model",
+            help=f"demo, a config.json, or {', '.join(NAMES)}. Or {MODEL_FORMS[0].lower()}{MODEL_FORMS[1:]}.",
+        ),
     ] = "demo",
     context: Annotated[
         str | None, typer.Option(help="Context lengths in tokens, as in 512,1024. [what the model allows]")
@@ -209,20 +215,22 @@ def shape_of(text: str) -> tuple[str, ModelShape]:
         return text, load_shape(demo_model_dir())
     if text in NAMES:
         return text, load_shape(config_of(text))
-    path = Path(text)
-    if not path.exists():
-        raise BadInput(f"--shape {text}: no such folder, nor one of demo, {', '.join(NAMES)}")
+    try:
+        path = find_model(text, weights=False)
+    except ModelError as error:
+        raise BadInput(f"{error}; or one of demo, {', '.join(NAMES)}") from None
     return path.name or text, load_shape(path)
 
 
 def _weights_of(given: str) -> Path:
-    """Find the model folder behind --shape, which the parties need. Raises BadInput."""
-    folder = demo_model_dir() if given == "demo" else Path(given)
-    if given in NAMES or not any(folder.glob("*.safetensors")):
-        raise BadInput(
-            f"--measure runs the parties, and --shape {given} has no weights; give demo or a model folder"
-        )
-    return folder
+    """Find the model behind --shape, which the parties need. Raises BadInput or ModelError."""
+    if given not in NAMES:
+        path = demo_model_dir() if given == "demo" else find_model(given)
+        if is_gguf(path) or any(path.glob("*.safetensors")):
+            return path
+    raise BadInput(
+        f"--measure runs the parties, and --shape {given} has no weights; give demo, or a model with weights"
+    )
 
 
 def _policies(given: list[str] | None, sweeps: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ from mpcache.errors import BadInput
 from mpcache.limits import bind_policy
 from mpcache.model import load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
+from mpcache.phases import is_decode
 from mpcache.rank import Rank
 from mpcache.report.account import Reports, p95
 from mpcache.report.units import whole
@@ -53,7 +54,7 @@ class Measured:
         server, client, dealer = (reports[rank] for rank in Rank)
         online = (server.per_token("sent") + client.per_token("sent")) / 2
         # The dealer may have dealt for steps that were not taken, so its own mean is another one.
-        taken = [dealer.phases[name] for name in client.phases if name.startswith("decode")]
+        taken = [dealer.phases[name] for name in client.phases if is_decode(name)]
         return Measured(
             [phase.ms for phase in client.steps()],
             client.phases["context"].ms + client.phases["question"].ms,

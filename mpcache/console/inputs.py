@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from mpcache.demo import DEMO
+from mpcache.demo import DEMO, DEMO_DOCUMENT
 from mpcache.errors import BadInput, TextError
 
 LARGEST_TEXT = 64 << 20  # bytes
@@ -35,6 +35,16 @@ def read_question(text: str | None, file: Path | None) -> str:
     if not text.strip():
         raise BadInput("the question is empty; give --question TEXT or --question-file FILE")
     return text
+
+
+def read_context(model: str | None, context: Path | None) -> str | None:
+    """Read the document; where none is given, the demo model's, or None beside a model of one's own.
+
+    Raises TextError.
+    """
+    if context is None and model is not None:
+        return None
+    return read_text(context or DEMO_DOCUMENT)
 
 
 def read_text(path: Path) -> str:

@@ -5,19 +5,24 @@ A command takes them as the types of its parameters: `network: NetworkOption = N
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mpcache.choices import Reveal
+from mpcache.choices import ChatForm, Reveal
 from mpcache.errors import BadInput
 from mpcache.transport.network import NETWORKS
 
-ModelOption = Annotated[Path | None, typer.Option("--model", help="A Hugging Face folder. [the demo model]")]
+MODEL_FORMS = "A Hugging Face folder, a .gguf file, or OWNER/NAME[@REVISION][:FILE.gguf] of the hub"
+ModelOption = Annotated[str | None, typer.Option("--model", help=f"{MODEL_FORMS}. [the demo model]")]
 ContextOption = Annotated[
-    Path | None, typer.Option(help="The server's document: a text file, or - for stdin. [the demo's]")
+    Path | None,
+    typer.Option(
+        help="The server's document: a text file, or - for stdin. [the demo model: its own; else none]"
+    ),
 ]
 QuestionOption = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
 QuestionFileOption = Annotated[
@@ -35,6 +40,18 @@ PoliciesOption = Annotated[
 ProtocolOption = Annotated[str | None, typer.Option(help="fast, fast-bits, auto or stock.")]
 NetworkOption = Annotated[str | None, typer.Option(help=f"{NETWORKS}: the links are slowed down to it.")]
 NewTokensOption = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
+RawOption = Annotated[
+    bool,
+    typer.Option("--raw", help="No chat template around document and question. [where the model has one]"),
+]
+DocumentAsOption = Annotated[
+    str | None,
+    typer.Option(help="The document is the model's system message, or the user's: system or user. [system]"),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End the answer before this text; may be given several times."),
+]
 RevealOption = Annotated[
     str | None, typer.Option(help="What the client learns of each step: logits, or the token alone. [logits]")
 ]
@@ -71,6 +88,20 @@ def version_option(program: str) -> Any:
             raise typer.Exit
 
     return typer.Option("--version", callback=show, is_eager=True, help="Print the version, and end.")
+
+
+def read_stops(stops: Sequence[str] | None, stop_at_eos: bool) -> tuple[str, ...]:
+    """Read what --stop was given. Raises BadInput."""
+    if stops and not stop_at_eos:
+        raise BadInput("--stop ends an answer early, --no-stop-at-eos never does; give one of them")
+    if stops and not all(stops):
+        raise BadInput("--stop is empty; give the text that ends an answer")
+    return tuple(stops or ())
+
+
+def chat_overrides(raw: bool, document_as: str | None) -> dict[str, Any]:
+    """Return what these options override in the config's public section."""
+    return {"public.chat": ChatForm.RAW if raw else None, "public.document_as": document_as}
 
 
 def public_overrides(

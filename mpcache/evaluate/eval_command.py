@@ -76,7 +76,10 @@ def evaluate(
     specs = list(dict.fromkeys(policy or [*POLICIES, PublicConfig().policy]))
     if plot_file is not None:
         check_plot(plot_file)
-    engine = EvalModel(load_model(model or demo_model_dir()), "cuda" if torch.cuda.is_available() else "cpu")
+    engine = EvalModel(
+        load_model(demo_model_dir() if model is None else model),
+        "cuda" if torch.cuda.is_available() else "cpu",
+    )
     grid = EvalGrid(
         tuple(tasks),
         tuple(questions),
@@ -114,7 +117,7 @@ def _show(
         terminal.say("note: ended early; these rows stand on what was done until then")
     if as_json:
         result: dict[str, Any] = {
-            "model": "demo" if engine.model.folder == demo_model_dir() else engine.model.folder.name,
+            "model": "demo" if engine.model.path == demo_model_dir() else engine.model.path.name,
             "model_digest": engine.model.digest,
             "context_tokens": grid.context,
             "samples": grid.samples,

@@ -79,7 +79,7 @@ def _answer(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, n
     plain = plain_answer(
         engine.model, bound, tokens.context, question, len(answer), Sampling(), (), engine.device
     )
-    reports = run_quietly(public, engine.model.folder, sample.context, turn.question)
+    reports = run_quietly(public, engine.model.path, sample.context, turn.question)
     ids = reports[Rank.CLIENT].token_ids
     cell.scores.append(Score(turn.part, int(ids == answer), 1, 0.0, 0))
     cell.agreed.append(ids == plain.ids)

@@ -55,8 +55,8 @@ def check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
 
 
 def shorten(value: object) -> str:
-    """Return the value's repr, cut to 60 characters."""
-    text = repr(value)
+    """Return the value's repr as one line, cut to 60 characters."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 

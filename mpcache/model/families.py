@@ -40,7 +40,7 @@ class ConfigValues:
     def need(self, key: str) -> Any:
         """Return the value as it is; it must be there."""
         if self.values.get(key) is None:
-            raise ModelError(f"{self.source}: {key} is missing; use the config.json that came with the model")
+            raise ModelError(f"{self.source}: {key} is missing; use the file that came with the model")
         return self.values[key]
 
     def whole(self, key: str, default: int | None = None) -> int:
@@ -123,12 +123,23 @@ class Family:
     norms: tuple[str, str, str]  # before attention, before the MLP, last
     linears: Mapping[str, StoredLinear]  # q k v o gate up down
     positions: str = ""
+    head: str = "lm_head"
+    pairs: bool = False  # q and k are stored with the two dimensions that turn together side by side
 
 
 def family_of(values: ConfigValues) -> Family:
-    """Find the family of a config.json. Raises ModelError when it is not in FAMILIES."""
-    names = values.need("architectures")
+    """Find the family of a config.json: by `architectures`, or where it has none by `model_type`.
+
+    Raises ModelError when it is not in FAMILIES.
+    """
     known = ", ".join(FAMILIES)
+    names = values.get("architectures") or [
+        name for name, each in FAMILIES.items() if each.model_type == values.get("model_type")
+    ]
+    if not names:
+        kind = values.get("model_type")
+        what = "is missing" if kind is None else f"is missing, and model_type {shorten(kind)} not supported"
+        raise ModelError(f"{values.source}: architectures {what}; supported: {known}")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ModelError(f"{values.source}: architectures must be one name in a list; supported: {known}")
     if names[0] not in FAMILIES:

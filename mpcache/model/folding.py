@@ -13,24 +13,25 @@ here, in plaintext, by the party that owns them:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mpcache.model.families import Family
 from mpcache.model.shape import ModelShape
-from mpcache.model.tensor_files import TensorFiles
+from mpcache.model.tensor_files import Tensors
 from mpcache.model.weights import LayerWeights, Weights
 
 _Pair = tuple[Tensor, Tensor | None]  # a matrix and its bias, or a norm's gain and its bias
 
 
-def read_folded(tensors: TensorFiles, family: Family, shape: ModelShape, tied: bool) -> Weights:
+def read_folded(tensors: Tensors, family: Family, shape: ModelShape, tied: bool) -> Weights:
     """Read all weights of a checkpoint and fold them. Raises ModelError.
 
     tied: head and embedding are one matrix, if no more than one is stored; two that are stored stay two.
     A checkpoint's digest depends on the order of the reads.
     """
     reader = _FoldingReader(tensors, family, shape)
-    embedding, output = f"{family.embed}.weight", "lm_head.weight"
+    embedding, output = f"{family.embed}.weight", f"{family.head}.weight"
     if tied and embedding not in tensors and output in tensors:
         embedding = output
     embed = tensors.read(embedding, shape.vocab, shape.width)
@@ -51,7 +52,7 @@ def read_folded(tensors: TensorFiles, family: Family, shape: ModelShape, tied: b
 
 
 class _FoldingReader:
-    def __init__(self, tensors: TensorFiles, family: Family, shape: ModelShape) -> None:
+    def __init__(self, tensors: Tensors, family: Family, shape: ModelShape) -> None:
         self._tensors, self._family, self._shape = tensors, family, shape
         self._layer_norm = shape.norm == "layer"
 
@@ -100,8 +101,15 @@ class _FoldingReader:
         else:
             w = self._tensors.read(f"{name}.weight", total, inputs).T
         b = self._tensors.read(f"{name}.bias", total) if bias else None
-        mine = slice(place.index * outputs, (place.index + 1) * outputs)
+        mine: slice | Tensor = slice(place.index * outputs, (place.index + 1) * outputs)
+        if self._family.pairs and key in "qk":
+            mine = _halves_of_pairs(outputs, self._shape.head_dim)
         return w[:, mine].contiguous(), None if b is None else b[mine].contiguous()
+
+
+def _halves_of_pairs(outputs: int, head_dim: int) -> Tensor:
+    """Return where each output stands: dimensions 2i and 2i + 1 of a head become i and i + head_dim/2."""
+    return torch.arange(outputs).view(-1, head_dim // 2, 2).transpose(1, 2).flatten()
 
 
 def _fold(read: _Pair, gains: _Pair) -> _Pair:

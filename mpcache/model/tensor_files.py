@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,26 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelError(f"{file}: holds a JSON {type(data).__name__}, not an object")
     return data
+
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint by name."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor `name`."""
+
+    def read(self, name: str, *size: int) -> Tensor:
+        """Read the tensor `name` of exactly this size, as float32. Raises ModelError."""
+
+    def check_all_read(self) -> None:
+        """Raise ModelError where a tensor is left that changes what the model computes."""
+
+
+def finite(tensor: Tensor, where: Path, name: str) -> Tensor:
+    """Return the tensor. Raises ModelError on a value that is not finite."""
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"{where}: tensor {name} holds NaN or infinity; the file is damaged")
+    return tensor
 
 
 class TensorFiles:
@@ -85,10 +105,10 @@ class TensorFiles:
             )
         self._digest(f"{name} {found} {tensor.dtype}\n".encode())
         self._digest(tensor.contiguous().view(torch.uint8).numpy())
-        result = tensor.to(torch.float32)
-        if not torch.isfinite(result).all():
-            raise ModelError(f"{self._folder}: tensor {stored} holds NaN or infinity; the file is damaged")
-        return result
+        return finite(tensor.to(torch.float32), self._folder, stored)
+
+    def check_all_read(self) -> None:
+        """Pass over what is left: folders carry masks and buffers along."""
 
 
 def _files(folder: Path) -> list[Path]:

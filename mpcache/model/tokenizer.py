@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 
 from mpcache.errors import BadInput, ModelError, MpcacheError
+from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.checks import read_small_file
 
 _TRIED = 16  # characters for each token that fits: where a text has more, its beginning is counted first
@@ -23,7 +26,7 @@ class LibraryError(Exception):
 
 
 @contextmanager
-def _library() -> Iterator[None]:
+def in_library() -> Iterator[None]:
     """Raise LibraryError for what the library raises.
 
     Its own errors are bare Exceptions; a panic of its Rust code is not even that.
@@ -56,25 +59,35 @@ def _quiet() -> Iterator[None]:
 
 def parse_tokenizer(content: bytes) -> tokenizers.Tokenizer:
     """Parse the bytes of a tokenizer.json. Raises LibraryError."""
-    with _library(), _quiet():
+    with in_library(), _quiet():
         return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
 
 
 class Tokenizer:
-    """A model's tokenizer.json.
+    """A model's tokenizer.
 
     vocab: rows of the model's embedding; bos_id: its beginning-of-sequence token, or None;
-    digest: sha256, in hex, of the file; parties compare it, since ids mean nothing without it.
+    content: the bytes of its tokenizer.json, which is public;
+    chat_template: what frames a conversation, if the model came with one.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, vocab: int, bos_id: int | None, digest: str = "") -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        vocab: int,
+        bos_id: int | None,
+        content: bytes = b"",
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
         inner.no_truncation()  # a file may ask for both; a context is never cut or padded unseen
         inner.no_padding()
         self._inner = inner
-        self.vocab, self.bos_id, self.digest = vocab, bos_id, digest
+        self.vocab, self.bos_id, self.content, self.chat_template = vocab, bos_id, content, chat_template
 
     @staticmethod
-    def load(folder: Path | str, vocab: int, bos_id: int | None) -> Tokenizer:
+    def load(
+        folder: Path | str, vocab: int, bos_id: int | None, chat_template: ChatTemplate | None = None
+    ) -> Tokenizer:
         """Read `folder`/tokenizer.json. Raises ModelError."""
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
@@ -84,7 +97,16 @@ class Tokenizer:
             inner = parse_tokenizer(content)
         except (OSError, ValueError, LibraryError) as error:
             raise ModelError(f"{file}: cannot be read as a tokenizer: {error}") from error
-        return Tokenizer(inner, vocab, bos_id, hashlib.sha256(content).hexdigest())
+        return Tokenizer(inner, vocab, bos_id, content, chat_template)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256, in hex, of its content; parties compare it, since ids mean nothing without it."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def token(self, token_id: int | None) -> str | None:
+        """Return how a token is spelled, as a chat template names it; None for none."""
+        return None if token_id is None else self._inner.id_to_token(token_id)
 
     @property
     def adds_bos(self) -> bool:
@@ -96,6 +118,38 @@ class Tokenizer:
         encoded = self._inner.encode("a")
         added = encoded.special_tokens_mask
         return list(encoded.ids[: added.index(0) if 0 in added else len(added)])
+
+    @property
+    def added(self) -> dict[str, tuple[int, bool]]:
+        """The tokens that are found in a text as they are spelled: their ids, and whether each is special."""
+        found = self._inner.get_added_tokens_decoder()
+        return {token.content: (number, token.special) for number, token in found.items()}
+
+    def respelled(self, names: Mapping[str, str]) -> Tokenizer:
+        """Return this tokenizer with other spellings for some of its added tokens, under the same ids.
+
+        What spelled them before is then text like any other, which nothing joins to one of these tokens.
+        Raises ModelError.
+        """
+        try:
+            with in_library(), _quiet():
+                tree = json.loads(self._inner.to_str())
+                for token in tree["added_tokens"]:
+                    token["content"] = names.get(token["content"], token["content"])
+                model = tree["model"]
+                if isinstance(words := model["vocab"], dict):
+                    model["vocab"] = {names.get(word, word): number for word, number in words.items()}
+                else:
+                    model["vocab"] = [[names.get(word, word), score] for word, score in words]
+                if "merges" in model:
+                    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+                    model["merges"] = [p for p in pairs if not {*p, "".join(p)} & names.keys()]
+                if model.get("unk_token") in names:
+                    model["unk_token"] = names[model["unk_token"]]
+                inner = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": None}))
+        except (LibraryError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"the tokenizer's special tokens cannot be told from text: {error}") from error
+        return Tokenizer(inner, self.vocab, self.bos_id, self.content)
 
     def encode_within(self, text: str, bos: bool, most: int, what: str) -> list[int]:
         """Encode a text of at most `most` tokens. Raises BadInput, which names it `what`; see `encode`.
@@ -119,18 +173,25 @@ class Tokenizer:
         There is exactly one BOS: a text that begins with its spelling gets no second. Raises ModelError
         for a token that the model has no embedding for, or a text that is not Unicode.
         """
+        ids = self._encoded(text).ids
+        first = self._begins() if bos else []
+        return ids if ids[: len(first)] == first else first + ids
+
+    def count_within(self, text: str, end: int) -> int:
+        """Return how many of a text's tokens hold nothing but some of its first `end` characters."""
+        return sum(until <= end for _, until in self._encoded(text).offsets)
+
+    def _encoded(self, text: str) -> tokenizers.Encoding:
         try:
-            with _library():  # lone surrogates, and whatever else it cannot take
-                ids = self._inner.encode(text, add_special_tokens=False).ids
-                first = self._begins() if bos else []
+            with in_library():  # lone surrogates, and whatever else it cannot take
+                found = self._inner.encode(text, add_special_tokens=False)
         except LibraryError as error:
             raise ModelError(f"the text cannot be tokenized: {error}") from error
-        if ids[: len(first)] != first:
-            ids = first + ids
+        ids = found.ids
         if ids and max(ids) >= self.vocab:
             limit = f"beyond the model's {self.vocab} tokens"
             raise ModelError(f"the text holds token {max(ids)}, {limit}; use the model's own tokenizer.json")
-        return ids
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode `ids` to text, special tokens left out; bytes that are no UTF-8 become U+FFFD.
@@ -138,7 +199,7 @@ class Tokenizer:
         Raises ModelError.
         """
         try:
-            with _library():
+            with in_library():
                 return self._inner.decode(list(ids), skip_special_tokens=True)
         except LibraryError as error:
             raise ModelError(f"the answer's tokens cannot be decoded: {error}") from error

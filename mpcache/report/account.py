@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from mpcache.answer import PlainAnswer
 from mpcache.ledger import Entry
+from mpcache.phases import is_decode
 from mpcache.rank import Rank
 from mpcache.report.units import whole
 
@@ -31,6 +33,38 @@ class Phase:
     offline_received: int = 0
 
 
+class Finish(StrEnum):
+    """What an answer ended with."""
+
+    STOP = "stop"  # its end token
+    LENGTH = "length"  # as many tokens as were asked for
+    STOPPED = "stopped"  # the one who asked had heard enough
+
+
+@dataclass(frozen=True)
+class TurnReport:
+    """The client's account of one turn. Units: ms, rounds, bytes.
+
+    question_tokens: that were taken in, with what stands around the text.  room: tokens that the session may
+    still take.  ms: from the question to the last token.  sent, received: to and from the server.
+    offline_sent, offline_received: to and from the dealer.
+    """
+
+    number: int
+    text: str
+    token_ids: list[int]
+    finish: Finish
+    question_tokens: int
+    room: int
+    ms: float
+    first_token_ms: float
+    rounds: int
+    sent: int
+    received: int
+    offline_sent: int
+    offline_received: int
+
+
 @dataclass
 class Report:
     """One party's account of a session. Phases: setup, context, question, decode1, decode2, ..."""
@@ -50,17 +84,20 @@ class Report:
     checkpoint_bytes: list[int] = field(default_factory=list)  # and its size on disk
     token_ids: list[int] = field(default_factory=list)  # client
     text: str = ""  # client
+    turns: list[TurnReport] = field(default_factory=list)  # client, of a conversation
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Report:
-        return Report(**{**data, "phases": {name: Phase(**p) for name, p in data["phases"].items()}})
+        phases = {name: Phase(**phase) for name, phase in data["phases"].items()}
+        turns = [TurnReport(**turn) for turn in data.get("turns", ())]
+        return Report(**{**data, "phases": phases, "turns": turns})
 
     def steps(self) -> list[Phase]:
         """Return the decode steps; the question's when it was answered by one token."""
-        found = [phase for name, phase in self.phases.items() if name.startswith("decode")]
+        found = [phase for name, phase in self.phases.items() if is_decode(name)]
         return found or [self.phases["question"]]
 
     def per_token(self, amount: str) -> float:
@@ -87,14 +124,14 @@ def summary(
     Units: ms, bytes, rounds; `_per_token` is the mean over decode steps.
     """
     server, client, dealer = (reports[rank] for rank in Rank)
-    plain_ms = [ms for name, ms in plain.ms.items() if name.startswith("decode")] or [plain.ms["question"]]
+    plain_ms = [ms for name, ms in plain.ms.items() if is_decode(name)] or [plain.ms["question"]]
     private_ms = [phase.ms for phase in client.steps()]
 
     def sent(name: str) -> int:
         ends = (report.phases[name] for report in (server, client))
         return sum(end.sent for end in ends) + dealer.phases[name].offline_sent
 
-    used = [name for name in client.phases if name.startswith("decode")] or ["question"]
+    used = [name for name in client.phases if is_decode(name)] or ["question"]
     offline = statistics.fmean(dealer.phases[name].offline_sent for name in used)
     return {
         "text": client.text,

@@ -77,7 +77,7 @@ class ComputingParty(Party):
     """Rank 0 or 1: real shares over a link to the peer, corrections from the dealer.
 
     session: its name, which all three know.  seed: shared with the dealer.
-    pair_seeds: `prev` and `next`, shared with the peer.
+    pair_seeds: `prev` and `next`, shared with the peer.  on_step: told the name of each round's step.
     """
 
     def __init__(
@@ -90,8 +90,10 @@ class ComputingParty(Party):
         pair_seeds: dict[str, bytes],
         own_seed: bytes,
         ledger: Ledger,
+        on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
         self.rank, self.ledger = rank, ledger
+        self._on_step = on_step
         self._peer, self._dealer, self._session = peer, dealer, session
         self._tapes = Tapes(seed)
         self._crypten_seeds = {**pair_seeds, "local": own_seed}
@@ -105,6 +107,7 @@ class ComputingParty(Party):
         self._streams = {k: KeyStream(s, f"crypten/{phase}") for k, s in self._crypten_seeds.items()}
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
+        self._on_step(step)
         mine = [i for i in items if sends(i, self.rank)]
         theirs = [i for i in items if sends(i, self.rank.peer)]
         received = self._peer.swap(

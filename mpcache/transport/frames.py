@@ -196,7 +196,7 @@ class FrameLink(Link):
         labels: Sequence[str] | None,
         coming: IncomingMessage | None,
     ) -> None:
-        self._check_alive(step)
+        self.check_alive(step)
         for data in split_message(self._sent, step, tensors):
             self.before_frame()
             if not self.sent.fits(len(data)):
@@ -228,7 +228,7 @@ class FrameLink(Link):
                 continue
             limit = time.monotonic() + self.timeout_s
             while not self.sent.wait(size, LOOK_EVERY_S):
-                self._check_alive(step)
+                self.check_alive(step)
                 self.before_frame()
                 if self.peer_left:
                     raise self._left(step)
@@ -240,7 +240,7 @@ class FrameLink(Link):
         self._wants_room = False
 
     def send_facts(self, step: str, facts: Mapping[str, object]) -> None:
-        self._check_alive(step)
+        self.check_alive(step)
         text = json.dumps(dict(facts), sort_keys=True, separators=(",", ":"), allow_nan=False)
         size = len(text.encode())
         if size > FACTS_BYTES:
@@ -251,8 +251,17 @@ class FrameLink(Link):
         self._sent += 1
         self._book("sent", step, [size], None)
 
-    def recv_facts(self, step: str) -> dict[str, Any]:
-        message = self._next(FrameKind.FACTS, step).facts
+    def recv_facts(self, step: str, patience: float | None = None) -> dict[str, Any]:
+        return self._facts_of(self._next(FrameKind.FACTS, step, patience=patience).facts, step)
+
+    def skip_to_facts(self, step: str) -> dict[str, Any]:
+        while (frame := self._next(FrameKind.FACTS, step, skip=True)).WhichOneof("kind") != FrameKind.FACTS:
+            pass
+        self._received = max(self._received, frame.facts.sequence)  # of what was dropped, any number
+        return self._facts_of(frame.facts, step)
+
+    def _facts_of(self, message: Any, step: str) -> dict[str, Any]:
+        """Return what a message holds that should be these facts. Raises Desync."""
         self._check_order(step, message.step, message.sequence)
         size = len(message.json.encode())
         if size > FACTS_BYTES:
@@ -272,7 +281,7 @@ class FrameLink(Link):
     def poll_facts(self, step: str) -> dict[str, Any] | None:
         item: Arrived = _LOOK
         while item is _LOOK:
-            self._check_alive(step)
+            self.check_alive(step)
             try:
                 item = self._from_inbox(0.0)
             except Empty:
@@ -295,7 +304,7 @@ class FrameLink(Link):
             self._post(pb.Frame(bye=pb.Bye()).SerializeToString())
 
     def send_hello(self, hello: Hello) -> None:
-        self._check_alive("hello")
+        self.check_alive("hello")
         self._send_frame(
             pb.Frame(
                 hello=pb.Hello(
@@ -317,19 +326,23 @@ class FrameLink(Link):
         self.ledger.wire_bytes += len(data)
         self._post(data)
 
-    def _next(self, kind: FrameKind, step: str, or_look: bool = False) -> Any:
-        """Return the peer's next frame, of this kind; with `or_look` None if there may be room to send."""
-        self._check_alive(step)
+    def _next(
+        self, kind: FrameKind, step: str, or_look: bool = False, skip: bool = False,
+        patience: float | None = None,
+    ) -> Any:  # fmt: skip
+        """Return the peer's next frame, of this kind or, with `skip`, of tensors.
+
+        With `or_look` it is None if there may be room to send. patience: as in `recv_facts`.
+        """
+        self.check_alive(step)
+        wait_s = self.timeout_s if patience is None else patience
         item: Arrived = _LOOK
         while item is _LOOK:
             try:
-                item = self._from_inbox(self.timeout_s)
+                item = self._from_inbox(wait_s)
             except Empty:
-                raise PeerTimeout(
-                    f"{self.me.label} at {step}: no word from {self.peer.label} for {self.timeout_s:g} s; "
-                    "it is stuck, or slow: then raise timeouts.recv_s"
-                ) from None
-            self._check_alive(step)
+                raise self._silent(step, wait_s, patience is None) from None
+            self.check_alive(step)
             if or_look and item is _LOOK:
                 return None
         if item is None:
@@ -341,10 +354,17 @@ class FrameLink(Link):
         self.ledger.wire_bytes += size
         self._took_one(size)
         found = frame.WhichOneof("kind")
-        if found != kind:
+        if found != kind and not (skip and found == FrameKind.TENSORS):
             where = frame.tensors.step or frame.facts.step or "its start"
             raise self._desync(f"{found} at {where}", f"{kind} at {step}")
         return frame
+
+    def _silent(self, step: str, seconds: float, working: bool) -> PeerTimeout:
+        """Return the error for a peer that says nothing. working: it should have, else it was waited for."""
+        who = f"{self.me.label} at {step}: no word from {self.peer.label} for {seconds:g} s"
+        if not working:
+            return PeerTimeout(f"{who}, which is as long as timeouts.idle_s lets a session wait")
+        return PeerTimeout(f"{who}; it is stuck, or slow: then raise timeouts.recv_s")
 
     def _from_inbox(self, wait_s: float) -> Arrived:
         """Return what came first. Raises Empty if nothing comes within `wait_s`."""
@@ -366,7 +386,7 @@ class FrameLink(Link):
         """Wait for a time of the shaper's clock, with an eye on the link."""
         while due and (left := due - time.monotonic()) > 0:
             time.sleep(min(left, LOOK_EVERY_S))
-            self._check_alive(step)
+            self.check_alive(step)
 
     def _take(self, coming: IncomingMessage, frame: pb.Frame) -> None:
         """Check one frame against the message that is expected, and take what it holds."""
@@ -385,7 +405,7 @@ class FrameLink(Link):
             )
         coming.add(data)
 
-    def _check_alive(self, step: str) -> None:
+    def check_alive(self, step: str) -> None:
         if self._failure is not None:
             raise type(self._failure)(f"{self.me.label} at {step}: {self._failure}")
 

@@ -99,8 +99,19 @@ class Link(ABC):
         """Queue a small JSON object of public facts (at most 64 KiB). Books bytes, no round."""
 
     @abstractmethod
-    def recv_facts(self, step: str) -> dict[str, Any]:
-        """Wait for the peer's facts. Books bytes, no round. Raises as `recv` does."""
+    def recv_facts(self, step: str, patience: float | None = None) -> dict[str, Any]:
+        """Wait for the peer's facts. Books bytes, no round. Raises as `recv` does.
+
+        patience: seconds of silence that are borne, where they are other than the link's own.
+        """
+
+    @abstractmethod
+    def skip_to_facts(self, step: str) -> dict[str, Any]:
+        """Wait for the peer's facts, and drop all messages before them, one in its middle too."""
+
+    @abstractmethod
+    def check_alive(self, step: str) -> None:
+        """Raise what the link has failed with, if it has."""
 
     @abstractmethod
     def poll_facts(self, step: str) -> dict[str, Any] | None:

@@ -1,9 +1,9 @@
 """Say what is legal when: the states of a session, and the order in which a peer goes through them.
 
-    HELLO -> SETUP -> CONTEXT -> QUESTION -> DECODE -> CLOSE
+    HELLO -> SETUP -> CONTEXT -> QUESTION -> DECODE -> QUESTION -> DECODE ... -> CLOSE
 
-A step's first word names its state; decode steps are counted. A peer may be ahead of this party (the
-dealer is), so a message is judged twice: here as it arrives, by its kind, its size and what the same
+A step's first word names its state; turns and decode steps are counted. A peer may be ahead of this party
+(the dealer is), so a message is judged twice: here as it arrives, by its kind, its size and what the same
 peer sent before; and by the program that takes it, which knows the exact step, dtypes and shapes.
 """
 
@@ -12,6 +12,9 @@ from __future__ import annotations
 import re
 from enum import IntEnum, StrEnum
 from functools import lru_cache
+from typing import NamedTuple
+
+from mpcache.phases import ChunkPlace
 
 AGREED = "facts/agreed"  # the last step before anything secret moves: what each makes of the public facts
 
@@ -32,7 +35,7 @@ MESSAGES = frozenset({FrameKind.TENSORS, FrameKind.FACTS})
 
 
 class State(IntEnum):
-    """Where a session is. A peer moves forward only."""
+    """Where a session is. A peer moves forward only; a turn's QUESTION comes after the DECODE before it."""
 
     HELLO = 0
     SETUP = 1  # seeds, facts, masked weights
@@ -56,30 +59,43 @@ _WORDS = {
     "facts": State.SETUP,
     "setup": State.SETUP,
     "context": State.CONTEXT,
-    "question": State.QUESTION,
 }
 
-Place = tuple[State, int]  # and the number of the decode step, else 0
+
+class Place(NamedTuple):
+    """How far a peer is. turn: 0 before the first; step: of DECODE, else 0."""
+
+    turn: int
+    state: State
+    step: int = 0
+
+
+_END = Place(1 << 30, State.CLOSE)
 
 
 @lru_cache(maxsize=4096)
 def place_of(step: str) -> Place | None:
     """Return where a step belongs; None: nowhere.
 
-    `more/decode3` and `decode3/layer0/qkv` belong to decode step 3.
+    `more/decode3` and `decode3/layer0/qkv` belong to decode step 3, `turn/2` to the second turn's question.
     """
     first, _, rest = step.partition("/")
     if first in _WORDS:
-        return _WORDS[first], 0
-    found = re.fullmatch(r"decode([1-9][0-9]{0,8})", rest if first == "more" else first, re.ASCII)
-    return (State.DECODE, int(found[1])) if found else None
+        return Place(0, _WORDS[first])
+    if first == "turn":
+        number = re.fullmatch(r"[1-9][0-9]{0,5}", rest, re.ASCII)
+        return Place(int(number[0]), State.QUESTION) if number else None
+    chunk = ChunkPlace.of(rest if first == "more" else first)
+    if chunk is None:
+        return None
+    return Place(chunk.turn, State.DECODE if chunk.step else State.QUESTION, chunk.step)
 
 
 class Order:
     """What one peer may still send. `place` is where it is, as far as its messages tell."""
 
     def __init__(self) -> None:
-        self.place: Place = (State.HELLO, 0)
+        self.place = Place(0, State.HELLO)
         self._greeted = False
 
     def complaint(self, kind: FrameKind, step: str) -> str | None:
@@ -90,13 +106,13 @@ class Order:
         now = self.place
         place: Place = now
         if kind is FrameKind.HELLO:
-            place = (State.HELLO, 0)
+            place = Place(0, State.HELLO)
         elif kind is FrameKind.BYE:
-            place = (State.CLOSE, 0)
+            place = _END
         elif kind in MESSAGES:
             # A step that has no state of its own belongs to the one that the peer is in.
-            place = place_of(step) or max(now, (State.SETUP, 0))
-        if kind not in LEGAL[place[0]] or place < now or (kind is FrameKind.HELLO and self._greeted):
+            place = place_of(step) or max(now, Place(0, State.SETUP))
+        if kind not in LEGAL[place.state] or place < now or (kind is FrameKind.HELLO and self._greeted):
             at = f" at {step}" if step else ""
             return f"{kind}{at} in state {_name(now)}"
         self._greeted = True
@@ -105,5 +121,5 @@ class Order:
 
 
 def _name(place: Place) -> str:
-    state, number = place
-    return f"{state.name} {number}" if number else state.name
+    turn = f" of turn {place.turn}" if 1 < place.turn < _END.turn else ""
+    return place.state.name + (f" {place.step}" if place.step else "") + turn

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from mpcache.answer import bind_to_document
+from mpcache.choices import ChatForm, DocumentAs
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
 from mpcache.errors import Desync, ModelError, PolicyError
-from mpcache.limits import bind_policy
+from mpcache.limits import bind_conversation, bind_policy
+from mpcache.model.chat_template import ChatTemplate
+from mpcache.model.framing import Framing, make_framing
 from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
@@ -33,32 +36,46 @@ from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
 from mpcache_parties.handshake import confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
-from mpcache_parties.private_inputs import Document, PrivateInput, Question
+from mpcache_parties.private_inputs import Conversation, Document, PrivateInput, Question
 from mpcache_parties.state.checkpoint import Checkpoint
 
 TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
+TEMPLATE_BYTES = 4 << 20  # the largest chat template
 MASKED_BYTES = 16  # that each party holds for a value of a weight or of the cache
 FACT_CHARACTERS = 80  # of a text that the server tells
+TYPICAL_QUESTION = 32  # tokens, where `auto` has to know before anything is asked
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is public about a session, known to all before anything secret moves."""
+    """What is public about a session, known to all before anything secret moves.
+
+    context, question: in tokens; no question where the session is a conversation, whose turns come later.
+    limit: tokens of an answer, at most.  room: tokens that all questions and answers may take.
+    """
 
     shape: ModelShape
-    context: int  # tokens
-    question: int  # tokens
+    context: int
+    question: int
+    limit: int
+    room: int
     kernels: str
     policy: BoundPolicy
-    digests: Mapping[str, str]  # of the weights and the tokenizer
+    digests: Mapping[str, str]  # of the weights, the tokenizer and the chat template
     protocol: str  # the config's, or what `auto` picked, and why
     picked: str = ""
     session: str = ""  # its name, drawn by the server
+
+    @property
+    def conversation(self) -> bool:
+        """Whether the client asks as often as it likes, and says each time how long its question is."""
+        return self.question == 0
 
     def flat(self) -> dict[str, str]:
         """Return what all parties have to agree on, by field, as text."""
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
+        fields |= {"new_tokens": self.limit, "room": self.room}
         fields |= self.digests
         fields |= {"protocol": self.protocol, "session": self.session}
         for index, layer in enumerate(self.policy.plan.layers):
@@ -100,40 +117,45 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
     """Exchange what `facts_of` starts from.
 
     That is what is public about `model` and `question`, told by their owners; at the client also the bytes of
-    the `tokenizer`.
+    the `tokenizer`, and of the chat `template` where there is one.
     """
     match own:
         case Document():
             model = _send_model(links, own, public)
             return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
-        case Question():
+        case Question() | Conversation():
             model = links[Rank.SERVER].recv_facts("facts/model")
             vocabulary = receive_tokenizer(links[Rank.SERVER], model)
             shape = _shape(model)
-            tokenizer = read_tokenizer(vocabulary, shape)
-            asked = tokenizer.encode_within(own.text, False, shape.max_positions, "the question")
-            question = {"question_tokens": len(asked)}
+            template = receive_template(links[Rank.SERVER], model)
+            public_texts = {"tokenizer": vocabulary} | ({} if template is None else {"template": template})
+            framing = framing_of({"model": model} | public_texts, shape, public)
+            question = {"question_tokens": 0, "new_tokens": 0}
+            if isinstance(own, Question):
+                asked = framing.frame_turn(own.text, first=True)
+                question = {"question_tokens": len(asked), "new_tokens": own.limit(public.max_new_tokens)}
             for link in links.values():
                 link.send_facts("facts/question", question)
-            model |= {"tokenizer_digest": tokenizer.digest}
-            return {"model": model, "question": question, "tokenizer": vocabulary}
+            model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": _digest(template)}
+            return {"model": model, "question": question} | public_texts
         case _:
             model = links[Rank.SERVER].recv_facts("facts/model")
             return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
 
 
 def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, Any]:
-    """Tell all what is public about the server's model and document; send the client the tokenizer."""
+    """Tell all what is public about the server's model and document; send the client what frames texts."""
     model = own.model
-    try:
-        vocabulary = (model.folder / "tokenizer.json").read_bytes()
-    except OSError as error:
-        raise ModelError(f"{model.folder}/tokenizer.json: cannot be read: {error.strerror}") from None
+    vocabulary = model.tokenizer.content
+    template = None if own.template is None else tensor_of(own.template.to_bytes())
     facts = {
         "shape": model.shape.to_dict(),
         "model_digest": model.digest,
         "tokenizer_bytes": len(vocabulary),
-        "tokenizer_digest": hashlib.sha256(vocabulary).hexdigest(),
+        "tokenizer_digest": model.tokenizer.digest,
+        "template_bytes": 0 if template is None else len(template),
+        "template_digest": _digest(template),
+        "document": own.written,
         "context_tokens": len(own.tokens),
         "kernels": choose_kernels(public.kernels, own.device).name,
         "session": secrets.token_hex(16),
@@ -141,6 +163,8 @@ def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, 
     for link in links.values():
         link.send_facts("facts/model", facts)
     links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(vocabulary)])
+    if template is not None:
+        links[Rank.CLIENT].send("facts/template", [template])
     return facts
 
 
@@ -158,20 +182,56 @@ def receive_tokenizer(server: Link, facts: Mapping[str, Any]) -> torch.Tensor:
     return data
 
 
-# The client reads it for the question's length, and again, facts told, for the question itself.
-_parse_once = lru_cache(maxsize=1)(parse_tokenizer)
+def receive_template(server: Link, facts: Mapping[str, Any]) -> torch.Tensor | None:
+    """Receive the bytes of the model's chat template, or nothing where it has none. Raises Desync."""
+    length = _count(facts, "template_bytes")
+    if length > TEMPLATE_BYTES:
+        raise Desync(
+            f"Desync: the server's chat template has {length} bytes; at most {TEMPLATE_BYTES} are taken"
+        )
+    if not length:
+        return None
+    (data,) = server.recv("facts/template", [(torch.uint8, (length,))])
+    return data
 
 
-def read_tokenizer(vocabulary: torch.Tensor, shape: ModelShape) -> Tokenizer:
+def framing_of(told: Mapping[str, Any], shape: ModelShape, public: PublicConfig) -> Framing:
+    """Return how the client frames its questions; told: as `agreed_facts` returns it. Raises ModelError."""
+    tokenizer, template = bytes_of(told["tokenizer"]), told.get("template")
+    frame = b"" if template is None else bytes_of(template)
+    return _frame_once(
+        tokenizer, frame, shape, public.chat, public.document_as, told["model"].get("document") is True
+    )
+
+
+# The client frames for the question's length, and again, facts told, for the question itself.
+@lru_cache(maxsize=1)
+def _frame_once(
+    tokenizer: bytes,
+    template: bytes,
+    shape: ModelShape,
+    chat: ChatForm,
+    document_as: DocumentAs,
+    document: bool,
+) -> Framing:
+    known = read_tokenizer(tokenizer, shape)
+    known.chat_template = ChatTemplate.from_bytes(template) if template else None
+    return make_framing(known, shape, chat is ChatForm.RAW, document_as, document)
+
+
+def _digest(data: torch.Tensor | None) -> str:
+    return "none" if data is None else hashlib.sha256(bytes_of(data)).hexdigest()
+
+
+def read_tokenizer(content: bytes, shape: ModelShape) -> Tokenizer:
     """Return the tokenizer in these bytes. Raises ModelError."""
-    content = bytes_of(vocabulary)
     try:
-        inner = _parse_once(content)
+        inner = parse_tokenizer(content)
     except LibraryError as error:
         raise ModelError(
-            "the server's tokenizer.json cannot be read; is its model folder complete?", private=False
+            "the server's tokenizer cannot be read; is its model complete?", private=False
         ) from error
-    return Tokenizer(inner, shape.vocab, shape.bos_id, hashlib.sha256(content).hexdigest())
+    return Tokenizer(inner, shape.vocab, shape.bos_id, content)
 
 
 # ------------------------------------------------------------------------------- made of the facts
@@ -187,19 +247,25 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     shape = _shape(model)
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
     _check_memory(shape, context)
-    names = ("kernels", "session", "model_digest", "tokenizer_digest")
+    names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
-    policy = bind_policy(shape, public, context, asked)
+    if asked:
+        limit = _limit(question, public)
+        policy = bind_policy(shape, public.model_copy(update={"max_new_tokens": limit}), context, asked)
+        room = asked + limit
+    else:
+        policy, room = bind_conversation(shape, public, context)
+        limit = public.max_new_tokens
     protocol: str = public.protocol
     picked = ""
     if protocol == AUTO:
         choice = pick(
-            shape, policy, context, asked, public.max_new_tokens, parse_network(public.network),
+            shape, policy, context, asked or TYPICAL_QUESTION, limit, parse_network(public.network),
             public.fraction_bits, public.reveal,
         )  # fmt: skip
         protocol, picked = choice.protocol, str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
-    facts = Facts(shape, context, asked, kernels, policy, said, protocol, picked, session)
+    facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session)
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
 
 
@@ -237,6 +303,16 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or value < 0:
         raise Desync(f"Desync: the fact {name} is {value!r:.60}, not a count; is it the same version?")
     return value
+
+
+def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:
+    """Return how many new tokens the client asks for. Raises Desync on more than were agreed."""
+    limit = _count(question, "new_tokens")
+    if not 1 <= limit <= public.max_new_tokens:
+        raise Desync(
+            f"Desync: the client asks for {limit} new tokens; 1 to {public.max_new_tokens} are agreed"
+        )
+    return limit
 
 
 # ---------------------------------------------------------------- what the document decides later

@@ -80,14 +80,14 @@ def run_parties(
     settings = settings.model_copy(update={"addresses": free_addresses()})
     events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
     children: dict[Rank, Child] = {}
-    with _private_folder() as folder:
-        own = _write_session(settings, texts, folder)
+    with private_folder() as folder:
+        own = write_session(settings, texts, folder)
         try:
             for rank in Rank:
-                children[rank] = _start(rank, [*own[rank], *flags.get(rank, ())], events)
+                children[rank] = start_party(rank, [*own[rank], *flags.get(rank, ())], events)
             return _listen(children, events, say, on_token)
         finally:
-            _end(children)
+            end_parties(children)
 
 
 def run_quietly(public: PublicConfig, model: Path, document: str, question: str) -> dict[Rank, Report]:
@@ -98,7 +98,7 @@ def run_quietly(public: PublicConfig, model: Path, document: str, question: str)
 
 
 @contextmanager
-def _private_folder() -> Iterator[Path]:
+def private_folder() -> Iterator[Path]:
     """Make a folder that only this user can enter, for a while. Raises SystemRefusal."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="mpcache-", ignore_cleanup_errors=True)
@@ -109,7 +109,7 @@ def _private_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def _write_session(settings: Settings, texts: Mapping[Rank, str], folder: Path) -> dict[Rank, list[str]]:
+def write_session(settings: Settings, texts: Mapping[Rank, str], folder: Path) -> dict[Rank, list[str]]:
     """Write what three parties need for one session; return each party's flags. Raises SystemRefusal."""
     config = folder / "session.yaml"
     flags = {rank: ["--config", str(config), "--identity", str(folder)] for rank in Rank}
@@ -135,7 +135,8 @@ def _identities(folder: Path) -> Certificates:
     return Certificates(**pinned)
 
 
-def _start(rank: Rank, flags: Sequence[str], events: SimpleQueue[tuple[Rank, Event]]) -> Child:
+def start_party(rank: Rank, flags: Sequence[str], events: SimpleQueue[tuple[Rank, Event]]) -> Child:
+    """Start a party's process; what it writes comes as events."""
     # A session of its own, so that Ctrl-C reaches this process alone, which then ends the parties.
     child = subprocess.Popen(
         [*COMMAND, "--rank", str(int(rank)), "--events", *flags],
@@ -212,10 +213,10 @@ def _listen(
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     if len(reports) == len(children):
         return reports
-    raise _cause(children, reports, errors)
+    raise first_cause(children, reports, errors)
 
 
-def _cause(
+def first_cause(
     children: Mapping[Rank, Child],
     reports: Mapping[Rank, Report],
     errors: Mapping[Rank, dict[str, Any]],
@@ -234,7 +235,7 @@ def _cause(
     return PartyFailed(found[0]["text"], found[0]["exit_code"])
 
 
-def _end(children: Mapping[Rank, Child]) -> None:
+def end_parties(children: Mapping[Rank, Child]) -> None:
     """End them: in order if they take the hint of a closed stdin, else by force."""
     for child in children.values():
         if child.stdin is not None:

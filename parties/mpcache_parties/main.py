@@ -11,10 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from mpcache.console.options import (
+    MODEL_FORMS,
+    DocumentAsOption,
     NetworkOption,
     NewTokensOption,
     PolicyOption,
     ProtocolOption,
+    RawOption,
     RevealOption,
     version_option,
 )
@@ -47,11 +50,10 @@ def party(
         int | None, typer.Option(min=0, max=2, help="0: server, 1: client, 2: dealer.  [required]")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="What all parties agree on: a YAML file.")] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Server: a Hugging Face folder. [the demo model]")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=f"Server. {MODEL_FORMS}. [the demo model]")] = None,
     context: Annotated[
-        Path | None, typer.Option(help="Server: the document, a text file, or - for stdin. [the demo's]")
+        Path | None,
+        typer.Option(help="Server: the document, a text file, or - for stdin. [the demo model: its own]"),
     ] = None,
     question: Annotated[str | None, typer.Option(help="Client: the question. [the demo's]")] = None,
     question_file: Annotated[
@@ -70,6 +72,12 @@ def party(
     stop_at_eos: Annotated[
         bool, typer.Option(help="Client: end at the model's end token; the answer's length is public then.")
     ] = True,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Client: end the answer before this text; may be given several times."),
+    ] = None,
+    raw: RawOption = False,
+    document_as: DocumentAsOption = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -122,6 +130,12 @@ def party(
         bool,
         typer.Option("--events", help="JSON lines on stdout; ends when stdin closes: for a parent process."),
     ] = False,
+    conversation: Annotated[
+        bool,
+        typer.Option(
+            "--conversation", help="Client, with --events: questions, one after another, from stdin."
+        ),
+    ] = False,
 ) -> None:
     """Run one party until the answer is complete. Start all three, in any order.
 
@@ -149,6 +163,9 @@ def party(
             top_p=top_p,
             seed=seed,
             stop_at_eos=stop_at_eos,
+            stop=tuple(stop or ()),
+            raw=raw,
+            document_as=document_as,
             state=state,
             state_key=state_key,
             resume=resume,
@@ -165,6 +182,7 @@ def party(
             serve=serve,
             sessions=sessions,
             events=events,
+            conversation=conversation,
         )
     )
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpcache.config import Settings, load_settings
+from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import read_question
-from mpcache.console.options import public_overrides
+from mpcache.console.options import chat_overrides, public_overrides, read_stops
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
 from mpcache.transport.address import HostPort
 from mpcache_parties.handshake import KeepMode
+from mpcache_parties.operations.output import Output
+from mpcache_parties.piped_conversation import PipedConversation
 from mpcache_parties.private_inputs import PrivateInput, Question, read_document
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import Store
@@ -25,7 +28,7 @@ class PartyOptions:
 
     me: Rank
     config: Path | None = None
-    model: Path | None = None
+    model: str | None = None
     context: Path | None = None
     question: str | None = None
     question_file: Path | None = None
@@ -38,6 +41,9 @@ class PartyOptions:
     top_p: float | None = None
     seed: int | None = None
     stop_at_eos: bool = True
+    stop: tuple[str, ...] = ()
+    raw: bool = False
+    document_as: str | None = None
     state: Path | None = None
     state_key: Path | None = None
     resume: bool = False
@@ -54,6 +60,7 @@ class PartyOptions:
     serve: bool = False
     sessions: int | None = None
     events: bool = False
+    conversation: bool = False
 
     @property
     def preparing(self) -> bool:
@@ -75,6 +82,7 @@ class PartyOptions:
         return load_settings(
             self.config,
             public_overrides(self.policy, self.protocol, self.network, tokens, self.reveal)
+            | chat_overrides(self.raw, self.document_as)
             | {"timeouts.connect_s": self.connect_timeout, "addresses.bind": self.listen},
         )
 
@@ -82,6 +90,7 @@ class PartyOptions:
         """Check that the flags belong to this rank, and those of `--serve` to each other. Raises BadInput."""
         self._check_owners()
         self._check_serving()
+        self._check_conversation()
 
     def _check_owners(self) -> None:
         """Refuse another rank's flags: a document given to the client should not pass in silence."""
@@ -93,6 +102,7 @@ class PartyOptions:
             "temperature": (Rank.CLIENT, self.temperature),
             "top-p": (Rank.CLIENT, self.top_p),
             "seed": (Rank.CLIENT, self.seed),
+            "stop": (Rank.CLIENT, self.stop or None),
         }
         for name, (owner, value) in owned.items():
             if value is not None and owner is not self.me:
@@ -110,6 +120,22 @@ class PartyOptions:
             raise BadInput("--offline-store is for one session, --serve has many; give one of them")
         if self.sessions is not None and not self.serve:
             raise BadInput("--sessions is how many sessions --serve takes at once; give --serve, too")
+
+    def _check_conversation(self) -> None:
+        """Refuse what a conversation cannot have. Raises BadInput."""
+        if not self.conversation:
+            return
+        if self.me is not Rank.CLIENT:
+            raise BadInput(f"--conversation belongs to the client (--rank 1), this is the {self.me.label}")
+        if not self.events:
+            raise BadInput("--conversation takes questions from a parent process; give --events, too")
+        one = {
+            "question": self.question, "question-file": self.question_file, "state": self.state,
+            "offline-store": self.offline_store, "prepare": self.prepare_tokens,
+        }  # fmt: skip
+        for name, value in one.items():
+            if value is not None:
+                raise BadInput(f"--{name} is for a session of one question, not for a --conversation")
 
     def sampling(self) -> Sampling:
         """Return how the client chooses tokens.
@@ -152,13 +178,16 @@ class PartyOptions:
             raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
         return TapeStore(self.offline_store, self.me)
 
-    def private_input(self, sampling: Sampling) -> PrivateInput:
+    def private_input(self, sampling: Sampling, public: PublicConfig, output: Output) -> PrivateInput:
         """Read and check what this party brings, before it connects. Raises BadInput."""
         match self.me:
             case Rank.SERVER:
-                return read_document(self.model, self.context)
+                return read_document(self.model, self.context, public)
+            case Rank.CLIENT if self.conversation:
+                return PipedConversation(output, sys.stdin.buffer)
             case Rank.CLIENT:
                 text = read_question(self.question, self.question_file)
-                return Question(text, sampling, self.stop_at_eos)
+                stops = read_stops(self.stop, self.stop_at_eos)
+                return Question(text, sampling, self.stop_at_eos, stops)
             case _:
                 return None

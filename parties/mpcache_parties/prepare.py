@@ -54,12 +54,12 @@ def _deal_batch(resources: SessionResources, facts: Facts) -> None:
     ledger = links[Rank.SERVER].ledger
     _read_by_shapes(facts, public, DealerParty(dict(links), batch, seeds, ledger), stored)
     n = ledger.total().offline_sent
-    resources.say(f"dealer: dealt {size(n)} for {public.max_new_tokens} tokens, batch {batch}")
+    resources.say(f"dealer: dealt {size(n)} for {facts.limit} tokens, batch {batch}")
 
 
 def _store_batch(me: Rank, resources: SessionResources, facts: Facts, store: TapeStore) -> None:
     dealer, public = resources.links[Rank.DEALER], resources.public
-    tokens = public.max_new_tokens
+    tokens = facts.limit
     batch = str(dealer.recv_facts("tapes/batch").get("batch"))
     seed = receive_seed(dealer)
     writer = TapeWriter(me, dealer, store, batch)
@@ -80,6 +80,6 @@ def _read_by_shapes(facts: Facts, public: PublicConfig, party: Any, done: Callab
     done("setup")
     session.context(None, None)
     done("context")
-    for step in range(public.max_new_tokens):
+    for step in range(facts.limit):
         session.chunk(None, 1 if step else facts.question)
         done(f"decode{step}" if step else "question")

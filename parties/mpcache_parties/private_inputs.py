@@ -1,46 +1,104 @@
-"""Hold what a party brings in private: the server its model and document, the client its question."""
+"""Hold what a party brings in private: the server its model and document, the client its questions."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mpcache.console.inputs import read_text
-from mpcache.demo import DEMO_DOCUMENT
-from mpcache.model.loading import Model, demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.choices import ChatForm
+from mpcache.config import PublicConfig
+from mpcache.console.inputs import read_context
+from mpcache.errors import BadInput
+from mpcache.model import Model, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
+from mpcache.model.chat_template import ChatTemplate
+from mpcache.model.framing import make_framing
+from mpcache.report.account import TurnReport
 from mpcache.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Document:
-    """What the server brings. tokens: of the document, with BOS.  device: where it is read."""
+    """What the server brings.
+
+    tokens: of the document and what is around it, up to the first question.  device: where it is read.
+    template: what is around, and of the question, too; None: nothing.  written: there is a document.
+    note: what a user should know of this.
+    """
 
     model: Model
     tokens: list[int]
     device: str = "cpu"
+    template: ChatTemplate | None = None
+    written: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the client brings. Without `stop_at_eos` the answer's length tells nothing about it."""
+    """What the client brings. Without `stop_at_eos` the answer's length tells nothing about it.
+
+    stop_texts: the answer is cut before these.  new_tokens: of the answer, at most; None: as many as were
+    agreed.
+    """
 
     text: str
     sampling: Sampling = Sampling()
     stop_at_eos: bool = True
+    stop_texts: tuple[str, ...] = ()
+    new_tokens: int | None = None
+
+    def limit(self, agreed: int) -> int:
+        """Return how many tokens the answer may have, where `agreed` is the most."""
+        return agreed if self.new_tokens is None else min(agreed, self.new_tokens)
 
 
-PrivateInput = Document | Question | None  # None: the dealer's
+class Conversation(ABC):
+    """Questions that come while the session runs, and what becomes of each."""
+
+    @abstractmethod
+    def opened(self, room: int) -> None:
+        """Take note that questions may come, which with their answers may take `room` tokens."""
+
+    @abstractmethod
+    def questions(self, look: Callable[[], None]) -> Iterator[Question]:
+        """Yield questions as they come, until there are no more.
+
+        look: called now and then while none comes; raises what has happened to the session.
+        """
+
+    @abstractmethod
+    def stopped(self) -> bool:
+        """Return whether the answer that runs is to end after its present token."""
+
+    @abstractmethod
+    def answered(self, report: TurnReport) -> None:
+        """Take note of an answer that is complete."""
+
+    @abstractmethod
+    def refused(self, why: BadInput) -> None:
+        """Take note of a question that was not asked; the session goes on."""
 
 
-def read_document(model: Path | None, context: Path | None) -> Document:
-    """Load the server's model and read its document; those of the demo where there is None.
+PrivateInput = Document | Question | Conversation | None  # None: the dealer's
 
+
+def read_document(model: str | None, context: Path | None, public: PublicConfig) -> Document:
+    """Load the server's model and read its document.
+
+    Without a model: the demo's, and its document. A model of one's own needs no document.
     Raises BadInput: a model or a text that cannot be used, or more tokens than the model allows.
     """
-    text = read_text(context or DEMO_DOCUMENT)
-    folder = model or demo_model_dir()
+    text = read_context(model, context)
+    path = demo_model_dir() if model is None else find_model(model)
     # The text is looked at before the weights are: they take minutes where a model is large.
-    tokens = load_tokenizer(folder).encode_within(text, True, load_shape(folder).max_positions, "the context")
-    return Document(load_model(folder), tokens, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, shape = load_tokenizer(path), load_shape(path)
+    raw, written = public.chat is ChatForm.RAW, text is not None
+    framing = make_framing(tokenizer, shape, raw, public.document_as, written)
+    tokens = framing.frame_document(text)
+    template = None if raw else tokenizer.chat_template
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Document(load_model(path), tokens, device, template, written, framing.note)

@@ -36,7 +36,7 @@ from mpcache_parties.operations.output import EventKind, Output, closing_line
 from mpcache_parties.operations.status import PartyStatus, SessionPhase, SessionStatus
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.prepare import prepare
-from mpcache_parties.private_inputs import Document, PrivateInput, Question
+from mpcache_parties.private_inputs import Conversation, Document, PrivateInput, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
@@ -76,7 +76,7 @@ class PartyProcess:
             self.tape_mode = TapeMode.PREPARING
         elif self.tapes is not None:
             self.tape_mode = TapeMode.PREPARED
-        self.own = options.private_input(sampling)
+        self.own = options.private_input(sampling, self.settings.public, self.output)
 
     def resources(
         self, network: Network, status: SessionStatus, checkpointer: Checkpointer, say: Say
@@ -84,7 +84,7 @@ class PartyProcess:
         """Return what a session on this network stands on."""
         return SessionResources(
             network.links, network.ledger, self.settings.public, say, self.output.token, status,
-            checkpointer, self.tapes,
+            checkpointer, self.tapes, self.settings.timeouts.idle_s,
         )  # fmt: skip
 
     def agreed_fields(self, checkpointer: Checkpointer) -> dict[str, str]:
@@ -95,7 +95,7 @@ class PartyProcess:
 
 def run_party(options: PartyOptions) -> None:
     """Run one party until its part is done. Raises SystemExit with an error's exit code, once it is told."""
-    if options.events:
+    if options.events and not options.conversation:  # else it is read from
         threading.Thread(target=_end_with_parent, daemon=True).start()
     output, process = Output(options.events, own_stdout("utf-8") if options.events else None), None
     with ExitStack() as shown:
@@ -161,6 +161,8 @@ def _connect(process: PartyProcess, ledger: Ledger) -> Network:
 def run_one_session(process: PartyProcess, network: Network, status: SessionStatus) -> None:
     """Mode: one session, and its account at the end."""
     resources = process.resources(network, status, process.checkpointer, process.output.say)
+    if isinstance(process.own, Conversation):
+        status.on_layer = lambda phase, layer: process.output.event(EventKind.LAYER, phase=phase, layer=layer)
     process.output.report(_run_session(process, resources))
 
 
@@ -204,8 +206,8 @@ def _run_session(process: PartyProcess, resources: SessionResources) -> Report:
     match process.own:
         case Document() as document:
             report = serve(resources, document)
-        case Question() as question:
-            report = ask(resources, question)
+        case Question() | Conversation() as questions:
+            report = ask(resources, questions)
         case _:
             report = deal(resources)
     status.reached(SessionPhase.CLOSE)

@@ -27,7 +27,7 @@ class SessionResources:
     links: to the parties that take part, connected.  ledger: books their traffic.  public: what all agree on.
     say: told in words how far the session is.  on_token: at the client, gets the answer.
     status: what an operator sees.  checkpointer: keeps the session, or does not.
-    tapes: what the dealer dealt before, in place of a link to it.
+    tapes: what the dealer dealt before, in place of a link to it.  idle_s: longest pause between turns.
     """
 
     links: Links
@@ -38,3 +38,4 @@ class SessionResources:
     status: SessionStatus = field(default_factory=SessionStatus)
     checkpointer: Checkpointer = field(default_factory=Checkpointer)
     tapes: TapeStore | None = None
+    idle_s: float = 1800.0

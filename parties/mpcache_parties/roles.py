@@ -1,6 +1,6 @@
 """Run each party from connected links to the end of a session: one function per rank.
 
-    facts -> seeds -> SETUP -> CONTEXT -> QUESTION -> DECODE ... -> the account of it
+    facts -> seeds -> SETUP -> CONTEXT -> (QUESTION -> DECODE ...) for each turn -> the account of it
 
 A resumed session takes facts, SETUP, CONTEXT and the chunks it had from what each party kept on its
 disk (`mpcache_parties.state.checkpoint`), and goes on from there. The three functions stand side by side:
@@ -11,36 +11,38 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
-from mpcache.answer import TimedSession, answer
+from mpcache.answer import TimedSession
+from mpcache.cache import Cache
 from mpcache.choices import ProtocolName
+from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
-from mpcache.errors import LinkError
 from mpcache.limits import check_document, largest_score_held
 from mpcache.model.prefill import prefill
+from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration
 from mpcache.runtime.party import DealerParty
-from mpcache.transport.link import Links
-from mpcache_parties.client_pace import ClientPace, NoMoreTapes, hear_more, more_step
+from mpcache_parties.asking import Asking
+from mpcache_parties.client_pace import ClientPace, NoMoreTapes, hear_more
 from mpcache_parties.facts import (
     Facts,
     agreed_facts,
     announce_counts,
     counts_of,
-    read_tokenizer,
+    framing_of,
     receive_counts,
 )
 from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
-from mpcache_parties.private_inputs import Document, Question
+from mpcache_parties.private_inputs import Conversation, Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
+from mpcache_parties.state.snapshot import copied
+from mpcache_parties.turns import TurnSizes, skip_undone, tell_dealt, turns_heard
 
 AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds the tapes that wait
 
@@ -60,18 +62,21 @@ def serve(resources: SessionResources, own: Document) -> Report:
         checkpointer.begin(identity, told | counts_of(facts), session, resources.ledger, kept)
     else:
         prefill_ms = earlier.own["prefill_ms"]
-        session.restore(earlier.operands, earlier.cache, earlier.step)
+        session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
         resources.say(f"server: resumed after {_reached(earlier.step)}")
     del earlier
 
-    with token_by_token():
-        for step in range(session.chunks, public.max_new_tokens):
-            if step:
-                if not hear_more(links[Rank.CLIENT], step):
-                    break
-                between_tokens(step)
-            session.chunk(None, 1 if step else facts.question)
-            checkpointer.token(session, resources.ledger, {})
+    for turn in turns_heard(links[Rank.CLIENT], facts, session, resources.idle_s):
+        with token_by_token():
+            for step in range(session.place.step, turn.limit):
+                if step:
+                    if not hear_more(links[Rank.CLIENT], session.place):
+                        break
+                    between_tokens(step)
+                session.chunk(None, 1 if step else turn.question)
+                checkpointer.token(session, resources.ledger, {})
+        if facts.conversation:
+            skip_undone(links[Rank.DEALER], session.place.turn)
     report = _report(Rank.SERVER, facts, session, resources)
     checkpointer.end(links)
     wait.close()
@@ -88,14 +93,15 @@ def _open_document(
     say = resources.say
     kernels, kernel_ms = timed_kernels(choose_kernels(resources.public.kernels, own.device))
     session.setup(own.model.weights)
+    if own.note:
+        say(f"server: {own.note}")
     say(f"server: set-up: weights masked and opened in {duration(session.ms['setup'])}")
     start = time.perf_counter()
     window = facts.policy.window
     held = largest_score_held(facts.policy, facts.shape)
     prefilled = prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
     if facts.protocol != ProtocolName.STOCK:
-        tokens = resources.public.max_new_tokens
-        check_document(prefilled, facts.policy, facts.shape, facts.question, tokens)
+        check_document(prefilled, facts.policy, facts.shape, facts.room)
     prefill_ms = 1000 * (time.perf_counter() - start)
     if facts.picked:
         say(f"server: {facts.picked}")
@@ -112,68 +118,62 @@ def _open_document(
     return facts, prefill_ms
 
 
-def ask(resources: SessionResources, own: Question) -> Report:
+def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     """Rank 1: learn the logits, choose the tokens, and show each with the text that it settles.
 
     A resumed answer is told from its beginning, and no token of it is chosen twice.
     """
     links, public, checkpointer = resources.links, resources.public, resources.checkpointer
-    say, on_token, ledger = resources.say, resources.on_token, resources.ledger
-    own.sampling.check(public.reveal)
-    identity = public.flat() | {
-        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos)
-    }  # fmt: skip
+    say, ledger = resources.say, resources.ledger
+    identity = public.flat() | _identity(own, public)
     earlier = checkpointer.meet(links, identity)
     told, facts = agreed_facts(Rank.CLIENT, links, own, public, earlier)
 
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
-    tokenizer = read_tokenizer(told["tokenizer"], facts.shape)
-    question, stream = tokenizer.encode(own.text, bos=False), tokenizer.stream()
-    choose = own.sampling.chooser(public.reveal)
-    ids: list[int] = []
-
-    def kept() -> dict[str, Any]:
-        return {"ids": ids, "draws": choose.state}
-
+    framing = framing_of(told, facts.shape, public)
     if earlier is None:
         session.setup(None)
         say(f"client: set-up: masked weights received in {duration(session.ms['setup'])}")
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         session.context(None, None)
-        n = facts.policy.plan.kept
-        say(f"client: asking {facts.question} tokens about {facts.context}, of which {n} are kept ...")
-        checkpointer.begin(identity, told | counts_of(facts), session, ledger, kept())
+        asking = Asking(resources, facts, session, framing)
+        say(f"client: {_asking(facts)}")
+        checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
     else:
-        ids, choose.state = earlier.own["ids"], earlier.own["draws"]
-        session.restore(earlier.operands, earlier.cache, earlier.step)
+        session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
+        asking = Asking(resources, facts, session, framing, earlier.own)
         say(f"client: resumed after {_reached(earlier.step)}; the answer from its beginning:")
-        for token in ids:
-            on_token(token, stream.push(token))
     del earlier
 
-    def announce(step: int, more: bool) -> None:
-        for link in links.values():
-            with nullcontext() if more else suppress(LinkError):  # an answer that is there needs nobody
-                link.send_facts(more_step(step), {"more": more})
-
-    stops = set(facts.shape.eos_ids) if own.stop_at_eos else set()
     wait.ms = 0.0
-    with token_by_token():
-        for token in answer(session, question, public.max_new_tokens, choose, stops, announce, tuple(ids)):
-            if new := session.chunks > len(ids):
-                ids.append(token)
-            checkpointer.token(session, ledger, kept())  # a token that was shown is never lost
-            if new:
-                on_token(token, stream.push(token))
-            between_tokens(session.chunks)
-    if rest := stream.end():
-        on_token(-1, rest)
+    if isinstance(own, Conversation):
+        asking.converse(own)
+    else:
+        asking.answer(own, framing.frame_turn(own.text, first=True), facts.limit)
     report = _report(Rank.CLIENT, facts, session, resources)
     checkpointer.end(links)
     wait.close()
-    return replace(report, dealer_wait_ms=wait.ms, token_ids=ids, text=tokenizer.decode(ids))
+    return replace(report, dealer_wait_ms=wait.ms, token_ids=asking.ids, text=asking.text, turns=asking.turns)
+
+
+def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, str]:
+    """Return what a resumed session of the client must have in common with the first run."""
+    if isinstance(own, Conversation):
+        return {}
+    own.sampling.check(public.reveal)
+    return {
+        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos),
+        "stop": _digest(own.stop_texts),
+    }  # fmt: skip
+
+
+def _asking(facts: Facts) -> str:
+    kept = f"{facts.context}, of which {facts.policy.plan.kept} are kept"
+    if facts.conversation:
+        return f"a context of {kept}; room for {facts.room} tokens of questions and answers"
+    return f"asking {facts.question} tokens about {kept} ..."
 
 
 def deal(resources: SessionResources) -> Report:
@@ -193,43 +193,55 @@ def deal(resources: SessionResources) -> Report:
         session.context(None, None)
         checkpointer.begin(public.flat(), told | counts_of(facts), session, ledger, {})
     else:
-        session.restore(earlier.operands, earlier.cache, earlier.step)
+        session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
         resources.say(f"dealer: resumed after {_reached(earlier.step)}")
     del earlier
 
-    def keep() -> None:
-        checkpointer.token(session, ledger, {})
-
-    with token_by_token():
-        _deal_tokens(session, links, public.max_new_tokens, facts.question, keep)
+    for turn in turns_heard(links[Rank.CLIENT], facts, session, resources.idle_s):
+        with token_by_token():
+            _deal_turn(session, resources, turn, facts.conversation)
+        if facts.conversation:
+            tell_dealt(links, session.place.turn)
     report = _report(Rank.DEALER, facts, session, resources)
     checkpointer.end(links)
     return report
 
 
-def _deal_tokens(
-    session: TimedSession, links: Links, limit: int, question: int, keep: Callable[[], None]
-) -> None:
-    """Deal until the client says that there is no more, at most AHEAD steps ahead of it.
+def _deal_turn(session: TimedSession, resources: SessionResources, turn: TurnSizes, goes_on: bool) -> None:
+    """Deal until the client says that the answer ends, at most AHEAD steps ahead of it.
 
-    A tape that is being dealt then is left where it is: the others leave it, too.
+    A tape that is being dealt then is left where it is: the others leave it, too. goes_on: there may be
+    further turns, before which the session goes back to where the others are.
     """
-    pace = ClientPace(links, begun=max(0, session.chunks - 1))
-    for step in range(session.chunks, limit):
+    begun = max(0, session.place.step - 1)
+    pace, start, chunks = (
+        ClientPace(resources.links, session.place.turn, begun),
+        session.place,
+        session.chunks,
+    )
+    caches: dict[int, Cache] = {}  # before each step that the client may not come to
+    for step in range(start.step, turn.limit):
         while step and (pace.begun < step - AHEAD or stopping()):
             if not pace.goes_on():
-                return
+                break
             if pace.begun == step:  # only a stop lets the client get so far: all that was dealt is used
                 between_tokens(step)
+        if pace.ended:
+            break
+        if goes_on:
+            caches[step] = copied(session.cache)
+            caches.pop(pace.begun - 1, None)
         try:
             with pace.watched(step):
-                session.chunk(None, 1 if step else question)
+                session.chunk(None, 1 if step else turn.question)
         except NoMoreTapes:
-            return
-        keep()
-    while pace.begun < limit - 1:
-        if not pace.goes_on():
-            return
+            break
+        resources.checkpointer.token(session, resources.ledger, {})
+    while pace.begun < turn.limit - 1 and not pace.ended:
+        pace.goes_on()
+    if goes_on and pace.begun in caches and pace.ended:
+        place = ChunkPlace(start.turn, pace.begun)
+        session.rewind(caches[pace.begun], chunks + pace.begun - start.step, place)
 
 
 def _session(

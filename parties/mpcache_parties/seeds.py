@@ -66,7 +66,7 @@ def computing_party(
     dealer, name = links.get(Rank.DEALER), facts.session
     if resources.tapes is not None:
         public = resources.public
-        dealer = resources.tapes.claim(links, tape_sizes(facts, public), public.max_new_tokens)
+        dealer = resources.tapes.claim(links, tape_sizes(facts, public), facts.limit)
         name = dealer.batch  # what the dealer knew when it dealt
     assert dealer is not None
     tape = receive_seed(dealer)
@@ -75,6 +75,7 @@ def computing_party(
     pair = {"next": mine, "prev": bytes_of(theirs)}
     wait = TimedDealerLink(dealer, resources.status)
     party = ComputingParty(
-        me, peer, cast(Link, wait), name, bytes_of(tape), pair, fresh_seed(), resources.ledger
-    )
+        me, peer, cast(Link, wait), name, bytes_of(tape), pair, fresh_seed(), resources.ledger,
+        resources.status.at_step,
+    )  # fmt: skip
     return party, wait

@@ -31,6 +31,7 @@ from mpcache.limits import bind_policy
 from mpcache.model import load_model, load_shape
 from mpcache.model.families import shape_from_config
 from mpcache.model.tokenizer import Tokenizer
+from mpcache.phases import ChunkPlace
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.shares import MaskedOperand, Share
@@ -317,7 +318,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
         compare_hellos(mine, link.recv_hello(), Rank.CLIENT)
         link.recv_facts("facts")
         link.recv("layer0/select", specs)
-        hear_more(link, 1)
+        hear_more(link, ChunkPlace(1, 1))
 
     joined = b"".join(len(f).to_bytes(2, "little") + f for f in conversation)
     bytes_of("frames", 22, stream, [joined])
@@ -372,7 +373,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
         sender, link = local_pair(Ledger(), Ledger(), timeout=0.01)
         sender.send("facts/tokenizer", [torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)])
         taken = receive_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))})
-        _speak(read_tokenizer(taken, loaded.shape))
+        _speak(read_tokenizer(bytes_of(taken), loaded.shape))
 
     bytes_of("tokenizer from the server", 4, given, [vocabulary])
 

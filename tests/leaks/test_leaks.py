@@ -219,13 +219,14 @@ def test_the_tokenizer_and_the_facts_are_all_that_is_said_in_the_clear(model: Mo
     (views,) = seen(model, "mpcache" + SELECTS, 1)
     model_facts = {
         "shape", "model_digest", "tokenizer_bytes", "tokenizer_digest", "context_tokens", "kernels",
-        "session",
+        "session", "template_bytes", "template_digest", "document",
     }  # fmt: skip
-    allowed = {"facts/model": model_facts, "facts/question": {"question_tokens"}, "more/decode1": {"more"}}
+    question = {"question_tokens", "new_tokens"}
+    allowed = {"facts/model": model_facts, "facts/question": question, "more/decode1": {"more"}}
     heard = {Rank.SERVER: 4, Rank.CLIENT: 3, Rank.DEALER: 5}
     agreed = (
-        r"(shape|plan\.layer\d+)\.\w+|(context|question)_tokens|kernels|protocol|session"
-        r"|(model|tokenizer)_digest"
+        r"(shape|plan\.layer\d+)\.\w+|(context|question|new)_tokens|room|kernels|protocol|session|document"
+        r"|(model|tokenizer|template)_digest"
     )
     for rank, view in views.items():
         assert len(view.facts) == heard[rank]

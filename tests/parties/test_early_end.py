@@ -20,6 +20,7 @@ from mpcache.console.signals import Stopped
 from mpcache.errors import LinkError, PeerFailed, PeerLost
 from mpcache.ledger import Ledger
 from mpcache.model import Model
+from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.transport import flow_control, frames, message
@@ -203,7 +204,7 @@ def dealer_of() -> tuple[ClientPace, FrameLink, FrameLink]:
     """A dealer that knows of one decode step; the server's and the client's ends of its links."""
     server, one = local_pair(Ledger(), Ledger(), S, D)
     client, other = local_pair(Ledger(), Ledger(), C, D)
-    return ClientPace({S: one, C: other}, begun=1), server, client
+    return ClientPace({S: one, C: other}, turn=1, begun=1), server, client
 
 
 def look(pace: ClientPace, step: int) -> None:
@@ -217,7 +218,7 @@ def test_the_dealer_hears_what_has_come_and_waits_for_nothing() -> None:
     look(pace, 3)
     assert pace.begun == 1
     for step in (2, 3, 4):
-        client.send_facts(more_step(step), {"more": step < 4})
+        client.send_facts(more_step(ChunkPlace(1, step)), {"more": step < 4})
     look(pace, 3)
     assert pace.begun == 3  # not more than it deals: a stop counts these
     with pytest.raises(NoMoreTapes):
@@ -229,13 +230,13 @@ def test_the_dealer_hears_what_has_come_and_waits_for_nothing() -> None:
 def test_a_server_that_leaves_means_that_the_client_s_word_is_on_its_way() -> None:
     pace, server, client = dealer_of()
     server.close()
-    client.send_facts(more_step(2), {"more": False})
+    client.send_facts(more_step(ChunkPlace(1, 2)), {"more": False})
     with pytest.raises(NoMoreTapes):
         look(pace, 3)
     pace, server, client = dealer_of()
     server.close()
     for step in (2, 3):
-        client.send_facts(more_step(step), {"more": True})
+        client.send_facts(more_step(ChunkPlace(1, step)), {"more": True})
     with pytest.raises(PeerLost, match="decode3: server has ended its session before the client's answer"):
         look(pace, 3)
 

@@ -131,7 +131,7 @@ def serving(
     document.write_text(DOCUMENT)
     flags = ["--config", config, "--serve", "--sessions", sessions]
     flags += [] if state is None else ["--state", state]
-    own = {D: flags, S: [*flags, "--model", model.folder, "--context", document]}
+    own = {D: flags, S: [*flags, "--model", model.path, "--context", document]}
     with started() as children:
         service = Service(settings, config, own, children, state)
         for rank in own:

@@ -22,6 +22,10 @@ class EventKind(StrEnum):
     TOKEN = "token"
     ERROR = "error"
     REPORT = "report"
+    LAYER = "layer"  # of a conversation: a phase has come to a layer
+    OPENED = "opened"  # a conversation: questions may come
+    TURN = "turn"  # an answer is complete
+    REFUSED = "refused"  # a question was not asked
 
 
 class Output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from threading import Lock
 
 from mpcache.answer import Observer
 from mpcache.ledger import Entry, Ledger
+from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache_parties.operations.logs import Log, LogLevel
 
@@ -55,8 +57,19 @@ class SessionStatus(Observer):
     def __init__(self, ledger: Ledger | None = None, log: Log | None = None) -> None:
         self.phase = SessionPhase.CONNECT
         self.totals = Totals()
+        self.on_layer: Callable[[str, int], None] = lambda phase, layer: None  # told when a layer begins
         self._ledger = ledger or Ledger()
         self._log = log or Log("")
+        self._layer = ("", -1)
+
+    def at_step(self, step: str) -> None:
+        """Note a round of the program; tells `on_layer` when it is the first of a layer."""
+        phase, _, rest = step.partition("/")
+        if found := re.match(r"layer(\d+)/", rest):
+            layer = (phase, int(found[1]))
+            if layer != self._layer:
+                self._layer = layer
+                self.on_layer(*layer)
 
     def reached(self, phase: SessionPhase) -> None:
         """Note that the session is in this phase now."""
@@ -65,7 +78,11 @@ class SessionStatus(Observer):
 
     def began(self, name: str) -> None:
         """Note that a phase of the program begins: setup, context, question, decode1, ..."""
-        self.reached(SessionPhase.DECODE if name.startswith("decode") else SessionPhase(name))
+        place = ChunkPlace.of(name)
+        if place is None:
+            self.reached(SessionPhase(name))
+        else:
+            self.reached(SessionPhase.DECODE if place.step else SessionPhase.QUESTION)
 
     def ended(self, name: str, ms: float) -> None:
         """Count a phase that took `ms`, and its traffic, with what was said before it began."""

@@ -7,6 +7,7 @@ grows at its end, so a step's tree is written as what it adds to an earlier one 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -61,6 +62,11 @@ def tensors_of(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
     for name, value in _children(tree):
         found |= tensors_of(value, f"{path}/{name}")
     return found
+
+
+def copied(tree: Any) -> Any:
+    """Return a tree that goes its own way; its tensors, which nobody changes in place, are shared."""
+    return copy.deepcopy(tree, {id(tensor): tensor for tensor in tensors_of(tree).values()})
 
 
 def serialize(tree: Any, since: Tensors | None = None) -> Iterator[bytes | memoryview]:

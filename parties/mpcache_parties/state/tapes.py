@@ -164,8 +164,14 @@ class TapeLink(Link):
     def send_facts(self, step: str, facts: Mapping[str, object]) -> None:
         raise _mute(step)
 
-    def recv_facts(self, step: str) -> dict[str, Any]:
+    def recv_facts(self, step: str, patience: float | None = None) -> dict[str, Any]:
         raise _mute(step)
+
+    def skip_to_facts(self, step: str) -> dict[str, Any]:
+        raise _mute(step)
+
+    def check_alive(self, step: str) -> None:
+        pass
 
     def poll_facts(self, step: str) -> dict[str, Any] | None:
         raise _mute(step)

@@ -171,7 +171,7 @@ def test_explain_names_every_opening() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--shape", "gpt5"], "--shape gpt5: no such folder, nor one of demo, gpt2"),
+        (["--shape", "gpt5"], "gpt5: no such model folder or file, nor can a hub model have that name"),
         (
             ["--context", "5000"],
             "beyond the model, which takes up to 1006 tokens besides question and answer (18)",

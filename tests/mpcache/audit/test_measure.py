@@ -93,7 +93,7 @@ def test_a_party_that_fails_first_is_the_error(model: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--shape", "gpt2"], "--shape gpt2 has no weights; give demo or a model folder"),
+        (["--shape", "gpt2"], "--shape gpt2 has no weights; give demo, or a model with weights"),
         (["--explain", "full"], "leave out --measure"),
         (["--context", "1000", "--new-tokens", "20"], "beyond the model, which takes up to 988 tokens"),
         (["--question", "1020"], "question and answer make 1027 tokens, the model allows 1024"),

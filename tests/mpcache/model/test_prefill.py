@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def test_keys_and_values_are_those_of_transformers(model: Model) -> None:
     ids = ids_of(40)
-    hf = AutoModelForCausalLM.from_pretrained(model.folder)
+    hf = AutoModelForCausalLM.from_pretrained(model.path)
     with torch.no_grad():
         layers = hf(torch.tensor([ids]), use_cache=True).past_key_values.layers
     got = prefill(model, ids)
@@ -68,7 +68,7 @@ def test_the_window_gives_attention_as_transformers_computes_it(model: Model, wi
     got = prefill(model, ids, window=window)
     assert got.first_position == 40 - window
     assert {q.shape for q in got.q_window} == {(model.shape.heads, window, model.shape.head_dim)}
-    hf = AutoModelForCausalLM.from_pretrained(model.folder, attn_implementation="eager")
+    hf = AutoModelForCausalLM.from_pretrained(model.path, attn_implementation="eager")
     with torch.no_grad():
         attentions = hf(torch.tensor([ids]), output_attentions=True).attentions
     for q, k, attention in zip(got.q_window, got.k, attentions, strict=True):

@@ -17,7 +17,7 @@ from mpcache.transport.flow_control import FRAME_COST, MIB, SMALL_BYTES, Sent, l
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
 from mpcache.transport.message import is_one_field, split_message
-from mpcache.transport.session_order import FrameKind, Order, State, place_of
+from mpcache.transport.session_order import FrameKind, Order, Place, State, place_of
 from mpcache_parties.handshake import PROTOCOL_VERSION, agree
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import linked
@@ -40,13 +40,20 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 @pytest.mark.parametrize(
     ("step", "place"),
     [
-        ("seeds/tape", (State.SETUP, 0)),
-        ("facts/model", (State.SETUP, 0)),
-        ("setup/layer0", (State.SETUP, 0)),
-        ("context/layer3", (State.CONTEXT, 0)),
-        ("question/layer0/qkv", (State.QUESTION, 0)),
-        ("more/decode7", (State.DECODE, 7)),
-        ("decode7/layer0/qkv", (State.DECODE, 7)),
+        ("seeds/tape", Place(0, State.SETUP)),
+        ("facts/model", Place(0, State.SETUP)),
+        ("setup/layer0", Place(0, State.SETUP)),
+        ("context/layer3", Place(0, State.CONTEXT)),
+        ("question/layer0/qkv", Place(1, State.QUESTION)),
+        ("more/decode7", Place(1, State.DECODE, 7)),
+        ("decode7/layer0/qkv", Place(1, State.DECODE, 7)),
+        ("turn/2", Place(2, State.QUESTION)),
+        ("turn2-question/layer0/qkv", Place(2, State.QUESTION)),
+        ("turn2-decode3/layer0/qkv", Place(2, State.DECODE, 3)),
+        ("more/turn2-decode3", Place(2, State.DECODE, 3)),
+        ("turn1-question/x", None),
+        ("turn/0", None),
+        ("turn/x", None),
         ("decode", None),
         ("decode0/x", None),
         ("decode1x/y", None),
@@ -62,12 +69,14 @@ def test_where_a_step_belongs(step: str, place: object) -> None:
 def test_a_whole_session_is_legal() -> None:
     order = Order()
     messages = ["seeds/pair", "facts/question", "setup/layer0", "context/layer0", "question/layer0/qkv",
-                "more/decode1", "decode1/layer0/qkv", "more/decode2", "decode2/vocabulary"]  # fmt: skip
+                "more/decode1", "decode1/layer0/qkv", "more/decode2", "decode2/vocabulary", "dealt/1",
+                "turn/2", "turn2-question/layer0", "more/turn2-decode1", "turn2-decode1/layer0",
+                "turn/3"]  # fmt: skip
     assert order.complaint(FrameKind.HELLO, "") is None
     assert [order.complaint(FrameKind.TENSORS, step) for step in messages] == [None] * len(messages)
-    assert order.place == (State.DECODE, 2)
+    assert order.place == Place(3, State.QUESTION)
     assert order.complaint(FrameKind.BYE, "") is None
-    assert order.place == (State.CLOSE, 0)
+    assert order.place.state is State.CLOSE
 
 
 ILLEGAL = [
@@ -78,6 +87,8 @@ ILLEGAL = [
     ([("tensors", "decode2/a"), ("tensors", "decode1/a")], "tensors at decode1/a in state DECODE 2"),
     ([("facts", "more/decode3"), ("facts", "more/decode2")], "facts at more/decode2 in state DECODE 3"),
     ([("tensors", "decode1/a"), ("tensors", "question/a")], "tensors at question/a in state DECODE 1"),
+    ([("facts", "turn/2"), ("tensors", "decode9/a")], "tensors at decode9/a in state QUESTION of turn 2"),
+    ([("tensors", "turn3-decode1/a"), ("facts", "turn/2")], "facts at turn/2 in state DECODE 1 of turn 3"),
     ([("bye", ""), ("tensors", "decode1/a")], "tensors at decode1/a in state CLOSE"),
     ([("bye", ""), ("bye", "")], None),
     ([("an unknown message", "")], "an unknown message in state HELLO"),
@@ -274,4 +285,4 @@ def test_hello_takes_part_in_the_order() -> None:
         client.send_hello(Hello(PROTOCOL_VERSION, Rank.CLIENT, "00", {}))
         client._post(next(split_message(0, "decode1/a", [torch.zeros(1)])))
         server.recv_hello()
-        assert server._order.place == (State.DECODE, 1)
+        assert server._order.place == Place(1, State.DECODE, 1)

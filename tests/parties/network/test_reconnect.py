@@ -174,7 +174,7 @@ def parties(
             D: settings.addresses,
         }
         flags: dict[Rank, list[object]] = {
-            S: ["--model", model.folder, "--context", document],
+            S: ["--model", model.path, "--context", document],
             C: ["--question", QUESTION, "--no-stop-at-eos"],
             D: [],
         }

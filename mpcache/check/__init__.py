@@ -1,0 +1,1 @@
+"""`mpcache check`: what can go wrong in a run, before it."""

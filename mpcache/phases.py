@@ -1,0 +1,37 @@
+"""Name the phases of a session: setup, context, then the chunks of each turn.
+
+A turn is a question and its answer. Its first chunk is the question, each other one a token of the answer:
+`question`, `decode1`, ... in the first turn, `turn2-question`, `turn2-decode1`, ... in the second.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_NAME = re.compile(r"(?:turn([2-9]|[1-9][0-9]{1,5})-)?(?:question|decode([1-9][0-9]{0,8}))", re.ASCII)
+
+
+class ChunkPlace(NamedTuple):
+    """Where a chunk stands. turn: 1, 2, ...; step: 0 for the question, else the token's number in it."""
+
+    turn: int
+    step: int
+
+    @property
+    def phase(self) -> str:
+        """Its phase's name."""
+        name = f"decode{self.step}" if self.step else "question"
+        return name if self.turn == 1 else f"turn{self.turn}-{name}"
+
+    @staticmethod
+    def of(phase: str) -> ChunkPlace | None:
+        """Return the place that a phase's name tells; None where it is no chunk's."""
+        found = _NAME.fullmatch(phase)
+        return None if found is None else ChunkPlace(int(found[1] or 1), int(found[2] or 0))
+
+
+def is_decode(phase: str) -> bool:
+    """Return whether a phase takes in one token of an answer."""
+    place = ChunkPlace.of(phase)
+    return place is not None and place.step > 0

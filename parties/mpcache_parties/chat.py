@@ -1,0 +1,334 @@
+"""Talk with a model privately: a conversation at this machine's client, for Python programs.
+
+`connect` asks parties that run elsewhere, `LocalParties` runs server and dealer here, too. The client is a
+process of its own; this module speaks with it over its stdin and stdout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from subprocess import TimeoutExpired
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+from mpcache.config import Settings, load_settings
+from mpcache.console.inputs import read_text
+from mpcache.errors import BadInput
+from mpcache.phases import ChunkPlace
+from mpcache.rank import Rank
+from mpcache.report.account import Finish, TurnReport
+from mpcache_parties import piped_conversation
+from mpcache_parties.launch import (
+    Child,
+    Event,
+    PartyFailed,
+    end_parties,
+    first_cause,
+    free_addresses,
+    private_folder,
+    start_party,
+    write_session,
+)
+from mpcache_parties.operations.output import EventKind
+from mpcache_parties.say import Say, quiet
+
+LOOK_EVERY_S = 0.2  # at the processes, while no event comes
+CLOSE_S = 12.0  # for the client's process to end
+AT_ONCE = 4  # conversations with local parties
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question, and what its answer may be."""
+
+    text: str
+    max_new_tokens: int | None = None  # at most what the parties agreed on, which is the default
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a conversation has taken so far. Units: ms, rounds, bytes.
+
+    sent, received: between client and server.  dealt: from the dealer to the client.
+    to_server, to_dealer: all that each has received of this client.
+    """
+
+    turns: int = 0
+    ms: float = 0.0
+    rounds: int = 0
+    sent: int = 0
+    received: int = 0
+    dealt: int = 0
+    to_server: int = 0
+    to_dealer: int = 0
+
+
+class Chat:
+    """One private conversation. A context manager; not for several threads, but for `stop`."""
+
+    def __init__(
+        self,
+        flags: Sequence[str],
+        say: Say = quiet,
+        watch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start this client's process, with `mpcache-party`'s flags, and open a session.
+
+        say: told in words how far it is.  watch: raises what has happened to the parties beside it.
+        Raises PartyFailed, or what `watch` raises.
+        """
+        self.turns: list[TurnReport] = []
+        self.progress = "starting"
+        self.room = 0
+        self._say, self._watch = say, watch
+        self._events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
+        self._writing = Lock()
+        self._answering = False
+        self._child: Child | None = start_party(Rank.CLIENT, [*flags, "--conversation"], self._events)
+        try:
+            self.room = int(self._next(EventKind.OPENED)["room"])
+        except BaseException:
+            self.close()
+            raise
+        self.progress = ""
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def account(self) -> Account:
+        """What it has taken so far, this session's set-up not counted."""
+        turns = self.turns
+        sent, to_dealer = sum(turn.sent for turn in turns), sum(turn.offline_sent for turn in turns)
+        return Account(
+            turns=len(turns),
+            ms=sum(turn.ms for turn in turns),
+            rounds=sum(turn.rounds for turn in turns),
+            sent=sent,
+            received=sum(turn.received for turn in turns),
+            dealt=sum(turn.offline_received for turn in turns),
+            to_server=sent,
+            to_dealer=to_dealer,
+        )
+
+    @property
+    def finish_reason(self) -> str:
+        """What the last answer ended with: "stop" or "length"."""
+        return "length" if self.turns and self.turns[-1].finish is Finish.LENGTH else "stop"
+
+    def ask(self, question: str | Turn) -> Iterator[str]:
+        """Ask, and yield the answer in pieces as they come. Raises BadInput, after which others may be asked.
+
+        An iterator that is closed before its end stops the answer. Raises PartyFailed where the session has
+        failed.
+        """
+        turn = question if isinstance(question, Turn) else Turn(question)
+        wanted = {
+            "new_tokens": turn.max_new_tokens, "temperature": turn.temperature, "top_p": turn.top_p,
+            "seed": turn.seed, "stop": list(turn.stop),
+        }  # fmt: skip
+        line = piped_conversation.ask_line(
+            turn.text, **{name: value for name, value in wanted.items() if value is not None}
+        )
+        if self._answering:
+            raise BadInput("an answer runs; stop it, or hear it to its end")
+        self._answering = True
+        self._write(line)
+        try:
+            while self._answering:
+                event = self._next(EventKind.TOKEN, EventKind.TURN, EventKind.REFUSED)
+                if event["event"] == EventKind.TOKEN:
+                    self.progress = ""
+                    yield event["text"]
+                else:
+                    self._take(event)
+        finally:
+            if self._answering and self._child is not None:  # the one who asked has gone
+                self.stop()
+                with suppress(PartyFailed, BadInput):
+                    while self._answering:
+                        event = self._next(EventKind.TOKEN, EventKind.TURN, EventKind.REFUSED)
+                        if event["event"] != EventKind.TOKEN:
+                            self._take(event)
+
+    def stop(self) -> None:
+        """End the answer that runs after its present token; any thread may call this."""
+        if self._child is not None and self._answering:
+            self._write(piped_conversation.ENOUGH_LINE)
+
+    def close(self) -> None:
+        """End the session and its process; harmless to repeat."""
+        child, self._child, self._answering = self._child, None, False
+        if child is None:
+            return
+        with suppress(OSError):
+            assert child.stdin is not None
+            child.stdin.close()
+        try:
+            child.wait(CLOSE_S)
+        except TimeoutExpired:
+            child.kill()
+            child.wait()
+
+    def _take(self, event: dict[str, Any]) -> None:
+        """Take what ends a turn. Raises BadInput where it was not begun."""
+        self._answering, self.progress = False, ""
+        if event["event"] == EventKind.REFUSED:
+            raise BadInput(event["text"])
+        found = event["turn"]
+        self.turns.append(TurnReport(**{**found, "finish": Finish(found["finish"])}))
+        self.room = self.turns[-1].room
+
+    def _write(self, line: bytes) -> None:
+        with self._writing, suppress(OSError):  # a process that is gone is found by who reads its events
+            assert self._child is not None and self._child.stdin is not None
+            self._child.stdin.write(line)
+            self._child.stdin.flush()
+
+    def _next(self, *kinds: EventKind) -> dict[str, Any]:
+        """Wait for an event of one of these kinds. Raises PartyFailed, or what `watch` raises."""
+        if self._child is None:
+            raise PartyFailed("the conversation is closed")
+        failure: PartyFailed | None = None
+        while True:
+            try:
+                _, event = self._events.get(timeout=LOOK_EVERY_S)
+            except Empty:
+                self._watch()
+                continue
+            match event:
+                case dict(found) if found["event"] in kinds:
+                    return found
+                case {"event": EventKind.SAY, "text": str(text)}:
+                    self.progress = text.removeprefix("client: ")
+                    self._say(text)
+                case {"event": EventKind.LAYER, "phase": str(phase), "layer": int(layer)}:
+                    place = ChunkPlace.of(phase)
+                    what = phase if place is None else "answer" if place.step else "question"
+                    self.progress = f"{what}: layer {layer + 1}"
+                case {"event": EventKind.ERROR, "text": str(text), "exit_code": int(code)}:
+                    failure = PartyFailed(text, code)
+                case None:
+                    self._watch()
+                    raise failure or PartyFailed("the client's process has ended")
+
+
+class LocalParties:
+    """Server and dealer as processes of this machine, for as many conversations as they serve at once."""
+
+    def __init__(
+        self, settings: Settings, server_flags: Sequence[str] = (), text: str | None = None,
+        at_once: int = AT_ONCE, say: Say = quiet,
+    ) -> None:  # fmt: skip
+        """Start both. server_flags: as `mpcache-party` takes them.  text: the server's document."""
+        self._settings = settings.model_copy(update={"addresses": free_addresses()})
+        self._say, self._children = say, dict[Rank, Child]()
+        self._events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
+        self._errors: dict[Rank, dict[str, Any]] = {}
+        self._folder = private_folder()
+        folder = self._folder.__enter__()
+        try:
+            self._own = write_session(self._settings, {} if text is None else {Rank.SERVER: text}, folder)
+            serving = ["--serve", "--sessions", str(at_once)]
+            for rank, more in ((Rank.SERVER, server_flags), (Rank.DEALER, ())):
+                flags = [*self._own[rank], *serving, *more]
+                self._children[rank] = start_party(rank, flags, self._events)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> LocalParties:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def chat(self) -> Chat:
+        """Open a conversation. Raises PartyFailed."""
+        return Chat(self._own[Rank.CLIENT], self._say, self._watch)
+
+    def close(self) -> None:
+        """End both."""
+        end_parties(self._children)
+        self._folder.__exit__(None, None, None)
+
+    def _watch(self) -> None:
+        """Raise PartyFailed if one of them has ended."""
+        gone = False
+        with suppress(Empty):
+            while True:
+                rank, event = self._events.get_nowait()
+                match event:
+                    case {"event": EventKind.SAY, "text": str(text)}:
+                        self._say(text)
+                    case dict(found) if found["event"] == EventKind.ERROR:
+                        self._errors[rank] = found
+                    case None:
+                        gone = True
+        if gone or self._errors:
+            raise first_cause(self._children, {}, self._errors)
+
+
+def connect(config: Path | str, identity: Path | str | None = None, say: Say = quiet) -> Chat:
+    """Open a conversation with a server and a dealer that run elsewhere; close it after use.
+
+    config: the YAML file that all parties agree on.  identity: the folder of this client's key and
+    certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
+    the set-up is. Raises ConfigError, or PartyFailed where no session comes about.
+    """
+    load_settings(config)  # its faults are told here, not by a process
+    flags = ["--config", str(config)]
+    if identity is not None:
+        flags += ["--identity", str(identity)]
+    return Chat(flags, say)
+
+
+@contextmanager
+def local_chat(
+    model: Path | str | None = None,
+    document: Path | str | None = None,
+    *,
+    policy: str | None = None,
+    max_new_tokens: int | None = None,
+    config: Path | str | None = None,
+    say: Say = quiet,
+) -> Iterator[Chat]:
+    """Open a conversation with a server and a dealer of its own, all processes of this machine.
+
+    Parameters
+    ----------
+    model
+        As `mpcache generate --model` takes it; None: the demo model.
+    document
+        The server's: a text, or the Path of a text file. None: with the demo model its own, else none.
+    policy, max_new_tokens
+        In place of the config's.
+    config
+        A YAML file of public settings; its addresses are not used.
+    say
+        Gets a line now and then about how far the set-up is.
+
+    Raises ConfigError, or PartyFailed where no session comes about.
+
+    """
+    settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
+    flags = [] if model is None else ["--model", str(model)]
+    text = read_text(document) if isinstance(document, Path) else document
+    with LocalParties(settings, flags, text, at_once=1, say=say) as parties, parties.chat() as chat:
+        yield chat

@@ -252,7 +252,7 @@ def _generate(
     words = np.empty(shape.words, dtype=np.uint64)
     bits = np.empty((shape.n, shape.levels), dtype=np.uint8)
     values = np.empty((shape.n, shape.values), dtype=np.uint64)
-    loops.generate(
+    loops.generate_trees(
         shape.depth, shape.start, shape.levels, shape.tail, 8 * shape.width,
         *map(_unsigned, seeds), _unsigned(alpha), _unsigned(beta), rounds, words, bits, values,
     )  # fmt: skip
@@ -273,7 +273,7 @@ def _evaluate(
     """Run `dcf_eval` as one compiled loop (`mpcache.runtime.tree_loops`)."""
     values = np.ascontiguousarray(bits.numpy()[:, shape.levels :]).view(shape.dtype).astype(np.uint64)
     window, below = (np.empty(tuple(x.shape), dtype=np.uint64) for _ in range(2))
-    loops.evaluate(
+    loops.evaluate_trees(
         party, shape.depth, shape.start, shape.levels, shape.tail, 8 * shape.width, _unsigned(seeds),
         _unsigned(words), bits.contiguous().numpy(), values, _unsigned(x), rounds, window, below,
     )  # fmt: skip

@@ -21,7 +21,7 @@ _INT64 = int64[:, ::1]
 _COLUMNS = 1024  # of the result, which stay in the innermost cache while all rows of the matrix pass
 
 
-def compiled(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
+def compile_loop(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function: at once for a signature of numba's, else when arguments come."""
 
     def make(function: Callable[..., Any]) -> Any:
@@ -36,25 +36,25 @@ def compiled(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
 # Slices and one plain index: so LLVM sees that it may work on whole vectors.
 
 
-@compiled()
+@compile_loop()
 def _add_one(out, row, a):
     for j in range(out.shape[0]):
         out[j] += a * row[j]
 
 
-@compiled()
+@compile_loop()
 def _add_four(out, row, next_, third, last, a, b, c, d):
     for j in range(out.shape[0]):
         out[j] += a * row[j] + b * next_[j] + c * third[j] + d * last[j]
 
 
-@compiled()
+@compile_loop()
 def _join(out, low, high):
     for j in range(out.shape[0]):
         out[j] = np.int64(low[j]) | (np.int64(high[j]) << 32)
 
 
-@compiled()
+@compile_loop()
 def _add_four_joined(out, l0, l1, l2, l3, h0, h1, h2, h3, a, b, c, d):
     for j in range(out.shape[0]):
         out[j] += (
@@ -65,7 +65,7 @@ def _add_four_joined(out, l0, l1, l2, l3, h0, h1, h2, h3, a, b, c, d):
         )
 
 
-@compiled([void(_INT64, w, _INT64) for w in (_INT64, int32[:, ::1])])
+@compile_loop([void(_INT64, w, _INT64) for w in (_INT64, int32[:, ::1])])
 def add_product(x, w, out):
     """Add x (m, k) @ w (k, n) to out (m, n), all contiguous; w: int64 or int32."""
     m, k = x.shape
@@ -84,7 +84,7 @@ def add_product(x, w, out):
                 _add_one(out[r, start:end], w[i, start:end], x[r, i])
 
 
-@compiled(void(_INT64, uint32[:, ::1], int16[:, ::1], _INT64))
+@compile_loop(void(_INT64, uint32[:, ::1], int16[:, ::1], _INT64))
 def add_joined_product(x, low, high, out):
     """Add x (m, k) @ (low + 2^32 high) (k, n) to out (m, n), all contiguous; uint32 and int16."""
     m, k = x.shape
@@ -117,8 +117,8 @@ def add_joined_product(x, low, high, out):
                 _add_one(out[r, start:end], joined[0, : end - start], x[r, i])
 
 
-@compiled([void(int64[::1], uint8[:, ::1])])
-def pack(x, out):
+@compile_loop([void(int64[::1], uint8[:, ::1])])
+def pack_words(x, out):
     """Write the low bytes of each word (n,) to out (n, width), the lowest first."""
     for i in range(x.shape[0]):
         word = x[i]
@@ -127,8 +127,8 @@ def pack(x, out):
             word >>= 8
 
 
-@compiled([void(uint8[:, ::1], int64[::1])])
-def unpack(data, out):
+@compile_loop([void(uint8[:, ::1], int64[::1])])
+def unpack_words(data, out):
     """Read words (n,) from their low bytes (n, width)."""
     for i in range(out.shape[0]):
         word = int64(0)
@@ -137,8 +137,8 @@ def unpack(data, out):
         out[i] = word
 
 
-@compiled([void(w[:, ::1], int64[::1], w[:, ::1]) for w in (int8, int16, int32, int64)])
-def turn(x, by, out):
+@compile_loop([void(w[:, ::1], int64[::1], w[:, ::1]) for w in (int8, int16, int32, int64)])
+def turn_rows(x, by, out):
     """Write x[i, (by[i] - v) mod size] to out[i, v]; x: (n, size), a power of two."""
     size = x.shape[1]
     for i in range(x.shape[0]):
@@ -154,7 +154,7 @@ _SINE = np.array([(-1.0) ** k / math.factorial(2 * k + 1) for k in range(10)])
 _COSINE = np.array([(-1.0) ** k / math.factorial(2 * k) for k in range(10)])
 
 
-@compiled()
+@compile_loop()
 def _wave(raw, bits):
     """Compute sine and cosine of a full turn / 2^bits times raw, from sums and products alone."""
     eighth = (raw >> (bits - 3)) & 7
@@ -176,7 +176,7 @@ def _wave(raw, bits):
     return s, c
 
 
-@compiled(void(int64[::1], int64, float64, int32[:, ::1], int32[:, ::1]))
+@compile_loop(void(int64[::1], int64, float64, int32[:, ::1], int32[:, ::1]))
 def waves(raw, bits, unit, sines, cosines):
     """Write sine and cosine of k raw / 2^bits turns, k = 1, 2, ..., in units of 1 / unit: (n, terms)."""
     for i in range(raw.shape[0]):
@@ -187,7 +187,7 @@ def waves(raw, bits, unit, sines, cosines):
             sk, ck = sk * c + ck * s, ck * c - sk * s
 
 
-@compiled(void(int64[::1], int64, float64[::1], int32[:, ::1], int32[:, ::1], int64[::1]))
+@compile_loop(void(int64[::1], int64, float64[::1], int32[:, ::1], int32[:, ::1], int64[::1]))
 def waves_less(raw, bits, units, sines, cosines, out):
     """Write the sum over k of units[k] sin(k (raw - r)), given sin(k r) and cos(k r), to out (n,).
 

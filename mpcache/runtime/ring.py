@@ -67,14 +67,14 @@ def matmul(x: torch.Tensor, y: torch.Tensor | Matrix) -> torch.Tensor:
 def pack(x: torch.Tensor, width: int) -> torch.Tensor:
     """Take the low `width` bytes of each int64: (*s) -> (*s, width) uint8."""
     out = np.empty((x.numel(), width), np.uint8)
-    loops.pack(x.reshape(-1).contiguous().numpy(), out)
+    loops.pack_words(x.reshape(-1).contiguous().numpy(), out)
     return torch.from_numpy(out).reshape(*x.shape, width)
 
 
 def unpack(x: torch.Tensor) -> torch.Tensor:
     """Put back what `pack` took, as numbers from 0 on: (*s, width) -> (*s)."""
     out = np.empty(math.prod(x.shape[:-1]), np.int64)
-    loops.unpack(x.reshape(out.size, x.shape[-1]).contiguous().numpy(), out)
+    loops.unpack_words(x.reshape(out.size, x.shape[-1]).contiguous().numpy(), out)
     return torch.from_numpy(out).reshape(x.shape[:-1])
 
 
@@ -82,5 +82,5 @@ def turned(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     """Return x[*, (by - v) mod size] at each v; x: (*s, size), a power of two; by: (*s)."""
     flat = x.reshape(by.numel(), x.shape[-1]).contiguous()
     out = torch.empty_like(flat)
-    loops.turn(flat.numpy(), by.reshape(-1).contiguous().numpy(), out.numpy())
+    loops.turn_rows(flat.numpy(), by.reshape(-1).contiguous().numpy(), out.numpy())
     return out.reshape(x.shape)

@@ -19,7 +19,7 @@ from llvmlite import binding, ir
 from numba import types, uint8, uint64, void
 from numba.extending import intrinsic
 
-from mpcache.runtime.loops import compiled
+from mpcache.runtime.loops import compile_loop
 
 if platform.machine().lower() not in ("x86_64", "amd64") or not binding.get_host_cpu_features().get("aes"):
     raise ImportError("no AES instructions that this module knows")
@@ -63,7 +63,7 @@ def round_keys(key: bytes) -> Words:
 def _encrypt(typing_context, low, high, keys):
     """Encrypt one block, two words, under expanded keys, with the CPU's instructions."""
 
-    def generate(context, builder, signature, arguments):
+    def generate_code(context, builder, signature, arguments):
         low, high, keys = arguments
         block, index = ir.VectorType(ir.IntType(64), 2), ir.IntType(32)
         data = context.make_array(signature.args[2])(context, builder, keys).data
@@ -84,10 +84,10 @@ def _encrypt(typing_context, low, high, keys):
         words = [builder.extract_element(x, index(i)) for i in (0, 1)]
         return context.make_tuple(builder, signature.return_type, words)
 
-    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64, keys), generate
+    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64, keys), generate_code
 
 
-@compiled()
+@compile_loop()
 def _grow(low, high, tweak, keys):
     """Compute AES(x) ^ x of x = (low, high) ^ tweak: the generator of the trees."""
     low, high = low ^ tweak, high ^ (tweak << _32)
@@ -95,7 +95,7 @@ def _grow(low, high, tweak, keys):
     return a ^ low, b ^ high
 
 
-@compiled()
+@compile_loop()
 def _output(low, high, index, width, mask):
     """Take output `index` of a block, `width` bits each."""
     at = index * width
@@ -103,13 +103,13 @@ def _output(low, high, index, width, mask):
     return (((high & upper) | (low & ~upper)) >> (at & _63)) & mask
 
 
-@compiled()
+@compile_loop()
 def _choose(bit, one, zero):
     """Choose `one` where bit is 1, without a branch."""
     return zero ^ ((one ^ zero) & (_0 - bit))
 
 
-@compiled()
+@compile_loop()
 def _negate_if(bit, x):
     return (x ^ (_0 - bit)) + bit
 
@@ -117,8 +117,8 @@ def _negate_if(bit, x):
 _A1, _A2, _B2 = uint64[::1], uint64[:, ::1], uint8[:, ::1]
 
 
-@compiled(void(*(uint64,) * 6, _A2, _A2, _B2, _A2, _A2, _A1, _A2, _A2))
-def evaluate(
+@compile_loop(void(*(uint64,) * 6, _A2, _A2, _B2, _A2, _A2, _A1, _A2, _A2))
+def evaluate_trees(
     party, depth, start, levels, tail, width, seeds, words, bits, values, points, keys, window, below
 ):
     """Evaluate trees (n) at points (n, p) as `dcf.dcf_eval` does: window and below, (n, p), are written.
@@ -153,8 +153,8 @@ def evaluate(
             window[i, p] = _negate_if(party, inside) & mask
 
 
-@compiled(void(*(uint64,) * 5, _A2, _A2, _A1, _A1, _A1, _A2, _B2, _A2))
-def generate(depth, start, levels, tail, width, seeds0, seeds1, alpha, beta, keys, words, bits, values):
+@compile_loop(void(*(uint64,) * 5, _A2, _A2, _A1, _A1, _A1, _A2, _B2, _A2))
+def generate_trees(depth, start, levels, tail, width, seeds0, seeds1, alpha, beta, keys, words, bits, values):
     """Generate trees (n) as `dcf.dcf_keygen` does: words, bits (n, levels) and values are written."""
     mask = ~_0 >> (_64 - width)
     last_value = values.shape[1] - 1

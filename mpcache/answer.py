@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mpcache.engines.plain import PlainOps
+from mpcache.errors import OutOfRange
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.model.tokenizer import Tokenizer
@@ -81,6 +82,8 @@ def answer(
 ) -> Iterator[int]:
     """Yield token ids as they come: at most `limit`, and none after one of `stops`.
 
+    A chunk whose values left their ranges yields no token, and ends the answer: `session.in_range` is false.
+
     Parameters
     ----------
     session
@@ -114,6 +117,10 @@ def answer(
         chunk = [ids[step - 1]] if step else list(question)
         learned = session.chunk(chunk, len(chunk))
         assert learned is not None, "the one who asks learns the answer"
+        if session.in_range is False:
+            if step + 1 < limit:
+                announce(False)
+            return
         if step == len(ids):
             ids.append(choose(learned))
         yield ids[step]
@@ -160,6 +167,14 @@ class AnswerText:
 def _overlap(text: str, stop: str) -> int:
     """Return how many characters at the end of `text` may be the beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def left_range(tokens: int) -> OutOfRange:
+    """Say that an answer ended after so many tokens because a value left its range."""
+    return OutOfRange(
+        f"client: a value left its range on the way to token {tokens + 1}, which would be wrong and is not "
+        "shown; ask otherwise, or use another model or policy (docs/ranges.md)"
+    )
 
 
 @dataclass

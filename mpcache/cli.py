@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.table import Table
 
-from mpcache.answer import PlainAnswer, plain_answer
+from mpcache.answer import PlainAnswer, left_range, plain_answer
 from mpcache.audit.audit_command import audit
 from mpcache.check.check_command import check
 from mpcache.choices import ChatForm
@@ -221,6 +221,7 @@ def generate(
     run = inquiry.compared(settings.public, bound.leak, reports)
     if as_json:
         print(json.dumps(run))
+        _check_range(run)
         return
     if shown and not shown.endswith("\n"):
         _write("\n")
@@ -228,6 +229,13 @@ def generate(
     _entry("Plaintext", text if text.endswith("\n") else text + "\n")
     _write("\n")
     terminal.print_table(out, card(run))
+    _check_range(run)
+
+
+def _check_range(run: dict[str, Any]) -> None:
+    """Raise OutOfRange where an answer ended for a value that left its range: what is shown is right."""
+    if run["in_range"] is False:
+        raise left_range(len(run["token_ids"]))
 
 
 @app.command()
@@ -277,6 +285,8 @@ def compare(
         print(json.dumps({"runs": runs}))
     else:
         terminal.print_table(out, comparison(runs))
+    for run in runs:
+        _check_range(run)
 
 
 @app.command()

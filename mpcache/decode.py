@@ -16,6 +16,7 @@ from mpcache.cache import Cache
 from mpcache.model import ModelShape
 from mpcache.model.rope import Rotation, rope_tables
 from mpcache.ops import Operand, Ops, Value
+from mpcache.protocols.ranges import NORM_ROUNDS
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, together
 
@@ -71,10 +72,11 @@ class Stream:
 
 def step(
     ops: Ops, model: Operands, cache: Cache, policy: BoundPolicy, one_hots: Value, reveal: str = "logits"
-) -> Program[torch.Tensor | None]:
+) -> Program[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Turn (m, vocab) one-hot tokens of the client into (vocab,) next-token logits, at the client only.
 
-    With reveal "token" the client learns the number (1,) of the likeliest token alone.
+    With reveal "token" the client learns the number (1,) of the likeliest token alone. It also learns whether
+    all values of the step were in their ranges (1,): None where an engine does not look.
     """
     positions = cache.advance(one_hots.shape[0])
     stream = Stream(None, (yield from at("embed", embed(ops, model, one_hots, positions))))
@@ -83,11 +85,19 @@ def step(
         stream = yield from at(f"layer{i}", program)
     last = stream.last()
     head = ops.norm_linear(last.opened, last.pending, model.shape.norm_eps, model.lm_head, model.lm_bias)
-    _, logits = yield from at("lm_head", head)
     if reveal == "token":
-        token = yield from at("token", greedy(ops, ops.in_small_ring(logits)))
-        return (yield from at("token", ops.reveal(token, Rank.CLIENT, "token for the client")))
-    return (yield from at("logits", ops.reveal(logits[0], Rank.CLIENT, "logits for the client")))
+        _, logits = yield from at("lm_head", head)
+        token, started = yield from together(
+            at("token", greedy(ops, ops.in_small_ring(logits))), at("guard", ops.start_verdict(1))
+        )
+        learned = at("token", ops.reveal(token, Rank.CLIENT, "token for the client"))
+    else:
+        (_, logits), started = yield from together(
+            at("lm_head", head), at("guard", ops.start_verdict(NORM_ROUNDS - 1))
+        )
+        learned = at("logits", ops.reveal(logits[0], Rank.CLIENT, "logits for the client"))
+    answer, in_range = yield from together(learned, at("guard", ops.finish_verdict(started)))
+    return answer, in_range
 
 
 def embed(ops: Ops, model: Operands, one_hots: Value, positions: torch.Tensor) -> Program[Value]:

@@ -236,6 +236,17 @@ class Engine(ABC, Generic[V, O]):
     def reveal(self, x: V, to: Rank, why: str) -> Program[torch.Tensor | None]:
         """Open a secret to one party alone, for a reason: the tensor in the clear, None at the other."""
 
+    def start_verdict(self, rounds: int) -> Program[Any]:
+        """Close the books on the values seen so far, after so many rounds of what runs beside this.
+
+        It goes beside the next round. What comes out is for `finish_verdict`; None where nobody looks.
+        """
+        return local(None)
+
+    def finish_verdict(self, started: Any) -> Program[torch.Tensor | None]:
+        """Tell the client alone, in one round, whether all these values were in their ranges (1,)."""
+        return local(None)
+
 
 def as_tensor(x: Value | Operand) -> torch.Tensor:
     """Take what the plain engine computes on as the tensor that it is. Raises TypeError for anything else."""

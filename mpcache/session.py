@@ -97,6 +97,7 @@ class Session:
         self.cache: Cache
         self.place = ChunkPlace(1, 0)  # of the next chunk
         self._chunks = 0
+        self.in_range: bool | None = None  # the last chunk's values, where that is learned
 
     def _run(self, phase: str, program: Program[Any]) -> Any:
         if self.party is None:
@@ -140,9 +141,11 @@ class Session:
         phase = self.place.phase
         self.place = ChunkPlace(self.place.turn, self.place.step + 1)
         self._chunks += 1
-        learned: torch.Tensor | None = self._run(
+        learned: torch.Tensor | None
+        learned, verdict = self._run(
             phase, step(self.ops, self.operands, self.cache, self.policy, one_hots, self.reveal)
         )
+        self.in_range = None if verdict is None else bool(verdict)
         return learned
 
 

@@ -53,6 +53,10 @@ CATALOG: Mapping[RequestKind, ProtocolEntry] = {
         "reciprocal or inverse root: a line for each interval, by a rotated one-hot vector",
         "reciprocal.power", "2e-4, 3e-5 relative", "exponent and multiple from one opening, then lines",
     ),
+    RequestKind.VERDICT: ProtocolEntry(
+        "whether all values were in range, for the client alone", "verdict.start_verdict",
+        "misses with 2^-63", "a digest of each party's side of all checks, compared under a random factor",
+    ),
     RequestKind.BLUR: ProtocolEntry(
         "noise of the other party's on what one party learns", "linear.blur", "2^-9 standard deviation",
         "so that a secret factor's step does not show",

@@ -21,7 +21,7 @@ from mpcache.engines.checked import CheckedOps, Range, Ranges
 from mpcache.errors import MpcacheError, OutOfRange
 from mpcache.limits import bind_policy, check_document, largest_score_held
 from mpcache.model import Model, ModelShape, demo_model_dir, find_model, load_model
-from mpcache.model.loading import ModelSource, open_checkpoint
+from mpcache.model.loading import StoredModel, open_model
 from mpcache.model.prefill import prefill
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import BoundPolicy
@@ -64,7 +64,7 @@ def _findings(
 ) -> Iterator[LinkFinding]:
     path = demo_model_dir() if name == "demo" else find_model(name)
     where = path.name
-    opened = open_checkpoint(path)
+    opened = open_model(path)
     shape = opened.shape
     yield LinkFinding("architecture", where, _architecture(opened), True)
     tokenizer = opened.tokenizer()
@@ -99,7 +99,7 @@ def _findings(
     yield _ranges(model, bound, document, question, public)
 
 
-def _architecture(opened: ModelSource) -> str:
+def _architecture(opened: StoredModel) -> str:
     s = opened.shape
     return (
         f"{opened.about}: {s.layers} layers of width {s.width}, {s.heads} heads on {s.kv_heads} KV heads of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from mpcache.protocols.ranges import (
     weight_bits,
 )
 from mpcache.protocols.suite import Suite
+from mpcache.protocols.verdict import finish_verdict, start_verdict
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Program, open_secret
@@ -206,6 +207,12 @@ class FastOps(Engine[Share, MaskedOperand]):
         if raw is None:
             return None
         return decode(centred(raw, x.ring), x.bits)
+
+    def start_verdict(self, rounds: int) -> Program[Any]:
+        return start_verdict(self.side, rounds)
+
+    def finish_verdict(self, started: torch.Tensor) -> Program[torch.Tensor | None]:
+        return finish_verdict(started)
 
 
 class FastBitsOps(FastOps):

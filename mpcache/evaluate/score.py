@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpcache.decode import Operands
 from mpcache.engines.plain import PlainOps
+from mpcache.errors import OutOfRange
 from mpcache.evaluate.tasks import Sample, Task
 from mpcache.model import Model
 from mpcache.model.prefill import Prefill, prefill
@@ -133,7 +134,9 @@ def score(task: Task, session: Session, sample: Sample, tokens: Tokens) -> list[
         chunk, right, nats = chunk + question, 0, 0.0
         for token in answer:
             logits = session.chunk(chunk, len(chunk))
-            assert logits is not None, "the plain engine knows its logits"
+            assert logits is not None, "the one who asks learns the logits"
+            if session.in_range is False:
+                raise OutOfRange("a value left its range in this sample: its score would be wrong")
             right += int(logits.argmax()) == token
             nats -= float(torch.log_softmax(logits.double(), -1)[token])
             chunk = [token]

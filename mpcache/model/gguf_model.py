@@ -1,6 +1,6 @@
 """Read what a GGUF file says of its model: the shape, and how its tensors are named.
 
-A row of ARCHITECTURES is to `general.architecture` what a row of `families.FAMILIES` is to a config.json.
+A row of ARCHITECTURES is to general.architecture what a row of FAMILIES in families.py is to a config.json.
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, each below the architecture's name.
 """
 
@@ -19,7 +19,7 @@ from mpcache.model.checks import first_words, shorten
 from mpcache.model.families import ConfigValues, Family, StoredLinear
 from mpcache.model.gguf_header import GgufHeader, read_gguf_header
 from mpcache.model.gguf_tensors import GgufTensors
-from mpcache.model.gguf_tokenizer import build_tokenizer, end_tokens, special_token, tokens_in_gguf
+from mpcache.model.gguf_tokenizer import build_tokenizer, end_tokens, special_token, vocabulary_of
 from mpcache.model.rope import frequencies
 from mpcache.model.shape import ModelShape, RopeScaling
 from mpcache.model.tokenizer import Tokenizer
@@ -109,7 +109,7 @@ def _read_llama(values: ConfigValues) -> ModelShape:
         if values.whole(f"{a}.{key}", head_dim) != head_dim:
             raise ModelError(f"{values.source}: {a}.{key} other than the head's {head_dim} is not supported")
     context = values.whole(f"{a}.context_length")
-    vocab = len(tokens_in_gguf(values))
+    vocab = len(vocabulary_of(values))
     return ModelShape(
         layers=values.whole(f"{a}.block_count"),
         width=width,
@@ -153,7 +153,7 @@ def _read_gpt2(values: ConfigValues) -> ModelShape:
         kv_heads=heads,
         head_dim=width // heads,
         ffn=values.whole("gpt2.feed_forward_length"),
-        vocab=len(tokens_in_gguf(values)),
+        vocab=len(vocabulary_of(values)),
         max_positions=values.whole("gpt2.context_length"),
         norm="layer",
         norm_eps=values.number("gpt2.attention.layer_norm_epsilon"),

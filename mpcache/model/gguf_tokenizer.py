@@ -1,8 +1,7 @@
 """Make a tokenizer from the metadata of a GGUF file, over the `tokenizers` library.
 
 The file holds a vocabulary and names the way in which texts are cut before it is used; how each name cuts
-is known to who reads it. The key tokenizer.ggml.model is `gpt2` for byte-level BPE, `llama` for
-SentencePiece's.
+is known to who reads it. tokenizer.ggml.model is `gpt2` for byte-level BPE, `llama` for SentencePiece's.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _ENDS = (
 )  # fmt: skip
 
 
-def tokens_in_gguf(values: ConfigValues) -> list[str]:
+def vocabulary_of(values: ConfigValues) -> list[str]:
     """Return the vocabulary, by id. Raises ModelError."""
     tokens = values.need(f"{_GGML}.tokens")
     if not isinstance(tokens, list) or not tokens:
@@ -44,21 +43,21 @@ def tokens_in_gguf(values: ConfigValues) -> list[str]:
 
 def special_token(values: ConfigValues, name: str) -> int | None:
     """Return the id of the token that is `bos`, `eos`, `eot` ..., or None."""
-    found = values.tokens(f"{_GGML}.{name}_token_id", len(tokens_in_gguf(values)))
+    found = values.tokens(f"{_GGML}.{name}_token_id", len(vocabulary_of(values)))
     return found[0] if found else None
 
 
 def end_tokens(values: ConfigValues) -> tuple[int, ...]:
     """Return every id that ends an answer: those that are named, and control tokens known to."""
     named = [special_token(values, name) for name in ("eos", "eot", "eom")]
-    kinds, tokens = _kinds(values), tokens_in_gguf(values)
+    kinds, tokens = _kinds(values), vocabulary_of(values)
     known = [i for i in np.flatnonzero(kinds == _CONTROL).tolist() if tokens[i] in _ENDS]
     return tuple(dict.fromkeys(i for i in (*named, *known) if i is not None))
 
 
 def _kinds(values: ConfigValues) -> np.ndarray[Any, Any]:
     """Return the type of each token: (vocab,) integers. Raises ModelError."""
-    tokens, kinds = tokens_in_gguf(values), values.get(f"{_GGML}.token_type")
+    tokens, kinds = vocabulary_of(values), values.get(f"{_GGML}.token_type")
     if kinds is None:
         return np.ones(len(tokens), np.int32)
     return _numbers(values, "token_type", "iu", len(tokens))
@@ -73,7 +72,7 @@ def _numbers(values: ConfigValues, name: str, kinds: str, length: int) -> np.nda
 
 def build_tokenizer(values: ConfigValues, shape: ModelShape) -> Tokenizer:
     """Build the tokenizer. Raises ModelError."""
-    kind, tokens = values.need(f"{_GGML}.model"), tokens_in_gguf(values)
+    kind, tokens = values.need(f"{_GGML}.model"), vocabulary_of(values)
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) != len(tokens):
         raise ModelError(f"{values.source}: {_GGML}.tokens holds a token twice; it is no vocabulary")

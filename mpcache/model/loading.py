@@ -36,7 +36,7 @@ class Model:
     path: Path
 
 
-class ModelSource(Protocol):
+class StoredModel(Protocol):
     """What a file format says of a model.
 
     about: names architecture and format.  tied: head and embedding are one, if no more is stored.
@@ -68,12 +68,12 @@ def demo_model_dir() -> Path:
 
 def load_shape(path: Path | str) -> ModelShape:
     """Read the shape of a model as --model names it, or of a config.json. Raises ModelError."""
-    return open_checkpoint(path, weights=False).shape
+    return open_model(path, weights=False).shape
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read the tokenizer of a model; needs no weights. Raises ModelError."""
-    return open_checkpoint(path, weights=False).tokenizer()
+    return open_model(path, weights=False).tokenizer()
 
 
 def load_model(path: Path | str) -> Model:
@@ -83,7 +83,7 @@ def load_model(path: Path | str) -> Model:
     one line.
     """
     found = find_model(path)
-    opened = open_checkpoint(found)
+    opened = open_model(found)
     tokenizer = opened.tokenizer()
     digest = hashlib.sha256(opened.digested)
     tensors = opened.tensors(digest.update)
@@ -92,7 +92,7 @@ def load_model(path: Path | str) -> Model:
     return Model(opened.shape, weights, tokenizer, digest.hexdigest(), found)
 
 
-def open_checkpoint(path: Path | str, weights: bool = True) -> ModelSource:
+def open_model(path: Path | str, weights: bool = True) -> StoredModel:
     """Read what is public about a model. weights: whether its tensors are needed, too. Raises ModelError."""
     found = find_model(path, weights)
     return GgufModel(found) if is_gguf(found) else HfFolder(found)

@@ -102,7 +102,8 @@ class Evicting(Policy):
         if mine.alive is None:
             mine.alive = ops.ones((candidates.shape[0], n))
         else:
-            candidates = ops.mask_scores(candidates, mine.alive[..., :old], 2 * limit)
+            # The living lie in (-limit, 0], the dead in (-2 limit, -limit].
+            candidates = ops.mask_scores(candidates, mine.alive[..., :old], limit)
         dead = yield from at("evict", argmax(ops, candidates, gone, 2 * limit))
         mine.alive = ops.cat([mine.alive[..., :old] - dead, mine.alive[..., old:]], -1)
         mine.living -= gone

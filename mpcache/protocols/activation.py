@@ -17,6 +17,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from mpcache.protocols.fence import Fence, truncation_fence
 from mpcache.protocols.linear import (
     Truncated,
     cross,
@@ -99,6 +100,16 @@ def _summed(
     return torch.from_numpy(out).reshape(raw.shape)
 
 
+def series_fence(wave: Series, x: Share) -> Fence:
+    """Return the fence of what a series takes: |x| < half passes, and none from 3/2 half to 2^11.
+
+    The step is right up to there, for both ends of its period are flat.
+    """
+    unit = x.bits + wave.half.bit_length() - 2  # a quarter of the range
+    ring = min(x.ring, x.bits + 12)
+    return Fence(ring, ring - unit, 0, 4)
+
+
 def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]:
     """Return x * step(x), or that times up, at `STEP_BITS` more fraction bits. Two rounds.
 
@@ -109,7 +120,8 @@ def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share
     if up is None:
         return (yield from truncate_times(side, step, value))
     value = truncate_local(side, value, x.bits)
-    return (yield from truncate_product(side, step, Share(value.data, x.bits, ring=GATE_RING)))
+    narrow = Share(value.data, x.bits, ring=GATE_RING)
+    return (yield from truncate_product(side, step, narrow, value.ring))
 
 
 def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Share, Share]]:
@@ -118,24 +130,35 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
     terms, ring = len(wave.b), x.ring
     period = x.bits + wave.half.bit_length()  # raw bits of a full turn: 2 half
     values = [x] if up is None else [x, up]
+    fences = [series_fence(wave, x), *(truncation_fence(v.ring) for v in values[1:])]
 
     def derive(*masks: torch.Tensor) -> Sequence[torch.Tensor]:
         pieces = [mask_parts(r, 0, v.ring)[::-1] for r, v in zip(masks, values, strict=True)]
         waves = _waves(masks[0], period, terms)
         crossed = cross(*pieces[0], *pieces[1]) if up is not None else ()
-        return *waves, *(part for piece in pieces for part in piece), *crossed
+        tables = (fence.tables(r) for fence, r in zip(fences, masks, strict=True))
+        return *tables, *waves, *(part for piece in pieces for part in piece), *crossed
 
     each, n = Part(x.shape), math.prod(x.shape)
-    parts = (Part((*x.shape, terms), torch.int32),) * 2 + (each,) * (2 if up is None else 8)
+    tables = tuple(fence.part(x.shape) for fence in fences)
+    parts = (*tables, *(Part((*x.shape, terms), torch.int32),) * 2, *(each,) * (2 if up is None else 8))
     work = Work(lookups=n, multiply_adds=2 * n * terms) + (products_of(n) if up is not None else NO_WORK)
     drawn = yield from draw(Request(RequestKind.ACTIVATION, (each,) * len(values), parts, derive, work))
-    masks, (sin_r, cos_r, rb, rc, *others) = drawn[: len(values)], drawn[len(values) :]
+    count = len(values)
+    masks, drawn_tables, (sin_r, cos_r, rb, rc, *others) = (
+        drawn[:count],
+        drawn[count : 2 * count],
+        drawn[2 * count :],
+    )
     c, *c_up = yield from open_masked(
         *(
             raised(side, v.data, r, v.ring, "masked for activation")
             for v, r in zip(values, masks, strict=True)
         )
     )
+    fences[0].watch(side, drawn_tables[0], c - (1 << (ring - 2)) + (wave.half << x.bits))
+    for fence, table, opened in zip(fences[1:], drawn_tables[1:], c_up, strict=True):
+        fence.watch(side, table, opened)
     mine = Truncated.of(c, 0, ring, rb, rc)
     value = Share(mine.share(side), x.bits)
     out = _SHARED_BITS + _PUBLIC_BITS

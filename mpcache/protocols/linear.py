@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mpcache.errors import Reuse
+from mpcache.protocols.fence import truncation_fence
 from mpcache.rank import Rank
 from mpcache.runtime import correlations
 from mpcache.runtime.correlations import mask_parts
@@ -110,8 +111,16 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
         return Share(x.data << -f, bits, x.owner)
     ring, f = x.ring, max(f, 0)
     data = x.data << max(0, bits - x.bits)
-    r, rc, rb = yield from draw(correlations.truncation(x.shape, f, ring))
+    fence = truncation_fence(ring)
+
+    def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
+        return *mask_parts(r, f, ring), fence.tables(r)
+
+    each = Part(x.shape)
+    derived = (each, each, fence.part(x.shape))
+    r, rc, rb, tables = yield from draw(Request(RequestKind.TRUNCATION, (each,), derived, derive, NO_WORK))
     (c,) = yield from open_masked(raised(side, data, r, ring, "masked for truncation"))
+    fence.watch(side, tables, c)
     return Share(Truncated.of(c, f, ring, rb, rc).share(side), bits)
 
 
@@ -121,10 +130,11 @@ def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
     |x_raw| < 2^(ring-2). The dealer shares y's mask times the parts of x's.
     """
     factor = Scaled.shape(x, y.shape)
-    r, a, *parts = yield from draw(factor)
+    r, a, *parts, tables = yield from draw(factor)
     c, d = yield from open_masked(
         raised(side, x.data, r, x.ring, "masked for truncation"), masked(y.data - a, 64, "factor, masked")
     )
+    truncation_fence(x.ring).watch(side, tables, c)
     return Scaled(side, x, a, c, parts).times(d, y.bits)
 
 
@@ -135,8 +145,9 @@ def truncate_to_scale(
 
     What is returned serves once, and raises Reuse the second time.
     """
-    r, a, *parts = yield from draw(Scaled.shape(x, shape))
+    r, a, *parts, tables = yield from draw(Scaled.shape(x, shape))
     (c,) = yield from open_masked(raised(side, x.data, r, x.ring, "masked for truncation"))
+    truncation_fence(x.ring).watch(side, tables, c)
     scaled = Scaled(side, x, a, c, parts)
     used = False
 
@@ -163,14 +174,16 @@ class Scaled:
 
     @staticmethod
     def shape(x: Share, factor: tuple[int, ...]) -> Request:
+        fence = truncation_fence(x.ring)
+
         def derive(r: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
             rc, rb = mask_parts(r, 0, x.ring)
-            return rc, rb, a * rc, a * rb
+            return rc, rb, a * rc, a * rb, fence.tables(r)
 
         return Request(
             RequestKind.TRUNCATION_PRODUCT,
             (Part(x.shape), Part(factor)),
-            (Part(x.shape),) * 4,
+            (*(Part(x.shape),) * 4, fence.part(x.shape)),
             derive,
             products_of(math.prod(x.shape)),
         )
@@ -182,23 +195,33 @@ class Scaled:
         return Share(d * y.share(self.side) + y.p * self.a + y.q * arb - arc, self.x.bits + bits)
 
 
-def truncate_product(side: Side, x: Share, y: Share) -> Program[Share]:
-    """Multiply x by y, both brought back to the whole ring by the same round; |raw| < 2^(ring-2)."""
+def truncate_product(side: Side, x: Share, y: Share, wide: int = 0) -> Program[Share]:
+    """Multiply x by y, both brought back to the whole ring by the same round; |raw| < 2^(ring-2).
+
+    wide: bits of the ring that y's shares are right in before, where these are more than its ring's: the
+    guard then sees a y of any size that this ring holds.
+    """
+    fences = truncation_fence(x.ring), truncation_fence(y.ring)
 
     def derive(r: torch.Tensor, r_: torch.Tensor) -> Sequence[torch.Tensor]:
         (rc, rb), (rc_, rb_) = mask_parts(r, 0, x.ring), mask_parts(r_, 0, y.ring)
-        return rc, rb, rc_, rb_, *cross(rb, rc, rb_, rc_)
+        return fences[0].tables(r), fences[1].tables(r_), rc, rb, rc_, rb_, *cross(rb, rc, rb_, rc_)
 
     each = Part(x.shape)
+    derived = (*(fence.part(x.shape) for fence in fences), *(each,) * 8)
     request = Request(
-        RequestKind.TRUNCATIONS_PRODUCT, (each,) * 2, (each,) * 8, derive, products_of(math.prod(x.shape))
+        RequestKind.TRUNCATIONS_PRODUCT, (each,) * 2, derived, derive, products_of(math.prod(x.shape))
     )
-    r, r_, rc, rb, rc_, rb_, *crossed = yield from draw(request)
+    r, r_, table, table_, rc, rb, rc_, rb_, *crossed = yield from draw(request)
     c, c_ = yield from open_masked(
         raised(side, x.data, r, x.ring, "masked for truncation"),
         raised(side, y.data, r_, y.ring, "masked for truncation"),
     )
+    fences[0].watch(side, table, c)
+    fences[1].watch(side, table_, c_)
     one, two = Truncated.of(c, 0, x.ring, rb, rc), Truncated.of(c_, 0, y.ring, rb_, rc_)
+    if wide > y.ring:
+        side.watch(two.share(side) - y.data, wide)
     return Share(one.times(side, two, crossed), x.bits + y.bits)
 
 

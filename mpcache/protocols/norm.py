@@ -17,6 +17,7 @@ from functools import cache
 
 import torch
 
+from mpcache.protocols.fence import truncation_fence
 from mpcache.protocols.linear import (
     Truncated,
     masks_of_product,
@@ -100,17 +101,19 @@ def _add(
     One round.
     """
     m, width = change.shape
-    each, row = Part((m, width)), Part((m, 1))
+    each, row, fence = Part((m, width)), Part((m, 1)), truncation_fence(change.ring)
 
     def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
         # x = e + p + q rb + a, e and p public: a is what hides the stream and the change's low bits
         rc, rb = mask_parts(r, 0, change.ring)
         a = -rc if stream is None else dealt(stream.dealt) - rc
-        return rc, rb, a * rb, (a * a).sum(-1, keepdim=True)
+        return rc, rb, a * rb, (a * a).sum(-1, keepdim=True), fence.tables(r)
 
-    request = Request(RequestKind.NORM, (each,), (each, each, each, row), derive, products_of(m * width))
-    r, rc, rb, a_rb, aa = yield from draw(request)
+    derived = (each, each, each, row, fence.part(each.shape))
+    request = Request(RequestKind.NORM, (each,), derived, derive, products_of(m * width))
+    r, rc, rb, a_rb, aa, tables = yield from draw(request)
     (c,) = yield from open_masked(raised(side, change.data, r, change.ring, "masked for truncation"))
+    fence.watch(side, tables, c)
     opened = Truncated.of(c, 0, change.ring, rb, rc)
     e, a = (opened.p, -rc) if stream is None else (opened.p + stream.opened, stream.mask - rc)
     # (e + q rb + a)^2

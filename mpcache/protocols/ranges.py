@@ -17,7 +17,7 @@ models come; the debug engine (mpcache.engines.checked) judges values by these s
 | gate times up | size below 2^14 | GATE_RING |
 | SiLU, GELU inputs | size below 32, 16 | `activation.series`: half a period |
 | max(x, 0) | raw size below 2^(RELU_WIDTH - 1) | the comparison's width |
-| logits | size below LARGEST_LOGIT, for `--reveal token` | the comparison's width |
+| logits | size below 63/64 LARGEST_LOGIT, for `--reveal token` | the comparison's width, the guard |
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SELECTION_RING = 56  # scores to gather and softmax weights to scatter fit
 # Attention.
 SCORE_BITS = 13  # fraction bits of quantized scores, which are 7/8 of the scores: 1.4e-4 a step
 SCORE_RING = 24  # bits of the ring they live in: differences below 1024
-LARGEST_RANK = 512  # size of what scores are ranked by, so that differences are
+LARGEST_RANK = 504  # size of what scores are ranked by: their ring holds 512, and the guard 63/64 of it
 BUCKET_STEP = 2  # quantized scores per bucket of the histogram
 BUCKETS = 256
 LARGEST_SCORE = BUCKET_STEP * (BUCKETS // 2 - 1)  # |quantized score|: a bucket may come out one too low
@@ -57,6 +57,7 @@ LONGEST_ATTENDED = 1 << 13  # tokens per query
 MEAN_SQUARE_LOW, MEAN_SQUARE_HIGH = -20, 17  # exponents: mean squares from 9.5e-7 to 1.3e5
 NORM_PRODUCT_BITS = 18  # fraction bits of stream times matrix, before it is scaled
 NORM_PRODUCT_RING = 40  # so |stream times matrix| < 2^20
+NORM_ROUNDS = 4  # of a norm and the product after it: what was checked is known before the last one
 STEP_BITS = 16  # fraction bits of an activation's step, when it multiplies
 GATE_RING = 32  # |gate * up| < 2^14 at 16 fraction bits
 

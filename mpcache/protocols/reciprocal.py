@@ -22,6 +22,7 @@ import torch
 from mpcache.protocols import dcf
 from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
+from mpcache.protocols.fence import Fence
 from mpcache.protocols.linear import affine, masked, raised
 from mpcache.protocols.lookup import one_hot
 from mpcache.runtime.correlations import mask_parts
@@ -110,6 +111,8 @@ def _exponent(
     x = drop_low_bits(x.reshape(n), shift)
     keys = KeyShape(2 * n, high + 1)  # first half: [x < theta], second half: x [x < theta]
     mask = (1 << keys.depth) - 1
+    far = min(ring, high + 4)  # the trees see a ring of high + 2 bits, the fence one of so many
+    fence = Fence(far, far - high + 2, 0, 4)
     seeds, words, bit_parts = key_parts(keys)
     cipher = yield from tree_cipher()
 
@@ -117,19 +120,24 @@ def _exponent(
         top = ((r >> keys.depth) & 1).repeat(2)
         carried = torch.cat([torch.ones_like(r), r])
         trees = dcf.dcf_keygen(keys, cipher, s, (r & mask).repeat(2), carried * (1 - 2 * top))
-        return carried * top, *trees
+        return fence.tables(r), carried * top, *trees
 
-    request = Request(
-        RequestKind.COMPARE, (Part((n,)), seeds), (Part((2 * n,)), words, bit_parts), derive, keys.work()
-    )
-    r, own, tops, cw, cb = yield from draw(request)
+    derived = (fence.part((n,)), Part((2 * n,)), words, bit_parts)
+    request = Request(RequestKind.COMPARE, (Part((n,)), seeds), derived, derive, keys.work())
+    r, own, tables, tops, cw, cb = yield from draw(request)
     (c,) = yield from open_masked(masked(x + r, ring, "masked for comparison"))
-    points = c.unsqueeze(-1) - side.public([1 << (low + step * i) for i in range(1, k)])
+    fence.watch(side, tables, c)
+    # The first threshold lies below the range, by less than an interval of the curve: it may be one too high.
+    thresholds = [(1 << low) - (1 << low >> 8), *(1 << (low + step * i) for i in range(1, k + 1))]
+    points = c.unsqueeze(-1) - side.public(thresholds)
     _, t = dcf.dcf_eval(keys, cipher, side.number, own, cw, cb, (points & mask).repeat(2, 1))
     u, ru = (tops.unsqueeze(-1) + t).chunk(2)
     m = (points >> keys.depth) & 1
     below = side.first(m) + (1 - 2 * m) * u
+    side.watch(below[:, 0])
+    side.watch(below[:, -1] - side.constant(1, r))
     x_below = c.unsqueeze(-1) * below - (m * r.unsqueeze(-1) + (1 - 2 * m) * ru)
+    below, x_below = below[:, 1:-1], x_below[:, 1:-1]
     # hot_i = [x < theta_(i+1)] - [x < theta_i]; u = sum of x hot_i 2^(step (k - 1 - i)), at the top
     one, zero = side.constant(1, below[:, :1]), torch.zeros_like(below[:, :1])
     hot = torch.cat([below, one], -1) - torch.cat([zero, below], -1)

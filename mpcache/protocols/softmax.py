@@ -60,6 +60,10 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
     hot = yield from one_hot_of(side, bucket, BUCKETS, torch.int16)
     if visible is not None:
         hot = hot * visible.to(torch.int16).to(hot.device).unsqueeze(-1)
+        bucket = bucket * visible.to(torch.int64)
+    # A bucket is opened modulo BUCKETS, and known in a wider ring: the two are one while it is in range.
+    numbers = (hot * torch.arange(BUCKETS, dtype=torch.int16)).sum(-1, dtype=torch.int64)
+    side.watch(bucket - numbers, min(16, scores.ring - scores.bits - BUCKET_STEP.bit_length() + 1))
     histogram = hot.sum(-2, dtype=torch.int64)
     above = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     width = 1 + scores.shape[-1].bit_length()

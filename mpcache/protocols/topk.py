@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mpcache.protocols.compare import Digits, Keys
+from mpcache.protocols.fence import Fence
 from mpcache.protocols.linear import masked
 from mpcache.protocols.lookup import one_hot
 from mpcache.protocols.ranges import SELECTION_RING
@@ -107,35 +108,36 @@ def topk(
     first, second = torch.triu_indices(n, n, 1)
     pairs = len(first)
     size = size_for(n)
-    flat = 1
-    for r in rows:
-        flat *= r
     # Ranks are opened modulo `size`: that many bits of the comparisons' outcomes are enough.
     bit = torch.int8 if size <= 1 << 8 else torch.int16
-    compared = yield from comparison.of(flat * pairs, width, bit)
+    compared = yield from comparison.of(math.prod(rows) * pairs, width, bit)
     together = cat(list(values), -1)
     c = together.shape[-1]
     dtype = torch.int32 if together.ring <= 32 else torch.int64
     products = k * math.prod(together.shape)  # of slots with the values to gather
+    fence = Fence(width, 8, 1, 127)  # all within half of the ring: so differences are below it
 
     def derive(r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
         difference = (r[..., first] - r[..., second]).reshape(-1)
         hot = one_hot(rho, size)
-        return *compared.derive(difference, own), hot, hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
+        rotated = hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
+        return *compared.derive(difference, own), fence.tables(r), hot, rotated
 
+    table = fence.part((*rows, n))
     request = Request(
         compared.kind,
         (Part((*rows, n)), Part((*rows, n)), Part((*rows, n, c), dtype), *compared.random),
-        (*compared.derived, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
+        (*compared.derived, table, Part((*rows, n, size)), Part((*rows, n, size, c), dtype)),
         derive,
         compared.work + Work(multiplications=products, multiply_adds=2 * products),
         keep=True,
     )
-    r, rho, m, *parts, hot, masks, kept = yield from draw(request)
+    r, rho, m, *parts, tables, hot, masks, kept = yield from draw(request)
     opened, shown = yield from open_masked(
         masked(scores.data + r, width, "scores, masked"),
         masked(together.data + m, together.ring, "values to gather, masked"),
     )
+    fence.watch(side, tables, opened + (1 << (width - 2)))
     # first < second loses only where it is strictly lower.
     points = (opened[..., first] - opened[..., second]).reshape(-1)
     loses = (yield from compared.sign(side, parts, points)).reshape(*rows, pairs)

@@ -85,6 +85,7 @@ class Report:
     token_ids: list[int] = field(default_factory=list)  # client
     text: str = ""  # client
     turns: list[TurnReport] = field(default_factory=list)  # client, of a conversation
+    in_range: bool | None = None  # client: whether all values were; None where its protocol does not look
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,6 +140,7 @@ def summary(
         "plaintext_text": plain_text,
         "plaintext_token_ids": plain.ids,
         "agreement": agreement(client.token_ids, plain.ids),
+        "in_range": client.in_range,
         "policy": policy,
         "protocol": client.protocol,
         "leakage": leakage,

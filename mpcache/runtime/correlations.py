@@ -9,7 +9,7 @@ trees) are sent to both. So only corrections travel (docs/design.md, section 9).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -82,13 +82,3 @@ def masked_operand_product(
 def mask_parts(r: torch.Tensor, bits: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a truncation's mask r: rc = (r mod 2^(ring-1)) >> bits, and its top bit rb."""
     return (r & ((1 << (ring - 1)) - 1)) >> bits, (r >> (ring - 1)) & 1
-
-
-def truncation(shape: Shape, bits: int, ring: int = 64) -> Request:
-    """Ask for r uniform, with rc and rb (`mask_parts`)."""
-
-    def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
-        return mask_parts(r, bits, ring)
-
-    derived = Part(shape), Part(shape)
-    return Request(RequestKind.TRUNCATION, (Part(shape),), derived, derive, NO_WORK)

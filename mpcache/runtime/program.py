@@ -32,6 +32,7 @@ class RequestKind(StrEnum):
     TRUNCATION_PRODUCT = "truncation/product"
     TRUNCATIONS_PRODUCT = "truncations/product"
     LINE = "line"
+    VERDICT = "verdict"
     BLUR = "blur"
     COMPARE = "compare"
     TOPK = "topk"
@@ -314,6 +315,12 @@ def together(*programs: Program[Any]) -> Program[list[Any]]:
             mine, replies = replies[: len(ask.items)], replies[len(ask.items) :]
             yield from advance(i, mine)
     return results
+
+
+def rounds_later(rounds: int) -> Program[None]:
+    """Let so many rounds of what runs `together` with this go by; they must be there."""
+    for _ in range(rounds):
+        yield Open(())
 
 
 def local(value: T) -> Program[T]:

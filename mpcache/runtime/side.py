@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from mpcache.rank import Rank
+from mpcache.runtime.guard import Guard
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,12 @@ class Side:
     """One of the two computing parties.
 
     rank: server or client (either, where only shapes are read).  device: cpu, or meta where values are
-    `MetaTensor`s.
+    `MetaTensor`s.  guard: what this party saw of values in and out of their ranges.
     """
 
     rank: Rank
     device: str = "cpu"
+    guard: Guard = field(default_factory=Guard, compare=False, repr=False)
 
     @property
     def number(self) -> int:
@@ -37,6 +40,19 @@ class Side:
     def constant(self, value: int, like: torch.Tensor) -> torch.Tensor:
         """Share one public integer everywhere."""
         return self.first(torch.full_like(like, value))
+
+    def watch(self, x: Any, ring: int = 64) -> None:
+        """Note shares that add up to zero modulo 2^ring if a value was in range. No message."""
+        if not x.is_meta:
+            self.guard.note(self._mine(x) & ((1 << ring) - 1) if ring < 64 else self._mine(x))
+
+    def watch_bits(self, x: Any) -> None:
+        """Note XOR shares of bits that are zero if a value was in range. No message."""
+        if not x.is_meta:
+            self.guard.note(x)
+
+    def _mine(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.rank is Rank.SERVER else -x
 
 
 def drop_low_bits(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
-from mpcache.answer import AnswerText, TimedSession, answer
+from mpcache.answer import AnswerText, TimedSession, answer, left_range
 from mpcache.console.signals import between_tokens, token_by_token
 from mpcache.errors import BadInput, LinkError
 from mpcache.model.framing import Framing
@@ -140,6 +140,8 @@ class Asking:
         before, start = ledger.total(), time.perf_counter()
         self.ids, self._draws = [], None
         self.answer(question, asked, turn.limit, of)
+        if session.in_range is False:  # what it left in the cache spoils later turns, too
+            raise left_range(len(self.ids))
         ms = 1000 * (time.perf_counter() - start)
         spent = asdict(ledger.total() - before)
         finish = Finish.LENGTH

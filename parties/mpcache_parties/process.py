@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import torch
 
+from mpcache.answer import left_range
 from mpcache.config import Settings
 from mpcache.console.signals import stop_on_signals
 from mpcache.console.streams import own_stdout
@@ -163,7 +164,11 @@ def run_one_session(process: PartyProcess, network: Network, status: SessionStat
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     if isinstance(process.own, Conversation):
         status.on_layer = lambda phase, layer: process.output.event(EventKind.LAYER, phase=phase, layer=layer)
-    process.output.report(_run_session(process, resources))
+    report = _run_session(process, resources)
+    process.output.report(report)
+    if report.in_range is False and not process.output.events:  # else who reads the events tells it
+        network.close()
+        raise left_range(len(report.token_ids))
 
 
 def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:

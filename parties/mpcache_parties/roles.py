@@ -155,7 +155,10 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     report = _report(Rank.CLIENT, facts, session, resources)
     checkpointer.end(links)
     wait.close()
-    return replace(report, dealer_wait_ms=wait.ms, token_ids=asking.ids, text=asking.text, turns=asking.turns)
+    return replace(
+        report, dealer_wait_ms=wait.ms, token_ids=asking.ids, text=asking.text, turns=asking.turns,
+        in_range=session.in_range,
+    )  # fmt: skip
 
 
 def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, str]:

@@ -43,6 +43,7 @@ from mpcache_parties.facts import facts_of, read_tokenizer, receive_tokenizer
 from mpcache_parties.handshake import PROTOCOL_VERSION, compare_hellos
 from mpcache_parties.state import sealed, snapshot
 from mpcache_protos import party_pb2 as pb
+from tests.fuzz.gguf_files import gguf_files
 from tests.fuzz.kept import resumes, tapes
 from tests.fuzz.mutate import damaged, replaced
 from tests.fuzz.wire import wires
@@ -100,6 +101,7 @@ def targets(folder: Path) -> dict[str, Target]:
     def made(name: str, share: int, run: Callable[[bytes], None], make: Make, whole: bytes) -> None:
         found[name] = Target(run, make, share, whole)
 
+    gguf_files(folder, bytes_of, json_of)
     tapes(folder, bytes_of, json_of)
     resumes(folder, made)
     wires(folder, made)
@@ -355,6 +357,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
     facts = {
         "shape": loaded.shape.to_dict(), "model_digest": loaded.digest, "tokenizer_bytes": 1000,
         "tokenizer_digest": "00", "context_tokens": 40, "kernels": "cpu", "question_tokens": 4,
+        "new_tokens": 4,
     }  # fmt: skip
 
     def public(data: bytes) -> None:

@@ -33,8 +33,9 @@ from tests.support.policy_specs import PRIVATE
 CONTEXT = 24
 THIRD = 0x5555555555555555  # of a ring of any size: bits 0, 2, 4, ...
 SAMPLE = 6  # parts of each policy, where not all are tried
-# Its value is a comparison of the scores' masks with what they open to: random, however it is masked itself.
-RANDOM_VALUES = {"digits, compared and masked"}
+# Their values follow from other masks, however they are masked themselves: a comparison of the scores' masks
+# with what they open to, and a digest of shares.
+RANDOM_VALUES = {"digits, compared and masked", "checks of the client's, masked"}
 CASES = [(spec, "fast") for spec in PRIVATE.values()] + [(PRIVATE["mpcache"], "fast-bits")]
 NAMES = [*PRIVATE, "mpcache, fast-bits"]
 
@@ -133,8 +134,8 @@ def check(spec: str, protocol: str, chosen: Sequence[int]) -> dict[int, list[int
         part = base.parts[i]
         moved = base.moved(rerun(spec, protocol, replaced=i))
         reasons = [base.opened[n][0].why for n in sorted(moved)]
-        if part.own or part.dtype is torch.int16:  # roots of key trees; the blur, which is small
-            assert not moved, (i, part, reasons)
+        if part.own or part.dtype is torch.int16:  # roots of key trees, the guard's factor; the blur, small
+            assert RANDOM_VALUES.issuperset(reasons), (i, part, reasons)
             continue
         own = [n for n in sorted(moved) if base.opened[n][0].why not in RANDOM_VALUES] or sorted(moved)
         assert len(own) == 1, (i, part, reasons)
@@ -167,7 +168,7 @@ def test_every_part_moves_its_own_opening(spec: str, protocol: str) -> None:
         owners = {base.parts[i].owner for i in parts}
         assert len(parts) == 1 or (len(parts) == 2 and owners == {Rank.SERVER, Rank.CLIENT}), by_opening
     bare = {item.why for n, (item, _) in enumerate(base.opened) if n not in by_opening}
-    assert bare == {"logits for the client"}
+    assert bare == {"logits for the client", "whether all was in range"}
 
 
 def test_a_mask_that_hides_two_values_is_seen() -> None:
@@ -176,4 +177,5 @@ def test_a_mask_that_hides_two_values_is_seen() -> None:
     shapes = [(p.shape, p.dtype) if p.owner is None and not p.own else i for i, p in enumerate(base.parts)]
     pair = next((i, j) for j, s in enumerate(shapes) for i in range(j) if shapes[i] == s and len(s) > 1)  # type: ignore[arg-type]
     bug = rerun("full", "fast", reused=pair)
-    assert len(bug.moved(rerun("full", "fast", reused=pair, replaced=pair[0]))) == 2
+    moved = bug.moved(rerun("full", "fast", reused=pair, replaced=pair[0]))
+    assert len([n for n in moved if base.opened[n][0].why not in RANDOM_VALUES]) == 2

@@ -26,6 +26,7 @@ from tests.support import tiny_policies as tiny
 from tests.support.harness import secure
 from tests.support.play import Played, play
 
+VERDICT = ("whether all was in range", 1)
 CHUNKS = [tiny.tokens(3, 2), [5], [7], [1]]
 
 
@@ -99,13 +100,13 @@ def test_the_tokens_on_stock() -> None:
 
 @pytest.mark.parametrize("reveal", ["token", "logits"])
 def test_logits_are_never_opened(reveal: str) -> None:
-    """What goes to the client alone is one number a step, and no opening of the run shows the logits; the
-    same check sees them where they are revealed."""
+    """What goes to the client alone is one number a step, and whether all was in range; no opening of the run
+    shows the logits. The same check sees them where they are revealed."""
     heard: list[tuple[Opening, Any]] = []
     session(reveal, vocab=50, heard=heard)
     alone = [item for item, _ in heard if item.to is not None]
     expected = ("token for the client", 1) if reveal == "token" else ("logits for the client", 50)
-    assert [(item.why, item.share.numel()) for item in alone] == [expected] * len(CHUNKS)
+    assert [(item.why, item.share.numel()) for item in alone] == [expected, VERDICT] * len(CHUNKS)
     plain, _ = tiny.plain("full", tiny.shape(vocab=50), tiny.tokens(24), CHUNKS)
     assert shown(heard, plain[0]) is (reveal == "logits")
 

@@ -55,6 +55,21 @@ def report_of(ends: Mapping[Rank, Report | MpcacheError], rank: Rank) -> Report:
     return end
 
 
+def test_an_answer_that_leaves_its_range_ends_before_it_is_wrong(model: Model, tokens: list[int]) -> None:
+    """Gates of layer 0 beyond silu's range: a token of the question, as the server cannot see."""
+    layer = model.weights.layers[0]
+    assert layer.w_gate is not None
+    loud = replace(layer, w_gate=layer.w_gate * 60)
+    weights = replace(model.weights, layers=(loud, *model.weights.layers[1:]))
+    public = PublicConfig(policy="full", max_new_tokens=3)
+    question = Question(QUESTION, stop_at_eos=False)
+    ends = run_session(public, replace(model, weights=weights), tokens, question)
+    client = report_of(ends, C)
+    assert client.in_range is False and client.token_ids == [] and client.text == ""
+    assert "decode1" not in client.phases and "decode1" not in report_of(ends, S).phases
+    assert report_of(run_session(public, model, tokens, question), C).in_range is True
+
+
 def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
     public = PublicConfig(policy="mpcache", max_new_tokens=4)
     reports = run_session(public, model, tokens, Question(QUESTION, stop_at_eos=False))

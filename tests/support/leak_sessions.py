@@ -19,7 +19,11 @@ from tests.support.uniformity import Bytes
 
 SELECTS = ":n_keep=1.0,coarse=4,fine=4,sink=0,recent=0,coarse_keep=1,fine_keep=1,share=none"
 STEPS = ("context", "question", "decode1")
-MEANT = "logits for the client"  # the one opened value that is a secret in the clear, at the client
+LOGITS = "logits for the client"
+MEANT = {
+    LOGITS,
+    "whether all was in range",
+}  # the opened values that are meant to be in the clear, at the client
 
 Views = dict[Rank, LayerView]
 

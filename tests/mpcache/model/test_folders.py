@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mpcache.answer import plain_answer
 from mpcache.errors import BadInput, ModelError
-from mpcache.model import load_model
+from mpcache.model import load_model, load_tokenizer
 from mpcache.model.prefill import prefill
 from mpcache.policy import parse_policy
 from mpcache.sampling import Sampling
@@ -309,3 +309,39 @@ def test_every_key_with_another_value(kind: str, change: dict[str, Any], tmp_pat
             wrong.append(f"{key} {'left out' if dropped else other}: off by {off:.2g}")
     assert not wrong, "\n".join(wrong)
     assert equal > len(config)  # most keys change nothing
+
+
+# ------------------------------------------------------------------------------- chat templates
+
+
+def source_of(folder: Path) -> str:
+    template = load_tokenizer(folder).chat_template
+    assert template is not None
+    return template.source
+
+
+def test_the_chat_template_of_a_folder(tmp_path: Path) -> None:
+    folder = save(make("llama-gqa"), tmp_path)
+    assert load_tokenizer(folder).chat_template is None
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "one"}))
+    assert source_of(folder) == "one"
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert source_of(folder) == "two"
+    (folder / "chat_template.jinja").write_text("three")
+    assert source_of(folder) == "three"
+    (folder / "chat_template.jinja").unlink()
+    config.write_text(json.dumps({"chat_template": 7}))
+    with pytest.raises(ModelError, match="tokenizer_config.json: chat_template must be a text"):
+        load_tokenizer(folder)
+
+
+def test_a_config_without_architectures_is_known_by_its_model_type(tmp_path: Path) -> None:
+    folder = save(make("qwen2"), tmp_path)
+    rewrite(folder, architectures=None)
+    same(folder)
+    rewrite(folder, model_type="bert")
+    assert "architectures is missing, and model_type 'bert' not supported; supported: Llama" in str(
+        ours(folder)
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,21 +20,13 @@ from mpcache.model.families import ConfigValues
 from mpcache.model.gguf_tokenizer import build_tokenizer
 from mpcache.model.tokenizer import Tokenizer
 from tests.support.tiny_gguf import BYTE, CONTROL, NORMAL, UNKNOWN
+from tests.support.varied_texts import PIECES, varied_texts
 
-PIECES = (
-    "the gate", "  two  spaces", "\n\n\tx \r\n", "é€😀", "日本語", "it's I'M we'll", "12345", " 6.78e9",
-    "١٢ ½Ⅷ", "a\u0301 ﬁ", "<s>", "</s>", "<|x|>", "...!?", " ", "", "\u200b", "Zürich",
-)  # fmt: skip
 CORPUS = [
     " ".join(PIECES),
     "the number of the gate is 4831. It's 12 12 123 years, we'll see the city",
     "  \n\n ",
 ]
-
-
-def texts() -> list[str]:
-    rng = random.Random(5)
-    return [*PIECES, *("".join(rng.choices(PIECES, k=rng.randrange(1, 7))) for _ in range(150))]
 
 
 def read(**metadata: Any) -> Tokenizer:
@@ -108,7 +99,7 @@ def llama3() -> Any:
 def test_a_text_is_cut_as_transformers_cuts_it(pre: str, reference: Callable[[], Any]) -> None:
     made, theirs = byte_level(pre), reference()
     theirs.add_special_tokens({"additional_special_tokens": ["<s>", "</s>", "<|x|>"]})
-    for text in texts():
+    for text in varied_texts(150):
         ids = made.encode(text, bos=False)
         assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
         assert made.decode(ids) == theirs.decode(
@@ -119,7 +110,7 @@ def test_a_text_is_cut_as_transformers_cuts_it(pre: str, reference: Callable[[],
 def test_each_cut_is_another_one() -> None:
     """Else the test above could not fail."""
     made = [byte_level(pre) for pre in ("gpt-2", "smollm", "qwen2", "llama-bpe")]
-    found = [[each.encode(text, bos=False) for text in texts()] for each in made]
+    found = [[each.encode(text, bos=False) for text in varied_texts(150)] for each in made]
     assert len({str(ids) for ids in found}) == 4
 
 
@@ -171,7 +162,7 @@ def merged_by_score(text: str, tokens: Sequence[str], scores: Sequence[float]) -
 def test_sentencepiece_merges_by_score() -> None:
     given = sentencepiece()
     made = read(**given)
-    for text in (text for text in texts() if text and "<" not in text):
+    for text in (text for text in varied_texts(150) if text and "<" not in text):
         ids = made.encode(text, bos=False)
         assert ids == merged_by_score(text, given["tokens"], given["scores"].tolist()), text
         assert made.decode(ids) == text

@@ -27,7 +27,7 @@ SPECS = [
     *[pytest.param(spec, id=name) for name, spec in PRIVATE.items()],
     *[pytest.param(spec, id=name, marks=pytest.mark.slow) for name, spec in MORE.items()],
 ]
-LOGITS = "logits for the client"
+LOGITS, VERDICT = "logits for the client", "whether all was in range"
 
 
 @dataclass
@@ -80,6 +80,9 @@ def assert_masked(one: TensorTrace, two: TensorTrace) -> None:
     for key, first in one.values.items():
         if key == (Rank.CLIENT, LOGITS):
             continue
+        if key == (Rank.CLIENT, VERDICT):
+            assert not first.any(), "all was in range: nothing but that is told"
+            continue
         equal = float((first == two.values[key]).double().mean())
         chance = 1 / min(256, max(2, len(torch.unique(first)) // 2))  # a bit's, or less for wider values
         limit = chance + 6 * (chance * (1 - chance) / len(first)) ** 0.5
@@ -88,11 +91,14 @@ def assert_masked(one: TensorTrace, two: TensorTrace) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_openings_are_those_declared(spec: str) -> None:
-    """Leak class none: the client sees its logits; whatever else anybody sees is masked afresh."""
+    """Leak class none: the client sees its logits, and that all was in range; the rest is masked afresh."""
     assert parse_policy(spec).leak == "none"
     one, two = watch(spec), watch(spec, run=1)
     assert one.reasons == two.reasons
-    assert {(why, to) for why, to in one.reasons if to is not None} == {(LOGITS, Rank.CLIENT)}
+    assert {(why, to) for why, to in one.reasons if to is not None} == {
+        (LOGITS, Rank.CLIENT),
+        (VERDICT, Rank.CLIENT),
+    }
     assert (Rank.SERVER, LOGITS) not in one.values
     want, _ = plain(spec, shape(), tokens(CONTEXT), chunks(2, 1, 1))
     assert all((a - b).abs().max() < 0.02 for a, b in zip(one.logits, want, strict=True))

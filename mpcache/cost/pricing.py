@@ -23,7 +23,7 @@ from mpcache.model.shape import ModelShape
 from mpcache.ops import Ops
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.rank import Rank
-from mpcache.runtime.shares import MaskedOperand, Share
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
 from mpcache.session import Session
 
 
@@ -98,9 +98,11 @@ def _memoized(protocol: str, bits: int, standing: bool) -> Ops:
 
 
 def _bytes_held(thing: Any) -> int:
-    """Bytes of all shares (8 per element) and masked operands (a mask and the opened values)."""
+    """Bytes of all shares (8 per element) and masked operands (mask and opened values, or one of them)."""
     if isinstance(thing, Share):
         return 8 * math.prod(thing.shape)
+    if isinstance(thing, KnownOperand):
+        return (6 if thing.ring <= 48 else 8) * math.prod(thing.shape)
     if isinstance(thing, MaskedOperand):
         return 16 * math.prod(thing.shape)
     if isinstance(thing, list | tuple):

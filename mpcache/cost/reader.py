@@ -22,7 +22,8 @@ from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty, sends
 from mpcache.runtime.program import Ask, Call, Draw, Open, Opening, Program, Request
-from mpcache.runtime.shares import Awaited, MaskedOperand, Share
+from mpcache.runtime.ring import Matrix
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
 from mpcache.runtime.standing import OperandPlace, StandingMasks
 
 
@@ -99,9 +100,16 @@ class _UploadedMasks(StandingMasks):
         super().__init__()
         self._party = party
 
+    def take(self, x: Share, ring: int, step: str) -> KnownOperand | MaskedOperand:
+        operand = super().take(x, ring, step)
+        self._party.steps[step].uploaded += self.places[-1].nbytes
+        return operand
+
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
-        self._party.steps[place.step].uploaded += place.nbytes
         return MaskedOperand(x.data, x.data, x.bits, ring=place.ring)
+
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
+        return KnownOperand(Matrix(x.data), Rank.SERVER, x.bits, place.ring)
 
 
 def _count(tally: Tally, request: Request) -> None:
@@ -206,7 +214,7 @@ def _fresh(result: Any) -> Any:
     """Make an object of its own each time: programs may ask whether two values are one and the same."""
     if isinstance(result, list | tuple):
         return type(result)(map(_fresh, result))
-    if isinstance(result, Share | MaskedOperand | _MemoizedSelection):
+    if isinstance(result, Share | MaskedOperand | KnownOperand | _MemoizedSelection):
         twin = object.__new__(type(result))
         twin.__dict__.update(result.__dict__)
         return twin

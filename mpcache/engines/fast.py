@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,7 +29,17 @@ from mpcache.protocols.verdict import finish_verdict, start_verdict
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Call, Opening, Program, open_secret
-from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode, zeros
+from mpcache.runtime.shares import (
+    KnownOperand,
+    MaskedOperand,
+    Share,
+    cat,
+    centred,
+    decode,
+    encode,
+    is_known_matrix,
+    zeros,
+)
 from mpcache.runtime.side import Side
 from mpcache.runtime.standing import standing_masks
 
@@ -77,8 +87,12 @@ class FastOps(Engine[Share, MaskedOperand]):
     def prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         x = yield from self.rescale_to(x)
         self._check_own(x)
-        standing: MaskedOperand | None = yield Call(standing_masks(x, ring))
-        return (yield from self.do.mask_operand(x, ring)) if standing is None else standing
+        operand: KnownOperand | MaskedOperand | None = yield Call(standing_masks(x, ring))
+        if operand is None and is_known_matrix(x):
+            operand = yield from self.do.mask_matrix(self.side, x, ring)
+        elif operand is None:
+            operand = yield from self.do.mask_operand(x, ring)
+        return cast(MaskedOperand, operand)  # a matrix serves products alone, as weights do
 
     def start_prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         if (x.bits, x.ring) != (self.bits, 64):

@@ -22,12 +22,15 @@ from typing import NamedTuple
 import torch
 
 from mpcache.rank import Rank
+from mpcache.runtime import ring as rings
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Shape
+from mpcache.runtime.ring import Matrix, narrow, unpack, wide
 from mpcache.runtime.rng import KeyStream, derive_key
-from mpcache.runtime.shares import Awaited, MaskedOperand, Share, zeros
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, is_known_matrix, zeros
 from mpcache.runtime.side import bytes_for
 
+Dealt = torch.Tensor | Matrix  # B at the dealer
 FORMAT = 1  # of what a seed is made from, and of B's bytes; another one is another seed
 
 
@@ -65,32 +68,40 @@ class StandingMasks(ABC):
     def __init__(self) -> None:
         self.places: list[OperandPlace] = []
 
-    def take(self, x: Share, ring: int, step: str) -> MaskedOperand:
-        """Return x as a masked operand, at no message."""
+    def take(self, x: Share, ring: int, step: str) -> KnownOperand | MaskedOperand:
+        """Return x, which the server knows, as an operand, at no message; a matrix as a known one."""
         place = OperandPlace(step, tuple(x.shape), ring, x.bits)
         self.places.append(place)
-        return self._operand(x, place)
+        return self._matrix(x, place) if is_known_matrix(x) else self._operand(x, place)
 
     @abstractmethod
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand: ...
+
+    @abstractmethod
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand: ...
 
 
 class OwnersMasks(StandingMasks):
     """At the server: collects the integers as the program gives them, and splits them once all are known.
 
-    Until `finish` an operand's mask holds W itself and its opened part nothing.
+    A matrix stays W itself, and its B is computed where it is needed. Until `finish` any other operand's
+    mask holds W, too, and its opened part nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._split: list[tuple[torch.Tensor, torch.Tensor]] = []  # B (before: W) and V
+        self._operands: list[KnownOperand | MaskedOperand] = []
         self.seed = b""
         self.digest = ""  # of all of B, packed
 
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         whole = x.data.contiguous()  # taken over: nobody else computes with what goes in here
-        self._split.append((whole, torch.empty_like(whole)))
-        return MaskedOperand(*self._split[-1], x.bits, ring=place.ring)
+        self._operands.append(found := MaskedOperand(whole, torch.empty_like(whole), x.bits, ring=place.ring))
+        return found
+
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
+        self._operands.append(found := KnownOperand(narrow(x.data), Rank.SERVER, x.bits, place.ring))
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -98,38 +109,49 @@ class OwnersMasks(StandingMasks):
         return sum(place.nbytes for place in self.places)
 
     def finish(self, master: bytes, watch: Callable[[int, int], None] = lambda done, of: None) -> None:
-        """Derive the seed from master key and integers, and split every W into V and B, in place.
+        """Derive the seed from master key and integers, and split every W into V and B.
 
         watch: told how many bytes are done, and of how many; there are two passes.
         """
         mac, done, total = hmac.new(master, digestmod=hashlib.sha256), 0, 2 * self.nbytes
         mac.update(f"mpcache masks, format {FORMAT}\n".encode())
-        for place, (whole, _) in zip(self.places, self._split, strict=True):
+        for place, operand in zip(self.places, self._operands, strict=True):
             mac.update(place.text.encode())
-            mac.update(_bytes_of(whole))
+            mac.update(_bytes_of(operand.mask if isinstance(operand, MaskedOperand) else wide(operand.held)))
             watch(done := done + place.nbytes, total)
         self.seed = mac.digest()
         digest = hashlib.sha256()
-        for number, (place, (mask, opened)) in enumerate(zip(self.places, self._split, strict=True)):
-            opened.copy_(expand(self.seed, number, place.shape))
-            mask.sub_(opened)
-            digest.update(_bytes_of(pack(mask, place.ring)))
+        for number, (place, operand) in enumerate(zip(self.places, self._operands, strict=True)):
+            if isinstance(operand, MaskedOperand):
+                operand.public.copy_(expand(self.seed, number, place.shape))
+                operand.mask.sub_(operand.public)
+            digest.update(_bytes_of(self._packed(number)))
             watch(done := done + place.nbytes, total)
         self.digest = digest.hexdigest()
 
     def packed(self) -> Iterator[tuple[OperandPlace, torch.Tensor]]:
         """Yield B's bytes as the dealer gets them."""
-        for place, (mask, _) in zip(self.places, self._split, strict=True):
-            yield place, pack(mask, place.ring)
+        for number, place in enumerate(self.places):
+            yield place, self._packed(number)
+
+    def _packed(self, number: int) -> torch.Tensor:
+        place, operand = self.places[number], self._operands[number]
+        if isinstance(operand, MaskedOperand):
+            return pack(operand.mask, place.ring)
+        return pack(wide(operand.held) - expand(self.seed, number, place.shape), place.ring)
 
     def splits(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Return whether all of these lie in the memory of masks, so that `finish` splits them, too."""
-        mine = {part.untyped_storage().data_ptr() for pair in self._split for part in pair}
+        split = (operand for operand in self._operands if isinstance(operand, MaskedOperand))
+        mine = {operand.mask.untyped_storage().data_ptr() for operand in split}
         return all(tensor.untyped_storage().data_ptr() in mine for tensor in tensors)
 
 
 class ClientsMasks(StandingMasks):
-    """At the client: V from the seed, expanded when a product first needs it. Its share of B is zero."""
+    """At the client: V from the seed; but for a matrix, expanded when a product first needs it.
+
+    Its share of B is zero.
+    """
 
     def __init__(self, seed: bytes) -> None:
         super().__init__()
@@ -140,17 +162,26 @@ class ClientsMasks(StandingMasks):
         opened = Awaited(lambda: expand(self._seed, number, place.shape))
         return MaskedOperand(zeros(place.shape), opened, x.bits, ring=place.ring)
 
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
+        held = narrow(expand(self._seed, len(self.places) - 1, place.shape), place.ring)
+        return KnownOperand(held, Rank.SERVER, x.bits, place.ring)
+
 
 class DealersMasks(StandingMasks):
-    """At the dealer: B, in the program's order. take_next: gives the next one, of this place."""
+    """At the dealer: B, in the program's order. take_next: gives the next one, as `dealt_of` holds it."""
 
-    def __init__(self, take_next: Callable[[OperandPlace], torch.Tensor]) -> None:
+    def __init__(self, take_next: Callable[[OperandPlace], Dealt]) -> None:
         super().__init__()
         self._take_next = take_next
 
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         blank: torch.Tensor = MetaTensor(place.shape)  # type: ignore[assignment]
-        return MaskedOperand(blank, blank, x.bits, self._take_next(place), place.ring)
+        return MaskedOperand(blank, blank, x.bits, wide(self._take_next(place)), place.ring)
+
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
+        dealt = self._take_next(place)
+        dealt = dealt if isinstance(dealt, Matrix) else narrow(dealt, place.ring)
+        return KnownOperand(Matrix(MetaTensor(place.shape)), Rank.SERVER, x.bits, place.ring, dealt)
 
 
 # --------------------------------------------------------------------------------------- V, seed, B
@@ -168,15 +199,13 @@ def expand(seed: bytes, number: int, shape: Shape) -> torch.Tensor:
 
 def pack(x: torch.Tensor, ring: int) -> torch.Tensor:
     """Take the bytes of integers modulo 2^ring: (*, n) int64 -> (*, n, width) uint8."""
-    width = bytes_for(ring)
-    return x.reshape(-1).contiguous().view(torch.uint8).reshape(*x.shape, 8)[..., :width].contiguous()
+    return rings.pack(x, bytes_for(ring))
 
 
-def unpack(x: torch.Tensor) -> torch.Tensor:
-    """Undo `pack`, modulo 2^ring: (*, n, width) uint8 -> (*, n) int64."""
-    whole = torch.zeros(*x.shape[:-1], 8, dtype=torch.uint8)
-    whole[..., : x.shape[-1]] = x
-    return whole.view(torch.int64).reshape(x.shape[:-1])
+def dealt_of(place: OperandPlace, packed: torch.Tensor) -> Dealt:
+    """Undo `pack`, modulo 2^ring: (*, n, width) uint8 -> (*, n), a matrix in few bytes."""
+    whole = unpack(packed)
+    return narrow(whole, place.ring) if len(place.shape) == 2 else whole
 
 
 def digest_of(packed: Iterable[torch.Tensor]) -> str:

@@ -31,11 +31,12 @@ from mpcache.runtime.rng import SEED_BYTES
 from mpcache.runtime.standing import (
     ClientsMasks,
     DealersMasks,
+    Dealt,
     OperandPlace,
     OwnersMasks,
+    dealt_of,
     places_digest,
     seed_digest,
-    unpack,
 )
 from mpcache.transport.link import bytes_of, tensor_of
 from mpcache_kernels import Backend
@@ -276,18 +277,18 @@ class DealerSetUp:
         return None
 
     def _received(self, phase: str, run: Callable[[], None], about: Mapping[str, Any], family: str) -> Held:
-        server, masks, digest = self._resources.links[Rank.SERVER], list[torch.Tensor](), hashlib.sha256()
+        server, masks, digest = self._resources.links[Rank.SERVER], list[Dealt](), hashlib.sha256()
         progress, total = (
             Progress(self._resources.say, f"dealer: {WHAT[phase]} received"),
             int(about["bytes"]),
         )
         done = 0
 
-        def take(place: OperandPlace) -> torch.Tensor:
+        def take(place: OperandPlace) -> Dealt:
             nonlocal done
             (packed,) = server.recv(place.step, [(torch.uint8, place.packed)])
             digest.update(packed.reshape(-1).numpy().data)
-            masks.append(unpack(packed))
+            masks.append(dealt_of(place, packed))
             progress.at(done := done + place.nbytes, total)
             return masks[-1]
 

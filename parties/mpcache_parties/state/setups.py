@@ -28,8 +28,9 @@ import torch
 from mpcache.errors import StateError
 from mpcache.model.prefill import Prefill
 from mpcache.rank import Rank
+from mpcache.runtime.ring import wide
 from mpcache.runtime.rng import derive_key, fresh_seed
-from mpcache.runtime.standing import OperandPlace, OwnersMasks, digest_of, pack, unpack
+from mpcache.runtime.standing import Dealt, OperandPlace, OwnersMasks, dealt_of, digest_of, pack
 from mpcache_parties.state import sealed, snapshot
 
 SUFFIX = ".masks"
@@ -111,14 +112,14 @@ class Held:
 
     family: str
     places: list[OperandPlace]
-    masks: list[torch.Tensor]
+    masks: list[Dealt]
     digest: str
 
-    def next_of(self) -> Callable[[OperandPlace], torch.Tensor]:
+    def next_of(self) -> Callable[[OperandPlace], Dealt]:
         """Return what gives them one after another. It raises StateError where the program wants another."""
         rest = iter(zip(self.places, self.masks, strict=True))
 
-        def take(place: OperandPlace) -> torch.Tensor:
+        def take(place: OperandPlace) -> Dealt:
             mine, mask = next(rest, (None, None))
             if mask is None or mine != place:
                 there = "nothing" if mine is None else mine.text.strip()
@@ -169,7 +170,7 @@ class DealerSetups:
             tree = {
                 "places": [[p.step, list(p.shape), p.ring, p.bits] for p in held.places],
                 "masks": [
-                    pack(mask, place.ring) for place, mask in zip(held.places, held.masks, strict=True)
+                    pack(wide(mask), place.ring) for place, mask in zip(held.places, held.masks, strict=True)
                 ],
             }
             sealed.seal(file, self._key, _header(identifier, held.family), snapshot.serialize(tree))
@@ -194,7 +195,8 @@ class DealerSetups:
             raise StateError(f"dealer: {error}; remove it, and the server sends it again") from None
         except (TypeError, ValueError, KeyError):
             raise StateError(f"dealer: {file}: is of another release; remove it") from None
-        return Held(family, places, [unpack(mask) for mask in packed], digest_of(packed))
+        masks = [dealt_of(place, mask) for place, mask in zip(places, packed, strict=True)]
+        return Held(family, places, masks, digest_of(packed))
 
     def _erase_others(self, family: str) -> None:
         for name in [name for name, held in self._held.items() if held.family != family]:

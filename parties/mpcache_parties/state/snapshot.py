@@ -27,7 +27,8 @@ from mpcache.policy.evicting import ValidMask
 from mpcache.protocols.selection import PreparedSelection
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.shares import MaskedOperand, Share
+from mpcache.runtime.ring import Matrix
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
 from mpcache.runtime.side import Side
 from mpcache.transport.link import DTYPES
 from mpcache_parties.state import sealed
@@ -35,8 +36,8 @@ from mpcache_parties.state import sealed
 CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        Cache, LayerCache, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, Share,
-        Side, PreparedSelection, Choice, Clusters, ValidMask,
+        Cache, LayerCache, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, KnownOperand,
+        Matrix, Share, Side, PreparedSelection, Choice, Clusters, ValidMask,
     )
 }  # fmt: skip
 LATER = {"StockSelection": "mpcache.engines.stock"}  # looked up when one is met: it brings CrypTen

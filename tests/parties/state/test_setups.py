@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mpcache.errors import StateError
-from mpcache.runtime.standing import OperandPlace, digest_of, pack
+from mpcache.runtime.ring import wide
+from mpcache.runtime.standing import OperandPlace, dealt_of, digest_of, pack
 from mpcache_parties.state.setups import KEPT_AT_DEALER, DealerSetups, Held, ServerSetups
 
 PLACES = [OperandPlace("setup/layer0", (5, 3), 48, 16), OperandPlace("setup/layer1", (4,), 64, 16)]
@@ -18,8 +18,8 @@ FAMILY, OTHER = "a" * 32, "b" * 32
 
 
 def held(family: str = FAMILY) -> Held:
-    masks = [torch.randint(0, 1 << place.ring % 64 or 1 << 62, place.shape) for place in PLACES]
-    packed = [pack(mask, place.ring) for mask, place in zip(masks, PLACES, strict=True)]
+    packed = [torch.randint(0, 256, place.packed, dtype=torch.uint8) for place in PLACES]
+    masks = [dealt_of(place, mask) for place, mask in zip(PLACES, packed, strict=True)]
     return Held(family, PLACES, masks, digest_of(packed))
 
 
@@ -37,7 +37,7 @@ def test_it_is_found_again_by_its_name(tmp_path: Path) -> None:
     assert again is not None and (again.digest, again.places) == (mine.digest, mine.places)
     take = again.next_of()
     for place, mask in zip(mine.places, mine.masks, strict=True):
-        assert torch.equal(take(place), mask)
+        assert torch.equal(wide(take(place)), wide(mask))
     assert file_of(tmp_path).stat().st_mode & 0o077 == 0
 
 
@@ -52,7 +52,7 @@ def test_a_file_shows_nothing_of_what_it_holds(tmp_path: Path) -> None:
     mine = held()
     DealerSetups(tmp_path).keep(NAMES[0], mine)
     content = file_of(tmp_path).read_bytes()
-    assert pack(mine.masks[0], 48).numpy().tobytes() not in content
+    assert pack(wide(mine.masks[0]), 48).numpy().tobytes() not in content
     assert mine.digest.encode() not in content and b"layer0" not in content
 
 
@@ -119,6 +119,7 @@ def test_the_master_key_is_its_owners_alone(tmp_path: Path) -> None:
 
 def test_a_tampered_mask_has_another_digest() -> None:
     mine = held()
-    masks = [mine.masks[0] ^ 1, *mine.masks[1:]]
-    packed = [pack(mask, place.ring) for mask, place in zip(masks, PLACES, strict=True)]
-    assert replace(mine, masks=masks, digest=digest_of(packed)).digest != mine.digest
+    packed = [pack(wide(mask), place.ring) for mask, place in zip(mine.masks, PLACES, strict=True)]
+    assert digest_of(packed) == mine.digest
+    packed[0][0, 0, 0] ^= 1
+    assert digest_of(packed) != mine.digest

@@ -223,10 +223,10 @@ def _bytes_of(x: torch.Tensor) -> memoryview:
 # ------------------------------------------------------------------------------------- what asks
 
 
-def standing_masks(x: Share, ring: int) -> Callable[[object, str], MaskedOperand | None]:
+def standing_masks(x: Share, ring: int) -> Callable[[object, str], KnownOperand | MaskedOperand | None]:
     """Return what a program calls for an operand: this party's answer, or None if it masks anew."""
 
-    def ask(party: object, step: str) -> MaskedOperand | None:
+    def ask(party: object, step: str) -> KnownOperand | MaskedOperand | None:
         masks: StandingMasks | None = getattr(party, "standing", None)
         return None if masks is None or x.owner is not Rank.SERVER else masks.take(x, ring, step)
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow check bench protos docs clean
+.PHONY: setup demo chat test test-slow check bench protos docs clean
 
 setup: $(READY)
 
@@ -18,6 +18,10 @@ $(READY): pyproject.toml requirements/tested.txt requirements/crypten.txt
 
 demo: setup  ## the main job: three parties on this machine answer a private question
 	$(BIN)/mpcache generate --max-new-tokens 6
+
+chat: setup  ## a conversation with a real model (98 MB, fetched once) about a made-up clinic
+	$(BIN)/mpcache chat --policy full --max-new-tokens 48 --context mpcache/demo/clinic.txt \
+		--model "$$($(BIN)/python tools/fetch_model.py)"
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -24,14 +24,16 @@ from mpcache_kernels import Backend, backend
 def bind_to_document(
     policy: BoundPolicy, shape: ModelShape, prefilled: Prefill, kernels: Backend
 ) -> tuple[BoundPolicy, list[int]]:
-    """Bind the policy to the counts that the document decides, at the document's owner.
+    """Bind the policy to the counts that the model or the document decides, at their owner.
 
     Returns the policy and the counts, a number for each layer; the same policy and no counts where the
     plan is public. Raises PolicyError.
     """
     if policy.plan_is_public:
         return policy, []
-    counts = policy.count_from_document(prefilled, kernels)
+    model = prefilled.model
+    counts = policy.count_from_model(model) if model is not None else []
+    counts = counts or policy.count_from_document(prefilled, kernels)
     return policy.with_counts(counts, shape), counts
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mpcache.answer import PlainAnswer, left_range, plain_answer
 from mpcache.audit.audit_command import audit
+from mpcache.chat_command import chat_here
 from mpcache.check.check_command import check
 from mpcache.choices import ChatForm
 from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
@@ -49,8 +50,9 @@ from mpcache.console.options import (
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
 from mpcache.errors import BadInput, MpcacheError, told_as
+from mpcache.evaluate.calibrate_command import calibrate_model
 from mpcache.evaluate.eval_command import evaluate
-from mpcache.limits import bind_policy
+from mpcache.limits import bind_policy, with_default_policy
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.framing import Framing, make_framing
 from mpcache.policy import POLICIES, BoundPolicy
@@ -60,7 +62,7 @@ from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache.serve_command import serve_here
-from mpcache_parties.launch import run_parties
+from mpcache_parties.launch import PartyFailed, run_parties
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -196,6 +198,7 @@ def generate(
     """
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as))
+    settings = with_default_policy(settings, model)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
@@ -218,7 +221,13 @@ def generate(
                 _entry("Private", text)
             shown += text
 
-        reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
+        try:
+            reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
+        except PartyFailed as failure:
+            if as_json and failure.answer is not None:  # it is there, though not what all of it took
+                told = {"text": failure.answer.text, "token_ids": failure.answer.token_ids}
+                print(json.dumps(told | {"error": str(failure)}))
+            raise
     run = inquiry.compared(settings.public, bound.leak, reports)
     if as_json:
         print(json.dumps(run))
@@ -267,6 +276,7 @@ def compare(
         max_new_tokens = COMPARE_TOKENS
     sampling = Sampling(temperature, top_p, seed)
     agreed = load_settings(config, chat_overrides(raw, document_as))  # once: it may be a pipe
+    agreed = with_default_policy(agreed, model)
     inquiry = Inquiry.read(
         model, context, question, question_file, sampling, stop_at_eos, stop, agreed.public
     )
@@ -341,7 +351,9 @@ def _write(text: str) -> None:
 app.command()(audit)
 app.command()(check)
 app.command("eval")(evaluate)
+app.command("calibrate")(calibrate_model)
 app.command("serve")(serve_here)
+app.command("chat")(chat_here)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,13 +6,18 @@ owner also checks what it alone sees of it: scores and values (`check_document`)
 
 from __future__ import annotations
 
-from mpcache.config import PublicConfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpcache.config import PublicConfig, Settings, with_overrides
 from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
-from mpcache.model import ModelShape
+from mpcache.model import ModelShape, demo_model_dir, find_model
 from mpcache.model.prefill import Prefill
-from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.policy import BoundPolicy, LeakClass, parse_policy
+from mpcache.policy.curve import has_curve
 from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
+from mpcache_kernels import Backend
 
 
 def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question: int) -> BoundPolicy:
@@ -43,12 +48,27 @@ def bind_conversation(shape: ModelShape, public: PublicConfig, context: int) -> 
 
 def _bind(shape: ModelShape, public: PublicConfig, context: int) -> BoundPolicy:
     policy = parse_policy(public.policy)
-    if policy.plan_is_public and policy.leak == "count":
-        raise PolicyError(f"policy {policy.name}: the document decides n_keep with threshold; leave one out")
+    if policy.plan_is_public and policy.leak != LeakClass.NONE:
+        raise PolicyError(
+            f"policy {policy.spec}: gives counts that are decided later, by the model or the document; leave "
+            "one of them out"
+        )
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
     check_protocol(public.protocol)
     return bound
+
+
+def with_default_policy(settings: Settings, model: Path | str | None) -> Settings:
+    """Take the policy `compact` for a model that has a curve, where nobody has named a policy.
+
+    model: --model; None: the demo's.
+    """
+    if "policy" in settings.public.model_fields_set:
+        return settings
+    if not has_curve(demo_model_dir() if model is None else find_model(model)):
+        return settings
+    return with_overrides(settings, {"public.policy": "compact"})
 
 
 def _check_positions(shape: ModelShape, public: PublicConfig, context: int, question: int) -> None:
@@ -76,8 +96,12 @@ def _check_attended(bound: BoundPolicy, public: PublicConfig, question: int) -> 
 
 
 def largest_score_held(policy: BoundPolicy, shape: ModelShape) -> float:
-    """Return what the attention scores must stay below in size; scores are held as 7/8 of themselves."""
-    return 8 / 7 * min(LARGEST_SCORE, LARGEST_RANK / policy.policy.heads_summed(shape))
+    """Return what the attention scores must stay below in size; scores are held as 7/8 of themselves.
+
+    The biases of kept keys take their room.
+    """
+    held = 8 / 7 * min(LARGEST_SCORE, LARGEST_RANK / policy.policy.heads_summed(shape))
+    return held - policy.policy.largest_bias
 
 
 def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, room: int) -> None:
@@ -87,16 +111,28 @@ def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, r
     Raises OutOfRange.
     """
     held = largest_score_held(policy, shape)
-    attended = policy.plan.attended + room
-    most = largest_value(attended)
-    for i, (score, v) in enumerate(zip(prefilled.largest_scores, prefilled.v, strict=True)):
+    for i, score in enumerate(prefilled.largest_scores):
         if not score < held:
             raise OutOfRange(
                 f"server: layer {i}: attention scores of the document reach {score:.4g}; protocol fast "
                 f"holds less than {held:.4g} with policy {policy.spec}: the answer would be wrong; "
                 "use another model or policy"
             )
-        if not (size := float(v.abs().max())) < most:
+    _check_values([float(v.abs().max()) for v in prefilled.v], policy, room)
+
+
+def check_fitted(prefilled: Prefill, policy: BoundPolicy, kernels: Backend, room: int) -> None:
+    """Check likewise the values that a policy has made of the document's. Raises OutOfRange."""
+    if policy.policy.largest_bias:
+        _check_values(policy.largest_values(prefilled, kernels), policy, room)
+
+
+def _check_values(sizes: Sequence[float], policy: BoundPolicy, more: int) -> None:
+    """Check the largest value of each layer. more: tokens that come after the context."""
+    attended = policy.plan.attended + more
+    most = largest_value(attended)
+    for i, size in enumerate(sizes):
+        if not size < most:
             raise OutOfRange(
                 f"server: layer {i}: values of the document reach {size:.4g}; protocol fast holds "
                 f"less than {most:.4g} with {attended} attended tokens: the answer would be wrong; "

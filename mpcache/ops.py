@@ -162,6 +162,10 @@ class Engine(ABC, Generic[V, O]):
         """
 
     @abstractmethod
+    def as_scores(self, x: V) -> V:
+        """Return values as `scores` holds them, to be added to scores. No cost."""
+
+    @abstractmethod
     def norm_linear(
         self, x: O | None, change: V, eps: float, w: O, bias: V | None = None, turn: Rotation | None = None
     ) -> Program[tuple[O, V]]:

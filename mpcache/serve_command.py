@@ -24,6 +24,7 @@ from mpcache.console.options import (
     chat_overrides,
     public_overrides,
 )
+from mpcache.limits import with_default_policy
 from mpcache_parties.chat import Chat, LocalParties
 from mpcache_parties.endpoint.endpoint_options import KEY_VARIABLE, EndpointOptions
 from mpcache_parties.say import Say
@@ -65,6 +66,7 @@ def serve_here(
     options.check()
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as))
+    settings = with_default_policy(settings, model)
     flags = [] if model is None else ["--model", str(model)]
     text = None if context is None else read_text(context)  # once: it may be a pipe
     with LocalParties(settings, flags, text, conversations, terminal.say) as parties:

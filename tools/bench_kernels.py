@@ -22,6 +22,7 @@ from torch import Tensor
 from mpcache_kernels import REFERENCE, Backend, backend
 
 CLUSTER, SINK, RECENT = 16, 4, 16  # tokens
+CHUNK = 2048  # tokens that are read a second time at once
 WINDOW, ATTENDED = 0.2, 0.2  # of the context: the queries that judge importance; the tokens attended to
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,6 +56,17 @@ def cases(tokens: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: 
         heads * w * d * item + keys + 4 * tokens,
         2 * 2 * d * pairs,
     )
+    again = min(tokens, CHUNK)
+    yield Case(
+        "repeat_importance",
+        lambda b: b.repeat_importance,
+        lambda: (
+            normal(heads, again, d) / d**0.5, normal(kv, SINK + 2 * again, d), SINK, again,
+            normal(again).abs(), normal(heads, again).abs(),
+        ),
+        heads * again * d * item + kv * (SINK + 2 * again) * d * item + 12 * kv * again,
+        2 * 2 * d * heads * again * (SINK + 2 * again + again // 2) // 2,
+    )  # fmt: skip
     yield Case(
         "cluster_extremes",
         lambda b: b.cluster_extremes,

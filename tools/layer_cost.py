@@ -30,7 +30,7 @@ def layers(spec: str, context: int, protocol: str, shape: ModelShape = SHAPE) ->
     """Return per layer what each of its operations costs in one decode step."""
     party = ShapeParty(Rank.SERVER)
     ops = engine(protocol, Rank.SERVER, device="meta")
-    session = Session(ops, party, shape, parse_policy(spec).bind(context, shape))
+    session = Session(ops, party, shape, parse_policy(spec).bind(context, shape).priced(shape))
     session.setup(None)
     session.context(None, None)
     session.chunk(None, 1)

@@ -30,6 +30,7 @@ class Backend:
 
     name: str
     window_importance: Callable[[Tensor, Tensor, int], Tensor]
+    repeat_importance: Callable[[Tensor, Tensor, int, int, Tensor, Tensor], tuple[Tensor, Tensor]]
     cluster_extremes: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     cluster_means: Callable[[Tensor, int], Tensor]
     representatives: Callable[[Tensor, Tensor, float], Tensor]
@@ -42,6 +43,7 @@ class Backend:
 REFERENCE = Backend(
     name="reference",
     window_importance=reference.window_importance,
+    repeat_importance=reference.repeat_importance,
     cluster_extremes=reference.cluster_extremes,
     cluster_means=reference.cluster_means,
     representatives=reference.representatives,
@@ -70,6 +72,7 @@ def _gpu() -> Backend:
     return Backend(
         name="triton",
         window_importance=triton_kernels.window_importance,
+        repeat_importance=triton_kernels.repeat_importance,
         cluster_extremes=triton_kernels.cluster_extremes,
         cluster_means=triton_kernels.cluster_means,
         representatives=reference.representatives,  # element by element, and small

@@ -36,6 +36,33 @@ def window_importance(q_w: Tensor, k: Tensor, first_position: int) -> Tensor:
     return total / heads
 
 
+def repeat_importance(
+    q: Tensor, k: Tensor, first: int, count: int, row_scale: Tensor, column_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find how much any query of a second reading looks at each token of what it reads: (kv_heads, count).
+
+    q: (heads, n, d), scaled by 1/sqrt(d). k: (kv_heads, before + n, d); the last n keys are the queries' own,
+    and a query sees none after its own. The tokens asked about are keys first .. first + count - 1.
+    row_scale: (n,). column_scale: (heads, count).
+
+    A = softmax(q k^T) in float32; importance_t is the largest A[h, i, t] row_scale[i] column_scale[h, t] over
+    the queries i and the heads h of a group. Also returned is which one it is, as int64: i + n times the head
+    within its group; the lowest of equal ones.
+    Source: KVzip (arXiv 2505.23416); the scales are those of its KVzip+ variant.
+    """
+    (heads, n, _), kv_heads = q.shape, k.shape[0]
+    group, before = heads // kv_heads, k.shape[1] - n
+    later = torch.ones(n, k.shape[1], dtype=torch.bool, device=k.device).triu_(before + 1)
+    found = []
+    for kv in range(kv_heads):  # one map of a group at a time
+        mine = range(kv * group, (kv + 1) * group)
+        scores = torch.stack([q[head].float() @ k[kv].float().T for head in mine])
+        a = scores.masked_fill(later, -torch.inf).softmax(-1)[..., first : first + count]
+        a = a * row_scale[:, None] * column_scale[kv * group : (kv + 1) * group, None]
+        found.append(a.flatten(0, 1).max(0))
+    return torch.stack([best.values for best in found]), torch.stack([best.indices for best in found])
+
+
 def cluster_extremes(k: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Find the largest and smallest value of each dimension in each cluster of `size` consecutive tokens.
 

@@ -19,12 +19,12 @@ from mpcache.audit.formula import Names, total
 from mpcache.cost.reader import CostParty
 from mpcache.cost.tally import split_step
 from mpcache.engines.registry import engine
-from mpcache.errors import MpcacheError
+from mpcache.errors import MpcacheError, PolicyError
 from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.evicting import LivingPlan
-from mpcache.policy.plan import runs
+from mpcache.policy.plan import SplitPlan, runs
 from mpcache.rank import Rank
 from mpcache.runtime.party import COMPUTING
 from mpcache.runtime.program import Opening, Request, RequestKind
@@ -161,7 +161,9 @@ class StepReading:
 
 def read_step(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> StepReading:
     """Read the first decode step after the question, at one size. Raises PolicyError."""
-    bound = parse_policy(spec).bind(context, shape).priced()
+    bound = parse_policy(spec).bind(context, shape).priced(shape)
+    if any(isinstance(plan, SplitPlan) for plan in bound.plan.layers):
+        raise PolicyError(f"policy {spec}: a step is explained for heads that keep the same number of tokens")
     session = Session(engine(protocol, Rank.SERVER, device="meta"), TraceParty(), shape, bound)
     session.setup(None)
     session.context(None, None)
@@ -176,8 +178,8 @@ def read_step(shape: ModelShape, spec: str, context: int, question: int, protoco
     symbols: dict[int | None, dict[str, int]] = {None: model}
     for i, plan in enumerate(bound.plan.layers):
         leader = getattr(plan, "leader", i)
-        n = session.cache.layers[i].k.shape[1]
-        found = {**model, "n": n, **_numbers(session.cache.layers[leader].memory), **_numbers(plan)}
+        n = session.cache.whole(i).k.shape[1]
+        found = {**model, "n": n, **_numbers(session.cache.whole(leader).memory), **_numbers(plan)}
         if isinstance(plan, ClusterPlan) and plan.sizes:  # what lies in no cluster is always attended to
             found["rest"] = n - found["clusters"] * plan.sizes[0]
         if isinstance(plan, LivingPlan):  # what may be dropped

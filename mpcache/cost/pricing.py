@@ -69,7 +69,7 @@ def price(
     """
     if isinstance(policy, str):
         policy = parse_policy(policy).bind(context, shape)
-    policy.priced()
+    policy = policy.priced(shape)
     setup, operands = _setup(shape, protocol, bits, standing)
     party = CostParty(standing)
     session = Session(_memoized(protocol, bits, standing), party, shape, policy, reveal)

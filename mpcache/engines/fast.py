@@ -138,6 +138,9 @@ class FastOps(Engine[Share, MaskedOperand]):
             (yield from self.do.matmul_masked_operand(self.side, q, keys.transpose(-1, -2)))
         )
 
+    def as_scores(self, x: Share) -> Share:
+        return self.do.quantize_scores(x)
+
     def norm_linear(
         self, x: MaskedOperand | None, change: Share, eps: float, w: MaskedOperand, bias: Share | None = None,
         turn: Rotation | None = None,

@@ -83,6 +83,9 @@ class PlainOps(Engine[torch.Tensor, torch.Tensor]):
     def scores(self, q: torch.Tensor, keys: torch.Tensor) -> Program[torch.Tensor]:
         return local(q @ keys.transpose(-1, -2))
 
+    def as_scores(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
     def norm_linear(
         self, x: torch.Tensor | None, change: torch.Tensor, eps: float, w: torch.Tensor,
         bias: torch.Tensor | None = None, turn: Rotation | None = None,

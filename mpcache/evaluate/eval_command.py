@@ -141,7 +141,8 @@ def _show(
 
 def _check(engine: EvalModel, spec: str, grid: EvalGrid) -> None:
     """Raise PolicyError for a policy that cannot be set to the largest of the budgets."""
-    bind_at_budget(engine, spec, FULL_PERCENT if spec == FULL else max(grid.budgets), grid.context)
+    percent = FULL_PERCENT if spec == FULL else max(grid.budgets)
+    bind_at_budget(engine, spec, percent, grid.context).count_from_model(engine.model)
 
 
 def _context(given: int | None, allowed: int, room: int) -> int:

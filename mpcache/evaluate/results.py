@@ -36,7 +36,7 @@ class Cell:
     engine: str = "plain"
     spec: str = ""  # the policy with its budget options, as the first sample ran it
     scores: list[Score] = field(default_factory=list)
-    attended: int = 0
+    attended: float = 0
     context: int = 0
     agreed: list[bool] = field(default_factory=list)  # secure: the same tokens as plain, or nearly its bits
     off: list[float] = field(default_factory=list)  # secure: a sample's bits per byte from plain's
@@ -54,10 +54,10 @@ class Cell:
     def bits_per_byte(self) -> float:
         return bits_per_byte_of(self.scores)
 
-    def count(self, bound: BoundPolicy) -> None:
+    def count(self, bound: BoundPolicy, kv_heads: int) -> None:
         """Count one more sample that is asked under this policy and plan."""
         self.spec = self.spec or bound.spec
-        self.attended += bound.plan.attended
+        self.attended += bound.plan.tokens_attended(kv_heads)
         self.context += bound.plan.context
 
     def passes(self) -> bool:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mpcache.answer import bind_to_document
 from mpcache.decode import Operands
 from mpcache.engines.plain import PlainOps
 from mpcache.errors import OutOfRange
@@ -97,10 +98,11 @@ class EvalModel:
 
     def session(self, policy: BoundPolicy, read: Read) -> Session:
         """Begin a session after a context, which may be read with more queries than the policy needs."""
+        known = read.known.last_queries(policy.window)
+        policy, _ = bind_to_document(policy, self.model.shape, known, read.kernels)
         session = Session(self.ops, None, self.model.shape, policy)
         session.operands = self.operands
-        window = policy.window
-        session.context(read.known.last_queries(window), read.kernels)
+        session.context(known, read.kernels)
         return session
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mpcache.answer import plain_answer
+from mpcache.answer import bind_to_document, plain_answer
 from mpcache.config import PublicConfig
 from mpcache.console.terminal import Say
 from mpcache.engines.threads import run_threads
@@ -57,7 +57,7 @@ def confirm_privately(
             said = f"{where}: private sample {i + 1} of {count}"
             sample, tokens = take_sample(engine, plain.task, plain.question, grid, i)
             bound = bind_at_budget(engine, plain.policy, plain.budget, len(tokens.context))
-            secure.count(bound)
+            secure.count(bound, engine.model.shape.kv_heads)
             if plain.task.by_token:
                 if network != "none":
                     results.note(f"{plain.task.name}: the parties ran in one process, which no network slows")
@@ -93,6 +93,7 @@ def _go_on(engine: EvalModel, cell: Cell, bound: BoundPolicy, sample: Sample, to
     tokens = Tokens(tokens.context, ((question, answer, size),))
     window = bound.window
     read = engine.read(tokens.context, window)
+    bound, _ = bind_to_document(bound, engine.model.shape, read.known, read.kernels)
     (plain,) = score(cell.task, engine.session(bound, read), sample, tokens)
 
     def party(ops: Any, me: Any, rank: Rank) -> list[Score] | None:

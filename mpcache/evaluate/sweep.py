@@ -112,9 +112,16 @@ def _ask(engine: EvalModel, grid: EvalGrid, cells: Sequence[Cell], results: Resu
             except PolicyError as error:
                 results.note(f"left out at {cell.budget} % of {length} tokens: {error}")
         read = engine.read(tokens.context, max((b.policy.window(length) for _, b in bounds), default=0))
-        done = [(cell, b, score(task, engine.session(b, read), sample, tokens)) for cell, b in bounds]
+        done = []
+        for cell, bound in bounds:
+            try:
+                session = engine.session(bound, read)
+            except PolicyError as error:  # what the model lacks
+                results.note(f"left out: {error}")
+                continue
+            done.append((cell, session.policy, score(task, session, sample, tokens)))
         for cell, bound, scores in done:
-            cell.count(bound)
+            cell.count(bound, engine.model.shape.kv_heads)
             cell.scores += scores
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,9 @@ class Prefill:
     q_window: per layer (heads, w, head_dim), the last w queries, rotated, with 1/sqrt(head_dim) in
     them; first_position: the position T - w of the first of them;
     largest_scores: per layer, no less than any attention score in size, and exact from `exact_from` on;
-    logits: (vocab,) after the last token, or (T, vocab) if all were asked for.
+    logits: (vocab,) after the last token, or (T, vocab) if all were asked for;
+    model, token_ids: what was read, for who reads it again (`mpcache.model.reread`);
+    notes: what was found out about this context, for who needs it at another budget.
     """
 
     k: tuple[Tensor, ...]
@@ -40,6 +43,9 @@ class Prefill:
     first_position: int
     logits: Tensor
     largest_scores: tuple[float, ...] = ()
+    model: Model | None = None
+    token_ids: tuple[int, ...] = ()
+    notes: dict[Any, Any] = field(default_factory=dict)
 
     def last_queries(self, window: int) -> Prefill:
         """Return the same context as seen by its last `window` queries.
@@ -167,13 +173,7 @@ def prefill(
     keys, values, queries, scores = [], [], [], []
     for stored in weights.layers:
         layer = stored.to(device)
-        h = normalise(x, shape.norm_eps)
-        q = _by_head(apply_linear(h, layer.wq, layer.bq), shape.heads)
-        k = _by_head(apply_linear(h, layer.wk, layer.bk), shape.kv_heads)
-        v = _by_head(apply_linear(h, layer.wv, layer.bv), shape.kv_heads)
-        if tables is not None:
-            q, k = rotate(q, *tables), rotate(k, *tables)
-        q, k, v = (t.transpose(0, 1).contiguous() for t in (q, k, v))
+        q, k, v = project_heads(normalise(x, shape.norm_eps), layer, shape, tables)
         x = x + apply_linear(causal_attention(q, k, v), layer.wo, layer.bo)
         x = x + feed_forward(normalise(x, shape.norm_eps), layer, shape)
         keys.append(k)
@@ -185,7 +185,26 @@ def prefill(
     lm_bias = None if weights.lm_bias is None else weights.lm_bias.to(device)
     logits = apply_linear(last, weights.lm_head.to(device), lm_bias)
     logits = logits if all_logits else logits[0]
-    return Prefill(tuple(keys), tuple(values), tuple(queries), length - window, logits, tuple(scores))
+    return Prefill(
+        tuple(keys), tuple(values), tuple(queries), length - window, logits, tuple(scores),
+        model, tuple(token_ids),
+    )  # fmt: skip
+
+
+def project_heads(
+    h: Tensor, layer: LayerWeights, shape: ModelShape, tables: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project a normed stream h (m, width) to q (heads, m, d) and k, v (kv_heads, m, d).
+
+    tables: cos and sin by which q and k are rotated; None: they are not.
+    """
+    q = _by_head(apply_linear(h, layer.wq, layer.bq), shape.heads)
+    k = _by_head(apply_linear(h, layer.wk, layer.bk), shape.kv_heads)
+    v = _by_head(apply_linear(h, layer.wv, layer.bv), shape.kv_heads)
+    if tables is not None:
+        q, k = rotate(q, *tables), rotate(k, *tables)
+    q, k, v = (t.transpose(0, 1).contiguous() for t in (q, k, v))
+    return q, k, v
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

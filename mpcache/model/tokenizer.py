@@ -115,7 +115,11 @@ class Tokenizer:
 
     def _begins(self) -> list[int]:
         """Return the tokens that the tokenizer's own post-processor puts before a text."""
-        encoded = self._inner.encode("a")
+        try:
+            with in_library():
+                encoded = self._inner.encode("a")
+        except LibraryError as error:
+            raise ModelError(f"the tokenizer cannot begin a text: {error}") from error
         added = encoded.special_tokens_mask
         return list(encoded.ids[: added.index(0) if 0 in added else len(added)])
 

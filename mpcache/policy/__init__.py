@@ -6,7 +6,8 @@ policy is a file of its own.
 
 from __future__ import annotations
 
-from mpcache.policy.base import BoundPolicy, LayerView, Policy
+from mpcache.policy.base import BoundPolicy, Policy
+from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import LeakClass, Plan
 from mpcache.policy.registry import POLICIES, parse_policy
 

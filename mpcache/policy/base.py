@@ -13,61 +13,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 
-from mpcache.cache import Cache, LayerCache
+from mpcache.cache import Cache, LayerCache, SplitLayer, join_heads, take_heads
 from mpcache.errors import PolicyError
-from mpcache.model import ModelShape
+from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy.plan import FULL_PERCENT, Budget, Budgets, LeakClass, Plan, tokens_of, written
+from mpcache.policy.layer_view import Kept, LayerView, PlaintextContext, part_shape, take
+from mpcache.policy.plan import (
+    FULL_PERCENT,
+    Budget,
+    Budgets,
+    LeakClass,
+    Plan,
+    SplitPlan,
+    tokens_of,
+    written,
+)
 from mpcache.protocols.ranges import WEIGHTED_SUM_RING
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """What a policy sees of layer `index` in one step of m tokens.
-
-    `rows` are queries per KV head, one for each token and head of a group, the heads of a token together.
-    """
-
-    ops: Ops
-    shape: ModelShape
-    plan: Plan
-    cache: Cache
-    index: int
-    positions: torch.Tensor  # (m,)
-
-    @property
-    def layer(self) -> LayerCache:
-        return self.cache.layers[self.index]
-
-    @property
-    def tokens(self) -> int:
-        """n, the tokens in this layer's cache, this step's m among them."""
-        n: int = self.layer.k.shape[1]
-        return n
-
-    @property
-    def m(self) -> int:
-        return self.positions.shape[0]
-
-    def visible(self, n: int) -> torch.Tensor | None:
-        """Return the causal mask (rows, n), 1 where attended, of n columns that end with this step's tokens.
-
-        None for one token, which sees all.
-        """
-        if self.m == 1:
-            return None
-        mask = torch.ones(self.m, n, dtype=torch.int64)
-        mask[:, n - self.m :].tril_()
-        return mask.repeat_interleave(self.shape.group, 0)
 
 
 @dataclass(frozen=True)
@@ -122,9 +92,29 @@ class Policy(ABC):
         """Return how many heads' scores are added before tokens are ranked by them."""
         return 1
 
+    @property
+    def largest_bias(self) -> float:
+        """The size that the biases of kept keys stay within; 0: there are none."""
+        return 0.0
+
+    def priced(self, context: int, shape: ModelShape) -> Plan:
+        """Plan for a price, from public sizes alone. Raises PolicyError where they do not tell it."""
+        plan = self.plan(context, shape)
+        if not self.plan_is_public:
+            raise PolicyError(
+                f"policy {self.spec}: the document decides what stays; to price it, give the counts "
+                f"of a run for each of the {len(plan.layers)} layers, as in n_keep=512/256/..."
+            )
+        return plan
+
     def with_counts(self, counts: Sequence[int]) -> Policy:
         """Take announced counts as options, which `plan` checks: the plan is public then."""
         return self
+
+    @property
+    def counts_given(self) -> tuple[int, ...]:
+        """What `with_counts` took; nothing where it was not called."""
+        return ()
 
     def as_selector(self) -> Policy:
         """Return the policy as it runs behind another's eviction: it evicts nothing. Raises PolicyError."""
@@ -183,9 +173,21 @@ class Policy(ABC):
         """Say how many of the context's last queries `evict` and `remember` look at."""
         return 0
 
+    def count_from_model(self, model: Model, context: int) -> list[int]:
+        """Count what stays, by the model and the context's length alone. Nothing, where those do not decide.
+
+        Raises PolicyError.
+        """
+        return []
+
     def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
         """Count what stays in each layer, by the document."""
         return []
+
+    def retain(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> list[Kept]:
+        """Evict, and say what the cache of each part of the layer begins with."""
+        rows = self.evict(prefill, layer, plan, kernels)
+        return [Kept(rows, *(take(t[layer], rows) for t in (prefill.k, prefill.v)))]
 
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
         """Choose the positions that stay, ascending: (kept,), or (KV, kept) by head."""
@@ -202,25 +204,43 @@ class Policy(ABC):
     def fill(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int,
         prefill: Prefill | None, kernels: Backend | None,
-    ) -> Program[LayerCache]:  # fmt: skip
+    ) -> Program[LayerCache | SplitLayer]:  # fmt: skip
         """Make one layer's cache of the evicted context. prefill, kernels: at the document's owner."""
+        mine = plan.layers[index]
+        owner = prefill is not None and kernels is not None
+        kept = self.retain(prefill, index, plan, kernels) if owner else None  # type: ignore[arg-type]
+        if not isinstance(mine, SplitPlan):
+            known = None if kept is None else PlaintextContext(prefill, kernels, kept[0])  # type: ignore[arg-type]
+            return (yield from self._fill(ops, shape, plan, index, known))
+        fills = []
+        for i, (heads, part) in enumerate(zip(mine.heads, mine.parts, strict=True)):
+            known = None if kept is None else PlaintextContext(prefill, kernels, kept[i])  # type: ignore[arg-type]
+            small = part_shape(shape, len(heads))
+            fills.append(self._fill(ops, small, replace(plan, layers=(part,)), 0, known))
+        return SplitLayer(mine.heads, tuple((yield from together(*fills))))
+
+    def _fill(
+        self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
+    ) -> Program[LayerCache]:
+        """Make the cache of heads that keep the same number."""
         n, kv, d = plan.layers[index].kept, shape.kv_heads, shape.head_dim
-        known = k = v = None
-        if prefill is not None and kernels is not None:
-            rows = self.evict(prefill, index, plan, kernels)
-            k, v = (take(t[index], rows) for t in (prefill.k, prefill.v))
-            known = PlaintextContext(prefill, kernels, rows, k)
+        kept = None if known is None else known.kept
+        k, v = (None, None) if kept is None else (kept.k, kept.v)
         k, v, memory = yield from together(
             ops.prepare(ops.secret(k, (kv, n, d), Rank.SERVER)),
             ops.prepare(ops.secret(v, (kv, n, d), Rank.SERVER), WEIGHTED_SUM_RING),
             self.remember(ops, shape, plan, index, known),
         )
-        return LayerCache(k, v, memory)
+        bias = None
+        if self.largest_bias:
+            size = (kv, 1, n)
+            bias = ops.as_scores(ops.secret(None if kept is None else kept.bias, size, Rank.SERVER))
+        return LayerCache(k, v, memory, bias)
 
     def attend(self, view: LayerView, q: Value) -> Program[Value]:
         """Attend with q (KV, rows, d), scaled, over the layer's cache -> (KV, rows, d)."""
         ops, layer = view.ops, view.layer
-        scores = yield from at("scores", ops.scores(q, layer.k))
+        scores = view.biased((yield from at("scores", ops.scores(q, layer.k))))
         e, total = yield from at("softmax", ops.softmax(scores, view.visible(view.tokens)))
         out, _ = yield from average(view, local(e), total)
         return out
@@ -245,23 +265,6 @@ def average(view: LayerView, weights: Program[Value], total: Value) -> Program[t
     return (yield from at("attend", ops.mul(out, inverse))), inverse
 
 
-@dataclass(frozen=True)
-class PlaintextContext:
-    """What the server knows of a layer that it fills. rows: as `evict` says.  k: (KV, kept, d)."""
-
-    prefill: Prefill
-    kernels: Backend
-    rows: torch.Tensor
-    k: torch.Tensor
-
-
-def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Take x (KV, T, ...) at rows (n,) or (KV, n): (KV, n, ...)."""
-    if rows.dim() == 1:
-        return x[:, rows]
-    return torch.stack([head[mine] for head, mine in zip(x, rows, strict=True)])
-
-
 def by_head(prefill: Prefill, layer: int, kernels: Backend) -> torch.Tensor:
     """Sum what the window's queries pay to each token, per KV head, mean over its group: (KV, T)."""
     q, k = prefill.q_window[layer], prefill.k[layer]
@@ -275,6 +278,7 @@ class BoundPolicy:
 
     policy: Policy
     plan: Plan
+    for_price: bool = False
 
     # ------------------------------------------------------------------------------- public, anybody
 
@@ -290,8 +294,8 @@ class BoundPolicy:
 
     @property
     def plan_is_public(self) -> bool:
-        """Whether public sizes tell the plan (`Policy.plan_is_public`)."""
-        return self.policy.plan_is_public
+        """Whether public sizes tell the plan (`Policy.plan_is_public`), or it is one for a price."""
+        return self.for_price or self.policy.plan_is_public
 
     @property
     def window(self) -> int:
@@ -303,14 +307,9 @@ class BoundPolicy:
         if self.policy.in_the_clear and protocol != "plain":
             raise PolicyError(f"policy {self.spec}: runs in plaintext only, not with protocol {protocol}")
 
-    def priced(self) -> BoundPolicy:
-        """Return this policy, if public sizes tell what it costs. Raises PolicyError."""
-        if not self.plan_is_public:
-            raise PolicyError(
-                f"policy {self.spec}: the document decides what stays; to price it, give the counts "
-                f"of a run for each of the {len(self.plan.layers)} layers, as in n_keep=512/256/..."
-            )
-        return self
+    def priced(self, shape: ModelShape) -> BoundPolicy:
+        """Return this policy with the plan that its price is of. Raises PolicyError."""
+        return replace(self, plan=self.policy.priced(self.plan.context, shape), for_price=True)
 
     def with_counts(self, counts: Sequence[int], shape: ModelShape) -> BoundPolicy:
         """Bind the policy anew, with announced counts. Raises PolicyError."""
@@ -318,15 +317,25 @@ class BoundPolicy:
 
     # ------------------------------------------------------------- the document's owner, in plaintext
 
+    def count_from_model(self, model: Model) -> list[int]:
+        """Count what stays, where the model and the context's length decide; nothing where they do not."""
+        return [] if self.plan_is_public else self.policy.count_from_model(model, self.plan.context)
+
     def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
         """Count what stays, layer by layer, where the document decides."""
         return self.policy.count_from_document(prefill, kernels)
+
+    def largest_values(self, prefill: Prefill, kernels: Backend) -> list[float]:
+        """Return the largest size of a value that stays, by layer."""
+        layers = range(len(self.plan.layers))
+        kept = (self.policy.retain(prefill, i, self.plan, kernels) for i in layers)
+        return [max(float(part.v.abs().max()) for part in parts) for parts in kept]
 
     # ---------------------------------------------------------------------------- on shares, all alike
 
     def fill(
         self, ops: Ops, shape: ModelShape, index: int, prefill: Prefill | None, kernels: Backend | None
-    ) -> Program[LayerCache]:
+    ) -> Program[LayerCache | SplitLayer]:
         """Make one layer's cache of the evicted context."""
         return (yield from self.policy.fill(ops, shape, self.plan, index, prefill, kernels))
 
@@ -337,9 +346,20 @@ class BoundPolicy:
         return LayerView(ops, shape, self.plan, cache, index, positions)
 
     def attend(self, view: LayerView, q: Value) -> Program[Value]:
-        """Attend as the policy does: q (KV, rows, d) -> (KV, rows, d)."""
-        return self.policy.attend(view, q)
+        """Attend as the policy does: q (KV, rows, d) -> (KV, rows, d); the parts of a layer at once."""
+        layer = view.cache.layers[view.index]
+        if not isinstance(layer, SplitLayer):
+            return (yield from self.policy.attend(view, q))
+        ops = view.ops
+        parts = zip(view.parts(), layer.heads, strict=True)
+        out = yield from together(
+            *(self.policy.attend(part, take_heads(ops, q, heads)) for part, heads in parts)
+        )
+        return join_heads(ops, out, layer.heads)
 
     def observe(self, view: LayerView) -> Program[None]:
         """Let the policy remember, evict and form clusters, beside the rest of the layer."""
-        return self.policy.observe(view)
+        if isinstance(view.cache.layers[view.index], SplitLayer):
+            yield from together(*map(self.policy.observe, view.parts()))
+        else:
+            yield from self.policy.observe(view)

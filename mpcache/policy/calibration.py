@@ -9,7 +9,8 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Value, as_tensor, as_value
-from mpcache.policy.base import LayerView, Policy, average
+from mpcache.policy.base import Policy, average
+from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import Budget, LayerPlan, Plan
 from mpcache.runtime.program import Program, at, local
 from mpcache_kernels import Backend
@@ -63,7 +64,7 @@ class Oracle(Policy):
 
     def attend(self, view: LayerView, q: Value) -> Program[Value]:
         ops, kept = view.ops, view.plan.layers[view.index].kept
-        scores = as_tensor((yield from at("scores", ops.scores(q, view.layer.k))))
+        scores = as_tensor(view.biased((yield from at("scores", ops.scores(q, view.layer.k)))))
         order = torch.sort(scores[..., :kept], descending=True, stable=True).indices
         others = order[..., view.plan.layers[view.index].attended :]
         scores = scores.scatter(-1, others, -torch.inf)

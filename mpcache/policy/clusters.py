@@ -21,8 +21,9 @@ import torch
 
 from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Selection, Value, as_tensor, as_value
-from mpcache.policy.base import LayerView, PlaintextContext, Policy, average
+from mpcache.policy.base import Policy, average
 from mpcache.policy.columns import by_item, flat
+from mpcache.policy.layer_view import LayerView, PlaintextContext
 from mpcache.policy.plan import LayerPlan, Plan
 from mpcache.policy.representatives import in_plaintext, on_shares
 from mpcache.rank import Rank
@@ -206,12 +207,12 @@ class Clustered(Policy):
         plan, mine, ops = self.budget(view), view.layer.memory, view.ops
         if not plan.sizes:
             return (yield from super().attend(view, q))
-        leader: Clusters = view.cache.layers[plan.leader].memory
+        leader: Clusters = view.cache.whole(plan.leader).memory
         due = mine is leader and self._due(view, plan, mine)
         choice = None if due else leader.choice
         if not due and choice is None:  # no more clusters than are attended to
             return (yield from super().attend(view, q))
-        if ops.kernels is not None and view.m == 1:
+        if ops.kernels is not None and view.m == 1 and view.layer.bias is None:
             return (yield from self._with_kernels(view, ops.kernels, choice, q))
 
         made: Program[Choice | None]
@@ -225,7 +226,7 @@ class Clustered(Policy):
             # A slot matrix that is used once puts the weights back for less than it costs to keep.
             made = at("select/prepare", _keep(picks, clusters)) if self._reused(view) else local(None)
         else:
-            scores = yield from at("scores", ops.scores(q, view.layer.k))
+            scores = view.biased((yield from at("scores", ops.scores(q, view.layer.k))))
             tokens = self._fold(view, scores[..., plan.sink : end])
             tokens = flat((yield from at("gather", choice.selection.gather(by_item(tokens, choice.items)))))
             made = local(choice)
@@ -305,7 +306,10 @@ class Clustered(Policy):
         else:
             scores, over = (yield from every), None
         n = view.tokens
-        scores, ranks = scores[..., :n], scores[..., n:] if over is None else scores[..., n:] + over
+        scores, ranks = (
+            view.biased(scores[..., :n]),
+            scores[..., n:] if over is None else scores[..., n:] + over,
+        )
         levels, first = [], 0
         for floor in mine.floors:
             assert floor is not None

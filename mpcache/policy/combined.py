@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from mpcache.errors import PolicyError
-from mpcache.model import ModelShape
+from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import LayerView, PlaintextContext, Policy
-from mpcache.policy.plan import LeakClass, Plan
+from mpcache.policy.base import Policy
+from mpcache.policy.layer_view import Kept, LayerView, PlaintextContext
+from mpcache.policy.plan import LayerPlan, LeakClass, Plan, SplitPlan
 from mpcache.runtime.program import Program
 from mpcache_kernels import Backend
 
@@ -60,14 +61,22 @@ class Combined(Policy):
         return self.then.heads_summed(shape)
 
     def plan(self, context: int, shape: ModelShape) -> CombinedPlan:
-        first = self.first.plan(context, shape)
-        layers = []
+        return self._behind(self.first.plan(context, shape), shape)
+
+    def priced(self, context: int, shape: ModelShape) -> CombinedPlan:
+        return self._behind(self.first.priced(context, shape), shape)
+
+    def _behind(self, first: Plan, shape: ModelShape) -> CombinedPlan:
+        """Plan the second, behind a plan of the first."""
+        layers: list[LayerPlan] = []
         for i, mine in enumerate(first.layers):
-            try:
-                layer = self.then.as_selector().plan(mine.kept, shape).layers[i]
-            except PolicyError as error:
-                raise PolicyError(f"behind {self.first.spec}, {error}") from None
+            if isinstance(mine, SplitPlan):
+                layers.append(self._split(mine, i, shape))
+                continue
+            layer = self._selector(mine.kept, shape).layers[i]
             leader = getattr(layer, "leader", i)
+            if self.first.largest_bias or isinstance(first.layers[leader], SplitPlan):
+                self._check_leader(i, leader)
             if mine.kept != first.layers[leader].kept:
                 raise PolicyError(
                     f"behind {self.first.spec}, policy {self.then.name}: layers {leader} and {i} keep "
@@ -75,7 +84,31 @@ class Combined(Policy):
                     "give share=none, or budgets that are equal where layers share"
                 )
             layers.append(layer)
-        return CombinedPlan(context, tuple(layers), first)
+        return CombinedPlan(first.context, tuple(layers), first)
+
+    def _selector(self, kept: int, shape: ModelShape) -> Plan:
+        """Plan the second for so many tokens. Raises PolicyError."""
+        try:
+            return self.then.as_selector().plan(kept, shape)
+        except PolicyError as error:
+            raise PolicyError(f"behind {self.first.spec}, {error}") from None
+
+    def _split(self, mine: SplitPlan, index: int, shape: ModelShape) -> SplitPlan:
+        """Plan the second for each part of a layer: a layer of its own."""
+        parts = []
+        for kept in (part.kept for part in mine.parts):
+            layer: Any = self._selector(kept, shape).layers[index]
+            self._check_leader(index, getattr(layer, "leader", index))
+            parts.append(replace(layer, leader=0) if hasattr(layer, "leader") else layer)
+        return SplitPlan.of(mine.heads, parts)
+
+    def _check_leader(self, index: int, leader: int) -> None:
+        """Raise PolicyError where a layer shares a choice that it cannot."""
+        if leader != index:
+            raise PolicyError(
+                f"behind {self.first.spec}, policy {self.then.name}: layers {leader} and {index} keep tokens "
+                "of their own and cannot share a choice; give share=none"
+            )
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Combined:
         """Let the second choose that many of what the first leaves.
@@ -97,8 +130,19 @@ class Combined(Policy):
     def plan_is_public(self) -> bool:
         return self.first.plan_is_public
 
+    @property
+    def largest_bias(self) -> float:
+        return self.first.largest_bias
+
+    def count_from_model(self, model: Model, context: int) -> list[int]:
+        return self.first.count_from_model(model, context)
+
     def count_from_document(self, prefill: Prefill, kernels: Backend) -> list[int]:
         return self.first.count_from_document(prefill, kernels)
+
+    @property
+    def counts_given(self) -> tuple[int, ...]:
+        return self.first.counts_given
 
     def with_counts(self, counts: Sequence[int]) -> Combined:
         return replace(self, first=self.first.with_counts(counts))
@@ -110,6 +154,12 @@ class Combined(Policy):
         assert isinstance(plan, CombinedPlan)
         leader = getattr(plan.layers[layer], "leader", layer)
         return self.first.evict(prefill, leader, plan.first, kernels)
+
+    def retain(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> list[Kept]:
+        assert isinstance(plan, CombinedPlan)
+        if getattr(plan.layers[layer], "leader", layer) != layer:  # another layer's rows of this one's tokens
+            return super().retain(prefill, layer, plan, kernels)
+        return self.first.retain(prefill, layer, plan.first, kernels)
 
     # ------------------------------------------------------------------------------ the second, on shares
 

@@ -151,6 +151,10 @@ class MPCache(Clustered):
     def with_counts(self, counts: Sequence[int]) -> MPCache:
         return replace(self, n_keep=tuple(counts))
 
+    @property
+    def counts_given(self) -> tuple[int, ...]:
+        return tuple(map(int, self.n_keep)) if isinstance(self.n_keep, tuple) else ()
+
     def _importance(self, prefill: Prefill, layer: int, context: int, kernels: Backend) -> torch.Tensor:
         """(T,): what the last queries pay to each token on average, or at most; sink and recent first."""
         q, k = prefill.q_window[layer], prefill.k[layer]

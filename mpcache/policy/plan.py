@@ -14,6 +14,7 @@ class LeakClass(StrEnum):
 
     NONE = "none"
     COUNT = "count"
+    MODEL_COUNT = "model-count"
     STATIC_INDEX = "static-index"
     STEP_INDEX = "step-index"
     STEP_BIT = "step-bit"
@@ -46,6 +47,36 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class SplitPlan(LayerPlan):
+    """A layer whose heads keep different numbers of tokens; kept is their mean, rounded up.
+
+    heads: the KV heads of each part, which keep the same number.  parts: the plan of each part.
+    """
+
+    heads: tuple[tuple[int, ...], ...]
+    parts: tuple[LayerPlan, ...]
+
+    @staticmethod
+    def of(heads: Sequence[Sequence[int]], parts: Sequence[LayerPlan]) -> SplitPlan:
+        """Join the plans of a layer's parts."""
+        kv_heads = sum(map(len, heads))
+        kept = sum(len(some) * part.kept for some, part in zip(heads, parts, strict=True))
+        return SplitPlan(
+            -(-kept // kv_heads), max(part.attended for part in parts),
+            max(part.representatives for part in parts), tuple(map(tuple, heads)), tuple(parts),
+        )  # fmt: skip
+
+    def by_head(self, name: str) -> list[int]:
+        """Return one of the parts' integers for each KV head."""
+        found = {
+            head: getattr(part, name)
+            for some, part in zip(self.heads, self.parts, strict=True)
+            for head in some
+        }
+        return [found[head] for head in sorted(found)]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Public integers of one policy for one context length and one model."""
 
@@ -61,16 +92,43 @@ class Plan:
     def attended(self) -> int:
         return max(layer.attended for layer in self.layers)
 
+    def tokens_kept(self, kv_heads: int) -> int:
+        """Context tokens in the cache of the layer that keeps most; of split ones, the mean of all heads."""
+        if not any(isinstance(layer, SplitPlan) for layer in self.layers):
+            return self.kept
+        return round(self._mean("kept", kv_heads))
+
+    def tokens_attended(self, kv_heads: int) -> float:
+        """Context tokens that a query attends to at most: in any layer; of split ones, in the mean of all."""
+        if not any(isinstance(layer, SplitPlan) for layer in self.layers):
+            return self.attended
+        return self._mean("attended", kv_heads)
+
+    def _mean(self, name: str, kv_heads: int) -> float:
+        heads = (
+            layer.by_head(name) if isinstance(layer, SplitPlan) else [getattr(layer, name)] * kv_heads
+            for layer in self.layers
+        )
+        return sum(map(sum, heads)) / (kv_heads * len(self.layers))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
         """All integers, a line for each run of layers that are alike."""
         layers = [
-            {k: v for k, v in asdict(layer).items() if v not in ((), {}) and (k, v) != ("leader", i)}
+            {k: v for k, v in _told(layer).items() if v not in ((), {}) and (k, v) != ("leader", i)}
             for i, layer in enumerate(self.layers)
         ]
         return [f"{name}: " + ", ".join(f"{k} {v}" for k, v in layer.items()) for name, layer in runs(layers)]
+
+
+def _told(layer: LayerPlan) -> dict[str, Any]:
+    """Name a layer's integers; of one whose heads differ, what each of them keeps and attends to."""
+    if not isinstance(layer, SplitPlan):
+        return asdict(layer)
+    found = {name: tuple(layer.by_head(name)) for name in ("kept", "attended", "representatives")}
+    return {name: written(by_head) for name, by_head in found.items() if any(by_head)}
 
 
 def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:

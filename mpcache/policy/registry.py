@@ -11,6 +11,7 @@ from mpcache.errors import PolicyError
 from mpcache.policy.base import Policy
 from mpcache.policy.calibration import Oracle, Random
 from mpcache.policy.combined import Combined
+from mpcache.policy.compact import Compact
 from mpcache.policy.full import Full
 from mpcache.policy.grammar import PolicyPart, parse_parts
 from mpcache.policy.h2o import H2O
@@ -21,7 +22,7 @@ from mpcache.policy.streaming import Streaming
 from mpcache.policy.tova import Tova
 
 POLICIES: dict[str, type[Policy]] = {
-    cls.name: cls for cls in (Full, Streaming, SnapKV, H2O, Tova, Quest, MPCache, Random, Oracle)
+    cls.name: cls for cls in (Full, Streaming, SnapKV, H2O, Tova, Quest, MPCache, Compact, Random, Oracle)
 }
 
 

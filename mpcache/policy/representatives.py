@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from mpcache.ops import Operand, Ops, Value
-from mpcache.policy.base import PlaintextContext
+from mpcache.policy.layer_view import PlaintextContext
 from mpcache.runtime.program import Program, together
 
 

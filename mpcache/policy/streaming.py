@@ -18,7 +18,8 @@ from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.model.rope import rope_tables
 from mpcache.ops import Value
-from mpcache.policy.base import LayerView, Policy, average
+from mpcache.policy.base import Policy, average
+from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import Budget, LayerPlan, Plan
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend

@@ -9,8 +9,8 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Value
-from mpcache.policy.base import LayerView
 from mpcache.policy.evicting import Evicting
+from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import Budget, Plan
 from mpcache_kernels import Backend
 

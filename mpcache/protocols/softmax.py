@@ -130,7 +130,10 @@ def softmax(
         visible = visible.to(scores.data.device).expand(scores.shape)
     c = yield from bound(side, scores, visible)
     e = yield from exp(side, Share((c << SCORE_BITS) - scores.data, SCORE_BITS))
-    e = yield from truncate(side, truncate_local(side, e, bits), bits)
+    e = truncate_local(side, e, bits)
+    # What is not seen may lie above the bound, where exp is out of its range: it is zero before it is looked
+    # at, and after, since a truncation may add one.
+    e = yield from truncate(side, e if visible is None else e * visible, bits)
     if visible is not None:
         e = e * visible
     return e, e.sum(-1, keepdim=True)

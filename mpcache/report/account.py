@@ -10,7 +10,7 @@ from typing import Any
 
 from mpcache.answer import PlainAnswer
 from mpcache.ledger import Entry
-from mpcache.phases import is_decode
+from mpcache.phases import ChunkPlace, is_decode
 from mpcache.rank import Rank
 from mpcache.report.units import whole
 
@@ -99,13 +99,14 @@ class Report:
         return Report(**{**data, "phases": phases, "turns": turns})
 
     def steps(self) -> list[Phase]:
-        """Return the decode steps; the question's when it was answered by one token."""
+        """Return the decode steps; the questions' where each was answered by one token; none of no answer."""
         found = [phase for name, phase in self.phases.items() if is_decode(name)]
-        return found or [self.phases["question"]]
+        return found or [phase for name, phase in self.phases.items() if ChunkPlace.of(name) is not None]
 
     def per_token(self, amount: str) -> float:
         """Return the mean over decode steps of a field of Phase."""
-        return statistics.fmean(getattr(phase, amount) for phase in self.steps())
+        steps = self.steps()
+        return statistics.fmean(getattr(phase, amount) for phase in steps) if steps else 0.0
 
 
 def phases_of(

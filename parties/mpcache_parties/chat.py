@@ -88,6 +88,7 @@ class Chat:
         """
         self.turns: list[TurnReport] = []
         self.progress = "starting"
+        self.on_progress: Say = quiet  # told each time that `progress` is another layer
         self.room = 0
         self._say, self._watch = say, watch
         self._events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
@@ -230,6 +231,7 @@ class Chat:
                     place = ChunkPlace.of(phase)
                     what = phase if place is None else "answer" if place.step else "question"
                     self.progress = f"{what}: layer {layer + 1}"
+                    self.on_progress(self.progress)
                 case {"event": EventKind.ERROR, "text": str(text), "exit_code": int(code)}:
                     failure = PartyFailed(text, code)
                 case None:

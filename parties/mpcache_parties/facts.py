@@ -1,8 +1,9 @@
 """Agree on what is public about a session, before anything secret moves.
 
 The owners tell what is public about model, document and question; each party makes of it the shape, the
-plan and the protocol by itself; what they have made of it is compared. In some policies the document
-decides part of the plan: these counts are announced later, before CONTEXT.
+plan and the protocol by itself; what they have made of it is compared. In some policies the model decides
+part of the plan: these counts are told with the facts. In others the document does: those are announced
+later, before CONTEXT.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
-from mpcache.policy import BoundPolicy
+from mpcache.policy import BoundPolicy, LeakClass, parse_policy
 from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, bytes_of, tensor_of
 from mpcache.transport.network import parse_network
@@ -160,6 +161,8 @@ def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, 
         "kernels": choose_kernels(public.kernels, own.device).name,
         "session": secrets.token_hex(16),
     }
+    if counts := parse_policy(public.policy).count_from_model(model, len(own.tokens)):
+        facts["head_counts"] = counts
     for link in links.values():
         link.send_facts("facts/model", facts)
     links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(vocabulary)])
@@ -256,6 +259,8 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     else:
         policy, room = bind_conversation(shape, public, context)
         limit = public.max_new_tokens
+    if "head_counts" in model:
+        policy = _counted(policy, shape, model["head_counts"])
     protocol: str = public.protocol
     picked = ""
     if protocol == AUTO:
@@ -336,15 +341,22 @@ def receive_counts(server: Link, facts: Facts) -> Facts:
 
 def counts_of(facts: Facts) -> dict[str, list[int]]:
     """Return what `facts_of` needs beside the told facts when the session is resumed."""
-    return {"counts": [layer.kept for layer in facts.policy.plan.layers]}
+    return {"counts": list(facts.policy.policy.counts_given)}
 
 
 def _with_counts(facts: Facts, counts: Any) -> Facts:
     if facts.policy.plan_is_public:
         return facts
+    return replace(facts, policy=_counted(facts.policy, facts.shape, counts))
+
+
+def _counted(policy: BoundPolicy, shape: ModelShape, counts: Any) -> BoundPolicy:
+    """Bind a policy to counts that the server tells. Raises Desync."""
     if not isinstance(counts, list) or any(type(n) is not int for n in counts):
         raise Desync(f"Desync: the server announces counts {counts!r:.60}, not a list of whole numbers")
+    if policy.plan_is_public or policy.leak == LeakClass.NONE:
+        raise Desync(f"Desync: the server announces counts, which policy {policy.spec} has none of")
     try:
-        return replace(facts, policy=facts.policy.with_counts(counts, facts.shape))
+        return policy.with_counts(counts, shape)
     except PolicyError as error:
         raise Desync(f"Desync: the server announces counts that do not fit: {error}") from None

@@ -46,11 +46,15 @@ _EFFECTS = ("PeerLost", "PeerFailed")  # errors that another party's failure cau
 
 
 class PartyFailed(MpcacheError):
-    """A party ended without its part being done; the text is its own error's."""
+    """A party ended without its part being done; the text is its own error's.
+
+    answer: the client's report, where its own part was done.
+    """
 
     def __init__(self, text: str, exit_code: int = 1) -> None:
         super().__init__(text)
         self.exit_code = exit_code
+        self.answer: Report | None = None
 
 
 def free_addresses() -> Addresses:
@@ -213,7 +217,9 @@ def _listen(
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     if len(reports) == len(children):
         return reports
-    raise first_cause(children, reports, errors)
+    failure = first_cause(children, reports, errors)
+    failure.answer = reports.get(Rank.CLIENT)
+    raise failure
 
 
 def first_cause(

@@ -20,7 +20,7 @@ from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
-from mpcache.limits import check_document, largest_score_held
+from mpcache.limits import check_document, check_fitted, largest_score_held
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
@@ -112,11 +112,15 @@ def _open_document(
     if facts.picked:
         say(f"server: {facts.picked}")
     facts = announce_counts(resources.links, facts, prefilled, kernels)
+    start, in_kernels = time.perf_counter(), sum(kernel_ms)
+    if facts.protocol != ProtocolName.STOCK:
+        check_fitted(prefilled, facts.policy, kernels, facts.room)
+    prefill_ms += 1000 * (time.perf_counter() - start) - (sum(kernel_ms) - in_kernels)
     session.policy = facts.policy
     set_up.context(own, prefilled, kernels)
     prefill_ms += sum(kernel_ms)
     say(
-        f"server: context of {facts.context} tokens, {facts.policy.plan.kept} kept: "
+        f"server: context of {facts.context} tokens, {_kept(facts)} kept: "
         f"prefill and eviction {duration(prefill_ms)} (kernels: {facts.kernels})"
     )
     for line in facts.policy.plan.lines():
@@ -180,7 +184,7 @@ def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, s
 
 
 def _asking(facts: Facts) -> str:
-    kept = f"{facts.context}, of which {facts.policy.plan.kept} are kept"
+    kept = f"{facts.context}, of which {_kept(facts)} are kept"
     if facts.conversation:
         return f"a context of {kept}; room for {facts.room} tokens of questions and answers"
     return f"asking {facts.question} tokens about {kept} ..."
@@ -266,6 +270,11 @@ def _session(
 def _digest(secret: object) -> str:
     """Return a digest of a party's own input, for its own file, to compare on resuming."""
     return hashlib.sha256(repr(secret).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _kept(facts: Facts) -> int:
+    """Return how many tokens stay: in the layer that keeps most, or of heads that differ in the mean."""
+    return facts.policy.plan.tokens_kept(facts.shape.kv_heads)
 
 
 def _reached(step: int) -> str:

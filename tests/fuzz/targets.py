@@ -376,7 +376,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
         sender, link = local_pair(Ledger(), Ledger(), timeout=0.01)
         sender.send("facts/tokenizer", [torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)])
         taken = receive_tokenizer(link, facts | {"tokenizer_bytes": max(1, len(data))})
-        _speak(read_tokenizer(bytes_of(taken), loaded.shape))
+        _speak(read_tokenizer(taken.numpy().tobytes(), loaded.shape))
 
     bytes_of("tokenizer from the server", 4, given, [vocabulary])
 

@@ -114,6 +114,35 @@ def test_importance_of_large_scores_and_of_no_queries() -> None:
     assert torch.equal(got.cpu(), torch.zeros(70))
 
 
+REPEATS = [  # heads, kv_heads, keys before the queries' own, n, first, count
+    (1, 1, 1, 1, 0, 1),
+    (4, 2, 13, 5, 4, 9),
+    (6, 1, 40, 70, 0, 40),
+    (4, 4, 90, 33, 20, 65),
+    (2, 1, 20, 10, 15, 12),  # some of the tokens are queries' own, which not all see
+    (2, 1, 300, 3, 4, 290),  # the tokens are split
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "before", "n", "first", "count"), REPEATS)
+def test_repeat_importance(
+    heads: int, kv_heads: int, before: int, n: int, first: int, count: int, dtype: torch.dtype
+) -> None:
+    q = (random(heads, n, 24, seed=1) / 24**0.5).to(dtype)
+    k = random(kv_heads, before + n, 24, dtype=dtype, seed=2)
+    rows, columns = random(n, seed=3).abs() + 0.1, random(heads, count, seed=4).abs() + 0.1
+    best, query = triton_kernels.repeat_importance(
+        among_nan(q), among_nan(k), first, count, rows.to(DEVICE), columns.to(DEVICE)
+    )
+    want, whose = reference.repeat_importance(q, k, first, count, rows, columns)
+    assert best.shape == query.shape == (kv_heads, count) and query.dtype == torch.int64
+    check(best, want)
+    assert ((query.cpu() == whose) | ((best.cpu() - want).abs() < 1e-4)).all()
+    if dtype == torch.float32:
+        assert (query.cpu() == whose).double().mean() > 0.9
+
+
 def check_clusters(k: torch.Tensor, size: int) -> None:
     given, exact = among_nan(k), k.float()
     high, low = triton_kernels.cluster_extremes(given, size)

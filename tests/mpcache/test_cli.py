@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.config import PublicConfig
 from mpcache.console.inputs import demo_question, read_question, read_text
 from mpcache.errors import BadInput
 from mpcache.report.account import agreement, p95
@@ -128,7 +127,7 @@ def test_the_demo_equals_plaintext(demo: tuple[dict[str, Any], str]) -> None:
     assert run["token_ids"] == run["plaintext_token_ids"]
     assert len(run["token_ids"]) == 4
     assert run["text"] == run["plaintext_text"]
-    assert (run["policy"], run["protocol"], run["leakage"]) == (PublicConfig().policy, "fast", "none")
+    assert (run["policy"], run["protocol"], run["leakage"]) == ("compact", "fast", "model-count")
     assert "Traceback" not in noise
 
 
@@ -254,7 +253,7 @@ BAD = {
         ["--policy", "snapkv:cap=64|quest:pages=5"],
         "behind snapkv:cap=64, policy quest: pages=5 is out of range; allowed: 1 to 4",
     ),
-    "two rules": (["--policy", "mpcache:threshold=0.1,n_keep=9"], "the document decides n_keep"),
+    "two rules": (["--policy", "mpcache:threshold=0.1,n_keep=9"], "gives counts that are decided later"),
     "threshold": (["--policy", "mpcache:threshold=2.0"], "threshold=2.0 is out of range; allowed: 0 to 1"),
     "unknown protocol": (["--protocol", "slow"], "public.protocol is 'slow'"),
     "network": (["--network", "slow"], "must be none, lan, wan or RTT_MS:MBPS"),

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from mpcache.config import PublicConfig
-from mpcache.errors import OutOfRange, PeerFailed
-from mpcache.limits import check_document, largest_score_held
-from mpcache.model import Model, load_model
+from mpcache.config import PublicConfig, load_settings
+from mpcache.errors import OutOfRange, PeerFailed, PolicyError
+from mpcache.limits import bind_policy, check_document, largest_score_held, with_default_policy
+from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.model.prefill import largest_score, prefill
 from mpcache.policy import parse_policy
+from mpcache.policy.curve import LEVELS, HeadCurve, places
 from mpcache.protocols.ranges import LARGEST_SCORE, largest_value
 from mpcache.rank import Rank
 from mpcache_parties.private_inputs import Question
@@ -54,6 +55,33 @@ def test_scores_of_the_document_out_of_range_are_refused(biased: Model) -> None:
         check_document(read, bound, biased.shape, 10)
     near = replace(read, largest_scores=(held - 1, *read.largest_scores[1:]))
     check_document(near, bound, biased.shape, 10)
+
+
+def test_compact_is_the_default_of_a_model_with_a_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody named a policy; also where the curve lies apart from the model."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    folder = save(make("qwen2"), tmp_path / "model")
+    model, settings = load_model(folder), load_settings(None)
+    assert with_default_policy(settings, demo_model_dir()).public.policy == "compact"
+    named = load_settings(None, {"public.policy": "full"})
+    assert with_default_policy(named, demo_model_dir()) is named
+    assert with_default_policy(settings, folder).public.policy == "mpcache:score=bound,share=none"
+    errors = torch.zeros(model.shape.layers, model.shape.kv_heads, len(LEVELS), dtype=torch.float64)
+    for digest, policy in (("b" * 64, settings.public.policy), (model.digest, "compact")):
+        _, apart = places(folder, digest)
+        apart.parent.mkdir(parents=True, exist_ok=True)
+        apart.write_text(HeadCurve(digest, errors, {}).to_json())
+        assert with_default_policy(settings, folder).public.policy == policy
+
+
+def test_counts_that_are_decided_later_are_not_given() -> None:
+    s = load_model(demo_model_dir()).shape
+    for spec in ("compact:heads=9/12", "mpcache:threshold=0.1,n_keep=9"):
+        with pytest.raises(PolicyError, match="gives counts that are decided later"):
+            bind_policy(s, PublicConfig(policy=spec), 50, 5)
+    bind_policy(s, PublicConfig(policy="compact:heads=9/12,counts=equal"), 50, 5)
 
 
 def test_a_private_run_is_refused_before_it_is_wrong(biased: Model) -> None:

@@ -197,6 +197,19 @@ def test_a_party_that_has_reported_is_done(how: str, monkeypatch: pytest.MonkeyP
     assert set(reports) == set(Rank) and reports[C].text == "an answer"
 
 
+def test_an_answer_outlives_the_account_of_it() -> None:
+    """The client has reported; the server dies before it does."""
+    events: SimpleQueue[tuple[Rank, launch.Event]] = SimpleQueue()
+    report = Report(C, "fast", 1, 1, [1], text="an answer").to_dict()
+    events.put((C, {"event": EventKind.REPORT, "report": report}))
+    for rank in (C, S):
+        events.put((rank, None))
+    children = {rank: cast(Any, SimpleNamespace(wait=lambda _: 3, poll=lambda: -9)) for rank in Rank}
+    with pytest.raises(launch.PartyFailed, match="server process .* was ended by SIGKILL") as caught:
+        launch._listen(children, events, quiet, show_no_token)
+    assert caught.value.answer is not None and caught.value.answer.text == "an answer"
+
+
 # ------------------------------------------------------------------------------------- the client's pace
 
 

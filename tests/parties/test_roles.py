@@ -24,6 +24,7 @@ from mpcache.ledger import Ledger
 from mpcache.limits import bind_policy
 from mpcache.model import Model
 from mpcache.model.prefill import prefill
+from mpcache.policy.curve import LEVELS, HeadCurve, try_curve
 from mpcache.rank import Rank
 from mpcache.report.account import Report, summary
 from mpcache.runtime.rng import SEED_BYTES
@@ -132,11 +133,43 @@ def test_what_the_document_decides_is_announced(model: Model, tokens: list[int])
     assert sum(step.rounds for step in steps) == priced.rounds
 
 
-@pytest.mark.parametrize("policy", [THRESHOLD.policy, THRESHOLD.policy + "|quest:page=4", "mpcache", "full"])
+def give_curve(model: Model) -> None:
+    """A curve for this process: heads of one layer lose differently."""
+    shape, g = model.shape, torch.Generator().manual_seed(0)
+    errors = torch.rand(shape.layers, shape.kv_heads, len(LEVELS), generator=g, dtype=torch.float64)
+    try_curve(HeadCurve(model.digest, errors.sort(-1, descending=True).values, {}))
+
+
+def test_what_the_model_decides_is_told_with_the_facts(model: Model, tokens: list[int]) -> None:
+    """Leak class model-count: all plan with the curve's counts, and the answer is the plain engine's."""
+    give_curve(model)
+    public = PublicConfig(policy="compact", max_new_tokens=3)
+    reports = run_session(public, model, tokens, Question(QUESTION, stop_at_eos=False))
+    server, client, dealer = (reports[rank] for rank in Rank)
+    assert isinstance(server, Report) and isinstance(client, Report) and isinstance(dealer, Report), reports
+    assert server.plan == client.plan == dealer.plan and "parts" in str(server.plan)
+    asked = model.tokenizer.encode(QUESTION, bos=False)
+    bound = bind_policy(model.shape, public, len(tokens), len(asked))
+    assert client.token_ids == plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
+    counted = bound.with_counts(bound.count_from_model(model), model.shape)
+    priced = price(model.shape, counted, question=len(asked), new_tokens=3).total("decode")
+    steps = [client.phases[name] for name in ("decode1", "decode2")]
+    assert sum(step.rounds for step in steps) == priced.rounds
+    assert sum(step.sent for step in steps) == priced.client_sent
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        THRESHOLD.policy, THRESHOLD.policy + "|quest:page=4", "mpcache", "full",
+        "compact", "compact:counts=joint", "compact:counts=equal",
+    ],
+)  # fmt: skip
 def test_counts_are_sent_where_the_leak_is_declared(
     policy: str, model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all facts that are sent, `count` adds one message, a number for each layer; `none` adds none."""
+    """Of all facts, `count` adds one message, and `model-count` a field to the model's; `none` adds none."""
+    give_curve(model)
     said: list[tuple[Rank, Rank, str, set[str]]] = []
     honest = FrameLink.send_facts
 
@@ -152,6 +185,8 @@ def test_counts_are_sent_where_the_leak_is_declared(
     counts = [entry for entry in said if "counts" in entry[3]]
     announced = [(S, peer, "facts/counts", {"counts"}) for peer in (C, D)]
     assert sorted(counts) == (announced if leak == "count" else [])
+    told = {(peer, step) for me, peer, step, names in said if "head_counts" in names}
+    assert told == ({(peer, "facts/model") for peer in (C, D)} if leak == "model-count" else set())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mpcache.answer import bind_to_document
 from mpcache.engines.plain import PlainOps
 from mpcache.model import Model
 from mpcache.model.prefill import prefill
@@ -83,6 +84,7 @@ def compare(
     """The same document, question and greedy choice, plain and by three parties."""
     bound = parse_policy(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=bound.window)
+    bound, _ = bind_to_document(bound, model.shape, filled, KERNELS)
     plain_ops = PlainOps()
     plain_seen = record(plain_ops)
     session = Session(plain_ops, None, model.shape, bound)

@@ -46,13 +46,15 @@ for d in map(int, sys.argv[1:]):
             q_w, q = torch.ones(heads, w, d, dtype=dtype), torch.ones(heads, d, dtype=dtype)
             k, r = torch.ones(kv_heads, length, d, dtype=dtype), torch.ones(kv_heads, w, d, dtype=dtype)
             triton_kernels.window_importance(q_w, k, length - w)
+            ones, rows = torch.ones(w), torch.ones(heads, length - w)
+            triton_kernels.repeat_importance(q_w, k, 0, length - w, ones, rows)
             triton_kernels.cluster_extremes(k, size)
             triton_kernels.cluster_means(k, size)
             triton_kernels.cluster_representatives(k, size, 0.6)
             triton_kernels.cluster_scores(q, r)
             triton_kernels.cluster_bounds(q, r, r)
-            for rows in {kv_heads, heads}:
-                chosen = torch.zeros(rows, 1 if heads == 1 else 12, dtype=torch.int64)
+            for choosing in {kv_heads, heads}:
+                chosen = torch.zeros(choosing, 1 if heads == 1 else 12, dtype=torch.int64)
                 triton_kernels.select_and_attend(q, k, k, chosen, size, always, always)
             triton_kernels.window_importance(q_w, k[:, :1], 0)
             triton_kernels.cluster_means(k[:, :1], size)

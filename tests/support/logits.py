@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from mpcache.answer import bind_to_document
 from mpcache.demo.documents import make_document
 from mpcache.engines.plain import PlainOps, PlainSelection
 from mpcache.model import Model, demo_model_dir, load_model
@@ -81,6 +82,7 @@ def greedy(model: Model, context: Sequence[int], question: Sequence[int], n: int
 def errors(model: Model, context: Sequence[int], chunks: Sequence[Sequence[int]], spec: str) -> Errors:
     bound = parse_policy(spec).bind(len(context), model.shape)
     filled = prefill(model, context, window=bound.window)
+    bound, _ = bind_to_document(bound, model.shape, filled, KERNELS)
 
     def program(ops: Any, party: Any, rank: Rank) -> Any:
         seen = record(ops)

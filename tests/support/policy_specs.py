@@ -15,6 +15,7 @@ SMALL = {  # every policy, small enough that it evicts and selects on tiny conte
     "tova": "tova:cap=6",
     "quest": "quest:page=4,pages=2,full=1",
     "mpcache": "mpcache:n_keep=20,coarse=4,fine=2,sink=1,recent=2,coarse_keep=2,fine_keep=3,share=none",
+    "compact": "compact:heads=5/9,counts=equal",
     "random": "random:n_keep=7",
     "oracle": "oracle:k=5",
 }
@@ -30,7 +31,15 @@ MORE = {  # options that change the protocol
     "snapkv, then quest": "snapkv:cap=18,queries=3,pool=3|quest:page=4,pages=2,full=1",
     "random, then mpcache, shared, refreshed": "random:n_keep=20|"
     "mpcache:coarse=4,fine=2,sink=1,recent=2,coarse_keep=2,fine_keep=3,share=0-1,refresh=2",
+    "compact, equal": "compact:keep=7,counts=equal,score=rms,refit=bias",
+    "compact, split, then quest": "compact:heads=12/18,counts=equal|quest:page=4,pages=2,full=0",
+    "compact, then mpcache": "compact:keep=20,counts=equal,refit=none|"
+    "mpcache:coarse=4,fine=2,sink=1,recent=2,coarse_keep=2,fine_keep=3,share=none",
     "mpcache, then quest": SMALL["mpcache"] + "|quest:page=4,pages=2,full=0",
 }
 EVERY = [pytest.param(spec, id=name) for name, spec in SMALL.items()]
-ALL_PRIVATE = [pytest.param(spec, id=name) for name, spec in (PRIVATE | MORE).items()]
+SELDOM = ("compact, equal", "compact, then mpcache")  # what others show of them is enough, most of the time
+ALL_PRIVATE = [
+    pytest.param(spec, id=name, marks=[pytest.mark.slow] * (name in SELDOM))
+    for name, spec in (PRIVATE | MORE).items()
+]

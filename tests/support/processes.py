@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -43,18 +44,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
 
 
-def start(command: list[str], *flags: object) -> Process:
-    """Start a process; stdout and stderr are piped, stdin is empty."""
+def start(command: list[str], *flags: object, stdin: str = "") -> Process:
+    """Start a process; stdout and stderr are piped, stdin holds this text and ends."""
     assert allowed, "mark a test that starts processes: @pytest.mark.processes"
-    return subprocess.Popen(
-        [*command, *map(str, flags)],
-        cwd=ROOT,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with tempfile.TemporaryFile("w+") as text:
+        text.write(stdin)
+        text.seek(0)
+        return subprocess.Popen(
+            [*command, *map(str, flags)],
+            cwd=ROOT,
+            env=environment(),
+            stdin=text,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Hold the kernels in Triton, for NVIDIA GPUs; `mpcache_kernels.reference` says what each of them means.
 
-importance         window_importance
+importance         window_importance, repeat_importance
 cluster_summaries  cluster_extremes, cluster_means, cluster_representatives
 cluster_scoring    cluster_scores, cluster_bounds
 attention          select_and_attend
@@ -18,7 +18,7 @@ from mpcache_kernels.triton_kernels.cluster_summaries import (
     cluster_means,
     cluster_representatives,
 )
-from mpcache_kernels.triton_kernels.importance import window_importance
+from mpcache_kernels.triton_kernels.importance import repeat_importance, window_importance
 
 __all__ = [
     "cluster_bounds",
@@ -26,6 +26,7 @@ __all__ = [
     "cluster_means",
     "cluster_representatives",
     "cluster_scores",
+    "repeat_importance",
     "select_and_attend",
     "window_importance",
 ]

@@ -1,6 +1,7 @@
-"""Find how much a context's last queries look at each token, without ever holding the w x T map.
+"""Find how much queries look at each token, without ever holding the map of all their scores.
 
-The first pass finds softmax's denominators, the second adds up the columns.
+The first pass finds softmax's denominators; the second adds up the columns (a context's last queries), or
+takes their maxima (those of a second reading).
 """
 
 # A kernel's parameters are pointers and numbers of Triton's own: they have no Python types.
@@ -150,3 +151,74 @@ def window_importance(q_w: Tensor, k: Tensor, first_position: int) -> Tensor:
             q_w, k, log_sum, per_head, *strides, *sizes, **shape, BM=bm, BN=bn, **launch
         )
     return per_head.sum(0) / heads
+
+
+@triton.jit
+def _column_maxima(
+    q, k, log_sums, row_scale, best_out, row_out, q_head, q_row, k_head, k_row,
+    n, length, before, first, count, group,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Compute the largest scaled weight on each of `count` tokens from `first` on, and the query that has it.
+
+    One program: BN tokens and one head; it walks all queries, and keeps the best of every BM-th apart.
+    """
+    column, head = tl.program_id(0) * BN, tl.program_id(1)
+    q += head.to(tl.int64) * q_head
+    k += (head // group).to(tl.int64) * k_head
+    log_sums += head * n
+    places = column + tl.arange(0, BN)
+    columns = first + places
+    keys = load_rows(k, columns, k_row, length, D, DP)
+    best = tl.full((BM, BN), -1.0, tl.float32)
+    owner = tl.zeros((BM, BN), tl.int32)
+    for start in range(0, n, BM):
+        rows = start + tl.arange(0, BM)
+        there = rows < n
+        s = tile_product(load_rows(q, rows, q_row, n, D, DP), tl.trans(keys), DOT) * LOG2E
+        new = tl.exp2(s - tl.load(log_sums + rows, mask=there, other=float("inf"))[:, None])
+        new = new * tl.load(row_scale + rows, mask=there, other=0.0)[:, None]
+        new = tl.where(columns[None, :] <= (before + rows)[:, None], new, 0.0)
+        new = tl.where(there[:, None], new, -1.0)
+        better = new > best
+        best = tl.where(better, new, best)
+        owner = tl.where(better, rows[:, None], owner)
+    most = tl.max(best, 0)
+    lowest = tl.min(tl.where(best == most[None, :], owner, n), 0)
+    at = head.to(tl.int64) * count + places
+    tl.store(best_out + at, most, mask=places < count)
+    tl.store(row_out + at, lowest, mask=places < count)
+
+
+def repeat_importance(
+    q: Tensor, k: Tensor, first: int, count: int, row_scale: Tensor, column_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute `reference.repeat_importance`: (kv_heads, count) float32, and the queries as int64."""
+    (heads, n, d), (kv_heads, length, _) = q.shape, k.shape
+    group = heads // kv_heads
+    q, k, row_scale = strided(q), strided(k), row_scale.float().contiguous()
+    strides = (*q.stride()[:2], *k.stride()[:2])
+    narrow = k.element_size() == 2
+    shape = {"D": d, "DP": tile_size(d), "DOT": product_type(q, k)}
+    launch = {"num_warps": 4, "num_stages": 3 if narrow else 2}
+    bm, bn = min(128 if narrow else 64, tile_size(n)), 64 if narrow else 32
+    row_blocks = triton.cdiv(n, bm)
+    splits, span = split_length(length, row_blocks * heads, bn, k.device)
+    log_sums = torch.empty(splits, heads, n, dtype=torch.float32, device=k.device)
+    best = torch.empty(heads, count, dtype=torch.float32, device=k.device)
+    rows = torch.empty(heads, count, dtype=torch.int32, device=k.device)
+    with on_device(k.device):
+        _row_log_sums[(row_blocks, heads, splits)](
+            q, k, log_sums, *strides, n, length, length - n, group, span, **shape, BM=bm, BN=bn, **launch
+        )
+        log_sum = log_sums[0] if splits == 1 else torch.logsumexp(log_sums * LN2, 0) / LN2
+        bm, bn = min(64, tile_size(n)), 64 if narrow else 32
+        _column_maxima[(triton.cdiv(count, bn), heads)](
+            q, k, log_sum, row_scale, best, rows, *strides, n, length, length - n, first, count, group,
+            **shape, BM=bm, BN=bn, **launch,
+        )  # fmt: skip
+    best = (best * column_scale).reshape(kv_heads, group, count)
+    most = best.amax(1, keepdim=True)
+    head = (best == most).int().argmax(1, keepdim=True)  # the first of equal ones
+    query = rows.reshape(kv_heads, group, count).gather(1, head).long() + n * head
+    return most[:, 0], query[:, 0]

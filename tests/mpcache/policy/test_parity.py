@@ -13,8 +13,8 @@ from mpcache.engines.plain import PlainOps
 from mpcache.model.prefill import Prefill
 from mpcache.ops import as_tensor, as_value
 from mpcache.policy import Policy, parse_policy
-from mpcache.policy.base import LayerView
 from mpcache.policy.clusters import ClusterPlan
+from mpcache.policy.layer_view import LayerView
 from mpcache.policy.mpcache import largest_attention
 from mpcache.runtime.program import run
 from tests.support.literal_clusters import Layer, Options, attended, importance, keep

@@ -80,6 +80,18 @@ def weighed(ops: FastOps, x: Share) -> Program[Any]:
     return softmax.softmax(ops.side, scores.reshape(1, -1), None, 22)
 
 
+def test_a_score_that_is_not_seen_may_lie_above_the_others() -> None:
+    """A later token of a question is not seen: its exponential leaves its range, and counts for nothing."""
+    scores = torch.cat([torch.tensor([-90.0, -88.0]), torch.linspace(-88, -70, 400)]).double()
+
+    def weighed_unseen(ops: FastOps, x: Share) -> Program[Any]:
+        narrow = Share(x.data >> 16 - SCORE_BITS, SCORE_BITS, ring=SCORE_RING)
+        visible = (torch.arange(len(scores)) < 2).long().unsqueeze(0)
+        return softmax.softmax(ops.side, narrow.reshape(1, -1), visible, 22)
+
+    assert judged(weighed_unseen, scores)
+
+
 def ranked(ops: FastOps, x: Share) -> Program[Any]:
     return topk.topk(ops.side, replace(x, ring=40), 2, [x.reshape(-1, 1)], 27)
 

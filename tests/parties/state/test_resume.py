@@ -165,7 +165,8 @@ def test_the_answer_is_the_same_after_a_cut(
 POLICIES: dict[str, Any] = {
     "full": "fast", "snapkv": "fast", "h2o": "fast", "tova": "fast", "streaming": "fast", "quest": "fast",
     "mpcache:coarse=8,fine=4,recent=4,refresh=3": "fast", "mpcache:threshold=0.05": "fast",
-    "mpcache:coarse=8,fine=4,recent=4,refresh=2": "stock",
+    "mpcache:coarse=8,fine=4,recent=4,refresh=2": "stock", "compact:counts=joint": "fast",
+    "compact:heads=9/12,counts=equal|quest:page=4,pages=2": "fast",
 }  # fmt: skip
 
 

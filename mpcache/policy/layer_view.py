@@ -1,0 +1,116 @@
+"""What a policy sees: a layer in one step, and at the document's owner what stays of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from mpcache.cache import Cache, LayerCache, SplitLayer
+from mpcache.model import ModelShape
+from mpcache.model.prefill import Prefill
+from mpcache.ops import Ops, Value
+from mpcache.policy.plan import Plan, SplitPlan
+from mpcache_kernels import Backend
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a policy sees of layer `index` in one step of m tokens.
+
+    `rows` are queries per KV head, one for each token and head of a group, the heads of a token together.
+    """
+
+    ops: Ops
+    shape: ModelShape
+    plan: Plan
+    cache: Cache
+    index: int
+    positions: torch.Tensor  # (m,)
+
+    @property
+    def layer(self) -> LayerCache:
+        return self.cache.whole(self.index)
+
+    def parts(self) -> list[LayerView]:
+        """See each part of a split layer as a layer of its own, the first of a model that has no other."""
+        plan, layer = self.plan.layers[self.index], self.cache.layers[self.index]
+        assert isinstance(plan, SplitPlan) and isinstance(layer, SplitLayer)
+        return [
+            replace(
+                self, shape=part_shape(self.shape, len(heads)), plan=replace(self.plan, layers=(part,)),
+                cache=replace(self.cache, layers=[mine]), index=0,
+            )
+            for heads, part, mine in zip(plan.heads, plan.parts, layer.parts, strict=True)
+        ]  # fmt: skip
+
+    def biased(self, scores: Value) -> Value:
+        """Add the biases of the kept context to scores (KV, rows, n), whose first columns it is. No cost."""
+        bias = self.layer.bias
+        if bias is None:
+            return scores
+        n = bias.shape[-1]
+        return self.ops.cat([scores[..., :n] + bias.expand(*scores.shape[:-1], n), scores[..., n:]], -1)
+
+    @property
+    def tokens(self) -> int:
+        """n, the tokens in this layer's cache, this step's m among them."""
+        n: int = self.layer.k.shape[1]
+        return n
+
+    @property
+    def m(self) -> int:
+        return self.positions.shape[0]
+
+    def visible(self, n: int) -> torch.Tensor | None:
+        """Return the causal mask (rows, n), 1 where attended, of n columns that end with this step's tokens.
+
+        None for one token, which sees all.
+        """
+        if self.m == 1:
+            return None
+        mask = torch.ones(self.m, n, dtype=torch.int64)
+        mask[:, n - self.m :].tril_()
+        return mask.repeat_interleave(self.shape.group, 0)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of heads that keep the same number. rows: as `evict` says.
+
+    k, v: (KV, kept, d).  bias: (KV, kept), where a policy has them.
+    """
+
+    rows: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PlaintextContext:
+    """What the server knows of the heads whose cache it fills."""
+
+    prefill: Prefill
+    kernels: Backend
+    kept: Kept
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.kept.rows
+
+    @property
+    def k(self) -> torch.Tensor:
+        return self.kept.k
+
+
+def part_shape(shape: ModelShape, kv_heads: int) -> ModelShape:
+    """Return the shape of a model of one layer and so many of the KV heads, each with its group."""
+    return replace(shape, layers=1, heads=kv_heads * shape.group, kv_heads=kv_heads)
+
+
+def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Take x (KV, T, ...) at rows (n,) or (KV, n): (KV, n, ...)."""
+    if rows.dim() == 1:
+        return x[:, rows]
+    return torch.stack([head[mine] for head, mine in zip(x, rows, strict=True)])

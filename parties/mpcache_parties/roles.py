@@ -27,6 +27,7 @@ from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration
 from mpcache.runtime.party import DealerParty
+from mpcache.runtime.side import Side
 from mpcache_parties.asking import Asking
 from mpcache_parties.client_pace import ClientPace, NoMoreTapes, hear_more
 from mpcache_parties.facts import (
@@ -42,7 +43,8 @@ from mpcache_parties.private_inputs import Conversation, Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
 from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes
-from mpcache_parties.state.snapshot import copied
+from mpcache_parties.state.checkpoint import Checkpoint
+from mpcache_parties.state.snapshot import copied, join_guard
 from mpcache_parties.turns import TurnSizes, skip_undone, tell_dealt, turns_heard
 
 AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds the tapes that wait
@@ -63,7 +65,7 @@ def serve(resources: SessionResources, own: Document) -> Report:
         checkpointer.begin(identity, told | counts_of(facts), session, resources.ledger, kept)
     else:
         prefill_ms = earlier.own["prefill_ms"]
-        session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
+        _go_on(session, earlier)
         resources.say(f"server: resumed after {_reached(earlier.step)}")
     del earlier
 
@@ -153,7 +155,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         say(f"client: {_asking(facts)}")
         checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
     else:
-        session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
+        _go_on(session, earlier)
         asking = Asking(resources, facts, session, framing, earlier.own)
         say(f"client: resumed after {_reached(earlier.step)}; the answer from its beginning:")
     del earlier
@@ -208,7 +210,7 @@ def deal(resources: SessionResources) -> Report:
         set_up.context()
         checkpointer.begin(public.flat(), told | counts_of(facts), session, ledger, {})
     else:
-        session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
+        _go_on(session, earlier)
         resources.say(f"dealer: resumed after {_reached(earlier.step)}")
     del earlier
 
@@ -265,6 +267,13 @@ def _session(
     public = resources.public
     ops = engine(facts.protocol, me, public.fraction_bits, device)
     return TimedSession(ops, party, facts.shape, facts.policy, resources.status, public.reveal)
+
+
+def _go_on(session: TimedSession, earlier: Checkpoint) -> None:
+    """Take up what an earlier run of the session kept."""
+    if isinstance(side := getattr(session.ops, "side", None), Side):
+        join_guard(earlier.cache, side.guard)
+    session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
 
 
 def _digest(secret: object) -> str:

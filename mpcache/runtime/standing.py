@@ -22,10 +22,9 @@ from typing import NamedTuple
 import torch
 
 from mpcache.rank import Rank
-from mpcache.runtime import ring as rings
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Shape
-from mpcache.runtime.ring import Matrix, narrow, unpack, wide
+from mpcache.runtime.ring import Matrix, narrow, pack, unpack, wide
 from mpcache.runtime.rng import KeyStream, derive_key
 from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, is_known_matrix, zeros
 from mpcache.runtime.side import bytes_for
@@ -137,8 +136,8 @@ class OwnersMasks(StandingMasks):
     def _packed(self, number: int) -> torch.Tensor:
         place, operand = self.places[number], self._operands[number]
         if isinstance(operand, MaskedOperand):
-            return pack(operand.mask, place.ring)
-        return pack(wide(operand.held) - expand(self.seed, number, place.shape), place.ring)
+            return pack_modulo(operand.mask, place.ring)
+        return pack_modulo(wide(operand.held) - expand(self.seed, number, place.shape), place.ring)
 
     def splits(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Return whether all of these lie in the memory of masks, so that `finish` splits them, too."""
@@ -197,13 +196,13 @@ def expand(seed: bytes, number: int, shape: Shape) -> torch.Tensor:
     return KeyStream(seed, f"masks/{number}").tensor(shape)
 
 
-def pack(x: torch.Tensor, ring: int) -> torch.Tensor:
+def pack_modulo(x: torch.Tensor, ring: int) -> torch.Tensor:
     """Take the bytes of integers modulo 2^ring: (*, n) int64 -> (*, n, width) uint8."""
-    return rings.pack(x, bytes_for(ring))
+    return pack(x, bytes_for(ring))
 
 
 def dealt_of(place: OperandPlace, packed: torch.Tensor) -> Dealt:
-    """Undo `pack`, modulo 2^ring: (*, n, width) uint8 -> (*, n), a matrix in few bytes."""
+    """Undo `pack_modulo`, modulo 2^ring: (*, n, width) uint8 -> (*, n), a matrix in few bytes."""
     whole = unpack(packed)
     return narrow(whole, place.ring) if len(place.shape) == 2 else whole
 

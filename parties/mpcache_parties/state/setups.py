@@ -30,7 +30,7 @@ from mpcache.model.prefill import Prefill
 from mpcache.rank import Rank
 from mpcache.runtime.ring import wide
 from mpcache.runtime.rng import derive_key, fresh_seed
-from mpcache.runtime.standing import Dealt, OperandPlace, OwnersMasks, dealt_of, digest_of, pack
+from mpcache.runtime.standing import Dealt, OperandPlace, OwnersMasks, dealt_of, digest_of, pack_modulo
 from mpcache_parties.state import sealed, snapshot
 
 SUFFIX = ".masks"
@@ -170,7 +170,8 @@ class DealerSetups:
             tree = {
                 "places": [[p.step, list(p.shape), p.ring, p.bits] for p in held.places],
                 "masks": [
-                    pack(wide(mask), place.ring) for place, mask in zip(held.places, held.masks, strict=True)
+                    pack_modulo(wide(mask), place.ring)
+                    for place, mask in zip(held.places, held.masks, strict=True)
                 ],
             }
             sealed.seal(file, self._key, _header(identifier, held.family), snapshot.serialize(tree))

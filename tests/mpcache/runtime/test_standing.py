@@ -16,7 +16,7 @@ from mpcache.runtime.standing import (
     StandingMasks,
     dealt_of,
     expand,
-    pack,
+    pack_modulo,
 )
 from tests.support.uniformity import uniformity
 
@@ -88,8 +88,8 @@ def test_what_the_dealer_holds_is_uniform(shape: tuple[int, ...]) -> None:
     ((_, packed),) = masks.packed()
     assert packed.shape[-1] == 6
     assert looks_uniform(packed)
-    assert looks_uniform(pack(expand(masks.seed, 0, shape), 48))
-    assert not looks_uniform(pack(weights(), 48))  # the check can see
+    assert looks_uniform(pack_modulo(expand(masks.seed, 0, shape), 48))
+    assert not looks_uniform(pack_modulo(weights(), 48))  # the check can see
 
 
 @SHAPES
@@ -111,7 +111,7 @@ def test_one_seed_hides_one_set_of_integers(shape: tuple[int, ...]) -> None:
     assert len(seeds) == 1 + len(others)
     for other, _ in others:
         apart = sent_of(other).reshape(-1) - sent_of(masks).reshape(-1)
-        assert looks_uniform(pack(apart, 48))
+        assert looks_uniform(pack_modulo(apart, 48))
 
 
 def test_the_same_again_has_the_same_seed() -> None:
@@ -131,7 +131,7 @@ def test_a_copy_made_before_the_split_is_seen() -> None:
 @pytest.mark.parametrize("ring", [24, 48, 56, 64])
 def test_packing_keeps_what_the_ring_holds(ring: int) -> None:
     x = torch.randint(-(2**62), 2**62, (7, 3))
-    assert torch.equal(unpack(pack(x, ring)), x if ring == 64 else low(x, ring))
+    assert torch.equal(unpack(pack_modulo(x, ring)), x if ring == 64 else low(x, ring))
 
 
 def test_places_say_all_that_is_public() -> None:

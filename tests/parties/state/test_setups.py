@@ -9,7 +9,7 @@ import torch
 
 from mpcache.errors import StateError
 from mpcache.runtime.ring import wide
-from mpcache.runtime.standing import OperandPlace, dealt_of, digest_of, pack
+from mpcache.runtime.standing import OperandPlace, dealt_of, digest_of, pack_modulo
 from mpcache_parties.state.setups import KEPT_AT_DEALER, DealerSetups, Held, ServerSetups
 
 PLACES = [OperandPlace("setup/layer0", (5, 3), 48, 16), OperandPlace("setup/layer1", (4,), 64, 16)]
@@ -52,7 +52,7 @@ def test_a_file_shows_nothing_of_what_it_holds(tmp_path: Path) -> None:
     mine = held()
     DealerSetups(tmp_path).keep(NAMES[0], mine)
     content = file_of(tmp_path).read_bytes()
-    assert pack(wide(mine.masks[0]), 48).numpy().tobytes() not in content
+    assert pack_modulo(wide(mine.masks[0]), 48).numpy().tobytes() not in content
     assert mine.digest.encode() not in content and b"layer0" not in content
 
 
@@ -119,7 +119,7 @@ def test_the_master_key_is_its_owners_alone(tmp_path: Path) -> None:
 
 def test_a_tampered_mask_has_another_digest() -> None:
     mine = held()
-    packed = [pack(wide(mask), place.ring) for mask, place in zip(mine.masks, PLACES, strict=True)]
+    packed = [pack_modulo(wide(mask), place.ring) for mask, place in zip(mine.masks, PLACES, strict=True)]
     assert digest_of(packed) == mine.digest
     packed[0][0, 0, 0] ^= 1
     assert digest_of(packed) != mine.digest

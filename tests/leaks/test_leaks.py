@@ -219,7 +219,7 @@ def test_a_classifier_learns_from_a_policy_that_leaks(model: Model) -> None:
 def test_a_leak_is_declared_and_opened_with_its_reason(model: Model) -> None:
     """The declared leak is seen as such: its reason is the one suspicious opening beside the logits."""
     with step_index.registered():
-        views = seen(model, "step-index" + SELECTS, 17)
+        views = seen(model, "step-index" + SELECTS, 23)
     check_slots(views)
     assert suspicious(views) == {*MEANT, step_index.WHY}
 

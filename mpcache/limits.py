@@ -48,7 +48,7 @@ def bind_conversation(shape: ModelShape, public: PublicConfig, context: int) -> 
 
 def _bind(shape: ModelShape, public: PublicConfig, context: int) -> BoundPolicy:
     policy = parse_policy(public.policy)
-    if policy.plan_is_public and policy.leak != LeakClass.NONE:
+    if policy.plan_is_public and policy.leak in (LeakClass.COUNT, LeakClass.MODEL_COUNT):
         raise PolicyError(
             f"policy {policy.spec}: gives counts that are decided later, by the model or the document; leave "
             "one of them out"

@@ -21,7 +21,7 @@ from mpcache.phases import ChunkPlace
 from mpcache.policy import BoundPolicy
 from mpcache.protocols.ranges import OPERAND_RINGS
 from mpcache.rank import Rank
-from mpcache.runtime.program import Program, at, run, together
+from mpcache.runtime.program import Program, at, local, run, together
 from mpcache_kernels import Backend
 
 
@@ -123,14 +123,18 @@ class Session:
         """Let the next chunk be another question."""
         self.place = ChunkPlace(self.place.turn + 1, 0)
 
-    def setup(self, weights: Weights | None) -> None:
-        self.operands = self._run("setup", load_operands(self.ops, self.shape, weights))
+    def setup(self, weights: Weights | None, known: Operands | None = None) -> None:
+        """Prepare the weights; known: as they were for another session, of the same masks."""
+        program = load_operands(self.ops, self.shape, weights) if known is None else local(known)
+        self.operands = self._run("setup", program)
 
-    def context(self, prefill: Prefill | None, kernels: Backend | None) -> None:
+    def context(self, prefill: Prefill | None, kernels: Backend | None, known: Cache | None = None) -> None:
+        """Fill the cache; known: as it was for another session, of the same masks."""
         self.policy.check(self.ops.name)
         if not self.policy.plan_is_public:
             raise ValueError("the document has not decided this plan yet: see `Policy.plan_is_public`")
-        self.cache = self._run("context", fill_cache(self.ops, self.shape, self.policy, prefill, kernels))
+        program = fill_cache(self.ops, self.shape, self.policy, prefill, kernels)
+        self.cache = self._run("context", program if known is None else local(known))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:
         """Take m tokens in; the next token's logits (vocab,), or its number (1,), where they are learned."""

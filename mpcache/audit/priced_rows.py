@@ -128,7 +128,9 @@ def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | No
         "offline_transfer_ms": round(offline_ms(priced, network), 3),
         "question": _three(first, 1, ""),
         "setup_bytes": _sent(priced.total("setup")),
+        "setup_bytes_warm": _sent(priced.total("setup"), held=True),
         "context_bytes": _sent(priced.total("context")),
+        "context_bytes_warm": _sent(priced.total("context"), held=True),
         "counts_per_token": {name: _mean(value, steps) for name, value in _counts(tally).items()},
         "peak_bytes": priced.peak,
     }
@@ -159,9 +161,9 @@ def _counts(tally: Tally) -> dict[str, int]:
     return {name: value for name, value in asdict(tally).items() if name in names}
 
 
-def _sent(tally: Tally) -> int:
-    """Bytes of all parties together."""
-    return tally.server_sent + tally.client_sent + tally.offline
+def _sent(tally: Tally, held: bool = False) -> int:
+    """Bytes of all parties together. held: the dealer holds already what the server would upload."""
+    return tally.server_sent + tally.client_sent + tally.offline + (0 if held else tally.uploaded)
 
 
 def _mean(amount: float, steps: int) -> int | float:

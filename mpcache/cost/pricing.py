@@ -23,7 +23,7 @@ from mpcache.model.shape import ModelShape
 from mpcache.ops import Ops
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.rank import Rank
-from mpcache.runtime.shares import MaskedOperand, Share
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
 from mpcache.session import Session
 
 
@@ -36,6 +36,7 @@ def price(
     new_tokens: int = 2,
     bits: int = 16,
     reveal: Reveal = Reveal.LOGITS,
+    standing: bool = True,
 ) -> Cost:
     """Price a policy: read a session by shapes, from set-up to the decode steps of an answer.
 
@@ -55,6 +56,10 @@ def price(
         Fraction bits of the fixed point.
     reveal
         What the client learns of each step.
+    standing
+        Whether the masks of weights and document outlive sessions, as they do but with prepared tapes or
+        a session that is kept. Set-up and context then are what the server uploads to the dealer once:
+        nothing where the dealer holds it.
 
     Raises
     ------
@@ -65,9 +70,9 @@ def price(
     if isinstance(policy, str):
         policy = parse_policy(policy).bind(context, shape)
     policy = policy.priced(shape)
-    setup, operands = _setup(shape, protocol, bits)
-    party = CostParty()
-    session = Session(_memoized(protocol, bits), party, shape, policy, reveal)
+    setup, operands = _setup(shape, protocol, bits, standing)
+    party = CostParty(standing)
+    session = Session(_memoized(protocol, bits, standing), party, shape, policy, reveal)
     session.operands = operands
     session.context(None, None)
     session.chunk(None, question)
@@ -79,23 +84,25 @@ def price(
 
 
 @cache
-def _setup(shape: ModelShape, protocol: str, bits: int) -> tuple[Steps, Operands]:
+def _setup(shape: ModelShape, protocol: str, bits: int, standing: bool) -> tuple[Steps, Operands]:
     """Read set-up, which no policy changes."""
-    party = CostParty()
-    session = Session(_memoized(protocol, bits), party, shape, cast(BoundPolicy, None))
+    party = CostParty(standing)
+    session = Session(_memoized(protocol, bits, standing), party, shape, cast(BoundPolicy, None))
     session.setup(None)
     return party.by_phase()["setup"], session.operands
 
 
 @cache
-def _memoized(protocol: str, bits: int) -> Ops:
-    return cast(Ops, MemoizedOps(engine(protocol, Rank.SERVER, bits, "meta")))
+def _memoized(protocol: str, bits: int, standing: bool) -> Ops:
+    return cast(Ops, MemoizedOps(engine(protocol, Rank.SERVER, bits, "meta"), standing))
 
 
 def _bytes_held(thing: Any) -> int:
-    """Bytes of all shares (8 per element) and masked operands (a mask and the opened values)."""
+    """Bytes of all shares (8 per element) and masked operands (mask and opened values, or one of them)."""
     if isinstance(thing, Share):
         return 8 * math.prod(thing.shape)
+    if isinstance(thing, KnownOperand):
+        return (6 if thing.ring <= 48 else 8) * math.prod(thing.shape)
     if isinstance(thing, MaskedOperand):
         return 16 * math.prod(thing.shape)
     if isinstance(thing, list | tuple):

@@ -22,7 +22,9 @@ from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty, sends
 from mpcache.runtime.program import Ask, Call, Draw, Open, Opening, Program, Request
-from mpcache.runtime.shares import Awaited, MaskedOperand, Share
+from mpcache.runtime.ring import Matrix
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
+from mpcache.runtime.standing import OperandPlace, StandingMasks
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,15 @@ class RecordedCall:
 
 
 class CostParty(ShapeParty):
-    """Answers by shapes, and tallies both directions of every step. `steps`: by full step name."""
+    """Answers by shapes, and tallies both directions of every step. `steps`: by full step name.
 
-    def __init__(self) -> None:
+    standing: price operands that the server knows as what it uploads to the dealer once; else each session
+    masks them anew.
+    """
+
+    def __init__(self, standing: bool = True) -> None:
         super().__init__(Rank.SERVER)
+        self.standing = _UploadedMasks(self) if standing else None
         self.steps: Steps = defaultdict(Tally)
         self.largest = 0  # bytes of the largest single correlation
 
@@ -86,6 +93,25 @@ class CostParty(ShapeParty):
         return dict(phases)
 
 
+class _UploadedMasks(StandingMasks):
+    """Books what the server sends of each operand to a dealer that does not hold it yet."""
+
+    def __init__(self, party: CostParty) -> None:
+        super().__init__()
+        self._party = party
+
+    def take(self, x: Share, ring: int, step: str) -> KnownOperand | MaskedOperand:
+        operand = super().take(x, ring, step)
+        self._party.steps[step].uploaded += self.places[-1].nbytes
+        return operand
+
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
+        return MaskedOperand(x.data, x.data, x.bits, ring=place.ring)
+
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
+        return KnownOperand(Matrix(x.data), Rank.SERVER, x.bits, place.ring)
+
+
 def _count(tally: Tally, request: Request) -> None:
     """Add what a correlation is used for."""
     work = request.work
@@ -101,10 +127,11 @@ class MemoizedOps:
 
     The second time an operation books what it took and gives the same result, which has shapes and no
     values. Everything that policies call on the inner ops works, whatever its name.
+    standing: as the `CostParty` has it that reads.
     """
 
-    def __init__(self, ops: Any) -> None:
-        self._ops = ops
+    def __init__(self, ops: Any, standing: bool = True) -> None:
+        self._ops, self._standing = ops, standing
         self._programs: dict[Hashable, tuple[list[Ask], Any]] = {}
         self._results: dict[Hashable, Any] = {}  # of methods that are no programs
 
@@ -141,7 +168,7 @@ class MemoizedOps:
             try:
                 ask = program.send(reply)
                 if isinstance(ask, Call) and not isinstance(ask.run, RecordedCall):
-                    ask = _note(ask)
+                    ask = _note(ask, self._standing)
             except StopIteration as stop:
                 result = self._selections(key, stop.value)
                 break
@@ -173,9 +200,9 @@ class _MemoizedSelection(MemoizedOps):
         self.key = key
 
 
-def _note(ask: Call) -> Call:
-    """Read CrypTen code by itself: all that it takes is booked under one step."""
-    alone = CostParty()
+def _note(ask: Call, standing: bool) -> Call:
+    """Read a call by itself, CrypTen's code as a rule: all that it takes is booked under one step."""
+    alone = CostParty(standing)
     result = alone.call(ask.run, "")
     tally = alone.steps[""]
     # CrypTen frees what it has used: its largest correlation, and as much that is masked and opened.
@@ -187,7 +214,7 @@ def _fresh(result: Any) -> Any:
     """Make an object of its own each time: programs may ask whether two values are one and the same."""
     if isinstance(result, list | tuple):
         return type(result)(map(_fresh, result))
-    if isinstance(result, Share | MaskedOperand | _MemoizedSelection):
+    if isinstance(result, Share | MaskedOperand | KnownOperand | _MemoizedSelection):
         twin = object.__new__(type(result))
         twin.__dict__.update(result.__dict__)
         return twin

@@ -18,6 +18,7 @@ class Tally:
     server_sent, client_sent: online bytes to the other computing party.
     critical: online bytes of the busier direction, summed over rounds (what a duplex link waits for).
     server_offline, client_offline: bytes that the dealer sends there.
+    uploaded: bytes that the server sends to the dealer, once for a model or a document.
     comparisons: of two secrets, or a secret with a public number.  multiplications: of two secrets.
     lookups: secret places in public tables or series.
     multiply_adds: 64-bit ones of products, tables and series, at the server (the busier party).
@@ -32,6 +33,7 @@ class Tally:
     critical: int = 0
     server_offline: int = 0
     client_offline: int = 0
+    uploaded: int = 0
     comparisons: int = 0
     multiplications: int = 0
     lookups: int = 0

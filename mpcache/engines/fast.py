@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -28,9 +28,20 @@ from mpcache.protocols.suite import Suite
 from mpcache.protocols.verdict import finish_verdict, start_verdict
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.program import Opening, Program, open_secret
-from mpcache.runtime.shares import MaskedOperand, Share, cat, centred, decode, encode
+from mpcache.runtime.program import Call, Opening, Program, open_secret
+from mpcache.runtime.shares import (
+    KnownOperand,
+    MaskedOperand,
+    Share,
+    cat,
+    centred,
+    decode,
+    encode,
+    is_known_matrix,
+    zeros,
+)
 from mpcache.runtime.side import Side
+from mpcache.runtime.standing import standing_masks
 
 
 class FastOps(Engine[Share, MaskedOperand]):
@@ -55,7 +66,7 @@ class FastOps(Engine[Share, MaskedOperand]):
         if self.side.device == "meta":
             return Share(MetaTensor(tuple(shape)), bits, owner)
         if value is None or self.side.rank is not owner:
-            return Share(torch.zeros(tuple(shape), dtype=torch.int64), bits, owner)
+            return Share(zeros(shape), bits, owner)
         return Share(encode(value.cpu(), bits).reshape(tuple(shape)), bits, owner)
 
     def rescale_to(self, x: Share, bits: int | None = None) -> Program[Share]:
@@ -76,7 +87,12 @@ class FastOps(Engine[Share, MaskedOperand]):
     def prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         x = yield from self.rescale_to(x)
         self._check_own(x)
-        return (yield from self.do.mask_operand(x, ring))
+        operand: KnownOperand | MaskedOperand | None = yield Call(standing_masks(x, ring))
+        if operand is None and is_known_matrix(x):
+            operand = yield from self.do.mask_matrix(self.side, x, ring)
+        elif operand is None:
+            operand = yield from self.do.mask_operand(x, ring)
+        return cast(MaskedOperand, operand)  # a matrix serves products alone, as weights do
 
     def start_prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         if (x.bits, x.ring) != (self.bits, 64):

@@ -28,7 +28,7 @@ from mpcache.protocols.softmax import (
 )
 from mpcache.rank import Rank
 from mpcache.runtime.program import Call, Program, local
-from mpcache.runtime.shares import MaskedOperand, Share, decode, encode
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share, decode, encode
 from mpcache.runtime.side import Side
 
 
@@ -59,9 +59,15 @@ def _held(operation: str, x: Share, ring: int) -> Program[None]:
 
 
 def _multiplied(
-    operation: str, x: Share, y: Share | MaskedOperand, op: Callable[..., torch.Tensor], ring: int
+    operation: str,
+    x: Share,
+    y: Share | MaskedOperand | KnownOperand,
+    op: Callable[..., torch.Tensor],
+    ring: int,
 ) -> Program[Share]:
     """op(x, y) with all fraction bits, in a ring that must hold it."""
+    if isinstance(y, KnownOperand):
+        raise TypeError("`mask_matrix` here makes no such operand")
     data = y.data if isinstance(y, Share) else y.mask + y.opened
     bits, ring = x.bits + y.bits, min(ring, x.ring, y.ring)
     size = op(x.data.double(), data.double())  # int64 would hide what wraps around
@@ -101,6 +107,11 @@ def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
     return MaskedOperand(torch.zeros_like(x.data), x.data, x.bits, ring=ring)
 
 
+def mask_matrix(side: Side, x: Share, ring: int = 64) -> Program[KnownOperand | MaskedOperand]:
+    """Prepare a matrix as any operand."""
+    return (yield from mask_operand(x, ring))
+
+
 start_mask_operand = mask_operand
 
 
@@ -109,7 +120,9 @@ def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand)
     return local(joined)
 
 
-def matmul_masked_operand(side: Side, x: Share, w: MaskedOperand, ring: int = 64) -> Program[Share]:
+def matmul_masked_operand(
+    side: Side, x: Share, w: MaskedOperand | KnownOperand, ring: int = 64
+) -> Program[Share]:
     """Multiply by an operand, in a ring that must hold the result."""
     return _multiplied("product with an operand", x, w, torch.matmul, ring)
 
@@ -156,7 +169,7 @@ def norm_linear(
     stream: MaskedOperand | None,
     change: Share,
     eps: float,
-    w: MaskedOperand,
+    w: MaskedOperand | KnownOperand,
     turn: Callable[[Share], Share],
 ) -> Program[tuple[MaskedOperand, Share]]:
     """Normalise and multiply, as `norm.norm_linear`."""
@@ -263,7 +276,7 @@ def topk(
 
 
 __all__ = [
-    "Claim", "IdealSelection", "activate", "blur", "claim", "finish_mask_operand", "mask_operand",
-    "matmul_masked_operand", "norm_linear", "product", "quantize_scores", "reciprocal", "relu", "softmax",
-    "start_mask_operand", "topk", "truncate", "truncate_local", "truncate_times",
+    "Claim", "IdealSelection", "activate", "blur", "claim", "finish_mask_operand", "mask_matrix",
+    "mask_operand", "matmul_masked_operand", "norm_linear", "product", "quantize_scores", "reciprocal",
+    "relu", "softmax", "start_mask_operand", "topk", "truncate", "truncate_local", "truncate_times",
 ]  # fmt: skip

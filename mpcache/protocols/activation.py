@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 
 from mpcache.protocols.fence import Fence, truncation_fence
@@ -26,6 +27,7 @@ from mpcache.protocols.linear import (
     truncate_times,
 )
 from mpcache.protocols.ranges import GATE_RING, STEP_BITS
+from mpcache.runtime import loops
 from mpcache.runtime.correlations import mask_parts
 from mpcache.runtime.program import (
     NO_WORK,
@@ -38,7 +40,7 @@ from mpcache.runtime.program import (
     open_masked,
     products_of,
 )
-from mpcache.runtime.shares import Share, encode
+from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side
 
 
@@ -77,10 +79,25 @@ _SHARED_BITS, _PUBLIC_BITS = 12, 17  # fraction bits of the dealer's sines and o
 
 
 def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sin and cos of k times an angle (*s), a full turn at 2^bits: (*s, terms)."""
-    turn = (raw & ((1 << bits) - 1)).double() * (2 * math.pi / 2**bits)
-    angle = turn.unsqueeze(-1) * torch.arange(1, terms + 1)
-    return torch.sin(angle), torch.cos(angle)
+    """Sin and cos of k times an angle (*s), a full turn at 2^bits, at `_SHARED_BITS`: (*s, terms) int32."""
+    both = [np.empty((raw.numel(), terms), np.int32) for _ in range(2)]
+    loops.waves(raw.reshape(-1).contiguous().numpy(), bits, 2.0**_SHARED_BITS, *both)
+    sines, cosines = (torch.from_numpy(x).reshape(*raw.shape, terms) for x in both)
+    return sines, cosines
+
+
+def _summed(
+    raw: torch.Tensor, bits: int, b: Sequence[float], sin_r: torch.Tensor, cos_r: torch.Tensor
+) -> torch.Tensor:
+    """Sum b_k sin(k (raw - r)) over k, a full turn at 2^bits, from shares of sin(k r) and cos(k r).
+
+    Both parties multiply by the same integers, whatever their CPUs: sums and products of doubles make them.
+    """
+    out = np.empty(raw.numel(), np.int64)
+    shares = (x.reshape(raw.numel(), len(b)).contiguous().numpy() for x in (sin_r, cos_r))
+    units = np.array(b) * 2.0**_PUBLIC_BITS
+    loops.waves_less(raw.reshape(-1).contiguous().numpy(), bits, units, *shares, out)
+    return torch.from_numpy(out).reshape(raw.shape)
 
 
 def series_fence(wave: Series, x: Share) -> Fence:
@@ -117,7 +134,7 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
 
     def derive(*masks: torch.Tensor) -> Sequence[torch.Tensor]:
         pieces = [mask_parts(r, 0, v.ring)[::-1] for r, v in zip(masks, values, strict=True)]
-        waves = (encode(w, _SHARED_BITS).to(torch.int32) for w in _waves(masks[0], period, terms))
+        waves = _waves(masks[0], period, terms)
         crossed = cross(*pieces[0], *pieces[1]) if up is not None else ()
         tables = (fence.tables(r) for fence, r in zip(fences, masks, strict=True))
         return *tables, *waves, *(part for piece in pieces for part in piece), *crossed
@@ -148,10 +165,7 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
     if c.is_meta:
         step = torch.empty_like(x.data)
     else:
-        b = torch.tensor(wave.b, dtype=torch.float64)
-        angle = c - (1 << (ring - 2))
-        sin_c, cos_c = (encode(b * w, _PUBLIC_BITS) for w in _waves(angle, period, terms))
-        total = (sin_c * cos_r.long() - cos_c * sin_r.long()).sum(-1)
+        total = _summed(c - (1 << (ring - 2)), period, wave.b, sin_r, cos_r)
         slope = out - x.bits - wave.half.bit_length()
         step = total + (value.data << slope) + side.constant(1 << (out - 1), total)
     if up is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,8 @@ def dcf_keygen(
 
     alpha: (n,) in [0, 2^depth).  beta: (n,) integers.  seeds: two (n, 2) int64 tensors.
     """
+    if cipher is not None and cipher.compiled is not None:
+        return _generate(shape, *cipher.compiled, seeds, alpha, beta)
     n, depth, dtype, prg = shape.n, shape.depth, shape.dtype, _generator(cipher)
     a = alpha.numpy().astype(np.uint64)
     payload = beta.numpy().astype(dtype)
@@ -183,6 +186,8 @@ def dcf_eval(
     n, points = x.shape
     if x.is_meta:
         return torch.empty_like(x), torch.empty_like(x)
+    if cipher is not None and cipher.compiled is not None:
+        return _evaluate(shape, *cipher.compiled, party, seeds, words, bits, x)
     dtype, prg = shape.dtype, _generator(cipher)
     path = x.numpy().astype(np.uint64).reshape(-1)
     w, b, s = words.numpy().view(np.uint64), bits.numpy(), seeds.numpy().view(np.uint64)
@@ -228,3 +233,48 @@ def _integers(x: npt.NDArray[np.unsignedinteger], n: int, points: int) -> torch.
 def _signed(negative: Words, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """x, negated where `negative` is 1."""
     return np.where(negative == 1, -x, x)
+
+
+def _unsigned(x: torch.Tensor) -> Words:
+    """Take int64 as unsigned words that follow each other."""
+    return x.contiguous().numpy().view(np.uint64)
+
+
+def _generate(
+    shape: KeyShape,
+    loops: ModuleType,
+    rounds: Words,
+    seeds: tuple[torch.Tensor, torch.Tensor],
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `dcf_keygen` as one compiled loop (`mpcache.runtime.tree_loops`)."""
+    words = np.empty(shape.words, dtype=np.uint64)
+    bits = np.empty((shape.n, shape.levels), dtype=np.uint8)
+    values = np.empty((shape.n, shape.values), dtype=np.uint64)
+    loops.generate_trees(
+        shape.depth, shape.start, shape.levels, shape.tail, 8 * shape.width,
+        *map(_unsigned, seeds), _unsigned(alpha), _unsigned(beta), rounds, words, bits, values,
+    )  # fmt: skip
+    packed = np.concatenate([bits, values.astype(shape.dtype).view(np.uint8)], axis=1)
+    return torch.from_numpy(words.view(np.int64)), torch.from_numpy(packed)
+
+
+def _evaluate(
+    shape: KeyShape,
+    loops: ModuleType,
+    rounds: Words,
+    party: int,
+    seeds: torch.Tensor,
+    words: torch.Tensor,
+    bits: torch.Tensor,
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `dcf_eval` as one compiled loop (`mpcache.runtime.tree_loops`)."""
+    values = np.ascontiguousarray(bits.numpy()[:, shape.levels :]).view(shape.dtype).astype(np.uint64)
+    window, below = (np.empty(tuple(x.shape), dtype=np.uint64) for _ in range(2))
+    loops.evaluate_trees(
+        party, shape.depth, shape.start, shape.levels, shape.tail, 8 * shape.width, _unsigned(seeds),
+        _unsigned(words), bits.contiguous().numpy(), values, _unsigned(x), rounds, window, below,
+    )  # fmt: skip
+    return torch.from_numpy(window.view(np.int64)), torch.from_numpy(below.view(np.int64))

@@ -20,12 +20,14 @@ from mpcache.runtime.program import (
     Program,
     Request,
     RequestKind,
+    Shape,
+    Work,
     draw,
     open_masked,
     products_of,
 )
-from mpcache.runtime.ring import matmul
-from mpcache.runtime.shares import Awaited, MaskedOperand, Share
+from mpcache.runtime.ring import Matrix, matmul, narrow
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
 from mpcache.runtime.side import Side, drop_low_bits
 
 
@@ -265,19 +267,79 @@ def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand)
     return replace(joined, opened=joined.public)
 
 
-def matmul_masked_operand(side: Side, x: Share, w: MaskedOperand, ring: int = 64) -> Program[Share]:
-    """Multiply (*b, m, k) by an operand (*b, k, n) modulo 2^ring, all fraction bits kept. One round."""
+def mask_matrix(side: Side, x: Share, ring: int = 64) -> Program[KnownOperand]:
+    """Open x - B once for a matrix x (k, n) of its owner's, who keeps x in place of B. One round, one way.
+
+    Raises ValueError for a matrix that nobody knows.
+    """
+    if x.owner is None:
+        raise ValueError("a matrix that nobody knows is masked by `mask_operand`")
+    mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
+    (opened,) = yield from open_masked(masked(x.data - mask, ring, "operand, masked", x.owner))
+    held = narrow(x.data) if side.rank is x.owner else narrow(opened, ring)
+    return KnownOperand(held, x.owner, x.bits, ring, None if values is None else narrow(values[0], ring))
+
+
+def matmul_masked_operand(
+    side: Side, x: Share, w: MaskedOperand | KnownOperand, ring: int = 64
+) -> Program[Share]:
+    """Multiply (*b, m, k) by an operand (*b, k, n) modulo 2^ring, all fraction bits kept. One round.
+
+    For an operand of one party's own: (m, k) by (k, n).
+    """
     ring = min(ring, x.ring, w.ring)
-    out = (*x.shape[:-1], w.shape[-1])
-    a, c = yield from draw(correlations.masked_operand_product(x.shape, w, out, x.owner))
+    a, c, _ = yield from masks_of_product(side, x.shape, w, x.owner)
     (e,) = yield from open_masked(masked(x.data - a, ring, "activation, masked", x.owner))
     return Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=ring)
 
 
+def masks_of_product(
+    side: Side, x: Shape, w: MaskedOperand | KnownOperand, owner: Rank | None = None, keep: bool = False
+) -> Program[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Draw shares of the mask a of x, and of the c that `share_of_product` needs, and a at the dealer.
+
+    owner: the one who knows x.  keep: whether the dealer's program needs a.
+    """
+    out = (*x[:-1], w.shape[-1])
+    if isinstance(w, MaskedOperand):
+        request = correlations.masked_operand_product(x, w, out, owner, keep)
+        a, c, *kept = yield from draw(request)
+        return a, c, kept[0][0] if keep and kept[0] is not None else None
+    parts, other = [Part(x, owner=w.owner)], w.owner.peer
+    if owner is other:
+        parts = []  # the other's opening needs no mask of w's owner
+    request = Request(
+        RequestKind.MASKED_OPERAND,
+        (*parts, Part(x, owner=other)),
+        (Part(out),),
+        lambda *a: (matmul(a[-1], _dealt(w)),),
+        Work(multiplications=math.prod(out) * x[-1], multiply_adds=math.prod(out) * x[-1]),
+        keep,
+    )
+    drawn = yield from draw(request)
+    masks = drawn[: len(request.random)]
+    values = drawn[-1] if keep else None
+    c = drawn[len(masks)]
+    a = masks[0] if side.rank is w.owner else masks[-1]  # zero where x is not this party's
+    return a, c, None if values is None else sum(values[1:], values[0])
+
+
+def _dealt(w: KnownOperand) -> Matrix:
+    if w.dealt is None:
+        raise RuntimeError("only the dealer derives correlations")
+    return w.dealt
+
+
 def share_of_product(
-    side: Side, e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, w: MaskedOperand
+    side: Side, e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, w: MaskedOperand | KnownOperand
 ) -> torch.Tensor:
-    """Compute shares of x @ w, with e = x - a opened and shares of the mask a and of c = a @ (w's mask)."""
+    """Compute shares of x @ w, with e = x - a opened and shares of the mask a; c: of `masks_of_product`.
+
+    Where w has an owner, c = (the other's share of a) @ B: so the owner multiplies (x - that share) by W,
+    the other that share by V.
+    """
+    if isinstance(w, KnownOperand):
+        return c + matmul(e + a if side.rank is w.owner else a, w.held)
     return c + matmul(e, w.mask) + matmul(a, w.public) + side.first(matmul(e, w.public))
 
 

@@ -11,6 +11,7 @@ import math
 import torch
 
 from mpcache.runtime.program import Opening, Part, Program, Request, RequestKind, Work, draw, open_masked
+from mpcache.runtime.ring import turned
 from mpcache.runtime.side import Side
 
 
@@ -34,9 +35,7 @@ def one_hot_of(
     bits = size.bit_length() - 1
     (c,) = yield from open_masked(Opening(index + rho, "index, rotated", ring=bits))
     # index = v exactly where rho = c - v.
-    where = (c.unsqueeze(-1) - side.public(range(size))) & (size - 1)
-    rotated: torch.Tensor = h.gather(-1, where)
-    return rotated
+    return h if c.is_meta else turned(h, c)
 
 
 def lookup(side: Side, index: torch.Tensor, table: torch.Tensor) -> Program[torch.Tensor]:

@@ -18,10 +18,17 @@ from functools import cache
 import torch
 
 from mpcache.protocols.fence import truncation_fence
-from mpcache.protocols.linear import Truncated, raised, share_of_product, truncate_local, truncate_to_scale
+from mpcache.protocols.linear import (
+    Truncated,
+    masks_of_product,
+    raised,
+    share_of_product,
+    truncate_local,
+    truncate_to_scale,
+)
 from mpcache.protocols.ranges import MEAN_SQUARE_HIGH, MEAN_SQUARE_LOW, NORM_PRODUCT_BITS, NORM_PRODUCT_RING
 from mpcache.protocols.reciprocal import Curve, ExponentRange, power
-from mpcache.runtime.correlations import dealt, mask_parts, masked_operand_product
+from mpcache.runtime.correlations import dealt, mask_parts
 from mpcache.runtime.program import (
     Opening,
     Part,
@@ -34,7 +41,7 @@ from mpcache.runtime.program import (
     products_of,
     together,
 )
-from mpcache.runtime.shares import MaskedOperand, Share
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
 from mpcache.runtime.side import Side
 
 
@@ -57,7 +64,7 @@ def norm_linear(
     stream: MaskedOperand | None,
     change: Share,
     eps: float,
-    w: MaskedOperand,
+    w: MaskedOperand | KnownOperand,
     turn: Callable[[Share], Share],
 ) -> Program[tuple[MaskedOperand, Share]]:
     """Compute x = stream + change (m, width), and turn(x @ w) / sqrt(mean square of x + eps).
@@ -114,10 +121,9 @@ def _add(
     return side.first(e) + opened.q * rb + a, squares.sum(-1, keepdim=True) + aa
 
 
-def _times(side: Side, x: Share, w: MaskedOperand) -> Program[tuple[MaskedOperand, Share]]:
+def _times(side: Side, x: Share, w: MaskedOperand | KnownOperand) -> Program[tuple[MaskedOperand, Share]]:
     """X opened under a fresh mask, and x @ w from the same opening. One round."""
-    out = (*x.shape[:-1], w.shape[-1])
-    a, c, values = yield from draw(masked_operand_product(x.shape, w, out, keep=True))
+    a, c, value = yield from masks_of_product(side, x.shape, w, keep=True)
     (e,) = yield from open_masked(Opening(x.data - a, "stream, masked"))
-    opened = MaskedOperand(a, e, x.bits, None if values is None else values[0])
+    opened = MaskedOperand(a, e, x.bits, value)
     return opened, Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=w.ring)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -54,6 +55,7 @@ class Curve:
         """Intervals, and room for one below zero and one above the last: a power of two."""
         return 1 << (self.cells + self.step)
 
+    @cache  # noqa: B019 - a few curves, which are constants
     def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Value at v = 0 and slope (size,), integers, with v = u - 1 on the grid.
 
@@ -166,9 +168,10 @@ def _line(
         raised(side, v, r, ring, "index, rotated"), masked(factor - b, 64, "factor, masked")
     )
     # The offset of `raised` is a multiple of the table's size: number = (c - r) >> fine, or one more.
-    place = ((c >> fine).unsqueeze(-1) - side.public(range(size))) & (size - 1)
-    value, slope = (side.public(line) for line in curve.lines())
-    hot, rb, rc, b_hot, b_rb, b_rc = (part.gather(-1, place) for part in parts)
+    # The dealer's vectors stay as they are: the lines are turned.
+    place = ((c >> fine).unsqueeze(-1) - torch.arange(size)) & (size - 1)
+    value, slope = (line[place] for line in curve.lines()) if not c.is_meta else (place, place)
+    hot, rb, rc, b_hot, b_rb, b_rc = parts
     p, q = affine(c, 0, ring)  # v = p + q rb - rc
 
     def line(one: torch.Tensor, top: torch.Tensor, low: torch.Tensor) -> torch.Tensor:

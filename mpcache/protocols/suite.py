@@ -17,6 +17,7 @@ from mpcache.protocols.compare import Digits, Keys
 from mpcache.protocols.linear import (
     blur,
     finish_mask_operand,
+    mask_matrix,
     mask_operand,
     matmul_masked_operand,
     product,
@@ -32,7 +33,7 @@ from mpcache.protocols.softmax import quantize_scores, softmax
 from mpcache.protocols.topk import topk
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program
-from mpcache.runtime.shares import MaskedOperand, Share
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
 from mpcache.runtime.side import Side
 
 
@@ -41,13 +42,14 @@ class Suite(Protocol):
 
     def activate(self, side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]: ...
     def blur(self, side: Side, x: Share, by: Rank, bits: int) -> Program[torch.Tensor]: ...
+    def mask_matrix(self, side: Side, x: Share, ring: int = 64) -> Program[KnownOperand | MaskedOperand]: ...
     def mask_operand(self, x: Share, ring: int = 64) -> Program[MaskedOperand]: ...
     def start_mask_operand(self, x: Share, ring: int = 64) -> Program[MaskedOperand]: ...
     def finish_mask_operand(
         self, x: Share, started: MaskedOperand, joined: MaskedOperand
     ) -> Program[MaskedOperand]: ...
     def matmul_masked_operand(
-        self, side: Side, x: Share, w: MaskedOperand, ring: int = 64
+        self, side: Side, x: Share, w: MaskedOperand | KnownOperand, ring: int = 64
     ) -> Program[Share]: ...
     def norm_linear(
         self,
@@ -55,7 +57,7 @@ class Suite(Protocol):
         stream: MaskedOperand | None,
         change: Share,
         eps: float,
-        w: MaskedOperand,
+        w: MaskedOperand | KnownOperand,
         turn: Callable[[Share], Share],
     ) -> Program[tuple[MaskedOperand, Share]]: ...
     def product(
@@ -82,7 +84,7 @@ class Suite(Protocol):
 
 
 __all__ = [
-    "activate", "blur", "finish_mask_operand", "mask_operand", "matmul_masked_operand", "norm_linear",
-    "product", "quantize_scores", "reciprocal", "relu", "softmax", "start_mask_operand", "topk", "truncate",
-    "truncate_local", "truncate_times",
+    "activate", "blur", "finish_mask_operand", "mask_matrix", "mask_operand", "matmul_masked_operand",
+    "norm_linear", "product", "quantize_scores", "reciprocal", "relu", "softmax", "start_mask_operand",
+    "topk", "truncate", "truncate_local", "truncate_times",
 ]  # fmt: skip

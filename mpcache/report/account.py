@@ -77,6 +77,8 @@ class Report:
     plan: dict[str, Any] = field(default_factory=dict)  # the policy's integers
     phases: dict[str, Phase] = field(default_factory=dict)
     wire_bytes: int = 0  # both directions, all links, with frames' headers
+    seconds: float = 0.0  # from the session's first word to its last
+    setup_bytes: int = 0  # both directions, all links: of masked weights, and of the seeds of V
     prefill_ms: float = 0.0  # server: the pass over the context, and its eviction
     kernels: str = ""  # server: which kernels it took
     dealer_wait_ms: float = 0.0  # computing parties: waiting for the dealer, after set-up and context
@@ -130,8 +132,8 @@ def summary(
     private_ms = [phase.ms for phase in client.steps()]
 
     def sent(name: str) -> int:
-        ends = (report.phases[name] for report in (server, client))
-        return sum(end.sent for end in ends) + dealer.phases[name].offline_sent
+        ends = (report.phases[name] for report in (server, client, dealer))
+        return sum(end.sent + end.offline_sent for end in ends)
 
     used = [name for name in client.phases if is_decode(name)] or ["question"]
     offline = statistics.fmean(dealer.phases[name].offline_sent for name in used)
@@ -153,7 +155,10 @@ def summary(
         "kernels": server.kernels,
         "setup_ms": client.phases["setup"].ms,
         "setup_bytes": sent("setup"),
+        "setup_bytes_client": client.setup_bytes,
         "context_bytes": sent("context"),
+        "total_seconds": {Rank(r.rank).label: r.seconds for r in reports.values()},
+        "total_bytes": {Rank(r.rank).label: r.wire_bytes for r in reports.values()},
         "checkpoints": {Rank(r.rank).label: kept_of(r) for r in reports.values() if r.checkpoint_ms},
         "private": {
             "first_token_ms": client.phases["context"].ms + client.phases["question"].ms,

@@ -21,7 +21,7 @@ class Guard:
         self._hash = blake2b(digest_size=BYTES)
 
     def __deepcopy__(self, memo: object) -> Guard:
-        """Stay the one guard of a session, whose state a copy of its cache goes back to."""
+        """Stay the party's one: a copy of what notes here notes here, too."""
         return self
 
     def note(self, data: torch.Tensor) -> None:

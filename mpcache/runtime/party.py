@@ -16,6 +16,7 @@ from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Part, Request
+from mpcache.runtime.ring import pack, unpack
 from mpcache.runtime.rng import KeyStream, Tapes, TreeCipher
 from mpcache.transport.link import Link
 
@@ -29,18 +30,11 @@ def sends(item: Opening, rank: Rank) -> bool:
 
 def _pack(x: torch.Tensor, width: int) -> torch.Tensor:
     """Take the low `width` bytes of each int64, shape (*, width) uint8; whole words stay int64."""
-    if width == 8:
-        return x.contiguous()
-    # flat first: where a size is 1 a contiguous tensor may have any stride
-    return x.reshape(-1).contiguous().view(torch.uint8).reshape(*x.shape, 8)[..., :width].contiguous()
+    return x.contiguous() if width == 8 else pack(x, width)
 
 
 def _unpack(x: torch.Tensor, width: int) -> torch.Tensor:
-    if width == 8:
-        return x
-    padded = torch.zeros(*x.shape[:-1], 8, dtype=torch.uint8)
-    padded[..., :width] = x
-    return padded.view(torch.int64).reshape(x.shape[:-1])
+    return x if width == 8 else unpack(x)
 
 
 def _spec(item: Opening) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -54,6 +48,8 @@ class Party(ABC):
     rank: Rank
     ledger: Ledger
     trees: TreeCipher | None = None  # of the phase; a party that reads shapes needs none
+    # `StandingMasks` of the phase's operands that the server knows; None: they are masked anew.
+    standing: Any = None
 
     @abstractmethod
     def begin(self, phase: str) -> None:

@@ -186,7 +186,11 @@ class Open:
 
     def under(self, name: str) -> Open:
         """Return the same openings, booked under `name`."""
-        items = tuple(replace(i, step=_below(name, i.step)) for i in self.items)
+        # What has no step of its own is booked where the round is. No `replace`: this runs at each level.
+        if any(i.step for i in self.items):
+            items = tuple(replace(i, step=_below(name, i.step)) if i.step else i for i in self.items)
+        else:
+            items = self.items
         return Open(items, _below(name, self.step))
 
 
@@ -199,7 +203,7 @@ class Draw:
 
     def under(self, name: str) -> Draw:
         """Return the same draw, booked under `name`."""
-        return replace(self, step=_below(name, self.step))
+        return Draw(self.request, _below(name, self.step))
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ class Call:
 
     def under(self, name: str) -> Call:
         """Return the same call, booked under `name`."""
-        return replace(self, step=_below(name, self.step))
+        return Call(self.run, _below(name, self.step))
 
 
 Ask = Open | Draw | Call

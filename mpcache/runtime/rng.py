@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from threading import Thread
+from types import ModuleType
+from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -16,7 +21,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from mpcache.errors import Reuse
 
 SEED_BYTES = 32
-_ZEROS = bytes(1 << 16)
 
 
 def fresh_seed() -> bytes:
@@ -47,6 +51,34 @@ class Tapes:
         return KeyStream(self._seed, f"tape/{phase}")
 
 
+class CompiledLoops:
+    """Load `mpcache.runtime.tree_loops` beside what runs: compiling it, once per machine, takes seconds."""
+
+    def __init__(self) -> None:
+        self.module: ModuleType | None = None
+        self._thread: Thread | None = None
+
+    def start(self) -> None:
+        """Begin, if nobody has."""
+        if self._thread is None:
+            self._thread = Thread(target=self._load, name="compile", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> ModuleType | None:
+        """Return the loops, once they are there; None where this machine has none."""
+        self.start()
+        assert self._thread is not None
+        self._thread.join()
+        return self.module
+
+    def _load(self) -> None:
+        with suppress(ImportError):  # no numba, or no AES instructions
+            self.module = import_module("mpcache.runtime.tree_loops")
+
+
+COMPILED = CompiledLoops()
+
+
 class TreeCipher:
     """AES under the public key of one session and phase: what that phase's key trees grow by.
 
@@ -59,6 +91,16 @@ class TreeCipher:
         self.key = derive_key(session.encode(), f"trees/{phase}")[:16]
         # Blocks are independent of each other, so the context is never reset.
         self._aes = Cipher(AES(self.key), ECB()).encryptor()
+        COMPILED.start()
+        self._rounds: Any = None
+
+    @property
+    def compiled(self) -> tuple[ModuleType, Any] | None:
+        """Loops that grow the same trees with the CPU's own AES, and round keys; None without, or not yet."""
+        loops = COMPILED.module
+        if loops is not None and self._rounds is None:
+            self._rounds = loops.round_keys(self.key)
+        return None if loops is None else (loops, self._rounds)
 
     def encrypt(self, blocks: bytes) -> bytes:
         """Encrypt whole blocks of 16 bytes, each alone."""
@@ -74,8 +116,9 @@ class KeyStream:
 
     def read(self, n: int) -> bytearray:
         """Read the next n bytes."""
-        zeros = _ZEROS[:n] if n <= len(_ZEROS) else bytes(n)
-        return bytearray(self._aes.update(zeros))
+        stream = bytearray(n)
+        self._aes.update_into(stream, stream)  # of zeros
+        return stream
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Read uniform integers over the whole range of `dtype`."""

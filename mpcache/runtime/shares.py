@@ -17,6 +17,7 @@ import torch
 from mpcache.errors import Reuse
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
+from mpcache.runtime.ring import Matrix
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,16 @@ class Share:
         return self._local(lambda x: x.expand(*shape))
 
 
+def zeros(shape: Sequence[int]) -> torch.Tensor:
+    """Return zeros that take no memory: a share of what the other party knows. Not to be written to."""
+    return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
+
+
+def is_known_matrix(x: Share) -> bool:
+    """Return whether x is prepared as a `KnownOperand`: a weight. What has more dimensions may grow."""
+    return x.owner is not None and len(x.shape) == 2
+
+
 def cat(parts: Sequence[Share], dim: int) -> Share:
     """Concatenate shares with equal fraction bits."""
     if len({p.bits for p in parts}) != 1:
@@ -141,6 +152,25 @@ class MaskedOperand:
             dealt,
             min(self.ring, other.ring),
         )
+
+
+@dataclass(frozen=True)
+class KnownOperand:
+    """A matrix W of one party's own, opened once as V = W - B; each party holds a part of it.
+
+    held: W itself at its owner, V at the other computing party; shapes alone at the dealer.
+    dealt: B, at the dealer only.  ring: products with it are known modulo 2^ring only.
+    """
+
+    held: Matrix
+    owner: Rank
+    bits: int
+    ring: int = 64
+    dealt: Matrix | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.held.shape
 
 
 class Awaited:

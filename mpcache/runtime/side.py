@@ -22,7 +22,7 @@ class Side:
 
     rank: Rank
     device: str = "cpu"
-    guard: Guard = field(default_factory=Guard, compare=False, repr=False, metadata={"kept": False})
+    guard: Guard = field(default_factory=Guard, compare=False, repr=False)
 
     @property
     def number(self) -> int:

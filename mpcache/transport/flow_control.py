@@ -23,10 +23,10 @@ READ_AHEAD_BYTES = 4 * MIB  # that a carrier may have read before it hands a fra
 FRAME_COST = 768  # bytes that a waiting frame takes beside its own, measured
 
 
-def largest_frame(receiver: Rank) -> int:
-    """Return the most bytes of a frame that this receiver takes, whatever is in it."""
-    if receiver is Rank.DEALER:
-        return SMALL_BYTES  # it gets facts, never a tensor
+def largest_frame(receiver: Rank, sender: Rank = Rank.SERVER) -> int:
+    """Return the most bytes of a frame that this receiver takes from this sender, whatever is in it."""
+    if (sender, receiver) == (Rank.CLIENT, Rank.DEALER):
+        return SMALL_BYTES  # it gets facts from the client, never a tensor
     return CHUNK_BYTES + LAYOUT_BYTES + 8 * KIB
 
 
@@ -35,7 +35,7 @@ def queue_room(sender: Rank, receiver: Rank, agreed: bool) -> int:
 
     agreed: on the plan of the session. A peer that has not come so far has little to say.
     """
-    if receiver is Rank.DEALER:
+    if (sender, receiver) == (Rank.CLIENT, Rank.DEALER):
         return MIB
     if not agreed:
         return 4 * MIB

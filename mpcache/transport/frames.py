@@ -140,7 +140,7 @@ class FrameLink(Link):
         if len(data) <= SMALL_BYTES:
             return None
         kind = kind_of(data)
-        legal = kind is FrameKind.TENSORS and len(data) <= largest_frame(self.me)
+        legal = kind is FrameKind.TENSORS and len(data) <= largest_frame(self.me, self.peer)
         return None if legal and is_one_field(data) else f"a frame of {len(data)} bytes of {kind}"
 
     def _refuse(self, complaint: str) -> bool:

@@ -93,6 +93,19 @@ def party(
         bool,
         typer.Option("--resume", help="Go on with the session in --state; all alike, but for who serves."),
     ] = False,
+    setup_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Server, dealer: keep the masked weights and documents here for later sessions. [in memory]"
+        ),
+    ] = None,
+    fresh_document: Annotated[
+        bool,
+        typer.Option(
+            "--fresh-document",
+            help="Server: mask the document anew in each session, unlinkable for the dealer.",
+        ),
+    ] = False,
     offline_store: Annotated[
         Path | None, typer.Option(help="Server, client: use tapes from here in place of a dealer.")
     ] = None,
@@ -176,6 +189,8 @@ def party(
         state=state,
         state_key=state_key,
         resume=resume,
+        setup_dir=setup_dir,
+        fresh_document=fresh_document,
         offline_store=offline_store,
         prepare_tokens=prepare_tokens,
         connect_timeout=connect_timeout,

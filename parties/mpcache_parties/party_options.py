@@ -18,6 +18,7 @@ from mpcache_parties.operations.output import Output
 from mpcache_parties.piped_conversation import PipedConversation
 from mpcache_parties.private_inputs import PrivateInput, Question, read_document
 from mpcache_parties.state.checkpoint import Checkpointer
+from mpcache_parties.state.setups import DealerSetups, ServerSetups, Setups
 from mpcache_parties.state.store import Store
 from mpcache_parties.state.tapes import TapeStore
 
@@ -47,6 +48,8 @@ class PartyOptions:
     state: Path | None = None
     state_key: Path | None = None
     resume: bool = False
+    setup_dir: Path | None = None
+    fresh_document: bool = False
     offline_store: Path | None = None
     prepare_tokens: int | None = None
     connect_timeout: float | None = None
@@ -177,6 +180,20 @@ class PartyOptions:
         if mode is not KeepMode.NONE:
             raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
         return TapeStore(self.offline_store, self.me)
+
+    def setups(self) -> Setups:
+        """Return what --setup-dir and --fresh-document ask for. Raises BadInput or StateError."""
+        if self.me is Rank.SERVER:
+            return ServerSetups(self.setup_dir, self.fresh_document)
+        if self.fresh_document:
+            raise BadInput(f"--fresh-document belongs to the server (--rank 0), this is the {self.me.label}")
+        if self.me is Rank.DEALER:
+            return DealerSetups(self.setup_dir)
+        if self.setup_dir is not None:
+            raise BadInput(
+                "--setup-dir belongs to server and dealer; the client gets a seed and keeps nothing"
+            )
+        return None
 
     def private_input(self, sampling: Sampling, public: PublicConfig, output: Output) -> PrivateInput:
         """Read and check what this party brings, before it connects. Raises BadInput."""

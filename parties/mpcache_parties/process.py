@@ -43,6 +43,7 @@ from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
 from mpcache_parties.serving import AT_ONCE, serve_all
 from mpcache_parties.state.checkpoint import Checkpointer
+from mpcache_parties.state.setups import Setups
 from mpcache_parties.state.tapes import TapeStore
 
 TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
@@ -64,6 +65,7 @@ class PartyProcess:
     checkpointer: Checkpointer = field(default_factory=Checkpointer)
     tapes: TapeStore | None = None
     tape_mode: TapeMode = TapeMode.LIVE
+    setups: Setups = None
     own: PrivateInput = None
 
     def read_inputs(self, options: PartyOptions) -> None:
@@ -77,6 +79,7 @@ class PartyProcess:
             self.tape_mode = TapeMode.PREPARING
         elif self.tapes is not None:
             self.tape_mode = TapeMode.PREPARED
+        self.setups = options.setups()
         self.own = options.private_input(sampling, self.settings.public, self.output)
 
     def resources(
@@ -85,7 +88,7 @@ class PartyProcess:
         """Return what a session on this network stands on."""
         return SessionResources(
             network.links, network.ledger, self.settings.public, say, self.output.token, status,
-            checkpointer, self.tapes, self.settings.timeouts.idle_s,
+            checkpointer, self.tapes, self.settings.timeouts.idle_s, self.setups,
         )  # fmt: skip
 
     def agreed_fields(self, checkpointer: Checkpointer) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from mpcache.transport.link import Links
 from mpcache_parties.operations.status import SessionStatus
 from mpcache_parties.say import Say, quiet
 from mpcache_parties.state.checkpoint import Checkpointer
+from mpcache_parties.state.setups import Setups
 from mpcache_parties.state.tapes import TapeStore
 
 OnToken = Callable[[int, str], None]  # a token's id (-1: held-back text at the end) and the text it settles
@@ -28,6 +30,7 @@ class SessionResources:
     say: told in words how far the session is.  on_token: at the client, gets the answer.
     status: what an operator sees.  checkpointer: keeps the session, or does not.
     tapes: what the dealer dealt before, in place of a link to it.  idle_s: longest pause between turns.
+    setups: what this party keeps of models and documents for later sessions; None: nothing beyond this one.
     """
 
     links: Links
@@ -39,3 +42,5 @@ class SessionResources:
     checkpointer: Checkpointer = field(default_factory=Checkpointer)
     tapes: TapeStore | None = None
     idle_s: float = 1800.0
+    setups: Setups = None
+    began: float = field(default_factory=time.perf_counter)  # s, of that clock

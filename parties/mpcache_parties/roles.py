@@ -21,12 +21,13 @@ from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
 from mpcache.limits import check_document, check_fitted, largest_score_held
-from mpcache.model.prefill import prefill
+from mpcache.model.prefill import Prefill, prefill
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration
 from mpcache.runtime.party import DealerParty
+from mpcache.runtime.side import Side
 from mpcache_parties.asking import Asking
 from mpcache_parties.client_pace import ClientPace, NoMoreTapes, hear_more
 from mpcache_parties.facts import (
@@ -41,7 +42,9 @@ from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
 from mpcache_parties.private_inputs import Conversation, Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
-from mpcache_parties.state.snapshot import copied
+from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes
+from mpcache_parties.state.checkpoint import Checkpoint
+from mpcache_parties.state.snapshot import copied, join_guard
 from mpcache_parties.turns import TurnSizes, skip_undone, tell_dealt, turns_heard
 
 AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds the tapes that wait
@@ -62,7 +65,7 @@ def serve(resources: SessionResources, own: Document) -> Report:
         checkpointer.begin(identity, told | counts_of(facts), session, resources.ledger, kept)
     else:
         prefill_ms = earlier.own["prefill_ms"]
-        session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
+        _go_on(session, earlier)
         resources.say(f"server: resumed after {_reached(earlier.step)}")
     del earlier
 
@@ -92,14 +95,19 @@ def _open_document(
     """
     say = resources.say
     kernels, kernel_ms = timed_kernels(choose_kernels(resources.public.kernels, own.device))
-    session.setup(own.model.weights)
+    set_up = ServerSetUp(resources, session, facts)
+    set_up.weights(own)
     if own.note:
         say(f"server: {own.note}")
-    say(f"server: set-up: weights masked and opened in {duration(session.ms['setup'])}")
+    say(f"server: set-up: weights masked in {duration(session.ms['setup'])}")
     start = time.perf_counter()
     window = facts.policy.window
     held = largest_score_held(facts.policy, facts.shape)
-    prefilled = prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+
+    def read() -> Prefill:
+        return prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+
+    prefilled = set_up.prefilled(own, read, window, held)
     if facts.protocol != ProtocolName.STOCK:
         check_document(prefilled, facts.policy, facts.shape, facts.room)
     prefill_ms = 1000 * (time.perf_counter() - start)
@@ -111,7 +119,7 @@ def _open_document(
         check_fitted(prefilled, facts.policy, kernels, facts.room)
     prefill_ms += 1000 * (time.perf_counter() - start) - (sum(kernel_ms) - in_kernels)
     session.policy = facts.policy
-    session.context(prefilled, kernels)
+    set_up.context(own, prefilled, kernels)
     prefill_ms += sum(kernel_ms)
     say(
         f"server: context of {facts.context} tokens, {_kept(facts)} kept: "
@@ -137,16 +145,17 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     session = _session(Rank.CLIENT, party, facts, resources)
     framing = framing_of(told, facts.shape, public)
     if earlier is None:
-        session.setup(None)
-        say(f"client: set-up: masked weights received in {duration(session.ms['setup'])}")
+        set_up = ClientSetUp(resources, session, facts)
+        set_up.weights()
+        say(f"client: set-up done in {duration(session.ms['setup'])}")
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
-        session.context(None, None)
+        set_up.context()
         asking = Asking(resources, facts, session, framing)
         say(f"client: {_asking(facts)}")
         checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
     else:
-        session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
+        _go_on(session, earlier)
         asking = Asking(resources, facts, session, framing, earlier.own)
         say(f"client: resumed after {_reached(earlier.step)}; the answer from its beginning:")
     del earlier
@@ -193,14 +202,15 @@ def deal(resources: SessionResources) -> Report:
     party = DealerParty(dict(links), facts.session, deal_seeds(links), ledger)
     session = _session(Rank.SERVER, party, facts, resources, "meta")
     if earlier is None:
-        session.setup(None)
-        resources.say("dealer: set-up dealt; from now on a little ahead of the client")
+        set_up = DealerSetUp(resources, session, facts)
+        set_up.weights()
+        resources.say("dealer: set-up done; from now on a little ahead of the client")
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
-        session.context(None, None)
+        set_up.context()
         checkpointer.begin(public.flat(), told | counts_of(facts), session, ledger, {})
     else:
-        session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
+        _go_on(session, earlier)
         resources.say(f"dealer: resumed after {_reached(earlier.step)}")
     del earlier
 
@@ -259,6 +269,13 @@ def _session(
     return TimedSession(ops, party, facts.shape, facts.policy, resources.status, public.reveal)
 
 
+def _go_on(session: TimedSession, earlier: Checkpoint) -> None:
+    """Take up what an earlier run of the session kept."""
+    if isinstance(side := getattr(session.ops, "side", None), Side):
+        join_guard(earlier.cache, side.guard)
+    session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
+
+
 def _digest(secret: object) -> str:
     """Return a digest of a party's own input, for its own file, to compare on resuming."""
     return hashlib.sha256(repr(secret).encode("utf-8", "surrogatepass")).hexdigest()
@@ -285,6 +302,8 @@ def _report(me: Rank, facts: Facts, session: TimedSession, resources: SessionRes
         plan=facts.policy.plan.to_dict(),
         phases=checkpointer.phases(ledger, session),
         wire_bytes=checkpointer.wire_bytes(ledger),
+        seconds=time.perf_counter() - resources.began,
+        setup_bytes=set_up_bytes(ledger),
         checkpoint_ms=checkpointer.ms,
         checkpoint_bytes=checkpointer.bytes,
     )

@@ -12,11 +12,13 @@ from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
+from mpcache.runtime.rng import SEED_BYTES
 from mpcache.transport.local import LocalLink
 from mpcache_parties import facts
 from mpcache_parties.private_inputs import Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
+from mpcache_parties.state import setups
 from mpcache_protos import party_pb2 as pb
 from tests.support.record import recording
 from tests.support.session import run_session
@@ -32,7 +34,7 @@ BYE = pb.Frame(bye=pb.Bye()).SerializeToString()
 
 def converse(model: Model) -> Conversation:
     """A session of the three; all frames that arrived."""
-    with recording() as views:
+    with recording() as views, same_masks():
         reports = run_session(PUBLIC, model, tokens(model), QUESTION)
     for report in reports.values():
         if isinstance(report, MpcacheError):
@@ -51,6 +53,11 @@ class Deaf(LocalLink):
         pass
 
     _post = _carry
+
+
+def same_masks() -> Any:
+    """Let each server of a test draw one master key: its peers compare what follows from it."""
+    return patch.object(setups, "fresh_seed", lambda: bytes(SEED_BYTES))
 
 
 def session_of(heard: Conversation) -> str:
@@ -77,14 +84,19 @@ def replay(
                 break
     resources = SessionResources(links, ledger, PUBLIC)
     try:
-        match rank:
-            case Rank.SERVER:
-                with patch.object(facts, "secrets", SimpleNamespace(token_hex=lambda n: session_of(heard))):
-                    serve(resources, Document(model, tokens(model)))
-            case Rank.CLIENT:
-                ask(resources, QUESTION)
-            case _:
-                deal(resources)
+        with same_masks():
+            _play(model, heard, rank, resources)
     except Exception as error:
         return error
     return None
+
+
+def _play(model: Model, heard: Conversation, rank: Rank, resources: SessionResources) -> None:
+    match rank:
+        case Rank.SERVER:
+            with patch.object(facts, "secrets", SimpleNamespace(token_hex=lambda n: session_of(heard))):
+                serve(resources, Document(model, tokens(model)))
+        case Rank.CLIENT:
+            ask(resources, QUESTION)
+        case _:
+            deal(resources)

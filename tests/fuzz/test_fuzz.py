@@ -161,7 +161,7 @@ def _call(channel: grpc.Channel, rng: random.Random, i: int) -> None:
     metadata = odd_metadata(rng, [[RANK_KEY, rank], [SESSION_KEY, new_session()]])
     frames = odd_frames(rng, Rank.CLIENT)
     if i % 3 == 0:
-        frames.insert(rng.randrange(2), largest_frame(Rank.DEALER) + 1)
+        frames.insert(rng.randrange(2), largest_frame(Rank.DEALER, Rank.CLIENT) + 1)
     method = f"/{SERVICE}/{'Connect' if i % 4 else 'Nothing'}"
     with suppress(grpc.RpcError):
         for _ in channel.stream_stream(method)(bytes_of(frames), metadata=metadata, timeout=15):

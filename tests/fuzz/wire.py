@@ -40,7 +40,7 @@ from tests.support.paths import ROOT
 from tests.support.processes import PARTY, environment, write_config
 from tests.support.service import said
 
-LIMIT = largest_frame(Rank.DEALER)  # bytes of a frame that it takes
+LIMIT = largest_frame(Rank.DEALER, Rank.CLIENT)  # bytes of a frame that it takes
 HEALTH = "/grpc.health.v1.Health"
 REQUEST_S = 8.0  # longest time for an answer; case and answer take milliseconds
 HOLD_S = 0.3  # how long a session waits for its peers: each case may leave one

@@ -85,7 +85,7 @@ def check_slots(views: list[Views]) -> None:
 
 @pytest.mark.parametrize("policy", ["mpcache" + SELECTS, "mpcache:score=bound" + SELECTS.replace(":", ",")])
 def test_what_is_seen_is_uniform_and_in_the_same_slots(model: Model, policy: str) -> None:
-    views = seen(model, policy, 10)
+    views = seen(model, policy, 23)  # as many as the rarest opening needs
     check_slots(views)
     assert len(views[0][Rank.SERVER].order) > 100
     assert all(v[rank].said() == views[0][rank].said() for v in views for rank in Rank)
@@ -104,12 +104,22 @@ def test_stock_is_uniform_and_in_the_same_slots(model: Model) -> None:
 
 
 def test_the_dealer_hears_the_same_in_every_session(model: Model) -> None:
-    """Not a byte differs but the nonce of the introduction, and no tensor comes."""
+    """Not a byte differs but what is random: the nonce of the introduction, the names of set-ups, and B of
+    what the server knows. No other tensor comes, and none from the client."""
     views = seen(model, "mpcache" + SELECTS, 3)
     for view in (v[Rank.DEALER] for v in views):
-        assert view.said() == views[0][Rank.DEALER].said() and not any(view.tensors.values())
-        kinds = {kind for slots in view.slots.values() for kind, *_ in slots}
-        assert kinds <= {"hello", "facts", "bye"}
+        assert view.said() == views[0][Rank.DEALER].said() and view.slots == views[0][Rank.DEALER].slots
+        kinds = {kind for kind, *_ in view.slots[Rank.CLIENT]}
+        assert kinds <= {"hello", "facts", "bye"} and not view.tensors[Rank.CLIENT]
+        assert {step.partition("/")[0] for step, *_ in view.tensors[Rank.SERVER]} == {"setup", "context"}
+    for width in {layout[:-1].rpartition(" ")[2] for _, layout, _ in masks_of(views)}:
+        uploaded = b"".join(data for _, layout, data in masks_of(views) if layout.endswith(f" {width})"))
+        assert uniformity(np.frombuffer(uploaded, np.uint8).reshape(-1, int(width))).fine
+
+
+def masks_of(views: list[Views]) -> list[tuple[str, str, bytes]]:
+    """What the server uploads to the dealer, of all these sessions."""
+    return [tensor for v in views for tensor in v[Rank.DEALER].tensors[Rank.SERVER]]
 
 
 # ------------------------------------------------------------------------------------- planted bugs
@@ -209,7 +219,7 @@ def test_a_classifier_learns_from_a_policy_that_leaks(model: Model) -> None:
 def test_a_leak_is_declared_and_opened_with_its_reason(model: Model) -> None:
     """The declared leak is seen as such: its reason is the one suspicious opening beside the logits."""
     with step_index.registered():
-        views = seen(model, "step-index" + SELECTS, 17)
+        views = seen(model, "step-index" + SELECTS, 23)
     check_slots(views)
     assert suspicious(views) == {*MEANT, step_index.WHY}
 
@@ -223,15 +233,24 @@ def test_the_tokenizer_and_the_facts_are_all_that_is_said_in_the_clear(model: Mo
     }  # fmt: skip
     question = {"question_tokens", "new_tokens"}
     allowed = {"facts/model": model_facts, "facts/question": question, "more/decode1": {"more"}}
-    heard = {Rank.SERVER: 4, Rank.CLIENT: 3, Rank.DEALER: 5}
+    allowed |= {step: {"digest"} for step in ("facts/held", "facts/seed")}
+    masks = {"identifier", "layout", "bytes"}
+    set_up = {
+        (Rank.CLIENT, Rank.SERVER): masks,
+        (Rank.DEALER, Rank.SERVER): masks | {"family", "keep"},
+        (Rank.DEALER, Rank.CLIENT): {"identifier"},
+    }
+    heard = {Rank.SERVER: 10, Rank.CLIENT: 5, Rank.DEALER: 9}
     agreed = (
         r"(shape|plan\.layer\d+)\.\w+|(context|question|new)_tokens|room|kernels|protocol|session|document"
         r"|(model|tokenizer|template)_digest"
     )
     for rank, view in views.items():
         assert len(view.facts) == heard[rank]
-        for _, step, text in view.facts:
-            if step == "facts/agreed":
+        for peer, step, text in view.facts:
+            if step == "facts/masks":
+                assert set(json.loads(text)) == set_up[rank, peer]
+            elif step == "facts/agreed":
                 assert all(re.fullmatch(agreed, name) for name in json.loads(text))
             else:
                 assert set(json.loads(text)) == allowed[step]

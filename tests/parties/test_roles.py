@@ -27,6 +27,7 @@ from mpcache.model.prefill import prefill
 from mpcache.policy.curve import LEVELS, HeadCurve, try_curve
 from mpcache.rank import Rank
 from mpcache.report.account import Report, summary
+from mpcache.runtime.rng import SEED_BYTES
 from mpcache.sampling import Sampling
 from mpcache.transport.frames import FrameLink
 from mpcache_kernels import backend
@@ -90,6 +91,7 @@ def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
         ours, theirs, tape = (report.phases[name] for report in (server, client, dealer))
         assert (ours.sent, ours.received, ours.rounds) == (theirs.received, theirs.sent, theirs.rounds)
         assert tape.offline_sent == ours.offline_received + theirs.offline_received
+        assert tape.offline_received == ours.offline_sent
     assert server.prefill_ms > 0
     assert client.dealer_wait_ms > 0
     told = {S: server, C: client, D: dealer}
@@ -99,7 +101,13 @@ def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
     assert run["private"]["online_bytes_per_token"] == (last[0].sent + last[1].sent) / 2
     assert run["private"]["offline_bytes_per_token"] == last[2].offline_sent
     assert run["setup_bytes"] > 4 * sum(t.numel() for _, t in model.weights.items() if t.dim() == 2)
+    assert run["setup_bytes_client"] == 2 * SEED_BYTES  # of the weights' V, and of the document's
     assert run["agreement"] == 1
+    # What the server uploads once is what the audit says.
+    priced = price(model.shape, public.policy, len(tokens), len(asked), new_tokens=4)
+    for name in ("setup", "context"):
+        assert server.phases[name].offline_sent == priced.total(name).uploaded > 0
+        assert server.phases[name].sent + client.phases[name].sent + dealer.phases[name].offline_sent == 0
 
 
 THRESHOLD = PublicConfig(policy="mpcache:threshold=0.1,coarse=8,fine=4", max_new_tokens=3)

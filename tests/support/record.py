@@ -74,10 +74,11 @@ class LayerView:
 
     def said(self) -> list[tuple[Rank, str, str]]:
         """The facts by peer, each one's in order: which peer is first to say its own is no one's doing.
-        Without the session's name, which is drawn anew for each."""
-        named = re.compile(r'"session":"[0-9a-f]{32}"')
+        Without the session's name, which is drawn anew for each, and pseudorandom names and digests of
+        set-ups, which differ for each server."""
+        named = re.compile(r'"(session|identifier|family|digest)":"[0-9a-f]{32,64}"')
         return [
-            (peer, step, named.sub('"session":""', text))
+            (peer, step, named.sub(r'"\1":""', text))
             for peer, step, text in sorted(self.facts, key=lambda fact: fact[0])
         ]
 

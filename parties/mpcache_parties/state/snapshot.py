@@ -26,8 +26,10 @@ from mpcache.policy.clusters import Choice, Clusters
 from mpcache.policy.evicting import ValidMask
 from mpcache.protocols.selection import PreparedSelection
 from mpcache.rank import Rank
+from mpcache.runtime.guard import Guard
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.shares import MaskedOperand, Share
+from mpcache.runtime.ring import Matrix
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
 from mpcache.runtime.side import Side
 from mpcache.transport.link import DTYPES
 from mpcache_parties.state import sealed
@@ -35,8 +37,8 @@ from mpcache_parties.state import sealed
 CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        Cache, LayerCache, SplitLayer, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, Share,
-        Side, PreparedSelection, Choice, Clusters, ValidMask,
+        Cache, LayerCache, SplitLayer, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, KnownOperand,
+        Matrix, Share, Side, PreparedSelection, Choice, Clusters, ValidMask,
     )
 }  # fmt: skip
 LATER = {"StockSelection": "mpcache.engines.stock"}  # looked up when one is met: it brings CrypTen
@@ -66,6 +68,14 @@ def tensors_of(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
 def copied(tree: Any) -> Any:
     """Return a tree that goes its own way; its tensors, which nobody changes in place, are shared."""
     return copy.deepcopy(tree, {id(tensor): tensor for tensor in tensors_of(tree).values()})
+
+
+def join_guard(tree: Any, guard: Guard) -> None:
+    """Let a tree that was read back note values out of their ranges where the party's session does."""
+    if isinstance(tree, Side):
+        object.__setattr__(tree, "guard", guard)
+    for _, value in _children(tree):
+        join_guard(value, guard)
 
 
 def serialize(tree: Any, since: Tensors | None = None) -> Iterator[bytes | memoryview]:
@@ -124,8 +134,8 @@ def _children(tree: Any) -> Sequence[tuple[str, Any]]:
     if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
         return [(str(i), value) for i, value in enumerate(tree)]
     if is_dataclass(tree) and not isinstance(tree, type):
-        # What one session alone needs is not kept: its guard.
-        return [(f.name, getattr(tree, f.name)) for f in fields(tree) if f.metadata.get("kept", True)]
+        # Not what two of them may differ in: `Side.guard` goes on with the party (`join_guard`).
+        return [(f.name, getattr(tree, f.name)) for f in fields(tree) if f.compare]
     return []
 
 

@@ -93,7 +93,8 @@ def ledger_of(run: Played, rank: Rank, phase: str) -> dict[str, Entry]:
 
 def check(kind: str, spec: str, context: int, protocol: str, decoded: int = 3) -> None:
     run = played(kind, spec, context, protocol, decoded)
-    found = price(SHAPES[kind], spec, context, QUESTION, protocol, new_tokens=decoded + 1)
+    # These threads keep nothing for later: weights and document are masked anew.
+    found = price(SHAPES[kind], spec, context, QUESTION, protocol, new_tokens=decoded + 1, standing=False)
     phases = ["setup", "context", "question", *(f"decode{i + 1}" for i in range(decoded))]
     assert list(found.phases) == phases and found.steps == decoded
     for phase, steps in found.phases.items():
@@ -148,11 +149,11 @@ def test_reading_again_gives_the_same() -> None:
 
 
 def test_counts_of_a_product_with_an_operand_and_of_comparisons() -> None:
-    """(1, 24) by (24, 24): a product of two secrets takes three products at the server."""
+    """(1, 24) by (24, 24): a product of two secrets takes one product at the server, who knows one."""
     ops = price(LLAMA, "full", 20, QUESTION).by_op("decode")
     per_layer = ops["o"].multiplications // LLAMA.layers
     assert per_layer == 24 * 24
-    assert ops["o"].multiply_adds // LLAMA.layers >= 3 * 24 * 24
+    assert ops["o"].multiply_adds // LLAMA.layers >= 24 * 24
     assert ops["softmax"].comparisons > 0 and ops["softmax"].lookups > 0
     stock = price(LLAMA, "full", 20, QUESTION, "stock").by_op("decode")
     rows, n = LLAMA.heads, 20 + QUESTION + 1

@@ -12,7 +12,7 @@ from mpcache.protocols.relu import relu
 from mpcache.rank import Rank
 from mpcache.runtime.party import Party
 from mpcache.runtime.program import run
-from mpcache.runtime.rng import KeyStream, TreeCipher, fresh_seed
+from mpcache.runtime.rng import COMPILED, KeyStream, TreeCipher, fresh_seed
 from mpcache.runtime.shares import Share
 from mpcache.session import Session
 from tests.support import tiny_policies as tiny
@@ -49,6 +49,24 @@ def test_shares_of_the_comparison(depth: int, start: int, width: int) -> None:
     assert torch.equal((b0 + b1) & whole, beta * (agree & (x < alpha.unsqueeze(1))))
     if start:
         assert torch.equal((w0 + w1) & whole, beta * agree)
+
+
+@pytest.mark.skipif(COMPILED.wait() is None, reason="this CPU has no AES instructions that are known")
+@pytest.mark.parametrize(
+    ("depth", "start", "width"), [(1, 0, 8), (2, 0, 1), (9, 6, 8), (12, 3, 2), (20, 0, 4), (63, 0, 8)]
+)
+def test_compiled_trees_are_those_over_the_library(
+    depth: int, start: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, alpha, beta, seeds, stream, words, bits = keys(7, depth, start, width)
+    x = stream.tensor((7, 5)) & ((1 << depth) - 1)
+    fast = [dcf_eval(shape, CIPHER, p, seeds[p], words, bits, x) for p in (0, 1)]
+    monkeypatch.setattr(COMPILED, "module", None)
+    slow_words, slow_bits = dcf_keygen(shape, CIPHER, seeds, alpha, beta)
+    assert torch.equal(words, slow_words) and torch.equal(bits, slow_bits)
+    for p, found in enumerate(fast):
+        for one, other in zip(found, dcf_eval(shape, CIPHER, p, seeds[p], words, bits, x), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("width", [1, 8])

@@ -7,6 +7,7 @@ from mpcache.engines.fast import FastOps
 from mpcache.errors import Reuse
 from mpcache.protocols.linear import (
     finish_mask_operand,
+    mask_matrix,
     mask_operand,
     matmul_masked_operand,
     product,
@@ -17,7 +18,8 @@ from mpcache.protocols.linear import (
 from mpcache.rank import Rank
 from mpcache.runtime.program import Opening, open_secret, together
 from mpcache.runtime.rng import KeyStream, fresh_seed
-from mpcache.runtime.shares import Share, decode
+from mpcache.runtime.shares import KnownOperand, Share, decode
+from mpcache.runtime.side import Side
 from tests.support.harness import secure
 
 
@@ -66,6 +68,28 @@ def test_products_are_exact_in_their_ring() -> None:
 
     played = secure(beaver, x, w, bits=0)
     assert torch.equal(played.server.data + played.client.data, x @ w)
+
+
+@pytest.mark.parametrize("owner", [Rank.SERVER, Rank.CLIENT])
+def test_a_matrix_that_one_party_knows_multiplies_exactly(owner: Rank) -> None:
+    """Each party holds one matrix in few bytes; what is opened of it is uniform, and the product is right."""
+    x, w = raw(12, 1 << 20).reshape(3, 4), raw(24, 1 << 20).reshape(4, 6)
+    held: list[tuple[Side, KnownOperand]] = []
+    for ring in (48, 56, 64):
+
+        def protocol(ops, a, ring=ring):  # type: ignore[no-untyped-def]
+            known = ops.secret(w if ops.side.rank is owner else None, w.shape, owner, bits=0)
+            kept = yield from mask_matrix(ops.side, known, ring)
+            held.append((ops.side, kept))
+            return (yield from matmul_masked_operand(ops.side, a, kept, ring))
+
+        played = secure(protocol, x, bits=0)
+        y = (played.server.data + played.client.data) & ((1 << ring) - 1)
+        assert torch.equal(y, (x @ w) & ((1 << ring) - 1)) and played.server.ring == ring
+    wide = {s.rank is owner: k.held.low for s, k in held[:3] if s.device == "cpu"}
+    assert torch.equal(wide[True].long(), w) and not torch.equal(wide[False].long(), w)
+    with pytest.raises(ValueError, match="nobody knows"):
+        next(mask_matrix(Side(Rank.SERVER), Share(w, 0)))
 
 
 def test_a_small_ring_returns_to_the_whole_with_truncation() -> None:

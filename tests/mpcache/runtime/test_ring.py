@@ -5,7 +5,7 @@ from itertools import product as pairs
 import pytest
 import torch
 
-from mpcache.runtime.ring import matmul
+from mpcache.runtime.ring import matmul, narrow, pack, turned, unpack
 from mpcache.runtime.rng import KeyStream, fresh_seed
 
 LOWEST, HIGHEST = -(1 << 63), (1 << 63) - 1
@@ -39,3 +39,40 @@ def test_broadcasting_strides_and_blanks() -> None:
     for i, j in pairs(range(3), range(2)):
         assert torch.equal(out[i, j], reference(x[i, 0], y[j]))
     assert matmul(x.to("meta"), y.to("meta")).shape == out.shape
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(0, 3, 4), (1, 0, 4), (2, 5, 0), (1, 1, 1), (1, 9, 1500), (3, 6, 1024), (5, 13, 1025)]
+)
+def test_narrow_matrices_multiply_as_wide_ones(m: int, k: int, n: int) -> None:
+    words = KeyStream(fresh_seed(), "test")
+    x, y = words.tensor((m, k)), words.tensor((k, n))
+    assert torch.equal(matmul(x, y), torch.matmul(x, y))
+    assert torch.equal(matmul(x, narrow(y)), torch.matmul(x, y))
+    small = y >> 33
+    assert (
+        torch.equal(matmul(x, narrow(small)), torch.matmul(x, small)) and narrow(small).low.dtype != y.dtype
+    )
+    above = (matmul(x, narrow(y, 48)) - torch.matmul(x, y)) & ((1 << 48) - 1)
+    assert not above.any()
+    ends = torch.where(y > 0, HIGHEST, LOWEST)
+    assert torch.equal(matmul(x, narrow(ends)), torch.matmul(x, ends))
+    wide = words.tensor((m, 2 * k))[:, ::2]
+    assert torch.equal(matmul(wide, narrow(y)), torch.matmul(wide, y))
+    with pytest.raises(RuntimeError, match="a product of"):
+        matmul(words.tensor((1, k + 1)), narrow(y))
+
+
+@pytest.mark.parametrize("width", range(1, 8))
+def test_bytes_come_back(width: int) -> None:
+    x = KeyStream(fresh_seed(), "test").tensor((3, 1, 5))
+    assert pack(x, width).shape == (3, 1, 5, width)
+    assert torch.equal(unpack(pack(x, width)), x & ((1 << 8 * width) - 1))
+    assert unpack(pack(x[:0], width)).shape == (0, 1, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_vectors_turn(dtype: torch.dtype) -> None:
+    words = KeyStream(fresh_seed(), "test")
+    x, by = words.tensor((2, 9, 16), dtype), words.tensor((2, 9))
+    assert torch.equal(turned(x, by), x.gather(-1, (by.unsqueeze(-1) - torch.arange(16)) & 15))

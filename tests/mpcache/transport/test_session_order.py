@@ -195,7 +195,7 @@ def test_the_rooms(agreed: bool) -> None:
     for me in Rank:
         for peer in set(Rank) - {me}:
             # The larger one of two frames goes through while the smaller one waits to be confirmed.
-            assert queue_room(peer, me, agreed) >= max(1.5 * largest_frame(me), 8 * SMALL_BYTES)
+            assert queue_room(peer, me, agreed) >= max(1.5 * largest_frame(me, peer), 8 * SMALL_BYTES)
             assert queue_room(peer, me, True) >= queue_room(peer, me, False)
     assert queue_room(Rank.DEALER, Rank.SERVER, agreed) == (32 if agreed else 4) * MIB
 

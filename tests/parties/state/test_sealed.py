@@ -18,9 +18,11 @@ import torch
 
 from mpcache.cache import Cache, LayerCache
 from mpcache.errors import InUse, StateError
+from mpcache.protocols.selection import PreparedSelection
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.shares import MaskedOperand, Share
+from mpcache.runtime.side import Side
 from mpcache_parties.state import sealed, snapshot
 from mpcache_parties.state.store import Files, Store
 
@@ -192,6 +194,20 @@ def test_a_tree_comes_back(tmp_path: Path) -> None:
     assert same(tree, back)
     assert isinstance(back["cache"].layers[0].v.mask, MetaTensor) and back["cache"].layers[0].v.ring == 64
     assert back["cache"].layers[0].memory["share"].owner is Rank.SERVER
+
+
+def test_what_is_read_back_notes_where_the_session_does(tmp_path: Path) -> None:
+    """A kept selection judges ranges, too: its notes count in the verdict of who took it up."""
+    hot = Share(torch.eye(2, dtype=torch.int64), 0)
+    operand = MaskedOperand(hot.data, hot.data, 0)
+    tree = {"kept": [PreparedSelection(Side(Rank.SERVER), hot, operand)]}
+    again = snapshot.deserialize(bytearray(b"".join(snapshot.serialize(tree))))
+    mine = Side(Rank.SERVER)
+    snapshot.join_guard(again, mine.guard)
+    empty = Side(Rank.SERVER).guard.close()
+    for selection in (again["kept"][0], snapshot.copied(again)["kept"][0]):
+        selection.side.watch(hot.data)
+        assert not torch.equal(mine.guard.close(), empty)
 
 
 def test_only_what_is_new_is_written() -> None:

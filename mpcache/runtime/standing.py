@@ -1,0 +1,232 @@
+"""Masks that outlive a session: of operands that the server knows, weights and its document.
+
+W = V + B. V is a key stream under a seed that the server gives to its clients, and B is what the dealer
+holds; the server has both. Each of the three answers a program's question for an operand in its own way
+(`StandingMasks.take`), in the order of the program. docs/protocols.md, section 4, says why V and B may
+stay.
+
+V is bound to what it hides: the seed is an HMAC, under the server's master key, of all operands' integers
+with their names, shapes and rings (`OwnersMasks.finish`). Two encodings under one V would tell the dealer
+their difference, so there is no counter and no name in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from mpcache.rank import Rank
+from mpcache.runtime.meta import MetaTensor
+from mpcache.runtime.program import Shape
+from mpcache.runtime.ring import Matrix, narrow, pack, unpack, wide
+from mpcache.runtime.rng import KeyStream, derive_key
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, is_known_matrix, zeros
+from mpcache.runtime.side import bytes_for
+
+Dealt = torch.Tensor | Matrix  # B at the dealer
+FORMAT = 1  # of what a seed is made from, and of B's bytes; another one is another seed
+
+
+class OperandPlace(NamedTuple):
+    """Where an operand stands in its phase: all that is public about it. ring, bits: as `MaskedOperand`'s."""
+
+    step: str
+    shape: Shape
+    ring: int
+    bits: int
+
+    @property
+    def packed(self) -> Shape:
+        """The shape of its bytes modulo 2^ring."""
+        return (*self.shape, bytes_for(self.ring))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.packed)
+
+    @property
+    def text(self) -> str:
+        """The place in one line: what seeds and files are bound to."""
+        return f"{self.step} {'x'.join(map(str, self.shape))} ring {self.ring} bits {self.bits}\n"
+
+
+def places_digest(places: Sequence[OperandPlace]) -> str:
+    """Return a digest of the public places of all operands, in order: a set-up fits one layout alone."""
+    return hashlib.sha256("".join(place.text for place in places).encode()).hexdigest()
+
+
+class StandingMasks(ABC):
+    """One party's answers for the operands of one phase, in the program's order."""
+
+    def __init__(self) -> None:
+        self.places: list[OperandPlace] = []
+
+    def take(self, x: Share, ring: int, step: str) -> KnownOperand | MaskedOperand:
+        """Return x, which the server knows, as an operand, at no message; a matrix as a known one."""
+        place = OperandPlace(step, tuple(x.shape), ring, x.bits)
+        self.places.append(place)
+        return self._matrix(x, place) if is_known_matrix(x) else self._operand(x, place)
+
+    @abstractmethod
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand: ...
+
+    @abstractmethod
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand: ...
+
+
+class OwnersMasks(StandingMasks):
+    """At the server: collects the integers as the program gives them, and splits them once all are known.
+
+    A matrix stays W itself, and its B is computed where it is needed. Until `finish` any other operand's
+    mask holds W, too, and its opened part nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operands: list[KnownOperand | MaskedOperand] = []
+        self.seed = b""
+        self.digest = ""  # of all of B, packed
+
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
+        whole = x.data.contiguous()  # taken over: nobody else computes with what goes in here
+        self._operands.append(found := MaskedOperand(whole, torch.empty_like(whole), x.bits, ring=place.ring))
+        return found
+
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
+        self._operands.append(found := KnownOperand(narrow(x.data), Rank.SERVER, x.bits, place.ring))
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of B."""
+        return sum(place.nbytes for place in self.places)
+
+    def finish(self, master: bytes, watch: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Derive the seed from master key and integers, and split every W into V and B.
+
+        watch: told how many bytes are done, and of how many; there are two passes.
+        """
+        mac, done, total = hmac.new(master, digestmod=hashlib.sha256), 0, 2 * self.nbytes
+        mac.update(f"mpcache masks, format {FORMAT}\n".encode())
+        for place, operand in zip(self.places, self._operands, strict=True):
+            mac.update(place.text.encode())
+            mac.update(_bytes_of(operand.mask if isinstance(operand, MaskedOperand) else wide(operand.held)))
+            watch(done := done + place.nbytes, total)
+        self.seed = mac.digest()
+        digest = hashlib.sha256()
+        for number, (place, operand) in enumerate(zip(self.places, self._operands, strict=True)):
+            if isinstance(operand, MaskedOperand):
+                operand.public.copy_(expand(self.seed, number, place.shape))
+                operand.mask.sub_(operand.public)
+            digest.update(_bytes_of(self._packed(number)))
+            watch(done := done + place.nbytes, total)
+        self.digest = digest.hexdigest()
+
+    def packed(self) -> Iterator[tuple[OperandPlace, torch.Tensor]]:
+        """Yield B's bytes as the dealer gets them."""
+        for number, place in enumerate(self.places):
+            yield place, self._packed(number)
+
+    def _packed(self, number: int) -> torch.Tensor:
+        place, operand = self.places[number], self._operands[number]
+        if isinstance(operand, MaskedOperand):
+            return pack_modulo(operand.mask, place.ring)
+        return pack_modulo(wide(operand.held) - expand(self.seed, number, place.shape), place.ring)
+
+    def splits(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Return whether all of these lie in the memory of masks, so that `finish` splits them, too."""
+        split = (operand for operand in self._operands if isinstance(operand, MaskedOperand))
+        mine = {operand.mask.untyped_storage().data_ptr() for operand in split}
+        return all(tensor.untyped_storage().data_ptr() in mine for tensor in tensors)
+
+
+class ClientsMasks(StandingMasks):
+    """At the client: V from the seed; but for a matrix, expanded when a product first needs it.
+
+    Its share of B is zero.
+    """
+
+    def __init__(self, seed: bytes) -> None:
+        super().__init__()
+        self._seed = seed
+
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
+        number = len(self.places) - 1
+        opened = Awaited(lambda: expand(self._seed, number, place.shape))
+        return MaskedOperand(zeros(place.shape), opened, x.bits, ring=place.ring)
+
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
+        held = narrow(expand(self._seed, len(self.places) - 1, place.shape), place.ring)
+        return KnownOperand(held, Rank.SERVER, x.bits, place.ring)
+
+
+class DealersMasks(StandingMasks):
+    """At the dealer: B, in the program's order. take_next: gives the next one, as `dealt_of` holds it."""
+
+    def __init__(self, take_next: Callable[[OperandPlace], Dealt]) -> None:
+        super().__init__()
+        self._take_next = take_next
+
+    def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
+        blank: torch.Tensor = MetaTensor(place.shape)  # type: ignore[assignment]
+        return MaskedOperand(blank, blank, x.bits, wide(self._take_next(place)), place.ring)
+
+    def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
+        dealt = self._take_next(place)
+        dealt = dealt if isinstance(dealt, Matrix) else narrow(dealt, place.ring)
+        return KnownOperand(Matrix(MetaTensor(place.shape)), Rank.SERVER, x.bits, place.ring, dealt)
+
+
+# --------------------------------------------------------------------------------------- V, seed, B
+
+
+def seed_digest(seed: bytes) -> str:
+    """Return what a client tells the server of its seed, and nobody else."""
+    return derive_key(seed, "masks/digest").hex()
+
+
+def expand(seed: bytes, number: int, shape: Shape) -> torch.Tensor:
+    """Expand V of operand `number`: int64, uniform; the same at the server and at all of its clients."""
+    return KeyStream(seed, f"masks/{number}").tensor(shape)
+
+
+def pack_modulo(x: torch.Tensor, ring: int) -> torch.Tensor:
+    """Take the bytes of integers modulo 2^ring: (*, n) int64 -> (*, n, width) uint8."""
+    return pack(x, bytes_for(ring))
+
+
+def dealt_of(place: OperandPlace, packed: torch.Tensor) -> Dealt:
+    """Undo `pack_modulo`, modulo 2^ring: (*, n, width) uint8 -> (*, n), a matrix in few bytes."""
+    whole = unpack(packed)
+    return narrow(whole, place.ring) if len(place.shape) == 2 else whole
+
+
+def digest_of(packed: Iterable[torch.Tensor]) -> str:
+    """Return what the dealer tells the server of the B that it holds, and nobody else."""
+    digest = hashlib.sha256()
+    for part in packed:
+        digest.update(_bytes_of(part))
+    return digest.hexdigest()
+
+
+def _bytes_of(x: torch.Tensor) -> memoryview:
+    return x.reshape(-1).view(torch.uint8).numpy().data
+
+
+# ------------------------------------------------------------------------------------- what asks
+
+
+def standing_masks(x: Share, ring: int) -> Callable[[object, str], KnownOperand | MaskedOperand | None]:
+    """Return what a program calls for an operand: this party's answer, or None if it masks anew."""
+
+    def ask(party: object, step: str) -> KnownOperand | MaskedOperand | None:
+        masks: StandingMasks | None = getattr(party, "standing", None)
+        return None if masks is None or x.owner is not Rank.SERVER else masks.take(x, ring, step)
+
+    return ask

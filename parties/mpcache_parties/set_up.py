@@ -1,0 +1,332 @@
+"""Go through SETUP and CONTEXT with masks that outlive the session (`mpcache.runtime.standing`).
+
+For each of the two, before anything secret moves:
+
+    server -> all       identifier, layout, bytes; before that, how far the masking is
+    dealer -> server    a digest of what it holds; none: then the server sends B, and the dealer the digest
+    server -> client    how far that is, and the seed of V
+    client -> server    a digest of its seed;  client -> dealer  the identifier
+
+What a session keeps on disk, and what prepared tapes are dealt for, is masked anew instead, as `stock`
+does not mask at all: then nothing of this is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from mpcache.answer import TimedSession
+from mpcache.choices import ProtocolName
+from mpcache.errors import Desync, Mismatch
+from mpcache.ledger import Ledger
+from mpcache.model.prefill import Prefill
+from mpcache.rank import Rank
+from mpcache.report.units import duration, size
+from mpcache.runtime.rng import SEED_BYTES
+from mpcache.runtime.standing import (
+    ClientsMasks,
+    DealersMasks,
+    Dealt,
+    OperandPlace,
+    OwnersMasks,
+    dealt_of,
+    places_digest,
+    seed_digest,
+)
+from mpcache.transport.link import bytes_of, tensor_of
+from mpcache_kernels import Backend
+from mpcache_parties.facts import Facts
+from mpcache_parties.private_inputs import Document
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.say import Say
+from mpcache_parties.state.setups import NAME, DealerSetups, Held, Made, ServerSetups
+from mpcache_parties.state.snapshot import copied
+
+SEED_STEP = "seeds/masks"
+TOLD, HELD, SEEN = "facts/masks", "facts/held", "facts/seed"  # steps of what is said, as above
+SAY_EVERY_S = 2.0
+WHAT = {"setup": "weights", "context": "document"}
+
+
+class Progress:
+    """Says how far a transfer is: bytes, share, and an estimate; not more often than every SAY_EVERY_S."""
+
+    def __init__(self, say: Say, what: str) -> None:
+        self._say, self._what = say, what
+        self._start = self._said = 0.0  # of the first word
+        self._before = 0
+
+    def at(self, done: int, total: int) -> bool:
+        """Take note of how far it is; returns whether that was said."""
+        now = time.monotonic()
+        if not self._start:
+            self._start = self._said = now
+            self._before = done
+        if now - self._said < SAY_EVERY_S or not self._before < done < total:
+            return False
+        self._said = now
+        left = (now - self._start) * (total - done) / (done - self._before)
+        share = 100 * done // total
+        self._say(
+            f"{self._what}: {size(done)} of {size(total)} ({share} %), about {duration(1000 * left)} left"
+        )
+        return True
+
+
+def stands(facts: Facts, resources: SessionResources) -> bool:
+    """Return whether the session's masks outlive it: public, and the same at all three."""
+    kept = resources.checkpointer.store is not None
+    return facts.protocol != ProtocolName.STOCK and resources.tapes is None and not kept
+
+
+def set_up_bytes(ledger: Ledger) -> int:
+    """Return what SETUP took at this party: bytes of tensors, both ways, on all links."""
+    steps = (ledger.total("setup"), ledger.total(SEED_STEP))
+    return sum(e.sent + e.received + e.offline_sent + e.offline_received for e in steps)
+
+
+# ------------------------------------------------------------------------------------------- server
+
+
+class ServerSetUp:
+    """The server's part: it masks, sends the dealer what that lacks, and the client the seed."""
+
+    def __init__(self, resources: SessionResources, session: TimedSession, facts: Facts) -> None:
+        self._resources, self._session, self._facts = resources, session, facts
+        self._stands = stands(facts, resources)
+        setups = resources.setups
+        self._setups = setups if isinstance(setups, ServerSetups) else ServerSetups()
+
+    def weights(self, own: Document) -> None:
+        """Go through SETUP."""
+        session = self._session
+        if not self._stands:
+            return session.setup(own.model.weights)
+        ops = session.ops
+        key = f"weights {own.model.digest} {getattr(ops, 'bits', '')}"
+
+        def make(masks: OwnersMasks) -> Any:
+            self._masked(masks, lambda: session.setup(own.model.weights))
+            return session.operands
+
+        start = time.perf_counter()
+        made = self._made("setup", key, make, fresh=False)
+        if "setup" not in session.ms:
+            session.setup(None, made.tree)
+        self._share("setup", made, keep=True)
+        session.ms["setup"] = 1000 * (time.perf_counter() - start)
+        return None
+
+    def prefilled(self, own: Document, make: Callable[[], Prefill], *options: object) -> Prefill:
+        """Return the pass over the document, as an earlier session of this process made it, or anew."""
+        return self._setups.prefilled(repr((own.model.digest, own.tokens, own.device, options)), make)
+
+    def context(self, own: Document, prefilled: Prefill, kernels: Backend) -> None:
+        """Go through CONTEXT."""
+        session = self._session
+        if not self._stands:
+            return session.context(prefilled, kernels)
+        plan = session.policy.plan.to_dict()
+        said = repr((own.tokens, session.policy.spec, plan, getattr(session.ops, "bits", "")))
+        key = f"document {hashlib.sha256(said.encode()).hexdigest()}"
+
+        def make(masks: OwnersMasks) -> Any:
+            self._masked(masks, lambda: session.context(prefilled, kernels))
+            return session.cache
+
+        start, fresh = time.perf_counter(), self._setups.fresh_documents
+        made = self._made("context", key, make, fresh)
+        if "context" not in session.ms:
+            session.context(None, None, copied(made.tree))
+        elif not fresh:
+            session.cache = copied(made.tree)  # what others start with stays as it is
+        self._share("context", made, keep=not fresh)
+        session.ms["context"] = 1000 * (time.perf_counter() - start)
+        return None
+
+    def _masked(self, masks: OwnersMasks, run: Callable[[], None]) -> None:
+        self._session.party.standing = masks
+        try:
+            run()
+        finally:
+            self._session.party.standing = None
+
+    def _made(self, phase: str, key: str, make: Callable[[OwnersMasks], Any], fresh: bool) -> Made:
+        progress = Progress(self._resources.say, f"server: masking the {WHAT[phase]}")
+
+        def watch(done: int, total: int) -> None:
+            done, total = done // 2, total // 2  # two passes over the same bytes
+            if progress.at(done, total):  # who waits for this party hears that it works
+                for link in self._resources.links.values():
+                    link.send_facts(TOLD, {"masked": done, "of": total})
+
+        return self._setups.made(key, make, fresh, watch)
+
+    def _share(self, phase: str, made: Made, keep: bool) -> None:
+        """See to it that dealer and client hold their parts, and that these are the right ones."""
+        links, masks = self._resources.links, made.masks
+        dealer, client = links[Rank.DEALER], links[Rank.CLIENT]
+        about = {"identifier": made.identifier, "layout": places_digest(masks.places), "bytes": masks.nbytes}
+        dealer.send_facts(TOLD, about | {"family": made.family, "keep": keep})
+        held = dealer.recv_facts(HELD).get("digest")
+        if held is None:
+            progress, done = Progress(self._resources.say, f"server: {WHAT[phase]} sent to the dealer"), 0
+            for place, packed in masks.packed():
+                dealer.send(place.step, [packed])
+                done += place.nbytes
+                if progress.at(done, masks.nbytes):
+                    client.send_facts(TOLD, {"sent": done, "of": masks.nbytes})
+            held = dealer.recv_facts(HELD).get("digest")
+        if held != masks.digest:
+            raise Mismatch(
+                f"Mismatch: the dealer holds other masked {WHAT[phase]} than the server made; remove "
+                f"{made.identifier:.8}... from the dealer's --setup-dir, or restart a dealer that has none"
+            )
+        client.send_facts(TOLD, about)
+        client.send(SEED_STEP, [tensor_of(masks.seed)])
+        if client.recv_facts(SEEN).get("digest") != seed_digest(masks.seed):
+            raise Mismatch(
+                f"Mismatch: the client holds another seed of the masked {WHAT[phase]} than the server "
+                "sent; is it the same release of mpcache?"
+            )
+
+
+# ------------------------------------------------------------------------------------------- client
+
+
+class ClientSetUp:
+    """The client's part: it gets a seed of 32 bytes."""
+
+    def __init__(self, resources: SessionResources, session: TimedSession, facts: Facts) -> None:
+        self._resources, self._session = resources, session
+        self._stands = stands(facts, resources)
+
+    def weights(self) -> None:
+        """Go through SETUP."""
+        self._run("setup", lambda: self._session.setup(None))
+
+    def context(self) -> None:
+        """Go through CONTEXT."""
+        self._run("context", lambda: self._session.context(None, None))
+
+    def _run(self, phase: str, run: Callable[[], None]) -> None:
+        if not self._stands:
+            return run()
+        start, links = time.perf_counter(), self._resources.links
+        server, party = links[Rank.SERVER], self._session.party
+        about = told(server.recv_facts, self._resources.say, f"client: {WHAT[phase]}")
+        (seed,) = server.recv(SEED_STEP, [(torch.uint8, (SEED_BYTES,))])
+        server.send_facts(SEEN, {"digest": seed_digest(bytes_of(seed))})
+        links[Rank.DEALER].send_facts(TOLD, {"identifier": about["identifier"]})
+        party.standing = masks = ClientsMasks(bytes_of(seed))
+        run()
+        party.standing = None
+        same_layout(masks.places, about, Rank.CLIENT)
+        self._session.ms[phase] = 1000 * (time.perf_counter() - start)
+        return None
+
+
+# ------------------------------------------------------------------------------------------- dealer
+
+
+class DealerSetUp:
+    """The dealer's part: it finds the masked tensors again, or receives them."""
+
+    def __init__(self, resources: SessionResources, session: TimedSession, facts: Facts) -> None:
+        self._resources, self._session = resources, session
+        self._stands = stands(facts, resources)
+        setups = resources.setups
+        self._setups = setups if isinstance(setups, DealerSetups) else DealerSetups()
+
+    def weights(self) -> None:
+        """Go through SETUP."""
+        self._run("setup", lambda: self._session.setup(None))
+
+    def context(self) -> None:
+        """Go through CONTEXT."""
+        self._run("context", lambda: self._session.context(None, None))
+
+    def _run(self, phase: str, run: Callable[[], None]) -> None:
+        if not self._stands:
+            return run()
+        start, links = time.perf_counter(), self._resources.links
+        server = links[Rank.SERVER]
+        about = told(server.recv_facts, self._resources.say, f"dealer: {WHAT[phase]}")
+        identifier, family = about["identifier"], str(about.get("family"))
+        held = self._setups.find(identifier, family)
+        if held is not None:
+            server.send_facts(HELD, {"digest": held.digest})
+            self._with(DealersMasks(held.next_of()), run, about)
+        else:
+            server.send_facts(HELD, {"digest": None})
+            held = self._received(phase, run, about, family)
+            server.send_facts(HELD, {"digest": held.digest})
+            if about.get("keep") is True:
+                self._setups.keep(identifier, held)
+        if (theirs := links[Rank.CLIENT].recv_facts(TOLD).get("identifier")) != identifier:
+            raise Mismatch(
+                f"Mismatch: the set-up of the {WHAT[phase]} is {theirs!r:.40} at client, {identifier!r:.40} "
+                "at dealer; start both anew"
+            )
+        self._session.ms[phase] = 1000 * (time.perf_counter() - start)
+        return None
+
+    def _received(self, phase: str, run: Callable[[], None], about: Mapping[str, Any], family: str) -> Held:
+        server, masks, digest = self._resources.links[Rank.SERVER], list[Dealt](), hashlib.sha256()
+        progress, total = (
+            Progress(self._resources.say, f"dealer: {WHAT[phase]} received"),
+            int(about["bytes"]),
+        )
+        done = 0
+
+        def take(place: OperandPlace) -> Dealt:
+            nonlocal done
+            (packed,) = server.recv(place.step, [(torch.uint8, place.packed)])
+            digest.update(packed.reshape(-1).numpy().data)
+            masks.append(dealt_of(place, packed))
+            progress.at(done := done + place.nbytes, total)
+            return masks[-1]
+
+        found = DealersMasks(take)
+        self._with(found, run, about)
+        return Held(family, found.places, masks, digest.hexdigest())
+
+    def _with(self, masks: DealersMasks, run: Callable[[], None], about: Mapping[str, Any]) -> None:
+        self._session.party.standing = masks
+        run()
+        self._session.party.standing = None
+        same_layout(masks.places, about, Rank.DEALER)
+
+
+# -------------------------------------------------------------------------------------------- both
+
+
+def told(hear: Callable[[str], dict[str, Any]], say: Say, who: str) -> dict[str, Any]:
+    """Hear of a set-up from the server, and meanwhile how far it is. Raises Desync."""
+    ways: dict[str, Progress] = {}
+    while "identifier" not in (about := hear(TOLD)):
+        for way in ("masked", "sent"):
+            done, of = about.get(way), about.get("of")
+            if type(done) is int and type(of) is int:
+                doing = "being masked at the server" if way == "masked" else "sent to the dealer"
+                progress = ways.setdefault(way, Progress(say, f"{who} {doing}"))
+                progress.at(done, of)
+    if not NAME.fullmatch(str(about["identifier"])) or type(about.get("bytes")) is not int:
+        raise Desync(
+            f"Desync: the server names a set-up {about['identifier']!r:.60}; is it the same version?"
+        )
+    return about
+
+
+def same_layout(places: list[OperandPlace], about: Mapping[str, Any], me: Rank) -> None:
+    """Compare what this party's program asked for with what the server masked. Raises Mismatch."""
+    if (mine := places_digest(places)) != about.get("layout"):
+        raise Mismatch(
+            f"Mismatch: the layout of the set-up is {str(about.get('layout')):.16} at server, {mine:.16} at "
+            f"{me.label}: shapes, rings or fraction bits differ; start both with the same release of mpcache"
+        )

@@ -1,0 +1,125 @@
+"""What server and dealer keep of set-ups: found again, sealed, refused when it is not the right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpcache.errors import StateError
+from mpcache.runtime.ring import wide
+from mpcache.runtime.standing import OperandPlace, dealt_of, digest_of, pack_modulo
+from mpcache_parties.state.setups import KEPT_AT_DEALER, DealerSetups, Held, ServerSetups
+
+PLACES = [OperandPlace("setup/layer0", (5, 3), 48, 16), OperandPlace("setup/layer1", (4,), 64, 16)]
+NAMES = [f"{i:032x}" for i in range(20)]
+FAMILY, OTHER = "a" * 32, "b" * 32
+
+
+def held(family: str = FAMILY) -> Held:
+    packed = [torch.randint(0, 256, place.packed, dtype=torch.uint8) for place in PLACES]
+    masks = [dealt_of(place, mask) for place, mask in zip(PLACES, packed, strict=True)]
+    return Held(family, PLACES, masks, digest_of(packed))
+
+
+def file_of(folder: Path, name: str = NAMES[0]) -> Path:
+    return folder / "dealer" / f"{name}.masks"
+
+
+def test_it_is_found_again_by_its_name(tmp_path: Path) -> None:
+    mine = held()
+    store = DealerSetups(tmp_path)
+    assert store.find(NAMES[0], FAMILY) is None
+    store.keep(NAMES[0], mine)
+    assert store.find(NAMES[0], FAMILY) is mine
+    again = DealerSetups(tmp_path).find(NAMES[0], FAMILY)  # another process
+    assert again is not None and (again.digest, again.places) == (mine.digest, mine.places)
+    take = again.next_of()
+    for place, mask in zip(mine.places, mine.masks, strict=True):
+        assert torch.equal(wide(take(place)), wide(mask))
+    assert file_of(tmp_path).stat().st_mode & 0o077 == 0
+
+
+def test_without_a_folder_it_lives_with_the_process() -> None:
+    mine, store = held(), DealerSetups()
+    store.keep(NAMES[0], mine)
+    assert store.find(NAMES[0], FAMILY) is mine
+    assert DealerSetups().find(NAMES[0], FAMILY) is None
+
+
+def test_a_file_shows_nothing_of_what_it_holds(tmp_path: Path) -> None:
+    mine = held()
+    DealerSetups(tmp_path).keep(NAMES[0], mine)
+    content = file_of(tmp_path).read_bytes()
+    assert pack_modulo(wide(mine.masks[0]), 48).numpy().tobytes() not in content
+    assert mine.digest.encode() not in content and b"layer0" not in content
+
+
+@pytest.mark.parametrize("at", [-1, -40, 200])
+def test_a_damaged_file_is_refused(tmp_path: Path, at: int) -> None:
+    DealerSetups(tmp_path).keep(NAMES[0], held())
+    content = bytearray(file_of(tmp_path).read_bytes())
+    content[at] ^= 1
+    file_of(tmp_path).write_bytes(content)
+    with pytest.raises(StateError, match=r"dealer: .*\.masks: .*; remove it, and the server sends it again"):
+        DealerSetups(tmp_path).find(NAMES[0], FAMILY)
+
+
+def test_a_file_under_another_name_is_refused(tmp_path: Path) -> None:
+    DealerSetups(tmp_path).keep(NAMES[0], held())
+    file_of(tmp_path).rename(file_of(tmp_path, NAMES[1]))
+    with pytest.raises(StateError, match="its identifier is"):
+        DealerSetups(tmp_path).find(NAMES[1], FAMILY)
+
+
+def test_what_another_model_masked_is_refused() -> None:
+    take = held().next_of()
+    take(PLACES[0])
+    with pytest.raises(StateError, match=r"has setup/layer1 4 .* where the session needs setup/layer1 5"):
+        take(replace_shape(PLACES[1], (5,)))
+    take = held().next_of()
+    take(PLACES[0]), take(PLACES[1])
+    with pytest.raises(StateError, match="has nothing where the session needs"):
+        take(PLACES[1])
+
+
+def replace_shape(place: OperandPlace, shape: tuple[int, ...]) -> OperandPlace:
+    return place._replace(shape=shape)
+
+
+def test_a_new_master_key_erases_what_the_old_one_masked(tmp_path: Path) -> None:
+    store = DealerSetups(tmp_path)
+    store.keep(NAMES[0], held())
+    store.keep(NAMES[1], held())
+    assert store.find(NAMES[2], OTHER) is None
+    assert not list((tmp_path / "dealer").glob("*.masks"))
+    assert store.find(NAMES[0], FAMILY) is None
+
+
+def test_the_least_used_one_makes_room(tmp_path: Path) -> None:
+    store = DealerSetups(tmp_path)
+    for name in NAMES[:KEPT_AT_DEALER]:
+        store.keep(name, held())
+    assert store.find(NAMES[0], FAMILY) is not None  # used last
+    store.keep(NAMES[KEPT_AT_DEALER], held())
+    assert len(list((tmp_path / "dealer").glob("*.masks"))) == KEPT_AT_DEALER
+    assert store.find(NAMES[1], FAMILY) is None
+    assert store.find(NAMES[0], FAMILY) is not None
+
+
+def test_the_master_key_is_its_owners_alone(tmp_path: Path) -> None:
+    ServerSetups(tmp_path)
+    key = tmp_path / "server" / "masks.key"
+    assert key.stat().st_mode & 0o077 == 0
+    key.chmod(0o644)
+    with pytest.raises(StateError, match="others may read this key"):
+        ServerSetups(tmp_path)
+
+
+def test_a_tampered_mask_has_another_digest() -> None:
+    mine = held()
+    packed = [pack_modulo(wide(mask), place.ring) for mask, place in zip(mine.masks, PLACES, strict=True)]
+    assert digest_of(packed) == mine.digest
+    packed[0][0, 0, 0] ^= 1
+    assert digest_of(packed) != mine.digest

@@ -1,0 +1,145 @@
+"""Measure a private answer of a model of SmolLM2-135M's size: the table of docs/benchmarks.md.
+
+    python tools/bench_size.py [--context 99] [--question 14] [--tokens 6] [--model DIR] [--layers 30]
+
+Without --model the weights are random and made on the fly, so that nothing is downloaded; the plaintext
+answer is measured beside, in the same run. Prints one Markdown row: latencies, their ratio, and each party's
+CPU seconds and largest resident memory, set-up included. Linux, as it reads /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mpcache.demo import DEMO
+from mpcache.model import load_tokenizer
+
+SHAPE = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,
+    "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "hidden_act": "silu", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
+    "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PARTIES = ("server", "client", "dealer")
+HEAD = (
+    "| context | question | plaintext ms/token | private ms/token | ratio | first token, s | set-up, s | "
+    "CPU s, server, client, dealer | memory GB, the same |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def make_model(folder: Path, layers: int) -> None:
+    """Write a model of that shape with random weights and the demo's tokenizer."""
+    (folder / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (DEMO / "model" / name).is_file():
+            shutil.copy(DEMO / "model" / name, folder / name)
+    torch.manual_seed(0)
+    width, ffn, kv = 576, 1536, 3 * 64
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(49152, width) * 0.1,
+        "model.norm.weight": torch.ones(width),
+    }
+    sizes = {
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, width), "mlp.gate_proj": (ffn, width), "mlp.up_proj": (ffn, width),
+        "mlp.down_proj": (width, ffn),
+    }  # fmt: skip
+    for i in range(layers):
+        for name, size in sizes.items():
+            tensors[f"model.layers.{i}.{name}.weight"] = torch.randn(size) * 0.03
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(width)
+    save_file({name: x.bfloat16() for name, x in tensors.items()}, folder / "model.safetensors")
+
+
+def text_of(tokenizer: Any, tokens: int) -> str:
+    """Return a text of so many tokens, or one or two more."""
+    words = "the river runs past the old mill and the road turns to the sea by a house of stone "
+    text = ""
+    for word in (words * tokens).split():
+        if len(tokenizer.encode(text, bos=False)) >= tokens:
+            break
+        text += f" {word}" if text else word
+    return text
+
+
+def watch(process: subprocess.Popen[str], peak: dict[str, float], cpu: dict[str, float]) -> None:
+    """Note the parties' largest memory, in GB, and CPU seconds until the process ends."""
+    while process.poll() is None:
+        for child in Path(f"/proc/{process.pid}/task").glob("*/children"):
+            for number in child.read_text().split():
+                try:
+                    words = Path(f"/proc/{number}/cmdline").read_text().split("\0")
+                    status = Path(f"/proc/{number}/status").read_text()
+                    times = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[11:13]
+                except OSError:
+                    continue
+                if "--rank" not in words or "VmHWM:" not in status:
+                    continue
+                name = PARTIES[int(words[words.index("--rank") + 1])]
+                peak[name] = int(status.partition("VmHWM:")[2].split()[0]) / 1e6
+                cpu[name] = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+        time.sleep(0.1)
+
+
+def measure(model: Path, given: argparse.Namespace) -> str:
+    """Run one answer, and return its row."""
+    tokenizer = load_tokenizer(model)
+    peak: dict[str, float] = {}
+    cpu: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        document, out = Path(folder) / "document.txt", Path(folder) / "out.json"
+        document.write_text(text_of(tokenizer, given.context), encoding="utf-8")
+        command = [sys.executable, "-m", "mpcache", "generate", "--json", "--no-stop-at-eos"]
+        command += ["--model", str(model), "--context", str(document), "--policy", given.policy]
+        command += ["--question", text_of(tokenizer, given.question), "--max-new-tokens", str(given.tokens)]
+        with out.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, text=True)
+            watch(process, peak, cpu)
+        if process.returncode:
+            raise SystemExit(f"bench_size: `mpcache generate` ended with {process.returncode}")
+        found = json.loads(out.read_text())
+    private, plain = found["private"], found["plaintext"]
+    ratio = private["ms_per_token_median"] / plain["ms_per_token_median"]
+    return (
+        f"| {found['context_tokens']} | {found['question_tokens']} | {plain['ms_per_token_median']:.0f} "
+        f"| {private['ms_per_token_median']:.0f} | {ratio:.1f} | {private['first_token_ms'] / 1e3:.1f} "
+        f"| {found['setup_ms'] / 1e3:.0f} | {', '.join(f'{cpu[name]:.1f}' for name in PARTIES)} "
+        f"| {', '.join(f'{peak[name]:.1f}' for name in PARTIES)} |"
+    )
+
+
+def main() -> None:
+    """Print the table's head and a row."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--model", type=Path)
+    arguments.add_argument("--context", type=int, default=99)
+    arguments.add_argument("--question", type=int, default=14)
+    arguments.add_argument("--tokens", type=int, default=6)
+    arguments.add_argument("--layers", type=int, default=30)
+    arguments.add_argument("--policy", default="full")
+    given = arguments.parse_args()
+    print(HEAD, flush=True)
+    if given.model is not None:
+        print(measure(given.model, given))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), given.layers)
+        print(measure(Path(folder), given))
+
+
+if __name__ == "__main__":
+    main()

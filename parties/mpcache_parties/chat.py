@@ -297,17 +297,22 @@ class LocalParties:
             raise first_cause(self._children, {}, self._errors)
 
 
-def connect(config: Path | str, identity: Path | str | None = None, say: Say = quiet) -> Chat:
+def connect(
+    config: Path | str, identity: Path | str | None = None, say: Say = quiet, *, insecure: bool = False
+) -> Chat:
     """Open a conversation with a server and a dealer that run elsewhere; close it after use.
 
     config: the YAML file that all parties agree on.  identity: the folder of this client's key and
     certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
-    the set-up is. Raises ConfigError, or PartyFailed where no session comes about.
+    the set-up is.  insecure: no TLS, whatever the addresses. Raises ConfigError, or PartyFailed where no
+    session comes about.
     """
     load_settings(config)  # its faults are told here, not by a process
     flags = ["--config", str(config)]
     if identity is not None:
         flags += ["--identity", str(identity)]
+    if insecure:
+        flags.append("--insecure")
     return Chat(flags, say)
 
 

@@ -24,6 +24,7 @@ from mpcache.console.options import (
 from mpcache.console.signals import Stopped, ignore_signals
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
+from mpcache_parties.client_api import ClientApi
 from mpcache_parties.keygen import keygen
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.pinning import pin
@@ -149,6 +150,13 @@ def party(
             "--conversation", help="Client, with --events: questions, one after another, from stdin."
         ),
     ] = False,
+    api: Annotated[
+        str | None,
+        typer.Option(help="Client: [HOST:]PORT of an OpenAI-compatible endpoint and its page; stays."),
+    ] = None,
+    api_key: Annotated[
+        Path | None, typer.Option(help="With --api: a file with the key that callers need, mode 0600.")
+    ] = None,
 ) -> None:
     """Run one party until the answer is complete. Start all three, in any order.
 
@@ -159,47 +167,49 @@ def party(
         return
     if rank is None:
         raise typer.BadParameter("give --rank 0 (server), 1 (client) or 2 (dealer)", param_hint="--rank")
-    run_party(
-        PartyOptions(
-            me=Rank(rank),
-            config=config,
-            model=model,
-            context=context,
-            question=question,
-            question_file=question_file,
-            policy=policy,
-            protocol=protocol,
-            network=network,
-            max_new_tokens=max_new_tokens,
-            reveal=reveal,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop_at_eos=stop_at_eos,
-            stop=tuple(stop or ()),
-            raw=raw,
-            document_as=document_as,
-            state=state,
-            state_key=state_key,
-            resume=resume,
-            setup_dir=setup_dir,
-            fresh_document=fresh_document,
-            offline_store=offline_store,
-            prepare_tokens=prepare_tokens,
-            connect_timeout=connect_timeout,
-            identity=identity,
-            insecure=insecure,
-            log=log,
-            log_level=log_level,
-            metrics=metrics,
-            health=health,
-            listen=listen,
-            serve=serve,
-            sessions=sessions,
-            events=events,
-            conversation=conversation,
-        )
+    options = PartyOptions(
+        me=Rank(rank),
+        config=config,
+        model=model,
+        context=context,
+        question=question,
+        question_file=question_file,
+        policy=policy,
+        protocol=protocol,
+        network=network,
+        max_new_tokens=max_new_tokens,
+        reveal=reveal,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_at_eos=stop_at_eos,
+        stop=tuple(stop or ()),
+        raw=raw,
+        document_as=document_as,
+        state=state,
+        state_key=state_key,
+        resume=resume,
+        setup_dir=setup_dir,
+        fresh_document=fresh_document,
+        offline_store=offline_store,
+        prepare_tokens=prepare_tokens,
+        connect_timeout=connect_timeout,
+        identity=identity,
+        insecure=insecure,
+        log=log,
+        log_level=log_level,
+        metrics=metrics,
+        health=health,
+        listen=listen,
+        serve=serve,
+        sessions=sessions,
+        events=events,
+        conversation=conversation,
     )
+    if api is not None:
+        ClientApi(api, api_key).serve(options, lambda text: print(text, file=sys.stderr))
+        return
+    run_party(options)
 
 
 def main() -> None:

@@ -84,6 +84,7 @@ class ClientPace:
             if not self.goes_on():
                 raise NoMoreTapes
         phase = ChunkPlace(self._turn, step).phase
+        server.check_alive(phase)  # it may have said why
         raise PeerLost(f"dealer at {phase}: server has ended its session before the client's answer")
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mpcache.config import PublicConfig
+from mpcache.engines import fast
 from mpcache.errors import BadInput, Desync, MpcacheError, StateError
 from mpcache.ledger import Ledger
 from mpcache.model import Model
@@ -194,8 +195,14 @@ def test_cut_again_and_again(model: Model, tokens: list[int], tmp_path: Path) ->
 
 
 @SLOW
-def test_drawn_tokens_are_drawn_once(model: Model, tokens: list[int], tmp_path: Path) -> None:
-    """Cut between the client's checkpoint and the server's: what was shown stays, and so do the draws."""
+def test_drawn_tokens_are_drawn_once(
+    model: Model, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut between the client's checkpoint and the server's: what was shown stays, and so do the draws.
+
+    Three sessions draw the same from logits that are the same: with little of the noise that differs.
+    """
+    monkeypatch.setattr(fast, "BLUR_BITS", 15)
     public = PublicConfig(policy="full", max_new_tokens=TOKENS)
     question = Question(QUESTION.text, Sampling(temperature=1.0, seed=5), stop_at_eos=False)
     whole = play(public, model, tokens, None, question=question)[C].token_ids
@@ -347,8 +354,9 @@ def test_what_differs_from_the_first_run_is_named(
         tokens = [*tokens[:-1], tokens[0]]
     ends = play(given.pop("public"), model, tokens, cut_off, resume=True, **given)
     assert all(isinstance(end, MpcacheError) for end in ends.values())
-    with pytest.raises(StateError, match=words):
-        raise ends[rank]
+    # A config is the same at all three: the first to compare tells the others.
+    own = ends.values() if case == "config" else [ends[rank]]
+    assert any(isinstance(end, StateError) and re.search(words, str(end)) for end in own), ends
 
 
 def test_another_model_is_refused(model: Model, tokens: list[int], cut_off: Path) -> None:

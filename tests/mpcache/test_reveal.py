@@ -84,7 +84,8 @@ def test_the_tokens_are_those_of_plain_logits(vocab: int) -> None:
     played = session("token", vocab=vocab)
     assert [int(t) for t in played.client] == [int(x.argmax()) for x in plain]
     assert played.server == [None] * len(CHUNKS)
-    found = price(tiny.shape(vocab=vocab), "full", 24, 3, new_tokens=4, reveal=Reveal.TOKEN)
+    shape = tiny.shape(vocab=vocab)
+    found = price(shape, "full", 24, 3, new_tokens=4, reveal=Reveal.TOKEN, standing=False)
     ledger = played.ledgers[Rank.SERVER].total()
     phases = [found.total(phase) for phase in found.phases]
     assert sum(t.rounds for t in phases) == ledger.rounds

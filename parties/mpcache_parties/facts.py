@@ -131,7 +131,7 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
             template = receive_template(links[Rank.SERVER], model)
             public_texts = {"tokenizer": vocabulary} | ({} if template is None else {"template": template})
             framing = framing_of({"model": model} | public_texts, shape, public)
-            question = {"question_tokens": 0, "new_tokens": 0}
+            question = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
             if isinstance(own, Question):
                 asked = framing.frame_turn(own.text, first=True)
                 question = {"question_tokens": len(asked), "new_tokens": own.limit(public.max_new_tokens)}
@@ -252,13 +252,12 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     _check_memory(shape, context)
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
+    limit = _limit(question, public)
     if asked:
-        limit = _limit(question, public)
         policy = bind_policy(shape, public.model_copy(update={"max_new_tokens": limit}), context, asked)
         room = asked + limit
     else:
         policy, room = bind_conversation(shape, public, context)
-        limit = public.max_new_tokens
     if "head_counts" in model:
         policy = _counted(policy, shape, model["head_counts"])
     protocol: str = public.protocol

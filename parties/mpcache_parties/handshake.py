@@ -12,6 +12,7 @@ from mpcache.transport.link import Hello, Links
 from mpcache.transport.session_order import AGREED
 
 PROTOCOL_VERSION = 8
+TOKENS = "max_new_tokens"
 VALUE_CHARACTERS = 80  # of a differing value, in the error's line
 
 _KEEPING = "--state and --resume, or one that serves with --state alone"  # what to start both with
@@ -60,6 +61,7 @@ def compare_hellos(mine: Hello, theirs: Hello, expected: Rank) -> None:
     """Raise Mismatch unless `theirs` comes from `expected` and agrees with `mine`.
 
     A server or a dealer may keep the session as the client does: its `state` agrees with any of the others.
+    A client may want fewer new tokens than the others are ready for.
     """
     if theirs.rank is not expected:
         raise Mismatch(
@@ -72,7 +74,24 @@ def compare_hellos(mine: Hello, theirs: Hello, expected: Rank) -> None:
     sides: list[Side] = [(hello.rank, hello.public) for hello in (mine, theirs)]
     if any(public.get("state") == KeepMode.AS_CLIENT for _, public in sides):
         sides = _without_state(sides)
+    if _client_asks_less(dict(sides)):
+        sides = _without(sides, TOKENS)
     _compare_fields(sides[0], sides[1], "--config and flags")
+
+
+def _client_asks_less(sides: Mapping[Rank, Mapping[str, str]]) -> bool:
+    """Return whether a client wants no more new tokens than the other is ready for."""
+    if Rank.CLIENT not in sides:
+        return False
+    said = {rank: public.get(TOKENS, "") for rank, public in sides.items()}
+    if not all(value.isascii() and value.isdigit() and len(value) < 10 for value in said.values()):
+        return False
+    wanted = int(said.pop(Rank.CLIENT))
+    return wanted <= min(map(int, said.values()), default=0)
+
+
+def _without(sides: Sequence[Side], name: str) -> list[Side]:
+    return [(rank, {n: value for n, value in public.items() if n != name}) for rank, public in sides]
 
 
 def _without_state(sides: Sequence[Side]) -> list[Side]:
@@ -84,7 +103,7 @@ def _without_state(sides: Sequence[Side]) -> list[Side]:
         if public.get("state") not in (CLIENT_MODES if rank is Rank.CLIENT else tuple(KeepMode)):
             said = [(rank, _shown(public.get("state"))) for rank, public in sides]
             raise _mismatch("state", said, _KEEPING)
-    return [(rank, {n: value for n, value in public.items() if n != "state"}) for rank, public in sides]
+    return _without(sides, "state")
 
 
 def confirm_facts(links: Links, me: Rank, facts: Mapping[str, str]) -> None:

@@ -178,7 +178,8 @@ def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
     """Mode `--serve`: sessions until this process is told to stop, `at_once` of them at the same time."""
     process.status.be_ready(True)
     serve_one = partial(_serve_one, process, at_once)
-    serve_all(process.me, process.settings, process.trust, at_once, serve_one, process.output.say)
+    say, refused = process.output.say, process.status.refuse
+    serve_all(process.me, process.settings, process.trust, at_once, serve_one, say, refused)
 
 
 def prepare_tapes(process: PartyProcess, network: Network, status: SessionStatus) -> None:

@@ -33,10 +33,14 @@ LOOK_EVERY_S = 0.5  # whether it is
 
 
 def serve_all(
-    me: Rank, settings: Settings, trust: Trust, at_once: int, serve_one: Serve, say: Say
-) -> NoReturn:
-    """Take sessions until this process is told to stop. Raises PortInUse, ConfigError, or Stopped."""
-    listener = Listener(me, settings, limit=at_once, trust=trust, say=say)
+    me: Rank, settings: Settings, trust: Trust, at_once: int, serve_one: Serve, say: Say,
+    on_refused: Callable[[int], None] = lambda connections: None,
+) -> NoReturn:  # fmt: skip
+    """Take sessions until this process is told to stop. Raises PortInUse, ConfigError, or Stopped.
+
+    on_refused: told of connections that are refused.
+    """
+    listener = Listener(me, settings, limit=at_once, trust=trust, say=say, on_refused=on_refused)
     address = settings.addresses.of(me)
     bound = settings.addresses.bound_by(me)
     where = f" (listening at {bound})" if bound != address else ""

@@ -64,12 +64,15 @@ class Scripted(Conversation):
         self.shown += 1
 
 
-def converse(public: PublicConfig, model: Model, tokens: list[int], own: Scripted) -> dict[Rank, Any]:
-    """The three parties as threads; what each ended with."""
+def converse(
+    public: PublicConfig, model: Model, tokens: list[int], own: Scripted, wanted: int | None = None
+) -> dict[Rank, Any]:
+    """The three parties as threads; what each ended with. wanted: new tokens, by the client's own config."""
+    less = public if wanted is None else public.model_copy(update={"max_new_tokens": wanted})
     return together(
         {
             S: lambda links, ledger: serve(SessionResources(links, ledger, public), Document(model, tokens)),
-            C: lambda links, ledger: ask(SessionResources(links, ledger, public, on_token=own.token), own),
+            C: lambda links, ledger: ask(SessionResources(links, ledger, less, on_token=own.token), own),
             D: lambda links, ledger: deal(SessionResources(links, ledger, public)),
         }
     )
@@ -165,6 +168,9 @@ def test_a_client_may_ask_for_fewer_tokens_than_agreed(model: Model) -> None:
     own = Scripted([*asked(QUESTIONS[0], new_tokens=2), *asked(QUESTIONS[1], new_tokens=100)])
     converse(public, model, tokens, own)
     check_turns(model, public, tokens, own, [2, 8])
+    own = Scripted(asked(QUESTIONS[0]))
+    converse(public, model, tokens, own, wanted=3)
+    check_turns(model, public, tokens, own, [3])
 
 
 def test_a_question_without_room_is_refused_and_the_session_goes_on(model: Model) -> None:

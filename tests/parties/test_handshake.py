@@ -53,7 +53,7 @@ def test_another_config_names_the_field_on_both_sides() -> None:
 
 
 def test_another_config_ends_all_three() -> None:
-    flats = {rank: PublicConfig(max_new_tokens=8 if rank is C else 9).flat() for rank in Rank}
+    flats = {rank: PublicConfig(max_new_tokens=9 if rank is C else 8).flat() for rank in Rank}
 
     def party(network: object) -> str:
         with pytest.raises(LinkError) as caught, network as entered:  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ def test_another_config_ends_all_three() -> None:
 
     with grpc_networks(free_settings(), S, C, D) as networks, ThreadPoolExecutor(3) as pool:
         texts = list(pool.map(party, networks))
-    assert all("max_new_tokens is" in text and "8 at client" in text for text in texts)
+    assert all("max_new_tokens is" in text and "9 at client" in text for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -202,3 +202,23 @@ def test_a_release_that_plans_otherwise_is_found_before_anything_secret_moves(
                                rf"plan\.layer1\.attended is 7 at {odd.label}, \d+ at", line))  # fmt: skip
         assert '"setup"' not in (tmp_path / rank.label).read_text()
     assert told == 3
+
+
+@pytest.mark.parametrize(("wanted", "ready", "fits"), [(5, 9, True), (9, 9, True), (10, 9, False)])
+@pytest.mark.parametrize("peer", [S, D])
+def test_a_client_may_want_fewer_tokens(wanted: int, ready: int, fits: bool, peer: Rank) -> None:
+    client = Hello(PROTOCOL_VERSION, C, "0", PublicConfig(max_new_tokens=wanted).flat())
+    other = Hello(PROTOCOL_VERSION, peer, "0", PublicConfig(max_new_tokens=ready).flat())
+    for mine, theirs in ((client, other), (other, client)):
+        if fits:
+            compare_hellos(mine, theirs, theirs.rank)
+            continue
+        with pytest.raises(Mismatch, match="max_new_tokens is"):
+            compare_hellos(mine, theirs, theirs.rank)
+
+
+def test_only_a_client_may() -> None:
+    server = Hello(PROTOCOL_VERSION, S, "0", PublicConfig(max_new_tokens=5).flat())
+    dealer = Hello(PROTOCOL_VERSION, D, "0", PublicConfig(max_new_tokens=9).flat())
+    with pytest.raises(Mismatch, match="max_new_tokens is"):
+        compare_hellos(server, dealer, D)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any
@@ -53,11 +53,12 @@ class Listener:
         limit: int = 1,
         trust: Trust | None = None,
         say: Say = quiet,
+        on_refused: Callable[[int], None] = lambda connections: None,
     ) -> None:
         """Listen at this rank's address. Raises PortInUse or ConfigError."""
         self.rank, self.settings, self.limit = rank, settings, limit
         self._trust, self._say = trust or Trust(), say
-        self._first = first
+        self._first, self._on_refused = first, on_refused
         self._sessions: dict[str, Network] = {}
         self._new: SimpleQueue[Network] = SimpleQueue()
         self._lock = Lock()
@@ -117,6 +118,7 @@ class Listener:
 
     def _say_refused(self, context: grpc.ServicerContext, why: str) -> None:
         """Tell whom a party that serves refused; one that waits for a single session ends with it."""
+        self._on_refused(1)
         if self._first is not None:
             return
         now = time.monotonic()
@@ -132,6 +134,7 @@ class Listener:
         now = time.monotonic()
         if now >= self._look_at and (n := self._trust.strangers()):
             self._look_at = now + STRANGERS_EVERY_S
+            self._on_refused(n)
             where = self.settings.addresses.bound_by(self.rank)
             self._say(f"{self.rank.label}: refused {n} connections at {where}: {STRANGER}")
 

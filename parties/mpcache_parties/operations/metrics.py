@@ -10,17 +10,18 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from threading import BoundedSemaphore, Thread
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from mpcache.errors import PortInUse
 from mpcache_parties.operations.own_address import own_address
-from mpcache_parties.operations.status import PartyStatus
+from mpcache_parties.operations.status import BOUNDS_S, Durations, PartyStatus
 
 REQUEST_S = 10.0  # longest silence of a caller in the middle of its request for metrics
 CALLERS = 16  # for metrics, at once: each has a thread
@@ -39,12 +40,18 @@ class PartyMetrics(Collector):
             ("rounds", "Waits for a message of the other computing party.", totals.traffic.rounds),
             ("wire_bytes", "Bytes on the links with framing, both directions.", totals.wire_bytes),
             ("tokens", "Chunks computed: the question is the first token's.", totals.tokens),
+            ("refused_connections", "Callers that were refused.", status.refused),
             ("dealer_wait_seconds", "Time spent waiting for the dealer: its lag.", totals.dealer_wait_s),
         )
         for name, text, value in simple:
             counter = CounterMetricFamily(f"mpcache_{name}", text, labels=["party"])
             counter.add_metric([label], value)
             yield counter
+        for name, text, took in (
+            ("first_token_seconds", "From a question to its answer's first token.", totals.first_tokens),
+            ("token_seconds", "A further token.", totals.further_tokens),
+        ):
+            yield _histogram(name, text, label, took)
         text = "Payload bytes on the links; offline: with the dealer."
         payload = CounterMetricFamily("mpcache_bytes", text, labels=["party", "traffic", "direction"])
         for direction in ("sent", "received"):
@@ -62,6 +69,13 @@ class PartyMetrics(Collector):
         ready = GaugeMetricFamily("mpcache_ready", "1: serving; 0: starting or ending.", labels=["party"])
         ready.add_metric([label], int(status.ready))
         yield ready
+
+
+def _histogram(name: str, text: str, label: str, took: Durations) -> HistogramMetricFamily:
+    bounds = [*map(str, BOUNDS_S), "+Inf"]
+    family = HistogramMetricFamily(f"mpcache_{name}", text, labels=["party"])
+    family.add_metric([label], list(zip(bounds, accumulate(took.counts), strict=True)), took.total_s)
+    return family
 
 
 class _Page(BaseHTTPRequestHandler):

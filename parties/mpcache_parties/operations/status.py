@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,6 +36,27 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
+BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)  # of the classes of durations
+
+
+@dataclass
+class Durations:
+    """How long something took, by classes: the last one is above all bounds. Units: s."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    total_s: float = 0.0
+
+    def note(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self.total_s += seconds
+
+    def add(self, other: Durations) -> None:
+        """Add another's."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.total_s += other.total_s
+
+
 @dataclass
 class Totals:
     """What sessions have cost so far. Units: rounds, bytes, tokens, s."""
@@ -43,12 +65,16 @@ class Totals:
     wire_bytes: int = 0
     tokens: int = 0
     dealer_wait_s: float = 0.0  # time spent waiting for the dealer: how far it lags behind
+    first_tokens: Durations = field(default_factory=Durations)  # each a question taken in
+    further_tokens: Durations = field(default_factory=Durations)
 
     def add(self, other: Totals) -> None:
         self.traffic += other.traffic
         self.wire_bytes += other.wire_bytes
         self.tokens += other.tokens
         self.dealer_wait_s += other.dealer_wait_s
+        self.first_tokens.add(other.first_tokens)
+        self.further_tokens.add(other.further_tokens)
 
 
 class SessionStatus(Observer):
@@ -94,8 +120,14 @@ class SessionStatus(Observer):
             totals.traffic += ledger.total(f"more/{name}")
         totals.traffic += spent
         totals.wire_bytes = ledger.wire_bytes
-        tokens = int(name not in ("setup", "context"))
+        place = ChunkPlace.of(name)
+        tokens = int(place is not None)
         totals.tokens += tokens
+        if place is not None:
+            if not place.step:  # what was said of the turn, and of the end of the one before
+                totals.traffic += ledger.total(f"turn/{place.turn}")
+                totals.traffic += ledger.total(f"dealt/{place.turn - 1}")
+            (totals.further_tokens if place.step else totals.first_tokens).note(ms / 1000)
         self._log("token" if tokens else "done", step=name, ms=round(ms, 3), values=asdict(spent))
 
     def waited(self, seconds: float) -> None:
@@ -115,6 +147,7 @@ class PartyStatus:
         self.ready = False
         self.on_ready: list[Callable[[bool], None]] = []
         self.ended = dict.fromkeys(Outcome, 0)  # sessions
+        self.refused = 0  # connections
         self._now: list[SessionStatus] = []
         self._past = Totals()
         self._lock = Lock()
@@ -123,6 +156,11 @@ class PartyStatus:
         self.ready = ready
         for tell in self.on_ready:
             tell(ready)
+
+    def refuse(self, connections: int) -> None:
+        """Count connections that were refused."""
+        with self._lock:
+            self.refused += connections
 
     @contextmanager
     def session(self, ledger: Ledger) -> Iterator[SessionStatus]:

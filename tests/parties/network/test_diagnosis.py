@@ -166,12 +166,14 @@ def test_a_serving_party_tells_whom_it_took_and_whom_it_refused(tmp_path: Path) 
 def test_a_caller_that_comes_again_and_again_does_not_fill_the_log() -> None:
     settings = free_settings()
     said: list[str] = []
-    with closing(Listener(D, settings, limit=1, say=said.append)):
+    refused: list[int] = []
+    with closing(Listener(D, settings, limit=1, say=said.append, on_refused=refused.append)):
         first = connect_all(C, settings, Ledger(), peers=[D])
         for _ in range(5):
             assert "dealer serves 1 session at once" in ended(C, settings, peers=[D])
         first.close(OVER)
     assert len(said) < 5 and "dealer: refused 127.0.0.1:" in said[1]
+    assert sum(refused) == 5  # each one counts
 
 
 # ------------------------------------------------------------------------------------------ --listen

@@ -195,8 +195,9 @@ def test_metrics_are_the_ledgers() -> None:
             ledger.book(f"{name}/layer0/qkv", rounds=2, sent=100, received=90, offline_received=1000)
             if name.startswith("decode"):
                 ledger.book(f"more/{name}", received=13)
-            watch.ended(name, 1.0)
+            watch.ended(name, 400.0 if name.startswith("decode") else 1.0)
         watch.waited(0.25)
+        board.refuse(3)
         ledger.wire_bytes += 0
         assert board.totals().traffic == ledger.total()
         assert board.phases()[SessionPhase.DECODE] == 1
@@ -210,6 +211,12 @@ def test_metrics_are_the_ledgers() -> None:
         'mpcache_tokens_total{party="server"} 3.0',
         'mpcache_dealer_wait_seconds_total{party="server"} 0.25',
         'mpcache_sessions_total{outcome="done",party="server"} 1.0',
+        'mpcache_first_token_seconds_bucket{le="0.05",party="server"} 1.0',
+        'mpcache_token_seconds_bucket{le="0.25",party="server"} 0.0',
+        'mpcache_token_seconds_bucket{le="0.5",party="server"} 2.0',
+        'mpcache_token_seconds_bucket{le="+Inf",party="server"} 2.0',
+        'mpcache_token_seconds_count{party="server"} 2.0',
+        'mpcache_refused_connections_total{party="server"} 3.0',
     ):
         assert line in page.splitlines()
 

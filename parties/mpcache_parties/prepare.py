@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mpcache.config import PublicConfig
+from mpcache.cost.pricing import price
+from mpcache.cost.tally import sum_tallies
 from mpcache.engines.registry import engine
 from mpcache.errors import PolicyError
 from mpcache.rank import Rank
@@ -34,10 +36,25 @@ def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
     _, facts = agreed_facts(me, resources.links, own, public)
     if not facts.policy.plan_is_public:
         raise PolicyError(f"policy {public.policy}: the document decides its plan; no tape can be prepared")
+    resources.say(f"{me.label}: {_foretold(me, facts, public)}")
     if store is None:
         _deal_batch(resources, facts)
     else:
         _store_batch(me, resources, facts, store)
+
+
+def _foretold(me: Rank, facts: Facts, public: PublicConfig) -> str:
+    """Say how much is to be dealt and stored, and what it serves."""
+    cost = price(
+        facts.shape, facts.policy, facts.context, facts.question, facts.protocol, facts.limit,
+        bits=public.fraction_bits, reveal=public.reveal, standing=False,
+    )  # fmt: skip
+    total = sum_tallies((phase, cost.total(phase)) for phase in cost.phases)
+    serves = f"one answer of up to {facts.limit} tokens to a question of {facts.question}"
+    if me is Rank.DEALER:
+        return f"dealing {size(total.offline)} for {serves} ..."
+    mine = total.server_offline if me is Rank.SERVER else total.client_offline
+    return f"{size(mine)} to store, for {serves} ..."
 
 
 def _deal_batch(resources: SessionResources, facts: Facts) -> None:

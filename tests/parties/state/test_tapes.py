@@ -40,14 +40,16 @@ def tokens(model: Model) -> list[int]:
 
 
 def prepared(
-    model: Model, tokens: list[int], place: Path, public: PublicConfig = PUBLIC, question: Question = QUESTION
-) -> dict[Rank, Any]:
+    model: Model, tokens: list[int], place: Path, public: PublicConfig = PUBLIC, question: Question = QUESTION,
+    said: list[str] | None = None,
+) -> dict[Rank, Any]:  # fmt: skip
+    said = [] if said is None else said
     owns: dict[Rank, Any] = {S: Document(model, tokens), C: question, D: None}
     stores = {rank: None if rank is D else TapeStore(place, rank) for rank in Rank}
 
     def job(rank: Rank) -> Job:
         return lambda links, ledger: prepare(
-            rank, SessionResources(links, ledger, public, tapes=stores[rank]), owns[rank]
+            rank, SessionResources(links, ledger, public, say=said.append, tapes=stores[rank]), owns[rank]
         )
 
     try:
@@ -91,7 +93,11 @@ def refused(ends: dict[Rank, Any], used: int) -> None:
 
 
 def test_prepared_tapes_serve_once(model: Model, tokens: list[int], tmp_path: Path) -> None:
-    assert prepared(model, tokens, tmp_path) == {S: None, C: None, D: None}
+    said: list[str] = []
+    assert prepared(model, tokens, tmp_path, said=said) == {S: None, C: None, D: None}
+    foretold = next(text for text in said if text.startswith("dealer: dealing"))
+    dealt = next(text for text in said if text.startswith("dealer: dealt"))
+    assert foretold.split()[2:4] == dealt.split()[2:4]  # a number, and its unit
     kept = tmp_path / "kept"
     for rank in (S, C):
         (batch,) = batches(tmp_path, rank)

@@ -190,6 +190,9 @@ def generate(
     document_as: DocumentAsOption = None,
     state: StateOption = None,
     resume: ResumeOption = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="A dry run: the plaintext answer alone, without any privacy.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question privately: server, client and dealer as three processes of this machine.
@@ -207,6 +210,9 @@ def generate(
     bound = inquiry.bind(settings.public)
     if not as_json:
         _entry("Question", inquiry.question_text + "\n")
+    if plain:
+        _answer_in_the_clear(inquiry, public, as_json)
+        return
     with terminal.progress(STARTING) as (say, hush):
         shown = ""
 
@@ -240,6 +246,17 @@ def generate(
     _write("\n")
     terminal.print_table(out, card(run))
     _check_range(run)
+
+
+def _answer_in_the_clear(inquiry: Inquiry, public: PublicConfig, as_json: bool) -> None:
+    """Answer without privacy, and say so."""
+    found = inquiry.plain(public)
+    if as_json:
+        told = {"text": found.text, "token_ids": found.ids, "privacy": "none", "policy": public.policy}
+        print(json.dumps(told | {"prefill_ms": found.prefill_ms, "ms": found.ms}))
+        return
+    _entry("Plaintext", found.text if found.text.endswith("\n") else found.text + "\n")
+    terminal.say("a dry run: no party ran, and nothing was private")
 
 
 def _check_range(run: dict[str, Any]) -> None:

@@ -121,6 +121,27 @@ def demo() -> tuple[dict[str, Any], str]:
     return json.loads(out), noise
 
 
+def test_a_dry_run_starts_no_party_and_says_so(
+    run_here: Run, tiny: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcache.cli.run_parties", lambda *arguments: pytest.fail("processes were started"))
+    flags = [
+        "--question",
+        "the gate of",
+        "--policy",
+        "full",
+        "--max-new-tokens",
+        3,
+        "--no-stop-at-eos",
+        "--plain",
+    ]
+    code, out, noise = run_here("generate", *tiny, *flags)
+    assert code == 0 and "Plaintext" in out and "Private" not in out and "nothing was private" in noise
+    code, out, _ = run_here("generate", *tiny, *flags, "--json")
+    run = json.loads(out)
+    assert run["privacy"] == "none" and len(run["token_ids"]) == 3
+
+
 @pytest.mark.processes
 def test_the_demo_equals_plaintext(demo: tuple[dict[str, Any], str]) -> None:
     run, noise = demo

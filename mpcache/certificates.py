@@ -161,13 +161,15 @@ def certificates_in(pem: str) -> list[x509.Certificate]:
     """Read certificates from PEM: none, one or several, as in the config. Raises ValueError."""
     if not pem.strip():
         return []
-    found = x509.load_pem_x509_certificates(pem.encode())
     try:
+        found = x509.load_pem_x509_certificates(pem.encode())
         for certificate in found:  # the library reads names and keys when they are asked for, and fails then
             rank_of(certificate)
             certificate.public_key()
     except UnsupportedAlgorithm as error:
         raise ValueError("a key of a kind that is not known") from error
+    except x509.InvalidVersion as error:
+        raise ValueError("a certificate of a version that is not known") from error
     return found
 
 

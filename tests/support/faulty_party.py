@@ -1,8 +1,9 @@
 """A party as a process that has an accident of its own, at an exact place of the program.
 
 Usage: python -m tests.support.faulty_party FAULT PHASE mpcache-party's flags...
-FAULT: kill or stop (SIGKILL, SIGSTOP to itself, at the second thing it asks of the outside in that
-phase; in hello at the second peer's introduction), or slow:SECONDS (that long before each draw of the phase).
+FAULT: kill or stop (SIGKILL, SIGSTOP to itself, at the second thing it asks of the outside in that phase; in
+hello at the second peer's introduction, in setup and context as they begin), or slow:SECONDS (that long before
+each draw of the phase).
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ def main() -> None:
 
         return call
 
+    def begins(method: Any) -> Any:
+        def call(self: Any, started: str) -> None:
+            method(self, started)
+            if started == phase and phase in ("setup", "context"):
+                os.kill(os.getpid(), SIGNALS[fault])
+
+        return call
+
     recv_hello = FrameLink.recv_hello
 
     def introduced(self: FrameLink) -> Any:
@@ -49,6 +58,8 @@ def main() -> None:
         return recv_hello(self)
 
     FrameLink.recv_hello = introduced  # type: ignore[method-assign]
+    for kind in (ComputingParty, DealerParty):
+        kind.begin = begins(kind.begin)  # type: ignore[method-assign]
     ComputingParty.open = before(ComputingParty.open)  # type: ignore[method-assign]
     DealerParty.draw = before(DealerParty.draw)  # type: ignore[method-assign]
     party.main()

@@ -1,9 +1,9 @@
 """A party as a process that has an accident of its own, at an exact place of the program.
 
 Usage: python -m tests.support.faulty_party FAULT PHASE mpcache-party's flags...
-FAULT: kill or stop (SIGKILL, SIGSTOP to itself, at the second thing it asks of the outside in that phase; in
-hello at the second peer's introduction, in setup and context as they begin), or slow:SECONDS (that long before
-each draw of the phase).
+FAULT: kill or stop (SIGKILL, SIGSTOP to itself, at the second thing it asks of the outside in that phase;
+in hello at the second peer's introduction, in setup and context as they begin), or slow:SECONDS (that long
+before each draw of the phase).
 """
 
 from __future__ import annotations

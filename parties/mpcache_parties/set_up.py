@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -196,11 +197,13 @@ class ServerSetUp:
             )
 
 
-# ------------------------------------------------------------------------------------------- client
+# ----------------------------------------------------------------------------------- client and dealer
 
 
-class ClientSetUp:
-    """The client's part: it gets a seed of 32 bytes."""
+class _TakingSetUp(ABC):
+    """The part of a party that takes what the server has masked."""
+
+    me: ClassVar[Rank]
 
     def __init__(self, resources: SessionResources, session: TimedSession, facts: Facts) -> None:
         self._resources, self._session = resources, session
@@ -217,47 +220,51 @@ class ClientSetUp:
     def _run(self, phase: str, run: Callable[[], None]) -> None:
         if not self._stands:
             return run()
-        start, links = time.perf_counter(), self._resources.links
-        server, party = links[Rank.SERVER], self._session.party
-        about = told(server.recv_facts, self._resources.say, f"client: {WHAT[phase]}")
-        (seed,) = server.recv(SEED_STEP, [(torch.uint8, (SEED_BYTES,))])
-        server.send_facts(SEEN, {"digest": seed_digest(bytes_of(seed))})
-        links[Rank.DEALER].send_facts(TOLD, {"identifier": about["identifier"]})
-        party.standing = masks = ClientsMasks(bytes_of(seed))
-        run()
-        party.standing = None
-        same_layout(masks.places, about, Rank.CLIENT)
+        start = time.perf_counter()
+        hear = self._resources.links[Rank.SERVER].recv_facts
+        self._take(phase, run, told(hear, self._resources.say, f"{self.me.label}: {WHAT[phase]}"))
         self._session.ms[phase] = 1000 * (time.perf_counter() - start)
         return None
 
+    @abstractmethod
+    def _take(self, phase: str, run: Callable[[], None], about: Mapping[str, Any]) -> None:
+        """Take this party's part of what the server tells `about`, and run the phase with it."""
 
-# ------------------------------------------------------------------------------------------- dealer
+    def _with(
+        self, masks: ClientsMasks | DealersMasks, run: Callable[[], None], about: Mapping[str, Any]
+    ) -> None:
+        self._session.party.standing = masks
+        run()
+        self._session.party.standing = None
+        same_layout(masks.places, about, self.me)
 
 
-class DealerSetUp:
+class ClientSetUp(_TakingSetUp):
+    """The client's part: it gets a seed of 32 bytes."""
+
+    me = Rank.CLIENT
+
+    def _take(self, phase: str, run: Callable[[], None], about: Mapping[str, Any]) -> None:
+        links = self._resources.links
+        (seed,) = links[Rank.SERVER].recv(SEED_STEP, [(torch.uint8, (SEED_BYTES,))])
+        links[Rank.SERVER].send_facts(SEEN, {"digest": seed_digest(bytes_of(seed))})
+        links[Rank.DEALER].send_facts(TOLD, {"identifier": about["identifier"]})
+        self._with(ClientsMasks(bytes_of(seed)), run, about)
+
+
+class DealerSetUp(_TakingSetUp):
     """The dealer's part: it finds the masked tensors again, or receives them."""
 
+    me = Rank.DEALER
+
     def __init__(self, resources: SessionResources, session: TimedSession, facts: Facts) -> None:
-        self._resources, self._session = resources, session
-        self._stands = stands(facts, resources)
+        super().__init__(resources, session, facts)
         setups = resources.setups
         self._setups = setups if isinstance(setups, DealerSetups) else DealerSetups()
 
-    def weights(self) -> None:
-        """Go through SETUP."""
-        self._run("setup", lambda: self._session.setup(None))
-
-    def context(self) -> None:
-        """Go through CONTEXT."""
-        self._run("context", lambda: self._session.context(None, None))
-
-    def _run(self, phase: str, run: Callable[[], None]) -> None:
-        if not self._stands:
-            return run()
-        start, links = time.perf_counter(), self._resources.links
-        server = links[Rank.SERVER]
-        about = told(server.recv_facts, self._resources.say, f"dealer: {WHAT[phase]}")
-        identifier, family = about["identifier"], str(about.get("family"))
+    def _take(self, phase: str, run: Callable[[], None], about: Mapping[str, Any]) -> None:
+        links = self._resources.links
+        server, identifier, family = links[Rank.SERVER], about["identifier"], str(about.get("family"))
         held = self._setups.find(identifier, family)
         if held is not None:
             server.send_facts(HELD, {"digest": held.digest})
@@ -273,16 +280,11 @@ class DealerSetUp:
                 f"Mismatch: the set-up of the {WHAT[phase]} is {theirs!r:.40} at client, {identifier!r:.40} "
                 "at dealer; start both anew"
             )
-        self._session.ms[phase] = 1000 * (time.perf_counter() - start)
-        return None
 
     def _received(self, phase: str, run: Callable[[], None], about: Mapping[str, Any], family: str) -> Held:
         server, masks, digest = self._resources.links[Rank.SERVER], list[Dealt](), hashlib.sha256()
-        progress, total = (
-            Progress(self._resources.say, f"dealer: {WHAT[phase]} received"),
-            int(about["bytes"]),
-        )
-        done = 0
+        progress = Progress(self._resources.say, f"dealer: {WHAT[phase]} received")
+        total, done = int(about["bytes"]), 0
 
         def take(place: OperandPlace) -> Dealt:
             nonlocal done
@@ -295,12 +297,6 @@ class DealerSetUp:
         found = DealersMasks(take)
         self._with(found, run, about)
         return Held(family, found.places, masks, digest.hexdigest())
-
-    def _with(self, masks: DealersMasks, run: Callable[[], None], about: Mapping[str, Any]) -> None:
-        self._session.party.standing = masks
-        run()
-        self._session.party.standing = None
-        same_layout(masks.places, about, Rank.DEALER)
 
 
 # -------------------------------------------------------------------------------------------- both

@@ -20,14 +20,18 @@ from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTEND
 from mpcache_kernels import Backend
 
 
-def bind_policy(shape: ModelShape, public: PublicConfig, context: int, question: int) -> BoundPolicy:
+def bind_policy(
+    shape: ModelShape, public: PublicConfig, context: int, question: int, new_tokens: int | None = None
+) -> BoundPolicy:
     """Check a session's limits, and return its policy with the plan for this context.
 
-    context, question: lengths in tokens. Raises BadInput or PolicyError.
+    context, question: lengths in tokens.  new_tokens: of the answer, at most; None: as many as are agreed.
+    Raises BadInput or PolicyError.
     """
-    _check_positions(shape, public, context, question)
+    new_tokens = public.max_new_tokens if new_tokens is None else new_tokens
+    _check_positions(shape, context, question, new_tokens)
     bound = _bind(shape, public, context)
-    _check_attended(bound, public, question)
+    _check_attended(bound, public.protocol, question + new_tokens)
     return bound
 
 
@@ -37,12 +41,12 @@ def bind_conversation(shape: ModelShape, public: PublicConfig, context: int) -> 
     context: in tokens. The room is what was agreed, or less: what the model and the protocol hold.
     Raises BadInput or PolicyError.
     """
-    _check_positions(shape, public.model_copy(update={"max_new_tokens": 1}), context, 1)
+    _check_positions(shape, context, question=1, new_tokens=1)
     bound = _bind(shape, public, context)
     room = min(public.conversation_tokens, shape.max_positions - context)
     if public.protocol != "stock":
         room = min(room, LONGEST_ATTENDED - bound.plan.attended)
-    _check_attended(bound, public.model_copy(update={"max_new_tokens": 1}), 1)
+    _check_attended(bound, public.protocol, after=2)
     return bound, room
 
 
@@ -71,26 +75,27 @@ def with_default_policy(settings: Settings, model: Path | str | None) -> Setting
     return with_overrides(settings, {"public.policy": "compact"})
 
 
-def _check_positions(shape: ModelShape, public: PublicConfig, context: int, question: int) -> None:
+def _check_positions(shape: ModelShape, context: int, question: int, new_tokens: int) -> None:
     if context < 1:
         raise BadInput("the context is empty; it needs at least one token")
     if question < 1:
         raise BadInput("the question is empty; it needs at least one token")
-    total = context + question + public.max_new_tokens
+    total = context + question + new_tokens
     if total > shape.max_positions:
         raise BadInput(
-            f"context ({context} tokens), question ({question}) and answer (up to {public.max_new_tokens}) "
+            f"context ({context} tokens), question ({question}) and answer (up to {new_tokens}) "
             f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
             "--max-new-tokens"
         )
 
 
-def _check_attended(bound: BoundPolicy, public: PublicConfig, question: int) -> None:
-    attended = bound.plan.attended + question + public.max_new_tokens
-    if public.protocol != "stock" and attended > LONGEST_ATTENDED:
+def _check_attended(bound: BoundPolicy, protocol: str, after: int) -> None:
+    """Check the longest row of softmax; after: tokens that come after the context."""
+    attended = bound.plan.attended + after
+    if protocol != "stock" and attended > LONGEST_ATTENDED:
         raise PolicyError(
             f"policy {bound.spec}: a query may attend to {attended} tokens of context, question and "
-            f"answer; protocol {public.protocol} holds {LONGEST_ATTENDED}: give it smaller budgets, or "
+            f"answer; protocol {protocol} holds {LONGEST_ATTENDED}: give it smaller budgets, or "
             "shorten the context"
         )
 

@@ -254,7 +254,7 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     limit = _limit(question, public)
     if asked:
-        policy = bind_policy(shape, public.model_copy(update={"max_new_tokens": limit}), context, asked)
+        policy = bind_policy(shape, public, context, asked, limit)
         room = asked + limit
     else:
         policy, room = bind_conversation(shape, public, context)

@@ -51,11 +51,15 @@ class Asking:
 
     def answer(
         self, question: Question, asked: list[int], limit: int, conversation: Conversation | None = None
-    ) -> None:
-        """Take a question in (token ids, with what is around it), and show its answer token by token."""
+    ) -> bool:
+        """Take a question in (token ids, with what is around it), and show its answer token by token.
+
+        Returns whether one of the texts that end an answer has come.
+        """
         resources, session = self._resources, self._session
         choose, shown = question.sampling.chooser(resources.public.reveal), self._begin(question)
-        choose.state = choose.state if self._draws is None else self._draws
+        if self._draws is not None:
+            choose.state = self._draws
         self._draws = choose.state
         stops = self._framing.end_tokens if question.stop_at_eos else frozenset[int]()
         known = tuple(self.ids)
@@ -76,6 +80,7 @@ class Asking:
         if rest := shown.end():
             resources.on_token(-1, rest)
         self.text = shown.text
+        return shown.stopped
 
     def _begin(self, question: Question) -> AnswerText:
         """Begin to show an answer, or show from its beginning what there is of one that goes on."""
@@ -139,7 +144,7 @@ class Asking:
         ledger, session, number = self._resources.ledger, self._session, self._session.place.turn
         before, start = ledger.total(), time.perf_counter()
         self.ids, self._draws = [], None
-        self.answer(question, asked, turn.limit, of)
+        at_stop = self.answer(question, asked, turn.limit, of)
         if session.in_range is False:  # what it left in the cache spoils later turns, too
             raise left_range(len(self.ids))
         ms = 1000 * (time.perf_counter() - start)
@@ -147,7 +152,7 @@ class Asking:
         finish = Finish.LENGTH
         early = len(self.ids) < turn.limit
         at_end = question.stop_at_eos and self.ids[-1] in self._framing.end_tokens
-        if at_end or any(text in self._framing.tokenizer.decode(self.ids) for text in question.stop_texts):
+        if at_end or at_stop:
             finish = Finish.STOP
         elif early:
             finish = Finish.STOPPED

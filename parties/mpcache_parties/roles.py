@@ -246,8 +246,8 @@ def _deal_turn(session: TimedSession, resources: SessionResources, turn: TurnSiz
         if pace.ended:
             break
         if goes_on:
+            caches = {later: cache for later, cache in caches.items() if later > pace.begun}
             caches[step] = copied(session.cache)
-            caches.pop(pace.begun - 1, None)
         try:
             with pace.watched(step):
                 session.chunk(None, 1 if step else turn.question)

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +77,26 @@ def chat_here(
     stops = read_stops(stop, True)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     overrides |= chat_overrides(raw, document_as)
-    parties = None
+    with ExitStack() as opened:
+        talk = _open(opened, model, context, config, identity, overrides)
+
+        def ask(question: str) -> None:
+            turn = Turn(question, None, stops, temperature, top_p, seed)
+            _ask(talk, turn, as_json)
+
+        _converse(ask, as_json)
+        _close(talk, as_json)
+
+
+def _open(
+    opened: ExitStack,
+    model: str | None,
+    context: Path | None,
+    config: Path | None,
+    identity: Path | None,
+    overrides: dict[str, Any],
+) -> Chat:
+    """Open a conversation, with parties that run elsewhere or with this machine's; `opened` closes both."""
     with terminal.progress("starting the parties ...") as (say, hush):
         if identity is not None:
             given = [name for name, value in {"--model": model, "--context": context}.items() if value]
@@ -90,26 +109,9 @@ def chat_here(
         else:
             settings = with_default_policy(load_settings(config, overrides), model)
             text = None if context is None else read_text(context)  # once: it may be a pipe
-            flags = [] if model is None else ["--model", str(model)]
-            parties = LocalParties(settings, flags, text, at_once=1, say=say)
-            talk = _opened(parties)
+            talk = opened.enter_context(LocalParties(settings, model, text, at_once=1, say=say)).chat()
         hush()
-    with parties or nullcontext(), talk:
-
-        def ask(question: str) -> None:
-            turn = Turn(question, None, stops, temperature, top_p, seed)
-            _ask(talk, turn, as_json)
-
-        _converse(ask, as_json)
-        _close(talk, as_json)
-
-
-def _opened(parties: LocalParties) -> Chat:
-    try:
-        return parties.chat()
-    except BaseException:
-        parties.close()
-        raise
+    return opened.enter_context(talk)
 
 
 def _converse(ask: Callable[[str], None], as_json: bool) -> None:

@@ -67,9 +67,8 @@ def serve_here(
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as))
     settings = with_default_policy(settings, model)
-    flags = [] if model is None else ["--model", str(model)]
     text = None if context is None else read_text(context)  # once: it may be a pipe
-    with LocalParties(settings, flags, text, conversations, terminal.say) as parties:
+    with LocalParties(settings, model, text, conversations, terminal.say) as parties:
         ready = [parties.chat()]  # what is wrong is told now, and the first question need not wait
 
         def open_chat(say: Say) -> Chat:

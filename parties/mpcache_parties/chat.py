@@ -160,21 +160,14 @@ class Chat:
         self._answering = True
         self._write(line)
         try:
-            while self._answering:
-                event = self._next(EventKind.TOKEN, EventKind.TURN, EventKind.REFUSED)
-                if event["event"] == EventKind.TOKEN:
-                    self.progress = ""
-                    yield event["text"]
-                else:
-                    self._take(event)
+            while (piece := self._piece()) is not None:
+                yield piece
         finally:
             if self._answering and self._child is not None:  # the one who asked has gone
                 self.stop()
                 with suppress(PartyFailed, BadInput):
-                    while self._answering:
-                        event = self._next(EventKind.TOKEN, EventKind.TURN, EventKind.REFUSED)
-                        if event["event"] != EventKind.TOKEN:
-                            self._take(event)
+                    while self._piece() is not None:
+                        pass
 
     def stop(self) -> None:
         """End the answer that runs after its present token; any thread may call this."""
@@ -195,14 +188,19 @@ class Chat:
             child.kill()
             child.wait()
 
-    def _take(self, event: dict[str, Any]) -> None:
-        """Take what ends a turn. Raises BadInput where it was not begun."""
-        self._answering, self.progress = False, ""
+    def _piece(self) -> str | None:
+        """Wait for the next piece of the answer; None where it ends. Raises BadInput if it was not begun."""
+        event = self._next(EventKind.TOKEN, EventKind.TURN, EventKind.REFUSED)
+        self.progress = ""
+        if event["event"] == EventKind.TOKEN:
+            return str(event["text"])
+        self._answering = False
         if event["event"] == EventKind.REFUSED:
             raise BadInput(event["text"])
         found = event["turn"]
         self.turns.append(TurnReport(**{**found, "finish": Finish(found["finish"])}))
         self.room = self.turns[-1].room
+        return None
 
     def _write(self, line: bytes) -> None:
         with self._writing, suppress(OSError):  # a process that is gone is found by who reads its events
@@ -243,10 +241,10 @@ class LocalParties:
     """Server and dealer as processes of this machine, for as many conversations as they serve at once."""
 
     def __init__(
-        self, settings: Settings, server_flags: Sequence[str] = (), text: str | None = None,
+        self, settings: Settings, model: Path | str | None = None, text: str | None = None,
         at_once: int = AT_ONCE, say: Say = quiet,
     ) -> None:  # fmt: skip
-        """Start both. server_flags: as `mpcache-party` takes them.  text: the server's document."""
+        """Start both. model: as `mpcache-party` takes it; None: the demo's.  text: the server's document."""
         self._settings = settings.model_copy(update={"addresses": free_addresses()})
         self._say, self._children = say, dict[Rank, Child]()
         self._events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
@@ -256,7 +254,8 @@ class LocalParties:
         try:
             self._own = write_session(self._settings, {} if text is None else {Rank.SERVER: text}, folder)
             serving = ["--serve", "--sessions", str(at_once)]
-            for rank, more in ((Rank.SERVER, server_flags), (Rank.DEALER, ())):
+            named = [] if model is None else ["--model", str(model)]
+            for rank, more in ((Rank.SERVER, named), (Rank.DEALER, [])):
                 flags = [*self._own[rank], *serving, *more]
                 self._children[rank] = start_party(rank, flags, self._events)
         except BaseException:
@@ -345,7 +344,6 @@ def local_chat(
 
     """
     settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
-    flags = [] if model is None else ["--model", str(model)]
     text = read_text(document) if isinstance(document, Path) else document
-    with LocalParties(settings, flags, text, at_once=1, say=say) as parties, parties.chat() as chat:
+    with LocalParties(settings, model, text, at_once=1, say=say) as parties, parties.chat() as chat:
         yield chat

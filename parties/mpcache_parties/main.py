@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mpcache.console import terminal
 from mpcache.console.options import (
     MODEL_FORMS,
     DocumentAsOption,
@@ -207,7 +208,7 @@ def party(
         conversation=conversation,
     )
     if api is not None:
-        ClientApi(api, api_key).serve(options, lambda text: print(text, file=sys.stderr))
+        ClientApi(api, api_key).serve(options, terminal.say)
         return
     run_party(options)
 

@@ -176,9 +176,8 @@ def test_a_party_that_dies_between_turns_ends_the_conversation(victim: Rank) -> 
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_server_that_cannot_start_says_why() -> None:
-    flags = ["--model", "/no/such/model"]
     with (
-        LocalParties(Settings(), flags, text=TEXT) as there,
+        LocalParties(Settings(), "/no/such/model", text=TEXT) as there,
         pytest.raises(PartyFailed, match="/no/such/model"),
         there.chat(),
     ):

@@ -37,6 +37,7 @@ from mpcache.console.options import (
     ResumeOption,
     RevealOption,
     SeedOption,
+    SetupDirOption,
     StateOption,
     StopAtEosOption,
     StopOption,
@@ -62,7 +63,7 @@ from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache.serve_command import serve_here
-from mpcache_parties.launch import PartyFailed, run_parties
+from mpcache_parties.launch import PartyFailed, run_parties, setup_flags
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -130,6 +131,7 @@ class Inquiry:
         say: Callable[[str], None],
         on_token: Callable[[int, str], None],
         every: Sequence[str] = (),
+        setup_dir: Path | None = None,
     ) -> dict[Rank, Any]:
         """Run three processes, and return their reports. every: flags that all of them get."""
         sampling = self.sampling
@@ -143,7 +145,8 @@ class Inquiry:
                 *(f"--stop={text}" for text in self.stop_texts),
             ],
         }
-        flags = {rank: [*flags.get(rank, ()), *every] for rank in Rank}
+        kept = setup_flags(setup_dir)
+        flags = {rank: [*flags.get(rank, ()), *kept.get(rank, ()), *every] for rank in Rank}
         texts = {Rank.CLIENT: self.question_text}
         if self.context_text is not None:
             texts[Rank.SERVER] = self.context_text
@@ -190,6 +193,7 @@ def generate(
     document_as: DocumentAsOption = None,
     state: StateOption = None,
     resume: ResumeOption = False,
+    setup_dir: SetupDirOption = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="A dry run: the plaintext answer alone, without any privacy.")
     ] = False,
@@ -228,7 +232,7 @@ def generate(
             shown += text
 
         try:
-            reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
+            reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume], setup_dir)
         except PartyFailed as failure:
             if as_json and failure.answer is not None:  # it is there, though not what all of it took
                 told = {"text": failure.answer.text, "token_ids": failure.answer.token_ids}

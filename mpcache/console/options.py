@@ -65,6 +65,13 @@ StateOption = Annotated[
     Path | None, typer.Option(help="Keep the session here after each token, each party's part encrypted.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the session in --state.")]
+SetupDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--setup-dir",
+        help="Keep the masked weights and document here, sealed: later runs send none. [anew in each run]",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 
 

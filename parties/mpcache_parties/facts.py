@@ -146,28 +146,32 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
 
 def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, Any]:
     """Tell all what is public about the server's model and document; send the client what frames texts."""
-    model = own.model
-    vocabulary = model.tokenizer.content
     template = None if own.template is None else tensor_of(own.template.to_bytes())
-    facts = {
+    facts = facts_of_model(own, public) | {"session": secrets.token_hex(16)}
+    for link in links.values():
+        link.send_facts("facts/model", facts)
+    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(own.model.tokenizer.content)])
+    if template is not None:
+        links[Rank.CLIENT].send("facts/template", [template])
+    return facts
+
+
+def facts_of_model(own: Document, public: PublicConfig) -> dict[str, Any]:
+    """Return what is public about the server's model and document. Raises PolicyError or ConfigError."""
+    model, template = own.model, None if own.template is None else tensor_of(own.template.to_bytes())
+    facts: dict[str, Any] = {
         "shape": model.shape.to_dict(),
         "model_digest": model.digest,
-        "tokenizer_bytes": len(vocabulary),
+        "tokenizer_bytes": len(model.tokenizer.content),
         "tokenizer_digest": model.tokenizer.digest,
         "template_bytes": 0 if template is None else len(template),
         "template_digest": _digest(template),
         "document": own.written,
         "context_tokens": len(own.tokens),
         "kernels": choose_kernels(public.kernels, own.device).name,
-        "session": secrets.token_hex(16),
     }
     if counts := parse_policy(public.policy).count_from_model(model, len(own.tokens)):
         facts["head_counts"] = counts
-    for link in links.values():
-        link.send_facts("facts/model", facts)
-    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(vocabulary)])
-    if template is not None:
-        links[Rank.CLIENT].send("facts/template", [template])
     return facts
 
 

@@ -28,6 +28,7 @@ from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.handshake import PROTOCOL_VERSION, TapeMode, agree
+from mpcache_parties.masking import mask_ahead
 from mpcache_parties.network.connect import cannot_take_part, connect_all
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust, trust
@@ -43,7 +44,7 @@ from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
 from mpcache_parties.serving import AT_ONCE, serve_all
 from mpcache_parties.state.checkpoint import Checkpointer
-from mpcache_parties.state.setups import Setups
+from mpcache_parties.state.setups import ServerSetups, Setups
 from mpcache_parties.state.tapes import TapeStore
 
 TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
@@ -177,8 +178,12 @@ def run_one_session(process: PartyProcess, network: Network, status: SessionStat
 def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
     """Mode `--serve`: sessions until this process is told to stop, `at_once` of them at the same time."""
     process.status.be_ready(True)
+    own, setups, say = process.own, process.setups, process.output.say
+    if isinstance(own, Document) and isinstance(setups, ServerSetups):
+        ahead = (own, process.settings.public, setups, say)
+        threading.Thread(target=mask_ahead, args=ahead, daemon=True).start()
     serve_one = partial(_serve_one, process, at_once)
-    say, refused = process.output.say, process.status.refuse
+    refused = process.status.refuse
     serve_all(process.me, process.settings, process.trust, at_once, serve_one, say, refused)
 
 

@@ -20,8 +20,7 @@ from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
-from mpcache.limits import check_document, check_fitted, largest_score_held
-from mpcache.model.prefill import Prefill, prefill
+from mpcache.limits import check_document, check_fitted
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Report
@@ -99,15 +98,9 @@ def _open_document(
     set_up.weights(own)
     if own.note:
         say(f"server: {own.note}")
-    say(f"server: set-up: weights masked in {duration(session.ms['setup'])}")
+    say(f"server: set-up done in {duration(session.ms['setup'])}")
     start = time.perf_counter()
-    window = facts.policy.window
-    held = largest_score_held(facts.policy, facts.shape)
-
-    def read() -> Prefill:
-        return prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
-
-    prefilled = set_up.prefilled(own, read, window, held)
+    prefilled = set_up.prefilled(own)
     if facts.protocol != ProtocolName.STOCK:
         check_document(prefilled, facts.policy, facts.shape, facts.room)
     prefill_ms = 1000 * (time.perf_counter() - start)

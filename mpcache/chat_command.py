@@ -24,6 +24,7 @@ from mpcache.console.options import (
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     ProtocolOption,
     RawOption,
@@ -68,6 +69,7 @@ def chat_here(
     stop: StopOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     setup_dir: SetupDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,7 +80,7 @@ def chat_here(
     Sampling(temperature, top_p, seed)  # checked before anything starts
     stops = read_stops(stop, True)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    overrides |= chat_overrides(raw, document_as)
+    overrides |= chat_overrides(raw, document_as, pad)
     with ExitStack() as opened:
         talk = _open(opened, model, context, config, identity, setup_dir, overrides)
 

@@ -17,6 +17,7 @@ from mpcache.console.options import (
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     ProtocolOption,
     RawOption,
@@ -44,6 +45,7 @@ def serve_here(
     reveal: RevealOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     setup_dir: SetupDirOption = None,
     port: Annotated[str, typer.Option(help="[HOST:]PORT.  [HOST: this machine alone]")] = "8000",
     api_key: Annotated[
@@ -67,7 +69,7 @@ def serve_here(
     )  # fmt: skip
     options.check()
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as))
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad))
     settings = with_default_policy(settings, model)
     text = None if context is None else read_text(context)  # once: it may be a pipe
     with LocalParties(settings, model, text, conversations, terminal.say, setup_dir) as parties:

@@ -259,7 +259,8 @@ def _session(
 ) -> TimedSession:
     public = resources.public
     ops = engine(facts.protocol, me, public.fraction_bits, device)
-    return TimedSession(ops, party, facts.shape, facts.policy, resources.status, public.reveal)
+    status, reveal, grid = resources.status, public.reveal, public.length_grid
+    return TimedSession(ops, party, facts.shape, facts.policy, status, reveal, grid)
 
 
 def _go_on(session: TimedSession, earlier: Checkpoint) -> None:

@@ -112,7 +112,9 @@ class ServerSetups:
     def _free(self, watch: Callable[[int, int], None]) -> Iterator[None]:
         """Wait until nobody else makes anything, and be told meanwhile how far that is."""
         while not self._making.acquire(timeout=LOOK_EVERY_S):
-            watch(*self._progress)
+            done, of = self._progress
+            if of:
+                watch(done, of)
         try:
             yield
         finally:

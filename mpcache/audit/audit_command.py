@@ -94,11 +94,9 @@ def audit(
     revealed = read_reveal(reveal)
     if by not in (None, "layer", "op"):
         raise BadInput(f"--by {by!r} is not known; give layer or op")
-    if question < 1 or new_tokens < 1:
-        name, value = ("--question", question) if question < 1 else ("--new-tokens", new_tokens)
-        raise BadInput(f"{name} is {value}; give 1 or more tokens")
-    if pad is not None and pad < 1:
-        raise BadInput(f"--pad is {pad}; give 1 or more tokens")
+    for option, tokens in (("--question", question), ("--new-tokens", new_tokens), ("--pad", pad)):
+        if tokens is not None and tokens < 1:
+            raise BadInput(f"{option} is {tokens}; give 1 or more tokens")
     name, model = shape_of(shape)
     protocols = listed("--protocol", protocol, CHOICES)
     folder = _weights_of(shape) if measure else None

@@ -20,10 +20,10 @@ from mpcache.config import Settings, load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import BadInput
 from mpcache.limits import with_default_policy
-from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Finish, TurnReport
 from mpcache_parties import piped_conversation
+from mpcache_parties.answer_pace import in_words
 from mpcache_parties.launch import (
     Child,
     Event,
@@ -227,10 +227,9 @@ class Chat:
                 case {"event": EventKind.SAY, "text": str(text)}:
                     self.progress = text.removeprefix("client: ")
                     self._say(text)
-                case {"event": EventKind.LAYER, "phase": str(phase), "layer": int(layer)}:
-                    place = ChunkPlace.of(phase)
-                    what = phase if place is None else "answer" if place.step else "question"
-                    self.progress = f"{what}: layer {layer + 1}"
+                case {"event": EventKind.LAYER, "phase": str(phase), "layer": int(layer), **more}:
+                    layers, left = int(str(more["layers"])), more["left_ms"]
+                    self.progress = in_words(phase, layer, layers, left if isinstance(left, float) else None)
                     self.on_progress(self.progress)
                 case {"event": EventKind.ERROR, "text": str(text), "exit_code": int(code)}:
                     failure = PartyFailed(text, code)

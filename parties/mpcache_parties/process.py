@@ -27,6 +27,7 @@ from mpcache.ledger import Ledger
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
+from mpcache_parties.answer_pace import LayerPace, question_said
 from mpcache_parties.handshake import PROTOCOL_VERSION, TapeMode, agree
 from mpcache_parties.masking import mask_ahead
 from mpcache_parties.network.connect import cannot_take_part, connect_all
@@ -167,12 +168,18 @@ def run_one_session(process: PartyProcess, network: Network, status: SessionStat
     """Mode: one session, and its account at the end."""
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     if isinstance(process.own, Conversation):
-        status.on_layer = lambda phase, layer: process.output.event(EventKind.LAYER, phase=phase, layer=layer)
+        status.on_layer = LayerPace(partial(_layer_event, process.output))
+    elif isinstance(process.own, Question):
+        status.on_layer = LayerPace(question_said(process.output.say))
     report = _run_session(process, resources)
     process.output.report(report)
     if report.in_range is False and not process.output.events:  # else who reads the events tells it
         network.close()
         raise left_range(len(report.token_ids))
+
+
+def _layer_event(output: Output, phase: str, layer: int, layers: int, left_ms: float | None) -> None:
+    output.event(EventKind.LAYER, phase=phase, layer=layer, layers=layers, left_ms=left_ms)
 
 
 def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:

@@ -27,6 +27,7 @@ from mpcache.report.account import Report
 from mpcache.report.units import duration
 from mpcache.runtime.party import DealerParty
 from mpcache.runtime.side import Side
+from mpcache_parties.answer_pace import Foretold, LayerPace
 from mpcache_parties.asking import Asking
 from mpcache_parties.client_pace import ClientPace, NoMoreTapes, hear_more
 from mpcache_parties.facts import (
@@ -137,7 +138,10 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
     framing = framing_of(told, facts.shape, public)
+    if isinstance(pace := resources.status.on_layer, LayerPace):
+        pace.layers = facts.shape.layers
     if earlier is None:
+        foretold = Foretold(facts, public) if facts.policy.plan_is_public else None
         set_up = ClientSetUp(resources, session, facts)
         set_up.weights()
         say(f"client: set-up done in {duration(session.ms['setup'])}")
@@ -145,7 +149,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         session.policy = facts.policy
         set_up.context()
         asking = Asking(resources, facts, session, framing)
-        say(f"client: {_asking(facts)}")
+        say(f"client: {_asking(facts, (foretold or Foretold(facts, public)).told())}")
         checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
     else:
         _go_on(session, earlier)
@@ -178,11 +182,12 @@ def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, s
     }  # fmt: skip
 
 
-def _asking(facts: Facts) -> str:
+def _asking(facts: Facts, foretold: str) -> str:
     kept = f"{facts.context}, of which {_kept(facts)} are kept"
+    estimate = foretold and f"; {foretold}"
     if facts.conversation:
-        return f"a context of {kept}; room for {facts.room} tokens of questions and answers"
-    return f"asking {facts.question} tokens about {kept} ..."
+        return f"a context of {kept}; room for {facts.room} tokens of questions and answers{estimate}"
+    return f"asking {facts.question} tokens about {kept}{estimate} ..."
 
 
 def deal(resources: SessionResources) -> Report:

@@ -192,7 +192,7 @@ _LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
 @pytest.mark.parametrize(
     "source",
     [
-        pytest.param(_MUCH, id="memory"),
+        pytest.param(_MUCH, id="memory", marks=pytest.mark.slow),
         pytest.param("{{ 'x' * 99999999999 }}", id="memory at once"),
         pytest.param(_LONG, id="time", marks=pytest.mark.slow),
     ],

@@ -16,6 +16,7 @@ from mpcache.console.options import (
     DocumentAsOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     ProtocolOption,
     RawOption,
@@ -82,6 +83,7 @@ def party(
     ] = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -189,6 +191,7 @@ def party(
         stop=tuple(stop or ()),
         raw=raw,
         document_as=document_as,
+        pad=pad,
         state=state,
         state_key=state_key,
         resume=resume,

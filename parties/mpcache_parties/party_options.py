@@ -133,7 +133,7 @@ class PartyOptions:
         if not self.events:
             raise BadInput("--conversation takes questions from a parent process; give --events, too")
         one = {
-            "question": self.question, "question-file": self.question_file, "state": self.state,
+            "question": self.question, "question-file": self.question_file,
             "offline-store": self.offline_store, "prepare": self.prepare_tokens,
         }  # fmt: skip
         for name, value in one.items():
@@ -201,7 +201,7 @@ class PartyOptions:
             case Rank.SERVER:
                 return read_document(self.model, self.context, public)
             case Rank.CLIENT if self.conversation:
-                return PipedConversation(output, sys.stdin.buffer)
+                return PipedConversation(output, sys.stdin.buffer, kept=self.state is not None)
             case Rank.CLIENT:
                 text = read_question(self.question, self.question_file)
                 stops = read_stops(self.stop, self.stop_at_eos)

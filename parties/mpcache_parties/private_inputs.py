@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,12 +57,32 @@ class Question:
         return agreed if self.new_tokens is None else min(agreed, self.new_tokens)
 
 
+@dataclass
+class TurnRecord:
+    """A question that was asked, and what there is of its answer.
+
+    asked: the token ids that are taken in for it.  limit: tokens of the answer, at most.
+    ids: the answer's so far.  draws: where the draws of its tokens stand.  report: once it is complete.
+    """
+
+    question: Question
+    asked: list[int]
+    limit: int
+    ids: list[int] = field(default_factory=list)
+    draws: Any = None
+    report: TurnReport | None = None
+
+
 class Conversation(ABC):
     """Questions that come while the session runs, and what becomes of each."""
 
     @abstractmethod
-    def opened(self, room: int) -> None:
-        """Take note that questions may come, which with their answers may take `room` tokens."""
+    def opened(self, room: int, earlier: Sequence[TurnRecord]) -> None:
+        """Take note that questions may come, which with their answers may take `room` tokens.
+
+        earlier: the turns of a session that goes on; the last one's answer may be in the middle, and is told
+        from its beginning.
+        """
 
     @abstractmethod
     def questions(self, look: Callable[[], None]) -> Iterator[Question]:

@@ -48,7 +48,7 @@ class Pipe:
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
     ended = threading.Event()  # in place of the end of this process
-    monkeypatch.setattr(piped_conversation, "_end_this_process", ended.set)
+    monkeypatch.setattr(piped_conversation, "_end_this_process", lambda patience: ended.set())
     pipe = Pipe()
     yield pipe
     pipe.stdin.close()

@@ -19,7 +19,7 @@ from mpcache_parties.client_pace import more_step
 from mpcache_parties.facts import Facts
 from mpcache_parties.private_inputs import Conversation, Question, TurnRecord
 from mpcache_parties.resources import SessionResources
-from mpcache_parties.turns import TurnSizes, announce_turn, skip_undone, turn_step
+from mpcache_parties.turns import PreparedTurns, TurnSizes, announce_turn, skip_undone, turn_step
 
 
 class Asking:
@@ -35,8 +35,13 @@ class Asking:
         session: TimedSession,
         framing: Framing,
         earlier: Mapping[str, Any] | None = None,
+        prepared: PreparedTurns | None = None,
     ) -> None:
-        """Begin, or go on with what `kept` returned in an earlier run."""
+        """Begin, or go on with what `kept` returned in an earlier run.
+
+        prepared: what there are tapes for, in place of a dealer.
+        """
+        self._prepared = prepared
         self.records: list[TurnRecord] = list(earlier["records"]) if earlier else []
         for record in self.records:
             if record.report is not None:  # read back as plain values
@@ -63,7 +68,8 @@ class Asking:
         """Answer the question of a session that has one, or what is left of its answer."""
         if not self.records:
             asked = self._framing.frame_turn(question.text, first=True)
-            self.records.append(TurnRecord(question, asked, self._facts.limit))
+            limit = self._facts.limit
+            self.records.append(TurnRecord(question, asked, limit, limit))
         self._answer(self.records[0])
 
     def _answer(self, record: TurnRecord, conversation: Conversation | None = None) -> bool:
@@ -85,9 +91,8 @@ class Asking:
             return shown.stopped or (conversation is not None and conversation.stopped())
 
         with token_by_token():
-            for token in answer(
-                session, record.asked, record.limit, choose, stops, self._announce, known, enough
-            ):
+            announce = self._announce if self._prepared is None else self._announce_more
+            for token in answer(session, record.asked, record.limit, choose, stops, announce, known, enough):
                 if new := session.place.step > len(record.ids):
                     record.ids.append(token)
                 record.draws = choose.state
@@ -115,6 +120,10 @@ class Asking:
             with nullcontext() if more else suppress(LinkError):  # an answer that is there needs nobody
                 link.send_facts(more_step(self._session.place), {"more": more})
 
+    def _announce_more(self, more: bool) -> None:
+        if more:  # else the turn is filled up
+            self._announce(True)
+
     # ------------------------------------------------------------------------------ a conversation
 
     def converse(self, conversation: Conversation) -> None:
@@ -127,34 +136,58 @@ class Asking:
             try:
                 question.sampling.check(resources.public.reveal)
                 asked = self._framed(question)
-                turn = self._fitting(question, asked)
+                record = self._fitting(question, asked)
             except BadInput as why:
                 conversation.refused(why)
                 continue
-            self.records.append(TurnRecord(question, asked, turn.limit))
+            self.records.append(record)
             resources.checkpointer.note(session, self.kept())
-            self._go_through(self.records[-1], conversation)
+            self._go_through(record, conversation)
         announce_turn(resources.links, session.place.turn, None)
 
     def _go_through(self, record: TurnRecord, conversation: Conversation) -> None:
         """Go through a turn, or through what the session has not taken in yet of one of an earlier run."""
         session, resources = self._session, self._resources
         number = session.place.turn
-        announce_turn(resources.links, number, TurnSizes(len(record.asked), record.limit))
+        announce_turn(resources.links, number, TurnSizes(len(record.asked), record.chunks))
         report = self._turn(record, conversation)
         if record.report is None:
             record.report = report
             resources.checkpointer.note(session, self.kept())
             conversation.answered(report)
-        skip_undone(resources.links[Rank.DEALER], number)
+        if self._prepared is None:
+            skip_undone(resources.links[Rank.DEALER], number)
+        else:
+            self._fill_up(record, conversation)
         session.next_turn()
+
+    def _fill_up(self, record: TurnRecord, conversation: Conversation) -> None:
+        """Take in as many tokens as the tapes of later turns were dealt for: the answer's, then line breaks.
+
+        The token that ended the answer is left out, as the next question begins with the template's own.
+        """
+        session, encode = self._session, self._framing.tokenizer.encode
+        there = record.ids[:-1] if self._at_end(record) else record.ids
+        blank = (encode("\n", bos=False) or there)[-1]
+        with token_by_token():
+            for step in range(session.place.step, record.chunks):
+                last = self._prepared is None or self._prepared.sizes(session.place.turn + 1) is None
+                if last or conversation.over():
+                    return self._announce(False)
+                self._announce(True)
+                session.chunk([there[step - 1] if step <= len(there) else blank], 1)
+                if session.in_range is False:
+                    raise left_range(len(record.ids))
+                between_tokens(step)
+        return None
 
     def _framed(self, question: Question) -> list[int]:
         """Return what is to be taken in for a question, after the answer before. Raises BadInput."""
         if not self.records:
             return self._framing.frame_turn(question.text, first=True)
         last = self.records[-1]
-        return self._framing.next_turn(last.ids, question.text, self._ended(last))
+        all_in = self._prepared is not None or self._ended(last)
+        return self._framing.next_turn(last.ids, question.text, all_in)
 
     def _ended(self, record: TurnRecord) -> bool:
         """Return whether an answer ended by its end token, as all know."""
@@ -167,8 +200,10 @@ class Asking:
         for link in self._resources.links.values():
             link.check_alive(turn_step(self._session.place.turn))
 
-    def _fitting(self, question: Question, asked: list[int]) -> TurnSizes:
-        """Return the turn's sizes: an answer is shorter where there is less room. Raises BadInput."""
+    def _fitting(self, question: Question, asked: list[int]) -> TurnRecord:
+        """Return the turn to be: an answer is shorter where there is less room. Raises BadInput."""
+        if self._prepared is not None:
+            return self._with_tapes(question, asked, self._prepared)
         room = self._room()
         limit = min(question.limit(self._facts.limit), room - len(asked))
         if limit < 1:
@@ -176,7 +211,23 @@ class Asking:
                 f"the question has {len(asked)} tokens, the session has room for {room} with its answer; "
                 "begin a new conversation"
             )
-        return TurnSizes(len(asked), limit)
+        return TurnRecord(question, asked, limit, limit)
+
+    def _with_tapes(self, question: Question, asked: list[int], prepared: PreparedTurns) -> TurnRecord:
+        """Return the turn to be, if the tapes are for one like that. Raises BadInput."""
+        number = self._session.place.turn
+        if (sizes := prepared.sizes(number)) is None:
+            raise BadInput(
+                f"the tapes were for {prepared}, and are used up; begin a new conversation, with other tapes "
+                "or with a dealer"
+            )
+        if len(asked) != sizes.question:
+            raise BadInput(
+                f"the question has {len(asked)} tokens with what stands around it, the tapes of turn "
+                f"{number} are for {sizes.question}; ask one of that length, or converse with a dealer"
+            )
+        limit = min(question.limit(self._facts.limit), prepared.answer)
+        return TurnRecord(question, asked, limit, sizes.limit)
 
     def _room(self) -> int:
         return self._facts.room - self._session.cache.length

@@ -60,7 +60,7 @@ class PipedConversation(Conversation):
 
     def __init__(self, output: Output, stdin: BinaryIO, kept: bool = False) -> None:
         self._output, self._stdin = output, stdin
-        self._suspends = kept
+        self._suspends, self._over = kept, False
         self._asked: SimpleQueue[Question | BadInput | None] = SimpleQueue()
         self._came = self._given = self._stopped = 0  # questions; the last one is the newest that is stopped
         Thread(target=self._read, daemon=True).start()
@@ -92,6 +92,9 @@ class PipedConversation(Conversation):
     def stopped(self) -> bool:
         return self._stopped >= self._given
 
+    def over(self) -> bool:
+        return self._over and self._given >= self._came
+
     def answered(self, report: TurnReport) -> None:
         self._output.event(EventKind.TURN, turn=asdict(report))
 
@@ -104,7 +107,7 @@ class PipedConversation(Conversation):
             for line in iter(lambda: self._stdin.readline(LONGEST_LINE), b""):
                 self._take(line)
         if not self._suspends:
-            self._stopped = self._came
+            self._stopped, self._over = self._came, True
             self._asked.put(None)
         _end_this_process(0.0 if self._suspends else END_S)
 

@@ -46,7 +46,8 @@ from mpcache_parties.seeds import computing_party, deal_seeds
 from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes, stands
 from mpcache_parties.state.checkpoint import Checkpoint
 from mpcache_parties.state.snapshot import copied, join_guard
-from mpcache_parties.turns import TurnsHeard, TurnSizes, skip_undone, tell_dealt
+from mpcache_parties.state.tapes import TapeLink
+from mpcache_parties.turns import PreparedTurns, TurnsHeard, TurnSizes, skip_undone, tell_dealt
 
 AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds the tapes that wait
 
@@ -72,7 +73,8 @@ def serve(resources: SessionResources, own: Document) -> Report:
         _go_on(session, earlier)
         resources.say(f"server: resumed after {earlier.place.reached}")
     kept_turns = None if earlier is None else earlier.own
-    turns = TurnsHeard(links[Rank.CLIENT], facts, session, resources.idle_s, kept_turns)
+    prepared = _prepared(resources, facts, wait.tape)
+    turns = TurnsHeard(links[Rank.CLIENT], facts, session, resources.idle_s, kept_turns, prepared)
     del earlier
 
     for turn in turns:
@@ -84,7 +86,7 @@ def serve(resources: SessionResources, own: Document) -> Report:
                     between_tokens(step)
                 session.chunk(None, 1 if step else turn.question)
                 checkpointer.token(session, resources.ledger, turns.kept())
-        if facts.conversation:
+        if facts.conversation and prepared is None:
             skip_undone(links[Rank.DEALER], session.place.turn)
     report = _report(Rank.SERVER, facts, session, resources)
     checkpointer.end(links)
@@ -155,7 +157,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
-        asking = Asking(resources, facts, session, framing)
+        asking = Asking(resources, facts, session, framing, prepared=_prepared(resources, facts, wait.tape))
         say(f"client: {_asking(facts)}")
         _begin(resources, identity, told, facts, session, asking.kept())
     else:
@@ -179,6 +181,15 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         report, dealer_wait_ms=wait.ms, token_ids=asking.ids, text=asking.text, turns=asking.turns,
         in_range=session.in_range,
     )  # fmt: skip
+
+
+def _prepared(resources: SessionResources, facts: Facts, tape: TapeLink | None) -> PreparedTurns | None:
+    """Return the turns that a conversation has tapes for, and say so; None where a dealer is there."""
+    if tape is None or not facts.conversation:
+        return None
+    prepared = PreparedTurns(tuple(tape.turns), tape.tokens)
+    resources.say(f"{tape.me.label}: prepared: {prepared}")
+    return prepared
 
 
 def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, str]:

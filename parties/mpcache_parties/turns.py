@@ -15,7 +15,7 @@ from typing import Any
 from mpcache.errors import Desync, LinkError
 from mpcache.session import Session
 from mpcache.transport.link import Link, Links
-from mpcache_parties.facts import Facts
+from mpcache_parties.facts import Facts, filled
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,24 @@ class TurnSizes:
 
     question: int
     limit: int
+
+
+@dataclass(frozen=True)
+class PreparedTurns:
+    """The turns that a conversation's tapes were dealt for. questions, answer: in tokens."""
+
+    questions: tuple[int, ...]
+    answer: int
+
+    def sizes(self, number: int) -> TurnSizes | None:
+        """Return a turn's; None where there is none."""
+        left = self.questions[number - 1 :]
+        return TurnSizes(left[0], filled(self.answer)) if left else None
+
+    def __str__(self) -> str:
+        """Say them in words."""
+        tokens = ", ".join(map(str, self.questions))
+        return f"{len(self.questions)} turns, questions of {tokens} tokens, answers of up to {self.answer}"
 
 
 def turn_step(number: int) -> str:
@@ -55,9 +73,14 @@ class TurnsHeard:
     """
 
     def __init__(
-        self, client: Link, facts: Facts, session: Session, idle_s: float, earlier: Mapping[str, Any] | None
-    ) -> None:
-        """Hear turns from the client, each within `idle_s` of the one before. earlier: as `kept` was."""
+        self, client: Link, facts: Facts, session: Session, idle_s: float,
+        earlier: Mapping[str, Any] | None = None, prepared: PreparedTurns | None = None,
+    ) -> None:  # fmt: skip
+        """Hear turns from the client, each within `idle_s` of the one before.
+
+        earlier: as `kept` was.  prepared: what there are tapes for, in place of a dealer.
+        """
+        self._prepared = prepared
         self._client, self._facts, self._session, self._idle_s = client, facts, session, idle_s
         self._sizes = [TurnSizes(*sizes) for sizes in (earlier or {}).get("turns", ())]
 
@@ -89,6 +112,10 @@ class TurnsHeard:
                     f"Desync: the client goes on with a question of {turn.question} tokens and an answer of "
                     f"up to {turn.limit}, which is not the turn {number} that it began"
                 )
+            return
+        if self._prepared is not None:
+            if turn != (there := self._prepared.sizes(number)):
+                raise Desync(f"Desync: the client begins turn {number} as {turn}, the tapes are for {there}")
             return
         if not 1 <= turn.question <= left - turn.limit or not 1 <= turn.limit <= self._facts.limit:
             raise Desync(

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from mpcache.answer import PlainConversation
 from mpcache.config import PublicConfig
 from mpcache.errors import BadInput, Desync, MpcacheError, StateError
 from mpcache.limits import bind_conversation
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Finish, Report
+from mpcache_parties import turns as turns_module
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.prepare import prepare
 from mpcache_parties.private_inputs import DeclaredTurns, Document, Question
@@ -83,8 +85,6 @@ def converse(
 
 def check_filled(model: Model, tokens: list[int], own: Scripted) -> None:
     """Each answer is the plain engine's, which takes all tokens of the answer before in, filled up alike."""
-    from mpcache.answer import PlainConversation
-
     blank = model.tokenizer.encode("\n", bos=False)[-1]
     bound, _ = bind_conversation(model.shape, PUBLIC, len(tokens))
     plain, before = PlainConversation(model, bound, tokens), list[int]()
@@ -144,12 +144,10 @@ def test_tapes_of_one_answer_and_of_a_conversation_are_not_mixed(
 def test_a_turn_that_is_not_the_tapes_is_refused_by_the_server(
     model: Model, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mpcache_parties import turns as module
-
-    announce = module.announce_turn
+    announce = turns_module.announce_turn
 
     def other(links: Any, number: int, turn: Any) -> None:
-        announce(links, number, module.TurnSizes(7, 2))
+        announce(links, number, turns_module.TurnSizes(7, 2))
 
     monkeypatch.setattr("mpcache_parties.asking.announce_turn", other)
     prepared(model, tokens, tmp_path, lengths(model))
@@ -159,9 +157,7 @@ def test_a_turn_that_is_not_the_tapes_is_refused_by_the_server(
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [{"turns": "3"}, {"turns": "3,x", "prepare_tokens": 2}, {"turns": "", "prepare_tokens": 2}],
-    ids=str,
+    "flags", [{"turns": "3"}, *({"turns": turns, "prepare_tokens": 2} for turns in ("3,x", "", "0"))], ids=str
 )
 def test_turns_that_say_nothing(flags: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="--turns"):

@@ -22,7 +22,7 @@ from mpcache.answer import bind_to_document
 from mpcache.choices import ChatForm, DocumentAs
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
-from mpcache.errors import Desync, ModelError, PolicyError
+from mpcache.errors import BadInput, Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
 from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.framing import Framing, make_framing
@@ -38,7 +38,7 @@ from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
 from mpcache_parties.handshake import confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
-from mpcache_parties.private_inputs import Conversation, Document, PrivateInput, Question
+from mpcache_parties.private_inputs import Conversation, DeclaredTurns, Document, PrivateInput, Question
 from mpcache_parties.state.checkpoint import Checkpoint
 
 TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
@@ -54,6 +54,7 @@ class Facts:
 
     context, question: in tokens; no question where the session is a conversation, whose turns come later.
     limit: tokens of an answer, at most.  room: tokens that all questions and answers may take.
+    turns: where tapes are prepared for a conversation, its questions in tokens.
     """
 
     shape: ModelShape
@@ -67,6 +68,7 @@ class Facts:
     protocol: str  # the config's, or what `auto` picked, and why
     picked: str = ""
     session: str = ""  # its name, drawn by the server
+    turns: tuple[int, ...] = ()
 
     @property
     def conversation(self) -> bool:
@@ -77,7 +79,7 @@ class Facts:
         """Return what all parties have to agree on, by field, as text."""
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
-        fields |= {"new_tokens": self.limit, "room": self.room}
+        fields |= {"new_tokens": self.limit, "room": self.room, "turns": list(self.turns)}
         fields |= self.digests
         fields |= {"protocol": self.protocol, "session": self.session}
         for index, layer in enumerate(self.policy.plan.layers):
@@ -126,17 +128,19 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
         case Document():
             model = _send_model(links, own, public)
             return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
-        case Question() | Conversation():
+        case Question() | Conversation() | DeclaredTurns():
             model = links[Rank.SERVER].recv_facts("facts/model")
             vocabulary = receive_tokenizer(links[Rank.SERVER], model)
             shape = _shape(model)
             template = receive_template(links[Rank.SERVER], model)
             public_texts = {"tokenizer": vocabulary} | ({} if template is None else {"template": template})
             framing = framing_of({"model": model} | public_texts, shape, public)
-            question = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
+            question: dict[str, Any] = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
             if isinstance(own, Question):
                 length = padded_length(len(framing.frame_turn(own.text, first=True)), public.length_grid)
                 question = {"question_tokens": length, "new_tokens": own.limit(public.max_new_tokens)}
+            if isinstance(own, DeclaredTurns):
+                question["turns"] = [padded_length(n, public.length_grid) for n in own.questions]
             for link in links.values():
                 link.send_facts("facts/question", question)
             model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": _digest(template)}
@@ -277,7 +281,8 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
         )  # fmt: skip
         protocol, picked = choice.protocol, str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
-    facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session)
+    turns = _turns(question.get("turns", []), limit, room)
+    facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session, turns)
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
 
 
@@ -315,6 +320,26 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or value < 0:
         raise Desync(f"Desync: the fact {name} is {value!r:.60}, not a count; is it the same version?")
     return value
+
+
+def filled(answer: int) -> int:
+    """Return how many chunks a turn of prepared tapes has: its question, and each token of its answer.
+
+    All are taken in, whatever the answer is: the next turn's tapes were dealt for a cache of that length.
+    """
+    return answer + 1
+
+
+def _turns(turns: Any, limit: int, room: int) -> tuple[int, ...]:
+    """Return the turns that tapes are prepared for. Raises Desync; BadInput where there is no room."""
+    if not isinstance(turns, list) or any(type(tokens) is not int or tokens < 1 for tokens in turns):
+        raise Desync(f"Desync: the fact turns is {turns!r:.60}, not a list of lengths")
+    if (needed := sum(turns) + len(turns) * (filled(limit) - 1)) > room:
+        raise BadInput(
+            f"--turns: {len(turns)} turns with answers of {limit} tokens take {needed}; a conversation has "
+            f"room for {room} (public.conversation_tokens)"
+        )
+    return tuple(turns)
 
 
 def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:

@@ -117,6 +117,13 @@ def party(
     prepare_tokens: Annotated[
         int | None, typer.Option("--prepare", help="Deal tapes for one answer of so many tokens, store them.")
     ] = None,
+    turns: Annotated[
+        str | None,
+        typer.Option(
+            help="Client, with --prepare: for a conversation whose questions have so many tokens, as in "
+            "14,9,9; each has an answer of that length."
+        ),
+    ] = None,
     connect_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the others.")] = None,
     identity: Annotated[
         Path | None, typer.Option(help="Folder of this party's key and certificate: the links use TLS.")
@@ -199,6 +206,7 @@ def party(
         fresh_document=fresh_document,
         offline_store=offline_store,
         prepare_tokens=prepare_tokens,
+        turns=turns,
         connect_timeout=connect_timeout,
         identity=identity,
         insecure=insecure,

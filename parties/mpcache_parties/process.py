@@ -24,6 +24,7 @@ from mpcache.console.signals import stop_on_signals
 from mpcache.console.streams import own_stdout
 from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError, told_as
 from mpcache.ledger import Ledger
+from mpcache.phases import ChunkPlace
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
@@ -255,8 +256,9 @@ def _say_how_to_resume(process: PartyProcess) -> None:
         )
 
 
-def _up_to(step: int) -> str:
-    return f"the session up to token {step}" if step else "the session up to its context"
+def _up_to(place: ChunkPlace) -> str:
+    turn = f" of turn {place.turn}" if place.turn > 1 else ""
+    return f"the session up to token {place.step}{turn}" if place.step else "the session up to its context"
 
 
 def _end_with_parent() -> None:

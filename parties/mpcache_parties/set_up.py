@@ -7,8 +7,9 @@ For each of the two, before anything secret moves:
     server -> client    how far that is, and the seed of V
     client -> server    a digest of its seed;  client -> dealer  the identifier
 
-What a session keeps on disk, and what prepared tapes are dealt for, is masked anew instead, as `stock`
-does not mask at all: then nothing of this is said.
+A session that is resumed goes through SETUP again, by the same masks or others; its cache has those that it
+had. What prepared tapes are dealt for is masked anew instead, as `stock` does not mask at all: then nothing
+of this is said.
 """
 
 from __future__ import annotations
@@ -53,8 +54,7 @@ TOLD, HELD, SEEN = "facts/masks", "facts/held", "facts/seed"  # steps of what is
 
 def stands(facts: Facts, resources: SessionResources) -> bool:
     """Return whether the session's masks outlive it: public, and the same at all three."""
-    kept = resources.checkpointer.store is not None
-    return facts.protocol != ProtocolName.STOCK and resources.tapes is None and not kept
+    return facts.protocol != ProtocolName.STOCK and resources.tapes is None
 
 
 def set_up_bytes(ledger: Ledger) -> int:

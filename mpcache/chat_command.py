@@ -20,10 +20,13 @@ from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
+    DocumentOption,
     JsonOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PackKeyOption,
+    PackPassphraseOption,
     PolicyOption,
     ProtocolOption,
     RawOption,
@@ -42,6 +45,7 @@ from mpcache.report.account import TurnReport
 from mpcache.report.units import duration, number, size
 from mpcache.sampling import Sampling
 from mpcache_parties.chat import Chat, LocalParties, Turn, connect
+from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import quiet
 
 PROMPT = "> "
@@ -51,6 +55,9 @@ SHORT_ROOM = 3  # answers of the present length: then the user is told how much 
 def chat_here(
     model: ModelOption = None,
     context: ContextOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     config: ConfigOption = None,
     identity: Annotated[
         Path | None,
@@ -71,14 +78,21 @@ def chat_here(
 ) -> None:
     """Ask one question after another, privately. Ctrl-D ends; Ctrl-C stops an answer.
 
-    Where stdin is no terminal each of its lines is a question.
+    Where stdin is no terminal each of its lines is a question. With --identity, --document is the public
+    name of one of the server's.
     """
     Sampling(temperature, top_p, seed)  # checked before anything starts
     stops = read_stops(stop, True)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     overrides |= chat_overrides(raw, document_as)
     with ExitStack() as opened:
-        talk = _open(opened, model, context, config, identity, overrides)
+        packed = None
+        if identity is None:
+            packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+        elif pack_key is not None or pack_passphrase is not None:
+            raise BadInput("--identity asks parties that run elsewhere: the server alone opens its packs")
+        named = document or "" if identity is not None else ""
+        talk = _open(opened, model, context, config, identity, overrides, packed, named)
 
         def ask(question: str) -> None:
             turn = Turn(question, None, stops, temperature, top_p, seed)
@@ -95,6 +109,8 @@ def _open(
     config: Path | None,
     identity: Path | None,
     overrides: dict[str, Any],
+    packed: OpenedPack | None,
+    named: str,
 ) -> Chat:
     """Open a conversation, with parties that run elsewhere or with this machine's; `opened` closes both."""
     with terminal.progress("starting the parties ...") as (say, hush):
@@ -105,11 +121,13 @@ def _open(
                 raise BadInput(
                     "--identity asks parties that run elsewhere: give --config, and nothing of theirs"
                 )
-            talk = connect(config, identity, say)
+            talk = connect(config, identity, say, document=named)
         else:
-            settings = with_default_policy(load_settings(config, overrides), model)
+            settings = with_pack_settings(load_settings(config, overrides), packed)
+            settings = with_default_policy(settings, model)
             text = None if context is None else read_text(context)  # once: it may be a pipe
-            talk = opened.enter_context(LocalParties(settings, model, text, at_once=1, say=say)).chat()
+            flags = () if packed is None else packed.flags()
+            talk = opened.enter_context(LocalParties(settings, model, text, 1, say, flags)).chat()
         hush()
     return opened.enter_context(talk)
 

@@ -24,6 +24,14 @@ ContextOption = Annotated[
         help="The server's document: a text file, or - for stdin. [the demo model: its own; else none]"
     ),
 ]
+DocumentOption = Annotated[
+    str | None,
+    typer.Option(help="A document that was packed (`mpcache pack`), in place of --context: no prefill."),
+]
+PackKeyOption = Annotated[Path | None, typer.Option(help="The key that the pack is sealed with, mode 0600.")]
+PackPassphraseOption = Annotated[
+    Path | None, typer.Option(help="A file with the passphrase that the pack is sealed with, mode 0600.")
+]
 QuestionOption = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
 QuestionFileOption = Annotated[
     Path | None, typer.Option(help="A file with the question, or - for stdin: not seen in the process list.")

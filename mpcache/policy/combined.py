@@ -57,6 +57,10 @@ class Combined(Policy):
     def in_the_clear(self) -> bool:
         return self.first.in_the_clear or self.then.in_the_clear
 
+    @property
+    def can_pack(self) -> bool:
+        return self.first.can_pack and self.then.can_pack
+
     def heads_summed(self, shape: ModelShape) -> int:
         return self.then.heads_summed(shape)
 

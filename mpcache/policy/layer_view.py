@@ -86,12 +86,42 @@ class Kept:
     v: torch.Tensor
     bias: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Kept:
+        """Return it with its tensors on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return Kept(self.rows.to(device), self.k.to(device), self.v.to(device), bias)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedContext:
+    """What stays of a context that was read and evicted before: all that a session needs of it.
+
+    length: its tokens, before eviction.  spec: of the policy that evicted.  counts: what the model or the
+    document decided of the plan; nothing where that is public.  layers: what each part of each layer keeps.
+    largest_scores, largest_values: per layer, as a `Prefill` has them.  digest: of all of it.
+    """
+
+    length: int
+    spec: str
+    counts: tuple[int, ...]
+    layers: tuple[tuple[Kept, ...], ...]
+    largest_scores: tuple[float, ...]
+    largest_values: tuple[float, ...]
+    digest: str = ""
+
+    def to(self, device: torch.device | str) -> PackedContext:
+        """Return it with its tensors on a device."""
+        return replace(self, layers=tuple(tuple(kept.to(device) for kept in parts) for parts in self.layers))
+
+
+OwnersContext = Prefill | PackedContext  # what the document's owner fills a cache from
+
 
 @dataclass(frozen=True)
 class PlaintextContext:
-    """What the server knows of the heads whose cache it fills."""
+    """What the server knows of the heads whose cache it fills. prefill: None where it was packed before."""
 
-    prefill: Prefill
+    prefill: Prefill | None
     kernels: Backend
     kept: Kept
 

@@ -35,7 +35,9 @@ from mpcache_parties.launch import (
     write_session,
 )
 from mpcache_parties.operations.output import EventKind
+from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import Say, quiet
+from mpcache_parties.state.packs import is_pack
 
 LOOK_EVERY_S = 0.2  # at the processes, while no event comes
 CLOSE_S = 12.0  # for the client's process to end
@@ -242,9 +244,13 @@ class LocalParties:
 
     def __init__(
         self, settings: Settings, model: Path | str | None = None, text: str | None = None,
-        at_once: int = AT_ONCE, say: Say = quiet,
+        at_once: int = AT_ONCE, say: Say = quiet, packed: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """Start both. model: as `mpcache-party` takes it; None: the demo's.  text: the server's document."""
+        """Start both.
+
+        model: as `mpcache-party` takes it; None: the demo's.  text: the server's document.  packed: in its
+        place, the server's flags for documents that were packed.
+        """
         self._settings = settings.model_copy(update={"addresses": free_addresses()})
         self._say, self._children = say, dict[Rank, Child]()
         self._events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
@@ -255,7 +261,7 @@ class LocalParties:
             self._own = write_session(self._settings, {} if text is None else {Rank.SERVER: text}, folder)
             serving = ["--serve", "--sessions", str(at_once)]
             named = [] if model is None else ["--model", str(model)]
-            for rank, more in ((Rank.SERVER, named), (Rank.DEALER, [])):
+            for rank, more in ((Rank.SERVER, [*named, *packed]), (Rank.DEALER, [])):
                 flags = [*self._own[rank], *serving, *more]
                 self._children[rank] = start_party(rank, flags, self._events)
         except BaseException:
@@ -270,9 +276,12 @@ class LocalParties:
     ) -> None:
         self.close()
 
-    def chat(self, say: Say | None = None) -> Chat:
-        """Open a conversation. say: told how far it is, in place of the parties'. Raises PartyFailed."""
-        return Chat(self._own[Rank.CLIENT], say or self._say, self._watch)
+    def chat(self, say: Say | None = None, document: str = "") -> Chat:
+        """Open a conversation. Raises PartyFailed.
+
+        say: told how far it is, in place of the parties'.  document: the public name of one of several.
+        """
+        return Chat([*self._own[Rank.CLIENT], *_naming(document)], say or self._say, self._watch)
 
     def close(self) -> None:
         """End both."""
@@ -297,22 +306,27 @@ class LocalParties:
 
 
 def connect(
-    config: Path | str, identity: Path | str | None = None, say: Say = quiet, *, insecure: bool = False
-) -> Chat:
+    config: Path | str, identity: Path | str | None = None, say: Say = quiet, *, insecure: bool = False,
+    document: str = "",
+) -> Chat:  # fmt: skip
     """Open a conversation with a server and a dealer that run elsewhere; close it after use.
 
     config: the YAML file that all parties agree on.  identity: the folder of this client's key and
     certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
-    the set-up is.  insecure: no TLS, whatever the addresses. Raises ConfigError, or PartyFailed where no
-    session comes about.
+    the set-up is.  insecure: no TLS, whatever the addresses.  document: the public name of one of the
+    server's; "": it has one. Raises ConfigError, or PartyFailed where no session comes about.
     """
     load_settings(config)  # its faults are told here, not by a process
-    flags = ["--config", str(config)]
+    flags = ["--config", str(config), *_naming(document)]
     if identity is not None:
         flags += ["--identity", str(identity)]
     if insecure:
         flags.append("--insecure")
     return Chat(flags, say)
+
+
+def _naming(document: str) -> list[str]:
+    return ["--document", document] if document else []
 
 
 @contextmanager
@@ -324,6 +338,7 @@ def local_chat(
     max_new_tokens: int | None = None,
     config: Path | str | None = None,
     say: Say = quiet,
+    pack_key: Path | str | None = None,
 ) -> Iterator[Chat]:
     """Open a conversation with a server and a dealer of its own, all processes of this machine.
 
@@ -332,18 +347,27 @@ def local_chat(
     model
         As `mpcache generate --model` takes it; None: the demo model.
     document
-        The server's: a text, or the Path of a text file. None: with the demo model its own, else none.
+        The server's: a text, or the Path of a text file or of a pack (`mpcache pack`). None: with the demo
+        model its own, else none.
     policy, max_new_tokens
         In place of the config's.
     config
         A YAML file of public settings; its addresses are not used.
     say
         Gets a line now and then about how far the set-up is.
+    pack_key
+        The file of the key that the pack is sealed with.
 
     Raises ConfigError, or PartyFailed where no session comes about.
 
     """
     settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
-    text = read_text(document) if isinstance(document, Path) else document
-    with LocalParties(settings, model, text, at_once=1, say=say) as parties, parties.chat() as chat:
+    packed, text = None, document
+    if isinstance(document, Path):
+        packed = OpenedPack.read(str(document), pack_key, None) if is_pack(document) else None
+        text = None if packed is not None else read_text(document)
+    assert not isinstance(text, Path)
+    settings = with_pack_settings(settings, packed)
+    flags = () if packed is None else packed.flags()
+    with LocalParties(settings, model, text, 1, say, flags) as parties, parties.chat() as chat:
         yield chat

@@ -26,16 +26,16 @@ from mpcache.errors import Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
 from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.framing import Framing, make_framing
-from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
 from mpcache.policy import BoundPolicy, LeakClass, parse_policy
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, bytes_of, tensor_of
 from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
-from mpcache_parties.handshake import confirm_facts
+from mpcache_parties.handshake import NO_NAME, confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
 from mpcache_parties.private_inputs import Conversation, Document, PrivateInput, Question
 from mpcache_parties.state.checkpoint import Checkpoint
@@ -66,6 +66,7 @@ class Facts:
     protocol: str  # the config's, or what `auto` picked, and why
     picked: str = ""
     session: str = ""  # its name, drawn by the server
+    document: str = NO_NAME  # its public name, as it was said at HELLO
 
     @property
     def conversation(self) -> bool:
@@ -78,7 +79,7 @@ class Facts:
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
         fields |= {"new_tokens": self.limit, "room": self.room}
         fields |= self.digests
-        fields |= {"protocol": self.protocol, "session": self.session}
+        fields |= {"protocol": self.protocol, "session": self.session, "document_name": self.document}
         for index, layer in enumerate(self.policy.plan.layers):
             fields |= {f"plan.layer{index}.{name}": value for name, value in asdict(layer).items()}
         return {name: str(value) for name, value in fields.items()}
@@ -102,14 +103,16 @@ def agreed_facts(
     own: PrivateInput,
     public: PublicConfig,
     earlier: Checkpoint | None = None,
+    document: str = NO_NAME,
 ) -> tuple[dict[str, Any], Facts]:
     """Exchange the facts, or take those of the session's first run, and compare what each makes of them.
 
-    Returns the facts as they were told and what this party makes of them. Raises BadInput, Desync or
+    document: the public name that this party has heard. Returns the facts as they were told and what this
+    party makes of them. Raises BadInput, Desync or
     Mismatch.
     """
     told = _exchange_facts(me, links, own, public) if earlier is None else earlier.facts
-    facts = facts_of(told, public)
+    facts = replace(facts_of(told, public), document=document)
     confirm_facts(links, me, facts.flat())
     return told, facts
 
@@ -157,11 +160,11 @@ def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, 
         "template_bytes": 0 if template is None else len(template),
         "template_digest": _digest(template),
         "document": own.written,
-        "context_tokens": len(own.tokens),
+        "context_tokens": own.length,
         "kernels": choose_kernels(public.kernels, own.device).name,
         "session": secrets.token_hex(16),
     }
-    if counts := parse_policy(public.policy).count_from_model(model, len(own.tokens)):
+    if counts := own.counts_of_model(parse_policy(public.policy)):
         facts["head_counts"] = counts
     for link in links.values():
         link.send_facts("facts/model", facts)
@@ -322,9 +325,9 @@ def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:
 # ---------------------------------------------------------------- what the document decides later
 
 
-def announce_counts(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
+def announce_counts(links: Links, facts: Facts, known: OwnersContext, kernels: Backend) -> Facts:
     """Server: make public what the document decides about the plan, before the context phase."""
-    policy, counts = bind_to_document(facts.policy, facts.shape, prefilled, kernels)
+    policy, counts = bind_to_document(facts.policy, facts.shape, known, kernels)
     if not facts.policy.plan_is_public:
         for link in links.values():
             link.send_facts("facts/counts", {"counts": counts})

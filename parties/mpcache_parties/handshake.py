@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from types import MappingProxyType
 
 from mpcache.errors import Desync, Mismatch
 from mpcache.rank import Rank
 from mpcache.transport.link import Hello, Links
 from mpcache.transport.session_order import AGREED
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 TOKENS = "max_new_tokens"
+DOCUMENT = "document"  # its public name
 VALUE_CHARACTERS = 80  # of a differing value, in the error's line
 
 _KEEPING = "--state and --resume, or one that serves with --state alone"  # what to start both with
+
+NO_NAME = "none"  # of a document: what a client says that names none
+NOT_TOLD = "not told"  # in place of a name that the dealer does not hear
+DOCUMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # public
 
 Side = tuple[Rank, Mapping[str, str]]
 
@@ -27,6 +34,9 @@ class KeepMode(StrEnum):
     KEPT = "kept"
     RESUMED = "resumed"
     AS_CLIENT = "as the client"  # of one that serves, and keeps sessions
+
+
+AS_CLIENT = KeepMode.AS_CLIENT.value  # of a document, too
 
 
 class TapeMode(StrEnum):
@@ -41,19 +51,26 @@ class TapeMode(StrEnum):
 CLIENT_MODES = (KeepMode.NONE, KeepMode.KEPT, KeepMode.RESUMED)
 
 
-def agree(links: Links, me: Rank, public: Mapping[str, str]) -> dict[Rank, Hello]:
+def agree(
+    links: Links,
+    me: Rank,
+    public: Mapping[str, str],
+    otherwise: Mapping[Rank, Mapping[str, str]] = MappingProxyType({}),
+) -> dict[Rank, Hello]:
     """Exchange Hello on every link; return what each peer said.
 
-    `public` is `PublicConfig.flat()`. Raises Mismatch with the first differing field and both sides'
-    values, on both sides (whichever is slower may get it as the PeerFailed of the other).
+    `public` is `PublicConfig.flat()`.  otherwise: fields of which a peer hears something else. Raises
+    Mismatch with the first differing field and both sides' values, on both sides (whichever is slower may get
+    it as the PeerFailed of the other).
     """
-    mine = Hello(PROTOCOL_VERSION, me, secrets.token_hex(16), public)
-    for link in links.values():
-        link.send_hello(mine)
+    name = secrets.token_hex(16)
+    mine = {peer: Hello(PROTOCOL_VERSION, me, name, {**public, **otherwise.get(peer, {})}) for peer in links}
+    for peer, link in links.items():
+        link.send_hello(mine[peer])
     theirs = {}
     for peer, link in links.items():
         theirs[peer] = link.recv_hello()
-        compare_hellos(mine, theirs[peer], peer)
+        compare_hellos(mine[peer], theirs[peer], peer)
     return theirs
 
 
@@ -61,7 +78,8 @@ def compare_hellos(mine: Hello, theirs: Hello, expected: Rank) -> None:
     """Raise Mismatch unless `theirs` comes from `expected` and agrees with `mine`.
 
     A server or a dealer may keep the session as the client does: its `state` agrees with any of the others.
-    A client may want fewer new tokens than the others are ready for.
+    So does the `document` of one that takes whichever the client names. A client may want fewer new tokens
+    than the others are ready for.
     """
     if theirs.rank is not expected:
         raise Mismatch(
@@ -74,6 +92,8 @@ def compare_hellos(mine: Hello, theirs: Hello, expected: Rank) -> None:
     sides: list[Side] = [(hello.rank, hello.public) for hello in (mine, theirs)]
     if any(public.get("state") == KeepMode.AS_CLIENT for _, public in sides):
         sides = _without_state(sides)
+    if any(public.get(DOCUMENT) == AS_CLIENT for _, public in sides):
+        sides = _without_document(sides)
     if _client_asks_less(dict(sides)):
         sides = _without(sides, TOKENS)
     _compare_fields(sides[0], sides[1], "--config and flags")
@@ -104,6 +124,19 @@ def _without_state(sides: Sequence[Side]) -> list[Side]:
             said = [(rank, _shown(public.get("state"))) for rank, public in sides]
             raise _mismatch("state", said, _KEEPING)
     return _without(sides, "state")
+
+
+def _without_document(sides: Sequence[Side]) -> list[Side]:
+    """Return what is left to compare where one party takes the document that the client names.
+
+    Raises Mismatch where the client names none as it should.
+    """
+    for rank, public in sides:
+        name = public.get(DOCUMENT, "")
+        if rank is Rank.CLIENT and name != NOT_TOLD and not DOCUMENT_NAME.fullmatch(name):
+            said = [(rank, _shown(public.get(DOCUMENT))) for rank, public in sides]
+            raise _mismatch(DOCUMENT, said, "release of mpcache")
+    return _without(sides, DOCUMENT)
 
 
 def confirm_facts(links: Links, me: Rank, facts: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NoReturn
 
@@ -27,7 +27,16 @@ from mpcache.ledger import Ledger
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
-from mpcache_parties.handshake import PROTOCOL_VERSION, TapeMode, agree
+from mpcache.transport.link import Hello, Links
+from mpcache_parties.handshake import (
+    AS_CLIENT,
+    DOCUMENT,
+    NO_NAME,
+    NOT_TOLD,
+    PROTOCOL_VERSION,
+    TapeMode,
+    agree,
+)
 from mpcache_parties.network.connect import cannot_take_part, connect_all
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust, trust
@@ -37,7 +46,7 @@ from mpcache_parties.operations.output import EventKind, Output, closing_line
 from mpcache_parties.operations.status import PartyStatus, SessionPhase, SessionStatus
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.prepare import prepare
-from mpcache_parties.private_inputs import Conversation, Document, PrivateInput, Question
+from mpcache_parties.private_inputs import Conversation, Document, Documents, PrivateInput, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
@@ -67,6 +76,7 @@ class PartyProcess:
     tape_mode: TapeMode = TapeMode.LIVE
     setups: Setups = None
     own: PrivateInput = None
+    document: str = AS_CLIENT  # its public name, where this party has one to name
 
     def read_inputs(self, options: PartyOptions) -> None:
         """Check the flags and read what they name. Raises BadInput or StateError."""
@@ -79,8 +89,12 @@ class PartyProcess:
             self.tape_mode = TapeMode.PREPARING
         elif self.tapes is not None:
             self.tape_mode = TapeMode.PREPARED
-        self.setups = options.setups()
+        self.setups = options.setups(self.settings.public)
         self.own = options.private_input(sampling, self.settings.public, self.output)
+        if self.me is Rank.CLIENT:
+            self.document = options.named_document()
+        elif isinstance(self.own, Document):
+            self.document = NO_NAME
 
     def resources(
         self, network: Network, status: SessionStatus, checkpointer: Checkpointer, say: Say
@@ -93,8 +107,20 @@ class PartyProcess:
 
     def agreed_fields(self, checkpointer: Checkpointer) -> dict[str, str]:
         """Return all that the parties must have in common before they begin, by name."""
-        modes = {"state": checkpointer.mode.value, "tapes": self.tape_mode.value}
+        modes = {"state": checkpointer.mode.value, "tapes": self.tape_mode.value, DOCUMENT: self.document}
         return self.settings.public.flat() | modes
+
+    def meet(self, links: Links, checkpointer: Checkpointer) -> tuple[dict[Rank, Hello], str, PrivateInput]:
+        """Say Hello, and compare it.
+
+        Returns what the others said, the public name of the session's document, and what this party brings
+        to it. Raises Mismatch: it has no such document.
+        """
+        hidden = {DOCUMENT: NOT_TOLD} if self.settings.public.hide_document else {}
+        others = agree(links, self.me, self.agreed_fields(checkpointer), {Rank.DEALER: hidden})
+        name = others[Rank.CLIENT].public[DOCUMENT] if self.me is not Rank.CLIENT else self.document
+        own = self.own.of(name) if isinstance(self.own, Documents) else self.own
+        return others, NOT_TOLD if hidden else name, own
 
 
 def run_party(options: PartyOptions) -> None:
@@ -185,9 +211,9 @@ def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
 def prepare_tapes(process: PartyProcess, network: Network, status: SessionStatus) -> None:
     """Mode `--prepare`: the dealer's part of a later session, dealt and stored."""
     status.reached(SessionPhase.HELLO)
-    agree(network.links, process.me, process.agreed_fields(process.checkpointer))
     resources = process.resources(network, status, process.checkpointer, process.output.say)
-    prepare(process.me, resources, process.own)
+    _, name, own = process.meet(network.links, process.checkpointer)
+    prepare(process.me, replace(resources, document=name), own)
 
 
 def _serve_one(process: PartyProcess, at_once: int, network: Network, say: Say) -> None:
@@ -210,9 +236,10 @@ def _run_session(process: PartyProcess, resources: SessionResources) -> Report:
     """One session on links that are connected."""
     status, checkpointer = resources.status, resources.checkpointer
     status.reached(SessionPhase.HELLO)
-    others = agree(resources.links, process.me, process.agreed_fields(checkpointer))
+    others, name, own = process.meet(resources.links, checkpointer)
+    resources = replace(resources, document=name)
     checkpointer.heard({peer: hello.public["state"] for peer, hello in others.items()})
-    match process.own:
+    match own:
         case Document() as document:
             report = serve(resources, document)
         case Question() | Conversation() as questions:

@@ -26,6 +26,7 @@ from mpcache.choices import ProtocolName
 from mpcache.errors import Desync, Mismatch
 from mpcache.ledger import Ledger
 from mpcache.model.prefill import Prefill
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.report.units import duration, size
 from mpcache.runtime.rng import SEED_BYTES
@@ -125,19 +126,19 @@ class ServerSetUp:
 
     def prefilled(self, own: Document, make: Callable[[], Prefill], *options: object) -> Prefill:
         """Return the pass over the document, as an earlier session of this process made it, or anew."""
-        return self._setups.prefilled(repr((own.model.digest, own.tokens, own.device, options)), make)
+        return self._setups.prefilled(repr((own.model.digest, own.digest, own.device, options)), make)
 
-    def context(self, own: Document, prefilled: Prefill, kernels: Backend) -> None:
+    def context(self, own: Document, known: OwnersContext, kernels: Backend) -> None:
         """Go through CONTEXT."""
         session = self._session
         if not self._stands:
-            return session.context(prefilled, kernels)
+            return session.context(known, kernels)
         plan = session.policy.plan.to_dict()
-        said = repr((own.tokens, session.policy.spec, plan, getattr(session.ops, "bits", "")))
+        said = repr((own.digest, session.policy.spec, plan, getattr(session.ops, "bits", "")))
         key = f"document {hashlib.sha256(said.encode()).hexdigest()}"
 
         def make(masks: OwnersMasks) -> Any:
-            self._masked(masks, lambda: session.context(prefilled, kernels))
+            self._masked(masks, lambda: session.context(known, kernels))
             return session.cache
 
         start, fresh = time.perf_counter(), self._setups.fresh_documents

@@ -125,7 +125,7 @@ def write_pack(file: Path, pack: Pack, lock: PackLock = OPEN) -> int:
     }
     known = asdict(pack.facts) | {"written": pack.written, "format": FORMAT}
     known |= {name: getattr(pack.context, name) for name in _TOLD}
-    known["digest"] = _digest_of(tensors)
+    known["digest"] = _digest_of(tensors, known)
     body = save(tensors, {KIND: json.dumps(known, allow_nan=False)})
     if not lock.kind:
         return sealed.write_whole(file, [body])
@@ -137,8 +137,10 @@ def write_pack(file: Path, pack: Pack, lock: PackLock = OPEN) -> int:
 _TOLD = ("length", "spec", "counts", "largest_scores", "largest_values")
 
 
-def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
+def _digest_of(tensors: Mapping[str, torch.Tensor], known: Mapping[str, Any]) -> str:
+    """Digest tensors, and all that is said of them but the digest itself."""
+    told = {name: value for name, value in known.items() if name != "digest"}
+    found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -158,8 +160,8 @@ def read_pack(file: Path, lock: PackLock = OPEN) -> Pack:
     with _told_as_damage(file):
         known = _metadata(body, file)
         tensors = load(body)
-        if _digest_of(tensors) != known["digest"]:
-            raise ValueError("its tensors are not those that were written")
+        if _digest_of(tensors, known) != known["digest"]:
+            raise ValueError("it is not what was written")
         facts = PackFacts(**{f.name: _text(known[f.name]) for f in fields(PackFacts)})
         context = PackedContext(
             _count(known["length"]), _text(known["spec"]), tuple(map(_count, known["counts"])),
@@ -291,6 +293,8 @@ def _passphrase(file: Path) -> bytes:
 
 def bind_packed(context: PackedContext, shape: ModelShape, file: Path) -> BoundPolicy:
     """Bind a pack's policy to a model, and check that each layer holds what is planned. Raises TextError."""
+    if not 0 < context.length <= shape.max_positions:
+        raise TextError(f"{file}: is of {context.length} tokens, the model allows {shape.max_positions}")
     try:
         policy = parse_policy(context.spec)
         bound = policy.bind(context.length, shape)
@@ -304,7 +308,7 @@ def bind_packed(context: PackedContext, shape: ModelShape, file: Path) -> BoundP
     if len(found) != len(wanted) or not len(context.largest_scores) == len(context.largest_values) == len(
         found
     ):
-        raise TextError(f"{file}: holds {len(found)} layers, the model has {len(wanted)}")
+        raise TextError(f"{file}: does not hold the model's {len(wanted)} layers; pack the document anew")
     for i, (mine, theirs) in enumerate(zip(wanted, found, strict=True)):
         if mine != theirs:
             raise TextError(f"{file}: layer {i} does not hold what its plan keeps; pack the document anew")

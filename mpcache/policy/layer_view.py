@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -98,7 +100,7 @@ class PackedContext:
 
     length: its tokens, before eviction.  spec: of the policy that evicted.  counts: what the model or the
     document decided of the plan; nothing where that is public.  layers: what each part of each layer keeps.
-    largest_scores, largest_values: per layer, as a `Prefill` has them.  digest: of all of it.
+    largest_scores, largest_values: per layer, as a `Prefill` has them.
     """
 
     length: int
@@ -107,7 +109,18 @@ class PackedContext:
     layers: tuple[tuple[Kept, ...], ...]
     largest_scores: tuple[float, ...]
     largest_values: tuple[float, ...]
-    digest: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all that a cache follows from."""
+        found = hashlib.sha256(repr((self.length, self.spec, self.counts)).encode())
+        for parts in self.layers:
+            for kept in parts:
+                for tensor in (kept.rows, kept.k, kept.v, kept.bias):
+                    if tensor is not None:
+                        found.update(f"{tuple(tensor.shape)} ".encode())
+                        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def to(self, device: torch.device | str) -> PackedContext:
         """Return it with its tensors on a device."""

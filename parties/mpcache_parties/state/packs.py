@@ -166,7 +166,6 @@ def read_pack(file: Path, lock: PackLock = OPEN) -> Pack:
         context = PackedContext(
             _count(known["length"]), _text(known["spec"]), tuple(map(_count, known["counts"])),
             _layers(tensors), _sizes(known["largest_scores"]), _sizes(known["largest_values"]),
-            known["digest"],
         )  # fmt: skip
         return Pack(facts, context, known["written"] is True)
 

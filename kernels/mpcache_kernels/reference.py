@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+ROWS = 256  # queries of a map of scores on a CPU
+
 
 def window_importance(q_w: Tensor, k: Tensor, first_position: int) -> Tensor:
     """Compute how much the last w queries of a context look at each of its tokens: (T,) float32.
@@ -43,7 +45,7 @@ def repeat_importance(
 
     q: (heads, n, d), scaled by 1/sqrt(d). k: (kv_heads, before + n, d); the last n keys are the queries' own,
     and a query sees none after its own. The tokens asked about are keys first .. first + count - 1.
-    row_scale: (n,). column_scale: (heads, count).
+    row_scale: (n,). column_scale: (heads, count). Neither is negative.
 
     A = softmax(q k^T) in float32; importance_t is the largest A[h, i, t] row_scale[i] column_scale[h, t] over
     the queries i and the heads h of a group. Also returned is which one it is, as int64: i + n times the head
@@ -52,15 +54,25 @@ def repeat_importance(
     """
     (heads, n, _), kv_heads = q.shape, k.shape[0]
     group, before = heads // kv_heads, k.shape[1] - n
-    later = torch.ones(n, k.shape[1], dtype=torch.bool, device=k.device).triu_(before + 1)
-    found = []
-    for kv in range(kv_heads):  # one map of a group at a time
-        mine = range(kv * group, (kv + 1) * group)
-        scores = torch.stack([q[head].float() @ k[kv].float().T for head in mine])
-        a = scores.masked_fill(later, -torch.inf).softmax(-1)[..., first : first + count]
-        a = a * row_scale[:, None] * column_scale[kv * group : (kv + 1) * group, None]
-        found.append(a.flatten(0, 1).max(0))
-    return torch.stack([best.values for best in found]), torch.stack([best.indices for best in found])
+    best = torch.full((heads, count), -torch.inf, device=k.device)
+    query = torch.zeros(heads, count, dtype=torch.int64, device=k.device)
+    for head in range(heads):
+        keys = k[head // group].float()
+        for begin in range(0, n, ROWS):  # a map that fits into a processor's cache
+            end = min(begin + ROWS, n)
+            scores = q[head, begin:end].float() @ keys[: before + end].T
+            later = torch.ones(end - begin, end - begin, dtype=torch.bool, device=k.device).triu_(1)
+            scores[:, before + begin :].masked_fill_(later, -torch.inf)
+            a = scores.softmax(-1)[:, first : first + count] * row_scale[begin:end, None]
+            most = a.max(0)
+            seen = most.values.shape[0]  # of the queries' own keys, those that this map has
+            better = most.values > best[head, :seen]
+            query[head, :seen] = torch.where(better, most.indices + begin, query[head, :seen])
+            best[head, :seen] = torch.where(better, most.values, best[head, :seen])
+    scaled = (best * column_scale).unflatten(0, (kv_heads, group))
+    found = scaled.max(1)
+    heads_of = found.indices[:, None]
+    return found.values, query.unflatten(0, (kv_heads, group)).gather(1, heads_of)[:, 0] + n * found.indices
 
 
 def cluster_extremes(k: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -69,10 +69,9 @@ def repeat_importance(
             better = most.values > best[head, :seen]
             query[head, :seen] = torch.where(better, most.indices + begin, query[head, :seen])
             best[head, :seen] = torch.where(better, most.values, best[head, :seen])
-    scaled = (best * column_scale).unflatten(0, (kv_heads, group))
-    found = scaled.max(1)
-    heads_of = found.indices[:, None]
-    return found.values, query.unflatten(0, (kv_heads, group)).gather(1, heads_of)[:, 0] + n * found.indices
+    found = (best * column_scale).reshape(kv_heads, group, count).max(1)
+    mine = query.reshape(kv_heads, group, count).gather(1, found.indices[:, None])[:, 0]
+    return found.values, mine + n * found.indices
 
 
 def cluster_extremes(k: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -158,6 +157,21 @@ def select_and_attend(
     weights = scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1)
     attended: Tensor = weights @ values
     return attended.flatten(0, 1).to(q.dtype)
+
+
+def ragged_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """Compute softmax(q k^T + bias) v of KV heads that hold different numbers of tokens.
+
+    q: (kv_heads, rows, d), scaled by 1/sqrt(d) already; the result is alike. k, v: (tokens, d), the heads'
+    one after another; bias: (tokens,). starts: (kv_heads + 1,) integers, from where on each head's are.
+    longest: no fewer tokens than any head has. A head that has none gets NaN.
+    Source: the cache of attention matching (arXiv 2602.16284), with counts per head.
+    """
+    bounds, out = starts.tolist(), torch.empty_like(q)
+    for head, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        scores = q[head].float() @ k[begin:end].float().T + bias[begin:end].float()
+        out[head] = (scores.softmax(-1) @ v[begin:end].float()).to(q.dtype) if end > begin else torch.nan
+    return out
 
 
 def check_selection(q: Tensor, k: Tensor, chosen: Tensor, size: int, sink: int, recent: int) -> None:

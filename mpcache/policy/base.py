@@ -22,7 +22,7 @@ from mpcache.cache import Cache, LayerCache, SplitLayer, join_heads, take_heads
 from mpcache.errors import PolicyError
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.ops import Ops, Value
+from mpcache.ops import Ops, Value, as_tensor, as_value
 from mpcache.policy.layer_view import (
     Kept,
     LayerView,
@@ -289,6 +289,27 @@ def average(view: LayerView, weights: Program[Value], total: Value) -> Program[t
     return (yield from at("attend", ops.mul(out, inverse))), inverse
 
 
+def attend_split(kernels: Backend, layer: SplitLayer, q: torch.Tensor) -> torch.Tensor:
+    """Attend with one token's q (KV, rows, d) to a layer in the clear whose heads hold different numbers."""
+    keys, values, biases, counts = [], [], [], []
+    for part in layer.parts:
+        k, v = as_tensor(part.k), as_tensor(part.v)
+        heads, n, d = k.shape
+        bias = k.new_zeros(heads, n)
+        if part.bias is not None:
+            bias[:, : part.bias.shape[-1]] = as_tensor(part.bias)[:, 0]
+        keys.append(k.reshape(-1, d))
+        values.append(v.reshape(-1, d))
+        biases.append(bias.reshape(-1))
+        counts += [n] * heads
+    order = torch.tensor([head for some in layer.heads for head in some], device=q.device)
+    starts = torch.tensor([0, *counts]).cumsum(0).to(q.device)
+    out = kernels.ragged_attend(
+        q[order], torch.cat(keys), torch.cat(values), torch.cat(biases), starts, max(counts)
+    )
+    return torch.empty_like(out).index_copy_(0, order, out)
+
+
 def by_head(prefill: Prefill, layer: int, kernels: Backend) -> torch.Tensor:
     """Sum what the window's queries pay to each token, per KV head, mean over its group: (KV, T)."""
     q, k = prefill.q_window[layer], prefill.k[layer]
@@ -387,6 +408,8 @@ class BoundPolicy:
         if not isinstance(layer, SplitLayer):
             return (yield from self.policy.attend(view, q))
         ops = view.ops
+        if ops.kernels is not None and view.m == 1 and type(self.policy).attend is Policy.attend:
+            return as_value(attend_split(ops.kernels, layer, as_tensor(q)))
         parts = zip(view.parts(), layer.heads, strict=True)
         out = yield from together(
             *(self.policy.attend(part, take_heads(ops, q, heads)) for part, heads in parts)

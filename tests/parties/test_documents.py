@@ -67,7 +67,7 @@ def met(
         def part(links: dict[Rank, FrameLink], ledger: Ledger) -> Any:
             if heard is not None and rank is not D:
                 listen(links[D], heard)
-            _, name, mine = processes[rank].meet(links, Checkpointer())
+            _, name, mine = processes[rank].meet(links, processes[rank].greeting(Checkpointer()))
             if not run:
                 return name if rank is not S else (name, mine)
             resources = SessionResources(links, ledger, public, document=name)

@@ -12,7 +12,6 @@ import torch
 from mpcache.engines.plain import PlainOps
 from mpcache.errors import OutOfRange
 from mpcache.model import Model, ModelShape
-from mpcache.model.framing import Framing
 from mpcache.model.prefill import prefill
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import BoundPolicy
@@ -201,12 +200,11 @@ class PlainConversation:
     """
 
     def __init__(
-        self, model: Model, policy: BoundPolicy, context: Sequence[int] | PackedContext, device: str = "cpu",
-        framing: Framing | None = None,
-    ) -> None:  # fmt: skip
+        self, model: Model, policy: BoundPolicy, context: Sequence[int] | PackedContext, device: str = "cpu"
+    ) -> None:
         """Read the context (token ids) on a device, or take it as it was packed.
 
-        policy: as `mpcache.limits` binds it.  framing: of the context.
+        policy: as `mpcache.limits` binds it.
         """
         kernels: Backend = backend(device)
         self._session = session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
@@ -216,7 +214,7 @@ class PlainConversation:
         if isinstance(context, PackedContext):
             known = context.to(device)
         else:
-            known = prefill(model, context, device, window=policy.window, framing=framing)
+            known = prefill(model, context, device, window=policy.window)
         session.policy, _ = bind_to_document(policy, model.shape, known, kernels)
         session.context(known, kernels)
         ms = 1000 * (time.perf_counter() - start)
@@ -254,10 +252,9 @@ def plain_answer(
     stops: Collection[int],
     device: str = "cpu",
     stop_texts: Sequence[str] = (),
-    framing: Framing | None = None,
 ) -> PlainAnswer:
     """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
-    conversation = PlainConversation(model, policy, context, device, framing)
+    conversation = PlainConversation(model, policy, context, device)
     for _ in conversation.ask(question, limit, sampling, stops, stop_texts):
         pass
     return conversation.result

@@ -181,7 +181,7 @@ class Inquiry:
         context = self.context if self.packed is None else self.packed.pack.context
         return plain_answer(
             model, self.bind(public), context, self.question, limit, self.sampling, stops, device,
-            self.stop_texts, self.framing,
+            self.stop_texts,
         )  # fmt: skip
 
 

@@ -27,9 +27,6 @@ from mpcache.model.tokenizer import Tokenizer
 
 Piece = tuple[str, bool]  # a text, and whether it is the template's own
 
-# How a document is asked for once more, as in KVzip (arXiv 2505.23416).
-REPEAT_ALL = "Repeat the previous context exactly."
-REPEAT_AFTER = "Repeat the part of the previous context exactly, starting with "
 _BETWEEN = "\n\n"  # the document and the first question, where both are one message
 # Texts that stand for the other party's. Questions begin, and documents end, in many ways; answers end in
 # letters: what a tokenizer would join to their end was generated before.
@@ -65,18 +62,6 @@ class Framing(ABC):
 
         Raises BadInput or ModelError.
         """
-
-    def ask_to_repeat(self, lead: str) -> list[int]:
-        """Return the tokens that make the model repeat what goes on after `lead`, or all; nothing: it does.
-
-        They end where the repetition begins.
-        """
-        return []
-
-    @property
-    def document_starts(self) -> int:
-        """Return how many tokens stand before any document."""
-        return 0
 
     @abstractmethod
     def _later_turn(self, text: str) -> list[int]: ...
@@ -289,13 +274,6 @@ class ChatFraming(Framing):
         if rests[0] is None or any(rest != rests[0] for rest in rests):
             raise BadInput("the tokenizer joins an answer's end to what follows it; ask in a new session")
         return self._within(rests[0], "the question")
-
-    def ask_to_repeat(self, lead: str) -> list[int]:
-        return self.frame_turn(REPEAT_AFTER + lead if lead.strip() else REPEAT_ALL, first=True)
-
-    @property
-    def document_starts(self) -> int:
-        return len(_common(self._heads)) if len(self._heads) > 1 else 0
 
     def between(self, ended: bool) -> list[int]:
         tokens = _common([self._later_turn(text) for text in _QUESTIONS])

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpcache.errors import BadInput
-from mpcache.model.framing import Framing
 from mpcache.model.loading import Model
 from mpcache.model.rope import rope_tables, rotate
 from mpcache.model.shape import ModelShape
@@ -34,8 +33,7 @@ class Prefill:
     them; first_position: the position T - w of the first of them;
     largest_scores: per layer, no less than any attention score in size, and exact from `exact_from` on;
     logits: (vocab,) after the last token, or (T, vocab) if all were asked for;
-    model, token_ids, framing: what was read, and what frames it, for who reads it again
-    (`mpcache.model.reread`);
+    model, token_ids: what was read, for who reads it again (`mpcache.model.reread`);
     notes: what was found out about this context, for who needs it at another budget.
     """
 
@@ -47,7 +45,6 @@ class Prefill:
     largest_scores: tuple[float, ...] = ()
     model: Model | None = None
     token_ids: tuple[int, ...] = ()
-    framing: Framing | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -144,7 +141,6 @@ def prefill(
     window: int = 0,
     all_logits: bool = False,
     exact_from: float = math.inf,
-    framing: Framing | None = None,
 ) -> Prefill:
     """Run the model over a context of T tokens.
 
@@ -162,8 +158,6 @@ def prefill(
         Whether to return the logits after every token, not after the last alone.
     exact_from
         From which size on `largest_scores` are computed, not bounded.
-    framing
-        What the context was framed with; None: nothing.
 
     Raises
     ------
@@ -203,7 +197,7 @@ def prefill(
     logits = logits if all_logits else logits[0]
     return Prefill(
         tuple(keys), tuple(values), tuple(queries), length - window, logits, tuple(scores),
-        model, tuple(token_ids), framing,
+        model, tuple(token_ids),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 A chunk of the document is read again with the whole document in view. Its queries look up what they
 repeat, as a question's would: KVzip (arXiv 2505.23416) scores tokens by them, and attention matching (arXiv
-2602.16284) fits what stays to them. A model that chats is asked for it in its template, as it will be asked.
+2602.16284) fits what stays to them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEAD = 8  # tokens before a chunk that are read with it, so that its beginning i
 
 @dataclass(frozen=True, eq=False)
 class Reread:
-    """One chunk of the document, read again with n tokens in all, those before it among them.
+    """One chunk of the document, read again with n tokens in all.
 
     begin, end: its tokens in the document.  q: per layer (heads, n, d), rotated and scaled.  k, v: per layer
     (kv_heads, n, d).  sizes: per layer (n,), the length of the residual stream.
@@ -51,38 +51,23 @@ def reread(known: Prefill) -> tuple[Reread, ...]:
 
 def _chunks(model: Model, known: Prefill) -> list[Reread]:
     length, room = len(known.token_ids), model.shape.max_positions
-    before = len(_before(model, known, min(LEAD, length)))
-    size = min(CHUNK, max(SHORTEST, room - length - before))
-    if before + min(size, length) > room:
+    size = min(CHUNK, max(SHORTEST, room - length - LEAD))
+    if LEAD + min(size, length) > room:
         raise BadInput(
             f"the model's {room} positions leave no room to read a context of {length} tokens again, which "
             "the policy needs; shorten the context, or take another policy"
         )
     # A beginning-of-text token is read once, as in training.
     first = 1 if length > 1 and known.token_ids[0] == model.shape.bos_id else 0
-    if known.framing is not None:
-        first = max(first, min(known.framing.document_starts, length - 1))
-    return [
-        _read(model, known, begin, min(begin + size, length), begin == first)
-        for begin in range(first, length, size)
-    ]
-
-
-def _before(model: Model, known: Prefill, begin: int, first: bool = False) -> list[int]:
-    """Return the tokens to read before a chunk that begins there: those that lead to it, or ask for it."""
-    lead = list(known.token_ids[max(0, begin - LEAD) : begin])
-    if known.framing is None:
-        return lead
-    asked = known.framing.ask_to_repeat("" if first else model.tokenizer.decode(lead))
-    return asked or lead
+    return [_read(model, known, begin, min(begin + size, length)) for begin in range(first, length, size)]
 
 
 @torch.no_grad()
-def _read(model: Model, known: Prefill, begin: int, end: int, first: bool) -> Reread:
+def _read(model: Model, known: Prefill, begin: int, end: int) -> Reread:
     """Read tokens `begin` to `end` behind the document, or over the positions of its end."""
     shape, weights, device = model.shape, model.weights, known.k[0].device
     length = len(known.token_ids)
-    ids = torch.tensor([*_before(model, known, begin, first), *known.token_ids[begin:end]])
+    ids = torch.tensor(known.token_ids[max(0, begin - LEAD) : end])
     n = len(ids)
     start = min(length, shape.max_positions - n)
     positions = torch.arange(start, start + n, device=device)

@@ -42,7 +42,7 @@ def make_pack(own: Document, public: PublicConfig, say: Say) -> Pack:
     bound.check_packs()
     kernels, held = choose_kernels(public.kernels, own.device), largest_score_held(bound, model.shape)
     say(f"reading {own.length} tokens ...")
-    known = prefill(model, own.tokens, own.device, window=bound.window, exact_from=held, framing=own.framing)
+    known = prefill(model, own.tokens, own.device, window=bound.window, exact_from=held)
     check_document(known, bound, model.shape, SHORTEST_ROOM)
     say("choosing what stays ...")
     bound, counts = bind_to_document(bound, model.shape, known, kernels)

@@ -16,7 +16,7 @@ from mpcache.console.inputs import read_context
 from mpcache.errors import BadInput, Mismatch
 from mpcache.model import Model, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.chat_template import ChatTemplate
-from mpcache.model.framing import Framing, make_framing
+from mpcache.model.framing import make_framing
 from mpcache.policy import LeakClass, Policy
 from mpcache.policy.layer_view import PackedContext
 from mpcache.report.account import TurnReport
@@ -32,7 +32,6 @@ class Document:
     device: where it is read.  template: what is around, and of the question, too; None: nothing.
     written: there is a document.  note: what a user should know of this.
     packed: what stays of it, where that was found out before.  name: its public name.
-    framing: of its tokens.
     """
 
     model: Model
@@ -43,7 +42,6 @@ class Document:
     note: str = ""
     packed: PackedContext | None = None
     name: str = ""
-    framing: Framing | None = None
 
     @property
     def length(self) -> int:
@@ -149,4 +147,4 @@ def read_document(model: str | None, context: Path | None, public: PublicConfig)
     tokens = framing.frame_document(text)
     template = None if raw else tokenizer.chat_template
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Document(load_model(path), tokens, device, template, written, framing.note, framing=framing)
+    return Document(load_model(path), tokens, device, template, written, framing.note)

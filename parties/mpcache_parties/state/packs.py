@@ -1,6 +1,6 @@
 """Keep what stays of a document in a file: read and evicted once, opened as often as it is served.
 
-A pack is a safetensors file, of tensors `layer.part.name` and one JSON text in its metadata, or these
+A pack is a safetensors file, of tensors by layer, part and name and one JSON text in its metadata, or these
 bytes sealed (`mpcache_parties.state.sealed`): under a key of 32 bytes, or under one that scrypt makes of a
 passphrase. Values and keys of a cache tell what the document says: a plain pack is as private as its text.
 """

@@ -22,7 +22,7 @@ import yaml
 
 from mpcache.certificates import make_identity
 from mpcache.config import Addresses, Certificates, PublicConfig, Settings
-from mpcache.errors import MpcacheError, SystemRefusal, one_line
+from mpcache.errors import BadInput, MpcacheError, SystemRefusal, one_line
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.operations.output import EventKind

@@ -32,7 +32,7 @@ class Prefill:
     q_window: per layer (heads, w, head_dim), the last w queries, rotated, with 1/sqrt(head_dim) in
     them; first_position: the position T - w of the first of them;
     largest_scores: per layer, no less than any attention score in size, and exact from `exact_from` on;
-    logits: (vocab,) after the last token, or (T, vocab) if all were asked for;
+    logits: (vocab,) after the last token, (T, vocab) after all, or (0,), as was asked for;
     model, token_ids: what was read, for who reads it again (`mpcache.model.reread`);
     notes: what was found out about this context, for who needs it at another budget.
     """
@@ -130,6 +130,7 @@ def prefill(
     *,
     window: int = 0,
     all_logits: bool = False,
+    logits: bool = True,
     exact_from: float = math.inf,
 ) -> Prefill:
     """Run the model over a context of T tokens.
@@ -146,6 +147,8 @@ def prefill(
         How many of the last queries to keep, 0..T (public).
     all_logits
         Whether to return the logits after every token, not after the last alone.
+    logits
+        Whether to return any.
     exact_from
         From which size on `largest_scores` are computed, not bounded.
 
@@ -181,12 +184,14 @@ def prefill(
         scores.append(largest_score(q, k, exact_from))
         queries.append(q[:, length - window :].clone())  # a view would keep all T queries alive
 
-    last = normalise(x if all_logits else x[-1:], shape.norm_eps)
-    lm_bias = None if weights.lm_bias is None else weights.lm_bias.to(device)
-    logits = apply_linear(last, weights.lm_head.to(device), lm_bias)
-    logits = logits if all_logits else logits[0]
+    found = torch.empty(0)
+    if logits:
+        last = normalise(x if all_logits else x[-1:], shape.norm_eps)
+        lm_bias = None if weights.lm_bias is None else weights.lm_bias.to(device)
+        found = apply_linear(last, weights.lm_head.to(device), lm_bias)
+        found = found if all_logits else found[0]
     return Prefill(
-        tuple(keys), tuple(values), tuple(queries), length - window, logits, tuple(scores),
+        tuple(keys), tuple(values), tuple(queries), length - window, found, tuple(scores),
         model, tuple(token_ids),
     )  # fmt: skip
 

@@ -105,7 +105,7 @@ def _open_document(
     held = largest_score_held(facts.policy, facts.shape)
 
     def read() -> Prefill:
-        return prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+        return prefill(own.model, own.tokens, own.device, window=window, exact_from=held, logits=False)
 
     prefilled = set_up.prefilled(own, read, window, held)
     if facts.protocol != ProtocolName.STOCK:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from mpcache.errors import Reuse
 
 SEED_BYTES = 32
-_ZEROS = memoryview(bytes(1 << 16))  # what is encrypted: so much at once stays in the CPU's cache
+_ZEROS = memoryview(bytes(1 << 18))  # what is encrypted: so much at once stays in the CPU's cache
 
 
 def fresh_seed() -> bytes:
@@ -121,9 +121,8 @@ class KeyStream:
         self._aes.update_into(stream, stream)  # of zeros
         return stream
 
-    def fill(self, out: torch.Tensor) -> None:
-        """Read the next bytes into a contiguous tensor of integers."""
-        room = out.reshape(-1).view(torch.uint8).numpy().data
+    def fill(self, room: memoryview) -> None:
+        """Read the next bytes into `room`."""
         for start in range(0, len(room), len(_ZEROS)):
             part = room[start : start + len(_ZEROS)]
             self._aes.update_into(_ZEROS[: len(part)], part)

@@ -235,16 +235,17 @@ class SeededMatrix:
 
     def blocks(self) -> Iterator[tuple[slice, Matrix]]:
         """Yield V's rows, a few at a time, in memory that the next ones take."""
-        names, k, n = ("low", "high"), *self.shape
-        parts = (torch.int32, torch.int16) if self._place.ring <= 48 else (torch.int64,)
-        streams = [KeyStream(self._seed, f"masks/{self._number}/{name}") for name in names[: len(parts)]]
-        room: list[torch.Tensor] = []
-        for rows in rows_of((k, n), _IN_CACHE):
-            room = room or [torch.empty((rows.stop, n), dtype=dtype) for dtype in parts]
-            block = [part[: rows.stop - rows.start] for part in room]
-            for part, stream in zip(block, streams, strict=True):
-                stream.fill(part)
-            yield rows, Matrix(*block)
+        dtypes = (torch.int32, torch.int16) if self._place.ring <= 48 else (torch.int64,)
+        names = [f"masks/{self._number}/{name}" for name in ("low", "high")[: len(dtypes)]]
+        streams = [KeyStream(self._seed, name) for name in names]
+        most = next(rows_of(self.shape, _IN_CACHE), slice(0, 0)).stop
+        parts = [torch.empty((most, self.shape[1]), dtype=dtype) for dtype in dtypes]
+        held, rooms = Matrix(*parts), [_bytes_of(part) for part in parts]
+        for rows in rows_of(self.shape, _IN_CACHE):
+            count = rows.stop - rows.start
+            for room, stream in zip(rooms, streams, strict=True):
+                stream.fill(room[: len(room) // most * count])
+            yield rows, held if count == most else held[:count]
 
 
 def pack_modulo(x: torch.Tensor, ring: int) -> torch.Tensor:

@@ -52,9 +52,17 @@ def split_message(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> 
 
     Raises ValueError on more tensors than one message has room to describe.
     """
-    text = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors)).text
+    layout = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors))
+    text = layout.text
     if len(text) > LAYOUT_BYTES:
         raise ValueError(f"{len(tensors)} tensors at {step} are too many for one message")
+    if layout.total <= CHUNK_BYTES:  # nearly all
+        parts = [tensor.numpy(force=True).tobytes() for tensor in tensors]
+        if len(parts) > 1:
+            parts = [b"".join(part + bytes(-len(part) % _ALIGNMENT) for part in parts)[: layout.total]]
+        message = pb.Tensors(sequence=sequence, step=step, layout=text, data=b"".join(parts))
+        yield pb.Frame(tensors=message).SerializeToString()
+        return
     offset, buffers = 0, list[memoryview | bytes]()
     for tensor in tensors:
         buffers.append(bytes(-offset % _ALIGNMENT))

@@ -101,8 +101,8 @@ def blocks_of(x: torch.Tensor | Matrix) -> Iterator[torch.Tensor]:
 
 def wide(x: torch.Tensor | Blocks) -> torch.Tensor:
     """Return the int64 that `narrow` holds, exactly if it fitted, else modulo the ring that it was given."""
-    if isinstance(x, torch.Tensor):
-        return x
+    if isinstance(x, torch.Tensor | MetaTensor):
+        return x  # type: ignore[return-value]
     if not isinstance(x, Matrix):
         return torch.cat([wide(block) for _, block in x.blocks()])
     low: torch.Tensor = x.low.long()

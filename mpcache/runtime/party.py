@@ -124,7 +124,7 @@ class ComputingParty(Party):
         return [self._opened(item, received) for item in items]
 
     def _opened(self, item: Opening, received: Iterator[torch.Tensor]) -> torch.Tensor | None:
-        """Add up an opening, with the peer's share, if it has one; None where this party does not learn it."""
+        """Add up an opening, with what the peer sends of it; None where this party does not learn it."""
         other, width = None, item.width
         if sends(item, self._peer_rank):
             other = _unpack(next(received), width)

@@ -104,7 +104,7 @@ def wide(x: torch.Tensor | Blocks) -> torch.Tensor:
     if isinstance(x, torch.Tensor | MetaTensor):
         return x  # type: ignore[return-value]
     if not isinstance(x, Matrix):
-        return torch.cat([wide(block) for _, block in x.blocks()])
+        return torch.cat([wide(block).clone() for _, block in x.blocks()])  # the next takes its memory
     low: torch.Tensor = x.low.long()
     if x.high is None:
         return low

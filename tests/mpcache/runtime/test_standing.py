@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mpcache.rank import Rank
-from mpcache.runtime.ring import unpack, wide
+from mpcache.runtime.ring import Matrix, matmul, unpack, wide
 from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
 from mpcache.runtime.standing import (
+    _IN_CACHE,
     ClientsMasks,
     DealersMasks,
     OperandPlace,
@@ -114,6 +115,19 @@ def test_one_seed_hides_one_set_of_integers(shape: tuple[int, ...]) -> None:
     for other, _ in others:
         apart = sent_of(other).reshape(-1) - sent_of(masks).reshape(-1)
         assert looks_uniform(pack_modulo(apart, 48))
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 3), (2 * _IN_CACHE // 40 + 3, 40), (5, _IN_CACHE)])
+@pytest.mark.parametrize("ring", [48, 64])
+def test_a_product_with_what_a_seed_makes_is_the_whole_matrixs(k: int, n: int, ring: int) -> None:
+    """V comes a few rows at a time, and each product makes it anew."""
+    blank = Share(torch.zeros(k, n, dtype=torch.int64), 16, Rank.SERVER)
+    opened = ClientsMasks(MASTER).take(blank, ring, "setup")
+    assert isinstance(opened, KnownOperand) and not isinstance(opened.held, Matrix)
+    x, whole = torch.arange(-k, k).reshape(2, k), wide(opened.held)
+    assert whole.shape == (k, n) and torch.equal(wide(opened.held), whole)
+    assert torch.equal(matmul(x, opened.held), torch.matmul(x, whole))
+    assert len(list(opened.held.blocks())) == (1 if k == 1 else 2 if k == 5 else 3)
 
 
 def test_the_same_again_has_the_same_seed() -> None:

@@ -24,11 +24,13 @@ from mpcache.console.options import (
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     ProtocolOption,
     RawOption,
     RevealOption,
     SeedOption,
+    SetupDirOption,
     StopOption,
     TemperatureOption,
     TopPOption,
@@ -67,6 +69,8 @@ def chat_here(
     stop: StopOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
+    setup_dir: SetupDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask one question after another, privately. Ctrl-D ends; Ctrl-C stops an answer.
@@ -76,9 +80,9 @@ def chat_here(
     Sampling(temperature, top_p, seed)  # checked before anything starts
     stops = read_stops(stop, True)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    overrides |= chat_overrides(raw, document_as)
+    overrides |= chat_overrides(raw, document_as, pad)
     with ExitStack() as opened:
-        talk = _open(opened, model, context, config, identity, overrides)
+        talk = _open(opened, model, context, config, identity, setup_dir, overrides)
 
         def ask(question: str) -> None:
             turn = Turn(question, None, stops, temperature, top_p, seed)
@@ -94,12 +98,17 @@ def _open(
     context: Path | None,
     config: Path | None,
     identity: Path | None,
+    setup_dir: Path | None,
     overrides: dict[str, Any],
 ) -> Chat:
     """Open a conversation, with parties that run elsewhere or with this machine's; `opened` closes both."""
     with terminal.progress("starting the parties ...") as (say, hush):
         if identity is not None:
-            given = [name for name, value in {"--model": model, "--context": context}.items() if value]
+            given = [
+                name
+                for name, value in {"--model": model, "--context": context, "--setup-dir": setup_dir}.items()
+                if value
+            ]
             given += [name for name, value in overrides.items() if value is not None]
             if given or config is None:
                 raise BadInput(
@@ -109,7 +118,7 @@ def _open(
         else:
             settings = with_default_policy(load_settings(config, overrides), model)
             text = None if context is None else read_text(context)  # once: it may be a pipe
-            talk = opened.enter_context(LocalParties(settings, model, text, at_once=1, say=say)).chat()
+            talk = opened.enter_context(LocalParties(settings, model, text, 1, say, setup_dir)).chat()
         hush()
     return opened.enter_context(talk)
 

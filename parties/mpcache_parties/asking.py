@@ -12,6 +12,7 @@ from mpcache.answer import AnswerText, TimedSession, answer, left_range
 from mpcache.console.signals import between_tokens, token_by_token
 from mpcache.errors import BadInput, LinkError
 from mpcache.model.framing import Framing
+from mpcache.padding import padded_length
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Finish, TurnReport
@@ -128,14 +129,14 @@ class Asking:
 
     def _fitting(self, question: Question, asked: list[int]) -> TurnSizes:
         """Return the turn's sizes: an answer is shorter where there is less room. Raises BadInput."""
-        room = self._room()
-        limit = min(question.limit(self._facts.limit), room - len(asked))
+        room, length = self._room(), padded_length(len(asked), self._session.grid)
+        limit = min(question.limit(self._facts.limit), room - length)
         if limit < 1:
             raise BadInput(
-                f"the question has {len(asked)} tokens, the session has room for {room} with its answer; "
+                f"the question has {length} tokens, the session has room for {room} with its answer; "
                 "begin a new conversation"
             )
-        return TurnSizes(len(asked), limit)
+        return TurnSizes(length, limit)
 
     def _room(self) -> int:
         return self._facts.room - self._session.cache.length

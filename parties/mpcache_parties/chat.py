@@ -19,10 +19,11 @@ from typing import Any
 from mpcache.config import Settings, load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import BadInput
-from mpcache.phases import ChunkPlace
+from mpcache.limits import with_default_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Finish, TurnReport
 from mpcache_parties import piped_conversation
+from mpcache_parties.answer_pace import in_words
 from mpcache_parties.launch import (
     Child,
     Event,
@@ -31,6 +32,7 @@ from mpcache_parties.launch import (
     first_cause,
     free_addresses,
     private_folder,
+    setup_flags,
     start_party,
     write_session,
 )
@@ -225,10 +227,9 @@ class Chat:
                 case {"event": EventKind.SAY, "text": str(text)}:
                     self.progress = text.removeprefix("client: ")
                     self._say(text)
-                case {"event": EventKind.LAYER, "phase": str(phase), "layer": int(layer)}:
-                    place = ChunkPlace.of(phase)
-                    what = phase if place is None else "answer" if place.step else "question"
-                    self.progress = f"{what}: layer {layer + 1}"
+                case {"event": EventKind.LAYER, "phase": str(phase), "layer": int(layer), **more}:
+                    layers, left = int(str(more["layers"])), more["left_ms"]
+                    self.progress = in_words(phase, layer, layers, left if isinstance(left, float) else None)
                     self.on_progress(self.progress)
                 case {"event": EventKind.ERROR, "text": str(text), "exit_code": int(code)}:
                     failure = PartyFailed(text, code)
@@ -242,9 +243,13 @@ class LocalParties:
 
     def __init__(
         self, settings: Settings, model: Path | str | None = None, text: str | None = None,
-        at_once: int = AT_ONCE, say: Say = quiet,
+        at_once: int = AT_ONCE, say: Say = quiet, setup_dir: Path | None = None,
     ) -> None:  # fmt: skip
-        """Start both. model: as `mpcache-party` takes it; None: the demo's.  text: the server's document."""
+        """Start both.
+
+        model: as `mpcache-party` takes it; None: the demo's.  text: the server's document.
+        setup_dir: where both keep what is masked, for other runs; None: in memory.
+        """
         self._settings = settings.model_copy(update={"addresses": free_addresses()})
         self._say, self._children = say, dict[Rank, Child]()
         self._events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
@@ -255,8 +260,9 @@ class LocalParties:
             self._own = write_session(self._settings, {} if text is None else {Rank.SERVER: text}, folder)
             serving = ["--serve", "--sessions", str(at_once)]
             named = [] if model is None else ["--model", str(model)]
+            kept = setup_flags(setup_dir)
             for rank, more in ((Rank.SERVER, named), (Rank.DEALER, [])):
-                flags = [*self._own[rank], *serving, *more]
+                flags = [*self._own[rank], *serving, *kept.get(rank, ()), *more]
                 self._children[rank] = start_party(rank, flags, self._events)
         except BaseException:
             self.close()
@@ -323,6 +329,7 @@ def local_chat(
     policy: str | None = None,
     max_new_tokens: int | None = None,
     config: Path | str | None = None,
+    setup_dir: Path | str | None = None,
     say: Say = quiet,
 ) -> Iterator[Chat]:
     """Open a conversation with a server and a dealer of its own, all processes of this machine.
@@ -334,9 +341,11 @@ def local_chat(
     document
         The server's: a text, or the Path of a text file. None: with the demo model its own, else none.
     policy, max_new_tokens
-        In place of the config's.
+        In place of the config's. Where neither names a policy a model that has a curve takes `compact`.
     config
         A YAML file of public settings; its addresses are not used.
+    setup_dir
+        A folder where the masked weights and document are kept for other runs; None: each masks them anew.
     say
         Gets a line now and then about how far the set-up is.
 
@@ -344,6 +353,7 @@ def local_chat(
 
     """
     settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
+    settings, kept = with_default_policy(settings, model), None if setup_dir is None else Path(setup_dir)
     text = read_text(document) if isinstance(document, Path) else document
-    with LocalParties(settings, model, text, at_once=1, say=say) as parties, parties.chat() as chat:
+    with LocalParties(settings, model, text, 1, say, kept) as parties, parties.chat() as chat:
         yield chat

@@ -30,6 +30,7 @@ from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
+from mpcache.padding import padded_length
 from mpcache.policy import BoundPolicy, LeakClass, parse_policy
 from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, bytes_of, tensor_of
@@ -90,6 +91,7 @@ def tape_sizes(facts: Facts, public: PublicConfig) -> dict[str, Any]:
         "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
         "policy": facts.policy.spec, "plan": facts.policy.plan.to_dict(),
         "protocol": facts.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
+        "length_grid": public.length_grid,
     }  # fmt: skip
 
 
@@ -133,8 +135,8 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
             framing = framing_of({"model": model} | public_texts, shape, public)
             question = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
             if isinstance(own, Question):
-                asked = framing.frame_turn(own.text, first=True)
-                question = {"question_tokens": len(asked), "new_tokens": own.limit(public.max_new_tokens)}
+                length = padded_length(len(framing.frame_turn(own.text, first=True)), public.length_grid)
+                question = {"question_tokens": length, "new_tokens": own.limit(public.max_new_tokens)}
             for link in links.values():
                 link.send_facts("facts/question", question)
             model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": _digest(template)}
@@ -146,28 +148,32 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
 
 def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, Any]:
     """Tell all what is public about the server's model and document; send the client what frames texts."""
-    model = own.model
-    vocabulary = model.tokenizer.content
     template = None if own.template is None else tensor_of(own.template.to_bytes())
-    facts = {
+    facts = facts_of_model(own, public) | {"session": secrets.token_hex(16)}
+    for link in links.values():
+        link.send_facts("facts/model", facts)
+    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(own.model.tokenizer.content)])
+    if template is not None:
+        links[Rank.CLIENT].send("facts/template", [template])
+    return facts
+
+
+def facts_of_model(own: Document, public: PublicConfig) -> dict[str, Any]:
+    """Return what is public about the server's model and document. Raises PolicyError or ConfigError."""
+    model, template = own.model, None if own.template is None else tensor_of(own.template.to_bytes())
+    facts: dict[str, Any] = {
         "shape": model.shape.to_dict(),
         "model_digest": model.digest,
-        "tokenizer_bytes": len(vocabulary),
+        "tokenizer_bytes": len(model.tokenizer.content),
         "tokenizer_digest": model.tokenizer.digest,
         "template_bytes": 0 if template is None else len(template),
         "template_digest": _digest(template),
         "document": own.written,
         "context_tokens": len(own.tokens),
         "kernels": choose_kernels(public.kernels, own.device).name,
-        "session": secrets.token_hex(16),
     }
     if counts := parse_policy(public.policy).count_from_model(model, len(own.tokens)):
         facts["head_counts"] = counts
-    for link in links.values():
-        link.send_facts("facts/model", facts)
-    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(vocabulary)])
-    if template is not None:
-        links[Rank.CLIENT].send("facts/template", [template])
     return facts
 
 
@@ -253,6 +259,8 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     limit = _limit(question, public)
+    if asked % public.length_grid:
+        raise Desync(f"Desync: the client's question has {asked} tokens, not a multiple of --pad")
     if asked:
         policy = bind_policy(shape, public, context, asked, limit)
         room = asked + limit
@@ -265,7 +273,7 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     if protocol == AUTO:
         choice = pick(
             shape, policy, context, asked or TYPICAL_QUESTION, limit, parse_network(public.network),
-            public.fraction_bits, public.reveal,
+            public.fraction_bits, public.reveal, public.length_grid,
         )  # fmt: skip
         protocol, picked = choice.protocol, str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")

@@ -16,6 +16,7 @@ from mpcache.console.options import (
     DocumentAsOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     ProtocolOption,
     RawOption,
@@ -26,6 +27,7 @@ from mpcache.console.signals import Stopped, ignore_signals
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
 from mpcache_parties.client_api import ClientApi
+from mpcache_parties.health_command import health
 from mpcache_parties.keygen import keygen
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.pinning import pin
@@ -42,6 +44,7 @@ app = typer.Typer(
 
 app.command()(keygen)
 app.command()(pin)
+app.command()(health)
 
 
 @app.callback(invoke_without_command=True)
@@ -80,6 +83,7 @@ def party(
     ] = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -187,6 +191,7 @@ def party(
         stop=tuple(stop or ()),
         raw=raw,
         document_as=document_as,
+        pad=pad,
         state=state,
         state_key=state_key,
         resume=resume,

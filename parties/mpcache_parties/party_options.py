@@ -45,6 +45,7 @@ class PartyOptions:
     stop: tuple[str, ...] = ()
     raw: bool = False
     document_as: str | None = None
+    pad: int | None = None
     state: Path | None = None
     state_key: Path | None = None
     resume: bool = False
@@ -85,7 +86,7 @@ class PartyOptions:
         return load_settings(
             self.config,
             public_overrides(self.policy, self.protocol, self.network, tokens, self.reveal)
-            | chat_overrides(self.raw, self.document_as)
+            | chat_overrides(self.raw, self.document_as, self.pad)
             | {"timeouts.connect_s": self.connect_timeout, "addresses.bind": self.listen},
         )
 

@@ -47,7 +47,7 @@ def _foretold(me: Rank, facts: Facts, public: PublicConfig) -> str:
     """Say how much is to be dealt and stored, and what it serves."""
     cost = price(
         facts.shape, facts.policy, facts.context, facts.question, facts.protocol, facts.limit,
-        bits=public.fraction_bits, reveal=public.reveal, standing=False,
+        bits=public.fraction_bits, reveal=public.reveal, standing=False, grid=public.length_grid,
     )  # fmt: skip
     total = sum_tallies((phase, cost.total(phase)) for phase in cost.phases)
     serves = f"one answer of up to {facts.limit} tokens to a question of {facts.question}"
@@ -92,7 +92,7 @@ def _store_batch(me: Rank, resources: SessionResources, facts: Facts, store: Tap
 def _read_by_shapes(facts: Facts, public: PublicConfig, party: Any, done: Callable[[str], None]) -> None:
     """Go through a whole session by shapes; `done` is told each phase that has ended."""
     ops = engine(facts.protocol, Rank.SERVER, public.fraction_bits, "meta")
-    session = Session(ops, party, facts.shape, facts.policy, public.reveal)
+    session = Session(ops, party, facts.shape, facts.policy, public.reveal, public.length_grid)
     session.setup(None)
     done("setup")
     session.context(None, None)

@@ -20,14 +20,14 @@ from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
-from mpcache.limits import check_document, check_fitted, largest_score_held
-from mpcache.model.prefill import Prefill, prefill
+from mpcache.limits import check_document, check_fitted
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration
 from mpcache.runtime.party import DealerParty
 from mpcache.runtime.side import Side
+from mpcache_parties.answer_pace import Foretold, LayerPace
 from mpcache_parties.asking import Asking
 from mpcache_parties.client_pace import ClientPace, NoMoreTapes, hear_more
 from mpcache_parties.facts import (
@@ -99,15 +99,9 @@ def _open_document(
     set_up.weights(own)
     if own.note:
         say(f"server: {own.note}")
-    say(f"server: set-up: weights masked in {duration(session.ms['setup'])}")
+    say(f"server: set-up done in {duration(session.ms['setup'])}")
     start = time.perf_counter()
-    window = facts.policy.window
-    held = largest_score_held(facts.policy, facts.shape)
-
-    def read() -> Prefill:
-        return prefill(own.model, own.tokens, own.device, window=window, exact_from=held, logits=False)
-
-    prefilled = set_up.prefilled(own, read, window, held)
+    prefilled = set_up.prefilled(own)
     if facts.protocol != ProtocolName.STOCK:
         check_document(prefilled, facts.policy, facts.shape, facts.room)
     prefill_ms = 1000 * (time.perf_counter() - start)
@@ -144,7 +138,10 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
     framing = framing_of(told, facts.shape, public)
+    if isinstance(pace := resources.status.on_layer, LayerPace):
+        pace.layers = facts.shape.layers
     if earlier is None:
+        foretold = Foretold(facts, public) if facts.policy.plan_is_public else None
         set_up = ClientSetUp(resources, session, facts)
         set_up.weights()
         say(f"client: set-up done in {duration(session.ms['setup'])}")
@@ -152,7 +149,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         session.policy = facts.policy
         set_up.context()
         asking = Asking(resources, facts, session, framing)
-        say(f"client: {_asking(facts)}")
+        say(f"client: {_asking(facts, (foretold or Foretold(facts, public)).told())}")
         checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
     else:
         _go_on(session, earlier)
@@ -185,11 +182,12 @@ def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, s
     }  # fmt: skip
 
 
-def _asking(facts: Facts) -> str:
+def _asking(facts: Facts, foretold: str) -> str:
     kept = f"{facts.context}, of which {_kept(facts)} are kept"
+    estimate = foretold and f"; {foretold}"
     if facts.conversation:
-        return f"a context of {kept}; room for {facts.room} tokens of questions and answers"
-    return f"asking {facts.question} tokens about {kept} ..."
+        return f"a context of {kept}; room for {facts.room} tokens of questions and answers{estimate}"
+    return f"asking {facts.question} tokens about {kept}{estimate} ..."
 
 
 def deal(resources: SessionResources) -> Report:
@@ -266,7 +264,8 @@ def _session(
 ) -> TimedSession:
     public = resources.public
     ops = engine(facts.protocol, me, public.fraction_bits, device)
-    return TimedSession(ops, party, facts.shape, facts.policy, resources.status, public.reveal)
+    status, reveal, grid = resources.status, public.reveal, public.length_grid
+    return TimedSession(ops, party, facts.shape, facts.policy, status, reveal, grid)
 
 
 def _go_on(session: TimedSession, earlier: Checkpoint) -> None:

@@ -57,7 +57,8 @@ def turns_heard(client: Link, facts: Facts, session: Session, idle_s: float) -> 
         return
     while (turn := _heard(client, session.place.turn, idle_s)) is not None:
         left = facts.room - session.cache.length
-        if not 1 <= turn.question <= left - turn.limit or not 1 <= turn.limit <= facts.limit:
+        fits = 1 <= turn.question <= left - turn.limit and 1 <= turn.limit <= facts.limit
+        if not fits or turn.question % session.grid:
             raise Desync(
                 f"Desync: the client asks {turn.question} tokens and wants up to {turn.limit}; "
                 f"the session has room for {left}, an answer for {facts.limit}"

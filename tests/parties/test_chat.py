@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, cast
 
 import pytest
@@ -202,3 +203,30 @@ def test_the_code_of_the_page_runs(
         )
         exec(compile(remote, "docs/python.md", "exec"), {})
     assert "Account(turns=2" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_masks_that_are_kept_serve_another_run(tmp_path: Path) -> None:
+    files, texts = list[set[str]](), list[str]()
+    for _ in range(2):
+        with mpcache.local(document=TEXT, max_new_tokens=2, setup_dir=tmp_path) as chat:
+            texts.append("".join(chat.ask("The code of the red gate is")))
+        files.append({file.name for file in (tmp_path / "dealer").glob("*.masks")})
+    assert files[0] == files[1] and len(files[0]) == 2  # weights and document, under their names of before
+    assert texts[0] == texts[1]
+
+
+def test_a_local_conversation_takes_the_commands_default_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compact` for the demo model, which has a curve, unless a policy is named."""
+    taken: list[str] = []
+
+    def parties(settings: Settings, *rest: object) -> object:
+        taken.append(settings.public.policy)
+        raise PartyFailed("seen")
+
+    monkeypatch.setattr(chat_module, "LocalParties", parties)
+    for policy in (None, "full"):
+        with pytest.raises(PartyFailed, match="seen"), mpcache.local(policy=policy):
+            pass
+    assert taken == ["compact", "full"]

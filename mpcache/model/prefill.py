@@ -184,16 +184,19 @@ def prefill(
         scores.append(largest_score(q, k, exact_from))
         queries.append(q[:, length - window :].clone())  # a view would keep all T queries alive
 
-    found = torch.empty(0)
-    if logits:
-        last = normalise(x if all_logits else x[-1:], shape.norm_eps)
-        lm_bias = None if weights.lm_bias is None else weights.lm_bias.to(device)
-        found = apply_linear(last, weights.lm_head.to(device), lm_bias)
-        found = found if all_logits else found[0]
+    found = _logits(model, x if all_logits else x[-1:], device) if logits else torch.empty(0)
+    found = found if all_logits or not logits else found[0]
     return Prefill(
         tuple(keys), tuple(values), tuple(queries), length - window, found, tuple(scores),
         model, tuple(token_ids),
     )  # fmt: skip
+
+
+def _logits(model: Model, x: Tensor, device: torch.device | str) -> Tensor:
+    """Return the logits (m, vocab) after each row of the residual stream x (m, width)."""
+    bias = model.weights.lm_bias
+    last = normalise(x, model.shape.norm_eps)
+    return apply_linear(last, model.weights.lm_head.to(device), None if bias is None else bias.to(device))
 
 
 def project_heads(

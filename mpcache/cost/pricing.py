@@ -10,6 +10,7 @@ of many layers costs little more than one layer, whatever a policy does in which
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any, cast
@@ -39,6 +40,7 @@ def price(
     reveal: Reveal = Reveal.LOGITS,
     standing: bool = True,
     grid: int = 1,
+    later: Sequence[int] = (),
 ) -> Cost:
     """Price a policy: read a session by shapes, from set-up to the decode steps of an answer.
 
@@ -64,6 +66,8 @@ def price(
         nothing where the dealer holds it.
     grid
         Questions are padded to its multiples, as this one is.
+    later
+        Questions of later turns, in tokens; each has an answer of that length, too.
 
     Raises
     ------
@@ -83,6 +87,11 @@ def price(
     session.chunk(None, question)
     for _ in range(1, new_tokens):
         session.chunk(None, 1)
+    for tokens in later:
+        session.next_turn()
+        session.chunk(None, tokens)
+        for _ in range(1, new_tokens):
+            session.chunk(None, 1)
     held = _bytes_held(operands) + _bytes_held(session.cache)
     read = {"setup": setup} | party.by_phase()
     return Cost(shape, policy, protocol, question, new_tokens - 1, read, held)

@@ -7,8 +7,9 @@ For each of the two, before anything secret moves:
     server -> client    how far that is, and the seed of V
     client -> server    a digest of its seed;  client -> dealer  the identifier
 
-What a session keeps on disk, and what prepared tapes are dealt for, is masked anew instead, as `stock`
-does not mask at all: then nothing of this is said.
+A session that is resumed goes through SETUP again, by the same masks or others; its cache has those that it
+had. What prepared tapes are dealt for is masked anew instead, as `stock` does not mask at all: then nothing
+of this is said.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mpcache.choices import ProtocolName
 from mpcache.errors import Desync, Mismatch
 from mpcache.ledger import Ledger
 from mpcache.model.prefill import Prefill
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.runtime.rng import SEED_BYTES
 from mpcache.runtime.standing import (
@@ -53,8 +55,7 @@ TOLD, HELD, SEEN = "facts/masks", "facts/held", "facts/seed"  # steps of what is
 
 def stands(facts: Facts, resources: SessionResources) -> bool:
     """Return whether the session's masks outlive it: public, and the same at all three."""
-    kept = resources.checkpointer.store is not None
-    return facts.protocol != ProtocolName.STOCK and resources.tapes is None and not kept
+    return facts.protocol != ProtocolName.STOCK and resources.tapes is None
 
 
 def set_up_bytes(ledger: Ledger) -> int:
@@ -94,13 +95,13 @@ class ServerSetUp:
         """Return the pass over the document."""
         return self._masking.prefilled(own)
 
-    def context(self, own: Document, prefilled: Prefill, kernels: Backend) -> None:
+    def context(self, own: Document, known: OwnersContext, kernels: Backend) -> None:
         """Go through CONTEXT."""
         session = self._session
         if not self._stands:
-            return session.context(prefilled, kernels)
+            return session.context(known, kernels)
         start = time.perf_counter()
-        made = self._masking.context(own, prefilled, kernels)
+        made = self._masking.context(own, known, kernels)
         if "context" not in session.ms:
             session.context(None, None, copied(made.tree))
         elif self._keeps_document:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from mpcache.model.framing import ChatFraming, make_framing
 from mpcache.rank import Rank
 from mpcache.report.account import Report, TurnReport
 from mpcache.sampling import Sampling
-from mpcache_parties.private_inputs import Conversation, Question, read_document
+from mpcache_parties.private_inputs import Conversation, Question, TurnRecord, read_document
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
 from tests.support.chat_templates import KINDS, inner_tokenizer
@@ -35,7 +35,7 @@ class Asked(Conversation):
     def __init__(self) -> None:
         self.turns, self.refusals = list[TurnReport](), list[BadInput]()
 
-    def opened(self, room: int) -> None:
+    def opened(self, room: int, earlier: Sequence[TurnRecord]) -> None:
         pass
 
     def questions(self, look: Callable[[], None]) -> Iterator[Question]:

@@ -7,7 +7,7 @@ secrets are given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,33 +44,31 @@ def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:
     }  # fmt: skip
 
 
+Mine = Callable[[str], torch.Tensor | None]  # a tensor by its name, read when it is prepared
+
+
 def load_operands(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operands]:
     """Prepare weights as operands. weights: None at all but their owner."""
     blank = Weights.meta(shape)
 
-    def own(tensor: torch.Tensor | None, like: torch.Tensor | None) -> Any:
-        return None if like is None else ops.secret(tensor, like.shape, Rank.SERVER)
+    def one(name: str, mine: Mine, size: Sequence[int]) -> Program[Any]:
+        if name not in OPERAND_RINGS:
+            return ops.secret(mine(name), size, Rank.SERVER)
+        return (yield from ops.prepare_own(mine(name), size, Rank.SERVER, OPERAND_RINGS[name]))
 
-    def operands(
-        mine: Mapping[str, torch.Tensor | None], like: Mapping[str, torch.Tensor | None]
-    ) -> Program[dict[str, Any]]:
-        values = {name: own(mine.get(name), tensor) for name, tensor in like.items()}
-        names = [name for name in values if name in OPERAND_RINGS]
-        kept = yield from together(*(ops.prepare(values[name], OPERAND_RINGS[name]) for name in names))
-        return values | dict(zip(names, kept, strict=True))
+    def operands(mine: Mine, like: Mapping[str, torch.Tensor | None]) -> Program[dict[str, Any]]:
+        there = {name: tensor.shape for name, tensor in like.items() if tensor is not None}
+        names = list(there)
+        kept = yield from together(*(one(name, mine, size) for name, size in there.items()))
+        return dict.fromkeys(like) | dict(zip(names, kept, strict=True))
 
     layers = []
-    for i, like in enumerate(blank.layers):
-        mine = {} if weights is None else _layer(weights.layers[i])
-        layers.append(Layer(**(yield from at(f"layer{i}", operands(mine, _layer(like))))))
+    for i, layer in enumerate(blank.layers):
+        mine = {} if weights is None else _layer(weights.layers[i])  # one layer at a time, if it is stored
+        layers.append(Layer(**(yield from at(f"layer{i}", operands(mine.get, _layer(layer))))))
     names = ("embed", "positions", "lm_head", "lm_bias")
-    rest = yield from at(
-        "vocabulary",
-        operands(
-            {name: getattr(weights, name, None) for name in names},
-            {name: getattr(blank, name) for name in names},
-        ),
-    )
+    sizes = {name: getattr(blank, name) for name in names}
+    rest = yield from at("vocabulary", operands(lambda name: getattr(weights, name, None), sizes))
     return Operands(shape, layers=tuple(layers), **rest)
 
 

@@ -97,7 +97,8 @@ class Masking:
         window, held = policy.window, largest_score_held(policy, self._session.shape)
         key = repr((own.model.digest, own.digest, own.device, window, held))
         return self._setups.prefilled(
-            key, lambda: prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+            key,
+            lambda: prefill(own.model, own.tokens, own.device, window=window, exact_from=held, logits=False),
         )
 
     def context(self, own: Document, known: OwnersContext, kernels: Backend) -> Made:

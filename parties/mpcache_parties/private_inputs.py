@@ -182,4 +182,5 @@ def read_document(model: str | None, context: Path | None, public: PublicConfig)
     tokens = framing.frame_document(text)
     template = None if raw else tokenizer.chat_template
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Document(load_model(path), tokens, device, template, written, framing.note)
+    model_read = load_model(path, keep=False)  # set-up and prefill take one layer after another
+    return Document(model_read, tokens, device, template, written, framing.note)

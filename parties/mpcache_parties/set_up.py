@@ -126,8 +126,9 @@ class ServerSetUp:
         held = dealer.recv_facts(HELD).get("digest")
         if held is None:
             progress, done = Progress(self._resources.say, f"server: {WHAT[phase]} sent to the dealer"), 0
-            for place, packed in masks.packed():
-                dealer.send(place.step, [packed])
+            for place, sent in masks.sent():
+                dealer.send(place.step, sent, [place.step] * len(sent))
+                del sent  # before the next one is made
                 done += place.nbytes
                 if progress.at(done, masks.nbytes):
                     client.send_facts(TOLD, {"sent": done, "of": masks.nbytes})
@@ -237,9 +238,10 @@ class DealerSetUp(_TakingSetUp):
 
         def take(place: OperandPlace) -> Dealt:
             nonlocal done
-            (packed,) = server.recv(place.step, [(torch.uint8, place.packed)])
-            digest.update(packed.reshape(-1).numpy().data)
-            masks.append(dealt_of(place, packed))
+            parts = server.recv(place.step, place.specs)
+            for part in parts:
+                digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
+            masks.append(dealt_of(place, parts))
             progress.at(done := done + place.nbytes, total)
             return masks[-1]
 

@@ -28,9 +28,8 @@ import torch
 from mpcache.errors import StateError
 from mpcache.model.prefill import Prefill
 from mpcache.rank import Rank
-from mpcache.runtime.ring import wide
 from mpcache.runtime.rng import derive_key, fresh_seed
-from mpcache.runtime.standing import Dealt, OperandPlace, OwnersMasks, dealt_of, digest_of, pack_modulo
+from mpcache.runtime.standing import Dealt, OperandPlace, OwnersMasks, dealt_of, digest_of, sent_of
 from mpcache_parties.state import sealed, snapshot
 
 SUFFIX = ".masks"
@@ -192,10 +191,7 @@ class DealerSetups:
                 return
             tree = {
                 "places": [[p.step, list(p.shape), p.ring, p.bits] for p in held.places],
-                "masks": [
-                    pack_modulo(wide(mask), place.ring)
-                    for place, mask in zip(held.places, held.masks, strict=True)
-                ],
+                "masks": [sent_of(place, mask) for place, mask in zip(held.places, held.masks, strict=True)],
             }
             sealed.seal(file, self._key, _header(identifier, held.family), snapshot.serialize(tree))
             for old in self._files()[KEPT_AT_DEALER:]:
@@ -212,15 +208,15 @@ class DealerSetups:
             places = [
                 OperandPlace(step, tuple(shape), ring, bits) for step, shape, ring, bits in tree["places"]
             ]
-            packed: list[torch.Tensor] = tree["masks"]
-            if [tuple(mask.shape) for mask in packed] != [place.packed for place in places]:
+            sent: list[list[torch.Tensor]] = tree["masks"]
+            if [[(x.dtype, tuple(x.shape)) for x in mask] for mask in sent] != [p.specs for p in places]:
                 raise StateError(f"{file}: its content is not what this release writes")
         except StateError as error:
             raise StateError(f"dealer: {error}; remove it, and the server sends it again") from None
         except (TypeError, ValueError, KeyError):
             raise StateError(f"dealer: {file}: is of another release; remove it") from None
-        masks = [dealt_of(place, mask) for place, mask in zip(places, packed, strict=True)]
-        return Held(family, places, masks, digest_of(packed))
+        masks = [dealt_of(place, mask) for place, mask in zip(places, sent, strict=True)]
+        return Held(family, places, masks, digest_of(sent))
 
     def _erase_others(self, family: str) -> None:
         for name in [name for name, held in self._held.items() if held.family != family]:

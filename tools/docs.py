@@ -23,7 +23,7 @@ from mpcache.protocols.compare import less
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product, truncate, truncate_product
 from mpcache.protocols.lookup import lookup
 from mpcache.protocols.reciprocal import reciprocal
-from mpcache.protocols.softmax import exp
+from mpcache.protocols.softmax import exp, exp_by_digits
 from mpcache.protocols.topk import HotSelection, topk
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
@@ -98,6 +98,10 @@ EXAMPLES: Mapping[RequestKind, tuple[str, Callable[..., Program[object]]]] = {
         lambda n, **_: lookup(SIDE, meta(n), torch.empty(1024, dtype=torch.int64)),
     ),
     RequestKind.EXP: ("n values", lambda n, **_: exp(SIDE, share(n, bits=13, ring=24))),
+    RequestKind.HIGHEST: (
+        "n scores in each row, and their exponentials by tables of the masks' digits",
+        lambda rows, n, **_: exp_by_digits(SIDE, share(rows, n, bits=13, ring=24), None),
+    ),
     RequestKind.TOPK: (
         "k of n, scores of 24 bits, c values each, in each row",
         lambda rows, n, k, c, **_: topk(

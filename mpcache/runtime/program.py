@@ -40,6 +40,8 @@ class RequestKind(StrEnum):
     SCATTER = "scatter"
     ONE_HOT = "one-hot"
     EXP = "exp"
+    HIGHEST = "highest bucket"
+    EXP_DIGITS = "exp/digits"
     ACTIVATION = "activation"
     NORM = "norm"
     SQUARE = "square"

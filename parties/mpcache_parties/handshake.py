@@ -11,7 +11,7 @@ from mpcache.rank import Rank
 from mpcache.transport.link import Hello, Links
 from mpcache.transport.session_order import AGREED
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 TOKENS = "max_new_tokens"
 VALUE_CHARACTERS = 80  # of a differing value, in the error's line
 

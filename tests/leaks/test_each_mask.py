@@ -34,8 +34,11 @@ CONTEXT = 24
 THIRD = 0x5555555555555555  # of a ring of any size: bits 0, 2, 4, ...
 SAMPLE = 6  # parts of each policy, where not all are tried
 # Their values follow from other masks, however they are masked themselves: a comparison of the scores' masks
-# with what they open to, and a digest of shares.
-RANDOM_VALUES = {"digits, compared and masked", "checks of the client's, masked"}
+# with what they open to, the buckets that these round to, and a digest of shares.
+RANDOM_VALUES = {
+    "digits, compared and masked", "windows, compared and masked", "buckets, summed and masked",
+    "buckets' digits, masked", "checks of the client's, masked",
+}  # fmt: skip
 CASES = [(spec, "fast") for spec in PRIVATE.values()] + [(PRIVATE["mpcache"], "fast-bits")]
 NAMES = [*PRIVATE, "mpcache, fast-bits"]
 

@@ -1,9 +1,11 @@
-"""e^-d of a distance that is opened masked, by tables of the mask's digits: one round, docs/protocols.md, 9.3.
+"""e^-d of a distance that is opened masked, by tables of the mask's digits: one round.
+
+docs/protocols.md, section 9.3.
 
 d is opened as c = d + r modulo 2^23: e^-d is e^r, which the dealer knows, times e^-c, which is public, up to
-wraps. The dealer shares by XOR the one-hot vector of r's window and a table of [v < r's next digit]; c chooses
-the entries that tell which wrap happened. They are opened under one-bit masks, and the dealer shares e^r times
-the products of these masks.
+wraps. The dealer shares by XOR the one-hot vector of r's window and a table of [v < r's next digit]; c
+chooses the entries that tell which wrap happened. They are opened under one-bit masks, and the dealer shares
+e^r times the products of these masks.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _REST = WINDOW_BITS - COMPARED_BITS
 
 def dealt_factor(r: torch.Tensor) -> torch.Tensor:
     """Return e^(r - window) of masks, r modulo a window, with KEY_BITS fraction bits."""
-    return (torch.exp((r & _LOW).double() * SCORE_UNIT - EXP_WINDOW) * 2**KEY_BITS).round().to(torch.int64)
+    factor: torch.Tensor = torch.exp((r & _LOW).double() * SCORE_UNIT - EXP_WINDOW) * 2**KEY_BITS
+    return factor.round().to(torch.int64)
 
 
 def public_factors(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +95,8 @@ class ExpDigits:
         without, with_b = el + low * (e - 2 * el), ebl + low * (eb - 2 * ebl)
         there = with_b + other * (without - 2 * with_b)
         own, next_ = public_factors(c)
-        return here * own + there * next_
+        total: torch.Tensor = here * own + there * next_
+        return total
 
 
 def _next_digit(c: torch.Tensor) -> torch.Tensor:

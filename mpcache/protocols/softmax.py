@@ -115,7 +115,7 @@ def exp_by_keys(side: Side, scores: Share, visible: torch.Tensor | None) -> Prog
 
 
 def exp_by_digits(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[Share]:
-    """e^(s - c) of narrow scores (*b, n). Five rounds: the scores are opened once, and c under its own mask."""
+    """e^(s - c) of narrow scores (*b, n). Five rounds; the scores are opened once, c under its own mask."""
     n, highest = math.prod(scores.shape), Highest(scores.shape)
     request = Request(
         RequestKind.HIGHEST, (Part(scores.shape), *highest.random), highest.derived, highest.derive,

@@ -91,9 +91,9 @@ def exp_by_hand(d: torch.Tensor, r: torch.Tensor, by: type[Keys] | type[Digits])
     sides: list[Program[Any]]
     if by is Digits:
         table = ExpDigits(len(d))
-        (mask,) = (stream.tensor(p.shape, p.dtype) for p in table.random)
-        derived = table.derive(r, mask)
-        drawn = [mask, *derived], [torch.zeros_like(mask), *(torch.zeros_like(x) for x in derived)]
+        (entries,) = (stream.tensor(p.shape, p.dtype) for p in table.random)
+        drawn = [entries, *table.derive(r, entries)], [torch.zeros_like(entries)] * 4
+        drawn[1][1], drawn[1][3] = zeros, torch.zeros(len(d), 5, dtype=torch.int64)
         sides = [table.of(Side(rank), drawn[rank], d + r) for rank in (Rank.SERVER, Rank.CLIENT)]
         return finished(sides, [next(side) for side in sides])
     sides = [exp(Side(rank), Share(x, ranges.SCORE_BITS, ring=ranges.SCORE_RING))
@@ -203,7 +203,7 @@ def test_coins_are_fair_and_the_same_at_both_parties() -> None:
     assert not torch.equal(one, coins.public_coins(TreeCipher("session", "decode1").key, 4096))
     bits = (one.unsqueeze(-1) >> torch.arange(64)) & 1
     assert (bits[:, :COINS].double().mean(0) - 0.5).abs().max() < 6 * 0.5 / 64
-    assert not bits[:, COINS:].any() and len(one.unique()) == len(one)
+    assert not bits[:, COINS:].any() and len(set(one.tolist())) == len(one)
 
 
 @pytest.mark.parametrize("score", [-200.0, 0.0, 200.0])

@@ -42,7 +42,8 @@ def pick(
     """Choose how to compare: the quicker of key trees and digits, for an answer of `tokens` tokens.
 
     Key trees take the fewest rounds; digits a few more in each top-k and softmax, and far fewer of the
-    dealer's bytes. The choice follows from public sizes alone, in tokens: all parties pick the same. Raises PolicyError.
+    dealer's bytes. The choice follows from public sizes alone, in tokens: all parties pick the same.
+    Raises PolicyError.
     """
     where = network or NO_NETWORK
     ms = {

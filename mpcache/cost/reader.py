@@ -71,7 +71,7 @@ class CostParty(ShapeParty):
         tally = self.steps[step]
         tally.server_offline += sum(part.nbytes for part in request.sent_to(Rank.SERVER))
         tally.client_offline += sum(part.nbytes for part in request.sent_to(Rank.CLIENT))
-        size = sum(part.nbytes for part in request.parts)
+        size = sum(part.held for part in request.parts)
         tally.random_bytes += size
         self.largest = max(self.largest, size)
         _count(tally, request)
@@ -176,7 +176,7 @@ class MemoizedOps:
                 case Open(items):
                     working += sum(8 * math.prod(item.share.shape) for item in items)
                 case Draw(request):
-                    working += sum(part.nbytes for part in request.parts)
+                    working += sum(part.held for part in request.parts)
             asks.append(ask)
             reply = yield ask
         last = Call(RecordedCall(Tally(working=working)))

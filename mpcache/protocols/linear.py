@@ -12,7 +12,7 @@ from mpcache.errors import Reuse
 from mpcache.protocols.fence import truncation_fence
 from mpcache.rank import Rank
 from mpcache.runtime import correlations
-from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.correlations import mask_parts, mask_ring
 from mpcache.runtime.program import (
     NO_WORK,
     Opening,
@@ -90,6 +90,15 @@ def cross(
     return rb * rb_, rb * rc_, rc * rb_, rc * rc_
 
 
+def crossed_rings(ring: int, other: int) -> tuple[int, ...]:
+    """Return how many bits count of both masks' parts rc, rb, rc', rb' and of `cross`.
+
+    rb comes times 2^(ring-1), rb rb' times both powers: its lowest bit at least is dealt.
+    """
+    (rc, rb), (rc_, rb_) = mask_ring(0, ring), mask_ring(0, other)
+    return rc, rb, rc_, rb_, max(1, rb + rb_ - 64), rb, rb_, 64
+
+
 def truncate_local(side: Side, x: Share, bits: int) -> Share:
     """Cut to `bits` fraction bits, each party alone, no message: within one unit of x / 2^f, unbiased.
 
@@ -100,8 +109,8 @@ def truncate_local(side: Side, x: Share, bits: int) -> Share:
     return x if f <= 0 else Share(drop_low_bits(x.data, f) + side.constant(1, x.data), bits, ring=x.ring - f)
 
 
-def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
-    """Truncate to `bits` fraction bits and the whole ring: floor(x / 2^f) + {0, 1}, never off by a wrap.
+def truncate(side: Side, x: Share, bits: int, into: int = 64) -> Program[Share]:
+    """Truncate to `bits` fraction bits, modulo 2^into: floor(x / 2^f) + {0, 1}, never off by a wrap.
 
     For |x_raw| < 2^(ring-2). One round; with fewer fraction bits than wanted it is a shift and costs
     nothing. Escudero et al., eprint 2020/338; docs/protocols.md, section 5.
@@ -116,12 +125,14 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
         return *mask_parts(r, f, ring), fence.tables(r)
 
-    each = Part(x.shape)
-    derived = (each, each, fence.part(x.shape))
-    r, rc, rb, tables = yield from draw(Request(RequestKind.TRUNCATION, (each,), derived, derive, NO_WORK))
+    parts = (Part(x.shape, ring=bits_of) for bits_of in mask_ring(f, ring, into))
+    request = Request(
+        RequestKind.TRUNCATION, (Part(x.shape),), (*parts, fence.part(x.shape)), derive, NO_WORK
+    )
+    r, rc, rb, tables = yield from draw(request)
     (c,) = yield from open_masked(raised(side, data, r, ring, "masked for truncation"))
     fence.watch(side, tables, c)
-    return Share(Truncated.of(c, f, ring, rb, rc).share(side), bits)
+    return Share(Truncated.of(c, f, ring, rb, rc).share(side), bits, ring=into)
 
 
 def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
@@ -180,10 +191,11 @@ class Scaled:
             rc, rb = mask_parts(r, 0, x.ring)
             return rc, rb, a * rc, a * rb, fence.tables(r)
 
+        rings = mask_ring(0, x.ring) * 2
         return Request(
             RequestKind.TRUNCATION_PRODUCT,
             (Part(x.shape), Part(factor)),
-            (*(Part(x.shape),) * 4, fence.part(x.shape)),
+            (*(Part(x.shape, ring=ring) for ring in rings), fence.part(x.shape)),
             derive,
             products_of(math.prod(x.shape)),
         )
@@ -208,7 +220,8 @@ def truncate_product(side: Side, x: Share, y: Share, wide: int = 0) -> Program[S
         return fences[0].tables(r), fences[1].tables(r_), rc, rb, rc_, rb_, *cross(rb, rc, rb_, rc_)
 
     each = Part(x.shape)
-    derived = (*(fence.part(x.shape) for fence in fences), *(each,) * 8)
+    parts = (Part(x.shape, ring=ring) for ring in crossed_rings(x.ring, y.ring))
+    derived = (*(fence.part(x.shape) for fence in fences), *parts)
     request = Request(
         RequestKind.TRUNCATIONS_PRODUCT, (each,) * 2, derived, derive, products_of(math.prod(x.shape))
     )
@@ -288,21 +301,26 @@ def matmul_masked_operand(
     For an operand of one party's own: (m, k) by (k, n).
     """
     ring = min(ring, x.ring, w.ring)
-    a, c, _ = yield from masks_of_product(side, x.shape, w, x.owner)
+    a, c, _ = yield from masks_of_product(side, x.shape, w, x.owner, ring=ring)
     (e,) = yield from open_masked(masked(x.data - a, ring, "activation, masked", x.owner))
     return Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=ring)
 
 
 def masks_of_product(
-    side: Side, x: Shape, w: MaskedOperand | KnownOperand, owner: Rank | None = None, keep: bool = False
+    side: Side,
+    x: Shape,
+    w: MaskedOperand | KnownOperand,
+    owner: Rank | None = None,
+    keep: bool = False,
+    ring: int = 64,
 ) -> Program[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Draw shares of the mask a of x, and of the c that `share_of_product` needs, and a at the dealer.
 
-    owner: the one who knows x.  keep: whether the dealer's program needs a.
+    ring: what the product is right in.  owner: who knows x.  keep: whether the dealer's program needs a.
     """
     out = (*x[:-1], w.shape[-1])
     if isinstance(w, MaskedOperand):
-        request = correlations.masked_operand_product(x, w, out, owner, keep)
+        request = correlations.masked_operand_product(x, w, out, owner, keep, ring)
         a, c, *kept = yield from draw(request)
         return a, c, kept[0][0] if keep and kept[0] is not None else None
     parts, other = [Part(x, owner=w.owner)], w.owner.peer
@@ -311,7 +329,7 @@ def masks_of_product(
     request = Request(
         RequestKind.MASKED_OPERAND,
         (*parts, Part(x, owner=other)),
-        (Part(out),),
+        (Part(out, ring=ring),),
         lambda *a: (matmul(a[-1], _dealt(w)),),
         Work(multiplications=math.prod(out) * x[-1], multiply_adds=math.prod(out) * x[-1]),
         keep,
@@ -354,7 +372,7 @@ def product(
     ring = min(ring, x.ring, y.ring)
     shapes = (torch.empty(s, dtype=torch.int64, device="meta") for s in (x.shape, y.shape))
     out = tuple(op(*shapes).shape)
-    a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op))
+    a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op, ring))
     d, e = yield from open_masked(
         masked(x.data - a, ring, "factor, masked"), masked(y.data - b, ring, "factor, masked")
     )

@@ -196,7 +196,7 @@ def test_hidden_scores_change_nothing(kind: str) -> None:
 
     def protocol(ops, scores):  # type: ignore[no-untyped-def]
         e, total = yield from ops.softmax(quantize_scores(scores), visible)
-        return Share(torch.cat([e.data, total.data], -1), e.bits)
+        return Share(torch.cat([e.data, total.data], -1), e.bits, ring=e.ring)
 
     opened = secure(protocol, s, kind=kind).value()
     weights = opened[..., :6] / opened[..., 6:]

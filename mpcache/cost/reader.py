@@ -23,7 +23,7 @@ from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty, sends
 from mpcache.runtime.program import Ask, Call, Draw, Open, Opening, Program, Request
 from mpcache.runtime.ring import Matrix
-from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, known_rows
 from mpcache.runtime.standing import OperandPlace, StandingMasks
 
 
@@ -106,7 +106,7 @@ class _UploadedMasks(StandingMasks):
         return operand
 
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
-        return MaskedOperand(x.data, x.data, x.bits, ring=place.ring)
+        return MaskedOperand(x.data, x.data, x.bits, ring=place.ring, known=known_rows(x))
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
         return KnownOperand(Matrix(x.data), Rank.SERVER, x.bits, place.ring)

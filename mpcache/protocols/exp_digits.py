@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mpcache.protocols.ranges import COMPARED_BITS, EXP_WINDOW, SCORE_UNIT, WINDOW_BITS, WINDOWS_BITS
-from mpcache.runtime.program import Opening, Part, Program, Work, open_masked
+from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked
 from mpcache.runtime.side import Side
 
 KEY_BITS, PUBLIC_BITS = 40, 22  # fraction bits of e^(r - window) and of e^-(d + r)
@@ -26,6 +26,8 @@ EXP_BITS = KEY_BITS + PUBLIC_BITS
 EXP_RING = WINDOW_BITS + WINDOWS_BITS  # what distances are opened modulo
 _LOW = (1 << WINDOW_BITS) - 1
 _REST = WINDOW_BITS - COMPARED_BITS
+_TOGETHER = 8  # entries of so many exponentials are opened in three bytes
+_PLACES = 3 * torch.arange(_TOGETHER)
 
 
 def dealt_factor(r: torch.Tensor) -> torch.Tensor:
@@ -42,49 +44,51 @@ def public_factors(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class ExpDigits:
-    """n exponentials. They take 49 bytes each from the dealer, to the server alone, and three opened bits."""
+    """Exponentials of (*rows, n): 49 bytes each from the dealer, to the server alone, and 3 opened bits."""
 
-    n: int
+    shape: Shape
 
     @property
     def random(self) -> tuple[Part, ...]:
-        """Masks of three entries: bits 0 to 2."""
-        return (Part((self.n,), torch.uint8, xor=True),)
+        """Masks of the entries, three bits each and `_TOGETHER` to a word."""
+        return (Part((*self.shape[:-1], -(-self.shape[-1] // _TOGETHER)), torch.int32, xor=True),)
 
     @property
     def derived(self) -> tuple[Part, ...]:
         """[v = r's window] as 64 bits, [v < r's next digit] as 8, and e^r times products of the masks."""
         return (
-            Part((self.n,), xor=True),
-            Part((self.n,), torch.uint8, xor=True),
-            Part((self.n, 5)),
+            Part(self.shape, xor=True),
+            Part(self.shape, torch.uint8, xor=True),
+            Part((*self.shape, 5)),
         )
 
     @property
     def work(self) -> Work:
-        return Work(comparisons=self.n, multiply_adds=4 * self.n)
+        """Count one comparison each, and its products."""
+        n = math.prod(self.shape)
+        return Work(comparisons=n, multiply_adds=4 * n)
 
     def derive(self, r: torch.Tensor, masks: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Derive at the dealer, for distances' masks r (n,)."""
+        """Derive at the dealer, for distances' masks r (*rows, n)."""
         one = torch.ones_like(r)
         windows = one << ((r >> WINDOW_BITS) & ((1 << WINDOWS_BITS) - 1))
         below = ((one << ((r >> _REST) & ((1 << COMPARED_BITS) - 1))) - 1).to(torch.uint8)
-        a, b, last = ((masks.to(torch.int64) >> i) & 1 for i in range(3))
+        a, b, last = ((_apart(masks, self.shape[-1]) >> i) & 1 for i in range(3))
         e = dealt_factor(r)
         return windows, below, torch.stack([e, e * a, e * b, e * last, e * b * last], -1)
 
     def of(self, side: Side, drawn: Sequence[Any], c: Any) -> Program[torch.Tensor]:
-        """Shares of e^-d with EXP_BITS fraction bits, of 0 < d < FARTHEST_SCORE opened as c (n,). One round.
+        """Shares of e^-d at EXP_BITS, of 0 < d < FARTHEST_SCORE opened as c (*rows, n). One round.
 
         Zero from 20.6 on, and from 18.3 on at times.  drawn: `random` and `derived`.
         """
         masks, windows, below, products = drawn
-        entries = torch.empty_like(c) if c.is_meta else _entries(windows, below, c)
-        (f,) = yield from open_masked(
-            Opening(entries ^ masks.to(torch.int64), "windows, compared and masked", ring=3, xor=True)
-        )
+        entries = torch.empty_like(masks) if c.is_meta else _together(_entries(windows, below, c))
+        why, ring = "windows, compared and masked", 3 * _TOGETHER
+        (f,) = yield from open_masked(Opening(entries ^ masks.to(torch.int64), why, ring=ring, xor=True))
         if f.is_meta:
             return torch.empty_like(c)
+        f = _apart(f, self.shape[-1])
         same, other, low = ((f >> i) & 1 for i in range(3))
         low = low | (_next_digit(c) == 0)  # not above any digit: the window decides alone
         e, ea, eb, el, ebl = products.unbind(-1)
@@ -97,6 +101,18 @@ class ExpDigits:
         own, next_ = public_factors(c)
         total: torch.Tensor = here * own + there * next_
         return total
+
+
+def _together(bits: torch.Tensor) -> torch.Tensor:
+    """Join numbers of three bits (*rows, n), `_TOGETHER` to a word: (*rows, words)."""
+    n = bits.shape[-1]
+    padded = torch.nn.functional.pad(bits, (0, -n % _TOGETHER))
+    return (padded.unflatten(-1, (-1, _TOGETHER)) << _PLACES).sum(-1)
+
+
+def _apart(words: torch.Tensor, n: int) -> torch.Tensor:
+    """Undo `_together`: (*rows, n) int64."""
+    return ((words.to(torch.int64).unsqueeze(-1) >> _PLACES) & 7).flatten(-2)[..., :n]
 
 
 def _next_digit(c: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,10 @@ from mpcache.runtime.program import (
     products_of,
 )
 from mpcache.runtime.ring import Matrix, matmul, narrow
-from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, known_rows
 from mpcache.runtime.side import Side, drop_low_bits
+
+ONE_WAY = "share of an activation, masked"
 
 
 def truncation_room(ring: int) -> int:
@@ -264,7 +266,8 @@ def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
 def start_mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
     """Draw the mask, for what draws with it: the first half of `mask_operand`. No message."""
     mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
-    return MaskedOperand(mask, Awaited(), x.bits, None if values is None else values[0], ring)
+    dealt = None if values is None else values[0]
+    return MaskedOperand(mask, Awaited(), x.bits, dealt, ring, known_rows(x))
 
 
 def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand) -> Program[MaskedOperand]:
@@ -298,9 +301,14 @@ def matmul_masked_operand(
 ) -> Program[Share]:
     """Multiply (*b, m, k) by an operand (*b, k, n) modulo 2^ring, all fraction bits kept. One round.
 
-    For an operand of one party's own: (m, k) by (k, n).
+    For an operand of one party's own: (m, k) by (k, n). What one party knows of the operand makes its part of
+    the opening one message of the other's.
     """
     ring = min(ring, x.ring, w.ring)
+    if isinstance(w, KnownOperand):
+        return (yield from _known_product(side, x, w, ring))
+    if w.known:
+        return (yield from _partly_known_product(side, x, w, ring))
     a, c, _ = yield from masks_of_product(side, x.shape, w, x.owner, ring=ring)
     (e,) = yield from open_masked(masked(x.data - a, ring, "activation, masked", x.owner))
     return Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=ring)
@@ -323,23 +331,62 @@ def masks_of_product(
         request = correlations.masked_operand_product(x, w, out, owner, keep, ring)
         a, c, *kept = yield from draw(request)
         return a, c, kept[0][0] if keep and kept[0] is not None else None
-    parts, other = [Part(x, owner=w.owner)], w.owner.peer
-    if owner is other:
-        parts = []  # the other's opening needs no mask of w's owner
     request = Request(
         RequestKind.MASKED_OPERAND,
-        (*parts, Part(x, owner=other)),
+        (Part(x, owner=w.owner), Part(x, owner=w.owner.peer)),
         (Part(out, ring=ring),),
         lambda *a: (matmul(a[-1], _dealt(w)),),
         Work(multiplications=math.prod(out) * x[-1], multiply_adds=math.prod(out) * x[-1]),
         keep,
     )
-    drawn = yield from draw(request)
-    masks = drawn[: len(request.random)]
-    values = drawn[-1] if keep else None
-    c = drawn[len(masks)]
-    a = masks[0] if side.rank is w.owner else masks[-1]  # zero where x is not this party's
-    return a, c, None if values is None else sum(values[1:], values[0])
+    mine, theirs, c, *kept = yield from draw(request)
+    a = mine if side.rank is w.owner else theirs
+    return a, c, kept[0][0] + kept[0][1] if keep and kept[0] is not None else None
+
+
+def _known_product(side: Side, x: Share, w: KnownOperand, ring: int) -> Program[Share]:
+    """Multiply by a matrix of one party's own: the other sends e = its share of x less a, one way.
+
+    c = a @ B.  The owner has (its share + e) @ W, the other a @ V.
+    """
+    other, out = w.owner.peer, (*x.shape[:-1], w.shape[-1])
+    n = math.prod(out) * x.shape[-1]
+    request = Request(
+        RequestKind.MASKED_OPERAND,
+        (Part(x.shape, owner=other),),
+        (Part(out, ring=ring),),
+        lambda a: (matmul(a, _dealt(w)),),
+        Work(multiplications=n, multiply_adds=n),
+    )
+    a, c = yield from draw(request)
+    (e,) = yield from open_masked(masked(x.data - a, ring, ONE_WAY, other))
+    mine = x.data if side.rank is w.owner else a
+    return Share(share_of_product(side, e, mine, c, w), x.bits + w.bits, ring=ring)
+
+
+def _partly_known_product(side: Side, x: Share, w: MaskedOperand, ring: int) -> Program[Share]:
+    """Multiply by an operand whose first rows the server knows: their columns of x go one way."""
+    k, out = w.known, (*x.shape[:-1], w.shape[-1])
+    own, rest = x[..., :k], x[..., k:]
+
+    def derive(a: torch.Tensor, b: torch.Tensor) -> Sequence[torch.Tensor]:
+        masks = correlations.dealt(w.dealt)
+        return (matmul(a, masks[..., :k, :]) + matmul(b, masks[..., k:, :]),)
+
+    n = math.prod(out)
+    work = Work(multiplications=n * k, multiply_adds=n * k) + products_of(n * rest.shape[-1])
+    random = Part(own.shape, owner=Rank.CLIENT), Part(rest.shape)
+    request = Request(RequestKind.MASKED_OPERAND, random, (Part(out, ring=ring),), derive, work)
+    a, b, c = yield from draw(request)
+    e, f = yield from open_masked(
+        masked(own.data - a, ring, ONE_WAY, Rank.CLIENT), masked(rest.data - b, ring, "activation, masked")
+    )
+    masks, opened = (t[..., :k, :] for t in (w.mask, w.public))
+    server = side.rank is Rank.SERVER
+    c = c + (matmul(own.data + e, masks + opened) if server else matmul(a, opened))
+    masks, opened = (t[..., k:, :] for t in (w.mask, w.public))
+    grown = matmul(f, masks) + matmul(b, opened) + side.first(matmul(f, opened))
+    return Share(c + grown, x.bits + w.bits, ring=ring)
 
 
 def _dealt(w: KnownOperand) -> Matrix:

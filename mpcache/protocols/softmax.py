@@ -117,7 +117,7 @@ def exp_by_keys(side: Side, scores: Share, visible: torch.Tensor | None) -> Prog
 
 def exp_by_digits(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[Share]:
     """e^(s - c) of narrow scores (*b, n). Five rounds; the scores are opened once, c under its own mask."""
-    n, highest = math.prod(scores.shape), Highest(scores.shape)
+    highest, digits = Highest(scores.shape), ExpDigits(scores.shape)
     request = Request(
         RequestKind.HIGHEST, (Part(scores.shape), *highest.random), highest.derived, highest.derive,
         highest.work, keep=True,
@@ -125,18 +125,16 @@ def exp_by_digits(side: Side, scores: Share, visible: torch.Tensor | None) -> Pr
     r, *parts, kept = yield from draw(request)
     (opened,) = yield from open_masked(masked(scores.data + r, SCORE_RING, "scores, masked"))
     c = bound_of(side, (yield from highest.find(side, parts, opened, visible)))
-    digits = ExpDigits(n)
 
     def derive(mask: torch.Tensor, entries: torch.Tensor) -> Sequence[torch.Tensor]:
-        return digits.derive((mask - dealt(kept)[0]).reshape(n), entries)
+        return digits.derive(mask - dealt(kept)[0], entries)
 
     request = Request(
         RequestKind.EXP_DIGITS, (Part(tuple(c.shape)), *digits.random), digits.derived, derive, digits.work
     )
     mask, *parts = yield from draw(request)
     (bound,) = yield from open_masked(masked(c + mask, EXP_RING, "bound, masked"))
-    e = yield from digits.of(side, parts, (bound - opened).reshape(n))
-    return Share(e.reshape(scores.shape), EXP_BITS)
+    return Share((yield from digits.of(side, parts, bound - opened)), EXP_BITS)
 
 
 def softmax(

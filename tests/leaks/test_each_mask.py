@@ -34,12 +34,14 @@ CONTEXT = 24
 THIRD = 0x5555555555555555  # of a ring of any size: bits 0, 2, 4, ...
 SAMPLE = 6  # parts of each policy, where not all are tried
 GUARD = "checks of the client's, masked"  # a digest of shares: it moves with all of them
+ONE_WAY = "share of an activation, masked"  # what the client sends is its own share, less the mask
 # Their values follow from other masks, however they are masked themselves: a comparison of the scores' masks
 # with what they open to, the buckets that these round to, and a digest of shares.
 RANDOM_VALUES = {
     "digits, compared and masked", "windows, compared and masked", "buckets, summed and masked",
-    "buckets' digits, masked", GUARD,
+    "buckets' digits, masked", ONE_WAY, GUARD,
 }  # fmt: skip
+FOLLOW = (RANDOM_VALUES, {ONE_WAY, GUARD}, {GUARD}, set[str]())
 BY_DIGITS = ("mpcache", "full")
 CASES = [(spec, "fast") for spec in PRIVATE.values()] + [(PRIVATE[name], "fast-bits") for name in BY_DIGITS]
 NAMES = [*PRIVATE, *(f"{name}, fast-bits" for name in BY_DIGITS)]
@@ -142,8 +144,10 @@ def check(spec: str, protocol: str, chosen: Sequence[int]) -> dict[int, list[int
         if part.own or part.dtype is torch.int16:  # roots of key trees, the guard's factor; the blur, small
             assert RANDOM_VALUES.issuperset(reasons), (i, part, reasons)
             continue
-        own = [n for n in sorted(moved) if base.opened[n][0].why not in RANDOM_VALUES]
-        own = own or [n for n in sorted(moved) if base.opened[n][0].why != GUARD] or sorted(moved)
+        why = {n: base.opened[n][0].why for n in sorted(moved)}
+        # What moves because it follows from shares counts where nothing else does.
+        found = ([n for n, reason in why.items() if reason not in never] for never in FOLLOW)
+        own = next((some for some in found if some), [])
         assert len(own) == 1, (i, part, reasons)
         by_opening.setdefault(own[0], []).append(i)
     return by_opening

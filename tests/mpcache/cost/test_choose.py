@@ -28,7 +28,7 @@ def test_digits_take_a_few_rounds_more_and_far_fewer_of_the_dealer_s_bytes() -> 
     # Bytes for each pair in a top-k and for each bucket and score of softmax, and nothing else.
     more = digits.server_sent - keys.server_sent
     assert 0 < more < 2 * keys.comparisons
-    assert digits.offline < 0.25 * keys.offline
+    assert digits.offline < 0.5 * keys.offline
     assert digits.client_offline < 0.1 * keys.client_offline
 
 

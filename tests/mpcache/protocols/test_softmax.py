@@ -90,10 +90,10 @@ def exp_by_hand(d: torch.Tensor, r: torch.Tensor, by: type[Keys] | type[Digits])
     stream, zeros = KeyStream(bytes(32), "test"), torch.zeros_like(r)
     sides: list[Program[Any]]
     if by is Digits:
-        table = ExpDigits(len(d))
+        table = ExpDigits((len(d),))
         (entries,) = (stream.tensor(p.shape, p.dtype) for p in table.random)
-        drawn = [entries, *table.derive(r, entries)], [torch.zeros_like(entries)] * 4
-        drawn[1][1], drawn[1][3] = zeros, torch.zeros(len(d), 5, dtype=torch.int64)
+        derived = table.derive(r, entries)
+        drawn = [entries, *derived], [torch.zeros_like(x) for x in (entries, *derived)]
         sides = [table.of(Side(rank), drawn[rank], d + r) for rank in (Rank.SERVER, Rank.CLIENT)]
         return finished(sides, [next(side) for side in sides])
     sides = [exp(Side(rank), Share(x, ranges.SCORE_BITS, ring=ranges.SCORE_RING))

@@ -159,11 +159,18 @@ def layer(spec: str, index: int) -> Iterator[str]:
     for (number, name), step in plan.steps.items():
         if number != index:
             continue
-        parts = [total([[str(line.times), line.formula or "?"]]) for line in step.opened]
+        parts = [
+            f"`{total([[str(line.times), line.formula or '?']])}`{_one_way(line.to)}" for line in step.opened
+        ]
         assert step.offline is not None and not any("?" in part for part in parts), (spec, name)
-        sent = " + ".join(f"`{part}`" for part in parts) or "0"
+        sent = " + ".join(parts) or "0"
         kinds = ", ".join(step.kinds)
         yield f"| {name} | {step.rounds or 'beside another'} | {sent} | `{step.offline}` | {kinds} |"
+
+
+def _one_way(to: str) -> str:
+    """Say who sends what does not go both ways."""
+    return f" {to.rpartition('from ')[2]}" if "from" in to else ""
 
 
 def page() -> str:

@@ -86,7 +86,7 @@ CATALOG: Mapping[RequestKind, ProtocolEntry] = {
     ),
     RequestKind.HIGHEST: ProtocolEntry(
         "the highest bucket of a row by XOR one-hots and random sums", "coins.Highest",
-        "its number or one more, but for a row in 2^34", "42 public coins for each score; one-time truth "
+        "its number or one more, but for a row in 2^32", "40 public coins for each score; one-time truth "
         "tables, Ishai et al., TCC 2013",
     ),
     RequestKind.EXP_DIGITS: ProtocolEntry(

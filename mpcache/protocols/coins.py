@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpcache.protocols.lookup import TOGETHER, apart, joined, words_for
 from mpcache.protocols.ranges import BUCKET_STEP, BUCKETS, SCORE_BITS, SCORE_RING
 from mpcache.runtime import bit_loops
 from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked, tree_cipher
 from mpcache.runtime.rng import KeyStream
 from mpcache.runtime.side import Side
 
-COINS = 42  # an occupied bucket looks empty once in 2^42, a row of 256 is wrong once in 2^34
-_DIGIT = 7  # bits of a digit of their sum
+COINS = 40  # an occupied bucket looks empty once in 2^40, a row of 256 is wrong once in 2^32
+_DIGIT = 8  # bits of a digit of their sum
 _DIGITS = COINS // _DIGIT
 _LOW = SCORE_BITS + BUCKET_STEP.bit_length() - 1  # bits of a score within its bucket
 
@@ -50,7 +51,7 @@ class Highest:
     @property
     def random(self) -> tuple[Part, ...]:
         """Masks of the buckets' sums, and of the entries of their digits' tables."""
-        return Part(self._buckets, xor=True), Part(self._buckets, torch.uint8, xor=True)
+        return Part(self._buckets, xor=True), Part(words_for(self._buckets), xor=True)
 
     @property
     def derived(self) -> tuple[Part, ...]:
@@ -75,7 +76,8 @@ class Highest:
         hot = _one_hot_bits((r >> _LOW) & (BUCKETS - 1), BUCKETS)
         tables = _one_hot_bits(_digits(sums), 1 << _DIGIT)
         above = ((r >> (_LOW + BUCKETS.bit_length() - 1)) & 3).to(torch.uint8)
-        bit = [(entries >> i).to(torch.int16) & 1 for i in range(_DIGITS)]
+        each = apart(entries, _DIGITS, BUCKETS - 1)
+        bit = [(each >> i).to(torch.int16) & 1 for i in range(_DIGITS)]
         products = [torch.ones_like(bit[0])]
         for b in bit:
             products += [b * product for product in products]
@@ -100,12 +102,12 @@ class Highest:
         (o,) = yield from open_masked(
             Opening(sums ^ masks, "buckets, summed and masked", ring=COINS, xor=True)
         )
-        entries = torch.empty_like(masks) if o.is_meta else _entries(tables, o)
-        (f,) = yield from open_masked(
-            Opening(entries ^ entry_masks.to(torch.int64), "buckets' digits, masked", ring=_DIGITS, xor=True)
-        )
+        entries = torch.empty_like(entry_masks) if o.is_meta else joined(_entries(tables, o), _DIGITS)
+        why, ring = "buckets' digits, masked", _DIGITS * TOGETHER
+        (f,) = yield from open_masked(Opening(entries ^ entry_masks, why, ring=ring, xor=True))
         if f.is_meta:
             return torch.empty_like(masks[..., :1])
+        f = apart(f, _DIGITS, BUCKETS - 1)
         factors = torch.ones_like(f).unsqueeze(-1)
         for i in range(_DIGITS):
             bit = ((f >> i) & 1).unsqueeze(-1)

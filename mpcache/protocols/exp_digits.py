@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mpcache.protocols.lookup import TOGETHER, apart, joined, words_for
 from mpcache.protocols.ranges import COMPARED_BITS, EXP_WINDOW, SCORE_UNIT, WINDOW_BITS, WINDOWS_BITS
 from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked
 from mpcache.runtime.side import Side
@@ -26,8 +27,7 @@ EXP_BITS = KEY_BITS + PUBLIC_BITS
 EXP_RING = WINDOW_BITS + WINDOWS_BITS  # what distances are opened modulo
 _LOW = (1 << WINDOW_BITS) - 1
 _REST = WINDOW_BITS - COMPARED_BITS
-_TOGETHER = 8  # entries of so many exponentials are opened in three bytes
-_PLACES = 3 * torch.arange(_TOGETHER)
+_ENTRIES = 3  # bits that are opened of each exponential
 
 
 def dealt_factor(r: torch.Tensor) -> torch.Tensor:
@@ -50,8 +50,8 @@ class ExpDigits:
 
     @property
     def random(self) -> tuple[Part, ...]:
-        """Masks of the entries, three bits each and `_TOGETHER` to a word."""
-        return (Part((*self.shape[:-1], -(-self.shape[-1] // _TOGETHER)), torch.int32, xor=True),)
+        """Masks of the entries, joined."""
+        return (Part(words_for(self.shape), torch.int32, xor=True),)
 
     @property
     def derived(self) -> tuple[Part, ...]:
@@ -73,7 +73,7 @@ class ExpDigits:
         one = torch.ones_like(r)
         windows = one << ((r >> WINDOW_BITS) & ((1 << WINDOWS_BITS) - 1))
         below = ((one << ((r >> _REST) & ((1 << COMPARED_BITS) - 1))) - 1).to(torch.uint8)
-        a, b, last = ((_apart(masks, self.shape[-1]) >> i) & 1 for i in range(3))
+        a, b, last = ((apart(masks, _ENTRIES, self.shape[-1]) >> i) & 1 for i in range(_ENTRIES))
         e = dealt_factor(r)
         return windows, below, torch.stack([e, e * a, e * b, e * last, e * b * last], -1)
 
@@ -83,12 +83,12 @@ class ExpDigits:
         Zero from 20.6 on, and from 18.3 on at times.  drawn: `random` and `derived`.
         """
         masks, windows, below, products = drawn
-        entries = torch.empty_like(masks) if c.is_meta else _together(_entries(windows, below, c))
-        why, ring = "windows, compared and masked", 3 * _TOGETHER
+        entries = torch.empty_like(masks) if c.is_meta else joined(_entries(windows, below, c), _ENTRIES)
+        why, ring = "windows, compared and masked", _ENTRIES * TOGETHER
         (f,) = yield from open_masked(Opening(entries ^ masks.to(torch.int64), why, ring=ring, xor=True))
         if f.is_meta:
             return torch.empty_like(c)
-        f = _apart(f, self.shape[-1])
+        f = apart(f, _ENTRIES, self.shape[-1])
         same, other, low = ((f >> i) & 1 for i in range(3))
         low = low | (_next_digit(c) == 0)  # not above any digit: the window decides alone
         e, ea, eb, el, ebl = products.unbind(-1)
@@ -101,18 +101,6 @@ class ExpDigits:
         own, next_ = public_factors(c)
         total: torch.Tensor = here * own + there * next_
         return total
-
-
-def _together(bits: torch.Tensor) -> torch.Tensor:
-    """Join numbers of three bits (*rows, n), `_TOGETHER` to a word: (*rows, words)."""
-    n = bits.shape[-1]
-    padded = torch.nn.functional.pad(bits, (0, -n % _TOGETHER))
-    return (padded.unflatten(-1, (-1, _TOGETHER)) << _PLACES).sum(-1)
-
-
-def _apart(words: torch.Tensor, n: int) -> torch.Tensor:
-    """Undo `_together`: (*rows, n) int64."""
-    return ((words.to(torch.int64).unsqueeze(-1) >> _PLACES) & 7).flatten(-2)[..., :n]
 
 
 def _next_digit(c: torch.Tensor) -> torch.Tensor:

@@ -115,13 +115,13 @@ def finished(sides: list[Program[Any]], asks: list[Any]) -> torch.Tensor:
     (one,), (two,) = (ask.items for ask in asks)
     opened = one.share ^ two.share if one.xor else one.share + two.share
     opened = opened & ((1 << 8 * one.width) - 1)
-    total = torch.zeros_like(opened)
+    shares: list[torch.Tensor] = []
     for side in sides:
         with pytest.raises(StopIteration) as stop:
             side.send([opened])
         share = stop.value.value
-        total = total + (share.data if isinstance(share, Share) else share)
-    return total.double() / 2.0**EXP_BITS
+        shares.append(share.data if isinstance(share, Share) else share)
+    return (shares[0] + shares[1]).double() / 2.0**EXP_BITS
 
 
 @pytest.mark.parametrize(

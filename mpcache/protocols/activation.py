@@ -117,7 +117,8 @@ def _waves(raw: torch.Tensor, bits: int, wave: Series) -> list[torch.Tensor]:
     pieces: list[torch.Tensor] = []
     for x in both:
         rounded = (torch.from_numpy(x) + ((1 << less) >> 1)) >> less
-        pieces += rounded.reshape(*raw.shape, -1).split([wave.large, len(wave.b) - wave.large], -1)
+        rounded = rounded.reshape(*raw.shape, -1)
+        pieces += [rounded[..., : wave.large], rounded[..., wave.large :]]
     return pieces
 
 
@@ -184,8 +185,8 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
     if up is None:
         rings: tuple[int, ...] = mask_ring(0, ring)[::-1]
     else:
-        rc, rb, rc_, rb_, *rest = crossed_rings(ring, up.ring)
-        rings = (rb, rc, rb_, rc_, *rest)
+        of_rc, of_rb, of_rc_, of_rb_, *of_products = crossed_rings(ring, up.ring)
+        rings = (of_rb, of_rc, of_rb_, of_rc_, *of_products)
     parts = (*tables, *waves, *(Part(x.shape, ring=bits) for bits in rings))
     work = Work(lookups=n, multiply_adds=2 * n * len(wave.b)) + (
         products_of(n) if up is not None else NO_WORK

@@ -54,7 +54,8 @@ TOGETHER = 8  # small numbers that are opened as one word
 def joined(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Join numbers of so many bits (*s, n), `TOGETHER` to a word: (*s, words), the last padded with zeros."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % TOGETHER))
-    return (padded.unflatten(-1, (-1, TOGETHER)) << (torch.arange(TOGETHER) * bits)).sum(-1)
+    words: torch.Tensor = padded.reshape(*padded.shape[:-1], -1, TOGETHER) << (torch.arange(TOGETHER) * bits)
+    return words.sum(-1)
 
 
 def apart(words: torch.Tensor, bits: int, n: int) -> torch.Tensor:

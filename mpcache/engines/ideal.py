@@ -78,15 +78,15 @@ def _multiplied(
 # ------------------------------------------------------------------------- linear (protocols/linear.py)
 
 
-def truncate(side: Side, x: Share, bits: int, into: int = 64) -> Program[Share]:
+def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     """Round to the nearest."""
     f = x.bits - bits
     if f <= 0 and x.ring == 64:
         return Share(x.data << -f, bits, x.owner)
     yield from claim("truncation", x.data, linear.truncation_room(x.ring) >> max(0, -f), x.bits)
     if f <= 0:
-        return Share(x.data << -f, bits, ring=into)
-    return Share((x.data + (1 << (f - 1))) >> f, bits, ring=into)
+        return Share(x.data << -f, bits)
+    return Share((x.data + (1 << (f - 1))) >> f, bits)
 
 
 def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
@@ -225,8 +225,7 @@ def softmax(
     yield from claim("exp", d, ranges.FARTHEST_SCORE, grid, 1)
     e = encode(torch.exp(-d.double() * ranges.SCORE_UNIT), bits)
     e = e * mask * (d.double() * ranges.SCORE_UNIT < ranges.EXP_WINDOW)
-    weights = Share(e, bits, ring=ranges.WEIGHTED_SUM_RING)
-    return weights, weights.sum(-1, keepdim=True)
+    return Share(e, bits), Share(e.sum(-1, keepdim=True), bits)
 
 
 # ------------------------------------------------------------------------- selection (protocols/topk.py)

@@ -111,8 +111,8 @@ def truncate_local(side: Side, x: Share, bits: int) -> Share:
     return x if f <= 0 else Share(drop_low_bits(x.data, f) + side.constant(1, x.data), bits, ring=x.ring - f)
 
 
-def truncate(side: Side, x: Share, bits: int, into: int = 64) -> Program[Share]:
-    """Truncate to `bits` fraction bits, modulo 2^into: floor(x / 2^f) + {0, 1}, never off by a wrap.
+def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
+    """Truncate to `bits` fraction bits and the whole ring: floor(x / 2^f) + {0, 1}, never off by a wrap.
 
     For |x_raw| < 2^(ring-2). One round; with fewer fraction bits than wanted it is a shift and costs
     nothing. Escudero et al., eprint 2020/338; docs/protocols.md, section 5.
@@ -127,14 +127,14 @@ def truncate(side: Side, x: Share, bits: int, into: int = 64) -> Program[Share]:
     def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
         return *mask_parts(r, f, ring), fence.tables(r)
 
-    parts = (Part(x.shape, ring=bits_of) for bits_of in mask_ring(f, ring, into))
+    parts = (Part(x.shape, ring=bits_of) for bits_of in mask_ring(f, ring))
     request = Request(
         RequestKind.TRUNCATION, (Part(x.shape),), (*parts, fence.part(x.shape)), derive, NO_WORK
     )
     r, rc, rb, tables = yield from draw(request)
     (c,) = yield from open_masked(raised(side, data, r, ring, "masked for truncation"))
     fence.watch(side, tables, c)
-    return Share(Truncated.of(c, f, ring, rb, rc).share(side), bits, ring=into)
+    return Share(Truncated.of(c, f, ring, rb, rc).share(side), bits)
 
 
 def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:

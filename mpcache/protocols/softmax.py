@@ -30,7 +30,6 @@ from mpcache.protocols.ranges import (
     COMPARED_BITS,
     SCORE_BITS,
     SCORE_RING,
-    WEIGHTED_SUM_RING,
     WINDOW_BITS,
     WINDOWS_BITS,
 )
@@ -162,7 +161,7 @@ def softmax(
     e = truncate_local(side, e, bits)
     # What is not seen may lie above the bound, where exp is out of its range: it is zero before it is looked
     # at, and after, since a truncation may add one.
-    e = yield from truncate(side, e if visible is None else e * visible, bits, WEIGHTED_SUM_RING)
+    e = yield from truncate(side, e if visible is None else e * visible, bits)
     if visible is not None:
         e = e * visible
     return e, e.sum(-1, keepdim=True)

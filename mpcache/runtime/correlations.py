@@ -84,9 +84,9 @@ def mask_parts(r: torch.Tensor, bits: int, ring: int) -> tuple[torch.Tensor, tor
     return (r & ((1 << (ring - 1)) - 1)) >> bits, (r >> (ring - 1)) & 1
 
 
-def mask_ring(bits: int, ring: int, into: int = 64) -> tuple[int, int]:
-    """Return how many bits of `mask_parts` count in a result modulo 2^into: rc's, and rb's.
+def mask_ring(bits: int, ring: int) -> tuple[int, int]:
+    """Return how many bits of `mask_parts` count in a result modulo 2^64: rc's, and rb's.
 
     rb comes times 2^(ring-1-bits).
     """
-    return into, into - (ring - 1 - bits)
+    return 64, 64 - (ring - 1 - bits)

@@ -39,9 +39,9 @@ ONE_WAY = "share of an activation, masked"  # what the client sends is its own s
 # with what they open to, the buckets that these round to, and a digest of shares.
 RANDOM_VALUES = {
     "digits, compared and masked", "windows, compared and masked", "buckets, summed and masked",
-    "buckets' digits, masked", ONE_WAY, GUARD,
+    "buckets' digits, masked", GUARD,
 }  # fmt: skip
-FOLLOW = (RANDOM_VALUES, {ONE_WAY, GUARD}, {GUARD}, set[str]())
+FOLLOW = (RANDOM_VALUES, {GUARD}, set[str]())
 BY_DIGITS = ("mpcache", "full")
 CASES = [(spec, "fast") for spec in PRIVATE.values()] + [(PRIVATE[name], "fast-bits") for name in BY_DIGITS]
 NAMES = [*PRIVATE, *(f"{name}, fast-bits" for name in BY_DIGITS)]
@@ -86,6 +86,13 @@ class Rerun:
         found = set()
         for n, ((item, one), (_, two)) in enumerate(zip(self.opened, other.opened, strict=True)):
             apart = (one ^ two) & ((1 << item.ring) - 1) if item.xor else centred(one - two, item.ring).abs()
+            if (
+                item.why == ONE_WAY
+            ):  # a share, which follows from much; its own mask moves it by a third exactly
+                shifts = ((centred(one - two + sign * THIRD, item.ring)).abs() < 1 << 8 for sign in (1, -1))
+                if one.numel() and torch.stack(list(shifts)).any(0).double().mean() > 0.5:
+                    found.add(n)
+                continue
             far = apart >= (1 if item.xor else max(1, 1 << max(0, item.ring - 3)))
             if one.numel() and far.double().mean() > 0.5:
                 found.add(n)

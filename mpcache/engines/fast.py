@@ -55,7 +55,7 @@ class FastOps(Engine[Share, MaskedOperand]):
 
     name = "fast"
     do: Suite = suite  # or their meaning, `ideal`, in mpcache.engines.checked
-    comparison: type[Keys] | type[Digits] = Keys  # of all pairs within a top-k
+    comparison: type[Keys] | type[Digits] = Keys  # of all pairs within a top-k, and within softmax
 
     def __init__(self, rank: Rank, bits: int = 16, device: str = "cpu") -> None:
         self.bits, self.side = bits, Side(rank, device)
@@ -180,7 +180,8 @@ class FastOps(Engine[Share, MaskedOperand]):
         )
 
     def softmax(self, scores: Share, visible: torch.Tensor | None) -> Program[tuple[Share, Share]]:
-        return (yield from self.do.softmax(self.side, scores, visible, weight_bits(scores.shape[-1])))
+        bits = weight_bits(scores.shape[-1])
+        return (yield from self.do.softmax(self.side, scores, visible, bits, self.comparison))
 
     def weighted_sum(self, weights: Share, values: MaskedOperand) -> Program[Share]:
         return (yield from self.do.matmul_masked_operand(self.side, weights, values, WEIGHTED_SUM_RING))
@@ -246,9 +247,10 @@ class FastOps(Engine[Share, MaskedOperand]):
 
 
 class FastBitsOps(FastOps):
-    """`--protocol fast-bits`: a top-k compares the mask's digits instead of walking key trees.
+    """`--protocol fast-bits`: top-k and softmax compare the mask's digits instead of walking key trees.
 
-    Each top-k takes one more round, and a ninth of its comparisons' offline bytes.
+    Each top-k takes one more round, and a ninth of its comparisons' offline bytes; each softmax two more
+    rounds, and a fifth to a sixth of its offline bytes.
     """
 
     name = "fast-bits"

@@ -142,7 +142,10 @@ class ComputingParty(Party):
         sent = request.sent_to(self.rank)
         arrived = iter(self._dealer.recv(step, [p.spec for p in sent]) if sent else [])
         for part in request.derived:
-            parts.append(next(arrived) if part in sent else self._tape.tensor(part.shape, part.dtype))
+            if part in sent:
+                parts.append(unpack(next(arrived)).to(part.dtype) if part.packed else next(arrived))
+            else:
+                parts.append(self._tape.tensor(part.shape, part.dtype))
         return [*parts, None] if request.keep else parts
 
     def stream(self, kind: str) -> KeyStream | None:
@@ -208,7 +211,8 @@ class DealerParty(Party):
                 client.append(value)
                 server.append(value)
             else:
-                server.append(part.correct(value, self._tapes[Rank.CLIENT].tensor(part.shape, part.dtype)))
+                share = part.correct(value, self._tapes[Rank.CLIENT].tensor(part.shape, part.dtype))
+                server.append(pack(share.to(torch.int64), part.width) if part.packed else share)
         for rank, tensors in ((Rank.SERVER, server), (Rank.CLIENT, client)):
             if tensors:
                 self._links[rank].send(step, tensors)

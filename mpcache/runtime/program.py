@@ -40,6 +40,8 @@ class RequestKind(StrEnum):
     SCATTER = "scatter"
     ONE_HOT = "one-hot"
     EXP = "exp"
+    HIGHEST = "highest bucket"
+    EXP_DIGITS = "exp/digits"
     ACTIVATION = "activation"
     NORM = "norm"
     SQUARE = "square"
@@ -88,6 +90,7 @@ class Part:
     """One tensor of a correlation.
 
     dtype: int64 for Z_2^64, or a smaller signed type for a smaller ring.
+    ring: bits that count of a derived part of int64; the dealer sends no more bytes than hold them.
     xor: its shares combine by XOR instead of addition.
     owner: known whole to this party, zero at the other (random parts only).
     own: each party has its own, unrelated value (random parts only; seeds).
@@ -100,16 +103,32 @@ class Part:
     owner: Rank | None = None
     own: bool = False
     public: bool = False
+    ring: int = 64
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element as it travels."""
+        return min(self.dtype.itemsize, -(-self.ring // 8))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Bytes of the tensor as it travels."""
+        return math.prod(self.shape) * self.width
+
+    @property
+    def held(self) -> int:
+        """Bytes of the tensor in memory, and of the stream that it is read from."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def packed(self) -> bool:
+        """Whether it travels in fewer bytes than it is held in."""
+        return self.width < self.dtype.itemsize
 
     @property
     def spec(self) -> tuple[torch.dtype, Shape]:
         """The tensor as a receiver expects it: dtype and shape."""
-        return self.dtype, self.shape
+        return (torch.uint8, (*self.shape, self.width)) if self.packed else (self.dtype, self.shape)
 
     def combine(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return the value behind two shares; both values of an `own` part."""

@@ -88,6 +88,11 @@ def zeros(shape: Sequence[int]) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
 
 
+def known_rows(x: Share) -> int:
+    """Return how many rows of an operand made of x are the server's own (`MaskedOperand.known`)."""
+    return x.shape[-2] if x.owner is Rank.SERVER and len(x.shape) > 1 else 0
+
+
 def is_known_matrix(x: Share) -> bool:
     """Return whether x is prepared as a `KnownOperand`: a weight. What has more dimensions may grow."""
     return x.owner is not None and len(x.shape) == 2
@@ -108,6 +113,7 @@ class MaskedOperand:
     mask: this party's share of B.  opened: V, public to both computing parties; `Awaited` until the
     round that opens it is over.  dealt: B itself, at the dealer only. All three have W's shape.
     ring: V, and so every product with it, is known modulo 2^ring only.
+    known: so many rows, the first of each matrix, are the server's own: B is its share of the mask, alone.
     """
 
     mask: torch.Tensor
@@ -115,6 +121,7 @@ class MaskedOperand:
     bits: int
     dealt: torch.Tensor | None = None
     ring: int = 64
+    known: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,7 +159,14 @@ class MaskedOperand:
             self.bits,
             dealt,
             min(self.ring, other.ring),
+            self._known_with(other, dim),
         )
+
+    def _known_with(self, other: MaskedOperand, dim: int) -> int:
+        rows = len(self.shape) - 2
+        if dim != rows:
+            return 0
+        return self.known + (other.known if self.known == self.shape[rows] else 0)
 
 
 @dataclass(frozen=True)

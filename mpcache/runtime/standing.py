@@ -26,7 +26,15 @@ from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Shape
 from mpcache.runtime.ring import Matrix, blocks_of, narrow, pack, rows_of, unpack, wide
 from mpcache.runtime.rng import KeyStream, derive_key
-from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, is_known_matrix, zeros
+from mpcache.runtime.shares import (
+    Awaited,
+    KnownOperand,
+    MaskedOperand,
+    Share,
+    is_known_matrix,
+    known_rows,
+    zeros,
+)
 from mpcache.runtime.side import bytes_for
 
 _IN_CACHE = 1 << 16  # integers of V that are made at once
@@ -104,7 +112,8 @@ class OwnersMasks(StandingMasks):
 
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         whole = x.data.contiguous()  # taken over: nobody else computes with what goes in here
-        self._operands.append(found := MaskedOperand(whole, torch.empty_like(whole), x.bits, ring=place.ring))
+        blank, known = torch.empty_like(whole), known_rows(x)
+        self._operands.append(found := MaskedOperand(whole, blank, x.bits, ring=place.ring, known=known))
         return found
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
@@ -179,7 +188,7 @@ class ClientsMasks(StandingMasks):
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         number = len(self.places) - 1
         opened = Awaited(lambda: expand(self._seed, number, place.shape))
-        return MaskedOperand(zeros(place.shape), opened, x.bits, ring=place.ring)
+        return MaskedOperand(zeros(place.shape), opened, x.bits, ring=place.ring, known=known_rows(x))
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
         held = SeededMatrix(self._seed, len(self.places) - 1, place)
@@ -197,7 +206,7 @@ class DealersMasks(StandingMasks):
         blank: torch.Tensor = MetaTensor(place.shape)  # type: ignore[assignment]
         dealt = self._take_next(place)
         assert isinstance(dealt, torch.Tensor)
-        return MaskedOperand(blank, blank, x.bits, dealt, place.ring)
+        return MaskedOperand(blank, blank, x.bits, dealt, place.ring, known_rows(x))
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
         dealt = self._take_next(place)

@@ -7,7 +7,7 @@ import torch
 
 from mpcache.rank import Rank
 from mpcache.runtime.ring import Matrix, matmul, unpack, wide
-from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share, known_rows
 from mpcache.runtime.standing import (
     _IN_CACHE,
     ClientsMasks,
@@ -153,7 +153,7 @@ def test_packing_keeps_what_the_ring_holds(ring: int) -> None:
 def test_places_say_all_that_is_public() -> None:
     class Watching(StandingMasks):
         def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
-            return MaskedOperand(x.data, x.data, x.bits, ring=place.ring)
+            return MaskedOperand(x.data, x.data, x.bits, ring=place.ring, known=known_rows(x))
 
         def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
             raise AssertionError("not a matrix")

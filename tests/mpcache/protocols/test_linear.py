@@ -20,6 +20,7 @@ from mpcache.protocols.linear import (
 )
 from mpcache.rank import Rank
 from mpcache.runtime.program import Opening, Part, Program, open_secret, together
+from mpcache.runtime.ring import wide
 from mpcache.runtime.rng import KeyStream, fresh_seed
 from mpcache.runtime.shares import KnownOperand, Share, decode
 from mpcache.runtime.side import Side
@@ -91,8 +92,8 @@ def test_a_matrix_that_one_party_knows_multiplies_exactly(owner: Rank) -> None:
         played = secure(protocol, x, bits=0)
         y = (played.server.data + played.client.data) & ((1 << ring) - 1)
         assert torch.equal(y, (x @ w) & ((1 << ring) - 1)) and played.server.ring == ring
-    wide = {s.rank is owner: k.held.low for s, k in held[:3] if s.device == "cpu"}
-    assert torch.equal(wide[True].long(), w) and not torch.equal(wide[False].long(), w)
+    integers = {s.rank is owner: wide(k.held) for s, k in held[:3] if s.device == "cpu"}
+    assert torch.equal(integers[True], w) and not torch.equal(integers[False], w)
     with pytest.raises(ValueError, match="nobody knows"):
         next(mask_matrix(Side(Rank.SERVER), Share(w, 0)))
 

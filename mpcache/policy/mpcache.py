@@ -114,6 +114,9 @@ class MPCache(Clustered):
             return replace(self, coarse_keep=1.0, fine_keep=1.0)
         return self._filled(tokens, context, *self.sizes(context))
 
+    def selector_at_share(self, share: float) -> MPCache:
+        return replace(self, coarse_keep=max(float(self.coarse_keep), share), fine_keep=share)
+
     def _filled(self, tokens: int, kept: int, coarse: int, fine: int) -> MPCache:
         """Choose `tokens` of so many kept ones, or fewer by less than a fine cluster."""
         (total,) = self.clusters_of(kept, self.sink, self.recent, (coarse,))

@@ -52,3 +52,6 @@ class Quest(Clustered):
         if tokens < least:
             raise self.too_few(tokens, least, "a page and the last page, which is not full")
         return replace(self, full=0, pages=max(1, (tokens - tail) // self.page))
+
+    def selector_at_share(self, share: float) -> Quest:
+        return replace(self, full=0, pages=share)

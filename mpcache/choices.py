@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-
 POLICY_AUTO = "auto"  # in place of a policy: `mpcache.cost.planner` picks one
 
 

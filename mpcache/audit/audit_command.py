@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mpcache.audit import measure as measuring
+from mpcache.audit.cost_plot import plot_cost
 from mpcache.audit.cost_tables import breakdowns, cost_tables, measured_tables, verdict, write_csv
 from mpcache.audit.explain import explain_policy
 from mpcache.audit.option_sweep import secure_policies, sweep_options
@@ -30,6 +31,7 @@ from mpcache.errors import BadInput, ModelError, MpcacheError
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_shape
 from mpcache.model.shapes import NAMES, config_of
 from mpcache.model.sources import is_gguf
+from mpcache.report.plots import check_plot
 from mpcache.transport.network import NO_NETWORK, parse_network
 
 CONTEXTS = (512, 1024, 2048, 4096)
@@ -69,7 +71,7 @@ def audit(
     ] = None,
     tune: Annotated[
         bool,
-        typer.Option("--tune", help="With --quality: pick the cheapest setting whose measured quality holds."),
+        typer.Option("--tune", help="With --quality: pick the cheapest setting whose quality holds."),
     ] = False,
     at_least: Annotated[
         float, typer.Option(help="With --tune: the share of the full cache's answers to keep in every task.")

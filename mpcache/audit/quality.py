@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
 
 from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_setting, resolved
 from mpcache.choices import ProtocolName

@@ -1,4 +1,4 @@
-"""`mpcache audit --tune`: the cheapest setting whose measured quality holds, and what it was weighed against."""
+"""`mpcache audit --tune`: the cheapest setting whose measured quality holds, among all that were measured."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def tuned(quality: Quality, grid: AuditGrid, at_least: float) -> list[Tuned]:
 def tuning_tables(choices: Sequence[Tuned]) -> Iterator[Table]:
     """Make a table of each choice: the settings that hold by time, then the others."""
     for choice in choices:
-        table = Table(
-            title=f"context {choice['context_tokens']:,} tokens, network {choice['network']}: {choice['why']}",
-            title_justify="left",
-        )
+        title = f"context {choice['context_tokens']:,} tokens, network {choice['network']}: {choice['why']}"
+        table = Table(title=title, title_justify="left")
         table.add_column("policy", overflow="fold", min_width=10)
         for name in ("of the tokens", "answers kept, at least", "in task", "n", "an answer"):
             table.add_column(name, justify="right")
         for each in choice["weighed"]:
             time = "not good enough" if each["ms"] is None else duration(each["ms"])
             kept = f"{100 * each['least']:.0f} %"
-            table.add_row(each["spec"], f"{each['percent']:g} %", kept, each["task"], str(each["asked"]), time)
+            table.add_row(
+                each["spec"], f"{each['percent']:g} %", kept, each["task"], str(each["asked"]), time
+            )
         yield table

@@ -151,7 +151,9 @@ def choose_policy(model: Model, public: PublicConfig, context: int, question: in
     return tune(quality, Situation.of(model.shape, public, context, question), AT_LEAST, model)
 
 
-def with_planned_policy(settings: Settings, model: Model, context: int, question: int) -> tuple[Settings, str]:
+def with_planned_policy(
+    settings: Settings, model: Model, context: int, question: int
+) -> tuple[Settings, str]:
     """Put what `auto` stands for into settings; the second: why, or nothing where a policy was named."""
     if settings.public.policy != POLICY_AUTO:
         return settings, ""

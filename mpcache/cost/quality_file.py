@@ -1,4 +1,4 @@
-"""What `mpcache eval` measured of a model, read back: how good its answers are under each policy and budget."""
+"""What `mpcache eval` measured of a model, read back: how good its answers are in each setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations after a document, scored against their right answers: all of them in one pass, or step by step."""
+"""Score conversations after a document against their right answers: all in one pass, or step by step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpcache.policy import BoundPolicy, LayerView
 from mpcache.policy.base import Policy
 from mpcache.policy.combined import Combined
 from mpcache.runtime.program import run
-from mpcache.session import Session
+from mpcache.session import Nobody, Session
 
 
 @dataclass(frozen=True)
@@ -132,24 +132,26 @@ class _TalksPolicy(BoundPolicy):
 
 def _side_by_side(session: Session, talks: Sequence[Talk]) -> list[list[bool]]:
     """Take all conversations in as one chunk, each at the positions that follow the document."""
-    shape, model, ops, device = session.shape, session.operands, session.ops, session.ops.device
+    shape, model, ops = session.shape, session.operands, session.ops
+    device = as_tensor(model.embed).device
     ids = torch.tensor([token for talk in talks for token in talk.ids])
     positions = torch.cat([torch.arange(len(talk.ids)) for talk in talks]) + session.cache.context
-    seen = torch.block_diag(*(torch.ones(len(talk.ids), len(talk.ids)).tril() for talk in talks)).long()
+    whose = torch.repeat_interleave(torch.tensor([len(talk.ids) for talk in talks]))
+    seen = (whose == whose[:, None]).long().tril()
     policy = _TalksPolicy(session.policy.policy, session.policy.plan, session.policy.for_price, seen)
     x = as_tensor(model.embed)[ids.to(device)]
     if model.positions is not None:
         x = x + as_tensor(model.positions)[positions.to(device)]
     stream = Stream(None, as_value(x))
     for i, layer in enumerate(model.layers):
-        stream = run(block(ops, shape, layer, session.cache, i, policy, stream, positions), None)
+        stream = run(block(ops, shape, layer, session.cache, i, policy, stream, positions), Nobody())
     rows, first = [], 0
     for talk in talks:
         rows += [first + place for places in talk.judged for place in places]
         first += len(talk.ids)
     opened = None if stream.opened is None else stream.opened[rows]
     _, logits = run(
-        ops.norm_linear(opened, stream.pending[rows], shape.norm_eps, model.lm_head, model.lm_bias), None
+        ops.norm_linear(opened, stream.pending[rows], shape.norm_eps, model.lm_head, model.lm_bias), Nobody()
     )
     right = as_tensor(logits).argmax(-1).cpu() == ids[torch.tensor(rows) + 1]
     found, first = [], 0

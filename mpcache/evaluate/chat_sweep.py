@@ -67,8 +67,8 @@ class ChatSweep:
         longest, most = max(len(talk.ids) for _, talk in talks), self.engine.model.shape.max_positions
         if len(context) + longest > most:
             raise BadInput(
-                f"a document of {len(context)} tokens with its template, and {longest} of a conversation: the "
-                f"model allows {most}; lower --context, which is {grid.context}"
+                f"a document of {len(context)} tokens with its template, and {longest} of a conversation: "
+                f"the model allows {most}; lower --context, which is {grid.context}"
             )
         found = []
         if "after" in grid.questions:

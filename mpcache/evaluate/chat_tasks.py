@@ -9,31 +9,14 @@ from __future__ import annotations
 
 import random
 
-from mpcache.demo.documents import CountTokens, insert_at_depths, take_verses
+from mpcache.demo.documents import CountTokens, insert_at_depths, load_lines, take_verses
 from mpcache.evaluate.tasks import COPIED, DEPTHS, GIVEN, Sample, Task, TaskTurn
 
 PEOPLE, ALONE, QUOTES = 8, 4, 3  # facts in a document, those that are asked alone, and quotes
 _SHORTEST_QUOTED = 14  # words of a verse that is quoted
 
-_FIRST = (
-    "Adam Anna Anton Beatrice Boris Carl Carmen Diana Edgar Eva Frank Greta Henry Ida Ivan Jane Karl Laura "
-    "Leo Marta Nora Otto Paula Robert Rosa Stefan Tina Victor Wanda Yusuf"
-).split()
-_LAST = (
-    "Adler Brown Castillo Dahl Eriksen Ferrari Garcia Hoffman Ito Jansen Kowalski Larsen Miller Nguyen Olsen "
-    "Perez Quinn Rossi Schmidt Torres Ueda Vogel Weber Young Zimmer"
-).split()
-_CITIES = (
-    "Amsterdam Athens Bangkok Barcelona Berlin Boston Brussels Cairo Chicago Dublin Geneva Havana Helsinki "
-    "Istanbul Lima Lisbon London Madrid Moscow Oslo Paris Prague Rome Tokyo Vienna Warsaw"
-).split()
-_JOBS = (
-    "baker butcher carpenter dentist farmer gardener judge lawyer mechanic nurse painter pharmacist pilot "
-    "plumber sailor singer tailor teacher waiter writer"
-).split()
-_PETS = "cat dog donkey duck goat hamster horse parrot pony rabbit snake turtle".split()
-_CALLED = "Bella Biscuit Buddy Charlie Coco Daisy Ginger Lucky Luna Max Molly Oscar Pepper Rex Rocky".split()
-_PLACES = "bridge castle desert forest garden harbor island library market museum river temple".split()
+# Of people: first names, last names, cities, jobs, pets and what these are called; and places of a number.
+_FIRST, _LAST, _CITIES, _JOBS, _PETS, _CALLED, _PLACES = (line.split() for line in load_lines("people.txt"))
 
 
 def _fact(rng: random.Random, name: str, kind: int) -> TaskTurn:

@@ -22,7 +22,7 @@ from mpcache.console.terminal import Say
 from mpcache.errors import BadInput
 from mpcache.evaluate.chat_sweep import GATES, ChatSweep
 from mpcache.evaluate.chat_tasks import CHAT_TASKS
-from mpcache.evaluate.plot import check_plot, plot
+from mpcache.evaluate.plot import plot
 from mpcache.evaluate.quality_tables import CAPTION, quality_tables
 from mpcache.evaluate.results import Results
 from mpcache.evaluate.score import EvalModel
@@ -33,6 +33,7 @@ from mpcache.model import demo_model_dir, load_model
 from mpcache.model.framing import make_framing
 from mpcache.policy import POLICIES
 from mpcache.policy.plan import FULL_PERCENT
+from mpcache.report.plots import check_plot
 from mpcache.transport.network import NETWORKS
 
 QUESTIONS = ("inside", "after")
@@ -124,9 +125,7 @@ def evaluate(
     report = Report(engine, grid, gate if chat else "task")
     ask: Callable[[Say], None]
     if chat:
-        framing = make_framing(
-            engine.model.tokenizer, engine.model.shape, False, public.document_as, True
-        )
+        framing = make_framing(engine.model.tokenizer, engine.model.shape, False, public.document_as, True)
         sweep = ChatSweep(engine, framing, grid, gate, report.results, lambda: report.write(out, False))
         sweep.document(0)  # all is checked before the first question is asked
         ask = sweep.run

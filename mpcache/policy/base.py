@@ -146,7 +146,7 @@ class Policy(ABC):
         raise PolicyError(f"policy {self.spec}: its options cannot be set to a share of a head's tokens")
 
     def mean_kept(self, context: int) -> int | None:
-        """Return how many tokens stay in the mean over all heads, where that is public and each one's is not."""
+        """Return the tokens that stay in the mean over all heads, where that alone is public."""
         return None
 
     def too_few(self, tokens: int, least: int, why: str) -> PolicyError:

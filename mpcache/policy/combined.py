@@ -24,7 +24,6 @@ from mpcache.policy.plan import LayerPlan, LeakClass, Plan, SplitPlan
 from mpcache.runtime.program import Program
 from mpcache_kernels import Backend
 
-
 PARTS = 200  # in which a head's share is looked for
 
 
@@ -151,7 +150,9 @@ class Combined(Policy):
             middle = (low + high + 1) // 2
             tried = replace(self, then=self.then.selector_at_share(middle / PARTS))
             plan = tried.with_counts(counts).plan(context, shape)
-            low, high = (middle, high) if plan.tokens_attended(shape.kv_heads) <= tokens else (low, middle - 1)
+            low, high = (
+                (middle, high) if plan.tokens_attended(shape.kv_heads) <= tokens else (low, middle - 1)
+            )
         if not low:
             raise self.too_few(tokens, tokens + 1, "a cluster of each head, and what fills none")
         return replace(self, then=self.then.selector_at_share(low / PARTS))

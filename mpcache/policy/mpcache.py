@@ -27,9 +27,9 @@ class MPCache(Clustered):
     n_keep: context tokens that survive, for all layers or for each, as in 512/256/256.  queries: the
     last ones, which judge importance.  threshold: keep what has more than so much of some query's
     attention, in place of n_keep (0: off; reveals the counts; n_keep beside it: counts to price).  sink,
-    recent: tokens that always attend.  coarse, fine: tokens per cluster (0: about the square
-    root of the context's, 16 and 8, from 1024 on 32 and 16, from 4096 on 64 and 32, ...).  coarse_keep: of the coarse clusters.  fine_keep: of all fine clusters.
-    dynamic: false for static eviction only.
+    recent: tokens that always attend.  coarse, fine: tokens per cluster (0: about the square root of the
+    context's, 16 at least, and half of it: 32 and 16 from 1024 on, 64 and 32 from 4096 on).  coarse_keep:
+    of the coarse clusters.  fine_keep: of all fine clusters.  dynamic: false for static eviction only.
     """
 
     name = "mpcache"

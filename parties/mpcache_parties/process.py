@@ -18,8 +18,8 @@ from typing import NoReturn
 
 import torch
 
-from mpcache.choices import POLICY_AUTO
 from mpcache.answer import left_range
+from mpcache.choices import POLICY_AUTO
 from mpcache.config import Settings
 from mpcache.console.signals import stop_on_signals
 from mpcache.console.streams import own_stdout

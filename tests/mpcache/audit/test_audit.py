@@ -64,7 +64,7 @@ def test_parts_add_up(protocol: str) -> None:
 
 
 def test_a_token_takes_as_long_as_the_dealer_s_part_of_it() -> None:
-    flags = ["--shape", "llama-2-7b", "--context", "2048", "--policy", "full", "--policy", "quest"]
+    flags = ["--shape", "llama-2-7b", "--context", "2048", "--policy", "full", "--policy", "quest:page=16"]
     full, quest = result_of(*flags, "--network", "wan")["rows"]
     for row in (full, quest):
         assert row["offline_transfer_ms"] > row["modelled_ms_per_token"]

@@ -67,7 +67,8 @@ def audit(
         list[str] | None, typer.Option("--sweep", help="key=v1,v2: a grid; may be given several times.")
     ] = None,
     quality: Annotated[
-        Path | None, typer.Option(help="Results of `mpcache eval --json`, shown against cost.")
+        Path | None,
+        typer.Option(help="Results of `mpcache eval --json`, shown against cost; of each --policy, or all."),
     ] = None,
     tune: Annotated[
         bool,
@@ -163,8 +164,9 @@ def audit(
         other = None if measured.model == name else measured.model or "a model that its file does not name"
         if other is not None:
             _note(f"the accuracy is that of {other}, the cost that of {name}")
-        result["quality_points"] = points(measured.rows, grid, _note, other)
-        if plot_file is not None:
+        wanted = [row for row in measured.rows if not policy or row["policy"] in ("full", *policy)]
+        result["quality_points"] = points(wanted, grid, _note, other)
+        if plot_file is not None and result["quality_points"]:
             plot_cost(result["quality_points"], plot_file)
             terminal.say(f"wrote {plot_file}")
     stopped: MpcacheError | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.audit.priced_rows import AuditRow
+from mpcache.cost.quality_file import TOGETHER
 from mpcache.report.plots import figure_of, legend_below, style_of
 
 COSTS = {
@@ -16,7 +17,10 @@ COSTS = {
 
 
 def plot_cost(points: Sequence[AuditRow], file: Path) -> None:
-    """Draw the points of one context, network and protocol, asked after the document. Raises BadInput."""
+    """Draw the points of one context, network and protocol, asked after the document. Raises BadInput.
+
+    Of a chat, all tasks together.
+    """
     first = points[0]
     same = ("context_tokens", "network", "protocol")
     shown = [
@@ -27,6 +31,7 @@ def plot_cost(points: Sequence[AuditRow], file: Path) -> None:
         and "bits" not in point.get("task", "")
     ]
     tasks = list(dict.fromkeys(point.get("task", "") for point in shown))
+    tasks = [TOGETHER] if TOGETHER in tasks else tasks
     policies = [name for name in dict.fromkeys(point["policy"] for point in shown) if name != "full"]
     with figure_of(file, len(COSTS), max(1, len(tasks))) as (figure, panels):
         figure.suptitle(

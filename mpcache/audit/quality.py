@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import product
 
 from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_setting, resolved
@@ -26,17 +27,18 @@ def points(
     """
     found: list[AuditRow] = []
     unpriced: dict[str, None] = {}
+    price = cache(partial(price_setting, grid))  # every task has the same settings
     for row, context, protocol in product(evaluated, grid.contexts, grid.protocols):
         budget = row.get("budget_percent", FULL_PERCENT)
         try:
             policy = parse_policy(row["policy"]).at_percent(budget, context, grid.shape)
-            price_setting(grid, policy.spec, context, ProtocolName.FAST)
+            price(policy.spec, context, ProtocolName.FAST)
         except PolicyError as error:
             unpriced[f"no price beside its quality: {row['policy']} at {budget:g} %: {error}"] = None
             continue
         for network in grid.networks:
             taken = resolved(grid, policy.spec, context, protocol, network)
-            cost = price_setting(grid, policy.spec, context, taken)
+            cost = price(policy.spec, context, taken)
             tally = cost.total("decode")
             found.append(
                 {

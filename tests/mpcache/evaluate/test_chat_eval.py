@@ -102,8 +102,8 @@ def test_one_pass_says_what_many_steps_say(engine: EvalModel, spec: str, monkeyp
 
 @pytest.mark.parametrize(
     ("spec", "acts"),
-    [("full", False), ("compact", False), ("snapkv", False), ("streaming", True), ("h2o", True), ("tova", True),
-     ("quest", True), ("mpcache", True), ("snapkv|quest", True), ("oracle", False)],
+    [("full", False), ("compact", False), ("snapkv", False), ("streaming", True), ("h2o", True),
+     ("tova", True), ("quest", True), ("mpcache", True), ("snapkv|quest", True), ("oracle", False)],
 )  # fmt: skip
 def test_what_evicts_on_the_way_is_asked_step_by_step(spec: str, acts: bool) -> None:
     assert acts_between_steps(parse_policy(spec)) is acts

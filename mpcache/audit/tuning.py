@@ -44,7 +44,8 @@ def tuning_tables(choices: Sequence[Tuned]) -> Iterator[Table]:
         for name in ("of the tokens", "answers kept, at least", "in task", "n", "an answer"):
             table.add_column(name, justify="right")
         for each in choice["weighed"]:
-            time = "not good enough" if each["ms"] is None else duration(each["ms"])
+            without = "more than needed" if each["least"] >= choice["at_least"] else "not good enough"
+            time = without if each["ms"] is None else duration(each["ms"])
             kept = f"{100 * each['least']:.0f} %"
             table.add_row(
                 each["spec"], f"{each['percent']:g} %", kept, each["task"], str(each["asked"]), time

@@ -71,7 +71,7 @@ class WeighedPolicy:
 
     spec: the policy, set to this context.  percent: its budget.  least: the smallest share of the full
     cache's answers in any task, and that task.  asked: answers it was measured by.  ms: of an answer; None
-    where its quality does not hold.
+    where its quality does not hold, or does at a smaller budget.
     """
 
     spec: str
@@ -130,7 +130,7 @@ def _why(
     holding = sum(each.ms is not None for each in weighed)
     assert best.ms is not None
     text = (
-        f"picked policy {best.spec} of {len(weighed)} settings, {holding} of which keep "
+        f"picked policy {best.spec} of {len(weighed)} settings, with {holding} policies that keep "
         f"{100 * at_least:.0f} % of the answers: {duration(best.ms)} an answer of {where.tokens} tokens on "
         f"network {where.network.name} by the model, {duration(full_ms)} with full"
     )

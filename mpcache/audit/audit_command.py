@@ -20,7 +20,7 @@ from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
 from mpcache.audit.priced_rows import AuditGrid, price_rows, resolved
 from mpcache.audit.quality import points
-from mpcache.audit.tuning import tuned, tuning_tables
+from mpcache.audit.tuning import Tuned, tuned, tuning_tables
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.console.options import MODEL_FORMS, JsonOption, PoliciesOption, RevealOption, read_reveal
@@ -130,20 +130,9 @@ def audit(
         explicit=bool(policy or sweep_),
         reveal=revealed,
     )
-    measured = read_quality(quality) if quality else Quality([])
-    if quality is None and (tune or plot_file):
-        raise BadInput("--tune and --plot need --quality FILE, which `mpcache eval --json` makes")
-    if not 0 < at_least <= 1:
-        raise BadInput(f"--at-least is {at_least}; give a share above 0 and up to 1")
-    if plot_file is not None:
-        check_plot(plot_file)
+    measured = _quality(quality, tune, at_least, plot_file)
     if tune:
-        choices = tuned(measured, grid, at_least)
-        if as_json:
-            print(json.dumps({"shape": name, "model": model.to_dict(), "tuned": choices}))
-            return
-        for table in tuning_tables(choices):
-            terminal.print_table(terminal.stdout(), table)
+        _show_tuned(tuned(measured, grid, at_least), name, model, as_json)
         return
     for path in (csv, report):
         if path is not None:
@@ -160,21 +149,53 @@ def audit(
         "rows": found,
     }
     if measured.rows:
-        result["quality"] = list(measured.rows)
-        other = None if measured.model == name else measured.model or "a model that its file does not name"
-        if other is not None:
-            _note(f"the accuracy is that of {other}, the cost that of {name}")
-        wanted = [row for row in measured.rows if not policy or row["policy"] in ("full", *policy)]
-        result["quality_points"] = points(wanted, grid, _note, other)
-        if plot_file is not None and result["quality_points"]:
-            plot_cost(result["quality_points"], plot_file)
-            terminal.say(f"wrote {plot_file}")
+        _add_quality(result, measured, grid, policy, plot_file)
     stopped: MpcacheError | None = None
     if folder is not None:
         stopped = _measured(result, grid, folder, needed)
     _show(result, by, needed, csv, report, as_json)
     if stopped is not None:
         raise stopped
+
+
+def _quality(file: Path | None, tune: bool, at_least: float, plot_file: Path | None) -> Quality:
+    """Check what belongs to --quality, and read it. Raises BadInput or PolicyError."""
+    if file is None and (tune or plot_file):
+        raise BadInput("--tune and --plot need --quality FILE, which `mpcache eval --json` makes")
+    if not 0 < at_least <= 1:
+        raise BadInput(f"--at-least is {at_least}; give a share above 0 and up to 1")
+    if plot_file is not None:
+        check_plot(plot_file)
+    return Quality([]) if file is None else read_quality(file)
+
+
+def _show_tuned(choices: list[Tuned], name: str, model: ModelShape, as_json: bool) -> None:
+    """Print what --tune has weighed and picked."""
+    if as_json:
+        print(json.dumps({"shape": name, "model": model.to_dict(), "tuned": choices}))
+        return
+    for table in tuning_tables(choices):
+        terminal.print_table(terminal.stdout(), table)
+
+
+def _add_quality(
+    result: dict[str, Any],
+    measured: Quality,
+    grid: AuditGrid,
+    policy: list[str] | None,
+    plot_file: Path | None,
+) -> None:
+    """Put answer quality beside its cost, of the policies that were named, or of all; and draw it."""
+    result["quality"] = list(measured.rows)
+    name = result["shape"]
+    other = None if measured.model == name else measured.model or "a model that its file does not name"
+    if other is not None:
+        _note(f"the accuracy is that of {other}, the cost that of {name}")
+    wanted = [row for row in measured.rows if not policy or row["policy"] in ("full", *policy)]
+    result["quality_points"] = points(wanted, grid, _note, other)
+    if plot_file is not None and result["quality_points"]:
+        plot_cost(result["quality_points"], plot_file, measured.by_question)
+        terminal.say(f"wrote {plot_file}")
 
 
 def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> MpcacheError | None:

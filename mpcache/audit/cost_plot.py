@@ -9,17 +9,18 @@ from typing import Any
 from mpcache.audit.priced_rows import AuditRow
 from mpcache.cost.quality_file import TOGETHER
 from mpcache.report.plots import figure_of, legend_below, style_of
+from mpcache.report.units import duration, size
 
 COSTS = {
-    "total_ms_per_token": "ms per token, modelled, network {network}",
+    "total_ms_per_token": "time per token, modelled, network {network}",
     "offline_bytes_per_token": "dealer's bytes per token",
 }
 
 
-def plot_cost(points: Sequence[AuditRow], file: Path) -> None:
+def plot_cost(points: Sequence[AuditRow], file: Path, by_question: bool) -> None:
     """Draw the points of one context, network and protocol, asked after the document. Raises BadInput.
 
-    Of a chat, all tasks together.
+    Of a chat, all tasks together.  by_question: only what the full cache answers was judged, so it has all.
     """
     first = points[0]
     same = ("context_tokens", "network", "protocol")
@@ -41,7 +42,7 @@ def plot_cost(points: Sequence[AuditRow], file: Path) -> None:
         for column, task in enumerate(tasks):
             mine = [point for point in shown if point.get("task", "") == task]
             for line, (cost, label) in enumerate(COSTS.items()):
-                handles |= _panel(panels[line, column], mine, policies, cost)
+                handles |= _panel(panels[line, column], mine, policies, cost, 1.0 if by_question else None)
                 panels[line, column].set_xlabel(label.format(network=first["network"]), fontsize=8)
             asked = sorted({point.get("n", 0) for point in mine if point["policy"] != "full"})
             n = "" if not asked else f", n = {asked[0]}" + (f" to {asked[-1]}" if len(asked) > 1 else "")
@@ -50,9 +51,15 @@ def plot_cost(points: Sequence[AuditRow], file: Path) -> None:
 
 
 def _panel(
-    panel: Any, points: Sequence[Mapping[str, Any]], policies: Sequence[str], cost: str
+    panel: Any,
+    points: Sequence[Mapping[str, Any]],
+    policies: Sequence[str],
+    cost: str,
+    full: float | None,
 ) -> dict[str, Any]:
-    """Draw one task; a line per policy, its budgets from left to right."""
+    """Draw one task; a line per policy, its budgets in order.  full: the full cache's share, if not its own."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     handles: dict[str, Any] = {}
     for i, policy in enumerate(policies):
         mine = sorted((p for p in points if p["policy"] == policy), key=lambda p: p["budget_percent"])
@@ -70,8 +77,12 @@ def _panel(
     for point in points:
         if point["policy"] == "full":
             style = {"color": "black", "marker": "*", "markersize": 10, "linestyle": "none"}
-            (handles["full"],) = panel.plot([point[cost]], [point["accuracy"]], **style)
+            (handles["full"],) = panel.plot([point[cost]], [full or point["accuracy"]], **style)
     panel.set_xscale("log")
+    write = duration if "ms" in cost else size
+    panel.xaxis.set_major_locator(LogLocator(10, (1, 1.5, 2, 3, 5)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: write(x)))
+    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_ylim(-0.04, 1.04)
     panel.set_ylabel("exact answers", fontsize=8)
     panel.tick_params(labelsize=8)

@@ -122,7 +122,7 @@ def evaluate(
         seed,
         _context(context, engine.model.shape.max_positions, max(t.room for t in tasks)),
     )
-    report = Report(engine, grid, gate if chat else "task")
+    report = EvalReport(engine, grid, gate if chat else "task")
     ask: Callable[[Say], None]
     if chat:
         framing = make_framing(engine.model.tokenizer, engine.model.shape, False, public.document_as, True)
@@ -150,7 +150,7 @@ def evaluate(
 
 
 @dataclass
-class Report:
+class EvalReport:
     """What a sweep found, and of what. gate: `question` or `task`."""
 
     engine: EvalModel

@@ -57,7 +57,7 @@ def _panel(
     cost: str,
     full: float | None,
 ) -> dict[str, Any]:
-    """Draw one task; a line per policy, its budgets in order.  full: the full cache's share, if not its own."""
+    """Draw one task; a line per policy, its budgets in order.  full: its share, if not what its row says."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     handles: dict[str, Any] = {}

@@ -144,7 +144,7 @@ def _side_by_side(session: Session, talks: Sequence[Talk]) -> list[list[bool]]:
         x = x + as_tensor(model.positions)[positions.to(device)]
     stream = Stream(None, as_value(x))
     for i, layer in enumerate(model.layers):
-        stream = run(block(ops, shape, layer, session.cache, i, policy, stream, positions), Nobody())
+        stream = run(block(ops, shape, layer, session.cache, i, policy, stream, positions, None), Nobody())
     rows, first = [], 0
     for talk in talks:
         rows += [first + place for places in talk.judged for place in places]

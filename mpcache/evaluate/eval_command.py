@@ -97,7 +97,7 @@ def evaluate(
         raise BadInput("--network slows the parties' links; it needs --secure N")
     if gate not in GATES:
         raise BadInput(f"--gate {gate!r} is not known; give {' or '.join(GATES)}")
-    overrides = {"public.network": network} | chat_overrides(raw, document_as)
+    overrides = {"public.network": network} | chat_overrides(raw, document_as, None)
     public = load_settings(None, overrides).public
     questions = listed("--question", question, QUESTIONS)
     budgets = _percents(budget)

@@ -15,11 +15,11 @@ import torch
 from mpcache.cache import Cache
 from mpcache.decode import Layer, Operands, step
 from mpcache.model import LayerWeights, ModelShape, Weights
-from mpcache.model.prefill import Prefill
 from mpcache.ops import AnyEngine, Ops
 from mpcache.padding import pad_chunk
 from mpcache.phases import ChunkPlace
 from mpcache.policy import BoundPolicy
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.protocols.ranges import OPERAND_RINGS
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, run, together
@@ -75,12 +75,12 @@ def load_operands(ops: Ops, shape: ModelShape, weights: Weights | None) -> Progr
 
 
 def fill_cache(
-    ops: Ops, shape: ModelShape, policy: BoundPolicy, prefill: Prefill | None, kernels: Backend | None
+    ops: Ops, shape: ModelShape, policy: BoundPolicy, context: OwnersContext | None, kernels: Backend | None
 ) -> Program[Cache]:
-    """Make the cache of the evicted context. prefill, kernels: None at all but the document's owner."""
+    """Make the cache of the evicted context. context, kernels: None at all but the document's owner."""
     layers = []
     for i in range(shape.layers):
-        layers.append((yield from at(f"layer{i}", policy.fill(ops, shape, i, prefill, kernels))))
+        layers.append((yield from at(f"layer{i}", policy.fill(ops, shape, i, context, kernels))))
     return Cache(layers, policy.plan.context)
 
 
@@ -132,12 +132,14 @@ class Session:
         program = load_operands(self.ops, self.shape, weights) if known is None else local(known)
         self.operands = self._run("setup", program)
 
-    def context(self, prefill: Prefill | None, kernels: Backend | None, known: Cache | None = None) -> None:
+    def context(
+        self, context: OwnersContext | None, kernels: Backend | None, known: Cache | None = None
+    ) -> None:
         """Fill the cache; known: as it was for another session, of the same masks."""
         self.policy.check(self.ops.name)
         if not self.policy.plan_is_public:
             raise ValueError("the document has not decided this plan yet: see `Policy.plan_is_public`")
-        program = fill_cache(self.ops, self.shape, self.policy, prefill, kernels)
+        program = fill_cache(self.ops, self.shape, self.policy, context, kernels)
         self.cache = self._run("context", program if known is None else local(known))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:

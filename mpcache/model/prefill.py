@@ -47,6 +47,16 @@ class Prefill:
     token_ids: tuple[int, ...] = ()
     notes: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def length(self) -> int:
+        """Return T."""
+        return self.k[0].shape[1]
+
+    @property
+    def largest_values(self) -> tuple[float, ...]:
+        """The largest size of a value, per layer."""
+        return tuple(float(v.abs().max()) for v in self.v)
+
     def last_queries(self, window: int) -> Prefill:
         """Return the same context as seen by its last `window` queries.
 

@@ -129,6 +129,20 @@ def write_session(settings: Settings, texts: Mapping[Rank, str], folder: Path) -
     return flags
 
 
+def document_flags(name: str) -> list[str]:
+    """Return the flags of a client that names one of the server's documents; "": it has one."""
+    return ["--document", name] if name else []
+
+
+def state_flags(state: Path | str | None, resume: bool = False) -> list[str]:
+    """Return the flags of a party that keeps a session. Raises BadInput."""
+    if state is None:
+        if resume:
+            raise BadInput("to resume needs the state: the folder where the session is kept")
+        return []
+    return ["--state", str(state), *["--resume"] * resume]
+
+
 def setup_flags(folder: Path | None) -> dict[Rank, list[str]]:
     """Return the flags with which server and dealer keep their masks in a folder, if there is one."""
     return (

@@ -27,6 +27,7 @@ from mpcache.choices import ProtocolName
 from mpcache.errors import Desync, Mismatch
 from mpcache.ledger import Ledger
 from mpcache.model.prefill import Prefill
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.runtime.rng import SEED_BYTES
 from mpcache.runtime.standing import (
@@ -94,13 +95,13 @@ class ServerSetUp:
         """Return the pass over the document."""
         return self._masking.prefilled(own)
 
-    def context(self, own: Document, prefilled: Prefill, kernels: Backend) -> None:
+    def context(self, own: Document, known: OwnersContext, kernels: Backend) -> None:
         """Go through CONTEXT."""
         session = self._session
         if not self._stands:
-            return session.context(prefilled, kernels)
+            return session.context(known, kernels)
         start = time.perf_counter()
-        made = self._masking.context(own, prefilled, kernels)
+        made = self._masking.context(own, known, kernels)
         if "context" not in session.ms:
             session.context(None, None, copied(made.tree))
         elif self._keeps_document:

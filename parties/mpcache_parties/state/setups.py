@@ -35,7 +35,7 @@ from mpcache_parties.state import sealed, snapshot
 
 SUFFIX = ".masks"
 KEPT_AT_DEALER = 8  # set-ups, the least recently used goes first: a model, and some of its documents
-KEPT_AT_SERVER = 3
+KEPT_AT_SERVER = 3  # at least: the weights, and each document that is served
 LOOK_EVERY_S = 0.5  # how far another session is that makes what this one needs
 NAME = re.compile(r"[0-9a-f]{32}")
 
@@ -57,8 +57,10 @@ class ServerSetups:
     whether it has met it before.
     """
 
-    def __init__(self, folder: Path | None = None, fresh_documents: bool = False) -> None:
+    def __init__(self, folder: Path | None = None, fresh_documents: bool = False, documents: int = 0) -> None:
+        """Open a folder of set-ups; None: they live as long as the process. documents: that are served."""
         self.fresh_documents = fresh_documents
+        self._most = max(KEPT_AT_SERVER, 1 + documents)
         if folder is None:
             self._master = fresh_seed()
         else:
@@ -104,7 +106,7 @@ class ServerSetups:
             found = Made(tree, masks, _named(master, b"set-up" + masks.seed), family)
             if not fresh:
                 self._made[key] = found
-                while len(self._made) > KEPT_AT_SERVER:
+                while len(self._made) > self._most:
                     self._made.popitem(last=False)
             return found
 

@@ -13,12 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from mpcache.audit import measure as measuring
+from mpcache.audit.cost_plot import plot_cost
 from mpcache.audit.cost_tables import breakdowns, cost_tables, measured_tables, verdict, write_csv
 from mpcache.audit.explain import explain_policy
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
 from mpcache.audit.priced_rows import AuditGrid, price_rows, resolved
-from mpcache.audit.quality import points, read_quality
+from mpcache.audit.quality import points
+from mpcache.audit.tuning import Tuned, tuned, tuning_tables
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.console.options import (
@@ -30,11 +32,14 @@ from mpcache.console.options import (
     read_reveal,
 )
 from mpcache.cost.choose import CHOICES
+from mpcache.cost.planner import AT_LEAST
+from mpcache.cost.quality_file import Quality, read_quality
 from mpcache.errors import BadInput, ModelError, MpcacheError
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_shape
 from mpcache.model.shapes import NAMES, config_of
 from mpcache.model.sources import is_gguf
 from mpcache.padding import padded_length
+from mpcache.report.plots import check_plot
 from mpcache.transport.network import NO_NETWORK, parse_network
 
 CONTEXTS = (512, 1024, 2048, 4096)
@@ -71,7 +76,18 @@ def audit(
         list[str] | None, typer.Option("--sweep", help="key=v1,v2: a grid; may be given several times.")
     ] = None,
     quality: Annotated[
-        Path | None, typer.Option(help="Results of `mpcache eval --json`, shown against cost.")
+        Path | None,
+        typer.Option(help="Results of `mpcache eval --json`, shown against cost; of each --policy, or all."),
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="With --quality: pick the cheapest setting whose quality holds."),
+    ] = False,
+    at_least: Annotated[
+        float, typer.Option(help="With --tune: the share of the full cache's answers to keep in every task.")
+    ] = AT_LEAST,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="With --quality: quality against cost, an SVG file.")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows here, too.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page here.")] = None,
@@ -85,7 +101,8 @@ def audit(
     if explain is not None:
         others = {
             "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
-            "--csv": csv, "--report": report, "--quality": quality, "--pad": pad,
+            "--csv": csv, "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
+            "--pad": pad,
         }  # fmt: skip
         if extra := [name for name, given in others.items() if given]:
             raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
@@ -124,7 +141,10 @@ def audit(
         reveal=revealed,
         pad=pad or 1,
     )
-    of, evaluated = read_quality(quality) if quality else ("", [])
+    measured = _quality(quality, tune, at_least, plot_file)
+    if tune:
+        _show_tuned(tuned(measured, grid, at_least), name, model, as_json)
+        return
     for path in (csv, report):
         if path is not None:
             _check_writable(path)
@@ -139,18 +159,54 @@ def audit(
         "command": shlex.join(["mpcache", *sys.argv[1:]]),
         "rows": found,
     }
-    if evaluated:
-        result["quality"] = evaluated
-        other = None if of == name else of or "a model that its file does not name"
-        if other is not None:
-            _note(f"the accuracy is that of {other}, the cost that of {name}")
-        result["quality_points"] = points(evaluated, grid, _note, other)
+    if measured.rows:
+        _add_quality(result, measured, grid, policy, plot_file)
     stopped: MpcacheError | None = None
     if folder is not None:
         stopped = _measured(result, grid, folder, needed)
     _show(result, by, needed, csv, report, as_json)
     if stopped is not None:
         raise stopped
+
+
+def _quality(file: Path | None, tune: bool, at_least: float, plot_file: Path | None) -> Quality:
+    """Check what belongs to --quality, and read it. Raises BadInput or PolicyError."""
+    if file is None and (tune or plot_file):
+        raise BadInput("--tune and --plot need --quality FILE, which `mpcache eval --json` makes")
+    if not 0 < at_least <= 1:
+        raise BadInput(f"--at-least is {at_least}; give a share above 0 and up to 1")
+    if plot_file is not None:
+        check_plot(plot_file)
+    return Quality([]) if file is None else read_quality(file)
+
+
+def _show_tuned(choices: list[Tuned], name: str, model: ModelShape, as_json: bool) -> None:
+    """Print what --tune has weighed and picked."""
+    if as_json:
+        print(json.dumps({"shape": name, "model": model.to_dict(), "tuned": choices}))
+        return
+    for table in tuning_tables(choices):
+        terminal.print_table(terminal.stdout(), table)
+
+
+def _add_quality(
+    result: dict[str, Any],
+    measured: Quality,
+    grid: AuditGrid,
+    policy: list[str] | None,
+    plot_file: Path | None,
+) -> None:
+    """Put answer quality beside its cost, of the policies that were named, or of all; and draw it."""
+    result["quality"] = list(measured.rows)
+    name = result["shape"]
+    other = None if measured.model == name else measured.model or "a model that its file does not name"
+    if other is not None:
+        _note(f"the accuracy is that of {other}, the cost that of {name}")
+    wanted = [row for row in measured.rows if not policy or row["policy"] in ("full", *policy)]
+    result["quality_points"] = points(wanted, grid, _note, other)
+    if plot_file is not None and result["quality_points"]:
+        plot_cost(result["quality_points"], plot_file, measured.by_question)
+        terminal.say(f"wrote {plot_file}")
 
 
 def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> MpcacheError | None:

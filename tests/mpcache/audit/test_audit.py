@@ -64,7 +64,7 @@ def test_parts_add_up(protocol: str) -> None:
 
 
 def test_a_token_takes_as_long_as_the_dealer_s_part_of_it() -> None:
-    flags = ["--shape", "llama-2-7b", "--context", "2048", "--policy", "full", "--policy", "quest"]
+    flags = ["--shape", "llama-2-7b", "--context", "2048", "--policy", "full", "--policy", "quest:page=16"]
     full, quest = result_of(*flags, "--network", "wan")["rows"]
     for row in (full, quest):
         assert row["offline_transfer_ms"] > row["modelled_ms_per_token"]
@@ -323,3 +323,16 @@ def test_the_page_renders_in_a_browser(report: Path, tmp_path: Path, width: int)
     assert body.count("<tr>") == 2
     assert dom.count("<rect") >= 2 * 2 * 4 and dom.count("<circle") == 3
     assert "NaN" not in dom.partition('id="data"')[0] and "undefined" not in dom.partition('id="data"')[0]
+
+
+def test_quality_is_drawn_against_cost(tmp_path: Path) -> None:
+    found, drawn = tmp_path / "quality.json", tmp_path / "plot.svg"
+    row = {"task": "all", "n": 7, "question": "after", "ci95": [0.5, 0.9]}
+    rows = [row | {"policy": name, "accuracy": 0.8, "budget_percent": 20} for name in ("snapkv", "streaming")]
+    rows.append(row | {"policy": "full", "accuracy": 0.9, "budget_percent": 100})
+    found.write_text(json.dumps({"rows": rows, "gate": "question"}))
+    flags = ["--context", "200", "--network", "lan", "--policy", "snapkv", "--quality", str(found)]
+    points = result_of(*flags, "--plot", str(drawn))["quality_points"]
+    assert {point["policy"] for point in points} == {"snapkv", "full"}
+    text = drawn.read_text()
+    assert "snapkv" in text and "all, n = 7" in text and "streaming" not in text

@@ -17,7 +17,7 @@ from mpcache.answer import PlainAnswer, left_range, plain_answer
 from mpcache.audit.audit_command import audit
 from mpcache.chat_command import chat_here
 from mpcache.check.check_command import check
-from mpcache.choices import ChatForm
+from mpcache.choices import POLICY_AUTO, ChatForm
 from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
 from mpcache.console import terminal
 from mpcache.console.inputs import check_stdin, read_context, read_question
@@ -49,6 +49,7 @@ from mpcache.console.options import (
 )
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
+from mpcache.cost.planner import with_planned_policy
 from mpcache.errors import BadInput, MpcacheError, told_as
 from mpcache.evaluate.calibrate_command import calibrate_model
 from mpcache.evaluate.eval_command import evaluate
@@ -123,6 +124,15 @@ class Inquiry:
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
         return bind_policy(self.shape, public, len(self.context), len(self.question))
+
+    def planned(self, settings: Settings) -> Settings:
+        """Put what policy `auto` stands for here into settings, and say it."""
+        if settings.public.policy != POLICY_AUTO:
+            return settings
+        model = load_model(self.model)
+        settings, why = with_planned_policy(settings, model, len(self.context), len(self.question))
+        terminal.say(why)
+        return settings
 
     def private(
         self,
@@ -207,7 +217,9 @@ def generate(
     kept = ["--state", str(state)] if state is not None else []
     sampling, public = Sampling(temperature, top_p, seed), settings.public
     inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos, stop, public)
-    bound = inquiry.bind(settings.public)
+    settings = inquiry.planned(settings)
+    public = settings.public
+    bound = inquiry.bind(public)
     if not as_json:
         _entry("Question", inquiry.question_text + "\n")
     if plain:
@@ -298,7 +310,7 @@ def compare(
         model, context, question, question_file, sampling, stop_at_eos, stop, agreed.public
     )
     chosen = [
-        with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal))
+        inquiry.planned(with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal)))
         for way in protocol or (None,)
         for one in policy or ("full", None)
     ]

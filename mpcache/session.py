@@ -101,7 +101,7 @@ class Session:
 
     def _run(self, phase: str, program: Program[Any]) -> Any:
         if self.party is None:
-            return run(program, _Nobody())
+            return run(program, Nobody())
         self.party.begin(phase)
         return run(at(phase, program), self.party)
 
@@ -153,7 +153,7 @@ class Session:
         return learned
 
 
-class _Nobody:
+class Nobody:
     """The plain reading asks nothing."""
 
     def __getattr__(self, name: str) -> Any:

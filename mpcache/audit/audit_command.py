@@ -13,20 +13,25 @@ from typing import Annotated, Any
 import typer
 
 from mpcache.audit import measure as measuring
+from mpcache.audit.cost_plot import plot_cost
 from mpcache.audit.cost_tables import breakdowns, cost_tables, measured_tables, verdict, write_csv
 from mpcache.audit.explain import explain_policy
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
 from mpcache.audit.priced_rows import AuditGrid, price_rows, resolved
-from mpcache.audit.quality import points, read_quality
+from mpcache.audit.quality import points
+from mpcache.audit.tuning import tuned, tuning_tables
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.console.options import MODEL_FORMS, JsonOption, PoliciesOption, RevealOption, read_reveal
 from mpcache.cost.choose import CHOICES
+from mpcache.cost.planner import AT_LEAST
+from mpcache.cost.quality_file import Quality, read_quality
 from mpcache.errors import BadInput, ModelError, MpcacheError
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_shape
 from mpcache.model.shapes import NAMES, config_of
 from mpcache.model.sources import is_gguf
+from mpcache.report.plots import check_plot
 from mpcache.transport.network import NO_NETWORK, parse_network
 
 CONTEXTS = (512, 1024, 2048, 4096)
@@ -64,6 +69,16 @@ def audit(
     quality: Annotated[
         Path | None, typer.Option(help="Results of `mpcache eval --json`, shown against cost.")
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="With --quality: pick the cheapest setting whose quality holds."),
+    ] = False,
+    at_least: Annotated[
+        float, typer.Option(help="With --tune: the share of the full cache's answers to keep in every task.")
+    ] = AT_LEAST,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="With --quality: quality against cost, an SVG file.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows here, too.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page here.")] = None,
     explain: Annotated[str | None, typer.Option(help="A policy: its plan and its openings in words.")] = None,
@@ -76,7 +91,7 @@ def audit(
     if explain is not None:
         others = {
             "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
-            "--csv": csv, "--report": report, "--quality": quality,
+            "--csv": csv, "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
         }  # fmt: skip
         if extra := [name for name, given in others.items() if given]:
             raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
@@ -114,7 +129,21 @@ def audit(
         explicit=bool(policy or sweep_),
         reveal=revealed,
     )
-    of, evaluated = read_quality(quality) if quality else ("", [])
+    measured = read_quality(quality) if quality else Quality([])
+    if quality is None and (tune or plot_file):
+        raise BadInput("--tune and --plot need --quality FILE, which `mpcache eval --json` makes")
+    if not 0 < at_least <= 1:
+        raise BadInput(f"--at-least is {at_least}; give a share above 0 and up to 1")
+    if plot_file is not None:
+        check_plot(plot_file)
+    if tune:
+        choices = tuned(measured, grid, at_least)
+        if as_json:
+            print(json.dumps({"shape": name, "model": model.to_dict(), "tuned": choices}))
+            return
+        for table in tuning_tables(choices):
+            terminal.print_table(terminal.stdout(), table)
+        return
     for path in (csv, report):
         if path is not None:
             _check_writable(path)
@@ -129,12 +158,15 @@ def audit(
         "command": shlex.join(["mpcache", *sys.argv[1:]]),
         "rows": found,
     }
-    if evaluated:
-        result["quality"] = evaluated
-        other = None if of == name else of or "a model that its file does not name"
+    if measured.rows:
+        result["quality"] = list(measured.rows)
+        other = None if measured.model == name else measured.model or "a model that its file does not name"
         if other is not None:
             _note(f"the accuracy is that of {other}, the cost that of {name}")
-        result["quality_points"] = points(evaluated, grid, _note, other)
+        result["quality_points"] = points(measured.rows, grid, _note, other)
+        if plot_file is not None:
+            plot_cost(result["quality_points"], plot_file)
+            terminal.say(f"wrote {plot_file}")
     stopped: MpcacheError | None = None
     if folder is not None:
         stopped = _measured(result, grid, folder, needed)

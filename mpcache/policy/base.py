@@ -141,6 +141,14 @@ class Policy(ABC):
         """Set the budget by choosing alone, on the right of |. Raises PolicyError."""
         return self.at_budget(tokens, context, shape)
 
+    def selector_at_share(self, share: float) -> Policy:
+        """Choose a share of what each head keeps, on the right of |. Raises PolicyError."""
+        raise PolicyError(f"policy {self.spec}: its options cannot be set to a share of a head's tokens")
+
+    def mean_kept(self, context: int) -> int | None:
+        """Return the tokens that stay in the mean over all heads, where that alone is public."""
+        return None
+
     def too_few(self, tokens: int, least: int, why: str) -> PolicyError:
         return PolicyError(
             f"policy {self.name}: cannot attend to {tokens} tokens or fewer; it needs {least} or more: {why}"

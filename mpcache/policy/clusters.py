@@ -13,6 +13,7 @@ steps until the next refresh, only gather and scatter by it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,18 @@ from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
 
+SMALLEST = 16  # tokens of a cluster, where nobody names a size
 LEVELS = ("coarse", "fine")
 BLOCKS = {"linear": ("auto", "mean", "extremes"), "mean": ("auto", "mean"), "bound": ("auto", "extremes")}
+
+
+def cluster_size(context: int) -> int:
+    """Return how many tokens make a cluster by default: about the square root of the context's.
+
+    The power of two at or below it, 16 at least. So many clusters are compared in pairs: with sizes that do
+    not grow, a choice of 32k tokens costs many times what attending to all of them does.
+    """
+    return max(SMALLEST, 1 << (math.isqrt(context).bit_length() - 1))
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,9 @@ class Compact(Policy):
         budget = self.count("keep", context, "the context")
         return max(budget, min(context, WHOLE)) if isinstance(self.keep, float) else budget
 
+    def mean_kept(self, context: int) -> int:
+        return self._budget(context)
+
     def _heads(self, context: int, shape: ModelShape) -> list[list[int]]:
         """Read `heads`: a count for each KV head of each layer."""
         given = self.heads if isinstance(self.heads, tuple) else (self.heads,)

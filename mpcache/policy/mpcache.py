@@ -15,7 +15,7 @@ import torch
 
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy.clusters import Clustered, ClusterPlan
+from mpcache.policy.clusters import Clustered, ClusterPlan, cluster_size
 from mpcache.policy.plan import Budget, Budgets, Plan, tokens_of
 from mpcache_kernels import Backend
 
@@ -27,9 +27,9 @@ class MPCache(Clustered):
     n_keep: context tokens that survive, for all layers or for each, as in 512/256/256.  queries: the
     last ones, which judge importance.  threshold: keep what has more than so much of some query's
     attention, in place of n_keep (0: off; reveals the counts; n_keep beside it: counts to price).  sink,
-    recent: tokens that always attend.  coarse, fine: tokens per cluster (0: 32 and 16, or 16 and 8 for
-    contexts below 1024).  coarse_keep: of the coarse clusters.  fine_keep: of all fine clusters.
-    dynamic: false for static eviction only.
+    recent: tokens that always attend.  coarse, fine: tokens per cluster (0: about the square root of the
+    context's, 16 at least, and half of it: 32 and 16 from 1024 on, 64 and 32 from 4096 on).  coarse_keep:
+    of the coarse clusters.  fine_keep: of all fine clusters.  dynamic: false for static eviction only.
     """
 
     name = "mpcache"
@@ -56,7 +56,7 @@ class MPCache(Clustered):
 
     def sizes(self, context: int) -> tuple[int, int]:
         """Tokens per coarse cluster and per fine one, for a context of so many tokens."""
-        coarse = self.coarse or (32 if context >= 1024 else 16)
+        coarse = self.coarse or cluster_size(context)
         return coarse, self.fine or max(1, coarse // 2)
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
@@ -113,6 +113,9 @@ class MPCache(Clustered):
         if context <= tokens:
             return replace(self, coarse_keep=1.0, fine_keep=1.0)
         return self._filled(tokens, context, *self.sizes(context))
+
+    def selector_at_share(self, share: float) -> MPCache:
+        return replace(self, coarse_keep=max(float(self.coarse_keep), share), fine_keep=share)
 
     def _filled(self, tokens: int, kept: int, coarse: int, fine: int) -> MPCache:
         """Choose `tokens` of so many kept ones, or fewer by less than a fine cluster."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from mpcache.choices import POLICY_AUTO
 from mpcache.errors import PolicyError
 from mpcache.policy.base import Policy
 from mpcache.policy.calibration import Oracle, Random
@@ -31,6 +32,11 @@ def parse_policy(spec: str) -> Policy:
 
     Raises PolicyError, one line: the policy, the option, what is wrong and what is allowed.
     """
+    if spec == POLICY_AUTO:
+        raise PolicyError(
+            "policy auto is picked for a model, a document and a network: by a session, or by "
+            "`mpcache audit --tune`; name a policy here"
+        )
     parsed = [_policy(part) for part in parse_parts(spec)]
     return _combine(*parsed) if len(parsed) == 2 else parsed[0]
 

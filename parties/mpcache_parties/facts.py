@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from mpcache.answer import bind_to_document
-from mpcache.choices import ChatForm, DocumentAs
+from mpcache.choices import POLICY_AUTO, ChatForm, DocumentAs
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
+from mpcache.cost.planner import REVEALED, choose_policy
 from mpcache.errors import Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
 from mpcache.model.chat_template import ChatTemplate
@@ -44,6 +45,7 @@ TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
 TEMPLATE_BYTES = 4 << 20  # the largest chat template
 MASKED_BYTES = 16  # that each party holds for a value of a weight or of the cache
 FACT_CHARACTERS = 80  # of a text that the server tells
+POLICY_CHARACTERS, WHY_CHARACTERS = 400, 400  # of a policy that the server picks, and of its reason
 TYPICAL_QUESTION = 32  # tokens, where `auto` has to know before anything is asked
 
 
@@ -63,8 +65,8 @@ class Facts:
     kernels: str
     policy: BoundPolicy
     digests: Mapping[str, str]  # of the weights, the tokenizer and the chat template
-    protocol: str  # the config's, or what `auto` picked, and why
-    picked: str = ""
+    protocol: str  # the config's, or what `auto` picked
+    picked: str = ""  # in words, what was picked of policy and protocol, and why
     session: str = ""  # its name, drawn by the server
 
     @property
@@ -78,7 +80,7 @@ class Facts:
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
         fields |= {"new_tokens": self.limit, "room": self.room}
         fields |= self.digests
-        fields |= {"protocol": self.protocol, "session": self.session}
+        fields |= {"protocol": self.protocol, "session": self.session, "policy": self.policy.spec}
         for index, layer in enumerate(self.policy.plan.layers):
             fields |= {f"plan.layer{index}.{name}": value for name, value in asdict(layer).items()}
         return {name: str(value) for name, value in fields.items()}
@@ -161,6 +163,10 @@ def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, 
         "kernels": choose_kernels(public.kernels, own.device).name,
         "session": secrets.token_hex(16),
     }
+    if public.policy == POLICY_AUTO:
+        choice = choose_policy(model, public, len(own.tokens), TYPICAL_QUESTION)
+        facts |= {"policy": choice.spec, "policy_picked": choice.why}
+        public = public.model_copy(update={"policy": choice.spec})
     if counts := parse_policy(public.policy).count_from_model(model, len(own.tokens)):
         facts["head_counts"] = counts
     for link in links.values():
@@ -250,6 +256,7 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     shape = _shape(model)
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
     _check_memory(shape, context)
+    public = _with_policy(public, model)
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     limit = _limit(question, public)
@@ -261,16 +268,36 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     if "head_counts" in model:
         policy = _counted(policy, shape, model["head_counts"])
     protocol: str = public.protocol
-    picked = ""
+    picked = str(model.get("policy_picked", ""))[:WHY_CHARACTERS]
     if protocol == AUTO:
         choice = pick(
             shape, policy, context, asked or TYPICAL_QUESTION, limit, parse_network(public.network),
             public.fraction_bits, public.reveal,
         )  # fmt: skip
-        protocol, picked = choice.protocol, str(choice)
+        protocol = choice.protocol
+        picked = f"{picked}; {choice}" if picked else str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
     facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session)
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
+
+
+def _with_policy(public: PublicConfig, model: Mapping[str, Any]) -> PublicConfig:
+    """Take the policy that the server has picked, where it was to pick one. Raises Desync.
+
+    It may reveal no more than `auto` may at all, whatever the server says.
+    """
+    if public.policy != POLICY_AUTO:
+        return public
+    spec = model.get("policy")
+    try:
+        if not isinstance(spec, str) or len(spec) > POLICY_CHARACTERS:
+            raise PolicyError(f"{spec!r:.60} is no policy")
+        policy = parse_policy(spec)
+        if policy.in_the_clear or policy.leak not in REVEALED:
+            raise PolicyError(f"policy {policy.spec} reveals more than auto may: {policy.leak}")
+    except PolicyError as error:
+        raise Desync(f"Desync: the policy that the server picked for auto: {error}") from None
+    return public.model_copy(update={"policy": spec})
 
 
 def _check_memory(shape: ModelShape, context: int) -> None:

@@ -19,6 +19,7 @@ from typing import NoReturn
 import torch
 
 from mpcache.answer import left_range
+from mpcache.choices import POLICY_AUTO
 from mpcache.config import Settings
 from mpcache.console.signals import stop_on_signals
 from mpcache.console.streams import own_stdout
@@ -71,7 +72,8 @@ class PartyProcess:
     def read_inputs(self, options: PartyOptions) -> None:
         """Check the flags and read what they name. Raises BadInput or StateError."""
         options.check()
-        parse_policy(self.settings.public.policy)
+        if self.settings.public.policy != POLICY_AUTO:
+            parse_policy(self.settings.public.policy)
         sampling = options.sampling()
         self.checkpointer = options.checkpointer()
         self.tapes = options.tapes(self.checkpointer.mode)

@@ -20,11 +20,11 @@ import yaml
 from google.protobuf.message import DecodeError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mpcache.audit.quality import read_quality
 from mpcache.cache import Cache, LayerCache
 from mpcache.certificates import Identity, make_identity
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import read_text
+from mpcache.cost.quality_file import read_quality
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.limits import bind_policy

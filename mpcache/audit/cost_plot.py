@@ -1,0 +1,74 @@
+"""Quality against cost: a panel per task, time and the dealer's bytes below each other, as an SVG file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpcache.audit.priced_rows import AuditRow
+from mpcache.report.plots import figure_of, legend_below, style_of
+
+COSTS = {
+    "total_ms_per_token": "ms per token, modelled, network {network}",
+    "offline_bytes_per_token": "dealer's bytes per token",
+}
+
+
+def plot_cost(points: Sequence[AuditRow], file: Path) -> None:
+    """Draw the points of one context, network and protocol, asked after the document. Raises BadInput."""
+    first = points[0]
+    same = ("context_tokens", "network", "protocol")
+    shown = [
+        point
+        for point in points
+        if all(point[name] == first[name] for name in same)
+        and point.get("question", "after") == "after"
+        and "bits" not in point.get("task", "")
+    ]
+    tasks = list(dict.fromkeys(point.get("task", "") for point in shown))
+    policies = [name for name in dict.fromkeys(point["policy"] for point in shown) if name != "full"]
+    with figure_of(file, len(COSTS), max(1, len(tasks))) as (figure, panels):
+        figure.suptitle(
+            f"context {first['context_tokens']:,} tokens, question after; bars: 95 %", fontsize=10
+        )
+        handles: dict[str, Any] = {}
+        for column, task in enumerate(tasks):
+            mine = [point for point in shown if point.get("task", "") == task]
+            for line, (cost, label) in enumerate(COSTS.items()):
+                handles |= _panel(panels[line, column], mine, policies, cost)
+                panels[line, column].set_xlabel(label.format(network=first["network"]), fontsize=8)
+            asked = sorted({point.get("n", 0) for point in mine if point["policy"] != "full"})
+            n = "" if not asked else f", n = {asked[0]}" + (f" to {asked[-1]}" if len(asked) > 1 else "")
+            panels[0, column].set_title(f"{task}{n}", fontsize=10)
+        legend_below(figure, handles, min(4, max(1, len(tasks))))
+
+
+def _panel(
+    panel: Any, points: Sequence[Mapping[str, Any]], policies: Sequence[str], cost: str
+) -> dict[str, Any]:
+    """Draw one task; a line per policy, its budgets from left to right."""
+    handles: dict[str, Any] = {}
+    for i, policy in enumerate(policies):
+        mine = sorted((p for p in points if p["policy"] == policy), key=lambda p: p["budget_percent"])
+        if not mine:
+            continue
+        ends = [point.get("ci95") or [point["accuracy"]] * 2 for point in mine]
+        off = [
+            [max(0.0, point["accuracy"] - end[0]) for point, end in zip(mine, ends, strict=True)],
+            [max(0.0, end[1] - point["accuracy"]) for point, end in zip(mine, ends, strict=True)],
+        ]
+        handles[policy] = panel.errorbar(
+            [point[cost] for point in mine], [point["accuracy"] for point in mine], yerr=off,
+            elinewidth=0.6, alpha=0.9, **style_of(i, policy),
+        )  # fmt: skip
+    for point in points:
+        if point["policy"] == "full":
+            style = {"color": "black", "marker": "*", "markersize": 10, "linestyle": "none"}
+            (handles["full"],) = panel.plot([point[cost]], [point["accuracy"]], **style)
+    panel.set_xscale("log")
+    panel.set_ylim(-0.04, 1.04)
+    panel.set_ylabel("exact answers", fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.grid(alpha=0.3)
+    return handles

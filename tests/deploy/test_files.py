@@ -87,7 +87,9 @@ def composed(folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
     path = f"{folder}:{os.environ['PATH']}"
     here = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False) \
         if shutil.which("docker") else None  # fmt: skip
-    tool: list[str | Path] = ["docker", "compose"] if here is not None and here.returncode == 0 else [BIN / "podman-compose"]
+    tool: list[str | Path] = (
+        ["docker", "compose"] if here is not None and here.returncode == 0 else [BIN / "podman-compose"]
+    )
     command = [*tool, "-f", DEPLOY / "compose" / "compose.yaml", "config"]
     environment = {"PATH": path, "HOME": str(folder)} | given
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

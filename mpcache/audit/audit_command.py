@@ -25,12 +25,20 @@ from mpcache.audit.quality import points
 from mpcache.audit.tuning import tuned, tuning_tables
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
-from mpcache.console.options import MODEL_FORMS, JsonOption, PoliciesOption, RevealOption, read_reveal
+from mpcache.console.options import (
+    MODEL_FORMS,
+    JsonOption,
+    PadOption,
+    PoliciesOption,
+    RevealOption,
+    read_reveal,
+)
 from mpcache.cost.choose import CHOICES
 from mpcache.cost.planner import AT_LEAST
 from mpcache.cost.quality_file import Quality, read_quality
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.model.shapes import NAMES
+from mpcache.padding import padded_length
 from mpcache.report.plots import check_plot
 from mpcache.transport.network import NO_NETWORK, parse_network
 
@@ -65,6 +73,7 @@ def audit(
         typer.Option(help="Length of the answer: costs are means over its decode steps. [2, measured: 7]"),
     ] = None,
     reveal: RevealOption = None,
+    pad: PadOption = None,
     by: Annotated[str | None, typer.Option(help="layer or op: break each row down.")] = None,
     sweep_: Annotated[
         list[str] | None, typer.Option("--sweep", help="key=v1,v2: a grid; may be given several times.")
@@ -99,6 +108,7 @@ def audit(
         others = {
             "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
             "--csv": csv, "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
+            "--pad": pad,
         }  # fmt: skip
         if extra := [name for name, given in others.items() if given]:
             raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
@@ -107,9 +117,9 @@ def audit(
     revealed = read_reveal(reveal)
     if by not in (None, "layer", "op"):
         raise BadInput(f"--by {by!r} is not known; give layer or op")
-    if question < 1 or new_tokens < 1:
-        name, value = ("--question", question) if question < 1 else ("--new-tokens", new_tokens)
-        raise BadInput(f"{name} is {value}; give 1 or more tokens")
+    for option, tokens in (("--question", question), ("--new-tokens", new_tokens), ("--pad", pad)):
+        if tokens is not None and tokens < 1:
+            raise BadInput(f"{option} is {tokens}; give 1 or more tokens")
     given, *others_given = shape or ["demo"]
     if others_given:
         single = {"--explain": explain, "--measure": measure, "--report": report, "--quality": quality,
@@ -144,6 +154,7 @@ def audit(
         max(2, new_tokens),
         explicit=bool(policy or sweep_),
         reveal=revealed,
+        pad=pad or 1,
     )
     measured = read_quality(quality) if quality else Quality([])
     if quality is None and tune:
@@ -229,7 +240,7 @@ def _result(name: str, grid: AuditGrid, rows: list[AuditRow]) -> dict[str, Any]:
     return {
         "shape": name,
         "model": grid.shape.to_dict(),
-        "question_tokens": grid.question,
+        "question_tokens": padded_length(grid.question, grid.pad),
         "new_tokens": grid.new_tokens,
         "command": shlex.join(["mpcache", *sys.argv[1:]]),
         "rows": rows,

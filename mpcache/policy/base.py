@@ -50,6 +50,7 @@ class Policy(ABC):
     leaks: ClassVar[LeakClass] = LeakClass.NONE
     may_leak: ClassVar[str] = ""  # what it leaks with which option, if that differs
     plain_only: ClassVar[bool] = False
+    skips_padding: ClassVar[bool] = True  # tokens that nothing attends to leave its choice as it is
     evicts: ClassVar[bool] = False  # the context, once: it may stand on the left of STATIC|DYNAMIC
     selects: ClassVar[bool] = False  # at every step: it may stand on the right
 

@@ -41,6 +41,7 @@ class Streaming(Policy):
     source = "StreamingLLM, arXiv 2309.17453"
     needs = "positions alone"
     evicts = True
+    skips_padding = False  # it would take the place of recent tokens
 
     sink: int = 4
     recent: Budget = 0.2

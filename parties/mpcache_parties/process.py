@@ -25,10 +25,13 @@ from mpcache.console.signals import stop_on_signals
 from mpcache.console.streams import own_stdout
 from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError, told_as
 from mpcache.ledger import Ledger
+from mpcache.phases import ChunkPlace
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
+from mpcache_parties.answer_pace import LayerPace, question_said
 from mpcache_parties.handshake import PROTOCOL_VERSION, Greeting, TapeMode
+from mpcache_parties.masking import mask_ahead
 from mpcache_parties.network.connect import cannot_take_part, connect_all
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust, trust
@@ -44,7 +47,7 @@ from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
 from mpcache_parties.serving import AT_ONCE, serve_all
 from mpcache_parties.state.checkpoint import Checkpointer
-from mpcache_parties.state.setups import Setups
+from mpcache_parties.state.setups import ServerSetups, Setups
 from mpcache_parties.state.tapes import TapeStore
 
 TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
@@ -171,7 +174,9 @@ def run_one_session(
     """Mode: one session, and its account at the end."""
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     if isinstance(process.own, Conversation):
-        status.on_layer = lambda phase, layer: process.output.event(EventKind.LAYER, phase=phase, layer=layer)
+        status.on_layer = LayerPace(partial(_layer_event, process.output))
+    elif isinstance(process.own, Question):
+        status.on_layer = LayerPace(question_said(process.output.say))
     report = _run_session(process, resources, greeting)
     process.output.report(report)
     if report.in_range is False and not process.output.events:  # else who reads the events tells it
@@ -179,11 +184,19 @@ def run_one_session(
         raise left_range(len(report.token_ids))
 
 
+def _layer_event(output: Output, phase: str, layer: int, layers: int, left_ms: float | None) -> None:
+    output.event(EventKind.LAYER, phase=phase, layer=layer, layers=layers, left_ms=left_ms)
+
+
 def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
     """Mode `--serve`: sessions until this process is told to stop, `at_once` of them at the same time."""
     process.status.be_ready(True)
+    own, setups, say = process.own, process.setups, process.output.say
+    if isinstance(own, Document) and isinstance(setups, ServerSetups):
+        ahead = (own, process.settings.public, setups, say)
+        threading.Thread(target=mask_ahead, args=ahead, daemon=True).start()
     serve_one = partial(_serve_one, process, at_once)
-    say, refused = process.output.say, process.status.refuse
+    refused = process.status.refuse
     serve_all(process.me, process.settings, process.trust, at_once, serve_one, say, refused)
 
 
@@ -245,8 +258,9 @@ def _say_how_to_resume(process: PartyProcess) -> None:
         )
 
 
-def _up_to(step: int) -> str:
-    return f"the session up to token {step}" if step else "the session up to its context"
+def _up_to(place: ChunkPlace) -> str:
+    turn = f" of turn {place.turn}" if place.turn > 1 else ""
+    return f"the session up to token {place.step}{turn}" if place.step else "the session up to its context"
 
 
 def _end_with_parent() -> None:

@@ -110,7 +110,7 @@ def read_stops(stops: Sequence[str] | None, stop_at_eos: bool) -> tuple[str, ...
     return tuple(stops or ())
 
 
-def chat_overrides(raw: bool, document_as: str | None, pad: int | None) -> dict[str, Any]:
+def chat_overrides(raw: bool, document_as: str | None, pad: int | None = None) -> dict[str, Any]:
     """Return what these options override in the config's public section."""
     chat = ChatForm.RAW if raw else None
     return {"public.chat": chat, "public.document_as": document_as, "public.length_grid": pad}

@@ -123,7 +123,7 @@ def embed(ops: Ops, model: Operands, one_hots: Value, positions: torch.Tensor) -
 
 def block(
     ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: BoundPolicy, stream: Stream,
-    positions: torch.Tensor, turns: Operand | None,
+    positions: torch.Tensor, turns: Operand | None = None,
 ) -> Program[Stream]:  # fmt: skip
     """Run one layer: norm, qkv, select and attend, o, norm, mlp."""
     opened, q, k, v = yield from at("qkv", qkv(ops, shape, w, stream, positions, turns))

@@ -1,4 +1,4 @@
-"""Quality against cost: a panel per task, time and the dealer's bytes below each other, as an SVG file."""
+"""Plots of an audit: cost by context, quality by cost. Markers and dashes tell lines apart in grey, too."""
 
 from __future__ import annotations
 
@@ -9,12 +9,54 @@ from typing import Any
 from mpcache.audit.priced_rows import AuditRow
 from mpcache.cost.quality_file import TOGETHER
 from mpcache.report.plots import figure_of, legend_below, style_of
-from mpcache.report.units import duration, size
+from mpcache.report.units import duration, number, size
 
 COSTS = {
     "total_ms_per_token": "time per token, modelled, network {network}",
     "offline_bytes_per_token": "dealer's bytes per token",
 }
+
+
+BY_CONTEXT = {  # by amount: what its axis says, and how its numbers are written
+    "rounds_per_token": ("rounds per token", number),
+    "online_bytes_per_token": ("online bytes per token and party", size),
+    "offline_bytes_per_token": ("dealer's bytes per token", size),
+    "total_ms_per_token": ("time per token, modelled, network {network}", duration),
+}
+TICKS = 5
+
+
+def plot_contexts(audits: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw rounds, bytes and time by context: a line per policy, a row of panels per model. Raises BadInput.
+
+    Of several networks and protocols the first is drawn.
+    """
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    with figure_of(file, len(audits), len(BY_CONTEXT)) as (figure, panels):
+        handles: dict[str, Any] = {}
+        for line, audit in enumerate(audits):
+            first = audit["rows"][0]
+            rows = [row for row in audit["rows"] if row["network"] == first["network"]]
+            rows = [row for row in rows if row["protocol"] == first["protocol"]]
+            for panel, (cost, (label, said)) in zip(panels[line], BY_CONTEXT.items(), strict=True):
+                for i, policy in enumerate(dict.fromkeys(row["policy"] for row in rows)):
+                    mine = [row for row in rows if row["policy"] == policy]
+                    x, y = [row["context_tokens"] for row in mine], [row[cost] for row in mine]
+                    (handles[policy],) = panel.plot(x, y, **style_of(i, policy))
+                panel.set_xscale("log", base=2)
+                panel.set_xticks(sorted({row["context_tokens"] for row in rows}))
+                panel.xaxis.set_major_formatter(lambda tokens, _: number(tokens))
+                panel.xaxis.set_minor_locator(NullLocator())
+                panel.set_yscale("log")
+                panel.yaxis.set_major_locator(MaxNLocator(TICKS))
+                panel.yaxis.set_minor_locator(NullLocator())
+                panel.yaxis.set_major_formatter(lambda amount, _, said=said: said(amount))
+                panel.set_xlabel(f"{audit['shape']}: context, tokens", fontsize=8)
+                panel.set_ylabel(label.format(network=first["network"]), fontsize=8)
+                panel.tick_params(labelsize=8)
+                panel.grid(alpha=0.3, which="both")
+        legend_below(figure, handles, len(BY_CONTEXT))
 
 
 def plot_cost(points: Sequence[AuditRow], file: Path, by_question: bool) -> None:

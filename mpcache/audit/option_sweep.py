@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
+from mpcache.config import PublicConfig
 from mpcache.console.inputs import listed
 from mpcache.errors import BadInput
 from mpcache.policy import POLICIES, parse_policy
@@ -15,8 +16,9 @@ OptionPairs = Sequence[tuple[str, str]]  # keys and values
 
 
 def secure_policies() -> list[str]:
-    """Return the names of all policies that can run on shares."""
-    return [name for name, cls in POLICIES.items() if not cls.plain_only]
+    """Return the names of all policies that can run on shares, and the default of models without a curve."""
+    names = [name for name, cls in POLICIES.items() if not cls.plain_only]
+    return [*names, PublicConfig().policy]
 
 
 def sweep_options(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What all plots have in common: an SVG file, drawn by matplotlib, the same for the same rows."""
+"""What all plots have in common: a file of SVG, PDF or PNG, by matplotlib, the same for the same rows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 
 from mpcache.errors import BadInput
 
+SUFFIXES = (".svg", ".pdf", ".png")
+DOTS_PER_INCH = 200  # of a PNG file
+
 
 def check_plot(file: Path) -> None:
     """Check before anything is computed that a plot can be drawn. Raises BadInput."""
     if find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib, which is not installed: pip install 'mpcache[plot]'")
-    if file.suffix != ".svg":
-        raise BadInput(f"--plot {file}: give a name that ends in .svg")
+    if file.suffix not in SUFFIXES:
+        raise BadInput(f"--plot {file}: give a name that ends in {', '.join(SUFFIXES)}")
     if file.is_dir() or not file.parent.is_dir():
         raise BadInput(f"--plot {file}: there is no folder {file.parent} to put a file of this name in")
 
@@ -26,7 +29,7 @@ def figure_of(file: Path, lines: int, columns: int) -> Iterator[tuple[Any, Any]]
     """Give a figure and its panels (lines, columns), and write it in the end. Raises BadInput."""
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "mpcache"  # the same rows give the same file
     matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
@@ -35,7 +38,8 @@ def figure_of(file: Path, lines: int, columns: int) -> Iterator[tuple[Any, Any]]
     figure, panels = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     try:
         yield figure, panels
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        dated = {".svg": "Date", ".pdf": "CreationDate"}.get(file.suffix)
+        figure.savefig(file, dpi=DOTS_PER_INCH, metadata={dated: None} if dated else None)
     except OSError as error:
         raise BadInput(f"{file}: cannot be written: {error.strerror or error}") from None
     finally:

@@ -17,7 +17,7 @@ from mpcache.cost.pricing import price
 from mpcache.errors import BadInput
 from mpcache.model import demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
-from mpcache.report.units import duration, size
+from mpcache.report.units import BYTES, DURATIONS, duration, in_one_unit, size
 from mpcache.transport.network import PROFILES
 from tests.support.audit_command import failure, result_of, run
 
@@ -72,7 +72,8 @@ def test_a_token_takes_as_long_as_the_dealer_s_part_of_it() -> None:
     ratio = quest["total_ms_per_token"] / full["total_ms_per_token"]
     assert quest["ratio_to_full"] == pytest.approx(ratio, rel=1e-3) and ratio > 3
     table = run(*flags, "--network", "wan").stdout
-    assert re.search(r"wan +dealer +ratio", table) and duration(full["total_ms_per_token"]) in table
+    assert re.search(r"wan, s +dealer, s +ratio", table)
+    assert duration(full["total_ms_per_token"]).removesuffix(" s") in table
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,45 @@ def test_csv(tmp_path: Path) -> None:
     assert run(*SMALL, "--by", "layer", "--csv", str(tmp_path / "b.csv")).exit_code == 0
     with (tmp_path / "b.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4 * 6
+
+
+def test_rows_of_a_file_say_what_they_are_of(tmp_path: Path) -> None:
+    """Files of several models can be put together: each line has its model, lengths, version and date."""
+    file = tmp_path / "a.csv"
+    several = ["--shape", "demo", "--shape", "gpt2", "--policy", "full", "--network", "lan"]
+    assert run(*several, "--context", "64..200", "--csv", str(file)).exit_code == 0
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [(row["model"], row["context_tokens"]) for row in rows] == [
+        (model, n) for model in ("demo", "gpt2") for n in ("64", "128", "200")
+    ]
+    assert {row["question_tokens"] for row in rows} == {"16"}
+    assert all(row["version"] and row["date"] and row["network"] == "lan" for row in rows)
+
+
+def test_tables_for_papers() -> None:
+    small = [*SMALL, "--network", "lan", "--format"]
+    head, rule, *lines = run(*small, "markdown").stdout.strip().splitlines()[2:]
+    columns = head.count("|")
+    assert "online, kB" in head and rule.count("---") == columns - 1
+    assert len(lines) == 2 and all(line.count("|") == columns for line in lines)
+    tex = run(*small, "latex").stdout
+    assert tex.count(r"\\") == 3 and r"\begin{tabular}{lrrrrrrrl}" in tex
+    assert run(*small, "csv").stdout.startswith("model,question_tokens,")
+
+
+def test_a_column_has_one_unit() -> None:
+    assert in_one_unit([36.2, 5410.0], DURATIONS) == ("s", ["0.0362", "5.41"])
+    assert in_one_unit([999_600, 1], BYTES) == ("MB", ["1", "0.000001"])
+    assert in_one_unit([0.0], BYTES) == ("B", ["0"])
+
+
+def test_cost_is_drawn_by_context(tmp_path: Path) -> None:
+    for name, begins in (("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a.png", b"\x89PNG")):
+        file = tmp_path / name
+        assert run(*SMALL[2:], "--context", "64..200", "--network", "lan", "--plot", str(file)).exit_code == 0
+        assert file.read_bytes().startswith(begins)
+    svg = (tmp_path / "a.svg").read_text()
+    assert "rounds per token" in svg and "demo: context, tokens" in svg
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def test_the_audit_tunes(tmp_path: Path) -> None:
     assert choice["policy"] == "compact:keep=40"
     (other,) = result_of(*flags, "--at-least", "0.3")["tuned"]
     assert other["policy"] == "snapkv:cap=10"
-    assert "--tune and --plot need --quality" in failure("--context", "200", "--tune")
+    assert "--tune needs --quality" in failure("--context", "200", "--tune")
     assert "--at-least is 2" in failure(*flags, "--at-least", "2")
 
 

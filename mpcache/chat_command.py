@@ -103,7 +103,7 @@ def chat_here(
         elif pack_key is not None or pack_passphrase is not None:
             raise BadInput("--identity asks parties that run elsewhere: the server alone opens its packs")
         named = document or "" if identity is not None else ""
-        kept = Kept(setup_dir, state, resume)
+        kept = KeptState(setup_dir, state, resume)
         talk = _open(opened, model, context, config, identity, overrides, packed, named, kept)
 
         def ask(question: str) -> None:
@@ -115,7 +115,7 @@ def chat_here(
         _close(talk, as_json)
 
 
-class Kept(NamedTuple):
+class KeptState(NamedTuple):
     """What outlives this run, and where."""
 
     setup_dir: Path | None
@@ -132,7 +132,7 @@ def _open(
     overrides: dict[str, Any],
     packed: OpenedPack | None,
     named: str,
-    kept: Kept,
+    kept: KeptState,
 ) -> Chat:
     """Open a conversation, with parties that run elsewhere or with this machine's; `opened` closes both."""
     with terminal.progress("starting the parties ...") as (say, hush):

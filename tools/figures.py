@@ -22,9 +22,11 @@ import torch
 from typer.testing import CliRunner
 
 from mpcache.cli import app
+from mpcache.cost.sizing import sizing
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.ledger import Entry
-from mpcache.model import demo_model_dir, load_model, load_tokenizer
+from mpcache.model import demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.model.shapes import config_of
 from mpcache.policy import parse_policy
 from mpcache.report.units import size
 from tools.layer_cost import PAPER, SHAPE, layers
@@ -160,9 +162,19 @@ def dealer() -> Iterator[Line]:
         yield cells(label, size(row["online_bytes_per_token"]), size(row["offline_bytes_per_token"]))
 
 
+def sizes() -> Iterator[Line]:
+    """Yield what each party's machine needs, by model."""
+    for name in ("smollm2-135m", "gpt2", "llama-2-7b", "llama-2-70b"):
+        row = sizing(load_shape(config_of(name)), "full", 1000)
+        amounts = [*row["memory_bytes"].values(), row["session_bytes"], row["dealer_disk_bytes"]]
+        amounts += [row["dealer_token_bytes"], row["online_token_bytes"]]
+        yield cells(name, *map(size, amounts))
+
+
 FIGURES: Mapping[str, Mapping[str, Callable[[], Iterator[Line]]]] = {
     "README.md": {"demo": demo, "layer": layer, "models": models},
     "docs/benchmarks.md": {"lengths": lengths},
+    "docs/deploy.md": {"sizing": sizes},
     "docs/limits.md": {"dealer": dealer},
 }
 

@@ -22,6 +22,7 @@ from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
 from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_rows, resolved
 from mpcache.audit.quality import points
+from mpcache.audit.size_tables import show_sizing
 from mpcache.audit.tuning import Tuned, tuned, tuning_tables
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
@@ -102,6 +103,9 @@ def audit(
     measure: Annotated[
         bool, typer.Option(help="Run the parties, too, and put what they take beside what is modelled.")
     ] = False,
+    sizing_: Annotated[
+        bool, typer.Option("--sizing", help="What each party's machine needs, for each model and context.")
+    ] = False,
     form: Annotated[str, typer.Option("--format", help=f"Of the tables: {', '.join(FORMATS)}.")] = FORMATS[0],
     as_json: JsonOption = False,
 ) -> None:
@@ -123,6 +127,12 @@ def audit(
         if tokens is not None and tokens < 1:
             raise BadInput(f"{option} is {tokens}; give 1 or more tokens")
     given, *others_given = shape or ["demo"]
+    if sizing_:
+        named = [(one, *shape_of(one)) for one in shape or ["demo"]]
+        tokens = question + max(2, new_tokens)
+        asked = [(name, s, contexts_of(context, one, s, tokens)) for one, name, s in named]
+        show_sizing(asked, policy or ["full"], question, protocol, form, as_json)
+        return
     if others_given:
         single = {"--explain": explain, "--measure": measure, "--report": report, "--quality": quality,
                   "--tune": tune}  # fmt: skip

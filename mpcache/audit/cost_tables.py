@@ -30,7 +30,7 @@ class CostTable:
         table = _table(self.title)
         for i, (name, right) in enumerate(zip(self.names, self.numeric, strict=True)):
             if i == 0:
-                table.add_column(name, overflow="fold", min_width=10)
+                table.add_column(name, overflow="fold", min_width=12)
             else:
                 table.add_column(name, justify="right" if right else "left", no_wrap=True)
         for line in self.lines:

@@ -376,3 +376,18 @@ def test_quality_is_drawn_against_cost(tmp_path: Path) -> None:
     assert {point["policy"] for point in points} == {"snapkv", "full"}
     text = drawn.read_text()
     assert "snapkv" in text and "all, n = 7" in text and "streaming" not in text
+
+
+# ------------------------------------------------------------------------------------------- sizing
+
+
+def test_sizing_holds_for_the_model_that_was_measured() -> None:
+    """Within a tenth of what three parties took, 108 tokens (docs/benchmarks.md): 1.27, 0.64, 1.59 GB."""
+    (row,) = result_of("--sizing", "--shape", "smollm2-135m", "--context", "108")["sizing"]
+    measured = {"server": 1.27e9, "client": 0.64e9, "dealer": 1.59e9}
+    for party, found in row["memory_bytes"].items():
+        assert found == pytest.approx(measured[party], rel=0.1), party
+    exact = price(load_shape(config_of("smollm2-135m")), "full", 108).total("decode")
+    assert row["dealer_token_bytes"] == exact.offline and row["rounds_per_token"] == exact.rounds
+    table = run("--sizing", "--shape", "demo", "--shape", "gpt2", "--context", "64..200").stdout
+    assert table.count("demo ") == table.count("gpt2 ") == 3

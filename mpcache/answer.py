@@ -14,7 +14,7 @@ from mpcache.errors import OutOfRange
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.model.tokenizer import Tokenizer
-from mpcache.policy import BoundPolicy
+from mpcache.policy import NO_DOCUMENT, BoundPolicy, ReadingPlan
 from mpcache.runtime.program import Program
 from mpcache.sampling import Sampling
 from mpcache.session import Session
@@ -197,9 +197,13 @@ class PlainConversation:
     """
 
     def __init__(
-        self, model: Model, policy: BoundPolicy, context: Sequence[int], device: str = "cpu"
-    ) -> None:
-        """Read the context (token ids) on a device. policy: as `mpcache.limits` binds it."""
+        self, model: Model, policy: BoundPolicy, context: Sequence[int], device: str = "cpu",
+        private: Sequence[int] = (), reading: ReadingPlan = NO_DOCUMENT,
+    ) -> None:  # fmt: skip
+        """Read the context (token ids) on a device. policy: as `mpcache.limits` binds it.
+
+        private: the client's document, which is read as `reading` says.
+        """
         kernels: Backend = backend(device)
         self._session = session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
         session.setup(model.weights)
@@ -207,6 +211,9 @@ class PlainConversation:
         prefilled = prefill(model, context, device, window=policy.window)
         session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
         session.context(prefilled, kernels)
+        with torch.no_grad():
+            for _ in session.read_document(reading, private):
+                pass
         ms = 1000 * (time.perf_counter() - start)
         self.result = PlainAnswer(prefill_ms=ms, ms=session.ms, kernels=kernels.name)
         self._tokenizer = model.tokenizer
@@ -242,9 +249,11 @@ def plain_answer(
     stops: Collection[int],
     device: str = "cpu",
     stop_texts: Sequence[str] = (),
+    private: Sequence[int] = (),
+    reading: ReadingPlan = NO_DOCUMENT,
 ) -> PlainAnswer:
     """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
-    conversation = PlainConversation(model, policy, context, device)
+    conversation = PlainConversation(model, policy, context, device, private, reading)
     for _ in conversation.ask(question, limit, sampling, stops, stop_texts):
         pass
     return conversation.result

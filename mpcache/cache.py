@@ -52,7 +52,7 @@ class SplitLayer:
 
 @dataclass
 class Cache:
-    """All layers, and the position of the next token. context: tokens before eviction."""
+    """All layers, and the position of the next token. context: tokens before eviction and the first turn."""
 
     layers: list[LayerCache | SplitLayer]
     context: int
@@ -70,6 +70,10 @@ class Cache:
         first = self.context + self.length
         self.length += m
         return torch.arange(first, first + m)
+
+    def begin_turns(self) -> None:
+        """Count what was taken in so far to the context."""
+        self.context, self.length = self.context + self.length, 0
 
     def append(self, ops: Ops, i: int, k: Value, v: Value) -> Program[None]:
         """Add k, v (m, KV, d), rescaled, to layer i.

@@ -25,6 +25,8 @@ from mpcache.console.options import (
     NetworkOption,
     NewTokensOption,
     PolicyOption,
+    PrivateContextOption,
+    PrivatePolicyOption,
     ProtocolOption,
     RawOption,
     RevealOption,
@@ -51,6 +53,8 @@ SHORT_ROOM = 3  # answers of the present length: then the user is told how much 
 def chat_here(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
     config: ConfigOption = None,
     identity: Annotated[
         Path | None,
@@ -76,9 +80,10 @@ def chat_here(
     Sampling(temperature, top_p, seed)  # checked before anything starts
     stops = read_stops(stop, True)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    overrides |= chat_overrides(raw, document_as)
+    overrides |= chat_overrides(raw, document_as, private_policy)
     with ExitStack() as opened:
-        talk = _open(opened, model, context, config, identity, overrides)
+        own = None if private_context is None else read_text(private_context)  # once: it may be a pipe
+        talk = _open(opened, model, context, own, config, identity, overrides)
 
         def ask(question: str) -> None:
             turn = Turn(question, None, stops, temperature, top_p, seed)
@@ -92,6 +97,7 @@ def _open(
     opened: ExitStack,
     model: str | None,
     context: Path | None,
+    private: str | None,
     config: Path | None,
     identity: Path | None,
     overrides: dict[str, Any],
@@ -105,11 +111,13 @@ def _open(
                 raise BadInput(
                     "--identity asks parties that run elsewhere: give --config, and nothing of theirs"
                 )
-            talk = connect(config, identity, say)
+            talk = connect(config, identity, say, private)
         else:
             settings = with_default_policy(load_settings(config, overrides), model)
             text = None if context is None else read_text(context)  # once: it may be a pipe
-            talk = opened.enter_context(LocalParties(settings, model, text, at_once=1, say=say)).chat()
+            talk = opened.enter_context(LocalParties(settings, model, text, at_once=1, say=say)).chat(
+                document=private
+            )
         hush()
     return opened.enter_context(talk)
 

@@ -20,7 +20,7 @@ from mpcache.check.check_command import check
 from mpcache.choices import ChatForm
 from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
 from mpcache.console import terminal
-from mpcache.console.inputs import check_stdin, read_context, read_question
+from mpcache.console.inputs import check_stdin, read_context, read_question, read_text
 from mpcache.console.options import (
     ConfigOption,
     ContextOption,
@@ -30,6 +30,8 @@ from mpcache.console.options import (
     NetworkOption,
     NewTokensOption,
     PolicyOption,
+    PrivateContextOption,
+    PrivatePolicyOption,
     ProtocolOption,
     QuestionFileOption,
     QuestionOption,
@@ -49,6 +51,7 @@ from mpcache.console.options import (
 )
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
+from mpcache.cost.reading import reading_plan
 from mpcache.errors import BadInput, MpcacheError, told_as
 from mpcache.evaluate.calibrate_command import calibrate_model
 from mpcache.evaluate.eval_command import evaluate
@@ -77,7 +80,9 @@ STARTING = "starting the parties ..."
 
 @dataclass(frozen=True)
 class Inquiry:
-    """What is asked of whom. context, question: token ids, with what frames the texts.
+    """What is asked of whom. context, own, question: token ids, with what frames the texts.
+
+    own: the client's document.
 
     named: --model; None: the demo's.
     """
@@ -85,10 +90,12 @@ class Inquiry:
     named: str | None
     model: Path
     context_text: str | None
+    private_text: str | None
     question_text: str
     shape: ModelShape
     framing: Framing
     context: list[int]
+    own: list[int]
     question: list[int]
     sampling: Sampling
     stop_at_eos: bool
@@ -98,6 +105,7 @@ class Inquiry:
     def read(
         model: str | None,
         context: Path | None,
+        private_context: Path | None,
         question: str | None,
         question_file: Path | None,
         sampling: Sampling,
@@ -106,23 +114,26 @@ class Inquiry:
         public: PublicConfig,
     ) -> Inquiry:
         """Read everything but the weights; raises BadInput before any process is started."""
-        check_stdin(context, question_file)
+        check_stdin(context, private_context, question_file)
         question_text = read_question(question, question_file)
         path = demo_model_dir() if model is None else find_model(model)
         shape, tokenizer = load_shape(path), load_tokenizer(path)
         stops = read_stops(stop, stop_at_eos)
         text = read_context(model, context)  # once: it may be a pipe
+        private = None if private_context is None else read_text(private_context)
         framing = make_framing(
             tokenizer, shape, public.chat is ChatForm.RAW, public.document_as, text is not None
         )
-        document, asked = framing.frame_document(text), framing.frame_turn(question_text, first=True)
+        document, asked = framing.frame_document(text), framing.frame_turn(question_text, True, private)
+        own = [] if private is None else framing.frame_private(private)
         return Inquiry(
-            model, path, text, question_text, shape, framing, document, asked, sampling, stop_at_eos, stops
-        )
+            model, path, text, private, question_text, shape, framing, document, own, asked, sampling,
+            stop_at_eos, stops,
+        )  # fmt: skip
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
-        return bind_policy(self.shape, public, len(self.context), len(self.question))
+        return bind_policy(self.shape, public, len(self.context), len(self.question), private=len(self.own))
 
     def private(
         self,
@@ -147,7 +158,7 @@ class Inquiry:
         texts = {Rank.CLIENT: self.question_text}
         if self.context_text is not None:
             texts[Rank.SERVER] = self.context_text
-        return run_parties(settings, flags, texts, say, on_token)
+        return run_parties(settings, flags, texts, say, on_token, self.private_text)
 
     def compared(self, public: PublicConfig, leakage: str, reports: dict[Rank, Any]) -> dict[str, Any]:
         """Answer in plaintext, too; return what both took, as `summary` does."""
@@ -158,9 +169,10 @@ class Inquiry:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         stops = self.framing.end_tokens if self.stop_at_eos else ()
         limit, model = public.max_new_tokens, load_model(self.model)
+        reading = reading_plan(self.shape, public, len(self.context), len(self.own), public.protocol)
         return plain_answer(
             model, self.bind(public), self.context, self.question, limit, self.sampling, stops, device,
-            self.stop_texts,
+            self.stop_texts, self.own, reading,
         )  # fmt: skip
 
 
@@ -173,6 +185,8 @@ def options_of_all(version: Annotated[bool, version_option("mpcache")] = False) 
 def generate(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
     question: QuestionOption = None,
     question_file: QuestionFileOption = None,
     config: ConfigOption = None,
@@ -200,13 +214,15 @@ def generate(
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as))
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, private_policy))
     settings = with_default_policy(settings, model)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
     sampling, public = Sampling(temperature, top_p, seed), settings.public
-    inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos, stop, public)
+    inquiry = Inquiry.read(
+        model, context, private_context, question, question_file, sampling, stop_at_eos, stop, public
+    )
     bound = inquiry.bind(settings.public)
     if not as_json:
         _entry("Question", inquiry.question_text + "\n")
@@ -269,6 +285,8 @@ def _check_range(run: dict[str, Any]) -> None:
 def compare(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
     question: QuestionOption = None,
     question_file: QuestionFileOption = None,
     config: ConfigOption = None,
@@ -292,10 +310,10 @@ def compare(
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
     sampling = Sampling(temperature, top_p, seed)
-    agreed = load_settings(config, chat_overrides(raw, document_as))  # once: it may be a pipe
+    agreed = load_settings(config, chat_overrides(raw, document_as, private_policy))  # once: it may be a pipe
     agreed = with_default_policy(agreed, model)
     inquiry = Inquiry.read(
-        model, context, question, question_file, sampling, stop_at_eos, stop, agreed.public
+        model, context, private_context, question, question_file, sampling, stop_at_eos, stop, agreed.public
     )
     chosen = [
         with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal))

@@ -21,32 +21,37 @@ from mpcache_kernels import Backend
 
 
 def bind_policy(
-    shape: ModelShape, public: PublicConfig, context: int, question: int, new_tokens: int | None = None
-) -> BoundPolicy:
+    shape: ModelShape, public: PublicConfig, context: int, question: int, new_tokens: int | None = None,
+    private: int = 0,
+) -> BoundPolicy:  # fmt: skip
     """Check a session's limits, and return its policy with the plan for this context.
 
     context, question: lengths in tokens.  new_tokens: of the answer, at most; None: as many as are agreed.
+    private: of the client's document.
     Raises BadInput or PolicyError.
     """
     new_tokens = public.max_new_tokens if new_tokens is None else new_tokens
-    _check_positions(shape, context, question, new_tokens)
+    _check_positions(shape, context, question, new_tokens, private)
     bound = _bind(shape, public, context)
-    _check_attended(bound, public.protocol, question + new_tokens)
+    _check_attended(bound, public.protocol, private + question + new_tokens)
     return bound
 
 
-def bind_conversation(shape: ModelShape, public: PublicConfig, context: int) -> tuple[BoundPolicy, int]:
+def bind_conversation(
+    shape: ModelShape, public: PublicConfig, context: int, private: int = 0
+) -> tuple[BoundPolicy, int]:
     """Check a conversation's limits; return its policy, and its room: the tokens that all its turns may take.
 
-    context: in tokens. The room is what was agreed, or less: what the model and the protocol hold.
+    context, private: the server's document and the client's, in tokens. The room is what was agreed, or
+    less: what the model and the protocol hold.
     Raises BadInput or PolicyError.
     """
-    _check_positions(shape, context, question=1, new_tokens=1)
+    _check_positions(shape, context, question=1, new_tokens=1, private=private)
     bound = _bind(shape, public, context)
-    room = min(public.conversation_tokens, shape.max_positions - context)
+    room = min(public.conversation_tokens, shape.max_positions - context - private)
     if public.protocol != "stock":
-        room = min(room, LONGEST_ATTENDED - bound.plan.attended)
-    _check_attended(bound, public.protocol, after=2)
+        room = min(room, LONGEST_ATTENDED - bound.plan.attended - private)
+    _check_attended(bound, public.protocol, after=private + 2)
     return bound, room
 
 
@@ -75,15 +80,18 @@ def with_default_policy(settings: Settings, model: Path | str | None) -> Setting
     return with_overrides(settings, {"public.policy": "compact"})
 
 
-def _check_positions(shape: ModelShape, context: int, question: int, new_tokens: int) -> None:
+def _check_positions(
+    shape: ModelShape, context: int, question: int, new_tokens: int, private: int = 0
+) -> None:
     if context < 1:
         raise BadInput("the context is empty; it needs at least one token")
     if question < 1:
         raise BadInput("the question is empty; it needs at least one token")
-    total = context + question + new_tokens
+    total = context + private + question + new_tokens
     if total > shape.max_positions:
+        own = f"the client's document ({private}), " if private else ""
         raise BadInput(
-            f"context ({context} tokens), question ({question}) and answer (up to {new_tokens}) "
+            f"context ({context} tokens), {own}question ({question}) and answer (up to {new_tokens}) "
             f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
             "--max-new-tokens"
         )

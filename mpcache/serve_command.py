@@ -18,6 +18,8 @@ from mpcache.console.options import (
     NetworkOption,
     NewTokensOption,
     PolicyOption,
+    PrivateContextOption,
+    PrivatePolicyOption,
     ProtocolOption,
     RawOption,
     RevealOption,
@@ -35,6 +37,8 @@ CONVERSATIONS = 2  # at once: each holds its own masked operands
 def serve_here(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
     config: ConfigOption = None,
     policy: PolicyOption = None,
     protocol: ProtocolOption = None,
@@ -65,14 +69,17 @@ def serve_here(
     )  # fmt: skip
     options.check()
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as))
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, private_policy))
     settings = with_default_policy(settings, model)
     text = None if context is None else read_text(context)  # once: it may be a pipe
+    own = None if private_context is None else read_text(private_context)
     with LocalParties(settings, model, text, conversations, terminal.say) as parties:
-        ready = [parties.chat()]  # what is wrong is told now, and the first question need not wait
+        ready = [
+            parties.chat(document=own)
+        ]  # what is wrong is told now, and the first question need not wait
 
         def open_chat(say: Say) -> Chat:
-            return ready.pop() if ready else parties.chat(say)
+            return ready.pop() if ready else parties.chat(say, own)
 
         try:
             options.serve(open_chat, conversations, public_name(model), terminal.say)

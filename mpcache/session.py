@@ -1,5 +1,7 @@
 """One private session, phase by phase, for any reading: setup, context, then turns of question and decode.
 
+Between context and the first turn the client's document comes in, where there is one.
+
 The same `Session` runs plain (`PlainOps`), at the computing parties, at the dealer and in the cost
 reading; what differs is `ops` (the meaning of the operations), `party` (who answers), and which
 secrets are given.
@@ -7,18 +9,18 @@ secrets are given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mpcache.cache import Cache
-from mpcache.decode import Layer, Operands, step
+from mpcache.decode import Layer, Operands, range_verdict, read, step
 from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
 from mpcache.ops import AnyEngine, Ops
-from mpcache.phases import ChunkPlace
-from mpcache.policy import BoundPolicy
+from mpcache.phases import EVICTION, ChunkPlace, private_phase
+from mpcache.policy import BoundPolicy, ReadingPlan, ReadingPolicy
 from mpcache.protocols.ranges import OPERAND_RINGS
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, run, together
@@ -136,12 +138,39 @@ class Session:
         program = fill_cache(self.ops, self.shape, self.policy, prefill, kernels)
         self.cache = self._run("context", program if known is None else local(known))
 
-    def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:
-        """Take m tokens in; the next token's logits (vocab,), or its number (1,), where they are learned."""
+    def _one_hots(self, tokens: Sequence[int] | None, m: int) -> Any:
         hot = None
         if tokens is not None:
             hot = torch.nn.functional.one_hot(torch.tensor(tokens), self.shape.vocab)
-        one_hots = self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
+        return self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
+
+    def read_document(self, plan: ReadingPlan, tokens: Sequence[int] | None) -> Iterator[int]:
+        """Take in the client's document, and evict what does not stay of it.
+
+        Yields the tokens that are in, after each of its phases; to be heard to the end. Raises PolicyError.
+        """
+        reader = self.policy if plan.eviction is None else ReadingPolicy.of(self.policy, plan.eviction)
+        done, verdict = 0, None
+        for number, m in enumerate(plan.chunks, 1):
+            one_hots = self._one_hots(None if tokens is None else tokens[done : done + m], m)
+            done += m
+            closes = done == plan.tokens and reader is self.policy
+            program = read(self.ops, self.operands, self.cache, reader, one_hots, closes)
+            verdict = self._run(private_phase(number), program)
+            yield done
+        if isinstance(reader, ReadingPolicy):
+            verdict = self._run(EVICTION, self._evict(reader))
+            yield done
+        self.in_range = None if verdict is None else bool(verdict)
+        self.cache.begin_turns()
+
+    def _evict(self, reader: ReadingPolicy) -> Program[torch.Tensor | None]:
+        yield from reader.evict(self.ops, self.shape, self.cache)
+        return (yield from at("guard", range_verdict(self.ops)))
+
+    def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:
+        """Take m tokens in; the next token's logits (vocab,), or its number (1,), where they are learned."""
+        one_hots = self._one_hots(tokens, m)
         phase = self.place.phase
         self.place = ChunkPlace(self.place.turn, self.place.step + 1)
         self._chunks += 1

@@ -24,6 +24,14 @@ ContextOption = Annotated[
         help="The server's document: a text file, or - for stdin. [the demo model: its own; else none]"
     ),
 ]
+PrivateContextOption = Annotated[
+    Path | None,
+    typer.Option(help="The client's own document, which nobody else sees: a text file, or - for stdin."),
+]
+PrivatePolicyOption = Annotated[
+    str | None,
+    typer.Option(help="What stays of --private-context: full, or snapkv, mpcache, h2o with a budget. [full]"),
+]
 QuestionOption = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
 QuestionFileOption = Annotated[
     Path | None, typer.Option(help="A file with the question, or - for stdin: not seen in the process list.")
@@ -99,9 +107,12 @@ def read_stops(stops: Sequence[str] | None, stop_at_eos: bool) -> tuple[str, ...
     return tuple(stops or ())
 
 
-def chat_overrides(raw: bool, document_as: str | None) -> dict[str, Any]:
+def chat_overrides(raw: bool, document_as: str | None, private_policy: str | None = None) -> dict[str, Any]:
     """Return what these options override in the config's public section."""
-    return {"public.chat": ChatForm.RAW if raw else None, "public.document_as": document_as}
+    return {
+        "public.chat": ChatForm.RAW if raw else None, "public.document_as": document_as,
+        "public.private_policy": private_policy,
+    }  # fmt: skip
 
 
 def public_overrides(

@@ -21,7 +21,7 @@ from mpcache.decode import Operands
 from mpcache.engines.registry import engine
 from mpcache.model.shape import ModelShape
 from mpcache.ops import Ops
-from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.policy import NO_DOCUMENT, BoundPolicy, ReadingPlan, parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
 from mpcache.session import Session
@@ -37,6 +37,7 @@ def price(
     bits: int = 16,
     reveal: Reveal = Reveal.LOGITS,
     standing: bool = True,
+    reading: ReadingPlan = NO_DOCUMENT,
 ) -> Cost:
     """Price a policy: read a session by shapes, from set-up to the decode steps of an answer.
 
@@ -60,6 +61,8 @@ def price(
         Whether the masks of weights and document outlive sessions, as they do but with prepared tapes or
         a session that is kept. Set-up and context then are what the server uploads to the dealer once:
         nothing where the dealer holds it.
+    reading
+        How the client's document is read; without chunks: it has none.
 
     Raises
     ------
@@ -75,6 +78,8 @@ def price(
     session = Session(_memoized(protocol, bits, standing), party, shape, policy, reveal)
     session.operands = operands
     session.context(None, None)
+    for _ in session.read_document(reading, None):
+        pass
     session.chunk(None, question)
     for _ in range(1, new_tokens):
         session.chunk(None, 1)
@@ -95,6 +100,18 @@ def _setup(shape: ModelShape, protocol: str, bits: int, standing: bool) -> tuple
 @cache
 def _memoized(protocol: str, bits: int, standing: bool) -> Ops:
     return cast(Ops, MemoizedOps(engine(protocol, Rank.SERVER, bits, "meta"), standing))
+
+
+def blank_session(
+    shape: ModelShape, policy: BoundPolicy, protocol: str, bits: int
+) -> tuple[Session, CostParty]:
+    """Open a session of the cost reading that has its context, and the party that counts what comes."""
+    _, operands = _setup(shape, protocol, bits, standing=True)
+    session = Session(_memoized(protocol, bits, True), CostParty(), shape, policy.priced(shape))
+    session.operands = operands
+    session.context(None, None)
+    session.party = party = CostParty()
+    return session, party
 
 
 def _bytes_held(thing: Any) -> int:

@@ -78,6 +78,7 @@ class Report:
     phases: dict[str, Phase] = field(default_factory=dict)
     wire_bytes: int = 0  # both directions, all links, with frames' headers
     seconds: float = 0.0  # from the session's first word to its last
+    private_tokens: int = 0  # of the client's document
     setup_bytes: int = 0  # both directions, all links: of masked weights, and of the seeds of V
     prefill_ms: float = 0.0  # server: the pass over the context, and its eviction
     kernels: str = ""  # server: which kernels it took

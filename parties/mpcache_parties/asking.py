@@ -34,20 +34,25 @@ class Asking:
         facts: Facts,
         session: TimedSession,
         framing: Framing,
+        document: str | None = None,
         earlier: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begin, or go on with an answer of which `kept` was kept."""
+        """Begin, or go on with an answer of which `kept` was kept. document: the client's own."""
         self.ids: list[int] = list(earlier["ids"]) if earlier else []
         self.text = ""
         self.turns: list[TurnReport] = []
         self._ended = False  # the last answer, by its end token, as all know
         self._draws: Any = earlier["draws"] if earlier else None
         self._resources, self._facts, self._session = resources, facts, session
-        self._framing = framing
+        self._framing, self._document = framing, document
 
     def kept(self) -> dict[str, Any]:
         """Return what has to be kept of an answer, so that no token of it is chosen twice."""
         return {"ids": self.ids, "draws": self._draws}
+
+    def framed(self, question: str) -> list[int]:
+        """Return the tokens of the first question."""
+        return self._framing.frame_turn(question, True, self._document)
 
     def answer(
         self, question: Question, asked: list[int], limit: int, conversation: Conversation | None = None
@@ -119,7 +124,7 @@ class Asking:
     def _framed(self, question: Question) -> list[int]:
         """Return what is to be taken in for a question, after the answer before. Raises BadInput."""
         if self._session.place.turn == 1:
-            return self._framing.frame_turn(question.text, first=True)
+            return self.framed(question.text)
         return self._framing.next_turn(self.ids, question.text, self._ended)
 
     def _look(self) -> None:

@@ -270,9 +270,12 @@ class LocalParties:
     ) -> None:
         self.close()
 
-    def chat(self, say: Say | None = None) -> Chat:
-        """Open a conversation. say: told how far it is, in place of the parties'. Raises PartyFailed."""
-        return Chat(self._own[Rank.CLIENT], say or self._say, self._watch)
+    def chat(self, say: Say | None = None, document: str | None = None) -> Chat:
+        """Open a conversation. say: told how far it is, in place of the parties'.
+
+        document: the client's own, which neither of the others sees. Raises PartyFailed.
+        """
+        return _open(self._own[Rank.CLIENT], say or self._say, document, self._watch)
 
     def close(self) -> None:
         """End both."""
@@ -297,13 +300,15 @@ class LocalParties:
 
 
 def connect(
-    config: Path | str, identity: Path | str | None = None, say: Say = quiet, *, insecure: bool = False
-) -> Chat:
+    config: Path | str, identity: Path | str | None = None, say: Say = quiet,
+    private_context: Path | str | None = None, *, insecure: bool = False,
+) -> Chat:  # fmt: skip
     """Open a conversation with a server and a dealer that run elsewhere; close it after use.
 
     config: the YAML file that all parties agree on.  identity: the folder of this client's key and
     certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
-    the set-up is.  insecure: no TLS, whatever the addresses. Raises ConfigError, or PartyFailed where no
+    the set-up is.  private_context: the client's own document, a text or the Path of a text file, which
+    nobody else sees.  insecure: no TLS, whatever the addresses. Raises ConfigError, or PartyFailed where no
     session comes about.
     """
     load_settings(config)  # its faults are told here, not by a process
@@ -312,7 +317,23 @@ def connect(
         flags += ["--identity", str(identity)]
     if insecure:
         flags.append("--insecure")
-    return Chat(flags, say)
+    return _open(flags, say, _text_of(private_context))
+
+
+def _open(
+    flags: Sequence[str], say: Say, document: str | None, watch: Callable[[], None] = lambda: None
+) -> Chat:
+    """Open a conversation about the client's document, which goes in a file: flags can be seen by all."""
+    if document is None:
+        return Chat(flags, say, watch)
+    with private_folder() as folder:
+        file = folder / "document.txt"
+        file.write_text(document, encoding="utf-8", newline="")
+        return Chat([*flags, "--context", str(file)], say, watch)
+
+
+def _text_of(document: Path | str | None) -> str | None:
+    return read_text(document) if isinstance(document, Path) else document
 
 
 @contextmanager
@@ -320,7 +341,9 @@ def local_chat(
     model: Path | str | None = None,
     document: Path | str | None = None,
     *,
+    private_context: Path | str | None = None,
     policy: str | None = None,
+    private_policy: str | None = None,
     max_new_tokens: int | None = None,
     config: Path | str | None = None,
     say: Say = quiet,
@@ -333,7 +356,9 @@ def local_chat(
         As `mpcache generate --model` takes it; None: the demo model.
     document
         The server's: a text, or the Path of a text file. None: with the demo model its own, else none.
-    policy, max_new_tokens
+    private_context
+        The client's own, likewise, which nobody else sees.
+    policy, private_policy, max_new_tokens
         In place of the config's.
     config
         A YAML file of public settings; its addresses are not used.
@@ -343,7 +368,11 @@ def local_chat(
     Raises ConfigError, or PartyFailed where no session comes about.
 
     """
-    settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
-    text = read_text(document) if isinstance(document, Path) else document
-    with LocalParties(settings, model, text, at_once=1, say=say) as parties, parties.chat() as chat:
+    overrides = {"policy": policy, "private_policy": private_policy, "max_new_tokens": max_new_tokens}
+    settings = load_settings(config, {f"public.{name}": value for name, value in overrides.items()})
+    text, own = _text_of(document), _text_of(private_context)
+    with (
+        LocalParties(settings, model, text, at_once=1, say=say) as parties,
+        parties.chat(document=own) as chat,
+    ):
         yield chat

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpcache.console.inputs import read_text
 from mpcache.console.signals import stop_on_signals
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
@@ -35,9 +36,10 @@ class ClientApi:
         endpoint = EndpointOptions(self.address, self.api_key)
         endpoint.check()
         config, identity = options.config, options.identity
+        document = None if options.context is None else read_text(options.context)
 
         def open_chat(say: Say) -> Chat:
-            return connect(config, identity, say, insecure=options.insecure)
+            return connect(config, identity, say, document, insecure=options.insecure)
 
         stop_on_signals("client")
         endpoint.serve(open_chat, self.conversations, "mpcache", say)

@@ -22,6 +22,7 @@ from mpcache.answer import bind_to_document
 from mpcache.choices import ChatForm, DocumentAs
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
+from mpcache.cost.reading import reading_plan
 from mpcache.errors import Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
 from mpcache.model.chat_template import ChatTemplate
@@ -30,7 +31,7 @@ from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
-from mpcache.policy import BoundPolicy, LeakClass, parse_policy
+from mpcache.policy import NO_DOCUMENT, BoundPolicy, LeakClass, ReadingPlan, ReadingPolicy, parse_policy
 from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, bytes_of, tensor_of
 from mpcache.transport.network import parse_network
@@ -51,7 +52,9 @@ TYPICAL_QUESTION = 32  # tokens, where `auto` has to know before anything is ask
 class Facts:
     """What is public about a session, known to all before anything secret moves.
 
-    context, question: in tokens; no question where the session is a conversation, whose turns come later.
+    context, private, question: the server's document, the client's, and its question, in tokens; no question
+    where the session is a conversation, whose turns come later.
+    reading: how the client's document is read, and what stays of it.
     limit: tokens of an answer, at most.  room: tokens that all questions and answers may take.
     """
 
@@ -66,6 +69,11 @@ class Facts:
     protocol: str  # the config's, or what `auto` picked, and why
     picked: str = ""
     session: str = ""  # its name, drawn by the server
+    reading: ReadingPlan = NO_DOCUMENT
+
+    @property
+    def private(self) -> int:
+        return self.reading.tokens
 
     @property
     def conversation(self) -> bool:
@@ -77,6 +85,9 @@ class Facts:
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
         fields |= {"new_tokens": self.limit, "room": self.room}
+        fields |= {"private_tokens": self.private, "document_chunks": self.reading.chunks}
+        if self.reading.eviction is not None:
+            fields |= {f"eviction.{name}": value for name, value in asdict(self.reading.eviction).items()}
         fields |= self.digests
         fields |= {"protocol": self.protocol, "session": self.session}
         for index, layer in enumerate(self.policy.plan.layers):
@@ -88,6 +99,7 @@ def tape_sizes(facts: Facts, public: PublicConfig) -> dict[str, Any]:
     """Return all that tapes depend on, but for the number of tokens."""
     return {
         "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
+        "reading": asdict(facts.reading),
         "policy": facts.policy.spec, "plan": facts.policy.plan.to_dict(),
         "protocol": facts.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
     }  # fmt: skip
@@ -132,9 +144,11 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
             public_texts = {"tokenizer": vocabulary} | ({} if template is None else {"template": template})
             framing = framing_of({"model": model} | public_texts, shape, public)
             question = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
+            document = [] if own.document is None else framing.frame_private(own.document)
             if isinstance(own, Question):
-                asked = framing.frame_turn(own.text, first=True)
+                asked = framing.frame_turn(own.text, True, own.document)
                 question = {"question_tokens": len(asked), "new_tokens": own.limit(public.max_new_tokens)}
+            question["private_tokens"] = len(document)
             for link in links.values():
                 link.send_facts("facts/question", question)
             model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": _digest(template)}
@@ -249,15 +263,16 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     model, question = told["model"], told["question"]
     shape = _shape(model)
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
-    _check_memory(shape, context)
+    private = _count(question, "private_tokens")
+    _check_memory(shape, context + private)
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     limit = _limit(question, public)
     if asked:
-        policy = bind_policy(shape, public, context, asked, limit)
+        policy = bind_policy(shape, public, context, asked, limit, private)
         room = asked + limit
     else:
-        policy, room = bind_conversation(shape, public, context)
+        policy, room = bind_conversation(shape, public, context, private)
     if "head_counts" in model:
         policy = _counted(policy, shape, model["head_counts"])
     protocol: str = public.protocol
@@ -269,7 +284,12 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
         )  # fmt: skip
         protocol, picked = choice.protocol, str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
-    facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session)
+    reading = reading_plan(shape, public, context, private, protocol)
+    if reading.eviction is not None:
+        ReadingPolicy.of(policy, reading.eviction)  # whether they go together
+    facts = Facts(
+        shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session, reading
+    )
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
 
 

@@ -17,6 +17,7 @@ from mpcache.console.options import (
     NetworkOption,
     NewTokensOption,
     PolicyOption,
+    PrivatePolicyOption,
     ProtocolOption,
     RawOption,
     RevealOption,
@@ -55,13 +56,17 @@ def party(
     model: Annotated[str | None, typer.Option(help=f"Server. {MODEL_FORMS}. [the demo model]")] = None,
     context: Annotated[
         Path | None,
-        typer.Option(help="Server: the document, a text file, or - for stdin. [the demo model: its own]"),
+        typer.Option(
+            help="Server: the document, a text file, or - for stdin. [the demo model: its own] "
+            "Client: a document of its own, which nobody else sees."
+        ),
     ] = None,
     question: Annotated[str | None, typer.Option(help="Client: the question. [the demo's]")] = None,
     question_file: Annotated[
         Path | None, typer.Option(help="Client: a file with the question, or - for stdin; unseen by `ps`.")
     ] = None,
     policy: PolicyOption = None,
+    private_policy: PrivatePolicyOption = None,
     protocol: ProtocolOption = None,
     network: NetworkOption = None,
     max_new_tokens: NewTokensOption = None,
@@ -176,6 +181,7 @@ def party(
         question=question,
         question_file=question_file,
         policy=policy,
+        private_policy=private_policy,
         protocol=protocol,
         network=network,
         max_new_tokens=max_new_tokens,

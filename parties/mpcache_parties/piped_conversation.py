@@ -53,7 +53,8 @@ class _Line(BaseModel):
 class PipedConversation(Conversation):
     """The conversation of a party that another process has started."""
 
-    def __init__(self, output: Output, stdin: BinaryIO) -> None:
+    def __init__(self, output: Output, stdin: BinaryIO, document: str | None = None) -> None:
+        self.document = document
         self._output, self._stdin = output, stdin
         self._asked: SimpleQueue[Question | BadInput | None] = SimpleQueue()
         self._came = self._given = self._stopped = 0  # questions; the last one is the newest that is stopped

@@ -15,6 +15,7 @@ from mpcache.cost.pricing import price
 from mpcache.cost.tally import sum_tallies
 from mpcache.engines.registry import engine
 from mpcache.errors import PolicyError
+from mpcache.phases import EVICTION, private_phase
 from mpcache.rank import Rank
 from mpcache.report.units import size
 from mpcache.runtime.party import DealerParty
@@ -48,6 +49,7 @@ def _foretold(me: Rank, facts: Facts, public: PublicConfig) -> str:
     cost = price(
         facts.shape, facts.policy, facts.context, facts.question, facts.protocol, facts.limit,
         bits=public.fraction_bits, reveal=public.reveal, standing=False,
+        reading=facts.reading,
     )  # fmt: skip
     total = sum_tallies((phase, cost.total(phase)) for phase in cost.phases)
     serves = f"one answer of up to {facts.limit} tokens to a question of {facts.question}"
@@ -97,6 +99,10 @@ def _read_by_shapes(facts: Facts, public: PublicConfig, party: Any, done: Callab
     done("setup")
     session.context(None, None)
     done("context")
+    phases = [private_phase(i + 1) for i in range(len(facts.reading.chunks))]
+    phases += [EVICTION] * (facts.reading.eviction is not None)
+    for phase, _ in zip(phases, session.read_document(facts.reading, None), strict=True):
+        done(phase)
     for step in range(facts.limit):
         session.chunk(None, 1 if step else facts.question)
         done(f"decode{step}" if step else "question")

@@ -1,6 +1,6 @@
 """Run each party from connected links to the end of a session: one function per rank.
 
-    facts -> seeds -> SETUP -> CONTEXT -> (QUESTION -> DECODE ...) for each turn -> the account of it
+    facts -> seeds -> SETUP -> CONTEXT, and the client's document -> (QUESTION -> DECODE ...) for each turn
 
 A resumed session takes facts, SETUP, CONTEXT and the chunks it had from what each party kept on its
 disk (`mpcache_parties.state.checkpoint`), and goes on from there. The three functions stand side by side:
@@ -40,6 +40,7 @@ from mpcache_parties.facts import (
 )
 from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
 from mpcache_parties.private_inputs import Conversation, Document, Question
+from mpcache_parties.private_reading import read_private
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
 from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes
@@ -61,6 +62,7 @@ def serve(resources: SessionResources, own: Document) -> Report:
     session = _session(Rank.SERVER, party, facts, resources)
     if earlier is None:
         facts, prefill_ms = _open_document(resources, session, own, facts)
+        read_private(Rank.SERVER, resources, session, facts)
         kept = {"prefill_ms": prefill_ms}
         checkpointer.begin(identity, told | counts_of(facts), session, resources.ledger, kept)
     else:
@@ -144,6 +146,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
     framing = framing_of(told, facts.shape, public)
+    document = [] if own.document is None else framing.frame_private(own.document)
     if earlier is None:
         set_up = ClientSetUp(resources, session, facts)
         set_up.weights()
@@ -151,12 +154,13 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
-        asking = Asking(resources, facts, session, framing)
+        read_private(Rank.CLIENT, resources, session, facts, document)
+        asking = Asking(resources, facts, session, framing, own.document)
         say(f"client: {_asking(facts)}")
         checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
     else:
         _go_on(session, earlier)
-        asking = Asking(resources, facts, session, framing, earlier.own)
+        asking = Asking(resources, facts, session, framing, own.document, earlier.own)
         say(f"client: resumed after {_reached(earlier.step)}; the answer from its beginning:")
     del earlier
 
@@ -164,7 +168,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     if isinstance(own, Conversation):
         asking.converse(own)
     else:
-        asking.answer(own, framing.frame_turn(own.text, first=True), facts.limit)
+        asking.answer(own, asking.framed(own.text), facts.limit)
     report = _report(Rank.CLIENT, facts, session, resources)
     checkpointer.end(links)
     wait.close()
@@ -178,15 +182,18 @@ def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, s
     """Return what a resumed session of the client must have in common with the first run."""
     if isinstance(own, Conversation):
         return {}
+    document = {} if own.document is None else {"document": _digest(own.document)}
     own.sampling.check(public.reveal)
     return {
         "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos),
-        "stop": _digest(own.stop_texts),
+        "stop": _digest(own.stop_texts), **document,
     }  # fmt: skip
 
 
 def _asking(facts: Facts) -> str:
     kept = f"{facts.context}, of which {_kept(facts)} are kept"
+    if facts.private:
+        kept += f", and {facts.private} of the client's own"
     if facts.conversation:
         return f"a context of {kept}; room for {facts.room} tokens of questions and answers"
     return f"asking {facts.question} tokens about {kept} ..."
@@ -208,6 +215,7 @@ def deal(resources: SessionResources) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
+        read_private(Rank.DEALER, resources, session, facts)
         checkpointer.begin(public.flat(), told | counts_of(facts), session, ledger, {})
     else:
         _go_on(session, earlier)
@@ -297,6 +305,7 @@ def _report(me: Rank, facts: Facts, session: TimedSession, resources: SessionRes
         rank=int(me),
         protocol=facts.protocol,
         context_tokens=facts.context,
+        private_tokens=facts.private,
         question_tokens=facts.question,
         kept_tokens=[layer.kept for layer in facts.policy.plan.layers],
         plan=facts.policy.plan.to_dict(),

@@ -18,6 +18,7 @@ from mpcache.audit.explain import explain_policy
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
 from mpcache.audit.priced_rows import AuditGrid, price_rows, resolved
+from mpcache.audit.private_rows import show_document
 from mpcache.audit.quality import points, read_quality
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
@@ -64,6 +65,14 @@ def audit(
     quality: Annotated[
         Path | None, typer.Option(help="Results of `mpcache eval --json`, shown against cost.")
     ] = None,
+    private_context: Annotated[
+        str | None,
+        typer.Option(help="Price a document of the client's own instead, of so many tokens, as in 128,512."),
+    ] = None,
+    private_policy: Annotated[
+        list[str] | None,
+        typer.Option(help="What stays of it; may be given several times. [full, mpcache:n_keep=0.25]"),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows here, too.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page here.")] = None,
     explain: Annotated[str | None, typer.Option(help="A policy: its plan and its openings in words.")] = None,
@@ -90,6 +99,11 @@ def audit(
         raise BadInput(f"{name} is {value}; give 1 or more tokens")
     name, model = shape_of(shape)
     protocols = listed("--protocol", protocol, CHOICES)
+    if private_context is not None:
+        networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
+        policies = private_policy or ["full", "mpcache:n_keep=0.25"]
+        show_document(model, name, private_context, policies, protocols, networks, question, as_json)
+        return
     folder = _weights_of(shape) if measure else None
     contexts = _contexts(context, shape, model, question + max(2, new_tokens))
     networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]

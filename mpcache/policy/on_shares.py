@@ -19,6 +19,7 @@ from mpcache.policy.base import BoundPolicy, average
 from mpcache.policy.evicting import Evicting
 from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import SharedEviction, SplitPlan
+from mpcache.policy.streaming import Streaming
 from mpcache.protocols.ranges import WEIGHTED_SUM_RING
 from mpcache.runtime.program import Program, at, local, together
 
@@ -56,7 +57,7 @@ class ReadingPolicy(BoundPolicy):
     @staticmethod
     def of(bound: BoundPolicy, eviction: SharedEviction) -> ReadingPolicy:
         """Read a document beside what `bound` keeps of the server's. Raises PolicyError where they clash."""
-        if isinstance(bound.policy, Evicting):
+        if isinstance(bound.policy, Evicting | Streaming):
             raise PolicyError(
                 f"policy {bound.spec}: drops tokens at every step, by an account that a document evicted on "
                 "shares has no part in; give another --policy, or --private-policy full"

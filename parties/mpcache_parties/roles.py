@@ -193,7 +193,7 @@ def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, s
 def _asking(facts: Facts) -> str:
     kept = f"{facts.context}, of which {_kept(facts)} are kept"
     if facts.private:
-        kept += f", and {facts.private} of the client's own"
+        kept += f", and {facts.reading.kept} of the client's {facts.private}"
     if facts.conversation:
         return f"a context of {kept}; room for {facts.room} tokens of questions and answers"
     return f"asking {facts.question} tokens about {kept} ..."
@@ -306,6 +306,7 @@ def _report(me: Rank, facts: Facts, session: TimedSession, resources: SessionRes
         protocol=facts.protocol,
         context_tokens=facts.context,
         private_tokens=facts.private,
+        private_kept=facts.reading.kept,
         question_tokens=facts.question,
         kept_tokens=[layer.kept for layer in facts.policy.plan.layers],
         plan=facts.policy.plan.to_dict(),

@@ -15,11 +15,13 @@ import typer
 from mpcache.audit import measure as measuring
 from mpcache.audit.cost_tables import breakdowns, cost_tables, measured_tables, verdict, write_csv
 from mpcache.audit.explain import explain_policy
+from mpcache.audit.explain_document import explain_document
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
 from mpcache.audit.priced_rows import AuditGrid, price_rows, resolved
-from mpcache.audit.private_rows import show_document
+from mpcache.audit.private_rows import lengths_of, show_document
 from mpcache.audit.quality import points, read_quality
+from mpcache.choices import ProtocolName
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.console.options import MODEL_FORMS, JsonOption, PoliciesOption, RevealOption, read_reveal
@@ -100,9 +102,8 @@ def audit(
     name, model = shape_of(shape)
     protocols = listed("--protocol", protocol, CHOICES)
     if private_context is not None:
-        networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
-        policies = private_policy or ["full", "mpcache:n_keep=0.25"]
-        show_document(model, name, private_context, policies, protocols, networks, question, as_json)
+        asked = private_context, private_policy, network, question
+        _price_document(name, model, asked, protocols, explain, as_json)
         return
     folder = _weights_of(shape) if measure else None
     contexts = _contexts(context, shape, model, question + max(2, new_tokens))
@@ -155,6 +156,26 @@ def audit(
     _show(result, by, needed, csv, report, as_json)
     if stopped is not None:
         raise stopped
+
+
+def _price_document(
+    name: str, model: ModelShape, asked: tuple[str, list[str] | None, str, int], protocols: list[str],
+    explain: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Price, or explain, a document of the client's own. asked: its lengths, policies, networks, question."""
+    lengths, policies, network, question = asked
+    tokens = lengths_of(lengths)
+    if others := [one for one in protocols if one not in (ProtocolName.FAST, ProtocolName.FAST_BITS)]:
+        raise BadInput(f"--private-context is priced for fast and fast-bits, not for {others[0]}")
+    if explain is None:
+        networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
+        policies = policies or ["full", "mpcache:n_keep=0.25"]
+        show_document(model, name, tokens, policies, protocols, networks, question, as_json)
+        return
+    if len(tokens) > 1 or len(protocols) > 1:
+        raise BadInput("--explain prints one plan: give one --protocol and one --private-context")
+    for line in explain_document(model, explain, tokens[0], question, protocols[0]):
+        print(line)
 
 
 def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> MpcacheError | None:

@@ -108,16 +108,21 @@ def _peak(cost: Cost) -> int:
     return cost.held + max(sum_tallies(steps.items()).working for steps in cost.phases.values())
 
 
+def lengths_of(text: str) -> list[int]:
+    """Read what --private-context was given: numbers of tokens. Raises BadInput."""
+    found = []
+    for item in listed("--private-context", text):
+        if not (item.isascii() and item.isdigit() and 0 < int(item) < 10**9):
+            raise BadInput(f"--private-context {item!r} is not a number of tokens; as in 128,512")
+        found.append(int(item))
+    return found
+
+
 def show_document(
-    shape: ModelShape, name: str, lengths: str, policies: Sequence[str], protocols: Sequence[str],
+    shape: ModelShape, name: str, tokens: Sequence[int], policies: Sequence[str], protocols: Sequence[str],
     networks: Sequence[Profile], question: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Print the rows, as a table or as JSON. lengths: as `--private-context` was given. Raises BadInput."""
-    tokens = []
-    for text in listed("--private-context", lengths):
-        if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**9):
-            raise BadInput(f"--private-context {text!r} is not a number of tokens; as in 128,512")
-        tokens.append(int(text))
+    """Print the rows, as a table or as JSON. Raises BadInput or PolicyError."""
     rows = list(price_document(shape, tokens, policies, protocols, networks, question))
     if as_json:
         print(json.dumps({"shape": name, "model": shape.to_dict(), "private_rows": rows}))

@@ -12,15 +12,18 @@ from mpcache.answer import plain_answer
 from mpcache.config import PublicConfig
 from mpcache.cost.pricing import price
 from mpcache.cost.reading import reading_plan
-from mpcache.errors import BadInput, MpcacheError, OutOfRange
+from mpcache.errors import BadInput, LinkError, MpcacheError, OutOfRange
 from mpcache.limits import bind_policy
 from mpcache.model import Model
 from mpcache.phases import is_private
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.sampling import Sampling
-from mpcache_parties.private_inputs import Question
-from tests.support.links import context_of
+from mpcache_parties.operations.status import SessionStatus
+from mpcache_parties.private_inputs import Document, Question
+from mpcache_parties.resources import SessionResources
+from mpcache_parties.roles import ask, deal, serve
+from tests.support.links import Killed, context_of, together
 from tests.support.session import QUESTION, run_session
 
 S, C, D = Rank
@@ -138,3 +141,32 @@ def test_a_policy_that_cannot_evict_it_on_shares_says_why(
     ends = run_session(public, model, context_of(model, 24), Question(QUESTION, document=DOCUMENT))
     for end in ends.values():
         assert isinstance(end, MpcacheError) and says in str(end) and "\n" not in str(end)
+
+
+class Dies(SessionStatus):
+    """Kills its party as the second chunk of the client's document begins."""
+
+    def began(self, name: str) -> None:
+        if name == "private2":
+            raise Killed("in the middle of the document")
+        super().began(name)
+
+
+@pytest.mark.parametrize("victim", Rank)
+def test_a_party_that_dies_in_the_middle_of_it_ends_all(victim: Rank, model: Model) -> None:
+    tokens, question = context_of(model, 4), Question(QUESTION, document=DOCUMENT)
+
+    def resources(rank: Rank, links: Any, ledger: Any) -> SessionResources:
+        found = SessionResources(links, ledger, public_config())
+        return replace(found, status=Dies(ledger)) if rank is victim else found
+
+    ends = together(
+        {
+            S: lambda links, ledger: serve(resources(S, links, ledger), Document(model, tokens)),
+            C: lambda links, ledger: ask(resources(C, links, ledger), question),
+            D: lambda links, ledger: deal(resources(D, links, ledger)),
+        }
+    )
+    assert isinstance(ends[victim], Killed)
+    for rank in {*Rank} - {victim}:
+        assert isinstance(ends[rank], LinkError) and "\n" not in str(ends[rank]), ends

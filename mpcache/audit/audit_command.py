@@ -103,8 +103,7 @@ def audit(
     protocols = listed("--protocol", protocol, CHOICES)
     if private_context is not None:
         asked = private_context, private_policy, network, question
-        _price_document(name, model, asked, protocols, explain, as_json)
-        return
+        return _price_document(name, model, asked, protocols, explain, as_json)
     folder = _weights_of(shape) if measure else None
     contexts = _contexts(context, shape, model, question + max(2, new_tokens))
     networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
@@ -115,8 +114,7 @@ def audit(
             model, contexts, [explain], networks, protocols, question, max(2, new_tokens), reveal=revealed
         )
         taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
-        for line in explain_policy(model, explain, contexts[0], question, taken):
-            print(line)
+        print(*explain_policy(model, explain, contexts[0], question, taken), sep="\n")
         return
     grid = AuditGrid(
         model,
@@ -130,9 +128,8 @@ def audit(
         reveal=revealed,
     )
     of, evaluated = read_quality(quality) if quality else ("", [])
-    for path in (csv, report):
-        if path is not None:
-            _check_writable(path)
+    for path in filter(None, (csv, report)):
+        _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
     found = price_rows(grid, needed, note=_note)

@@ -27,6 +27,7 @@ from mpcache.console.signals import Stopped, ignore_signals
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
 from mpcache_parties.client_api import ClientApi
+from mpcache_parties.health_command import health
 from mpcache_parties.keygen import keygen
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.pinning import pin
@@ -43,6 +44,7 @@ app = typer.Typer(
 
 app.command()(keygen)
 app.command()(pin)
+app.command()(health)
 
 
 @app.callback(invoke_without_command=True)

@@ -27,7 +27,7 @@ from mpcache.ledger import Ledger
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
-from mpcache_parties.handshake import PROTOCOL_VERSION, TapeMode, agree
+from mpcache_parties.handshake import PROTOCOL_VERSION, Greeting, TapeMode
 from mpcache_parties.network.connect import cannot_take_part, connect_all
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust, trust
@@ -91,10 +91,10 @@ class PartyProcess:
             checkpointer, self.tapes, self.settings.timeouts.idle_s, self.setups,
         )  # fmt: skip
 
-    def agreed_fields(self, checkpointer: Checkpointer) -> dict[str, str]:
-        """Return all that the parties must have in common before they begin, by name."""
+    def greeting(self, checkpointer: Checkpointer) -> Greeting:
+        """Return what is said to each peer of a session: all that the parties must have in common."""
         modes = {"state": checkpointer.mode.value, "tapes": self.tape_mode.value}
-        return self.settings.public.flat() | modes
+        return Greeting(self.me, self.settings.public.flat() | modes)
 
 
 def run_party(options: PartyOptions) -> None:
@@ -138,36 +138,39 @@ def _take_part(process: PartyProcess, options: PartyOptions, shown: ExitStack) -
             serve_sessions(process, options.sessions or AT_ONCE)
         ledger = Ledger()
         status = shown.enter_context(process.status.session(ledger))
-        network = _connect(process, ledger)
+        greeting = process.greeting(process.checkpointer)
+        network = _connect(process, ledger, greeting)
     except (BadInput, PortInUse, StateError, OSError) as error:
         process.output.error(told := told_as(error))
         _tell_the_others(process, told)
         raise SystemExit(told.exit_code) from None
     with network:
         if process.tape_mode is TapeMode.PREPARING:
-            prepare_tapes(process, network, status)
+            prepare_tapes(process, network, status, greeting)
         else:
-            run_one_session(process, network, status)
+            run_one_session(process, network, status, greeting)
 
 
-def _connect(process: PartyProcess, ledger: Ledger) -> Network:
+def _connect(process: PartyProcess, ledger: Ledger, greeting: Greeting) -> Network:
     """Connect with the parties that take part: with tapes from a store, the dealer does not."""
     process.status.be_ready(True)
     dealt = process.tape_mode is TapeMode.PREPARED
     peers = (Rank.SERVER, Rank.CLIENT) if dealt else tuple(Rank)
     say = process.output.say
-    return connect_all(process.me, process.settings, ledger, say, trust=process.trust, peers=peers)
+    return connect_all(process.me, process.settings, ledger, say, peers, process.trust, greeting)
 
 
 # ------------------------------------------------------------------------------------------- modes
 
 
-def run_one_session(process: PartyProcess, network: Network, status: SessionStatus) -> None:
+def run_one_session(
+    process: PartyProcess, network: Network, status: SessionStatus, greeting: Greeting
+) -> None:
     """Mode: one session, and its account at the end."""
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     if isinstance(process.own, Conversation):
         status.on_layer = lambda phase, layer: process.output.event(EventKind.LAYER, phase=phase, layer=layer)
-    report = _run_session(process, resources)
+    report = _run_session(process, resources, greeting)
     process.output.report(report)
     if report.in_range is False and not process.output.events:  # else who reads the events tells it
         network.close()
@@ -182,10 +185,10 @@ def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
     serve_all(process.me, process.settings, process.trust, at_once, serve_one, say, refused)
 
 
-def prepare_tapes(process: PartyProcess, network: Network, status: SessionStatus) -> None:
+def prepare_tapes(process: PartyProcess, network: Network, status: SessionStatus, greeting: Greeting) -> None:
     """Mode `--prepare`: the dealer's part of a later session, dealt and stored."""
     status.reached(SessionPhase.HELLO)
-    agree(network.links, process.me, process.agreed_fields(process.checkpointer))
+    greeting.agree(network.links)
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     prepare(process.me, resources, process.own)
 
@@ -196,8 +199,9 @@ def _serve_one(process: PartyProcess, at_once: int, network: Network, say: Say) 
     checkpointer = Checkpointer(process.checkpointer.store, serving=at_once, patience=patience)
     with closing(checkpointer), process.status.session(network.ledger) as status:
         try:
-            network.wait()
-            report = _run_session(process, process.resources(network, status, checkpointer, say))
+            greeting = process.greeting(checkpointer)
+            network.wait(greeting.look)
+            report = _run_session(process, process.resources(network, status, checkpointer, say), greeting)
         except (MpcacheError, OSError):
             if (last := checkpointer.last) is not None:
                 say(f"kept {_up_to(last)}; its client can go on with --resume")
@@ -206,11 +210,11 @@ def _serve_one(process: PartyProcess, at_once: int, network: Network, say: Say) 
     say(closing_line(report))
 
 
-def _run_session(process: PartyProcess, resources: SessionResources) -> Report:
+def _run_session(process: PartyProcess, resources: SessionResources, greeting: Greeting) -> Report:
     """One session on links that are connected."""
     status, checkpointer = resources.status, resources.checkpointer
     status.reached(SessionPhase.HELLO)
-    others = agree(resources.links, process.me, process.agreed_fields(checkpointer))
+    others = greeting.agree(resources.links)
     checkpointer.heard({peer: hello.public["state"] for peer, hello in others.items()})
     match process.own:
         case Document() as document:

@@ -189,6 +189,9 @@ class TapeLink(Link):
     def recv_hello(self) -> Hello:
         raise _mute("hello")
 
+    def poll_hello(self) -> Hello | None:
+        raise _mute("hello")
+
 
 class TapeWriter(ShapeParty):
     """Reads the program by shapes, as the dealer does, and stores what the dealer sends to `me`."""

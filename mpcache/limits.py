@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig, Settings, with_overrides
 from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
 from mpcache.model import ModelShape, demo_model_dir, find_model
 from mpcache.model.prefill import Prefill
-from mpcache.policy import BoundPolicy, LeakClass, parse_policy
+from mpcache.policy import BoundPolicy, LeakClass, ReadingPolicy, parse_policy
 from mpcache.policy.curve import has_curve
 from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
 from mpcache_kernels import Backend
@@ -33,6 +34,7 @@ def bind_policy(
     new_tokens = public.max_new_tokens if new_tokens is None else new_tokens
     _check_positions(shape, context, question, new_tokens, private)
     bound = _bind(shape, public, context)
+    _check_private(bound, shape, public, private)
     _check_attended(bound, public.protocol, private + question + new_tokens)
     return bound
 
@@ -51,6 +53,7 @@ def bind_conversation(
     room = min(public.conversation_tokens, shape.max_positions - context - private)
     if public.protocol != "stock":
         room = min(room, LONGEST_ATTENDED - bound.plan.attended - private)
+    _check_private(bound, shape, public, private)
     _check_attended(bound, public.protocol, after=private + 2)
     return bound, room
 
@@ -95,6 +98,19 @@ def _check_positions(
             f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
             "--max-new-tokens"
         )
+
+
+def _check_private(bound: BoundPolicy, shape: ModelShape, public: PublicConfig, tokens: int) -> None:
+    """Check that a document of the client's can be evicted, beside the policy. Raises PolicyError."""
+    eviction = parse_policy(public.private_policy).on_shares(tokens, shape) if tokens else None
+    if eviction is None:
+        return
+    if public.protocol == ProtocolName.STOCK:
+        raise PolicyError(
+            f"policy {public.private_policy}: protocol stock evicts no document on shares; give another "
+            "--protocol, or --private-policy full"
+        )
+    ReadingPolicy.of(bound, eviction)
 
 
 def _check_attended(bound: BoundPolicy, protocol: str, after: int) -> None:

@@ -31,7 +31,7 @@ from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
-from mpcache.policy import NO_DOCUMENT, BoundPolicy, LeakClass, ReadingPlan, ReadingPolicy, parse_policy
+from mpcache.policy import NO_DOCUMENT, BoundPolicy, LeakClass, ReadingPlan, parse_policy
 from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, bytes_of, tensor_of
 from mpcache.transport.network import parse_network
@@ -285,8 +285,6 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
         protocol, picked = choice.protocol, str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
     reading = reading_plan(shape, public, context, private, protocol)
-    if reading.eviction is not None:
-        ReadingPolicy.of(policy, reading.eviction)  # whether they go together
     facts = Facts(
         shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session, reading
     )

@@ -12,9 +12,11 @@ import torch
 from mpcache.engines.plain import PlainOps
 from mpcache.errors import OutOfRange
 from mpcache.model import Model, ModelShape
-from mpcache.model.prefill import Prefill, prefill
+from mpcache.model.prefill import prefill
 from mpcache.model.tokenizer import Tokenizer
+from mpcache.padding import padded_length
 from mpcache.policy import NO_DOCUMENT, BoundPolicy, ReadingPlan
+from mpcache.policy.layer_view import OwnersContext, PackedContext
 from mpcache.runtime.program import Program
 from mpcache.sampling import Sampling
 from mpcache.session import Session
@@ -22,7 +24,7 @@ from mpcache_kernels import Backend, backend
 
 
 def bind_to_document(
-    policy: BoundPolicy, shape: ModelShape, prefilled: Prefill, kernels: Backend
+    policy: BoundPolicy, shape: ModelShape, known: OwnersContext, kernels: Backend
 ) -> tuple[BoundPolicy, list[int]]:
     """Bind the policy to the counts that the model or the document decides, at their owner.
 
@@ -31,9 +33,11 @@ def bind_to_document(
     """
     if policy.plan_is_public:
         return policy, []
-    model = prefilled.model
-    counts = policy.count_from_model(model) if model is not None else []
-    counts = counts or policy.count_from_document(prefilled, kernels)
+    if isinstance(known, PackedContext):
+        counts = list(known.counts)
+    else:
+        counts = policy.count_from_model(known.model) if known.model is not None else []
+        counts = counts or policy.count_from_document(known, kernels)
     return policy.with_counts(counts, shape), counts
 
 
@@ -55,9 +59,9 @@ class TimedSession(Session):
 
     def __init__(
         self, ops: Any, party: Any, shape: ModelShape, policy: BoundPolicy, observer: Observer | None = None,
-        reveal: str = "logits",
+        reveal: str = "logits", grid: int = 1,
     ) -> None:  # fmt: skip
-        super().__init__(ops, party, shape, policy, reveal)
+        super().__init__(ops, party, shape, policy, reveal, grid)
         self.ms: dict[str, float] = {}
         self.cpu_ms: dict[str, float] = {}
         self._observer = observer or Observer()
@@ -117,7 +121,7 @@ def answer(
             if not more:
                 return
         chunk = [ids[step - 1]] if step else list(question)
-        learned = session.chunk(chunk, len(chunk))
+        learned = session.chunk(chunk, len(chunk) if step else padded_length(len(chunk), session.grid))
         assert learned is not None, "the one who asks learns the answer"
         if session.in_range is False:
             if step + 1 < limit:
@@ -197,20 +201,26 @@ class PlainConversation:
     """
 
     def __init__(
-        self, model: Model, policy: BoundPolicy, context: Sequence[int], device: str = "cpu",
-        private: Sequence[int] = (), reading: ReadingPlan = NO_DOCUMENT,
+        self, model: Model, policy: BoundPolicy, context: Sequence[int] | PackedContext, device: str = "cpu",
+        grid: int = 1, private: Sequence[int] = (), reading: ReadingPlan = NO_DOCUMENT,
     ) -> None:  # fmt: skip
-        """Read the context (token ids) on a device. policy: as `mpcache.limits` binds it.
+        """Read the context (token ids) on a device, or take it as it was packed.
 
+        policy: as `mpcache.limits` binds it.  grid: as `Session` has it.
         private: the client's document, which is read as `reading` says.
         """
         kernels: Backend = backend(device)
-        self._session = session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
+        ops = PlainOps(kernels, device)
+        self._session = session = TimedSession(ops, None, model.shape, policy, grid=grid)
         session.setup(model.weights)
         start = time.perf_counter()
-        prefilled = prefill(model, context, device, window=policy.window)
-        session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
-        session.context(prefilled, kernels)
+        known: OwnersContext
+        if isinstance(context, PackedContext):
+            known = context.to(device)
+        else:
+            known = prefill(model, context, device, window=policy.window)
+        session.policy, _ = bind_to_document(policy, model.shape, known, kernels)
+        session.context(known, kernels)
         with torch.no_grad():
             for _ in session.read_document(reading, private):
                 pass
@@ -242,18 +252,19 @@ class PlainConversation:
 def plain_answer(
     model: Model,
     policy: BoundPolicy,
-    context: Sequence[int],
+    context: Sequence[int] | PackedContext,
     question: Sequence[int],
     limit: int,
     sampling: Sampling,
     stops: Collection[int],
     device: str = "cpu",
     stop_texts: Sequence[str] = (),
+    grid: int = 1,
     private: Sequence[int] = (),
     reading: ReadingPlan = NO_DOCUMENT,
 ) -> PlainAnswer:
     """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
-    conversation = PlainConversation(model, policy, context, device, private, reading)
+    conversation = PlainConversation(model, policy, context, device, grid, private, reading)
     for _ in conversation.ask(question, limit, sampling, stops, stop_texts):
         pass
     return conversation.result

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -20,17 +20,24 @@ from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
+    DocumentOption,
     JsonOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PackKeyOption,
+    PackPassphraseOption,
+    PadOption,
     PolicyOption,
     PrivateContextOption,
     PrivatePolicyOption,
     ProtocolOption,
     RawOption,
+    ResumeOption,
     RevealOption,
     SeedOption,
+    SetupDirOption,
+    StateOption,
     StopOption,
     TemperatureOption,
     TopPOption,
@@ -44,6 +51,7 @@ from mpcache.report.account import TurnReport
 from mpcache.report.units import duration, number, size
 from mpcache.sampling import Sampling
 from mpcache_parties.chat import Chat, LocalParties, Turn, connect
+from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import quiet
 
 PROMPT = "> "
@@ -55,6 +63,9 @@ def chat_here(
     context: ContextOption = None,
     private_context: PrivateContextOption = None,
     private_policy: PrivatePolicyOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     config: ConfigOption = None,
     identity: Annotated[
         Path | None,
@@ -71,26 +82,50 @@ def chat_here(
     stop: StopOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
+    setup_dir: SetupDirOption = None,
+    state: StateOption = None,
+    resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask one question after another, privately. Ctrl-D ends; Ctrl-C stops an answer.
 
-    Where stdin is no terminal each of its lines is a question.
+    Where stdin is no terminal each of its lines is a question. With --identity, --document is the public
+    name of one of the server's. With --state a conversation outlives a kill of any process; --resume goes on
+    with it, and it is forgotten when it ends by Ctrl-D.
     """
+    if resume and state is None:
+        raise BadInput("--resume needs --state DIR, where the conversation is kept")
     Sampling(temperature, top_p, seed)  # checked before anything starts
     stops = read_stops(stop, True)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    overrides |= chat_overrides(raw, document_as, private_policy)
+    overrides |= chat_overrides(raw, document_as, pad, private_policy)
     with ExitStack() as opened:
         own = None if private_context is None else read_text(private_context)  # once: it may be a pipe
-        talk = _open(opened, model, context, own, config, identity, overrides)
+        packed = None
+        if identity is None:
+            packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+        elif pack_key is not None or pack_passphrase is not None:
+            raise BadInput("--identity asks parties that run elsewhere: the server alone opens its packs")
+        named = document or "" if identity is not None else ""
+        kept = Kept(setup_dir, state, resume)
+        talk = _open(opened, model, context, own, config, identity, overrides, packed, named, kept)
 
         def ask(question: str) -> None:
             turn = Turn(question, None, stops, temperature, top_p, seed)
-            _ask(talk, turn, as_json)
+            _hear(talk, talk.ask(turn), as_json)
 
+        _go_on(talk, as_json)
         _converse(ask, as_json)
         _close(talk, as_json)
+
+
+class Kept(NamedTuple):
+    """What outlives this run, and where."""
+
+    setup_dir: Path | None
+    state: Path | None
+    resume: bool
 
 
 def _open(
@@ -101,25 +136,51 @@ def _open(
     config: Path | None,
     identity: Path | None,
     overrides: dict[str, Any],
+    packed: OpenedPack | None,
+    named: str,
+    kept: Kept,
 ) -> Chat:
     """Open a conversation, with parties that run elsewhere or with this machine's; `opened` closes both."""
     with terminal.progress("starting the parties ...") as (say, hush):
         if identity is not None:
-            given = [name for name, value in {"--model": model, "--context": context}.items() if value]
+            given = [
+                name
+                for name, value in {
+                    "--model": model,
+                    "--context": context,
+                    "--setup-dir": kept.setup_dir,
+                }.items()
+                if value
+            ]
             given += [name for name, value in overrides.items() if value is not None]
             if given or config is None:
                 raise BadInput(
                     "--identity asks parties that run elsewhere: give --config, and nothing of theirs"
                 )
-            talk = connect(config, identity, say, private)
+            talk = connect(
+                config, identity, say, state=kept.state, resume=kept.resume, document=named,
+                private_context=private,
+            )  # fmt: skip
         else:
-            settings = with_default_policy(load_settings(config, overrides), model)
+            settings = with_pack_settings(load_settings(config, overrides), packed)
+            settings = with_default_policy(settings, model)
             text = None if context is None else read_text(context)  # once: it may be a pipe
-            talk = opened.enter_context(LocalParties(settings, model, text, at_once=1, say=say)).chat(
-                document=private
-            )
+            flags = () if packed is None else packed.flags()
+            parties = LocalParties(settings, model, text, 1, say, kept.setup_dir, kept.state, flags)
+            talk = opened.enter_context(parties).chat(state=kept.state, resume=kept.resume, private=private)
         hush()
     return opened.enter_context(talk)
+
+
+def _go_on(talk: Chat, as_json: bool) -> None:
+    """Show what was said before the conversation was interrupted, and go on with its last answer."""
+    if not as_json:
+        for turn in talk.turns:
+            _write(f"{PROMPT}{turn.question}\n{turn.text}\n")
+        if talk.unfinished is not None:
+            _write(f"{PROMPT}{talk.unfinished}\n")
+    if talk.unfinished is not None:
+        _hear(talk, talk.go_on(), as_json)
 
 
 def _converse(ask: Callable[[str], None], as_json: bool) -> None:
@@ -142,12 +203,12 @@ def _converse(ask: Callable[[str], None], as_json: bool) -> None:
             terminal.say(f"error: {why}")
 
 
-def _ask(talk: Chat, turn: Turn, as_json: bool) -> None:
-    """Ask, and show the answer as it comes, and what it took."""
+def _hear(talk: Chat, pieces: Iterator[str], as_json: bool) -> None:
+    """Show an answer as it comes, and what it took."""
     with _interrupts(talk.stop), terminal.progress("asking ...") as (say, hush):
         waiting = True
         talk.on_progress = say if terminal.err.is_terminal else quiet
-        for piece in talk.ask(turn):
+        for piece in pieces:
             if as_json or not piece:
                 continue
             if waiting:

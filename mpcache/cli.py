@@ -25,10 +25,14 @@ from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
+    DocumentOption,
     JsonOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PackKeyOption,
+    PackPassphraseOption,
+    PadOption,
     PolicyOption,
     PrivateContextOption,
     PrivatePolicyOption,
@@ -39,6 +43,7 @@ from mpcache.console.options import (
     ResumeOption,
     RevealOption,
     SeedOption,
+    SetupDirOption,
     StateOption,
     StopAtEosOption,
     StopOption,
@@ -58,6 +63,8 @@ from mpcache.evaluate.eval_command import evaluate
 from mpcache.limits import bind_policy, with_default_policy
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.framing import Framing, make_framing
+from mpcache.pack_command import pack_document
+from mpcache.padding import padded_length
 from mpcache.policy import POLICIES, BoundPolicy
 from mpcache.policy.plan import written
 from mpcache.rank import Rank
@@ -65,7 +72,9 @@ from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache.serve_command import serve_here
-from mpcache_parties.launch import PartyFailed, run_parties
+from mpcache_parties.launch import PartyFailed, run_parties, setup_flags
+from mpcache_parties.packing import OpenedPack, check_pack, with_pack_settings
+from mpcache_parties.state.packs import bind_packed
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -84,7 +93,7 @@ class Inquiry:
 
     own: the client's document.
 
-    named: --model; None: the demo's.
+    named: --model; None: the demo's.  packed: the document, where it was packed: then context is empty.
     """
 
     named: str | None
@@ -100,11 +109,13 @@ class Inquiry:
     sampling: Sampling
     stop_at_eos: bool
     stop_texts: tuple[str, ...]
+    packed: OpenedPack | None = None
 
     @staticmethod
     def read(
         model: str | None,
         context: Path | None,
+        packed: OpenedPack | None,
         private_context: Path | None,
         question: str | None,
         question_file: Path | None,
@@ -119,21 +130,31 @@ class Inquiry:
         path = demo_model_dir() if model is None else find_model(model)
         shape, tokenizer = load_shape(path), load_tokenizer(path)
         stops = read_stops(stop, stop_at_eos)
-        text = read_context(model, context)  # once: it may be a pipe
+        text = read_context(model, context) if packed is None else None  # once: it may be a pipe
+        written = text is not None if packed is None else packed.pack.written
+        framing = make_framing(tokenizer, shape, public.chat is ChatForm.RAW, public.document_as, written)
+        document: list[int] = []
+        if packed is None:
+            document = framing.frame_document(text)
+        else:
+            check_pack(packed.pack, packed.file, tokenizer, public)
+            bind_packed(packed.pack.context, shape, packed.file)
         private = None if private_context is None else read_text(private_context)
-        framing = make_framing(
-            tokenizer, shape, public.chat is ChatForm.RAW, public.document_as, text is not None
-        )
-        document, asked = framing.frame_document(text), framing.frame_turn(question_text, True, private)
         own = [] if private is None else framing.frame_private(private)
+        asked = framing.frame_turn(question_text, True, private)
         return Inquiry(
             model, path, text, private, question_text, shape, framing, document, own, asked, sampling,
-            stop_at_eos, stops,
+            stop_at_eos, stops, packed,
         )  # fmt: skip
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
-        return bind_policy(self.shape, public, len(self.context), len(self.question), private=len(self.own))
+        length = len(self.context)
+        if self.packed is not None:
+            check_pack(self.packed.pack, self.packed.file, self.framing.tokenizer, public)
+            length = self.packed.pack.context.length
+        asked = padded_length(len(self.question), public.length_grid)
+        return bind_policy(self.shape, public, length, asked, private=len(self.own))
 
     def private(
         self,
@@ -141,11 +162,15 @@ class Inquiry:
         say: Callable[[str], None],
         on_token: Callable[[int, str], None],
         every: Sequence[str] = (),
+        setup_dir: Path | None = None,
     ) -> dict[Rank, Any]:
         """Run three processes, and return their reports. every: flags that all of them get."""
         sampling = self.sampling
         flags = {
-            Rank.SERVER: [] if self.named is None else ["--model", str(self.model)],
+            Rank.SERVER: [
+                *([] if self.named is None else ["--model", str(self.model)]),
+                *([] if self.packed is None else self.packed.flags()),
+            ],
             Rank.CLIENT: [
                 f"--temperature={sampling.temperature}",
                 f"--top-p={sampling.top_p}",
@@ -154,7 +179,8 @@ class Inquiry:
                 *(f"--stop={text}" for text in self.stop_texts),
             ],
         }
-        flags = {rank: [*flags.get(rank, ()), *every] for rank in Rank}
+        kept = setup_flags(setup_dir)
+        flags = {rank: [*flags.get(rank, ()), *kept.get(rank, ()), *every] for rank in Rank}
         texts = {Rank.CLIENT: self.question_text}
         if self.context_text is not None:
             texts[Rank.SERVER] = self.context_text
@@ -163,16 +189,18 @@ class Inquiry:
     def compared(self, public: PublicConfig, leakage: str, reports: dict[Rank, Any]) -> dict[str, Any]:
         """Answer in plaintext, too; return what both took, as `summary` does."""
         plain = self.plain(public)
-        return summary(public.policy, leakage, reports, plain, plain.text)
+        run = summary(public.policy, leakage, reports, plain, plain.text)
+        return run | {"length_grid": public.length_grid}
 
     def plain(self, public: PublicConfig) -> PlainAnswer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         stops = self.framing.end_tokens if self.stop_at_eos else ()
         limit, model = public.max_new_tokens, load_model(self.model)
         reading = reading_plan(self.shape, public, len(self.context), len(self.own), public.protocol)
+        context = self.context if self.packed is None else self.packed.pack.context
         return plain_answer(
-            model, self.bind(public), self.context, self.question, limit, self.sampling, stops, device,
-            self.stop_texts, self.own, reading,
+            model, self.bind(public), context, self.question, limit, self.sampling, stops, device,
+            self.stop_texts, public.length_grid, self.own, reading,
         )  # fmt: skip
 
 
@@ -187,6 +215,9 @@ def generate(
     context: ContextOption = None,
     private_context: PrivateContextOption = None,
     private_policy: PrivatePolicyOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     question: QuestionOption = None,
     question_file: QuestionFileOption = None,
     config: ConfigOption = None,
@@ -202,8 +233,10 @@ def generate(
     stop: StopOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     state: StateOption = None,
     resume: ResumeOption = False,
+    setup_dir: SetupDirOption = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="A dry run: the plaintext answer alone, without any privacy.")
     ] = False,
@@ -214,14 +247,15 @@ def generate(
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as, private_policy))
-    settings = with_default_policy(settings, model)
+    packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
+    settings = with_default_policy(with_pack_settings(settings, packed), model)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
     sampling, public = Sampling(temperature, top_p, seed), settings.public
     inquiry = Inquiry.read(
-        model, context, private_context, question, question_file, sampling, stop_at_eos, stop, public
+        model, context, packed, private_context, question, question_file, sampling, stop_at_eos, stop, public
     )
     bound = inquiry.bind(settings.public)
     if not as_json:
@@ -244,7 +278,7 @@ def generate(
             shown += text
 
         try:
-            reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
+            reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume], setup_dir)
         except PartyFailed as failure:
             if as_json and failure.answer is not None:  # it is there, though not what all of it took
                 told = {"text": failure.answer.text, "token_ids": failure.answer.token_ids}
@@ -287,6 +321,9 @@ def compare(
     context: ContextOption = None,
     private_context: PrivateContextOption = None,
     private_policy: PrivatePolicyOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     question: QuestionOption = None,
     question_file: QuestionFileOption = None,
     config: ConfigOption = None,
@@ -304,21 +341,33 @@ def compare(
     stop: StopOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare private with plaintext, per policy and protocol: latency, rounds, bytes, agreement."""
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
     sampling = Sampling(temperature, top_p, seed)
-    agreed = load_settings(config, chat_overrides(raw, document_as, private_policy))  # once: it may be a pipe
-    agreed = with_default_policy(agreed, model)
+    overrides = chat_overrides(raw, document_as, pad, private_policy)
+    agreed = load_settings(config, overrides)  # once: it may be a pipe
+    packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+    agreed = with_default_policy(with_pack_settings(agreed, packed), model)
     inquiry = Inquiry.read(
-        model, context, private_context, question, question_file, sampling, stop_at_eos, stop, agreed.public
+        model,
+        context,
+        packed,
+        private_context,
+        question,
+        question_file,
+        sampling,
+        stop_at_eos,
+        stop,
+        agreed.public,
     )
     chosen = [
         with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal))
         for way in protocol or (None,)
-        for one in policy or ("full", None)
+        for one in policy or (("full", None) if packed is None else (None,))
     ]
     bounds = [inquiry.bind(settings.public) for settings in chosen]  # all are checked before the first runs
     runs = []
@@ -385,6 +434,7 @@ def _write(text: str) -> None:
 
 app.command()(audit)
 app.command()(check)
+app.command("pack")(pack_document)
 app.command("eval")(evaluate)
 app.command("calibrate")(calibrate_model)
 app.command("serve")(serve_here)

@@ -14,9 +14,9 @@ from mpcache.config import PublicConfig, Settings, with_overrides
 from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
 from mpcache.model import ModelShape, demo_model_dir, find_model
-from mpcache.model.prefill import Prefill
-from mpcache.policy import BoundPolicy, LeakClass, ReadingPolicy, parse_policy
+from mpcache.policy import BoundPolicy, LeakClass, Policy, ReadingPolicy, parse_policy
 from mpcache.policy.curve import has_curve
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
 from mpcache_kernels import Backend
 
@@ -67,8 +67,23 @@ def _bind(shape: ModelShape, public: PublicConfig, context: int) -> BoundPolicy:
         )
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
+    if public.length_grid > 1:
+        check_padding(shape, policy)
     check_protocol(public.protocol)
     return bound
+
+
+def check_padding(shape: ModelShape, policy: Policy) -> None:
+    """Check that questions can be padded. Raises BadInput or PolicyError."""
+    if shape.positions != "rope":
+        raise BadInput(
+            f"--pad needs rotary positions, and those of this model are {shape.positions}; leave it out"
+        )
+    if not policy.skips_padding:
+        raise PolicyError(
+            f"policy {policy.spec}: padding would change what it drops or chooses; leave --pad out, or use "
+            "full, snapkv or compact"
+        )
 
 
 def with_default_policy(settings: Settings, model: Path | str | None) -> Settings:
@@ -133,7 +148,7 @@ def largest_score_held(policy: BoundPolicy, shape: ModelShape) -> float:
     return held - policy.policy.largest_bias
 
 
-def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, room: int) -> None:
+def check_document(prefilled: OwnersContext, policy: BoundPolicy, shape: ModelShape, room: int) -> None:
     """Check at the document's owner, in the clear, what the protocols of `fast` hold of it.
 
     prefilled: its scores exact from `largest_score_held` on.  room: tokens that questions and answers take.
@@ -147,10 +162,10 @@ def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, r
                 f"holds less than {held:.4g} with policy {policy.spec}: the answer would be wrong; "
                 "use another model or policy"
             )
-    _check_values([float(v.abs().max()) for v in prefilled.v], policy, room)
+    _check_values(prefilled.largest_values, policy, room)
 
 
-def check_fitted(prefilled: Prefill, policy: BoundPolicy, kernels: Backend, room: int) -> None:
+def check_fitted(prefilled: OwnersContext, policy: BoundPolicy, kernels: Backend, room: int) -> None:
     """Check likewise the values that a policy has made of the document's. Raises OutOfRange."""
     if policy.policy.largest_bias:
         _check_values(policy.largest_values(prefilled, kernels), policy, room)

@@ -32,6 +32,14 @@ PrivatePolicyOption = Annotated[
     str | None,
     typer.Option(help="What stays of --private-context: full, or snapkv, mpcache, h2o with a budget. [full]"),
 ]
+DocumentOption = Annotated[
+    str | None,
+    typer.Option(help="A document that was packed (`mpcache pack`), in place of --context: no prefill."),
+]
+PackKeyOption = Annotated[Path | None, typer.Option(help="The key that the pack is sealed with, mode 0600.")]
+PackPassphraseOption = Annotated[
+    Path | None, typer.Option(help="A file with the passphrase that the pack is sealed with, mode 0600.")
+]
 QuestionOption = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
 QuestionFileOption = Annotated[
     Path | None, typer.Option(help="A file with the question, or - for stdin: not seen in the process list.")
@@ -56,6 +64,10 @@ DocumentAsOption = Annotated[
     str | None,
     typer.Option(help="The document is the model's system message, or the user's: system or user. [system]"),
 ]
+PadOption = Annotated[
+    int | None,
+    typer.Option("--pad", help="Only the next multiple of this is public of a question's length. [1]"),
+]
 StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End the answer before this text; may be given several times."),
@@ -73,6 +85,13 @@ StateOption = Annotated[
     Path | None, typer.Option(help="Keep the session here after each token, each party's part encrypted.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the session in --state.")]
+SetupDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--setup-dir",
+        help="Keep the masked weights and document here, sealed: later runs send none. [anew in each run]",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 
 
@@ -107,11 +126,13 @@ def read_stops(stops: Sequence[str] | None, stop_at_eos: bool) -> tuple[str, ...
     return tuple(stops or ())
 
 
-def chat_overrides(raw: bool, document_as: str | None, private_policy: str | None = None) -> dict[str, Any]:
+def chat_overrides(
+    raw: bool, document_as: str | None, pad: int | None = None, private_policy: str | None = None
+) -> dict[str, Any]:
     """Return what these options override in the config's public section."""
     return {
         "public.chat": ChatForm.RAW if raw else None, "public.document_as": document_as,
-        "public.private_policy": private_policy,
+        "public.length_grid": pad, "public.private_policy": private_policy,
     }  # fmt: skip
 
 

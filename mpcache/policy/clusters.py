@@ -90,6 +90,8 @@ class Clustered(Policy):
     three per two tokens and dimension; auto: extremes for bound alone.
     """
 
+    skips_padding = False  # it would stand in clusters, and move tokens to others
+
     score: str = "linear"
     alpha: float = 0.6
     gqa: str = "head"

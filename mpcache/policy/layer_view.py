@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -11,6 +13,7 @@ from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.plan import Plan, SplitPlan
+from mpcache.protocols.ranges import MASKED_SCORE
 from mpcache_kernels import Backend
 
 
@@ -45,12 +48,21 @@ class LayerView:
         ]  # fmt: skip
 
     def biased(self, scores: Value) -> Value:
-        """Add the biases of the kept context to scores (KV, rows, n), whose first columns it is. No cost."""
-        bias = self.layer.bias
-        if bias is None:
-            return scores
-        n = bias.shape[-1]
-        return self.ops.cat([scores[..., :n] + bias.expand(*scores.shape[:-1], n), scores[..., n:]], -1)
+        """Add the biases of the kept context, the first of scores' columns (KV, rows, n); hide padding.
+
+        No cost.
+        """
+        bias, seen = self.layer.bias, self.cache.seen
+        if bias is not None:
+            n = bias.shape[-1]
+            kept = scores[..., :n] + bias.expand(*scores.shape[:-1], n)
+            scores = self.ops.cat([kept, scores[..., n:]], -1)
+        if seen is not None:
+            n = scores.shape[-1] - seen.shape[0]
+            marks = seen.expand(*scores.shape[:-1], seen.shape[0])
+            hidden = self.ops.mask_scores(scores[..., n:], marks, MASKED_SCORE)
+            scores = self.ops.cat([scores[..., :n], hidden], -1)
+        return scores
 
     @property
     def tokens(self) -> int:
@@ -86,12 +98,53 @@ class Kept:
     v: torch.Tensor
     bias: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Kept:
+        """Return it with its tensors on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return Kept(self.rows.to(device), self.k.to(device), self.v.to(device), bias)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedContext:
+    """What stays of a context that was read and evicted before: all that a session needs of it.
+
+    length: its tokens, before eviction.  spec: of the policy that evicted.  counts: what the model or the
+    document decided of the plan; nothing where that is public.  layers: what each part of each layer keeps.
+    largest_scores, largest_values: per layer, as a `Prefill` has them.
+    """
+
+    length: int
+    spec: str
+    counts: tuple[int, ...]
+    layers: tuple[tuple[Kept, ...], ...]
+    largest_scores: tuple[float, ...]
+    largest_values: tuple[float, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all that a cache follows from."""
+        found = hashlib.sha256(repr((self.length, self.spec, self.counts)).encode())
+        for parts in self.layers:
+            for kept in parts:
+                for tensor in (kept.rows, kept.k, kept.v, kept.bias):
+                    if tensor is not None:
+                        found.update(f"{tuple(tensor.shape)} ".encode())
+                        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def to(self, device: torch.device | str) -> PackedContext:
+        """Return it with its tensors on a device."""
+        return replace(self, layers=tuple(tuple(kept.to(device) for kept in parts) for parts in self.layers))
+
+
+OwnersContext = Prefill | PackedContext  # what the document's owner fills a cache from
+
 
 @dataclass(frozen=True)
 class PlaintextContext:
-    """What the server knows of the heads whose cache it fills."""
+    """What the server knows of the heads whose cache it fills. prefill: None where it was packed before."""
 
-    prefill: Prefill
+    prefill: Prefill | None
     kernels: Backend
     kept: Kept
 

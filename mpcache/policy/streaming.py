@@ -42,6 +42,7 @@ class Streaming(Policy):
     no_shares = "give full for the client's document, or a policy that ranks its tokens"
     needs = "positions alone"
     evicts = True
+    skips_padding = False  # it would take the place of recent tokens
 
     sink: int = 4
     recent: Budget = 0.2

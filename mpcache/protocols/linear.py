@@ -26,7 +26,7 @@ from mpcache.runtime.program import (
     open_masked,
     products_of,
 )
-from mpcache.runtime.ring import Matrix, matmul, narrow
+from mpcache.runtime.ring import Matrix, matmul, narrow, wide
 from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -275,8 +275,9 @@ def mask_matrix(side: Side, x: Share, ring: int = 64) -> Program[KnownOperand]:
     if x.owner is None:
         raise ValueError("a matrix that nobody knows is masked by `mask_operand`")
     mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
-    (opened,) = yield from open_masked(masked(x.data - mask, ring, "operand, masked", x.owner))
-    held = narrow(x.data) if side.rank is x.owner else narrow(opened, ring)
+    whole = wide(x.data)
+    (opened,) = yield from open_masked(masked(whole - mask, ring, "operand, masked", x.owner))
+    held = narrow(whole) if side.rank is x.owner else narrow(opened, ring)
     return KnownOperand(held, x.owner, x.bits, ring, None if values is None else narrow(values[0], ring))
 
 

@@ -24,7 +24,8 @@ from mpcache.runtime.ring import Matrix
 class Share:
     """One party's share of a tensor. Local operations only; no truth value, no equality.
 
-    data: int64, this party's share.  bits: fraction bits.
+    data: int64, this party's share; of a matrix that is only prepared, its owner's `Matrix`.
+    bits: fraction bits.
     owner: a party that knows the whole secret; its share is the secret and the other's is zero.
     ring: the shares add up to the secret modulo 2^ring only; what lies above is noise. Values that
     are known to be small are computed in a small ring, whose openings are shorter, and come back to
@@ -158,11 +159,11 @@ class MaskedOperand:
 class KnownOperand:
     """A matrix W of one party's own, opened once as V = W - B; each party holds a part of it.
 
-    held: W itself at its owner, V at the other computing party; shapes alone at the dealer.
+    held: W itself at its owner (a `Matrix`), V at the other computing party; shapes alone at the dealer.
     dealt: B, at the dealer only.  ring: products with it are known modulo 2^ring only.
     """
 
-    held: Matrix
+    held: Any  # Matrix or `Blocks`: rows that are made when a product needs them
     owner: Rank
     bits: int
     ring: int = 64
@@ -170,7 +171,7 @@ class KnownOperand:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.held.shape
+        return tuple(self.held.shape)
 
 
 class Awaited:

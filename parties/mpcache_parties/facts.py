@@ -23,22 +23,23 @@ from mpcache.choices import ChatForm, DocumentAs
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
 from mpcache.cost.reading import reading_plan
-from mpcache.errors import Desync, ModelError, PolicyError
+from mpcache.errors import BadInput, Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
 from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.framing import Framing, make_framing
-from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
+from mpcache.padding import padded_length
 from mpcache.policy import NO_DOCUMENT, BoundPolicy, LeakClass, ReadingPlan, parse_policy
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, bytes_of, tensor_of
 from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
-from mpcache_parties.handshake import confirm_facts
+from mpcache_parties.handshake import NO_NAME, confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
-from mpcache_parties.private_inputs import Conversation, Document, PrivateInput, Question
+from mpcache_parties.private_inputs import Conversation, DeclaredTurns, Document, PrivateInput, Question
 from mpcache_parties.state.checkpoint import Checkpoint
 
 TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
@@ -56,6 +57,7 @@ class Facts:
     where the session is a conversation, whose turns come later.
     reading: how the client's document is read, and what stays of it.
     limit: tokens of an answer, at most.  room: tokens that all questions and answers may take.
+    turns: where tapes are prepared for a conversation, its questions in tokens.
     """
 
     shape: ModelShape
@@ -69,6 +71,8 @@ class Facts:
     protocol: str  # the config's, or what `auto` picked, and why
     picked: str = ""
     session: str = ""  # its name, drawn by the server
+    turns: tuple[int, ...] = ()
+    document: str = NO_NAME  # its public name, as it was said at HELLO
     reading: ReadingPlan = NO_DOCUMENT
 
     @property
@@ -84,12 +88,12 @@ class Facts:
         """Return what all parties have to agree on, by field, as text."""
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
-        fields |= {"new_tokens": self.limit, "room": self.room}
+        fields |= {"new_tokens": self.limit, "room": self.room, "turns": list(self.turns)}
         fields |= {"private_tokens": self.private, "document_chunks": self.reading.chunks}
         if self.reading.eviction is not None:
             fields |= {f"eviction.{name}": value for name, value in asdict(self.reading.eviction).items()}
         fields |= self.digests
-        fields |= {"protocol": self.protocol, "session": self.session}
+        fields |= {"protocol": self.protocol, "session": self.session, "document_name": self.document}
         for index, layer in enumerate(self.policy.plan.layers):
             fields |= {f"plan.layer{index}.{name}": value for name, value in asdict(layer).items()}
         return {name: str(value) for name, value in fields.items()}
@@ -102,6 +106,7 @@ def tape_sizes(facts: Facts, public: PublicConfig) -> dict[str, Any]:
         "reading": asdict(facts.reading),
         "policy": facts.policy.spec, "plan": facts.policy.plan.to_dict(),
         "protocol": facts.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
+        "length_grid": public.length_grid,
     }  # fmt: skip
 
 
@@ -114,14 +119,16 @@ def agreed_facts(
     own: PrivateInput,
     public: PublicConfig,
     earlier: Checkpoint | None = None,
+    document: str = NO_NAME,
 ) -> tuple[dict[str, Any], Facts]:
     """Exchange the facts, or take those of the session's first run, and compare what each makes of them.
 
-    Returns the facts as they were told and what this party makes of them. Raises BadInput, Desync or
+    document: the public name that this party has heard. Returns the facts as they were told and what this
+    party makes of them. Raises BadInput, Desync or
     Mismatch.
     """
     told = _exchange_facts(me, links, own, public) if earlier is None else earlier.facts
-    facts = facts_of(told, public)
+    facts = replace(facts_of(told, public), document=document)
     confirm_facts(links, me, facts.flat())
     return told, facts
 
@@ -136,18 +143,22 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
         case Document():
             model = _send_model(links, own, public)
             return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
-        case Question() | Conversation():
+        case Question() | Conversation() | DeclaredTurns():
             model = links[Rank.SERVER].recv_facts("facts/model")
             vocabulary = receive_tokenizer(links[Rank.SERVER], model)
             shape = _shape(model)
             template = receive_template(links[Rank.SERVER], model)
             public_texts = {"tokenizer": vocabulary} | ({} if template is None else {"template": template})
             framing = framing_of({"model": model} | public_texts, shape, public)
-            question = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
+            question: dict[str, Any] = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
             document = [] if own.document is None else framing.frame_private(own.document)
             if isinstance(own, Question):
-                asked = framing.frame_turn(own.text, True, own.document)
-                question = {"question_tokens": len(asked), "new_tokens": own.limit(public.max_new_tokens)}
+                length = padded_length(
+                    len(framing.frame_turn(own.text, True, own.document)), public.length_grid
+                )
+                question = {"question_tokens": length, "new_tokens": own.limit(public.max_new_tokens)}
+            if isinstance(own, DeclaredTurns):
+                question["turns"] = [padded_length(n, public.length_grid) for n in own.questions]
             question["private_tokens"] = len(document)
             for link in links.values():
                 link.send_facts("facts/question", question)
@@ -160,28 +171,32 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
 
 def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, Any]:
     """Tell all what is public about the server's model and document; send the client what frames texts."""
-    model = own.model
-    vocabulary = model.tokenizer.content
     template = None if own.template is None else tensor_of(own.template.to_bytes())
-    facts = {
+    facts = facts_of_model(own, public) | {"session": secrets.token_hex(16)}
+    for link in links.values():
+        link.send_facts("facts/model", facts)
+    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(own.model.tokenizer.content)])
+    if template is not None:
+        links[Rank.CLIENT].send("facts/template", [template])
+    return facts
+
+
+def facts_of_model(own: Document, public: PublicConfig) -> dict[str, Any]:
+    """Return what is public about the server's model and document. Raises PolicyError or ConfigError."""
+    model, template = own.model, None if own.template is None else tensor_of(own.template.to_bytes())
+    facts: dict[str, Any] = {
         "shape": model.shape.to_dict(),
         "model_digest": model.digest,
-        "tokenizer_bytes": len(vocabulary),
+        "tokenizer_bytes": len(model.tokenizer.content),
         "tokenizer_digest": model.tokenizer.digest,
         "template_bytes": 0 if template is None else len(template),
         "template_digest": _digest(template),
         "document": own.written,
-        "context_tokens": len(own.tokens),
+        "context_tokens": own.length,
         "kernels": choose_kernels(public.kernels, own.device).name,
-        "session": secrets.token_hex(16),
     }
-    if counts := parse_policy(public.policy).count_from_model(model, len(own.tokens)):
+    if counts := own.counts_of_model(parse_policy(public.policy)):
         facts["head_counts"] = counts
-    for link in links.values():
-        link.send_facts("facts/model", facts)
-    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(vocabulary)])
-    if template is not None:
-        links[Rank.CLIENT].send("facts/template", [template])
     return facts
 
 
@@ -268,6 +283,8 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     limit = _limit(question, public)
+    if asked % public.length_grid:
+        raise Desync(f"Desync: the client's question has {asked} tokens, not a multiple of --pad")
     if asked:
         policy = bind_policy(shape, public, context, asked, limit, private)
         room = asked + limit
@@ -280,14 +297,14 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     if protocol == AUTO:
         choice = pick(
             shape, policy, context, asked or TYPICAL_QUESTION, limit, parse_network(public.network),
-            public.fraction_bits, public.reveal,
+            public.fraction_bits, public.reveal, public.length_grid,
         )  # fmt: skip
         protocol, picked = choice.protocol, str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
     reading = reading_plan(shape, public, context, private, protocol)
-    facts = Facts(
-        shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session, reading
-    )
+    turns = _turns(question.get("turns", []), limit, room)
+    facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session, turns)
+    facts = replace(facts, reading=reading)
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
 
 
@@ -327,6 +344,26 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def filled(answer: int) -> int:
+    """Return how many chunks a turn of prepared tapes has: its question, and each token of its answer.
+
+    All are taken in, whatever the answer is: the next turn's tapes were dealt for a cache of that length.
+    """
+    return answer + 1
+
+
+def _turns(turns: Any, limit: int, room: int) -> tuple[int, ...]:
+    """Return the turns that tapes are prepared for. Raises Desync; BadInput where there is no room."""
+    if not isinstance(turns, list) or any(type(tokens) is not int or tokens < 1 for tokens in turns):
+        raise Desync(f"Desync: the fact turns is {turns!r:.60}, not a list of lengths")
+    if (needed := sum(turns) + len(turns) * (filled(limit) - 1)) > room:
+        raise BadInput(
+            f"--turns: {len(turns)} turns with answers of {limit} tokens take {needed}; a conversation has "
+            f"room for {room} (public.conversation_tokens)"
+        )
+    return tuple(turns)
+
+
 def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:
     """Return how many new tokens the client asks for. Raises Desync on more than were agreed."""
     limit = _count(question, "new_tokens")
@@ -340,9 +377,9 @@ def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:
 # ---------------------------------------------------------------- what the document decides later
 
 
-def announce_counts(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
+def announce_counts(links: Links, facts: Facts, known: OwnersContext, kernels: Backend) -> Facts:
     """Server: make public what the document decides about the plan, before the context phase."""
-    policy, counts = bind_to_document(facts.policy, facts.shape, prefilled, kernels)
+    policy, counts = bind_to_document(facts.policy, facts.shape, known, kernels)
     if not facts.policy.plan_is_public:
         for link in links.values():
             link.send_facts("facts/counts", {"counts": counts})

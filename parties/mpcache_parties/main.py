@@ -16,6 +16,7 @@ from mpcache.console.options import (
     DocumentAsOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     PrivatePolicyOption,
     ProtocolOption,
@@ -63,6 +64,19 @@ def party(
             "Client: a document of its own, which nobody else sees."
         ),
     ] = None,
+    document: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Server: FILE, a document that was packed, or NAME=FILE for each of several. "
+            "Client: the NAME of the one that it asks about."
+        ),
+    ] = None,
+    pack_key: Annotated[
+        Path | None, typer.Option(help="Server: the key that its packs are sealed with, mode 0600.")
+    ] = None,
+    pack_passphrase: Annotated[
+        Path | None, typer.Option(help="Server: a file with the passphrase for them, mode 0600.")
+    ] = None,
     question: Annotated[str | None, typer.Option(help="Client: the question. [the demo's]")] = None,
     question_file: Annotated[
         Path | None, typer.Option(help="Client: a file with the question, or - for stdin; unseen by `ps`.")
@@ -87,6 +101,7 @@ def party(
     ] = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -119,6 +134,13 @@ def party(
     ] = None,
     prepare_tokens: Annotated[
         int | None, typer.Option("--prepare", help="Deal tapes for one answer of so many tokens, store them.")
+    ] = None,
+    turns: Annotated[
+        str | None,
+        typer.Option(
+            help="Client, with --prepare: for a conversation whose questions have so many tokens, as in "
+            "14,9,9; each has an answer of that length."
+        ),
     ] = None,
     connect_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the others.")] = None,
     identity: Annotated[
@@ -180,6 +202,9 @@ def party(
         config=config,
         model=model,
         context=context,
+        document=tuple(document or ()),
+        pack_key=pack_key,
+        pack_passphrase=pack_passphrase,
         question=question,
         question_file=question_file,
         policy=policy,
@@ -195,6 +220,7 @@ def party(
         stop=tuple(stop or ()),
         raw=raw,
         document_as=document_as,
+        pad=pad,
         state=state,
         state_key=state_key,
         resume=resume,
@@ -202,6 +228,7 @@ def party(
         fresh_document=fresh_document,
         offline_store=offline_store,
         prepare_tokens=prepare_tokens,
+        turns=turns,
         connect_timeout=connect_timeout,
         identity=identity,
         insecure=insecure,

@@ -13,11 +13,13 @@ from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
 from mpcache.transport.address import HostPort
-from mpcache_parties.handshake import KeepMode
+from mpcache_parties.handshake import DOCUMENT_NAME, NO_NAME, KeepMode
 from mpcache_parties.operations.output import Output
+from mpcache_parties.packing import packed_documents
 from mpcache_parties.piped_conversation import PipedConversation
-from mpcache_parties.private_inputs import PrivateInput, Question, read_document
+from mpcache_parties.private_inputs import DeclaredTurns, PrivateInput, Question, read_document
 from mpcache_parties.state.checkpoint import Checkpointer
+from mpcache_parties.state.packs import PackLock
 from mpcache_parties.state.setups import DealerSetups, ServerSetups, Setups
 from mpcache_parties.state.store import Store
 from mpcache_parties.state.tapes import TapeStore
@@ -31,6 +33,9 @@ class PartyOptions:
     config: Path | None = None
     model: str | None = None
     context: Path | None = None
+    document: tuple[str, ...] = ()
+    pack_key: Path | None = None
+    pack_passphrase: Path | None = None
     question: str | None = None
     question_file: Path | None = None
     policy: str | None = None
@@ -46,6 +51,7 @@ class PartyOptions:
     stop: tuple[str, ...] = ()
     raw: bool = False
     document_as: str | None = None
+    pad: int | None = None
     state: Path | None = None
     state_key: Path | None = None
     resume: bool = False
@@ -53,6 +59,7 @@ class PartyOptions:
     fresh_document: bool = False
     offline_store: Path | None = None
     prepare_tokens: int | None = None
+    turns: str | None = None
     connect_timeout: float | None = None
     identity: Path | None = None
     insecure: bool = False
@@ -86,22 +93,37 @@ class PartyOptions:
         return load_settings(
             self.config,
             public_overrides(self.policy, self.protocol, self.network, tokens, self.reveal)
-            | chat_overrides(self.raw, self.document_as, self.private_policy)
+            | chat_overrides(self.raw, self.document_as, self.pad, self.private_policy)
             | {"timeouts.connect_s": self.connect_timeout, "addresses.bind": self.listen},
         )
 
     def check(self) -> None:
         """Check that the flags belong to this rank, and those of `--serve` to each other. Raises BadInput."""
         self._check_owners()
+        self._check_document()
         self._check_serving()
         self._check_conversation()
+        if self.turns is not None:
+            self._declared()
+
+    def _declared(self) -> DeclaredTurns:
+        """Read --turns. Raises BadInput."""
+        if not self.preparing or self.question is not None or self.question_file is not None:
+            raise BadInput("--turns goes with --prepare, in place of a question: 14,9,9 are three turns")
+        words = (self.turns or "").split(",")
+        if not all(word.isascii() and word.isdigit() and 0 < int(word) < 100_000 for word in words):
+            raise BadInput(f"--turns is {self.turns!r}; give each question's tokens, as in 14,9,9")
+        return DeclaredTurns(tuple(map(int, words)))
 
     def _check_owners(self) -> None:
         """Refuse another rank's flags: a document given to the client should not pass in silence."""
         owned = {
             "model": (Rank.SERVER, self.model),
+            "pack-key": (Rank.SERVER, self.pack_key),
+            "pack-passphrase": (Rank.SERVER, self.pack_passphrase),
             "question": (Rank.CLIENT, self.question),
             "question-file": (Rank.CLIENT, self.question_file),
+            "turns": (Rank.CLIENT, self.turns),
             "temperature": (Rank.CLIENT, self.temperature),
             "top-p": (Rank.CLIENT, self.top_p),
             "seed": (Rank.CLIENT, self.seed),
@@ -113,6 +135,33 @@ class PartyOptions:
             if value is not None and owner is not self.me:
                 whose = f"the {owner.label} (--rank {int(owner)})"
                 raise BadInput(f"--{name} belongs to {whose}, this is the {self.me.label}")
+
+    def _check_document(self) -> None:
+        """Check what a server's --document goes with, and that a client's is one name. Raises BadInput."""
+        if self.me is Rank.DEALER and self.document:
+            raise BadInput("--document belongs to server and client (--rank 0, 1), this is the dealer")
+        if self.me is Rank.CLIENT:
+            self.named_document()
+            return
+        if self.document and self.context is not None:
+            raise BadInput("--context is a text, --document is one that was packed; give one of them")
+        if not self.document and self.lock.kind:
+            raise BadInput(f"--pack-{self.lock.kind} opens a pack; give --document FILE, too")
+
+    @property
+    def lock(self) -> PackLock:
+        """What the server's packs are sealed with."""
+        return PackLock(self.pack_key, self.pack_passphrase)
+
+    def named_document(self) -> str:
+        """Return the name of the document that this client asks about. Raises BadInput."""
+        if not self.document:
+            return NO_NAME
+        if len(self.document) > 1 or not DOCUMENT_NAME.fullmatch(self.document[0]):
+            raise BadInput(
+                f"--document {' '.join(self.document)!r:.80}: a client gives the public name of one document"
+            )
+        return self.document[0]
 
     def _check_serving(self) -> None:
         if self.serve and self.me is Rank.CLIENT:
@@ -135,8 +184,7 @@ class PartyOptions:
         if not self.events:
             raise BadInput("--conversation takes questions from a parent process; give --events, too")
         one = {
-            "question": self.question, "question-file": self.question_file, "state": self.state,
-            "offline-store": self.offline_store, "prepare": self.prepare_tokens,
+            "question": self.question, "question-file": self.question_file, "prepare": self.prepare_tokens,
         }  # fmt: skip
         for name, value in one.items():
             if value is not None:
@@ -183,10 +231,11 @@ class PartyOptions:
             raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
         return TapeStore(self.offline_store, self.me)
 
-    def setups(self) -> Setups:
+    def setups(self, public: PublicConfig) -> Setups:
         """Return what --setup-dir and --fresh-document ask for. Raises BadInput or StateError."""
         if self.me is Rank.SERVER:
-            return ServerSetups(self.setup_dir, self.fresh_document)
+            fresh = self.fresh_document or public.hide_document
+            return ServerSetups(self.setup_dir, fresh, documents=len(self.document))
         if self.fresh_document:
             raise BadInput(f"--fresh-document belongs to the server (--rank 0), this is the {self.me.label}")
         if self.me is Rank.DEALER:
@@ -200,13 +249,17 @@ class PartyOptions:
     def private_input(self, sampling: Sampling, public: PublicConfig, output: Output) -> PrivateInput:
         """Read and check what this party brings, before it connects. Raises BadInput."""
         match self.me:
+            case Rank.SERVER if self.document:
+                return packed_documents(self.model, self.document, self.lock, public)
             case Rank.SERVER:
                 return read_document(self.model, self.context, public)
+            case Rank.CLIENT if self.turns is not None:
+                return self._declared()
             case Rank.CLIENT:
                 check_stdin(self.context, self.question_file)
                 document = None if self.context is None else read_text(self.context)
                 if self.conversation:
-                    return PipedConversation(output, sys.stdin.buffer, document)
+                    return PipedConversation(output, sys.stdin.buffer, self.state is not None, document)
                 text = read_question(self.question, self.question_file)
                 stops = read_stops(self.stop, self.stop_at_eos)
                 return Question(text, sampling, self.stop_at_eos, stops, document=document)

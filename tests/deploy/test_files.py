@@ -87,7 +87,9 @@ def composed(folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
     path = f"{folder}:{os.environ['PATH']}"
     here = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False) \
         if shutil.which("docker") else None  # fmt: skip
-    tool: list[str | Path] = ["docker", "compose"] if here is not None and here.returncode == 0 else [BIN / "podman-compose"]
+    tool: list[str | Path] = (
+        ["docker", "compose"] if here is not None and here.returncode == 0 else [BIN / "podman-compose"]
+    )
     command = [*tool, "-f", DEPLOY / "compose" / "compose.yaml", "config"]
     environment = {"PATH": path, "HOME": str(folder)} | given
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -169,7 +171,7 @@ def test_kubernetes_takes_each_partys_file(party: str) -> None:
 def test_kustomize_puts_all_three_together() -> None:
     if (kubectl := shutil.which("kubectl")) is None:
         pytest.skip("kubectl is not here")
-    command = [kubectl, "kustomize", DEPLOY / "kubernetes"]
+    command: list[str | Path] = [kubectl, "kustomize", DEPLOY / "kubernetes"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     names = {p["metadata"]["name"] for p in yaml.safe_load_all(run.stdout) if p["kind"] == "Deployment"}

@@ -86,8 +86,7 @@ def price(
     session = Session(_memoized(protocol, bits, standing), party, shape, policy, reveal, grid)
     session.operands = operands
     session.context(None, None)
-    for _ in session.read_document(reading, None):
-        pass
+    list(session.read_document(reading, None))
     question = padded_length(question, grid)
     session.chunk(None, question)
     for _ in range(1, new_tokens):

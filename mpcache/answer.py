@@ -15,7 +15,7 @@ from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import prefill
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.padding import padded_length
-from mpcache.policy import BoundPolicy
+from mpcache.policy import NO_DOCUMENT, BoundPolicy, ReadingPlan
 from mpcache.policy.layer_view import OwnersContext, PackedContext
 from mpcache.runtime.program import Program
 from mpcache.sampling import Sampling
@@ -202,11 +202,12 @@ class PlainConversation:
 
     def __init__(
         self, model: Model, policy: BoundPolicy, context: Sequence[int] | PackedContext, device: str = "cpu",
-        grid: int = 1,
+        grid: int = 1, private: Sequence[int] = (), reading: ReadingPlan = NO_DOCUMENT,
     ) -> None:  # fmt: skip
         """Read the context (token ids) on a device, or take it as it was packed.
 
         policy: as `mpcache.limits` binds it.  grid: as `Session` has it.
+        private: the client's document, which is read as `reading` says.
         """
         kernels: Backend = backend(device)
         ops = PlainOps(kernels, device)
@@ -220,6 +221,9 @@ class PlainConversation:
             known = prefill(model, context, device, window=policy.window)
         session.policy, _ = bind_to_document(policy, model.shape, known, kernels)
         session.context(known, kernels)
+        with torch.no_grad():
+            for _ in session.read_document(reading, private):
+                pass
         ms = 1000 * (time.perf_counter() - start)
         self.result = PlainAnswer(prefill_ms=ms, ms=session.ms, kernels=kernels.name)
         self._tokenizer = model.tokenizer
@@ -256,9 +260,11 @@ def plain_answer(
     device: str = "cpu",
     stop_texts: Sequence[str] = (),
     grid: int = 1,
+    private: Sequence[int] = (),
+    reading: ReadingPlan = NO_DOCUMENT,
 ) -> PlainAnswer:
     """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
-    conversation = PlainConversation(model, policy, context, device, grid)
+    conversation = PlainConversation(model, policy, context, device, grid, private, reading)
     for _ in conversation.ask(question, limit, sampling, stops, stop_texts):
         pass
     return conversation.result

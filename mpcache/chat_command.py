@@ -29,6 +29,8 @@ from mpcache.console.options import (
     PackPassphraseOption,
     PadOption,
     PolicyOption,
+    PrivateContextOption,
+    PrivatePolicyOption,
     ProtocolOption,
     RawOption,
     ResumeOption,
@@ -59,6 +61,8 @@ SHORT_ROOM = 3  # answers of the present length: then the user is told how much 
 def chat_here(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
     document: DocumentOption = None,
     pack_key: PackKeyOption = None,
     pack_passphrase: PackPassphraseOption = None,
@@ -95,8 +99,9 @@ def chat_here(
     Sampling(temperature, top_p, seed)  # checked before anything starts
     stops = read_stops(stop, True)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    overrides |= chat_overrides(raw, document_as, pad)
+    overrides |= chat_overrides(raw, document_as, pad, private_policy)
     with ExitStack() as opened:
+        own = None if private_context is None else read_text(private_context)  # once: it may be a pipe
         packed = None
         if identity is None:
             packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
@@ -104,7 +109,7 @@ def chat_here(
             raise BadInput("--identity asks parties that run elsewhere: the server alone opens its packs")
         named = document or "" if identity is not None else ""
         kept = KeptState(setup_dir, state, resume)
-        talk = _open(opened, model, context, config, identity, overrides, packed, named, kept)
+        talk = _open(opened, model, context, own, config, identity, overrides, packed, named, kept)
 
         def ask(question: str) -> None:
             turn = Turn(question, None, stops, temperature, top_p, seed)
@@ -127,6 +132,7 @@ def _open(
     opened: ExitStack,
     model: str | None,
     context: Path | None,
+    private: str | None,
     config: Path | None,
     identity: Path | None,
     overrides: dict[str, Any],
@@ -151,14 +157,17 @@ def _open(
                 raise BadInput(
                     "--identity asks parties that run elsewhere: give --config, and nothing of theirs"
                 )
-            talk = connect(config, identity, say, state=kept.state, resume=kept.resume, document=named)
+            talk = connect(
+                config, identity, say, state=kept.state, resume=kept.resume, document=named,
+                private_context=private,
+            )  # fmt: skip
         else:
             settings = with_pack_settings(load_settings(config, overrides), packed)
             settings = with_default_policy(settings, model)
             text = None if context is None else read_text(context)  # once: it may be a pipe
             flags = () if packed is None else packed.flags()
             parties = LocalParties(settings, model, text, 1, say, kept.setup_dir, kept.state, flags)
-            talk = opened.enter_context(parties).chat(state=kept.state, resume=kept.resume)
+            talk = opened.enter_context(parties).chat(state=kept.state, resume=kept.resume, private=private)
         hush()
     return opened.enter_context(talk)
 

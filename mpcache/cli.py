@@ -20,7 +20,7 @@ from mpcache.check.check_command import check
 from mpcache.choices import POLICY_AUTO, ChatForm
 from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
 from mpcache.console import terminal
-from mpcache.console.inputs import check_stdin, read_context, read_question
+from mpcache.console.inputs import check_stdin, read_context, read_question, read_text
 from mpcache.console.options import (
     ConfigOption,
     ContextOption,
@@ -34,6 +34,8 @@ from mpcache.console.options import (
     PackPassphraseOption,
     PadOption,
     PolicyOption,
+    PrivateContextOption,
+    PrivatePolicyOption,
     ProtocolOption,
     QuestionFileOption,
     QuestionOption,
@@ -55,6 +57,7 @@ from mpcache.console.options import (
 from mpcache.console.signals import ignore_signals, stop_on_signals
 from mpcache.console.streams import open_streams, written_out
 from mpcache.cost.planner import with_planned_policy
+from mpcache.cost.reading import reading_plan
 from mpcache.errors import BadInput, MpcacheError, told_as
 from mpcache.evaluate.calibrate_command import calibrate_model
 from mpcache.evaluate.eval_command import evaluate
@@ -87,7 +90,9 @@ STARTING = "starting the parties ..."
 
 @dataclass(frozen=True)
 class Inquiry:
-    """What is asked of whom. context, question: token ids, with what frames the texts.
+    """What is asked of whom. context, own, question: token ids, with what frames the texts.
+
+    own: the client's document.
 
     named: --model; None: the demo's.  packed: the document, where it was packed: then context is empty.
     """
@@ -95,10 +100,12 @@ class Inquiry:
     named: str | None
     model: Path
     context_text: str | None
+    private_text: str | None
     question_text: str
     shape: ModelShape
     framing: Framing
     context: list[int]
+    own: list[int]
     question: list[int]
     sampling: Sampling
     stop_at_eos: bool
@@ -110,6 +117,7 @@ class Inquiry:
         model: str | None,
         context: Path | None,
         packed: OpenedPack | None,
+        private_context: Path | None,
         question: str | None,
         question_file: Path | None,
         sampling: Sampling,
@@ -118,7 +126,7 @@ class Inquiry:
         public: PublicConfig,
     ) -> Inquiry:
         """Read everything but the weights; raises BadInput before any process is started."""
-        check_stdin(context, question_file)
+        check_stdin(context, private_context, question_file)
         question_text = read_question(question, question_file)
         path = demo_model_dir() if model is None else find_model(model)
         shape, tokenizer = load_shape(path), load_tokenizer(path)
@@ -132,10 +140,12 @@ class Inquiry:
         else:
             check_pack(packed.pack, packed.file, tokenizer, public)
             bind_packed(packed.pack.context, shape, packed.file)
-        asked = framing.frame_turn(question_text, first=True)
+        private = None if private_context is None else read_text(private_context)
+        own = [] if private is None else framing.frame_private(private)
+        asked = framing.frame_turn(question_text, True, private)
         return Inquiry(
-            model, path, text, question_text, shape, framing, document, asked, sampling, stop_at_eos, stops,
-            packed,
+            model, path, text, private, question_text, shape, framing, document, own, asked, sampling,
+            stop_at_eos, stops, packed,
         )  # fmt: skip
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
@@ -145,7 +155,7 @@ class Inquiry:
             check_pack(self.packed.pack, self.packed.file, self.framing.tokenizer, public)
             length = self.packed.pack.context.length
         asked = padded_length(len(self.question), public.length_grid)
-        return bind_policy(self.shape, public, length, asked)
+        return bind_policy(self.shape, public, length, asked, private=len(self.own))
 
     def planned(self, settings: Settings) -> Settings:
         """Put what policy `auto` stands for here into settings, and say it."""
@@ -184,7 +194,7 @@ class Inquiry:
         texts = {Rank.CLIENT: self.question_text}
         if self.context_text is not None:
             texts[Rank.SERVER] = self.context_text
-        return run_parties(settings, flags, texts, say, on_token)
+        return run_parties(settings, flags, texts, say, on_token, self.private_text)
 
     def compared(self, public: PublicConfig, leakage: str, reports: dict[Rank, Any]) -> dict[str, Any]:
         """Answer in plaintext, too; return what both took, as `summary` does."""
@@ -196,10 +206,11 @@ class Inquiry:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         stops = self.framing.end_tokens if self.stop_at_eos else ()
         limit, model = public.max_new_tokens, load_model(self.model)
+        reading = reading_plan(self.shape, public, len(self.context), len(self.own), public.protocol)
         context = self.context if self.packed is None else self.packed.pack.context
         return plain_answer(
             model, self.bind(public), context, self.question, limit, self.sampling, stops, device,
-            self.stop_texts, public.length_grid,
+            self.stop_texts, public.length_grid, self.own, reading,
         )  # fmt: skip
 
 
@@ -212,6 +223,8 @@ def options_of_all(version: Annotated[bool, version_option("mpcache")] = False) 
 def generate(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
     document: DocumentOption = None,
     pack_key: PackKeyOption = None,
     pack_passphrase: PackPassphraseOption = None,
@@ -245,14 +258,14 @@ def generate(
     """
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad))
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
     settings = with_default_policy(with_pack_settings(settings, packed), model)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
     sampling, public = Sampling(temperature, top_p, seed), settings.public
     inquiry = Inquiry.read(
-        model, context, packed, question, question_file, sampling, stop_at_eos, stop, public
+        model, context, packed, private_context, question, question_file, sampling, stop_at_eos, stop, public
     )
     settings = inquiry.planned(settings)
     public = settings.public
@@ -318,6 +331,8 @@ def _check_range(run: dict[str, Any]) -> None:
 def compare(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
     document: DocumentOption = None,
     pack_key: PackKeyOption = None,
     pack_passphrase: PackPassphraseOption = None,
@@ -345,11 +360,21 @@ def compare(
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
     sampling = Sampling(temperature, top_p, seed)
-    agreed = load_settings(config, chat_overrides(raw, document_as, pad))  # once: it may be a pipe
+    overrides = chat_overrides(raw, document_as, pad, private_policy)
+    agreed = load_settings(config, overrides)  # once: it may be a pipe
     packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
     agreed = with_default_policy(with_pack_settings(agreed, packed), model)
     inquiry = Inquiry.read(
-        model, context, packed, question, question_file, sampling, stop_at_eos, stop, agreed.public
+        model,
+        context,
+        packed,
+        private_context,
+        question,
+        question_file,
+        sampling,
+        stop_at_eos,
+        stop,
+        agreed.public,
     )
     chosen = [
         inquiry.planned(with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal)))

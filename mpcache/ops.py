@@ -242,6 +242,18 @@ class Engine(ABC, Generic[V, O]):
         |score| < limit; ties go to the lower index. values: (*rows, n, c) become (*rows, k, c).
         """
 
+    def compact(self, scores: V, k: int, values: Sequence[V], limit: int) -> Program[list[V]]:
+        """Keep k rows of (*rows, n) by score, for good: each of values (*rows, n, c) becomes (*rows, k, c).
+
+        0 <= score <= limit, to 2^-16 of it; ties go to the lower index. They come by score, which
+        tells nobody where they were. What comes out is to be prepared.
+        """
+        chosen, _ = yield from self.topk(scores, k, [cast(Any, scores).reshape(*scores.shape, 1)], limit)  # type: ignore[attr-defined]
+        kept = []
+        for value in values:
+            kept.append((yield from chosen.gather(value)))
+        return kept
+
     @abstractmethod
     def reveal(self, x: V, to: Rank, why: str) -> Program[torch.Tensor | None]:
         """Open a secret to one party alone, for a reason: the tensor in the clear, None at the other."""

@@ -22,6 +22,8 @@ from mpcache.console.options import (
     PackPassphraseOption,
     PadOption,
     PolicyOption,
+    PrivateContextOption,
+    PrivatePolicyOption,
     ProtocolOption,
     RawOption,
     RevealOption,
@@ -41,6 +43,8 @@ CONVERSATIONS = 2  # at once: each holds its own masked operands
 def serve_here(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
     document: DocumentOption = None,
     pack_key: PackKeyOption = None,
     pack_passphrase: PackPassphraseOption = None,
@@ -76,17 +80,19 @@ def serve_here(
     )  # fmt: skip
     options.check()
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad))
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
     packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
     settings = with_default_policy(with_pack_settings(settings, packed), model)
     text = None if context is None else read_text(context)  # once: it may be a pipe
+    own = None if private_context is None else read_text(private_context)
     flags = () if packed is None else packed.flags()
     say = terminal.say
     with LocalParties(settings, model, text, conversations, say, setup_dir, packed=flags) as parties:
-        ready = [parties.chat()]  # what is wrong is told now, and the first question need not wait
+        # What is wrong is told now, and the first question need not wait.
+        ready = [parties.chat(private=own)]
 
         def open_chat(say: Say) -> Chat:
-            return ready.pop() if ready else parties.chat(say)
+            return ready.pop() if ready else parties.chat(say, private=own)
 
         try:
             options.serve(open_chat, conversations, public_name(model), terminal.say)

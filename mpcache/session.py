@@ -1,5 +1,7 @@
 """One private session, phase by phase, for any reading: setup, context, then turns of question and decode.
 
+Between context and the first turn the client's document comes in, where there is one.
+
 The same `Session` runs plain (`PlainOps`), at the computing parties, at the dealer and in the cost
 reading; what differs is `ops` (the meaning of the operations), `party` (who answers), and which
 secrets are given.
@@ -7,18 +9,18 @@ secrets are given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mpcache.cache import Cache
-from mpcache.decode import Layer, Operands, step
+from mpcache.decode import Layer, Operands, range_verdict, read, step
 from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.ops import AnyEngine, Ops
 from mpcache.padding import pad_chunk
-from mpcache.phases import ChunkPlace
-from mpcache.policy import BoundPolicy
+from mpcache.phases import EVICTION, ChunkPlace, private_phase
+from mpcache.policy import BoundPolicy, ReadingPlan, ReadingPolicy
 from mpcache.policy.layer_view import OwnersContext
 from mpcache.protocols.ranges import OPERAND_RINGS
 from mpcache.rank import Rank
@@ -140,6 +142,36 @@ class Session:
         program = fill_cache(self.ops, self.shape, self.policy, context, kernels)
         self.cache = self._run("context", program if known is None else local(known))
 
+    def _one_hots(self, tokens: Sequence[int] | None, m: int) -> Any:
+        hot = None
+        if tokens is not None:
+            hot = torch.nn.functional.one_hot(torch.tensor(tokens), self.shape.vocab)
+        return self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
+
+    def read_document(self, plan: ReadingPlan, tokens: Sequence[int] | None) -> Iterator[int]:
+        """Take in the client's document, and evict what does not stay of it.
+
+        Yields the tokens that are in, after each of its phases; to be heard to the end. Raises PolicyError.
+        """
+        reader = self.policy if plan.eviction is None else ReadingPolicy.of(self.policy, plan.eviction)
+        done, verdict = 0, None
+        for number, m in enumerate(plan.chunks, 1):
+            one_hots = self._one_hots(None if tokens is None else tokens[done : done + m], m)
+            done += m
+            closes = done == plan.tokens and reader is self.policy
+            program = read(self.ops, self.operands, self.cache, reader, one_hots, closes)
+            verdict = self._run(private_phase(number), program)
+            yield done
+        if isinstance(reader, ReadingPolicy):
+            verdict = self._run(EVICTION, self._evict(reader))
+            yield done
+        self.in_range = None if verdict is None else bool(verdict)
+        self.cache.begin_turns()
+
+    def _evict(self, reader: ReadingPolicy) -> Program[torch.Tensor | None]:
+        yield from reader.evict(self.ops, self.shape, self.cache)
+        return (yield from at("guard", range_verdict(self.ops)))
+
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:
         """Take m tokens in; the next token's logits (vocab,), or its number (1,), where they are learned.
 
@@ -149,10 +181,7 @@ class Session:
         if self.grid > 1:
             taken = pad_chunk(self.ops, self.shape, self.cache, tokens, m)
         else:
-            hot = None
-            if tokens is not None:
-                hot = torch.nn.functional.one_hot(torch.tensor(tokens), self.shape.vocab)
-            taken = self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
+            taken = self._one_hots(tokens, m)
         phase = self.place.phase
         self.place = ChunkPlace(self.place.turn, self.place.step + 1)
         self._chunks += 1

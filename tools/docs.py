@@ -19,6 +19,7 @@ from mpcache.audit.catalog import CATALOG
 from mpcache.audit.explain import StepTrace, TensorTrace, TraceParty, explained, formula_of
 from mpcache.audit.formula import Names, modulus, total
 from mpcache.model import demo_model_dir, load_shape
+from mpcache.protocols.compaction import shuffle
 from mpcache.protocols.compare import less
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product, truncate, truncate_product
 from mpcache.protocols.lookup import lookup
@@ -107,6 +108,10 @@ EXAMPLES: Mapping[RequestKind, tuple[str, Callable[..., Program[object]]]] = {
         lambda rows, n, k, c, **_: topk(
             SIDE, share(rows, n, bits=13, ring=24), k, [share(rows, n, c, bits=13, ring=24)], 24
         ),
+    ),
+    RequestKind.SHUFFLE: (
+        "n rows of c values, ring of 48 bits, in each row",
+        lambda rows, n, c, **_: shuffle(SIDE, [share(rows, n, c, ring=48)], Rank.CLIENT),
     ),
     RequestKind.SCATTER: (
         "k slots of c weights, to n items, in each row",

@@ -17,13 +17,16 @@ from mpcache.audit.audit_shapes import contexts_of, shape_of, weights_of
 from mpcache.audit.cost_plot import plot_contexts, plot_cost
 from mpcache.audit.cost_tables import CostTable, breakdowns, cost_tables, measured_tables, verdict
 from mpcache.audit.explain import explain_policy
+from mpcache.audit.explain_document import explain_document
 from mpcache.audit.exports import FORMATS, as_csv, csv_lines, latex, markdown, write_csv
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
 from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_rows, resolved
+from mpcache.audit.private_rows import lengths_of, show_document
 from mpcache.audit.quality import points
 from mpcache.audit.size_tables import show_sizing
 from mpcache.audit.tuning import Tuned, tuned, tuning_tables
+from mpcache.choices import ProtocolName
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.console.options import (
@@ -97,6 +100,14 @@ def audit(
             "--plot", help="Draw cost by context, or quality by cost with --quality: .svg, .pdf or .png."
         ),
     ] = None,
+    private_context: Annotated[
+        str | None,
+        typer.Option(help="Price a document of the client's own instead, of so many tokens, as in 128,512."),
+    ] = None,
+    private_policy: Annotated[
+        list[str] | None,
+        typer.Option(help="What stays of it; may be given several times. [full, mpcache:n_keep=0.25]"),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows here, too.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page here.")] = None,
     explain: Annotated[str | None, typer.Option(help="A policy: its plan and its openings in words.")] = None,
@@ -142,6 +153,9 @@ def audit(
         raise BadInput(f"--format {form!r} is not known; give {', '.join(FORMATS)}")
     name, model = shape_of(given)
     protocols = listed("--protocol", protocol, CHOICES)
+    if private_context is not None:
+        document = private_context, private_policy, network, question
+        return _price_document(name, model, document, protocols, explain, as_json)
     folder = weights_of(given) if measure else None
     more = question + max(2, new_tokens)
     contexts = contexts_of(context, given, model, more)
@@ -153,8 +167,7 @@ def audit(
             model, contexts, [explain], networks, protocols, question, max(2, new_tokens), reveal=revealed
         )
         taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
-        for line in explain_policy(model, explain, contexts[0], question, taken):
-            print(line)
+        print(*explain_policy(model, explain, contexts[0], question, taken), sep="\n")
         return
     grid = AuditGrid(
         model,
@@ -172,9 +185,8 @@ def audit(
     if tune:
         _show_tuned(tuned(measured, grid, at_least), name, model, as_json)
         return
-    for path in (csv, report):
-        if path is not None:
-            _check_writable(path)
+    for path in filter(None, (csv, report)):
+        _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
     found = price_rows(grid, needed, note=_note)
@@ -239,6 +251,26 @@ def _add_quality(
     if plot_file is not None and result["quality_points"]:
         plot_cost(result["quality_points"], plot_file, measured.by_question)
         terminal.say(f"wrote {plot_file}")
+
+
+def _price_document(
+    name: str, model: ModelShape, asked: tuple[str, list[str] | None, str, int], protocols: list[str],
+    explain: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Price, or explain, a document of the client's own. asked: its lengths, policies, networks, question."""
+    lengths, policies, network, question = asked
+    tokens = lengths_of(lengths)
+    if others := [one for one in protocols if one not in (ProtocolName.FAST, ProtocolName.FAST_BITS)]:
+        raise BadInput(f"--private-context is priced for fast and fast-bits, not for {others[0]}")
+    if explain is None:
+        networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
+        policies = policies or ["full", "mpcache:n_keep=0.25"]
+        show_document(model, name, tokens, policies, protocols, networks, question, as_json)
+        return
+    if len(tokens) > 1 or len(protocols) > 1:
+        raise BadInput("--explain prints one plan: give one --protocol and one --private-context")
+    for line in explain_document(model, explain, tokens[0], question, protocols[0]):
+        print(line)
 
 
 def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> MpcacheError | None:

@@ -77,6 +77,10 @@ CATALOG: Mapping[RequestKind, ProtocolEntry] = {
         "weights put back through the selection", "topk.HotSelection.scatter", "exact",
         "masks rotated with the slots",
     ),
+    RequestKind.SHUFFLE: ProtocolEntry(
+        "rows shuffled by a permutation that one party alone knows", "compaction.shuffle", "exact",
+        "Chase et al., ASIACRYPT 2020",
+    ),
     RequestKind.ONE_HOT: ProtocolEntry(
         "table lookup by a rotated one-hot vector", "lookup.lookup", "exact", "rotation"
     ),

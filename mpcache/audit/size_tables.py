@@ -42,7 +42,7 @@ def show_sizing(
     out.print(
         "Memory is an estimate for one session, within a tenth for a model of 135 M parameters; each further "
         "session adds the column of that name at server and client. disk: the dealer's, with --setup-dir. "
-        "first, token: what the dealer sends for a question and for each token; online: each party's, a token.",
+        "first, token: what the dealer sends for a question and for a token; online: each party's, a token.",
         style="dim",
     )
 

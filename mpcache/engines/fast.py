@@ -41,8 +41,10 @@ from mpcache.runtime.shares import (
     is_known_matrix,
     zeros,
 )
-from mpcache.runtime.side import Side
+from mpcache.runtime.side import Side, drop_low_bits
 from mpcache.runtime.standing import standing_masks
+
+KEPT_BITS = 16  # of a score by which rows are kept for good
 
 
 class FastOps(Engine[Share, MaskedOperand]):
@@ -221,6 +223,13 @@ class FastOps(Engine[Share, MaskedOperand]):
         width = scores.bits + (2 * limit - 1).bit_length() + 1  # differences stay below 2 limit
         chosen, gathered = yield from self.do.topk(self.side, scores, k, values, width, self.comparison)
         return chosen, gathered
+
+    def compact(self, scores: Share, k: int, values: Sequence[Share], limit: int) -> Program[list[Share]]:
+        scores = yield from self.rescale_to(scores)
+        # The largest score has 16 bits; one that is zero may come out a little below it.
+        raw = drop_low_bits(scores.data, scores.bits + limit.bit_length() - KEPT_BITS)
+        whole = Share(raw + self.side.constant(4, raw), 0)
+        return (yield from self.do.compact(self.side, whole, k, values))
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
         """Open to one party. One round.

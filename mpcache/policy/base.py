@@ -38,6 +38,7 @@ from mpcache.policy.plan import (
     Budgets,
     LeakClass,
     Plan,
+    SharedEviction,
     SplitPlan,
     tokens_of,
     written,
@@ -102,6 +103,15 @@ class Policy(ABC):
         and all go on with `with_counts` (leak class `count`).
         """
         return True
+
+    no_shares: ClassVar[str] = "its rule needs the document in plaintext"
+
+    def on_shares(self, tokens: int, shape: ModelShape) -> SharedEviction | None:
+        """Say how the policy evicts a document that is held in shares; None: it keeps all of it.
+
+        Raises PolicyError where it cannot.
+        """
+        raise PolicyError(f"policy {self.spec}: cannot evict a document on shares: {self.no_shares}")
 
     def heads_summed(self, shape: ModelShape) -> int:
         """Return how many heads' scores are added before tokens are ranked by them."""

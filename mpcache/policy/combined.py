@@ -40,6 +40,7 @@ class Combined(Policy):
 
     name = "combined"
     source = "one policy's eviction, another's selection"
+    no_shares = "it is two policies; give the left one alone"
     needs = "what its two parts need"
 
     first: Policy

@@ -54,6 +54,7 @@ class Compact(Policy):
 
     name = "compact"
     source = "KVzip, arXiv 2505.23416; attention matching, arXiv 2602.16284; counts by a curve of the model"
+    no_shares = "its scores and fits need the document in plaintext"
     needs = "a second reading of the document; the model's curve"
     leaks = LeakClass.MODEL_COUNT
     may_leak = "count with counts=joint or adakv, none with counts=equal"

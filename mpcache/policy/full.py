@@ -22,5 +22,8 @@ class Full(Policy):
             raise self.too_few(tokens, context, "the context")
         return self
 
+    def on_shares(self, tokens: int, shape: ModelShape) -> None:
+        return None
+
     def plan(self, context: int, shape: ModelShape) -> Plan:
         return Plan(context, (LayerPlan(context, context, 0),) * shape.layers)

@@ -12,7 +12,7 @@ from mpcache.ops import Ops, Value
 from mpcache.policy.base import by_head
 from mpcache.policy.evicting import Evicting, LivingPlan
 from mpcache.policy.layer_view import LayerView, PlaintextContext
-from mpcache.policy.plan import Budget, Plan
+from mpcache.policy.plan import Budget, Plan, SharedEviction
 from mpcache.rank import Rank
 from mpcache_kernels import Backend
 
@@ -47,6 +47,12 @@ class H2O(Evicting):
 
     def window(self, context: int) -> int:
         return context
+
+    def on_shares(self, tokens: int, shape: ModelShape) -> SharedEviction:
+        plan = self.plan(tokens, shape).layers[0]
+        assert isinstance(plan, LivingPlan)
+        layers, last = shape.layers, min(plan.recent, plan.kept)
+        return SharedEviction(tokens, tokens, 0, last, (plan.kept,) * layers, tuple(range(layers)), True)
 
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
         mine = plan.layers[layer]

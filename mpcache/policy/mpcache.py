@@ -16,7 +16,7 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.policy.clusters import Clustered, ClusterPlan, cluster_size
-from mpcache.policy.plan import Budget, Budgets, Plan, tokens_of
+from mpcache.policy.plan import Budget, Budgets, Plan, SharedEviction, tokens_of
 from mpcache_kernels import Backend
 
 
@@ -168,6 +168,18 @@ class MPCache(Clustered):
         importance[: self.sink] = torch.inf
         importance[max(0, context - self.recent) :] = torch.inf
         return importance
+
+    def on_shares(self, tokens: int, shape: ModelShape) -> SharedEviction:
+        """Evict as the static part does; what is chosen of it at each step is the other policy's matter."""
+        if self.threshold:
+            raise self.fail("threshold", "none on shares, where it would tell how many tokens stay")
+        layers = self.plan(tokens, shape).layers
+        kept = tuple(layer.kept for layer in layers)
+        first = min(self.sink, *kept)
+        return SharedEviction(
+            tokens, self.window(tokens), first, min(self.recent, min(kept) - first), kept,
+            tuple(self.leaders(shape.layers)), by_head=False,
+        )  # fmt: skip
 
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
         mine = plan.layers[layer]

@@ -131,6 +131,34 @@ def _told(layer: LayerPlan) -> dict[str, Any]:
     return {name: written(by_head) for name, by_head in found.items() if any(by_head)}
 
 
+@dataclass(frozen=True)
+class SharedEviction:
+    """Public integers of an eviction on shares: what stays of a document that nobody may see.
+
+    tokens: of the document.  judges: its last queries, whose attention ranks its tokens.  first, last: tokens
+    that stay whatever they score.  kept: per layer, those among them.  leaders: per layer, the one whose
+    ranking it takes.  by_head: each KV head ranks for itself, else all heads together.  pool: neighbours
+    whose scores are added, an odd number.
+    """
+
+    tokens: int
+    judges: int
+    first: int
+    last: int
+    kept: tuple[int, ...]
+    leaders: tuple[int, ...]
+    by_head: bool
+    pool: int = 1
+
+    def chosen(self, layer: int) -> int:
+        """Return how many tokens of a layer stay for their scores."""
+        return max(0, self.kept[layer] - self.first - self.last)
+
+    def largest(self, group: int, heads: int) -> int:
+        """Bound a token's score: each of its judges pays it 1 at most in each head."""
+        return self.pool * self.judges * (group if self.by_head else heads)
+
+
 def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Group neighbouring layers that are equal under one name: `layers 0 to 5`."""
     start = 0

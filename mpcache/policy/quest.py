@@ -24,6 +24,7 @@ class Quest(Clustered):
 
     name = "quest"
     source = "Quest, arXiv 2406.10774"
+    no_shares = "it chooses at every step and evicts nothing"
     needs = "the whole cache; page bounds; an oblivious top-k per head, layer and step"
     selects = True
 

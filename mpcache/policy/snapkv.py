@@ -9,7 +9,7 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.policy.base import Policy, by_head
-from mpcache.policy.plan import Budget, LayerPlan, Plan
+from mpcache.policy.plan import Budget, LayerPlan, Plan, SharedEviction
 from mpcache_kernels import Backend
 
 
@@ -43,6 +43,13 @@ class SnapKV(Policy):
 
     def window(self, context: int) -> int:
         return min(context, self.queries)
+
+    def on_shares(self, tokens: int, shape: ModelShape) -> SharedEviction:
+        kept = [layer.kept for layer in self.plan(tokens, shape).layers]
+        last = min(self.queries, kept[0])
+        return SharedEviction(
+            tokens, self.window(tokens), 0, last, tuple(kept), tuple(range(shape.layers)), True, self.pool
+        )
 
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
         kept = plan.layers[layer].kept

@@ -39,6 +39,7 @@ class Streaming(Policy):
 
     name = "streaming"
     source = "StreamingLLM, arXiv 2309.17453"
+    no_shares = "give full for the client's document, or a policy that ranks its tokens"
     needs = "positions alone"
     evicts = True
     skips_padding = False  # it would take the place of recent tokens

@@ -21,6 +21,7 @@ class Tova(Evicting):
 
     name = "tova"
     source = "TOVA, arXiv 2401.06104"
+    no_shares = "it drops a token at every step, by that step's query"
     needs = "the context's last query; an oblivious argmin per layer and step"
     evicts = True
 

@@ -38,6 +38,7 @@ class RequestKind(StrEnum):
     TOPK = "topk"
     TOPK_DIGITS = "topk/digits"
     SCATTER = "scatter"
+    SHUFFLE = "shuffle"
     ONE_HOT = "one-hot"
     EXP = "exp"
     HIGHEST = "highest bucket"

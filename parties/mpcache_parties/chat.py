@@ -314,15 +314,15 @@ class LocalParties:
 
     def chat(
         self, say: Say | None = None, state: Path | str | None = None, resume: bool = False,
-        document: str = "",
+        document: str = "", private: str | None = None,
     ) -> Chat:  # fmt: skip
         """Open a conversation, or resume one. Raises PartyFailed.
 
         say: told how far it is, in place of the parties'.  state, resume: as of `connect`.  document: the
-        public name of one of several.
+        public name of one of several.  private: the client's own document, which neither of the others sees.
         """
         flags = [*self._own[Rank.CLIENT], *document_flags(document), *state_flags(state, resume)]
-        return Chat(flags, say or self._say, self._watch)
+        return _open(flags, say or self._say, private, self._watch)
 
     def close(self) -> None:
         """End both."""
@@ -349,6 +349,7 @@ class LocalParties:
 def connect(
     config: Path | str, identity: Path | str | None = None, say: Say = quiet, *, insecure: bool = False,
     state: Path | str | None = None, resume: bool = False, document: str = "",
+    private_context: Path | str | None = None,
 ) -> Chat:  # fmt: skip
     """Open a conversation with a server and a dealer that run elsewhere; close it after use.
 
@@ -356,8 +357,9 @@ def connect(
     certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
     the set-up is.  insecure: no TLS, whatever the addresses.  state: a folder of this client's where the
     conversation is kept while it lasts; the others must keep it, too.  resume: go on with the one that is
-    kept there.  document: the public name of one of the server's; "": it has one. Raises ConfigError,
-    BadInput, or PartyFailed where no session comes about.
+    kept there.  document: the public name of one of the server's; "": it has one.
+    private_context: the client's own, a text or the Path of a text file, which nobody else sees. Raises
+    ConfigError, BadInput, or PartyFailed where no session comes about.
     """
     load_settings(config)  # its faults are told here, not by a process
     flags = ["--config", str(config), *document_flags(document)]
@@ -365,7 +367,23 @@ def connect(
         flags += ["--identity", str(identity)]
     if insecure:
         flags.append("--insecure")
-    return Chat([*flags, *state_flags(state, resume)], say)
+    return _open([*flags, *state_flags(state, resume)], say, _text_of(private_context))
+
+
+def _open(
+    flags: Sequence[str], say: Say, document: str | None, watch: Callable[[], None] = lambda: None
+) -> Chat:
+    """Open a conversation about the client's document, which goes in a file: flags can be seen by all."""
+    if document is None:
+        return Chat(flags, say, watch)
+    with private_folder() as folder:
+        file = folder / "document.txt"
+        file.write_text(document, encoding="utf-8", newline="")
+        return Chat([*flags, "--context", str(file)], say, watch)
+
+
+def _text_of(document: Path | str | None) -> str | None:
+    return read_text(document) if isinstance(document, Path) else document
 
 
 @contextmanager
@@ -373,7 +391,9 @@ def local_chat(
     model: Path | str | None = None,
     document: Path | str | None = None,
     *,
+    private_context: Path | str | None = None,
     policy: str | None = None,
+    private_policy: str | None = None,
     max_new_tokens: int | None = None,
     config: Path | str | None = None,
     setup_dir: Path | str | None = None,
@@ -391,7 +411,9 @@ def local_chat(
     document
         The server's: a text, or the Path of a text file or of a pack (`mpcache pack`). None: with the demo
         model its own, else none.
-    policy, max_new_tokens
+    private_context
+        The client's own, likewise, which nobody else sees.
+    policy, private_policy, max_new_tokens
         In place of the config's. Where neither names a policy a model that has a curve takes `compact`.
     config
         A YAML file of public settings; its addresses are not used.
@@ -409,7 +431,9 @@ def local_chat(
     Raises ConfigError, BadInput, or PartyFailed where no session comes about.
 
     """
-    settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
+    overrides = {"policy": policy, "private_policy": private_policy, "max_new_tokens": max_new_tokens}
+    settings = load_settings(config, {f"public.{name}": value for name, value in overrides.items()})
+    own = _text_of(private_context)
     kept = None if setup_dir is None else Path(setup_dir)
     packed, text = None, document
     if isinstance(document, Path):
@@ -420,6 +444,6 @@ def local_chat(
     flags = () if packed is None else packed.flags()
     with (
         LocalParties(settings, model, text, 1, say, kept, state, flags) as parties,
-        parties.chat(state=state, resume=resume) as chat,
+        parties.chat(state=state, resume=resume, private=own) as chat,
     ):
         yield chat

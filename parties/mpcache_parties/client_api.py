@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpcache.console.inputs import read_text
 from mpcache.console.signals import stop_on_signals
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
@@ -37,9 +38,12 @@ class ClientApi:
         endpoint.check()
         config, identity, named = options.config, options.identity, options.named_document()
         document, model = ("", "mpcache") if named == NO_NAME else (named, f"mpcache@{named}")
+        own = None if options.context is None else read_text(options.context)
 
         def open_chat(say: Say) -> Chat:
-            return connect(config, identity, say, insecure=options.insecure, document=document)
+            return connect(
+                config, identity, say, insecure=options.insecure, document=document, private_context=own
+            )
 
         stop_on_signals("client")
         endpoint.serve(open_chat, self.conversations, model, say)

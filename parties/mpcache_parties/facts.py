@@ -23,6 +23,7 @@ from mpcache.choices import POLICY_AUTO, ChatForm, DocumentAs
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
 from mpcache.cost.planner import REVEALED, choose_policy
+from mpcache.cost.reading import reading_plan
 from mpcache.errors import BadInput, Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
 from mpcache.model.chat_template import ChatTemplate
@@ -31,7 +32,7 @@ from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
 from mpcache.padding import padded_length
-from mpcache.policy import BoundPolicy, LeakClass, parse_policy
+from mpcache.policy import NO_DOCUMENT, BoundPolicy, LeakClass, ReadingPlan, parse_policy
 from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, bytes_of, tensor_of
@@ -54,7 +55,9 @@ TYPICAL_QUESTION = 32  # tokens, where `auto` has to know before anything is ask
 class Facts:
     """What is public about a session, known to all before anything secret moves.
 
-    context, question: in tokens; no question where the session is a conversation, whose turns come later.
+    context, private, question: the server's document, the client's, and its question, in tokens; no question
+    where the session is a conversation, whose turns come later.
+    reading: how the client's document is read, and what stays of it.
     limit: tokens of an answer, at most.  room: tokens that all questions and answers may take.
     turns: where tapes are prepared for a conversation, its questions in tokens.
     """
@@ -72,6 +75,11 @@ class Facts:
     session: str = ""  # its name, drawn by the server
     turns: tuple[int, ...] = ()
     document: str = NO_NAME  # its public name, as it was said at HELLO
+    reading: ReadingPlan = NO_DOCUMENT
+
+    @property
+    def private(self) -> int:
+        return self.reading.tokens
 
     @property
     def conversation(self) -> bool:
@@ -83,6 +91,9 @@ class Facts:
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
         fields |= {"new_tokens": self.limit, "room": self.room, "turns": list(self.turns)}
+        fields |= {"private_tokens": self.private, "document_chunks": self.reading.chunks}
+        if self.reading.eviction is not None:
+            fields |= {f"eviction.{name}": value for name, value in asdict(self.reading.eviction).items()}
         fields |= self.digests
         fields |= {"protocol": self.protocol, "session": self.session, "policy": self.policy.spec}
         fields |= {"document_name": self.document}
@@ -95,6 +106,7 @@ def tape_sizes(facts: Facts, public: PublicConfig) -> dict[str, Any]:
     """Return all that tapes depend on, but for the number of tokens."""
     return {
         "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
+        "reading": asdict(facts.reading),
         "policy": facts.policy.spec, "plan": facts.policy.plan.to_dict(),
         "protocol": facts.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
         "length_grid": public.length_grid,
@@ -142,11 +154,15 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
             public_texts = {"tokenizer": vocabulary} | ({} if template is None else {"template": template})
             framing = framing_of({"model": model} | public_texts, shape, public)
             question: dict[str, Any] = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
+            document = [] if own.document is None else framing.frame_private(own.document)
             if isinstance(own, Question):
-                length = padded_length(len(framing.frame_turn(own.text, first=True)), public.length_grid)
+                length = padded_length(
+                    len(framing.frame_turn(own.text, True, own.document)), public.length_grid
+                )
                 question = {"question_tokens": length, "new_tokens": own.limit(public.max_new_tokens)}
             if isinstance(own, DeclaredTurns):
                 question["turns"] = [padded_length(n, public.length_grid) for n in own.questions]
+            question["private_tokens"] = len(document)
             for link in links.values():
                 link.send_facts("facts/question", question)
             model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": _digest(template)}
@@ -269,7 +285,8 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     model, question = told["model"], told["question"]
     shape = _shape(model)
     context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
-    _check_memory(shape, context)
+    private = _count(question, "private_tokens")
+    _check_memory(shape, context + private)
     public = _with_policy(public, model)
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
@@ -277,10 +294,10 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     if asked % public.length_grid:
         raise Desync(f"Desync: the client's question has {asked} tokens, not a multiple of --pad")
     if asked:
-        policy = bind_policy(shape, public, context, asked, limit)
+        policy = bind_policy(shape, public, context, asked, limit, private)
         room = asked + limit
     else:
-        policy, room = bind_conversation(shape, public, context)
+        policy, room = bind_conversation(shape, public, context, private)
     if "head_counts" in model:
         policy = _counted(policy, shape, model["head_counts"])
     protocol: str = public.protocol
@@ -293,8 +310,10 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
         protocol = choice.protocol
         picked = f"{picked}; {choice}" if picked else str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
+    reading = reading_plan(shape, public, context, private, protocol)
     turns = _turns(question.get("turns", []), limit, room)
     facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session, turns)
+    facts = replace(facts, reading=reading)
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
 
 

@@ -18,6 +18,7 @@ from mpcache.console.options import (
     NewTokensOption,
     PadOption,
     PolicyOption,
+    PrivatePolicyOption,
     ProtocolOption,
     RawOption,
     RevealOption,
@@ -58,7 +59,10 @@ def party(
     model: Annotated[str | None, typer.Option(help=f"Server. {MODEL_FORMS}. [the demo model]")] = None,
     context: Annotated[
         Path | None,
-        typer.Option(help="Server: the document, a text file, or - for stdin. [the demo model: its own]"),
+        typer.Option(
+            help="Server: the document, a text file, or - for stdin. [the demo model: its own] "
+            "Client: a document of its own, which nobody else sees."
+        ),
     ] = None,
     document: Annotated[
         list[str] | None,
@@ -78,6 +82,7 @@ def party(
         Path | None, typer.Option(help="Client: a file with the question, or - for stdin; unseen by `ps`.")
     ] = None,
     policy: PolicyOption = None,
+    private_policy: PrivatePolicyOption = None,
     protocol: ProtocolOption = None,
     network: NetworkOption = None,
     max_new_tokens: NewTokensOption = None,
@@ -203,6 +208,7 @@ def party(
         question=question,
         question_file=question_file,
         policy=policy,
+        private_policy=private_policy,
         protocol=protocol,
         network=network,
         max_new_tokens=max_new_tokens,

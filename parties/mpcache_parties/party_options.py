@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpcache.config import PublicConfig, Settings, load_settings
-from mpcache.console.inputs import read_question
+from mpcache.console.inputs import check_stdin, read_question, read_text
 from mpcache.console.options import chat_overrides, public_overrides, read_stops
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
@@ -39,6 +39,7 @@ class PartyOptions:
     question: str | None = None
     question_file: Path | None = None
     policy: str | None = None
+    private_policy: str | None = None
     protocol: str | None = None
     network: str | None = None
     max_new_tokens: int | None = None
@@ -92,7 +93,7 @@ class PartyOptions:
         return load_settings(
             self.config,
             public_overrides(self.policy, self.protocol, self.network, tokens, self.reveal)
-            | chat_overrides(self.raw, self.document_as, self.pad)
+            | chat_overrides(self.raw, self.document_as, self.pad, self.private_policy)
             | {"timeouts.connect_s": self.connect_timeout, "addresses.bind": self.listen},
         )
 
@@ -118,7 +119,6 @@ class PartyOptions:
         """Refuse another rank's flags: a document given to the client should not pass in silence."""
         owned = {
             "model": (Rank.SERVER, self.model),
-            "context": (Rank.SERVER, self.context),
             "pack-key": (Rank.SERVER, self.pack_key),
             "pack-passphrase": (Rank.SERVER, self.pack_passphrase),
             "question": (Rank.CLIENT, self.question),
@@ -129,6 +129,8 @@ class PartyOptions:
             "seed": (Rank.CLIENT, self.seed),
             "stop": (Rank.CLIENT, self.stop or None),
         }
+        if self.context is not None and self.me is Rank.DEALER:
+            raise BadInput("--context belongs to the server or the client (--rank 0, 1), this is the dealer")
         for name, (owner, value) in owned.items():
             if value is not None and owner is not self.me:
                 whose = f"the {owner.label} (--rank {int(owner)})"
@@ -251,13 +253,15 @@ class PartyOptions:
                 return packed_documents(self.model, self.document, self.lock, public)
             case Rank.SERVER:
                 return read_document(self.model, self.context, public)
-            case Rank.CLIENT if self.conversation:
-                return PipedConversation(output, sys.stdin.buffer, kept=self.state is not None)
             case Rank.CLIENT if self.turns is not None:
                 return self._declared()
             case Rank.CLIENT:
+                check_stdin(self.context, self.question_file)
+                document = None if self.context is None else read_text(self.context)
+                if self.conversation:
+                    return PipedConversation(output, sys.stdin.buffer, self.state is not None, document)
                 text = read_question(self.question, self.question_file)
                 stops = read_stops(self.stop, self.stop_at_eos)
-                return Question(text, sampling, self.stop_at_eos, stops)
+                return Question(text, sampling, self.stop_at_eos, stops, document=document)
             case _:
                 return None

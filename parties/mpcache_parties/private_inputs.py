@@ -88,8 +88,8 @@ class Documents:
 class Question:
     """What the client brings. Without `stop_at_eos` the answer's length tells nothing about it.
 
-    stop_texts: the answer is cut before these.  new_tokens: of the answer, at most; None: as many as were
-    agreed.
+    stop_texts: the answer is cut before these.  document: the client's own.
+    new_tokens: of the answer, at most; None: as many as were agreed.
     """
 
     text: str
@@ -97,6 +97,7 @@ class Question:
     stop_at_eos: bool = True
     stop_texts: tuple[str, ...] = ()
     new_tokens: int | None = None
+    document: str | None = None
 
     def limit(self, agreed: int) -> int:
         """Return how many tokens the answer may have, where `agreed` is the most."""
@@ -126,10 +127,16 @@ class DeclaredTurns:
     """What the client declares of a conversation that tapes are prepared for: its questions, in tokens."""
 
     questions: tuple[int, ...]
+    document: str | None = None  # the client's own
 
 
 class Conversation(ABC):
-    """Questions that come while the session runs, and what becomes of each."""
+    """Questions that come while the session runs, and what becomes of each.
+
+    document: the client's own, which they are about.
+    """
+
+    document: str | None = None
 
     @abstractmethod
     def opened(self, room: int, earlier: Sequence[TurnRecord]) -> None:

@@ -1,6 +1,6 @@
 """Run each party from connected links to the end of a session: one function per rank.
 
-    facts -> seeds -> SETUP -> CONTEXT -> (QUESTION -> DECODE ...) for each turn -> the account of it
+    facts -> seeds -> SETUP -> CONTEXT, and the client's document -> (QUESTION -> DECODE ...) for each turn
 
 A resumed session takes facts, CONTEXT and the chunks it had from what each party kept on its disk
 (`mpcache_parties.state.checkpoint`), and goes on from there. The three functions stand side by side:
@@ -41,6 +41,7 @@ from mpcache_parties.facts import (
 )
 from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
 from mpcache_parties.private_inputs import Conversation, Document, Question, private_digest
+from mpcache_parties.private_reading import read_private
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
 from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes, stands
@@ -64,6 +65,7 @@ def serve(resources: SessionResources, own: Document) -> Report:
     set_up = ServerSetUp(resources, session, facts)
     if earlier is None:
         facts, prefill_ms = _open_document(resources, session, own, facts, set_up)
+        read_private(Rank.SERVER, resources, session, facts)
         kept = {"prefill_ms": prefill_ms}
         _begin(resources, identity, told, facts, session, kept)
     else:
@@ -148,6 +150,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     framing, set_up = framing_of(told, facts.shape, public), ClientSetUp(resources, session, facts)
     if isinstance(pace := resources.status.on_layer, LayerPace):
         pace.layers = facts.shape.layers
+    document = [] if own.document is None else framing.frame_private(own.document)
     if earlier is None:
         foretold = Foretold(facts, public) if facts.policy.plan_is_public else None
         set_up.weights()
@@ -155,14 +158,18 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
-        asking = Asking(resources, facts, session, framing, prepared=_prepared(resources, facts, wait.tape))
+        read_private(Rank.CLIENT, resources, session, facts, document)
+        asking = Asking(
+            resources, facts, session, framing, own.document,
+            prepared=_prepared(resources, facts, wait.tape),
+        )  # fmt: skip
         say(f"client: {_asking(facts, (foretold or Foretold(facts, public)).told())}")
         _begin(resources, identity, told, facts, session, asking.kept())
     else:
         if earlier.operands is None:
             set_up.weights()
         _go_on(session, earlier)
-        asking = Asking(resources, facts, session, framing, earlier.own)
+        asking = Asking(resources, facts, session, framing, own.document, earlier.own)
         whole = "" if facts.conversation else "; the answer from its beginning:"
         say(f"client: resumed after {earlier.place.reached}{whole}")
     del earlier
@@ -192,18 +199,21 @@ def _prepared(resources: SessionResources, facts: Facts, tape: TapeLink | None) 
 
 def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, str]:
     """Return what a resumed session of the client must have in common with the first run."""
+    document = {} if own.document is None else {"document": private_digest(own.document)}
     if isinstance(own, Conversation):
-        return {"kind of session": "a conversation"}
+        return {"kind of session": "a conversation", **document}
     own.sampling.check(public.reveal)
     return {
         "kind of session": "one answer",
         "question": private_digest(own.text), "sampling": str(own.sampling),
-        "stop_at_eos": str(own.stop_at_eos), "stop": private_digest(own.stop_texts),
+        "stop_at_eos": str(own.stop_at_eos), "stop": private_digest(own.stop_texts), **document,
     }  # fmt: skip
 
 
 def _asking(facts: Facts, foretold: str) -> str:
     kept = f"{facts.context}, of which {_kept(facts)} are kept"
+    if facts.private:
+        kept += f", and {facts.reading.kept} of the client's {facts.private}"
     estimate = foretold and f"; {foretold}"
     if facts.conversation:
         return f"a context of {kept}; room for {facts.room} tokens of questions and answers{estimate}"
@@ -226,6 +236,7 @@ def deal(resources: SessionResources) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
+        read_private(Rank.DEALER, resources, session, facts)
         _begin(resources, public.flat(), told, facts, session, {})
     else:
         if earlier.operands is None:
@@ -325,6 +336,8 @@ def _report(me: Rank, facts: Facts, session: TimedSession, resources: SessionRes
         rank=int(me),
         protocol=facts.protocol,
         context_tokens=facts.context,
+        private_tokens=facts.private,
+        private_kept=facts.reading.kept,
         question_tokens=facts.question,
         kept_tokens=[layer.kept for layer in facts.policy.plan.layers],
         plan=facts.policy.plan.to_dict(),

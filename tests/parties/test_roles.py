@@ -291,7 +291,8 @@ BAD = {
     "empty-question": (C, ["--question", " "], 2, "the question is empty"),
     "policy": (D, ["--policy", "mpcach"], 2, r"unknown policy 'mpcach' \(did you mean mpcache\?\)"),
     "policy-option": (C, ["--policy", "mpcache:nkeep=3"], 2, "no option 'nkeep'"),
-    "another's-flag": (C, ["--context", "x"], 2, "--context belongs to the server"),
+    "another's-flag": (C, ["--model", "x"], 2, "--model belongs to the server"),
+    "missing-client-document": (C, ["--context", "/no/document"], 2, "/no/document: cannot be read"),
     "another-config": (D, ["--max-new-tokens", "24"], 3, "max_new_tokens is 25 at .*, 24 at dealer"),
     "port": (S, [], 3, "is in use by another program|is not the server: it does not answer"),
 }

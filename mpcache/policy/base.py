@@ -49,6 +49,7 @@ class Policy(ABC):
     needs: ClassVar[str]  # what it computes on, in a few words
     leaks: ClassVar[LeakClass] = LeakClass.NONE
     may_leak: ClassVar[str] = ""  # what it leaks with which option, if that differs
+    example: ClassVar[str] = ""  # how it is written, with options
     plain_only: ClassVar[bool] = False
     evicts: ClassVar[bool] = False  # the context, once: it may stand on the left of STATIC|DYNAMIC
     selects: ClassVar[bool] = False  # at every step: it may stand on the right

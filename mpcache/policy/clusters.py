@@ -24,7 +24,7 @@ from mpcache.ops import Operand, Ops, Selection, Value, as_tensor, as_value
 from mpcache.policy.base import Policy, average
 from mpcache.policy.columns import by_item, flat
 from mpcache.policy.layer_view import LayerView, PlaintextContext
-from mpcache.policy.plan import LayerPlan, Plan
+from mpcache.policy.plan import LayerPlan, Plan, setting
 from mpcache.policy.representatives import in_plaintext, on_shares
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
@@ -81,21 +81,28 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Clustered(Policy):
-    """Options of the policies that choose clusters.
+    """Options of the policies that choose clusters."""
 
-    score: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, q+.r_max + q-.r_min.
-    alpha: weight of r_max.  gqa: head; or sum, the heads of a group choose together by their scores'
-    sum.  share: default, none, or layers with one choice, as in 2-3/4-5-6.  refresh: steps that use
-    one choice.  blocks: representatives of generated tokens: mean needs no comparison, extremes needs
-    three per two tokens and dimension; auto: extremes for bound alone.
-    """
-
-    score: str = "linear"
-    alpha: float = 0.6
-    gqa: str = "head"
-    share: str = "none"
-    refresh: int = 1
-    blocks: str = "auto"
+    score: str = setting(
+        "linear",
+        "what q is scored against: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, "
+        "q+.r_max + q-.r_min",
+        "linear, mean, bound",
+    )
+    alpha: float = setting(0.6, "weight of r_max in the score linear", "0 to 1")
+    gqa: str = setting("head", "who chooses: each head, or a group's heads by their scores' sum", "head, sum")
+    share: str = setting(
+        "none",
+        "layers with one choice, the first one's; default: pairs, but for the first and last two layers",
+        "default, none, or layers as in 2-3/4-5-6",
+    )
+    refresh: int = setting(1, "steps that use one choice", "1 or more")
+    blocks: str = setting(
+        "auto",
+        "representatives of generated tokens: mean needs no comparison, extremes three per two tokens and "
+        "dimension; auto: extremes for bound alone",
+        "auto, mean, extremes",
+    )
 
     # ---------------------------------------------------------------------------------------- plan
 

@@ -10,22 +10,26 @@ from dataclasses import dataclass, replace
 
 from mpcache.model import ModelShape
 from mpcache.policy.clusters import Clustered
-from mpcache.policy.plan import Budget, Plan
+from mpcache.policy.plan import Budget, Plan, setting
 
 
 @dataclass(frozen=True)
 class Quest(Clustered):
-    """page: tokens per page.  pages: how many are attended to.  full: layers, from 0, that select nothing."""
+    """Options of quest."""
 
     name = "quest"
     source = "Quest, arXiv 2406.10774"
     needs = "the whole cache; page bounds; an oblivious top-k per head, layer and step"
     selects = True
 
+    example = "quest:page=16,pages=0.1"
+
     score: str = "bound"
-    page: int = 16
-    pages: Budget = 0.2
-    full: int = 2
+    page: int = setting(16, "tokens per page", "1 or more")
+    pages: Budget = setting(
+        0.2, "pages that are attended to", "1 to the context's pages, or a ratio up to 1.0"
+    )
+    full: int = setting(2, "layers, from 0, that select nothing and attend to everything", "0 to all layers")
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         self.check_options()

@@ -37,18 +37,19 @@ def parse_policy(spec: str) -> Policy:
 
 def option_names(part: PolicyPart) -> tuple[str, ...]:
     """Return the names of the options that a policy has. Raises PolicyError on an unknown policy."""
-    return tuple(f.name for f in fields(_class(part)))
+    return tuple(f.name for f in fields(policy_class(part.name)))
 
 
-def _class(part: PolicyPart) -> type[Policy]:
-    if part.name not in POLICIES:
-        hint = _hint(part.name, POLICIES)
-        raise PolicyError(f"unknown policy {part.name!r}{hint}; known: {', '.join(POLICIES)}")
-    return POLICIES[part.name]
+def policy_class(name: str) -> type[Policy]:
+    """Return the policy of a name. Raises PolicyError on an unknown one."""
+    if name not in POLICIES:
+        hint = _hint(name, POLICIES)
+        raise PolicyError(f"unknown policy {name!r}{hint}; known: {', '.join(POLICIES)}")
+    return POLICIES[name]
 
 
 def _policy(part: PolicyPart) -> Policy:
-    cls = _class(part)
+    cls = policy_class(part.name)
     known = {f.name: f for f in fields(cls)}
     options: dict[str, Any] = {}
     for key, text in part.options:

@@ -53,6 +53,7 @@ class Policy(ABC):
     plain_only: ClassVar[bool] = False
     evicts: ClassVar[bool] = False  # the context, once: it may stand on the left of STATIC|DYNAMIC
     selects: ClassVar[bool] = False  # at every step: it may stand on the right
+    attends_to_all: ClassVar[bool] = False  # that is left: on the right a budget is the left one's
 
     # ------------------------------------------------------------------------------------- public, anybody
 

@@ -12,18 +12,36 @@ from mpcache.policy.base import Policy
 from mpcache.policy.calibration import Oracle, Random
 from mpcache.policy.combined import Combined
 from mpcache.policy.compact import Compact
+from mpcache.policy.delta import Delta
 from mpcache.policy.full import Full
 from mpcache.policy.grammar import PolicyPart, parse_parts
 from mpcache.policy.h2o import H2O
+from mpcache.policy.hip import HiP
 from mpcache.policy.mpcache import MPCache
+from mpcache.policy.promptdistill import PromptDistill
 from mpcache.policy.quest import Quest
+from mpcache.policy.recycled import Recycled
+from mpcache.policy.sepllm import SepLLM
 from mpcache.policy.snapkv import SnapKV
 from mpcache.policy.streaming import Streaming
+from mpcache.policy.tidal import Tidal
+from mpcache.policy.tokenselect import TokenSelect
+from mpcache.policy.topv import TopV
 from mpcache.policy.tova import Tova
+from mpcache.policy.windowkv import WindowKV
 
 POLICIES: dict[str, type[Policy]] = {
-    cls.name: cls for cls in (Full, Streaming, SnapKV, H2O, Tova, Quest, MPCache, Compact, Random, Oracle)
-}
+    cls.name: cls
+    for cls in (
+        Full, Streaming, SnapKV, H2O, Tova, Quest, MPCache, Compact,
+        Tidal, Delta, Recycled, TokenSelect, HiP,
+        WindowKV,
+        SepLLM,
+        PromptDistill,
+        TopV,
+        Random, Oracle,
+    )
+}  # fmt: skip
 
 
 def parse_policy(spec: str) -> Policy:

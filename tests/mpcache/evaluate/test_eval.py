@@ -25,6 +25,7 @@ from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.sampling import Sampling
+from tests.support.policy_specs import by_name
 from tests.support.processes import CLI, SOON_S, Run, start, started, tiny_model
 
 SHORT = 200  # tokens of a document, for speed
@@ -133,7 +134,7 @@ def test_a_right_answer_is_what_greedy_decoding_gives(engine: EvalModel, spec: s
     assert found == {"full": {1}, "random": {0}}.get(spec, found)
 
 
-@pytest.mark.parametrize("spec", POLICIES)
+@pytest.mark.parametrize("spec", by_name(POLICIES))
 def test_one_read_context_serves_every_policy(engine: EvalModel, spec: str) -> None:
     """Read with all queries, and used before at another budget: the same logits as by itself."""
     _, tokens = take_sample(engine, TASKS["passkey"], "after", grid(), 0)

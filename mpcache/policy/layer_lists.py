@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from mpcache.policy.base import Policy
 
 SHARE_ALLOWED = "default, none, or layers as in 2-3/4-5-6"
-SHARE_MEANING = "layers that go together, by the first one; default: pairs, but for the first and last two layers"
+SHARE_MEANING = (
+    "layers that go together, by the first one; default: pairs, but for the first and last two layers"
+)
 LAYERS_ALLOWED = "auto, or layers that rise, as in 2-9"
 
 

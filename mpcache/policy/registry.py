@@ -18,10 +18,13 @@ from mpcache.policy.grammar import PolicyPart, parse_parts
 from mpcache.policy.h2o import H2O
 from mpcache.policy.hip import HiP
 from mpcache.policy.mpcache import MPCache
+from mpcache.policy.nosa import NOSA
+from mpcache.policy.pod import PoD
 from mpcache.policy.promptdistill import PromptDistill
 from mpcache.policy.quest import Quest
 from mpcache.policy.recycled import Recycled
 from mpcache.policy.sepllm import SepLLM
+from mpcache.policy.shadowkv import ShadowKV
 from mpcache.policy.snapkv import SnapKV
 from mpcache.policy.streaming import Streaming
 from mpcache.policy.tidal import Tidal
@@ -39,6 +42,9 @@ POLICIES: dict[str, type[Policy]] = {
         SepLLM,
         PromptDistill,
         TopV,
+        PoD,
+        ShadowKV,
+        NOSA,
         Random, Oracle,
     )
 }  # fmt: skip

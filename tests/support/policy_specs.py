@@ -29,6 +29,9 @@ SMALL = {  # every policy, small enough that it evicts and selects on tiny conte
     "sepllm": "sepllm:initial=1,separators=4,recent=3,ids=2/5/7/11",
     "promptdistill": "promptdistill:k=8,layer=0,pool=3",
     "topv": "topv:cap=12,recover=0.3",
+    "pod": "pod:sink=2,recent=4,share=0-1",
+    "shadowkv": "shadowkv:page=2,pages=3,outliers=2,recent=1,rank=3",
+    "nosa": "nosa:page=4,pages=2,always=1",
     "random": "random:n_keep=7",
     "oracle": "oracle:k=5",
 }
@@ -56,9 +59,15 @@ MORE = {  # options that change the protocol
     "hip, blocks, refreshed": "hip:k=4,block=2,sink=1,recent=2,full=0,refresh=2",
     "windowkv, max": "windowkv:cap=10,suffix=3,size=5,score=max",
     "promptdistill, whole before": "promptdistill:k=8,layer=0,truncate=false",
+    "pod, keys": "pod:sink=2,recent=4,share=0-1,lend=keys",
+    "pod, weights": "pod:sink=2,recent=4,share=0-1,lend=weights",
+    "pod, behind random": "random:n_keep=20|pod:sink=2,recent=4,share=0-1,lend=weights",
     "recycled, behind snapkv": "snapkv:cap=18,queries=3,pool=3|recycled:k=6,refresh=3",
 }
 FIELD = (
+    "nosa",
+    "shadowkv",
+    "pod",
     "topv",
     "promptdistill",
     "sepllm",

@@ -16,9 +16,10 @@ from tests.support.policy_specs import by_name
 from tests.support.tiny_policies import KERNELS, Counting, plain, prefilled, shape, tokens
 
 SPECS = [
-    *by_name(name for name in POLICIES if name not in ("full", "compact", "sepllm")),
+    *by_name(name for name in POLICIES if name not in ("full", "compact", "sepllm", "pod")),
     "compact:counts=equal",
     pytest.param("sepllm:ids=2/5", marks=pytest.mark.slow),
+    pytest.param("snapkv|pod", marks=pytest.mark.slow),
     PublicConfig().policy,
     "mpcache:dynamic=false",
     "snapkv:cap=0.5|quest",

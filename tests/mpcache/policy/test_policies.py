@@ -128,6 +128,9 @@ def test_a_whole_budget_is_the_full_cache(spec: str) -> None:
         "sepllm": "sepllm:separators=1.0,ids=2",
         "promptdistill": "promptdistill:k=1.0",
         "topv": "topv:cap=1.0",
+        "pod": "pod",
+        "shadowkv": "shadowkv:pages=1.0,rank=0",
+        "nosa": "nosa:pages=1.0",
         "tokenselect": "tokenselect:k=1.0", "hip": "hip:k=1.0,full=0",
         "compact": "compact:keep=1.0,counts=equal", "random": "random:n_keep=1.0", "oracle": "oracle:k=1.0",
     }  # fmt: skip
@@ -251,7 +254,7 @@ def test_long_generations_stay_bounded(spec: str) -> None:
             assert last[1][1] <= 2 * 4 + 4 + 3  # the unfinished page, and what no page covers at first
         case "recycled" if "dense" not in spec:  # a full step, or its choice and what came since
             assert all(most <= 6 + 3 or most > many for _, most in last)
-        case "tidal" | "delta" | "recycled" | "tokenselect" | "hip":
+        case "tidal" | "delta" | "recycled" | "tokenselect" | "hip" | "nosa":
             assert last[1][1] <= 32  # of hip: what fills no chunk of the first level, too
         case _:
             assert all(most > many for _, most in last)
@@ -331,6 +334,7 @@ def test_any_two_that_may_stand_together(first: str, then: str) -> None:
         "quest": "quest:page=2,pages=1,full=0",
         "mpcache": "mpcache:coarse=2,fine=1,sink=0,recent=1,coarse_keep=1,fine_keep=1",
         "oracle": "oracle:k=3",
+        "pod": "pod:sink=1,recent=2",
         "tidal": "tidal:k=3,full=0,dense=false",
         "delta": "delta:page=1,pages=2,recent=0,full=0,dense=false",
         "recycled": "recycled:k=3,dense=false",
@@ -343,9 +347,8 @@ def test_any_two_that_may_stand_together(first: str, then: str) -> None:
     kept = [layer.kept for layer in left.plan(CONTEXT, s).layers]
     assert [layer.kept for layer in session.policy.plan.layers] == kept
     behind = [parse_policy(right).as_selector().plan(n, s).layers[i].attended for i, n in enumerate(kept)]
-    assert [most - 1 for _, most in ops.seen] == behind and all(
-        b < n for b, n in zip(behind, kept, strict=True)
-    )
+    assert [most - 1 for _, most in ops.seen] == behind
+    assert POLICIES[then].attends_to_all or all(b < n for b, n in zip(behind, kept, strict=True))
 
 
 def test_a_part_that_does_nothing_changes_nothing() -> None:

@@ -105,7 +105,7 @@ class NOSA(Fronted):
         """Return each token's importance (KV, T). Raises PolicyError."""
         v = prefill.v[layer]
         if self.head == "untrained":
-            return v.norm(dim=-1)
+            return v.square().sum(-1).sqrt()
         a, w = trained_head(prefill.model)
         expected = (len(prefill.v), len(v), v.shape[-1])
         if (a.shape, w.shape) != (expected[:2], expected):

@@ -10,6 +10,7 @@ from typing import Any
 from mpcache.errors import PolicyError
 from mpcache.policy.base import Policy
 from mpcache.policy.calibration import Oracle, Random
+from mpcache.policy.cascade import Cascade
 from mpcache.policy.combined import Combined
 from mpcache.policy.compact import Compact
 from mpcache.policy.delta import Delta
@@ -17,8 +18,10 @@ from mpcache.policy.full import Full
 from mpcache.policy.grammar import PolicyPart, parse_parts
 from mpcache.policy.h2o import H2O
 from mpcache.policy.hip import HiP
+from mpcache.policy.keyformer import Keyformer
 from mpcache.policy.mpcache import MPCache
 from mpcache.policy.nosa import NOSA
+from mpcache.policy.pact import Pact
 from mpcache.policy.pod import PoD
 from mpcache.policy.promptdistill import PromptDistill
 from mpcache.policy.quest import Quest
@@ -45,6 +48,9 @@ POLICIES: dict[str, type[Policy]] = {
         PoD,
         ShadowKV,
         NOSA,
+        Keyformer,
+        Pact,
+        Cascade,
         Random, Oracle,
     )
 }  # fmt: skip

@@ -32,6 +32,9 @@ SMALL = {  # every policy, small enough that it evicts and selects on tiny conte
     "pod": "pod:sink=2,recent=4,share=0-1",
     "shadowkv": "shadowkv:page=2,pages=3,outliers=2,recent=1,rank=3",
     "nosa": "nosa:page=4,pages=2,always=1",
+    "keyformer": "keyformer:cap=7,recent=0.4,length=4",
+    "pact": "pact:keep=14,centres=11,cutoff=0.5",
+    "cascade": "cascade:places=8,tiers=3,sink=1",
     "random": "random:n_keep=7",
     "oracle": "oracle:k=5",
 }
@@ -62,9 +65,13 @@ MORE = {  # options that change the protocol
     "pod, keys": "pod:sink=2,recent=4,share=0-1,lend=keys",
     "pod, weights": "pod:sink=2,recent=4,share=0-1,lend=weights",
     "pod, behind random": "random:n_keep=20|pod:sink=2,recent=4,share=0-1,lend=weights",
+    "cascade, by position": "cascade:places=8,tiers=3,sink=1,duel=false",
     "recycled, behind snapkv": "snapkv:cap=18,queries=3,pool=3|recycled:k=6,refresh=3",
 }
 FIELD = (
+    "cascade",
+    "pact",
+    "keyformer",
     "nosa",
     "shadowkv",
     "pod",
@@ -79,7 +86,7 @@ FIELD = (
     "hip",
 )  # in full in the slow tests
 IN_SHORT = ("delta",)  # what stands for them in the others
-NEED_A_MODEL = ("sepllm", "promptdistill", "topv")  # or a tokenizer, to evict
+NEED_A_MODEL = ("pact", "sepllm", "promptdistill", "topv")  # or a tokenizer, to evict
 SLOW_ONLY = tuple(name for name in FIELD if name not in IN_SHORT)
 
 

@@ -22,6 +22,7 @@ from mpcache.cache import Cache, LayerCache, SplitLayer
 from mpcache.decode import Layer, Operands
 from mpcache.errors import StateError
 from mpcache.model import ModelShape, RopeScaling
+from mpcache.policy.cascade import Cascaded, Tiers
 from mpcache.policy.choosing import Chosen
 from mpcache.policy.clusters import Choice, Clusters
 from mpcache.policy.evicting import ValidMask
@@ -40,7 +41,7 @@ CLASSES: dict[str, Any] = {
     for cls in (
         Cache, LayerCache, SplitLayer, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, KnownOperand,
         Matrix, Share, Side, PreparedSelection, Choice, Chosen, Clusters,
-        ValidMask,
+        ValidMask, Cascaded, Tiers,
     )
 }  # fmt: skip
 LATER = {"StockSelection": "mpcache.engines.stock"}  # looked up when one is met: it brings CrypTen

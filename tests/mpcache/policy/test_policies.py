@@ -131,6 +131,9 @@ def test_a_whole_budget_is_the_full_cache(spec: str) -> None:
         "pod": "pod",
         "shadowkv": "shadowkv:pages=1.0,rank=0",
         "nosa": "nosa:pages=1.0",
+        "keyformer": "keyformer:cap=1.0",
+        "pact": "pact:centres=1.0",
+        "cascade": "cascade:places=1.0,tiers=1",
         "tokenselect": "tokenselect:k=1.0", "hip": "hip:k=1.0,full=0",
         "compact": "compact:keep=1.0,counts=equal", "random": "random:n_keep=1.0", "oracle": "oracle:k=1.0",
     }  # fmt: skip
@@ -243,6 +246,10 @@ def test_long_generations_stay_bounded(spec: str) -> None:
             assert [session.cache.whole(i).k.shape[1] for i in range(2)] == [7, 7]
             assert all(most == 8 for _, most in last)
         case "h2o":  # living ones and the new one
+            assert all(most == 8 for _, most in last)
+        case "cascade":
+            assert all(most == 10 for _, most in last)
+        case "keyformer":
             assert all(most == 8 for _, most in last)
         case "tova":
             assert all(most == 7 for _, most in last)

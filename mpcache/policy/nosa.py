@@ -48,7 +48,7 @@ class NOSA(Fronted):
 
     score: str = "mean"
     gqa: str = "sum"
-    page: int = setting(16, "tokens per block", "1 or more")
+    page: int = setting(8, "tokens per block", "1 or more")
     pages: Budget = setting(0.1, "blocks that a query chooses", BLOCKS_ALLOWED)
     always: Budget = setting(
         0.1,

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.model.streams import stream_sizes
+from mpcache.model.residual import stream_sizes
 from mpcache.policy.base import Policy
 from mpcache.policy.layer_view import Kept, take
 from mpcache.policy.plan import Budget, LayerPlan, Plan, setting, tokens_of

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.model.streams import read_on, stream_at
+from mpcache.model.residual import read_on, stream_at
 from mpcache.policy.base import Policy
 from mpcache.policy.layer_view import Kept, take
 from mpcache.policy.plan import Budget, LayerPlan, Plan, setting

@@ -23,7 +23,7 @@ from mpcache.policy.clusters import ClusterPlan
 from mpcache.policy.fronted import Fronted
 from mpcache.policy.layer_view import Kept, LayerView, take
 from mpcache.policy.plan import Budget, Plan, setting, tokens_of
-from mpcache.policy.scores import turned
+from mpcache.policy.scores import shifted
 from mpcache.runtime.program import Program, local
 from mpcache_kernels import Backend
 
@@ -105,7 +105,7 @@ class ShadowKV(Fronted):
 def low_rank(prefill: Prefill, k: torch.Tensor, rank: int) -> torch.Tensor:
     """Replace keys (KV, T, d), without their rotation, by their best product of a rank."""
     kv, n, d = k.shape
-    flat = turned(prefill, k, 0, -1).transpose(0, 1).reshape(n, kv * d)
+    flat = shifted(prefill, k, 0, -1).transpose(0, 1).reshape(n, kv * d)
     u, s, vt = torch.linalg.svd(flat, full_matrices=False)
     product = (u[:, :rank] * s[:rank]) @ vt[:rank]
-    return turned(prefill, product.reshape(n, kv, d).transpose(0, 1), 0, 1)
+    return shifted(prefill, product.reshape(n, kv, d).transpose(0, 1), 0, 1)

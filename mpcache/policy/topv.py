@@ -18,7 +18,7 @@ import torch
 
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill, normalise
-from mpcache.model.streams import stream_at
+from mpcache.model.residual import stream_at
 from mpcache.policy.base import Policy
 from mpcache.policy.plan import Budget, LayerPlan, Plan, setting
 from mpcache_kernels import Backend

@@ -14,6 +14,7 @@ from mpcache.errors import OutOfRange
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.model.tokenizer import Tokenizer
+from mpcache.padding import padded_length
 from mpcache.policy import BoundPolicy
 from mpcache.runtime.program import Program
 from mpcache.sampling import Sampling
@@ -55,9 +56,9 @@ class TimedSession(Session):
 
     def __init__(
         self, ops: Any, party: Any, shape: ModelShape, policy: BoundPolicy, observer: Observer | None = None,
-        reveal: str = "logits",
+        reveal: str = "logits", grid: int = 1,
     ) -> None:  # fmt: skip
-        super().__init__(ops, party, shape, policy, reveal)
+        super().__init__(ops, party, shape, policy, reveal, grid)
         self.ms: dict[str, float] = {}
         self.cpu_ms: dict[str, float] = {}
         self._observer = observer or Observer()
@@ -117,7 +118,7 @@ def answer(
             if not more:
                 return
         chunk = [ids[step - 1]] if step else list(question)
-        learned = session.chunk(chunk, len(chunk))
+        learned = session.chunk(chunk, len(chunk) if step else padded_length(len(chunk), session.grid))
         assert learned is not None, "the one who asks learns the answer"
         if session.in_range is False:
             if step + 1 < limit:
@@ -197,11 +198,12 @@ class PlainConversation:
     """
 
     def __init__(
-        self, model: Model, policy: BoundPolicy, context: Sequence[int], device: str = "cpu"
+        self, model: Model, policy: BoundPolicy, context: Sequence[int], device: str = "cpu", grid: int = 1
     ) -> None:
-        """Read the context (token ids) on a device. policy: as `mpcache.limits` binds it."""
+        """Read the context (token ids) on a device. grid: as `Session` has it."""
         kernels: Backend = backend(device)
-        self._session = session = TimedSession(PlainOps(kernels, device), None, model.shape, policy)
+        ops = PlainOps(kernels, device)
+        self._session = session = TimedSession(ops, None, model.shape, policy, grid=grid)
         session.setup(model.weights)
         start = time.perf_counter()
         prefilled = prefill(model, context, device, window=policy.window)
@@ -242,9 +244,10 @@ def plain_answer(
     stops: Collection[int],
     device: str = "cpu",
     stop_texts: Sequence[str] = (),
+    grid: int = 1,
 ) -> PlainAnswer:
     """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
-    conversation = PlainConversation(model, policy, context, device)
+    conversation = PlainConversation(model, policy, context, device, grid)
     for _ in conversation.ask(question, limit, sampling, stops, stop_texts):
         pass
     return conversation.result

@@ -52,11 +52,17 @@ class SplitLayer:
 
 @dataclass
 class Cache:
-    """All layers, and the position of the next token. context: tokens before eviction."""
+    """All layers, and the position of the next token. context: tokens before eviction.
+
+    seen: marks (length,) of the tokens after the context, 0 for padding; None where questions are not padded.
+    padding: how many these are, where that is known; 0 elsewhere.
+    """
 
     layers: list[LayerCache | SplitLayer]
     context: int
     length: int = field(default=0)  # tokens after the context
+    seen: Value | None = None
+    padding: int = 0
 
     def whole(self, i: int) -> LayerCache:
         """Return layer i, whose heads all keep the same number. Raises TypeError for another one."""
@@ -70,6 +76,10 @@ class Cache:
         first = self.context + self.length
         self.length += m
         return torch.arange(first, first + m)
+
+    def mark(self, ops: Ops, seen: Value) -> None:
+        """Note which of the next tokens (m,) are no padding."""
+        self.seen = seen if self.seen is None else ops.cat([self.seen, seen], 0)
 
     def append(self, ops: Ops, i: int, k: Value, v: Value) -> Program[None]:
         """Add k, v (m, KV, d), rescaled, to layer i.

@@ -24,11 +24,15 @@ from mpcache.console.options import (
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     ProtocolOption,
     RawOption,
+    ResumeOption,
     RevealOption,
     SeedOption,
+    SetupDirOption,
+    StateOption,
     StopOption,
     TemperatureOption,
     TopPOption,
@@ -67,23 +71,31 @@ def chat_here(
     stop: StopOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
+    setup_dir: SetupDirOption = None,
+    state: StateOption = None,
+    resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask one question after another, privately. Ctrl-D ends; Ctrl-C stops an answer.
 
-    Where stdin is no terminal each of its lines is a question.
+    Where stdin is no terminal each of its lines is a question. With --state a conversation outlives a kill
+    of any process; --resume goes on with it, and it is forgotten when it ends by Ctrl-D.
     """
+    if resume and state is None:
+        raise BadInput("--resume needs --state DIR, where the conversation is kept")
     Sampling(temperature, top_p, seed)  # checked before anything starts
     stops = read_stops(stop, True)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    overrides |= chat_overrides(raw, document_as)
+    overrides |= chat_overrides(raw, document_as, pad)
     with ExitStack() as opened:
-        talk = _open(opened, model, context, config, identity, overrides)
+        talk = _open(opened, model, context, config, identity, setup_dir, overrides, state, resume)
 
         def ask(question: str) -> None:
             turn = Turn(question, None, stops, temperature, top_p, seed)
-            _ask(talk, turn, as_json)
+            _hear(talk, talk.ask(turn), as_json)
 
+        _go_on(talk, as_json)
         _converse(ask, as_json)
         _close(talk, as_json)
 
@@ -94,24 +106,43 @@ def _open(
     context: Path | None,
     config: Path | None,
     identity: Path | None,
+    setup_dir: Path | None,
     overrides: dict[str, Any],
+    state: Path | None,
+    resume: bool,
 ) -> Chat:
     """Open a conversation, with parties that run elsewhere or with this machine's; `opened` closes both."""
     with terminal.progress("starting the parties ...") as (say, hush):
         if identity is not None:
-            given = [name for name, value in {"--model": model, "--context": context}.items() if value]
+            given = [
+                name
+                for name, value in {"--model": model, "--context": context, "--setup-dir": setup_dir}.items()
+                if value
+            ]
             given += [name for name, value in overrides.items() if value is not None]
             if given or config is None:
                 raise BadInput(
                     "--identity asks parties that run elsewhere: give --config, and nothing of theirs"
                 )
-            talk = connect(config, identity, say)
+            talk = connect(config, identity, say, state=state, resume=resume)
         else:
             settings = with_default_policy(load_settings(config, overrides), model)
             text = None if context is None else read_text(context)  # once: it may be a pipe
-            talk = opened.enter_context(LocalParties(settings, model, text, at_once=1, say=say)).chat()
+            parties = LocalParties(settings, model, text, 1, say, setup_dir, state)
+            talk = opened.enter_context(parties).chat(state=state, resume=resume)
         hush()
     return opened.enter_context(talk)
+
+
+def _go_on(talk: Chat, as_json: bool) -> None:
+    """Show what was said before the conversation was interrupted, and go on with its last answer."""
+    if not as_json:
+        for turn in talk.turns:
+            _write(f"{PROMPT}{turn.question}\n{turn.text}\n")
+        if talk.unfinished is not None:
+            _write(f"{PROMPT}{talk.unfinished}\n")
+    if talk.unfinished is not None:
+        _hear(talk, talk.go_on(), as_json)
 
 
 def _converse(ask: Callable[[str], None], as_json: bool) -> None:
@@ -134,12 +165,12 @@ def _converse(ask: Callable[[str], None], as_json: bool) -> None:
             terminal.say(f"error: {why}")
 
 
-def _ask(talk: Chat, turn: Turn, as_json: bool) -> None:
-    """Ask, and show the answer as it comes, and what it took."""
+def _hear(talk: Chat, pieces: Iterator[str], as_json: bool) -> None:
+    """Show an answer as it comes, and what it took."""
     with _interrupts(talk.stop), terminal.progress("asking ...") as (say, hush):
         waiting = True
         talk.on_progress = say if terminal.err.is_terminal else quiet
-        for piece in talk.ask(turn):
+        for piece in pieces:
             if as_json or not piece:
                 continue
             if waiting:

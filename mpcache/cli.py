@@ -28,6 +28,7 @@ from mpcache.console.options import (
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     ProtocolOption,
     QuestionFileOption,
@@ -36,6 +37,7 @@ from mpcache.console.options import (
     ResumeOption,
     RevealOption,
     SeedOption,
+    SetupDirOption,
     StateOption,
     StopAtEosOption,
     StopOption,
@@ -54,6 +56,7 @@ from mpcache.evaluate.eval_command import evaluate
 from mpcache.limits import bind_policy, with_default_policy
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.framing import Framing, make_framing
+from mpcache.padding import padded_length
 from mpcache.policies_command import policies
 from mpcache.policy import BoundPolicy
 from mpcache.rank import Rank
@@ -61,7 +64,7 @@ from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache.serve_command import serve_here
-from mpcache_parties.launch import PartyFailed, run_parties
+from mpcache_parties.launch import PartyFailed, run_parties, setup_flags
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -121,7 +124,8 @@ class Inquiry:
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
-        return bind_policy(self.shape, public, len(self.context), len(self.question))
+        length = padded_length(len(self.question), public.length_grid)
+        return bind_policy(self.shape, public, len(self.context), length)
 
     def private(
         self,
@@ -129,6 +133,7 @@ class Inquiry:
         say: Callable[[str], None],
         on_token: Callable[[int, str], None],
         every: Sequence[str] = (),
+        setup_dir: Path | None = None,
     ) -> dict[Rank, Any]:
         """Run three processes, and return their reports. every: flags that all of them get."""
         sampling = self.sampling
@@ -142,7 +147,8 @@ class Inquiry:
                 *(f"--stop={text}" for text in self.stop_texts),
             ],
         }
-        flags = {rank: [*flags.get(rank, ()), *every] for rank in Rank}
+        kept = setup_flags(setup_dir)
+        flags = {rank: [*flags.get(rank, ()), *kept.get(rank, ()), *every] for rank in Rank}
         texts = {Rank.CLIENT: self.question_text}
         if self.context_text is not None:
             texts[Rank.SERVER] = self.context_text
@@ -151,7 +157,8 @@ class Inquiry:
     def compared(self, public: PublicConfig, leakage: str, reports: dict[Rank, Any]) -> dict[str, Any]:
         """Answer in plaintext, too; return what both took, as `summary` does."""
         plain = self.plain(public)
-        return summary(public.policy, leakage, reports, plain, plain.text)
+        run = summary(public.policy, leakage, reports, plain, plain.text)
+        return run | {"length_grid": public.length_grid}
 
     def plain(self, public: PublicConfig) -> PlainAnswer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,7 +166,7 @@ class Inquiry:
         limit, model = public.max_new_tokens, load_model(self.model)
         return plain_answer(
             model, self.bind(public), self.context, self.question, limit, self.sampling, stops, device,
-            self.stop_texts,
+            self.stop_texts, public.length_grid,
         )  # fmt: skip
 
 
@@ -187,8 +194,10 @@ def generate(
     stop: StopOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     state: StateOption = None,
     resume: ResumeOption = False,
+    setup_dir: SetupDirOption = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="A dry run: the plaintext answer alone, without any privacy.")
     ] = False,
@@ -199,7 +208,7 @@ def generate(
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as))
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad))
     settings = with_default_policy(settings, model)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
@@ -227,7 +236,7 @@ def generate(
             shown += text
 
         try:
-            reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume])
+            reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume], setup_dir)
         except PartyFailed as failure:
             if as_json and failure.answer is not None:  # it is there, though not what all of it took
                 told = {"text": failure.answer.text, "token_ids": failure.answer.token_ids}
@@ -285,13 +294,14 @@ def compare(
     stop: StopOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare private with plaintext, per policy and protocol: latency, rounds, bytes, agreement."""
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
     sampling = Sampling(temperature, top_p, seed)
-    agreed = load_settings(config, chat_overrides(raw, document_as))  # once: it may be a pipe
+    agreed = load_settings(config, chat_overrides(raw, document_as, pad))  # once: it may be a pipe
     agreed = with_default_policy(agreed, model)
     inquiry = Inquiry.read(
         model, context, question, question_file, sampling, stop_at_eos, stop, agreed.public

@@ -16,6 +16,7 @@ from mpcache.cache import Cache
 from mpcache.model import ModelShape
 from mpcache.model.rope import Rotation, rope_tables
 from mpcache.ops import Operand, Ops, Value
+from mpcache.padding import PaddedChunk
 from mpcache.protocols.ranges import NORM_ROUNDS
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, together
@@ -71,17 +72,31 @@ class Stream:
 
 
 def step(
-    ops: Ops, model: Operands, cache: Cache, policy: BoundPolicy, one_hots: Value, reveal: str = "logits"
+    ops: Ops,
+    model: Operands,
+    cache: Cache,
+    policy: BoundPolicy,
+    chunk: Value | PaddedChunk,
+    reveal: str = "logits",
 ) -> Program[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Turn (m, vocab) one-hot tokens of the client into (vocab,) next-token logits, at the client only.
+    """Turn (m, vocab) one-hot tokens of the client, the chunk, into (vocab,) next-token logits.
 
-    With reveal "token" the client learns the number (1,) of the likeliest token alone. It also learns whether
-    all values of the step were in their ranges (1,): None where an engine does not look.
+    The client alone learns these.
+
+    With reveal "token" it learns the number (1,) of the likeliest token instead. It also learns whether all
+    values of the step were in their ranges (1,): None where an engine does not look.
     """
-    positions = cache.advance(one_hots.shape[0])
-    stream = Stream(None, (yield from at("embed", embed(ops, model, one_hots, positions))))
+    one_hots = chunk.one_hots if isinstance(chunk, PaddedChunk) else chunk
+    positions, turns = cache.advance(one_hots.shape[0]), None
+    embedding = at("embed", embed(ops, model, one_hots, positions))
+    if isinstance(chunk, PaddedChunk):
+        cache.mark(ops, chunk.seen)
+        embedded, turns = yield from together(embedding, at("turn", ops.prepare(chunk.turns)))
+    else:
+        embedded = yield from embedding
+    stream = Stream(None, embedded)
     for i, layer in enumerate(model.layers):
-        program = block(ops, model.shape, layer, cache, i, policy, stream, positions)
+        program = block(ops, model.shape, layer, cache, i, policy, stream, positions, turns)
         stream = yield from at(f"layer{i}", program)
     last = stream.last()
     head = ops.norm_linear(last.opened, last.pending, model.shape.norm_eps, model.lm_head, model.lm_bias)
@@ -108,10 +123,10 @@ def embed(ops: Ops, model: Operands, one_hots: Value, positions: torch.Tensor) -
 
 def block(
     ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: BoundPolicy, stream: Stream,
-    positions: torch.Tensor,
+    positions: torch.Tensor, turns: Operand | None,
 ) -> Program[Stream]:  # fmt: skip
     """Run one layer: norm, qkv, select and attend, o, norm, mlp."""
-    opened, q, k, v = yield from at("qkv", qkv(ops, shape, w, stream, positions))
+    opened, q, k, v = yield from at("qkv", qkv(ops, shape, w, stream, positions, turns))
     view = policy.view(ops, shape, cache, i, positions)
     _, a = yield from together(at("append", cache.append(ops, i, k, v)), attend(view, policy, q))
 
@@ -125,20 +140,26 @@ def block(
 
 
 def qkv(
-    ops: Ops, shape: ModelShape, w: Layer, stream: Stream, positions: torch.Tensor
+    ops: Ops, shape: ModelShape, w: Layer, stream: Stream, positions: torch.Tensor, turns: Operand | None
 ) -> Program[tuple[Operand, Value, Value, Value]]:
     """Return the opened stream (m, width), q (m, H, d), and k, v (m, KV, d).
 
-    q is scaled by 1/sqrt d; q and k are rotated.
+    q is scaled by 1/sqrt d; q and k are rotated, where positions are secret by turns (m, d, d).
     """
     turned = shape.heads + shape.kv_heads
-    turn = Rotation(turned, *rope_tables(shape, positions)) if shape.positions == "rope" else None
+    turn = None
+    if shape.positions == "rope" and turns is None:
+        turn = Rotation(turned, *rope_tables(shape, positions))
     opened, y = yield from ops.norm_linear(
         stream.opened, stream.pending, shape.norm_eps, w.qkv, w.qkv_bias, turn
     )
     y = yield from ops.rescale(y)
     y = y.reshape(-1, turned + shape.kv_heads, shape.head_dim)
-    return opened, y[:, : shape.heads], y[:, shape.heads : turned], y[:, turned:]
+    qk, v = y[:, :turned], y[:, turned:]
+    if turns is not None:
+        qk = yield from at("turn", ops.linear(qk, turns))
+        qk = yield from at("turn", ops.rescale(qk))
+    return opened, qk[:, : shape.heads], qk[:, shape.heads :], v
 
 
 def attend(view: LayerView, policy: BoundPolicy, q: Value) -> Program[Value]:

@@ -14,7 +14,7 @@ from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
 from mpcache.model import ModelShape, demo_model_dir, find_model
 from mpcache.model.prefill import Prefill
-from mpcache.policy import BoundPolicy, LeakClass, parse_policy
+from mpcache.policy import BoundPolicy, LeakClass, Policy, parse_policy
 from mpcache.policy.curve import has_curve
 from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
 from mpcache_kernels import Backend
@@ -59,8 +59,23 @@ def _bind(shape: ModelShape, public: PublicConfig, context: int) -> BoundPolicy:
         )
     bound = policy.bind(context, shape)
     bound.check(public.protocol)
+    if public.length_grid > 1:
+        check_padding(shape, policy)
     check_protocol(public.protocol)
     return bound
+
+
+def check_padding(shape: ModelShape, policy: Policy) -> None:
+    """Check that questions can be padded. Raises BadInput or PolicyError."""
+    if shape.positions != "rope":
+        raise BadInput(
+            f"--pad needs rotary positions, and those of this model are {shape.positions}; leave it out"
+        )
+    if not policy.skips_padding:
+        raise PolicyError(
+            f"policy {policy.spec}: padding would change what it drops or chooses; leave --pad out, or use "
+            "full, snapkv or compact"
+        )
 
 
 def with_default_policy(settings: Settings, model: Path | str | None) -> Settings:

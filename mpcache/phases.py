@@ -24,6 +24,14 @@ class ChunkPlace(NamedTuple):
         name = f"decode{self.step}" if self.step else "question"
         return name if self.turn == 1 else f"turn{self.turn}-{name}"
 
+    @property
+    def reached(self) -> str:
+        """How far a session is that stands here, in words."""
+        if not self.step:
+            return "the context" if self.turn == 1 else f"turn {self.turn - 1}"
+        tokens = f"{self.step} token{'s' * (self.step != 1)}"
+        return tokens if self.turn == 1 else f"{tokens} of turn {self.turn}"
+
     @staticmethod
     def of(phase: str) -> ChunkPlace | None:
         """Return the place that a phase's name tells; None where it is no chunk's."""

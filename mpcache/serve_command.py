@@ -17,10 +17,12 @@ from mpcache.console.options import (
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     ProtocolOption,
     RawOption,
     RevealOption,
+    SetupDirOption,
     chat_overrides,
     public_overrides,
 )
@@ -43,6 +45,8 @@ def serve_here(
     reveal: RevealOption = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
+    setup_dir: SetupDirOption = None,
     port: Annotated[str, typer.Option(help="[HOST:]PORT.  [HOST: this machine alone]")] = "8000",
     api_key: Annotated[
         Path | None,
@@ -65,10 +69,10 @@ def serve_here(
     )  # fmt: skip
     options.check()
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as))
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad))
     settings = with_default_policy(settings, model)
     text = None if context is None else read_text(context)  # once: it may be a pipe
-    with LocalParties(settings, model, text, conversations, terminal.say) as parties:
+    with LocalParties(settings, model, text, conversations, terminal.say, setup_dir) as parties:
         ready = [parties.chat()]  # what is wrong is told now, and the first question need not wait
 
         def open_chat(say: Say) -> Chat:

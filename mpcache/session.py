@@ -17,6 +17,7 @@ from mpcache.decode import Layer, Operands, step
 from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.model.prefill import Prefill
 from mpcache.ops import AnyEngine, Ops
+from mpcache.padding import pad_chunk
 from mpcache.phases import ChunkPlace
 from mpcache.policy import BoundPolicy
 from mpcache.protocols.ranges import OPERAND_RINGS
@@ -87,12 +88,15 @@ class Session:
     """Phases of one session for one reading. `party` answers; None for the plain reading.
 
     reveal: what the client learns of a step, its "logits" or the likeliest "token" alone.
+    grid: questions are padded to its multiples (`mpcache.padding`); 1: they are not.
     """
 
     def __init__(
-        self, ops: AnyEngine, party: Any, shape: ModelShape, policy: BoundPolicy, reveal: str = "logits"
-    ) -> None:
+        self, ops: AnyEngine, party: Any, shape: ModelShape, policy: BoundPolicy, reveal: str = "logits",
+        grid: int = 1,
+    ) -> None:  # fmt: skip
         self.ops, self.party, self.shape, self.policy, self.reveal = ops, party, shape, policy, reveal
+        self.grid = grid
         self.operands: Operands
         self.cache: Cache
         self.place = ChunkPlace(1, 0)  # of the next chunk
@@ -137,17 +141,24 @@ class Session:
         self.cache = self._run("context", program if known is None else local(known))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:
-        """Take m tokens in; the next token's logits (vocab,), or its number (1,), where they are learned."""
-        hot = None
-        if tokens is not None:
-            hot = torch.nn.functional.one_hot(torch.tensor(tokens), self.shape.vocab)
-        one_hots = self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
+        """Take m tokens in; the next token's logits (vocab,), or its number (1,), where they are learned.
+
+        tokens: where they are known; fewer than m where questions are padded.
+        """
+        taken: Any
+        if self.grid > 1:
+            taken = pad_chunk(self.ops, self.shape, self.cache, tokens, m)
+        else:
+            hot = None
+            if tokens is not None:
+                hot = torch.nn.functional.one_hot(torch.tensor(tokens), self.shape.vocab)
+            taken = self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
         phase = self.place.phase
         self.place = ChunkPlace(self.place.turn, self.place.step + 1)
         self._chunks += 1
         learned: torch.Tensor | None
         learned, verdict = self._run(
-            phase, step(self.ops, self.operands, self.cache, self.policy, one_hots, self.reveal)
+            phase, step(self.ops, self.operands, self.cache, self.policy, taken, self.reveal)
         )
         self.in_range = None if verdict is None else bool(verdict)
         return learned

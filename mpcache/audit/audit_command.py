@@ -21,12 +21,20 @@ from mpcache.audit.priced_rows import AuditGrid, price_rows, resolved
 from mpcache.audit.quality import points, read_quality
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
-from mpcache.console.options import MODEL_FORMS, JsonOption, PoliciesOption, RevealOption, read_reveal
+from mpcache.console.options import (
+    MODEL_FORMS,
+    JsonOption,
+    PadOption,
+    PoliciesOption,
+    RevealOption,
+    read_reveal,
+)
 from mpcache.cost.choose import CHOICES
 from mpcache.errors import BadInput, ModelError, MpcacheError
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_shape
 from mpcache.model.shapes import NAMES, config_of
 from mpcache.model.sources import is_gguf
+from mpcache.padding import padded_length
 from mpcache.transport.network import NO_NETWORK, parse_network
 
 CONTEXTS = (512, 1024, 2048, 4096)
@@ -57,6 +65,7 @@ def audit(
         typer.Option(help="Length of the answer: costs are means over its decode steps. [2, measured: 7]"),
     ] = None,
     reveal: RevealOption = None,
+    pad: PadOption = None,
     by: Annotated[str | None, typer.Option(help="layer or op: break each row down.")] = None,
     sweep_: Annotated[
         list[str] | None, typer.Option("--sweep", help="key=v1,v2: a grid; may be given several times.")
@@ -76,7 +85,7 @@ def audit(
     if explain is not None:
         others = {
             "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
-            "--csv": csv, "--report": report, "--quality": quality,
+            "--csv": csv, "--report": report, "--quality": quality, "--pad": pad,
         }  # fmt: skip
         if extra := [name for name, given in others.items() if given]:
             raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
@@ -85,9 +94,9 @@ def audit(
     revealed = read_reveal(reveal)
     if by not in (None, "layer", "op"):
         raise BadInput(f"--by {by!r} is not known; give layer or op")
-    if question < 1 or new_tokens < 1:
-        name, value = ("--question", question) if question < 1 else ("--new-tokens", new_tokens)
-        raise BadInput(f"{name} is {value}; give 1 or more tokens")
+    for option, tokens in (("--question", question), ("--new-tokens", new_tokens), ("--pad", pad)):
+        if tokens is not None and tokens < 1:
+            raise BadInput(f"{option} is {tokens}; give 1 or more tokens")
     name, model = shape_of(shape)
     protocols = listed("--protocol", protocol, CHOICES)
     folder = _weights_of(shape) if measure else None
@@ -113,6 +122,7 @@ def audit(
         max(2, new_tokens),
         explicit=bool(policy or sweep_),
         reveal=revealed,
+        pad=pad or 1,
     )
     of, evaluated = read_quality(quality) if quality else ("", [])
     for path in (csv, report):
@@ -124,7 +134,7 @@ def audit(
     result: dict[str, Any] = {
         "shape": name,
         "model": model.to_dict(),
-        "question_tokens": question,
+        "question_tokens": padded_length(question, grid.pad),
         "new_tokens": grid.new_tokens,
         "command": shlex.join(["mpcache", *sys.argv[1:]]),
         "rows": found,

@@ -25,6 +25,7 @@ from mpcache.errors import BadInput
 from mpcache.limits import bind_policy
 from mpcache.model import load_tokenizer
 from mpcache.model.tokenizer import Tokenizer
+from mpcache.padding import padded_length
 from mpcache.phases import is_decode
 from mpcache.rank import Rank
 from mpcache.report.account import Reports, p95
@@ -90,9 +91,9 @@ def plan(grid: AuditGrid, rows: Sequence[AuditRow]) -> list[tuple[Key, PublicCon
     for (spec, protocol, context), network in product(settings, networks):
         public = PublicConfig(
             policy=spec, protocol=ProtocolName(protocol), network=network, max_new_tokens=grid.new_tokens,
-            reveal=grid.reveal,
+            reveal=grid.reveal, length_grid=grid.pad,
         )  # fmt: skip
-        bind_policy(grid.shape, public, context, grid.question)
+        bind_policy(grid.shape, public, context, padded_length(grid.question, grid.pad))
         runs.append(((spec, protocol, context, network), public))
     return runs
 

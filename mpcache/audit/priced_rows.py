@@ -14,6 +14,7 @@ from mpcache.cost.pricing import price
 from mpcache.cost.rates import RATES, Rates, modelled, offline_ms, pace_ms
 from mpcache.cost.tally import Cost, Tally
 from mpcache.errors import PolicyError
+from mpcache.limits import check_padding
 from mpcache.model import ModelShape
 from mpcache.policy import parse_policy
 from mpcache.report.units import whole
@@ -25,7 +26,10 @@ Setting = tuple[str, str, int]  # policy, protocol, context in tokens
 
 @dataclass(frozen=True)
 class AuditGrid:
-    """What is priced. policies: `NAME[:key=value,...]`; explicit: the user named them."""
+    """What is priced. policies: `NAME[:key=value,...]`; explicit: the user named them.
+
+    pad: the question's length is public up to its multiples.
+    """
 
     shape: ModelShape
     contexts: Sequence[int]
@@ -36,6 +40,7 @@ class AuditGrid:
     new_tokens: int
     explicit: bool = True
     reveal: Reveal = Reveal.LOGITS
+    pad: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,9 @@ def resolved(
     if protocol != AUTO:
         return protocol
     bound = price_setting(grid, spec, context, ProtocolName.FAST).policy
-    choice = pick(grid.shape, bound, context, grid.question, grid.new_tokens, network, reveal=grid.reveal)
+    choice = pick(
+        grid.shape, bound, context, grid.question, grid.new_tokens, network, reveal=grid.reveal, grid=grid.pad
+    )
     note(f"{bound.spec} at {context} tokens: {choice}")
     return choice.protocol
 
@@ -103,7 +110,12 @@ def price_setting(grid: AuditGrid, spec: str, context: int, protocol: str) -> Co
     if policy.in_the_clear:
         raise PolicyError(f"policy {policy.spec}: runs in plaintext only, so it has no price")
     bound = policy.bind(context, grid.shape)
-    return price(grid.shape, bound, context, grid.question, protocol, grid.new_tokens, reveal=grid.reveal)
+    if grid.pad > 1:
+        check_padding(grid.shape, policy)
+    return price(
+        grid.shape, bound, context, grid.question, protocol, grid.new_tokens, reveal=grid.reveal,
+        grid=grid.pad,
+    )  # fmt: skip
 
 
 def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | None) -> AuditRow:

@@ -48,6 +48,10 @@ DocumentAsOption = Annotated[
     str | None,
     typer.Option(help="The document is the model's system message, or the user's: system or user. [system]"),
 ]
+PadOption = Annotated[
+    int | None,
+    typer.Option("--pad", help="Only the next multiple of this is public of a question's length. [1]"),
+]
 StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End the answer before this text; may be given several times."),
@@ -65,6 +69,13 @@ StateOption = Annotated[
     Path | None, typer.Option(help="Keep the session here after each token, each party's part encrypted.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the session in --state.")]
+SetupDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--setup-dir",
+        help="Keep the masked weights and document here, sealed: later runs send none. [anew in each run]",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 
 
@@ -99,9 +110,10 @@ def read_stops(stops: Sequence[str] | None, stop_at_eos: bool) -> tuple[str, ...
     return tuple(stops or ())
 
 
-def chat_overrides(raw: bool, document_as: str | None) -> dict[str, Any]:
+def chat_overrides(raw: bool, document_as: str | None, pad: int | None) -> dict[str, Any]:
     """Return what these options override in the config's public section."""
-    return {"public.chat": ChatForm.RAW if raw else None, "public.document_as": document_as}
+    chat = ChatForm.RAW if raw else None
+    return {"public.chat": chat, "public.document_as": document_as, "public.length_grid": pad}
 
 
 def public_overrides(

@@ -37,7 +37,7 @@ class ProtocolChoice:
 
 def pick(
     shape: ModelShape, policy: BoundPolicy, context: int, question: int, tokens: int, network: Profile | None,
-    bits: int = 16, reveal: Reveal = Reveal.LOGITS,
+    bits: int = 16, reveal: Reveal = Reveal.LOGITS, grid: int = 1,
 ) -> ProtocolChoice:  # fmt: skip
     """Choose how to compare: the quicker of key trees and digits, for an answer of `tokens` tokens.
 
@@ -47,7 +47,9 @@ def pick(
     where = network or NO_NETWORK
     ms = {
         protocol: answer_ms(
-            price(shape, policy, context, question, protocol, bits=bits, reveal=reveal), where, tokens
+            price(shape, policy, context, question, protocol, bits=bits, reveal=reveal, grid=grid),
+            where,
+            tokens,
         )
         for protocol in _FAST
     }

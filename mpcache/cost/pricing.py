@@ -10,6 +10,7 @@ of many layers costs little more than one layer, whatever a policy does in which
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any, cast
@@ -21,6 +22,7 @@ from mpcache.decode import Operands
 from mpcache.engines.registry import engine
 from mpcache.model.shape import ModelShape
 from mpcache.ops import Ops
+from mpcache.padding import padded_length
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
@@ -37,6 +39,8 @@ def price(
     bits: int = 16,
     reveal: Reveal = Reveal.LOGITS,
     standing: bool = True,
+    grid: int = 1,
+    later: Sequence[int] = (),
 ) -> Cost:
     """Price a policy: read a session by shapes, from set-up to the decode steps of an answer.
 
@@ -60,6 +64,10 @@ def price(
         Whether the masks of weights and document outlive sessions, as they do but with prepared tapes or
         a session that is kept. Set-up and context then are what the server uploads to the dealer once:
         nothing where the dealer holds it.
+    grid
+        Questions are padded to its multiples, as this one is.
+    later
+        Questions of later turns, in tokens; each has an answer of that length, too.
 
     Raises
     ------
@@ -72,12 +80,18 @@ def price(
     policy = policy.priced(shape)
     setup, operands = _setup(shape, protocol, bits, standing)
     party = CostParty(standing)
-    session = Session(_memoized(protocol, bits, standing), party, shape, policy, reveal)
+    session = Session(_memoized(protocol, bits, standing), party, shape, policy, reveal, grid)
     session.operands = operands
     session.context(None, None)
+    question = padded_length(question, grid)
     session.chunk(None, question)
     for _ in range(1, new_tokens):
         session.chunk(None, 1)
+    for tokens in later:
+        session.next_turn()
+        session.chunk(None, tokens)
+        for _ in range(1, new_tokens):
+            session.chunk(None, 1)
     held = _bytes_held(operands) + _bytes_held(session.cache)
     read = {"setup": setup} | party.by_phase()
     return Cost(shape, policy, protocol, question, new_tokens - 1, read, held)

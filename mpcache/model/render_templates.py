@@ -20,7 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_S = 10  # seconds of processor time
+CPU_S = 3  # seconds of processor time
 MEMORY = 1 << 30  # bytes of address space
 LONGEST = 1 << 20  # characters of one rendered conversation
 

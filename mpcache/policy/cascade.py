@@ -86,6 +86,7 @@ class Cascade(Policy):
     source = "Cascading KV Cache, arXiv 2406.17808"
     needs = "the context's last queries; one comparison per KV head and step"
     evicts = True
+    skips_padding = False  # it would take places
     example = "cascade:places=256,tiers=4"
 
     places: Budget = setting(0.2, "tokens in all tiers", "1 to the context, or a ratio up to 1.0")

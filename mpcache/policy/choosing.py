@@ -62,6 +62,7 @@ class Choosing(Policy):
     scope: ClassVar[str] = "head"  # who chooses: each head, a group, or a layer's heads together
     by_attention: ClassVar[bool] = False  # ranks attention weights, else scores
     selects = True
+    skips_padding = False  # it would stand among the tokens that are counted
 
     # ------------------------------------------------------------------------------------- public, anybody
 

@@ -84,6 +84,8 @@ class Clusters:
 class Clustered(Policy):
     """Options of the policies that choose clusters."""
 
+    skips_padding = False  # it would stand in clusters, and move tokens to others
+
     score: str = setting(
         "linear",
         "what q is scored against: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, "

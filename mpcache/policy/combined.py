@@ -57,6 +57,10 @@ class Combined(Policy):
     def in_the_clear(self) -> bool:
         return self.first.in_the_clear or self.then.in_the_clear
 
+    @property
+    def skips_padding(self) -> bool:  # type: ignore[override]
+        return self.then.skips_padding
+
     def heads_summed(self, shape: ModelShape) -> int:
         return self.then.heads_summed(shape)
 

@@ -23,9 +23,8 @@ from mpcache.ops import Ops, Value
 from mpcache.policy.base import Policy, average
 from mpcache.policy.layer_view import LayerView, PlaintextContext
 from mpcache.policy.plan import LayerPlan, Plan
+from mpcache.protocols.ranges import MASKED_SCORE
 from mpcache.runtime.program import Program, at, local, together
-
-MASKED_SCORE = 190  # dead tokens' scores go down by so much: no weight is left as long as |score| < 73
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ class ValidMask:
 @dataclass(frozen=True)
 class Evicting(Policy):
     """A policy that drops tokens while it decodes: how many live is public, which ones is not."""
+
+    skips_padding = False  # it would take the place of tokens
 
     def living_plan(self, context: int, shape: ModelShape, living: int, recent: int) -> Plan:
         kept = min(context, living)

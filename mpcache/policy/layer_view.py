@@ -11,6 +11,7 @@ from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
 from mpcache.policy.plan import Plan, SplitPlan
+from mpcache.protocols.ranges import MASKED_SCORE
 from mpcache_kernels import Backend
 
 
@@ -45,12 +46,21 @@ class LayerView:
         ]  # fmt: skip
 
     def biased(self, scores: Value) -> Value:
-        """Add the biases of the kept context to scores (KV, rows, n), whose first columns it is. No cost."""
-        bias = self.layer.bias
-        if bias is None:
-            return scores
-        n = bias.shape[-1]
-        return self.ops.cat([scores[..., :n] + bias.expand(*scores.shape[:-1], n), scores[..., n:]], -1)
+        """Add the biases of the kept context, the first of scores' columns (KV, rows, n); hide padding.
+
+        No cost.
+        """
+        bias, seen = self.layer.bias, self.cache.seen
+        if bias is not None:
+            n = bias.shape[-1]
+            kept = scores[..., :n] + bias.expand(*scores.shape[:-1], n)
+            scores = self.ops.cat([kept, scores[..., n:]], -1)
+        if seen is not None:
+            n = scores.shape[-1] - seen.shape[0]
+            marks = seen.expand(*scores.shape[:-1], seen.shape[0])
+            hidden = self.ops.mask_scores(scores[..., n:], marks, MASKED_SCORE)
+            scores = self.ops.cat([scores[..., :n], hidden], -1)
+        return scores
 
     @property
     def tokens(self) -> int:

@@ -46,6 +46,7 @@ class PoD(Policy):
     source = "PoD, arXiv 2412.02252"
     needs = "the whole cache, and blocks of layers"
     selects = True
+    skips_padding = False  # it would stand among the recent tokens
     attends_to_all = True
     example = "pod:lend=weights,share=2-3-4"
 

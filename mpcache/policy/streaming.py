@@ -42,6 +42,7 @@ class Streaming(Policy):
     needs = "positions alone"
     evicts = True
     example = "streaming:sink=4,recent=256"
+    skips_padding = False  # it would take the place of recent tokens
 
     sink: int = setting(4, "first tokens that stay", "0 or more")
     recent: Budget = setting(0.2, "last tokens that stay", "1 to the context, or a ratio up to 1.0")

@@ -48,6 +48,7 @@ COMPARED_BITS = 3  # of the window's bits: an eighth of a window beyond it, to e
 FARTHEST_SCORE = (1 << (WINDOW_BITS + WINDOWS_BITS)) - (1 << WINDOW_BITS)  # below the bound: 1008
 SCORE_UNIT = 8 / 7 / (1 << SCORE_BITS)  # a step, in scores
 EXP_WINDOW = SCORE_UNIT * (1 << WINDOW_BITS)  # 18.3: e^-18.3 = 1.1e-8 and smaller become zero
+MASKED_SCORE = 190  # hidden tokens' scores go down by so much: no weight is left as long as |score| < 73
 WEIGHT_BITS = 22  # fraction bits of softmax weights; the largest of a row may be e^-4.6
 LONG_BITS = 20  # fraction bits of a product's factor that had more than `WEIGHT_BITS`
 WEIGHTED_SUM_RING = 56  # weights times values: with n tokens |value| < 32 (`weight_bits`)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -32,6 +32,11 @@ class Phase:
     offline_sent: int = 0
     offline_received: int = 0
 
+    @property
+    def traffic(self) -> Entry:
+        """Its rounds and bytes."""
+        return Entry(**{each.name: getattr(self, each.name) for each in fields(Entry)})
+
 
 class Finish(StrEnum):
     """What an answer ended with."""
@@ -47,7 +52,7 @@ class TurnReport:
 
     question_tokens: that were taken in, with what stands around the text.  room: tokens that the session may
     still take.  ms: from the question to the last token.  sent, received: to and from the server.
-    offline_sent, offline_received: to and from the dealer.
+    offline_sent, offline_received: to and from the dealer.  question: its text.
     """
 
     number: int
@@ -63,6 +68,7 @@ class TurnReport:
     received: int
     offline_sent: int
     offline_received: int
+    question: str = ""
 
 
 @dataclass

@@ -46,6 +46,9 @@ def card(run: Mapping[str, Any]) -> Table:
         ("context transfer (once per document)", size(run["context_bytes"]), ""),
         ("leakage beyond public sizes", run["leakage"], "everything"),
     ]
+    if run["length_grid"] > 1:
+        length = f"{run['question_tokens']}, padded to a multiple of {run['length_grid']}"
+        rows = [("question tokens, as the others see", length, "as they are"), *rows]
     for row in rows:
         table.add_row(*row)
     return table

@@ -279,17 +279,19 @@ class FrameLink(Link):
         return facts
 
     def poll_facts(self, step: str) -> dict[str, Any] | None:
+        return self.recv_facts(step) if self._has_come(step) else None
+
+    def _has_come(self, step: str) -> bool:
+        """Return whether a frame is there, and due; it stays the next. Raises what the link failed with."""
         item: Arrived = _LOOK
         while item is _LOOK:
             self.check_alive(step)
             try:
                 item = self._from_inbox(0.0)
             except Empty:
-                return None
+                return False
         self._early.appendleft(item)
-        if isinstance(item, tuple) and item[2] > time.monotonic():
-            return None
-        return self.recv_facts(step)
+        return not (isinstance(item, tuple) and item[2] > time.monotonic())
 
     def close(self, reason: str = "") -> None:
         if self._closed:
@@ -305,13 +307,11 @@ class FrameLink(Link):
 
     def send_hello(self, hello: Hello) -> None:
         self.check_alive("hello")
-        self._send_frame(
-            pb.Frame(
-                hello=pb.Hello(
-                    version=hello.version, rank=hello.rank, nonce=hello.nonce, public=dict(hello.public)
-                )
-            )
-        )
+        said = pb.Hello(version=hello.version, rank=hello.rank, nonce=hello.nonce, public=dict(hello.public))
+        self._send_frame(pb.Frame(hello=said))
+
+    def poll_hello(self) -> Hello | None:
+        return self.recv_hello() if self._has_come("hello") else None
 
     def recv_hello(self) -> Hello:
         message = self._next(FrameKind.HELLO, "hello").hello

@@ -126,6 +126,10 @@ class Link(ABC):
         """Wait for the peer's introduction. Raises as `recv` does."""
 
     @abstractmethod
+    def poll_hello(self) -> Hello | None:
+        """Take the peer's introduction if it has come; None if it has not. Raises as `recv` does."""
+
+    @abstractmethod
     def close(self, reason: str = "") -> None:
         """End the channel. With a reason, the peer's next call raises PeerFailed with it."""
 

@@ -19,10 +19,11 @@ from typing import Any
 from mpcache.config import Settings, load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import BadInput
-from mpcache.phases import ChunkPlace
+from mpcache.limits import with_default_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Finish, TurnReport
 from mpcache_parties import piped_conversation
+from mpcache_parties.answer_pace import in_words
 from mpcache_parties.launch import (
     Child,
     Event,
@@ -31,6 +32,7 @@ from mpcache_parties.launch import (
     first_cause,
     free_addresses,
     private_folder,
+    setup_flags,
     start_party,
     write_session,
 )
@@ -73,7 +75,11 @@ class Account:
 
 
 class Chat:
-    """One private conversation. A context manager; not for several threads, but for `stop`."""
+    """One private conversation. A context manager; not for several threads, but for `stop`.
+
+    turns: the complete ones; of a conversation that was resumed, the earlier ones, too.  unfinished: the
+    question whose answer was interrupted; `go_on` yields it.
+    """
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class Chat:
         Raises PartyFailed, or what `watch` raises.
         """
         self.turns: list[TurnReport] = []
+        self.unfinished: str | None = None
         self.progress = "starting"
         self.on_progress: Say = quiet  # told each time that `progress` is another layer
         self.room = 0
@@ -96,10 +103,13 @@ class Chat:
         self._answering = False
         self._child: Child | None = start_party(Rank.CLIENT, [*flags, "--conversation"], self._events)
         try:
-            self.room = int(self._next(EventKind.OPENED)["room"])
+            opened = self._next(EventKind.OPENED)
         except BaseException:
-            self.close()
+            self.close(keep=True)
             raise
+        self.room, self.unfinished = int(opened["room"]), opened["unfinished"]
+        self.turns += map(_report_of, opened["turns"])
+        self._answering = self.unfinished is not None
         self.progress = ""
 
     def __enter__(self) -> Chat:
@@ -108,7 +118,7 @@ class Chat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(keep=kind is not None)
 
     @property
     def account(self) -> Account:
@@ -159,6 +169,17 @@ class Chat:
             raise BadInput("an answer runs; stop it, or hear it to its end")
         self._answering = True
         self._write(line)
+        yield from self._answer()
+
+    def go_on(self) -> Iterator[str]:
+        """Yield the answer that was interrupted, from its beginning; nothing where none was.
+
+        It is to be heard before anything is asked. Raises as `ask`.
+        """
+        if self.unfinished is not None:
+            yield from self._answer()
+
+    def _answer(self) -> Iterator[str]:
         try:
             while (piece := self._piece()) is not None:
                 yield piece
@@ -174,8 +195,13 @@ class Chat:
         if self._child is not None and self._answering:
             self._write(piped_conversation.ENOUGH_LINE)
 
-    def close(self) -> None:
-        """End the session and its process; harmless to repeat."""
+    def close(self, keep: bool = False) -> None:
+        """End the session and its process; harmless to repeat.
+
+        keep: one with a `state` is suspended, so that it can be resumed.
+        """
+        if not keep:
+            self._write(piped_conversation.END_LINE)
         child, self._child, self._answering = self._child, None, False
         if child is None:
             return
@@ -194,17 +220,18 @@ class Chat:
         self.progress = ""
         if event["event"] == EventKind.TOKEN:
             return str(event["text"])
-        self._answering = False
+        self._answering, self.unfinished = False, None
         if event["event"] == EventKind.REFUSED:
             raise BadInput(event["text"])
-        found = event["turn"]
-        self.turns.append(TurnReport(**{**found, "finish": Finish(found["finish"])}))
+        self.turns.append(_report_of(event["turn"]))
         self.room = self.turns[-1].room
         return None
 
     def _write(self, line: bytes) -> None:
         with self._writing, suppress(OSError):  # a process that is gone is found by who reads its events
-            assert self._child is not None and self._child.stdin is not None
+            if self._child is None:
+                return
+            assert self._child.stdin is not None
             self._child.stdin.write(line)
             self._child.stdin.flush()
 
@@ -225,10 +252,9 @@ class Chat:
                 case {"event": EventKind.SAY, "text": str(text)}:
                     self.progress = text.removeprefix("client: ")
                     self._say(text)
-                case {"event": EventKind.LAYER, "phase": str(phase), "layer": int(layer)}:
-                    place = ChunkPlace.of(phase)
-                    what = phase if place is None else "answer" if place.step else "question"
-                    self.progress = f"{what}: layer {layer + 1}"
+                case {"event": EventKind.LAYER, "phase": str(phase), "layer": int(layer), **more}:
+                    layers, left = int(str(more["layers"])), more["left_ms"]
+                    self.progress = in_words(phase, layer, layers, left if isinstance(left, float) else None)
                     self.on_progress(self.progress)
                 case {"event": EventKind.ERROR, "text": str(text), "exit_code": int(code)}:
                     failure = PartyFailed(text, code)
@@ -237,14 +263,24 @@ class Chat:
                     raise failure or PartyFailed("the client's process has ended")
 
 
+def _report_of(found: dict[str, Any]) -> TurnReport:
+    return TurnReport(**{**found, "finish": Finish(found["finish"])})
+
+
 class LocalParties:
     """Server and dealer as processes of this machine, for as many conversations as they serve at once."""
 
     def __init__(
         self, settings: Settings, model: Path | str | None = None, text: str | None = None,
-        at_once: int = AT_ONCE, say: Say = quiet,
+        at_once: int = AT_ONCE, say: Say = quiet, setup_dir: Path | None = None,
+        state: Path | str | None = None,
     ) -> None:  # fmt: skip
-        """Start both. model: as `mpcache-party` takes it; None: the demo's.  text: the server's document."""
+        """Start both.
+
+        model: as `mpcache-party` takes it; None: the demo's.  text: the server's document.
+        setup_dir: where both keep what is masked, for other runs; None: in memory.  state: the folder where
+        they keep conversations of clients that ask for it.
+        """
         self._settings = settings.model_copy(update={"addresses": free_addresses()})
         self._say, self._children = say, dict[Rank, Child]()
         self._events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
@@ -253,10 +289,11 @@ class LocalParties:
         folder = self._folder.__enter__()
         try:
             self._own = write_session(self._settings, {} if text is None else {Rank.SERVER: text}, folder)
-            serving = ["--serve", "--sessions", str(at_once)]
+            serving = ["--serve", "--sessions", str(at_once), *_keeping(state)]
             named = [] if model is None else ["--model", str(model)]
+            kept = setup_flags(setup_dir)
             for rank, more in ((Rank.SERVER, named), (Rank.DEALER, [])):
-                flags = [*self._own[rank], *serving, *more]
+                flags = [*self._own[rank], *serving, *kept.get(rank, ()), *more]
                 self._children[rank] = start_party(rank, flags, self._events)
         except BaseException:
             self.close()
@@ -270,9 +307,12 @@ class LocalParties:
     ) -> None:
         self.close()
 
-    def chat(self, say: Say | None = None) -> Chat:
-        """Open a conversation. say: told how far it is, in place of the parties'. Raises PartyFailed."""
-        return Chat(self._own[Rank.CLIENT], say or self._say, self._watch)
+    def chat(self, say: Say | None = None, state: Path | str | None = None, resume: bool = False) -> Chat:
+        """Open a conversation, or resume one. Raises PartyFailed.
+
+        say: told how far it is, in place of the parties'.  state, resume: as of `connect`.
+        """
+        return Chat([*self._own[Rank.CLIENT], *_keeping(state, resume)], say or self._say, self._watch)
 
     def close(self) -> None:
         """End both."""
@@ -296,15 +336,26 @@ class LocalParties:
             raise first_cause(self._children, {}, self._errors)
 
 
+def _keeping(state: Path | str | None, resume: bool = False) -> list[str]:
+    """Return the flags of a party that keeps a session. Raises BadInput."""
+    if state is None:
+        if resume:
+            raise BadInput("to resume needs the state: the folder where the session is kept")
+        return []
+    return ["--state", str(state), *["--resume"] * resume]
+
+
 def connect(
-    config: Path | str, identity: Path | str | None = None, say: Say = quiet, *, insecure: bool = False
-) -> Chat:
+    config: Path | str, identity: Path | str | None = None, say: Say = quiet, *, insecure: bool = False,
+    state: Path | str | None = None, resume: bool = False,
+) -> Chat:  # fmt: skip
     """Open a conversation with a server and a dealer that run elsewhere; close it after use.
 
     config: the YAML file that all parties agree on.  identity: the folder of this client's key and
     certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
-    the set-up is.  insecure: no TLS, whatever the addresses. Raises ConfigError, or PartyFailed where no
-    session comes about.
+    the set-up is.  insecure: no TLS, whatever the addresses.  state: a folder of this client's where the
+    conversation is kept while it lasts; the others must keep it, too.  resume: go on with the one that is
+    kept there. Raises ConfigError, BadInput, or PartyFailed where no session comes about.
     """
     load_settings(config)  # its faults are told here, not by a process
     flags = ["--config", str(config)]
@@ -312,7 +363,7 @@ def connect(
         flags += ["--identity", str(identity)]
     if insecure:
         flags.append("--insecure")
-    return Chat(flags, say)
+    return Chat([*flags, *_keeping(state, resume)], say)
 
 
 @contextmanager
@@ -323,7 +374,10 @@ def local_chat(
     policy: str | None = None,
     max_new_tokens: int | None = None,
     config: Path | str | None = None,
+    setup_dir: Path | str | None = None,
     say: Say = quiet,
+    state: Path | str | None = None,
+    resume: bool = False,
 ) -> Iterator[Chat]:
     """Open a conversation with a server and a dealer of its own, all processes of this machine.
 
@@ -334,16 +388,26 @@ def local_chat(
     document
         The server's: a text, or the Path of a text file. None: with the demo model its own, else none.
     policy, max_new_tokens
-        In place of the config's.
+        In place of the config's. Where neither names a policy a model that has a curve takes `compact`.
     config
         A YAML file of public settings; its addresses are not used.
+    setup_dir
+        A folder where the masked weights and document are kept for other runs; None: each masks them anew.
     say
         Gets a line now and then about how far the set-up is.
+    state
+        A folder where all three keep the conversation while it lasts.
+    resume
+        Go on with the one that is kept there; all else as when it was begun.
 
-    Raises ConfigError, or PartyFailed where no session comes about.
+    Raises ConfigError, BadInput, or PartyFailed where no session comes about.
 
     """
     settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
+    settings, kept = with_default_policy(settings, model), None if setup_dir is None else Path(setup_dir)
     text = read_text(document) if isinstance(document, Path) else document
-    with LocalParties(settings, model, text, at_once=1, say=say) as parties, parties.chat() as chat:
+    with (
+        LocalParties(settings, model, text, 1, say, kept, state) as parties,
+        parties.chat(state=state, resume=resume) as chat,
+    ):
         yield chat

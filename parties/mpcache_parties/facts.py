@@ -22,7 +22,7 @@ from mpcache.answer import bind_to_document
 from mpcache.choices import ChatForm, DocumentAs
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
-from mpcache.errors import Desync, ModelError, PolicyError
+from mpcache.errors import BadInput, Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
 from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.framing import Framing, make_framing
@@ -30,6 +30,7 @@ from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
+from mpcache.padding import padded_length
 from mpcache.policy import BoundPolicy, LeakClass, parse_policy
 from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, bytes_of, tensor_of
@@ -37,7 +38,7 @@ from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
 from mpcache_parties.handshake import confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
-from mpcache_parties.private_inputs import Conversation, Document, PrivateInput, Question
+from mpcache_parties.private_inputs import Conversation, DeclaredTurns, Document, PrivateInput, Question
 from mpcache_parties.state.checkpoint import Checkpoint
 
 TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
@@ -53,6 +54,7 @@ class Facts:
 
     context, question: in tokens; no question where the session is a conversation, whose turns come later.
     limit: tokens of an answer, at most.  room: tokens that all questions and answers may take.
+    turns: where tapes are prepared for a conversation, its questions in tokens.
     """
 
     shape: ModelShape
@@ -66,6 +68,7 @@ class Facts:
     protocol: str  # the config's, or what `auto` picked, and why
     picked: str = ""
     session: str = ""  # its name, drawn by the server
+    turns: tuple[int, ...] = ()
 
     @property
     def conversation(self) -> bool:
@@ -76,7 +79,7 @@ class Facts:
         """Return what all parties have to agree on, by field, as text."""
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
-        fields |= {"new_tokens": self.limit, "room": self.room}
+        fields |= {"new_tokens": self.limit, "room": self.room, "turns": list(self.turns)}
         fields |= self.digests
         fields |= {"protocol": self.protocol, "session": self.session}
         for index, layer in enumerate(self.policy.plan.layers):
@@ -90,6 +93,7 @@ def tape_sizes(facts: Facts, public: PublicConfig) -> dict[str, Any]:
         "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
         "policy": facts.policy.spec, "plan": facts.policy.plan.to_dict(),
         "protocol": facts.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
+        "length_grid": public.length_grid,
     }  # fmt: skip
 
 
@@ -124,17 +128,19 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
         case Document():
             model = _send_model(links, own, public)
             return {"model": model, "question": links[Rank.CLIENT].recv_facts("facts/question")}
-        case Question() | Conversation():
+        case Question() | Conversation() | DeclaredTurns():
             model = links[Rank.SERVER].recv_facts("facts/model")
             vocabulary = receive_tokenizer(links[Rank.SERVER], model)
             shape = _shape(model)
             template = receive_template(links[Rank.SERVER], model)
             public_texts = {"tokenizer": vocabulary} | ({} if template is None else {"template": template})
             framing = framing_of({"model": model} | public_texts, shape, public)
-            question = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
+            question: dict[str, Any] = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
             if isinstance(own, Question):
-                asked = framing.frame_turn(own.text, first=True)
-                question = {"question_tokens": len(asked), "new_tokens": own.limit(public.max_new_tokens)}
+                length = padded_length(len(framing.frame_turn(own.text, first=True)), public.length_grid)
+                question = {"question_tokens": length, "new_tokens": own.limit(public.max_new_tokens)}
+            if isinstance(own, DeclaredTurns):
+                question["turns"] = [padded_length(n, public.length_grid) for n in own.questions]
             for link in links.values():
                 link.send_facts("facts/question", question)
             model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": _digest(template)}
@@ -146,28 +152,32 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
 
 def _send_model(links: Links, own: Document, public: PublicConfig) -> dict[str, Any]:
     """Tell all what is public about the server's model and document; send the client what frames texts."""
-    model = own.model
-    vocabulary = model.tokenizer.content
     template = None if own.template is None else tensor_of(own.template.to_bytes())
-    facts = {
+    facts = facts_of_model(own, public) | {"session": secrets.token_hex(16)}
+    for link in links.values():
+        link.send_facts("facts/model", facts)
+    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(own.model.tokenizer.content)])
+    if template is not None:
+        links[Rank.CLIENT].send("facts/template", [template])
+    return facts
+
+
+def facts_of_model(own: Document, public: PublicConfig) -> dict[str, Any]:
+    """Return what is public about the server's model and document. Raises PolicyError or ConfigError."""
+    model, template = own.model, None if own.template is None else tensor_of(own.template.to_bytes())
+    facts: dict[str, Any] = {
         "shape": model.shape.to_dict(),
         "model_digest": model.digest,
-        "tokenizer_bytes": len(vocabulary),
+        "tokenizer_bytes": len(model.tokenizer.content),
         "tokenizer_digest": model.tokenizer.digest,
         "template_bytes": 0 if template is None else len(template),
         "template_digest": _digest(template),
         "document": own.written,
         "context_tokens": len(own.tokens),
         "kernels": choose_kernels(public.kernels, own.device).name,
-        "session": secrets.token_hex(16),
     }
     if counts := parse_policy(public.policy).count_from_model(model, len(own.tokens)):
         facts["head_counts"] = counts
-    for link in links.values():
-        link.send_facts("facts/model", facts)
-    links[Rank.CLIENT].send("facts/tokenizer", [tensor_of(vocabulary)])
-    if template is not None:
-        links[Rank.CLIENT].send("facts/template", [template])
     return facts
 
 
@@ -253,6 +263,8 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     limit = _limit(question, public)
+    if asked % public.length_grid:
+        raise Desync(f"Desync: the client's question has {asked} tokens, not a multiple of --pad")
     if asked:
         policy = bind_policy(shape, public, context, asked, limit)
         room = asked + limit
@@ -265,11 +277,12 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     if protocol == AUTO:
         choice = pick(
             shape, policy, context, asked or TYPICAL_QUESTION, limit, parse_network(public.network),
-            public.fraction_bits, public.reveal,
+            public.fraction_bits, public.reveal, public.length_grid,
         )  # fmt: skip
         protocol, picked = choice.protocol, str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
-    facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session)
+    turns = _turns(question.get("turns", []), limit, room)
+    facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session, turns)
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
 
 
@@ -307,6 +320,26 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or value < 0:
         raise Desync(f"Desync: the fact {name} is {value!r:.60}, not a count; is it the same version?")
     return value
+
+
+def filled(answer: int) -> int:
+    """Return how many chunks a turn of prepared tapes has: its question, and each token of its answer.
+
+    All are taken in, whatever the answer is: the next turn's tapes were dealt for a cache of that length.
+    """
+    return answer + 1
+
+
+def _turns(turns: Any, limit: int, room: int) -> tuple[int, ...]:
+    """Return the turns that tapes are prepared for. Raises Desync; BadInput where there is no room."""
+    if not isinstance(turns, list) or any(type(tokens) is not int or tokens < 1 for tokens in turns):
+        raise Desync(f"Desync: the fact turns is {turns!r:.60}, not a list of lengths")
+    if (needed := sum(turns) + len(turns) * (filled(limit) - 1)) > room:
+        raise BadInput(
+            f"--turns: {len(turns)} turns with answers of {limit} tokens take {needed}; a conversation has "
+            f"room for {room} (public.conversation_tokens)"
+        )
+    return tuple(turns)
 
 
 def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:

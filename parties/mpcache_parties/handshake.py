@@ -41,20 +41,51 @@ class TapeMode(StrEnum):
 CLIENT_MODES = (KeepMode.NONE, KeepMode.KEPT, KeepMode.RESUMED)
 
 
-def agree(links: Links, me: Rank, public: Mapping[str, str]) -> dict[Rank, Hello]:
-    """Exchange Hello on every link; return what each peer said.
+class Greeting:
+    """Say Hello on each link, and compare what each peer says: once for a session.
 
-    `public` is `PublicConfig.flat()`. Raises Mismatch with the first differing field and both sides'
-    values, on both sides (whichever is slower may get it as the PeerFailed of the other).
+    A link that is there is greeted before the others have come, so that a mismatch does not wait for
+    them. public: `PublicConfig.flat()`, and whatever else must agree.
     """
-    mine = Hello(PROTOCOL_VERSION, me, secrets.token_hex(16), public)
-    for link in links.values():
-        link.send_hello(mine)
-    theirs = {}
-    for peer, link in links.items():
-        theirs[peer] = link.recv_hello()
-        compare_hellos(mine, theirs[peer], peer)
-    return theirs
+
+    def __init__(self, me: Rank, public: Mapping[str, str]) -> None:
+        self._mine = Hello(PROTOCOL_VERSION, me, secrets.token_hex(16), public)
+        self._greeted: set[Rank] = set()
+        self._heard: dict[Rank, Hello] = {}
+
+    def look(self, links: Links) -> None:
+        """Greet these peers, and compare what has come from them. Never waits. Raises as `agree` does."""
+        self._greet(links)
+        for peer, link in links.items():
+            if peer not in self._heard and (hello := link.poll_hello()) is not None:
+                self._hear(peer, hello)
+
+    def agree(self, links: Links) -> dict[Rank, Hello]:
+        """Greet every peer, and wait for all; return what each said.
+
+        Raises Mismatch with the first differing field and both sides' values, on both sides (whichever is
+        slower may get it as the PeerFailed of the other).
+        """
+        self._greet(links)
+        for peer, link in links.items():
+            if peer not in self._heard:
+                self._hear(peer, link.recv_hello())
+        return {peer: self._heard[peer] for peer in links}
+
+    def _greet(self, links: Links) -> None:
+        for peer, link in links.items():
+            if peer not in self._greeted:
+                self._greeted.add(peer)
+                link.send_hello(self._mine)
+
+    def _hear(self, peer: Rank, hello: Hello) -> None:
+        compare_hellos(self._mine, hello, peer)
+        self._heard[peer] = hello
+
+
+def agree(links: Links, me: Rank, public: Mapping[str, str]) -> dict[Rank, Hello]:
+    """Exchange Hello on links that are all there, as `Greeting.agree` does."""
+    return Greeting(me, public).agree(links)
 
 
 def compare_hellos(mine: Hello, theirs: Hello, expected: Rank) -> None:

@@ -129,6 +129,13 @@ def write_session(settings: Settings, texts: Mapping[Rank, str], folder: Path) -
     return flags
 
 
+def setup_flags(folder: Path | None) -> dict[Rank, list[str]]:
+    """Return the flags with which server and dealer keep their masks in a folder, if there is one."""
+    return (
+        {} if folder is None else {rank: ["--setup-dir", str(folder)] for rank in (Rank.SERVER, Rank.DEALER)}
+    )
+
+
 def _identities(folder: Path) -> Certificates:
     """Make new identities for all three, in this folder, for one session."""
     pinned = {}

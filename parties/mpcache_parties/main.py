@@ -16,6 +16,7 @@ from mpcache.console.options import (
     DocumentAsOption,
     NetworkOption,
     NewTokensOption,
+    PadOption,
     PolicyOption,
     ProtocolOption,
     RawOption,
@@ -26,6 +27,7 @@ from mpcache.console.signals import Stopped, ignore_signals
 from mpcache.errors import MpcacheError
 from mpcache.rank import Rank
 from mpcache_parties.client_api import ClientApi
+from mpcache_parties.health_command import health
 from mpcache_parties.keygen import keygen
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.pinning import pin
@@ -42,6 +44,7 @@ app = typer.Typer(
 
 app.command()(keygen)
 app.command()(pin)
+app.command()(health)
 
 
 @app.callback(invoke_without_command=True)
@@ -80,6 +83,7 @@ def party(
     ] = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    pad: PadOption = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -112,6 +116,13 @@ def party(
     ] = None,
     prepare_tokens: Annotated[
         int | None, typer.Option("--prepare", help="Deal tapes for one answer of so many tokens, store them.")
+    ] = None,
+    turns: Annotated[
+        str | None,
+        typer.Option(
+            help="Client, with --prepare: for a conversation whose questions have so many tokens, as in "
+            "14,9,9; each has an answer of that length."
+        ),
     ] = None,
     connect_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the others.")] = None,
     identity: Annotated[
@@ -187,6 +198,7 @@ def party(
         stop=tuple(stop or ()),
         raw=raw,
         document_as=document_as,
+        pad=pad,
         state=state,
         state_key=state_key,
         resume=resume,
@@ -194,6 +206,7 @@ def party(
         fresh_document=fresh_document,
         offline_store=offline_store,
         prepare_tokens=prepare_tokens,
+        turns=turns,
         connect_timeout=connect_timeout,
         identity=identity,
         insecure=insecure,

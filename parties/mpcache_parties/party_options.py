@@ -16,7 +16,7 @@ from mpcache.transport.address import HostPort
 from mpcache_parties.handshake import KeepMode
 from mpcache_parties.operations.output import Output
 from mpcache_parties.piped_conversation import PipedConversation
-from mpcache_parties.private_inputs import PrivateInput, Question, read_document
+from mpcache_parties.private_inputs import DeclaredTurns, PrivateInput, Question, read_document
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.setups import DealerSetups, ServerSetups, Setups
 from mpcache_parties.state.store import Store
@@ -45,6 +45,7 @@ class PartyOptions:
     stop: tuple[str, ...] = ()
     raw: bool = False
     document_as: str | None = None
+    pad: int | None = None
     state: Path | None = None
     state_key: Path | None = None
     resume: bool = False
@@ -52,6 +53,7 @@ class PartyOptions:
     fresh_document: bool = False
     offline_store: Path | None = None
     prepare_tokens: int | None = None
+    turns: str | None = None
     connect_timeout: float | None = None
     identity: Path | None = None
     insecure: bool = False
@@ -85,7 +87,7 @@ class PartyOptions:
         return load_settings(
             self.config,
             public_overrides(self.policy, self.protocol, self.network, tokens, self.reveal)
-            | chat_overrides(self.raw, self.document_as)
+            | chat_overrides(self.raw, self.document_as, self.pad)
             | {"timeouts.connect_s": self.connect_timeout, "addresses.bind": self.listen},
         )
 
@@ -94,6 +96,17 @@ class PartyOptions:
         self._check_owners()
         self._check_serving()
         self._check_conversation()
+        if self.turns is not None:
+            self._declared()
+
+    def _declared(self) -> DeclaredTurns:
+        """Read --turns. Raises BadInput."""
+        if not self.preparing or self.question is not None or self.question_file is not None:
+            raise BadInput("--turns goes with --prepare, in place of a question: 14,9,9 are three turns")
+        words = (self.turns or "").split(",")
+        if not all(word.isascii() and word.isdigit() and 0 < int(word) < 100_000 for word in words):
+            raise BadInput(f"--turns is {self.turns!r}; give each question's tokens, as in 14,9,9")
+        return DeclaredTurns(tuple(map(int, words)))
 
     def _check_owners(self) -> None:
         """Refuse another rank's flags: a document given to the client should not pass in silence."""
@@ -102,6 +115,7 @@ class PartyOptions:
             "context": (Rank.SERVER, self.context),
             "question": (Rank.CLIENT, self.question),
             "question-file": (Rank.CLIENT, self.question_file),
+            "turns": (Rank.CLIENT, self.turns),
             "temperature": (Rank.CLIENT, self.temperature),
             "top-p": (Rank.CLIENT, self.top_p),
             "seed": (Rank.CLIENT, self.seed),
@@ -133,8 +147,7 @@ class PartyOptions:
         if not self.events:
             raise BadInput("--conversation takes questions from a parent process; give --events, too")
         one = {
-            "question": self.question, "question-file": self.question_file, "state": self.state,
-            "offline-store": self.offline_store, "prepare": self.prepare_tokens,
+            "question": self.question, "question-file": self.question_file, "prepare": self.prepare_tokens,
         }  # fmt: skip
         for name, value in one.items():
             if value is not None:
@@ -201,7 +214,9 @@ class PartyOptions:
             case Rank.SERVER:
                 return read_document(self.model, self.context, public)
             case Rank.CLIENT if self.conversation:
-                return PipedConversation(output, sys.stdin.buffer)
+                return PipedConversation(output, sys.stdin.buffer, kept=self.state is not None)
+            case Rank.CLIENT if self.turns is not None:
+                return self._declared()
             case Rank.CLIENT:
                 text = read_question(self.question, self.question_file)
                 stops = read_stops(self.stop, self.stop_at_eos)

@@ -19,16 +19,18 @@ from mpcache.rank import Rank
 from mpcache.report.units import size
 from mpcache.runtime.party import DealerParty
 from mpcache.session import Session
-from mpcache_parties.facts import Facts, agreed_facts, tape_sizes
+from mpcache_parties.facts import Facts, agreed_facts, filled, tape_sizes
 from mpcache_parties.private_inputs import PrivateInput
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import deal_seeds, receive_seed
 from mpcache_parties.state.tapes import TapeStore, TapeWriter
+from mpcache_parties.turns import PreparedTurns
 
 
 def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
     """Deal, or store, one batch of tapes, for a session of `public.max_new_tokens` tokens.
 
+    Of a conversation: for the turns that the client declares, each with an answer of that length.
     Server and client store it in their store of tapes. Raises StateError (a full disk), PolicyError (a plan
     that the document decides) or what a link raises.
     """
@@ -45,12 +47,16 @@ def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
 
 def _foretold(me: Rank, facts: Facts, public: PublicConfig) -> str:
     """Say how much is to be dealt and stored, and what it serves."""
+    (question, chunks), *rest = _turns(facts)
     cost = price(
-        facts.shape, facts.policy, facts.context, facts.question, facts.protocol, facts.limit,
-        bits=public.fraction_bits, reveal=public.reveal, standing=False,
+        facts.shape, facts.policy, facts.context, question, facts.protocol, chunks,
+        bits=public.fraction_bits, reveal=public.reveal, standing=False, grid=public.length_grid,
+        later=[tokens for tokens, _ in rest],
     )  # fmt: skip
     total = sum_tallies((phase, cost.total(phase)) for phase in cost.phases)
     serves = f"one answer of up to {facts.limit} tokens to a question of {facts.question}"
+    if facts.turns:
+        serves = f"one conversation of {PreparedTurns(facts.turns, facts.limit)}"
     if me is Rank.DEALER:
         return f"dealing {size(total.offline)} for {serves} ..."
     mine = total.server_offline if me is Rank.SERVER else total.client_offline
@@ -82,7 +88,7 @@ def _store_batch(me: Rank, resources: SessionResources, facts: Facts, store: Tap
     writer = TapeWriter(me, dealer, store, batch)
     try:
         _read_by_shapes(facts, public, writer, lambda phase: writer.flush())
-        writer.finish(seed, tape_sizes(facts, public), tokens)
+        writer.finish(seed, tape_sizes(facts, public), tokens, facts.turns)
     except BaseException:
         writer.discard()
         raise
@@ -92,11 +98,21 @@ def _store_batch(me: Rank, resources: SessionResources, facts: Facts, store: Tap
 def _read_by_shapes(facts: Facts, public: PublicConfig, party: Any, done: Callable[[str], None]) -> None:
     """Go through a whole session by shapes; `done` is told each phase that has ended."""
     ops = engine(facts.protocol, Rank.SERVER, public.fraction_bits, "meta")
-    session = Session(ops, party, facts.shape, facts.policy, public.reveal)
+    session = Session(ops, party, facts.shape, facts.policy, public.reveal, public.length_grid)
     session.setup(None)
     done("setup")
     session.context(None, None)
     done("context")
-    for step in range(facts.limit):
-        session.chunk(None, 1 if step else facts.question)
-        done(f"decode{step}" if step else "question")
+    for question, chunks in _turns(facts):
+        for step in range(chunks):
+            phase = session.place.phase
+            session.chunk(None, 1 if step else question)
+            done(phase)
+        session.next_turn()
+
+
+def _turns(facts: Facts) -> list[tuple[int, int]]:
+    """Return of each turn its question, in tokens, and how many chunks it has."""
+    if not facts.turns:
+        return [(facts.question, facts.limit)]
+    return [(question, filled(facts.limit)) for question in facts.turns]

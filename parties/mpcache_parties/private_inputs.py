@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,12 +57,41 @@ class Question:
         return agreed if self.new_tokens is None else min(agreed, self.new_tokens)
 
 
+@dataclass
+class TurnRecord:
+    """A question that was asked, and what there is of its answer.
+
+    asked: the token ids that are taken in for it.  limit: tokens of the answer, at most.
+    chunks: what is taken in, at most: `asked`, and then single tokens, beyond the answer's to fill up.
+    ids: the answer's so far.  draws: where the draws of its tokens stand.  report: once it is complete.
+    """
+
+    question: Question
+    asked: list[int]
+    limit: int
+    chunks: int
+    ids: list[int] = field(default_factory=list)
+    draws: Any = None
+    report: TurnReport | None = None
+
+
+@dataclass(frozen=True)
+class DeclaredTurns:
+    """What the client declares of a conversation that tapes are prepared for: its questions, in tokens."""
+
+    questions: tuple[int, ...]
+
+
 class Conversation(ABC):
     """Questions that come while the session runs, and what becomes of each."""
 
     @abstractmethod
-    def opened(self, room: int) -> None:
-        """Take note that questions may come, which with their answers may take `room` tokens."""
+    def opened(self, room: int, earlier: Sequence[TurnRecord]) -> None:
+        """Take note that questions may come, which with their answers may take `room` tokens.
+
+        earlier: the turns of a session that goes on; the last one's answer may be in the middle, and is told
+        from its beginning.
+        """
 
     @abstractmethod
     def questions(self, look: Callable[[], None]) -> Iterator[Question]:
@@ -74,6 +104,10 @@ class Conversation(ABC):
     def stopped(self) -> bool:
         """Return whether the answer that runs is to end after its present token."""
 
+    def over(self) -> bool:
+        """Return whether no more questions will come."""
+        return False
+
     @abstractmethod
     def answered(self, report: TurnReport) -> None:
         """Take note of an answer that is complete."""
@@ -83,7 +117,7 @@ class Conversation(ABC):
         """Take note of a question that was not asked; the session goes on."""
 
 
-PrivateInput = Document | Question | Conversation | None  # None: the dealer's
+PrivateInput = Document | Question | Conversation | DeclaredTurns | None  # None: the dealer's
 
 
 def read_document(model: str | None, context: Path | None, public: PublicConfig) -> Document:

@@ -24,10 +24,13 @@ from mpcache.console.signals import stop_on_signals
 from mpcache.console.streams import own_stdout
 from mpcache.errors import BadInput, MpcacheError, PortInUse, StateError, told_as
 from mpcache.ledger import Ledger
+from mpcache.phases import ChunkPlace
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
-from mpcache_parties.handshake import PROTOCOL_VERSION, TapeMode, agree
+from mpcache_parties.answer_pace import LayerPace, question_said
+from mpcache_parties.handshake import PROTOCOL_VERSION, Greeting, TapeMode
+from mpcache_parties.masking import mask_ahead
 from mpcache_parties.network.connect import cannot_take_part, connect_all
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust, trust
@@ -43,7 +46,7 @@ from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
 from mpcache_parties.serving import AT_ONCE, serve_all
 from mpcache_parties.state.checkpoint import Checkpointer
-from mpcache_parties.state.setups import Setups
+from mpcache_parties.state.setups import ServerSetups, Setups
 from mpcache_parties.state.tapes import TapeStore
 
 TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
@@ -91,10 +94,10 @@ class PartyProcess:
             checkpointer, self.tapes, self.settings.timeouts.idle_s, self.setups,
         )  # fmt: skip
 
-    def agreed_fields(self, checkpointer: Checkpointer) -> dict[str, str]:
-        """Return all that the parties must have in common before they begin, by name."""
+    def greeting(self, checkpointer: Checkpointer) -> Greeting:
+        """Return what is said to each peer of a session: all that the parties must have in common."""
         modes = {"state": checkpointer.mode.value, "tapes": self.tape_mode.value}
-        return self.settings.public.flat() | modes
+        return Greeting(self.me, self.settings.public.flat() | modes)
 
 
 def run_party(options: PartyOptions) -> None:
@@ -138,54 +141,67 @@ def _take_part(process: PartyProcess, options: PartyOptions, shown: ExitStack) -
             serve_sessions(process, options.sessions or AT_ONCE)
         ledger = Ledger()
         status = shown.enter_context(process.status.session(ledger))
-        network = _connect(process, ledger)
+        greeting = process.greeting(process.checkpointer)
+        network = _connect(process, ledger, greeting)
     except (BadInput, PortInUse, StateError, OSError) as error:
         process.output.error(told := told_as(error))
         _tell_the_others(process, told)
         raise SystemExit(told.exit_code) from None
     with network:
         if process.tape_mode is TapeMode.PREPARING:
-            prepare_tapes(process, network, status)
+            prepare_tapes(process, network, status, greeting)
         else:
-            run_one_session(process, network, status)
+            run_one_session(process, network, status, greeting)
 
 
-def _connect(process: PartyProcess, ledger: Ledger) -> Network:
+def _connect(process: PartyProcess, ledger: Ledger, greeting: Greeting) -> Network:
     """Connect with the parties that take part: with tapes from a store, the dealer does not."""
     process.status.be_ready(True)
     dealt = process.tape_mode is TapeMode.PREPARED
     peers = (Rank.SERVER, Rank.CLIENT) if dealt else tuple(Rank)
     say = process.output.say
-    return connect_all(process.me, process.settings, ledger, say, trust=process.trust, peers=peers)
+    return connect_all(process.me, process.settings, ledger, say, peers, process.trust, greeting)
 
 
 # ------------------------------------------------------------------------------------------- modes
 
 
-def run_one_session(process: PartyProcess, network: Network, status: SessionStatus) -> None:
+def run_one_session(
+    process: PartyProcess, network: Network, status: SessionStatus, greeting: Greeting
+) -> None:
     """Mode: one session, and its account at the end."""
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     if isinstance(process.own, Conversation):
-        status.on_layer = lambda phase, layer: process.output.event(EventKind.LAYER, phase=phase, layer=layer)
-    report = _run_session(process, resources)
+        status.on_layer = LayerPace(partial(_layer_event, process.output))
+    elif isinstance(process.own, Question):
+        status.on_layer = LayerPace(question_said(process.output.say))
+    report = _run_session(process, resources, greeting)
     process.output.report(report)
     if report.in_range is False and not process.output.events:  # else who reads the events tells it
         network.close()
         raise left_range(len(report.token_ids))
 
 
+def _layer_event(output: Output, phase: str, layer: int, layers: int, left_ms: float | None) -> None:
+    output.event(EventKind.LAYER, phase=phase, layer=layer, layers=layers, left_ms=left_ms)
+
+
 def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
     """Mode `--serve`: sessions until this process is told to stop, `at_once` of them at the same time."""
     process.status.be_ready(True)
+    own, setups, say = process.own, process.setups, process.output.say
+    if isinstance(own, Document) and isinstance(setups, ServerSetups):
+        ahead = (own, process.settings.public, setups, say)
+        threading.Thread(target=mask_ahead, args=ahead, daemon=True).start()
     serve_one = partial(_serve_one, process, at_once)
-    say, refused = process.output.say, process.status.refuse
+    refused = process.status.refuse
     serve_all(process.me, process.settings, process.trust, at_once, serve_one, say, refused)
 
 
-def prepare_tapes(process: PartyProcess, network: Network, status: SessionStatus) -> None:
+def prepare_tapes(process: PartyProcess, network: Network, status: SessionStatus, greeting: Greeting) -> None:
     """Mode `--prepare`: the dealer's part of a later session, dealt and stored."""
     status.reached(SessionPhase.HELLO)
-    agree(network.links, process.me, process.agreed_fields(process.checkpointer))
+    greeting.agree(network.links)
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     prepare(process.me, resources, process.own)
 
@@ -196,8 +212,9 @@ def _serve_one(process: PartyProcess, at_once: int, network: Network, say: Say) 
     checkpointer = Checkpointer(process.checkpointer.store, serving=at_once, patience=patience)
     with closing(checkpointer), process.status.session(network.ledger) as status:
         try:
-            network.wait()
-            report = _run_session(process, process.resources(network, status, checkpointer, say))
+            greeting = process.greeting(checkpointer)
+            network.wait(greeting.look)
+            report = _run_session(process, process.resources(network, status, checkpointer, say), greeting)
         except (MpcacheError, OSError):
             if (last := checkpointer.last) is not None:
                 say(f"kept {_up_to(last)}; its client can go on with --resume")
@@ -206,11 +223,11 @@ def _serve_one(process: PartyProcess, at_once: int, network: Network, say: Say) 
     say(closing_line(report))
 
 
-def _run_session(process: PartyProcess, resources: SessionResources) -> Report:
+def _run_session(process: PartyProcess, resources: SessionResources, greeting: Greeting) -> Report:
     """One session on links that are connected."""
     status, checkpointer = resources.status, resources.checkpointer
     status.reached(SessionPhase.HELLO)
-    others = agree(resources.links, process.me, process.agreed_fields(checkpointer))
+    others = greeting.agree(resources.links)
     checkpointer.heard({peer: hello.public["state"] for peer, hello in others.items()})
     match process.own:
         case Document() as document:
@@ -239,8 +256,9 @@ def _say_how_to_resume(process: PartyProcess) -> None:
         )
 
 
-def _up_to(step: int) -> str:
-    return f"the session up to token {step}" if step else "the session up to its context"
+def _up_to(place: ChunkPlace) -> str:
+    turn = f" of turn {place.turn}" if place.turn > 1 else ""
+    return f"the session up to token {place.step}{turn}" if place.step else "the session up to its context"
 
 
 def _end_with_parent() -> None:

@@ -2,8 +2,8 @@
 
     facts -> seeds -> SETUP -> CONTEXT -> (QUESTION -> DECODE ...) for each turn -> the account of it
 
-A resumed session takes facts, SETUP, CONTEXT and the chunks it had from what each party kept on its
-disk (`mpcache_parties.state.checkpoint`), and goes on from there. The three functions stand side by side:
+A resumed session takes facts, CONTEXT and the chunks it had from what each party kept on its disk
+(`mpcache_parties.state.checkpoint`), and goes on from there. The three functions stand side by side:
 what one sends, another receives, in the same order.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +21,14 @@ from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
-from mpcache.limits import check_document, check_fitted, largest_score_held
-from mpcache.model.prefill import Prefill, prefill
+from mpcache.limits import check_document, check_fitted
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration
 from mpcache.runtime.party import DealerParty
 from mpcache.runtime.side import Side
+from mpcache_parties.answer_pace import Foretold, LayerPace
 from mpcache_parties.asking import Asking
 from mpcache_parties.client_pace import ClientPace, NoMoreTapes, hear_more
 from mpcache_parties.facts import (
@@ -42,10 +43,11 @@ from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
 from mpcache_parties.private_inputs import Conversation, Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
-from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes
+from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes, stands
 from mpcache_parties.state.checkpoint import Checkpoint
 from mpcache_parties.state.snapshot import copied, join_guard
-from mpcache_parties.turns import TurnSizes, skip_undone, tell_dealt, turns_heard
+from mpcache_parties.state.tapes import TapeLink
+from mpcache_parties.turns import PreparedTurns, TurnsHeard, TurnSizes, skip_undone, tell_dealt
 
 AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds the tapes that wait
 
@@ -59,17 +61,23 @@ def serve(resources: SessionResources, own: Document) -> Report:
 
     party, wait = computing_party(Rank.SERVER, resources, facts)
     session = _session(Rank.SERVER, party, facts, resources)
+    set_up = ServerSetUp(resources, session, facts)
     if earlier is None:
-        facts, prefill_ms = _open_document(resources, session, own, facts)
+        facts, prefill_ms = _open_document(resources, session, own, facts, set_up)
         kept = {"prefill_ms": prefill_ms}
-        checkpointer.begin(identity, told | counts_of(facts), session, resources.ledger, kept)
+        _begin(resources, identity, told, facts, session, kept)
     else:
         prefill_ms = earlier.own["prefill_ms"]
+        if earlier.operands is None:
+            set_up.weights(own)
         _go_on(session, earlier)
-        resources.say(f"server: resumed after {_reached(earlier.step)}")
+        resources.say(f"server: resumed after {earlier.place.reached}")
+    kept_turns = None if earlier is None else earlier.own
+    prepared = _prepared(resources, facts, wait.tape)
+    turns = TurnsHeard(links[Rank.CLIENT], facts, session, resources.idle_s, kept_turns, prepared)
     del earlier
 
-    for turn in turns_heard(links[Rank.CLIENT], facts, session, resources.idle_s):
+    for turn in turns:
         with token_by_token():
             for step in range(session.place.step, turn.limit):
                 if step:
@@ -77,8 +85,8 @@ def serve(resources: SessionResources, own: Document) -> Report:
                         break
                     between_tokens(step)
                 session.chunk(None, 1 if step else turn.question)
-                checkpointer.token(session, resources.ledger, {})
-        if facts.conversation:
+                checkpointer.token(session, resources.ledger, turns.kept())
+        if facts.conversation and prepared is None:
             skip_undone(links[Rank.DEALER], session.place.turn)
     report = _report(Rank.SERVER, facts, session, resources)
     checkpointer.end(links)
@@ -87,7 +95,7 @@ def serve(resources: SessionResources, own: Document) -> Report:
 
 
 def _open_document(
-    resources: SessionResources, session: TimedSession, own: Document, facts: Facts
+    resources: SessionResources, session: TimedSession, own: Document, facts: Facts, set_up: ServerSetUp
 ) -> tuple[Facts, float]:
     """Server: go through SETUP and CONTEXT.
 
@@ -95,19 +103,12 @@ def _open_document(
     """
     say = resources.say
     kernels, kernel_ms = timed_kernels(choose_kernels(resources.public.kernels, own.device))
-    set_up = ServerSetUp(resources, session, facts)
     set_up.weights(own)
     if own.note:
         say(f"server: {own.note}")
-    say(f"server: set-up: weights masked in {duration(session.ms['setup'])}")
+    say(f"server: set-up done in {duration(session.ms['setup'])}")
     start = time.perf_counter()
-    window = facts.policy.window
-    held = largest_score_held(facts.policy, facts.shape)
-
-    def read() -> Prefill:
-        return prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
-
-    prefilled = set_up.prefilled(own, read, window, held)
+    prefilled = set_up.prefilled(own)
     if facts.protocol != ProtocolName.STOCK:
         check_document(prefilled, facts.policy, facts.shape, facts.room)
     prefill_ms = 1000 * (time.perf_counter() - start)
@@ -136,35 +137,40 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     A resumed answer is told from its beginning, and no token of it is chosen twice.
     """
     links, public, checkpointer = resources.links, resources.public, resources.checkpointer
-    say, ledger = resources.say, resources.ledger
+    say = resources.say
     identity = public.flat() | _identity(own, public)
     earlier = checkpointer.meet(links, identity)
     told, facts = agreed_facts(Rank.CLIENT, links, own, public, earlier)
 
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
-    framing = framing_of(told, facts.shape, public)
+    framing, set_up = framing_of(told, facts.shape, public), ClientSetUp(resources, session, facts)
+    if isinstance(pace := resources.status.on_layer, LayerPace):
+        pace.layers = facts.shape.layers
     if earlier is None:
-        set_up = ClientSetUp(resources, session, facts)
+        foretold = Foretold(facts, public) if facts.policy.plan_is_public else None
         set_up.weights()
         say(f"client: set-up done in {duration(session.ms['setup'])}")
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
-        asking = Asking(resources, facts, session, framing)
-        say(f"client: {_asking(facts)}")
-        checkpointer.begin(identity, told | counts_of(facts), session, ledger, asking.kept())
+        asking = Asking(resources, facts, session, framing, prepared=_prepared(resources, facts, wait.tape))
+        say(f"client: {_asking(facts, (foretold or Foretold(facts, public)).told())}")
+        _begin(resources, identity, told, facts, session, asking.kept())
     else:
+        if earlier.operands is None:
+            set_up.weights()
         _go_on(session, earlier)
         asking = Asking(resources, facts, session, framing, earlier.own)
-        say(f"client: resumed after {_reached(earlier.step)}; the answer from its beginning:")
+        whole = "" if facts.conversation else "; the answer from its beginning:"
+        say(f"client: resumed after {earlier.place.reached}{whole}")
     del earlier
 
     wait.ms = 0.0
     if isinstance(own, Conversation):
         asking.converse(own)
     else:
-        asking.answer(own, framing.frame_turn(own.text, first=True), facts.limit)
+        asking.ask_once(own)
     report = _report(Rank.CLIENT, facts, session, resources)
     checkpointer.end(links)
     wait.close()
@@ -174,22 +180,33 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     )  # fmt: skip
 
 
+def _prepared(resources: SessionResources, facts: Facts, tape: TapeLink | None) -> PreparedTurns | None:
+    """Return the turns that a conversation has tapes for, and say so; None where a dealer is there."""
+    if tape is None or not facts.conversation:
+        return None
+    prepared = PreparedTurns(tuple(tape.turns), tape.tokens)
+    resources.say(f"{tape.me.label}: prepared: {prepared}")
+    return prepared
+
+
 def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, str]:
     """Return what a resumed session of the client must have in common with the first run."""
     if isinstance(own, Conversation):
-        return {}
+        return {"kind of session": "a conversation"}
     own.sampling.check(public.reveal)
     return {
+        "kind of session": "one answer",
         "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos),
         "stop": _digest(own.stop_texts),
     }  # fmt: skip
 
 
-def _asking(facts: Facts) -> str:
+def _asking(facts: Facts, foretold: str) -> str:
     kept = f"{facts.context}, of which {_kept(facts)} are kept"
+    estimate = foretold and f"; {foretold}"
     if facts.conversation:
-        return f"a context of {kept}; room for {facts.room} tokens of questions and answers"
-    return f"asking {facts.question} tokens about {kept} ..."
+        return f"a context of {kept}; room for {facts.room} tokens of questions and answers{estimate}"
+    return f"asking {facts.question} tokens about {kept}{estimate} ..."
 
 
 def deal(resources: SessionResources) -> Report:
@@ -201,22 +218,26 @@ def deal(resources: SessionResources) -> Report:
 
     party = DealerParty(dict(links), facts.session, deal_seeds(links), ledger)
     session = _session(Rank.SERVER, party, facts, resources, "meta")
+    set_up = DealerSetUp(resources, session, facts)
     if earlier is None:
-        set_up = DealerSetUp(resources, session, facts)
         set_up.weights()
         resources.say("dealer: set-up done; from now on a little ahead of the client")
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
-        checkpointer.begin(public.flat(), told | counts_of(facts), session, ledger, {})
+        _begin(resources, public.flat(), told, facts, session, {})
     else:
+        if earlier.operands is None:
+            set_up.weights()
         _go_on(session, earlier)
-        resources.say(f"dealer: resumed after {_reached(earlier.step)}")
+        resources.say(f"dealer: resumed after {earlier.place.reached}")
+    kept_turns = None if earlier is None else earlier.own
+    turns = TurnsHeard(links[Rank.CLIENT], facts, session, resources.idle_s, kept_turns)
     del earlier
 
-    for turn in turns_heard(links[Rank.CLIENT], facts, session, resources.idle_s):
+    for turn in turns:
         with token_by_token():
-            _deal_turn(session, resources, turn, facts.conversation)
+            _deal_turn(session, resources, turn, turns)
         if facts.conversation:
             tell_dealt(links, session.place.turn)
     report = _report(Rank.DEALER, facts, session, resources)
@@ -224,12 +245,15 @@ def deal(resources: SessionResources) -> Report:
     return report
 
 
-def _deal_turn(session: TimedSession, resources: SessionResources, turn: TurnSizes, goes_on: bool) -> None:
+def _deal_turn(
+    session: TimedSession, resources: SessionResources, turn: TurnSizes, turns: TurnsHeard
+) -> None:
     """Deal until the client says that the answer ends, at most AHEAD steps ahead of it.
 
-    A tape that is being dealt then is left where it is: the others leave it, too. goes_on: there may be
-    further turns, before which the session goes back to where the others are.
+    A tape that is being dealt then is left where it is: the others leave it, too. Where there may be further
+    turns the session goes back to where the others are.
     """
+    goes_on, checkpointer = turns.go_on, resources.checkpointer
     begun = max(0, session.place.step - 1)
     pace, start, chunks = (
         ClientPace(resources.links, session.place.turn, begun),
@@ -253,12 +277,13 @@ def _deal_turn(session: TimedSession, resources: SessionResources, turn: TurnSiz
                 session.chunk(None, 1 if step else turn.question)
         except NoMoreTapes:
             break
-        resources.checkpointer.token(session, resources.ledger, {})
+        checkpointer.token(session, resources.ledger, turns.kept())
     while pace.begun < turn.limit - 1 and not pace.ended:
         pace.goes_on()
     if goes_on and pace.begun in caches and pace.ended:
         place = ChunkPlace(start.turn, pace.begun)
         session.rewind(caches[pace.begun], chunks + pace.begun - start.step, place)
+        checkpointer.forget_after(session.chunks)
 
 
 def _session(
@@ -266,14 +291,26 @@ def _session(
 ) -> TimedSession:
     public = resources.public
     ops = engine(facts.protocol, me, public.fraction_bits, device)
-    return TimedSession(ops, party, facts.shape, facts.policy, resources.status, public.reveal)
+    status, reveal, grid = resources.status, public.reveal, public.length_grid
+    return TimedSession(ops, party, facts.shape, facts.policy, status, reveal, grid)
+
+
+def _begin(
+    resources: SessionResources, identity: Mapping[str, str], told: Mapping[str, Any], facts: Facts,
+    session: TimedSession, own: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Keep a session whose context has been read: without the weights, where their masks outlive it."""
+    operands = None if stands(facts, resources) else session.operands
+    kept = {**told, **counts_of(facts)}
+    resources.checkpointer.begin(identity, kept, session, resources.ledger, own, operands)
 
 
 def _go_on(session: TimedSession, earlier: Checkpoint) -> None:
     """Take up what an earlier run of the session kept."""
     if isinstance(side := getattr(session.ops, "side", None), Side):
         join_guard(earlier.cache, side.guard)
-    session.restore(earlier.operands, earlier.cache, earlier.step, ChunkPlace(1, earlier.step))
+    operands = session.operands if earlier.operands is None else earlier.operands
+    session.restore(operands, earlier.cache, earlier.step, earlier.place)
 
 
 def _digest(secret: object) -> str:
@@ -284,11 +321,6 @@ def _digest(secret: object) -> str:
 def _kept(facts: Facts) -> int:
     """Return how many tokens stay: in the layer that keeps most, or of heads that differ in the mean."""
     return facts.policy.plan.tokens_kept(facts.shape.kv_heads)
-
-
-def _reached(step: int) -> str:
-    """Return how far a session was, in words."""
-    return f"{step} token{'s' * (step != 1)}" if step else "the context"
 
 
 def _report(me: Rank, facts: Facts, session: TimedSession, resources: SessionResources) -> Report:

@@ -24,11 +24,12 @@ class TimedDealerLink:
 
     def __init__(self, link: Link, status: SessionStatus) -> None:
         self._link, self._status, self.ms = link, status, 0.0
+        self.tape = link if isinstance(link, TapeLink) else None
 
     def close(self) -> None:
         """End a tape; a dealer is told by its network."""
-        if isinstance(self._link, TapeLink):
-            self._link.close()
+        if self.tape is not None:
+            self.tape.close()
 
     def recv(self, *arguments: Any) -> list[torch.Tensor]:
         """Receive as the link does, and book the wait."""

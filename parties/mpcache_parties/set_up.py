@@ -7,8 +7,9 @@ For each of the two, before anything secret moves:
     server -> client    how far that is, and the seed of V
     client -> server    a digest of its seed;  client -> dealer  the identifier
 
-What a session keeps on disk, and what prepared tapes are dealt for, is masked anew instead, as `stock`
-does not mask at all: then nothing of this is said.
+A session that is resumed goes through SETUP again, by the same masks or others; its cache has those that it
+had. What prepared tapes are dealt for is masked anew instead, as `stock` does not mask at all: then nothing
+of this is said.
 """
 
 from __future__ import annotations
@@ -27,14 +28,12 @@ from mpcache.errors import Desync, Mismatch
 from mpcache.ledger import Ledger
 from mpcache.model.prefill import Prefill
 from mpcache.rank import Rank
-from mpcache.report.units import duration, size
 from mpcache.runtime.rng import SEED_BYTES
 from mpcache.runtime.standing import (
     ClientsMasks,
     DealersMasks,
     Dealt,
     OperandPlace,
-    OwnersMasks,
     dealt_of,
     places_digest,
     seed_digest,
@@ -42,6 +41,7 @@ from mpcache.runtime.standing import (
 from mpcache.transport.link import bytes_of, tensor_of
 from mpcache_kernels import Backend
 from mpcache_parties.facts import Facts
+from mpcache_parties.masking import WHAT, Masking, Progress, masking_progress
 from mpcache_parties.private_inputs import Document
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.say import Say
@@ -50,39 +50,11 @@ from mpcache_parties.state.snapshot import copied
 
 SEED_STEP = "seeds/masks"
 TOLD, HELD, SEEN = "facts/masks", "facts/held", "facts/seed"  # steps of what is said, as above
-SAY_EVERY_S = 2.0
-WHAT = {"setup": "weights", "context": "document"}
-
-
-class Progress:
-    """Says how far a transfer is: bytes, share, and an estimate; not more often than every SAY_EVERY_S."""
-
-    def __init__(self, say: Say, what: str) -> None:
-        self._say, self._what = say, what
-        self._start = self._said = 0.0  # of the first word
-        self._before = 0
-
-    def at(self, done: int, total: int) -> bool:
-        """Take note of how far it is; returns whether that was said."""
-        now = time.monotonic()
-        if not self._start:
-            self._start = self._said = now
-            self._before = done
-        if now - self._said < SAY_EVERY_S or not self._before < done < total:
-            return False
-        self._said = now
-        left = (now - self._start) * (total - done) / (done - self._before)
-        share = 100 * done // total
-        self._say(
-            f"{self._what}: {size(done)} of {size(total)} ({share} %), about {duration(1000 * left)} left"
-        )
-        return True
 
 
 def stands(facts: Facts, resources: SessionResources) -> bool:
     """Return whether the session's masks outlive it: public, and the same at all three."""
-    kept = resources.checkpointer.store is not None
-    return facts.protocol != ProtocolName.STOCK and resources.tapes is None and not kept
+    return facts.protocol != ProtocolName.STOCK and resources.tapes is None
 
 
 def set_up_bytes(ledger: Ledger) -> int:
@@ -98,75 +70,51 @@ class ServerSetUp:
     """The server's part: it masks, sends the dealer what that lacks, and the client the seed."""
 
     def __init__(self, resources: SessionResources, session: TimedSession, facts: Facts) -> None:
-        self._resources, self._session, self._facts = resources, session, facts
+        self._resources, self._session = resources, session
         self._stands = stands(facts, resources)
-        setups = resources.setups
-        self._setups = setups if isinstance(setups, ServerSetups) else ServerSetups()
+        setups = resources.setups if isinstance(resources.setups, ServerSetups) else ServerSetups()
+        self._keeps_document = not setups.fresh_documents
+        self._masking = Masking(setups, session, self._watch)
+        self._progress: dict[str, Progress] = {}
 
     def weights(self, own: Document) -> None:
         """Go through SETUP."""
         session = self._session
         if not self._stands:
             return session.setup(own.model.weights)
-        ops = session.ops
-        key = f"weights {own.model.digest} {getattr(ops, 'bits', '')}"
-
-        def make(masks: OwnersMasks) -> Any:
-            self._masked(masks, lambda: session.setup(own.model.weights))
-            return session.operands
-
         start = time.perf_counter()
-        made = self._made("setup", key, make, fresh=False)
+        made = self._masking.weights(own)
         if "setup" not in session.ms:
             session.setup(None, made.tree)
         self._share("setup", made, keep=True)
         session.ms["setup"] = 1000 * (time.perf_counter() - start)
         return None
 
-    def prefilled(self, own: Document, make: Callable[[], Prefill], *options: object) -> Prefill:
-        """Return the pass over the document, as an earlier session of this process made it, or anew."""
-        return self._setups.prefilled(repr((own.model.digest, own.tokens, own.device, options)), make)
+    def prefilled(self, own: Document) -> Prefill:
+        """Return the pass over the document."""
+        return self._masking.prefilled(own)
 
     def context(self, own: Document, prefilled: Prefill, kernels: Backend) -> None:
         """Go through CONTEXT."""
         session = self._session
         if not self._stands:
             return session.context(prefilled, kernels)
-        plan = session.policy.plan.to_dict()
-        said = repr((own.tokens, session.policy.spec, plan, getattr(session.ops, "bits", "")))
-        key = f"document {hashlib.sha256(said.encode()).hexdigest()}"
-
-        def make(masks: OwnersMasks) -> Any:
-            self._masked(masks, lambda: session.context(prefilled, kernels))
-            return session.cache
-
-        start, fresh = time.perf_counter(), self._setups.fresh_documents
-        made = self._made("context", key, make, fresh)
+        start = time.perf_counter()
+        made = self._masking.context(own, prefilled, kernels)
         if "context" not in session.ms:
             session.context(None, None, copied(made.tree))
-        elif not fresh:
+        elif self._keeps_document:
             session.cache = copied(made.tree)  # what others start with stays as it is
-        self._share("context", made, keep=not fresh)
+        self._share("context", made, keep=self._keeps_document)
         session.ms["context"] = 1000 * (time.perf_counter() - start)
         return None
 
-    def _masked(self, masks: OwnersMasks, run: Callable[[], None]) -> None:
-        self._session.party.standing = masks
-        try:
-            run()
-        finally:
-            self._session.party.standing = None
-
-    def _made(self, phase: str, key: str, make: Callable[[OwnersMasks], Any], fresh: bool) -> Made:
-        progress = Progress(self._resources.say, f"server: masking the {WHAT[phase]}")
-
-        def watch(done: int, total: int) -> None:
-            done, total = done // 2, total // 2  # two passes over the same bytes
-            if progress.at(done, total):  # who waits for this party hears that it works
-                for link in self._resources.links.values():
-                    link.send_facts(TOLD, {"masked": done, "of": total})
-
-        return self._setups.made(key, make, fresh, watch)
+    def _watch(self, phase: str, done: int, of: int) -> None:
+        """Tell how far the masking is; who waits for this party hears that it works."""
+        progress = self._progress.setdefault(phase, masking_progress(self._resources.say, phase))
+        if progress.at(done, of):
+            for link in self._resources.links.values():
+                link.send_facts(TOLD, {"masked": done, "of": of})
 
     def _share(self, phase: str, made: Made, keep: bool) -> None:
         """See to it that dealer and client hold their parts, and that these are the right ones."""

@@ -20,6 +20,7 @@ import torch
 from mpcache.cache import Cache, LayerCache
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
+from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.transport.local import LocalLink, local_pair
@@ -114,7 +115,7 @@ def _keep(folder: Path, rank: Rank) -> None:
 def _messages(rank: Rank) -> list[Any]:
     """What the two peers say, in order: the session (the client), steps and choices of both, the end."""
     steps = [{"steps": [[n, run] for n, run in HELD[p].items()]} for p in Rank if p is not rank]
-    choice = {"step": COMMON, "of": SECOND, "run": NEW}
+    choice = {"step": COMMON, "of": SECOND, "run": NEW, "place": [1, COMMON]}
     return [{"session": SESSION, "run": NEW}, *steps, choice, choice, {"answered": True}]
 
 
@@ -216,9 +217,10 @@ def _check_files(before: Contents, now: Contents, step: int) -> None:
 
 def _go_on(keeper: Checkpointer, loaded: Any) -> None:
     """The next step can be written, in the run that the client named."""
-    session: Any = SimpleNamespace(cache=loaded.cache, chunks=loaded.step + 1, ms={}, cpu_ms={})
+    place = ChunkPlace(1, loaded.step + 1)
+    session: Any = SimpleNamespace(cache=loaded.cache, chunks=place.step, place=place, ms={}, cpu_ms={})
     keeper.token(session, Ledger(), loaded.own)
-    assert keeper.last == loaded.step + 1
+    assert keeper.last == place
 
 
 def _put_back(folder: Path, before: Contents) -> None:

@@ -43,6 +43,7 @@ from mpcache_parties.facts import facts_of, read_tokenizer, receive_tokenizer
 from mpcache_parties.handshake import PROTOCOL_VERSION, compare_hellos
 from mpcache_parties.state import sealed, snapshot
 from mpcache_protos import party_pb2 as pb
+from tests.fuzz.chats import chats
 from tests.fuzz.gguf_files import gguf_files
 from tests.fuzz.kept import resumes, tapes
 from tests.fuzz.mutate import damaged, replaced
@@ -101,6 +102,7 @@ def targets(folder: Path) -> dict[str, Target]:
     def made(name: str, share: int, run: Callable[[bytes], None], make: Make, whole: bytes) -> None:
         found[name] = Target(run, make, share, whole)
 
+    chats(bytes_of, json_of, made)
     gguf_files(folder, bytes_of, json_of)
     tapes(folder, bytes_of, json_of)
     resumes(folder, made)

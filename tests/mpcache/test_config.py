@@ -51,6 +51,7 @@ def test_flat_is_text_with_the_policys_options_apart() -> None:
         "chat": "template",
         "document_as": "system",
         "reveal": "logits",
+        "length_grid": "1",
         "fraction_bits": "16",
         "network": "none",
         "kernels": "auto",

@@ -9,6 +9,8 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import BinaryIO, cast
 
 import pytest
@@ -19,13 +21,15 @@ from mpcache.config import PublicConfig, Settings
 from mpcache.limits import bind_conversation
 from mpcache.model import demo_model_dir, load_model
 from mpcache.rank import Rank
+from mpcache.report.account import Finish, TurnReport
 from mpcache.sampling import Sampling
 from mpcache_parties import chat as chat_module
 from mpcache_parties import piped_conversation
 from mpcache_parties.chat import Chat, LocalParties, Turn
 from mpcache_parties.launch import PartyFailed
 from mpcache_parties.operations.output import Output
-from mpcache_parties.piped_conversation import ENOUGH_LINE, PipedConversation, ask_line
+from mpcache_parties.piped_conversation import END_LINE, ENOUGH_LINE, PipedConversation, ask_line
+from mpcache_parties.private_inputs import Question, TurnRecord
 from tests.support.paths import ROOT
 
 TEXT = "The code of the red gate is 4921. The code of the blue gate is 7035.\n"
@@ -34,12 +38,12 @@ TEXT = "The code of the red gate is 4921. The code of the blue gate is 7035.\n"
 class Pipe:
     """A conversation whose stdin a test writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: bool = False) -> None:
         reader, writer = os.pipe()
         self.stdin = os.fdopen(writer, "wb", buffering=0)
         self.out = io.StringIO()
         stdin = cast(BinaryIO, os.fdopen(reader, "rb"))
-        self.conversation = PipedConversation(Output(events=True, out=self.out), stdin)
+        self.conversation = PipedConversation(Output(events=True, out=self.out), stdin, kept)
 
     def events(self) -> list[dict[str, object]]:
         return [json.loads(line) for line in self.out.getvalue().splitlines()]
@@ -48,7 +52,7 @@ class Pipe:
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
     ended = threading.Event()  # in place of the end of this process
-    monkeypatch.setattr(piped_conversation, "_end_this_process", ended.set)
+    monkeypatch.setattr(piped_conversation, "_end_this_process", lambda patience: ended.set())
     pipe = Pipe()
     yield pipe
     pipe.stdin.close()
@@ -90,6 +94,46 @@ def test_a_stop_ends_the_answer_that_was_asked_for_before_it(pipe: Pipe) -> None
     pipe.stdin.write(ENOUGH_LINE + ask_line("two"))
     next(questions)
     assert not pipe.conversation.stopped()  # it came before the second question
+    pipe.stdin.write(ENOUGH_LINE)
+    limit = time.monotonic() + 10
+    while not pipe.conversation.stopped():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_conversation_that_is_kept_ends_where_it_is_said_so(
+    ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it is suspended: the questions do not end, the process does, at once."""
+    patience: list[float] = []
+    monkeypatch.setattr(piped_conversation, "_end_this_process", patience.append)
+    pipe = Pipe(kept=True)
+    pipe.stdin.write(END_LINE * ended)
+    pipe.stdin.close()
+
+    def look() -> None:
+        if patience:
+            raise KeyboardInterrupt  # the process has ended
+
+    if ended:
+        assert not list(pipe.conversation.questions(lambda: None))
+        assert pipe.conversation.over()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            next(pipe.conversation.questions(look))
+        assert patience == [0.0] and not pipe.conversation.over()
+
+
+def test_what_was_said_is_told_when_it_opens(pipe: Pipe) -> None:
+    """The interrupted answer can be stopped like one that was asked for now."""
+    report = TurnReport(1, "a", [1], Finish.LENGTH, 2, 90, 1.0, 1.0, 1, 1, 1, 1, 1, question="q")
+    complete = TurnRecord(Question("q"), [5, 6], 1, 1, [1], None, report)
+    records = [complete, TurnRecord(Question("r"), [7], 4, 4)]
+    pipe.conversation.opened(90, records)
+    (event,) = pipe.events()
+    assert event == {"event": "opened", "room": 90, "turns": [asdict(report)], "unfinished": "r"}
+    assert not pipe.conversation.stopped()
     pipe.stdin.write(ENOUGH_LINE)
     limit = time.monotonic() + 10
     while not pipe.conversation.stopped():
@@ -187,18 +231,54 @@ def test_a_server_that_cannot_start_says_why() -> None:
 @pytest.mark.slow
 @pytest.mark.processes
 def test_the_code_of_the_page_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Both listings of docs/python.md; the first one with local parties' config and identity."""
+    """The listings of docs/python.md; two of them with local parties' config, identity and state."""
     page = (ROOT / "docs/python.md").read_text()
-    remote, here = re.findall(r"```python\n(.*?)```", page, re.S)
+    remote, here, resumed = re.findall(r"```python\n(.*?)```", page, re.S)
     exec(compile(here, "docs/python.md", "exec"), {})
     assert capsys.readouterr().out.strip()
-    with LocalParties(Settings(public=PublicConfig(max_new_tokens=3)), text=TEXT) as there:
+    settings = Settings(public=PublicConfig(max_new_tokens=3))
+    with LocalParties(settings, text=TEXT, state=tmp_path) as there:
         flags = dict(zip(there._own[Rank.CLIENT][::2], there._own[Rank.CLIENT][1::2], strict=True))
         connect = chat_module.connect
-        monkeypatch.setattr(
-            chat_module, "connect", lambda *a, **b: connect(flags["--config"], flags["--identity"])
-        )
+
+        def connect_here(*config: str, state: str | None = None, resume: bool = False, **more: str) -> Chat:
+            kept = None if state is None else tmp_path
+            return connect(flags["--config"], flags["--identity"], state=kept, resume=resume)
+
+        monkeypatch.setattr(chat_module, "connect", connect_here)
         exec(compile(remote, "docs/python.md", "exec"), {})
-    assert "Account(turns=2" in capsys.readouterr().out
+        assert "Account(turns=2" in capsys.readouterr().out
+        kept = connect_here(state="kept")
+        next(kept.ask("The code of the red gate is"))
+        kept.close(keep=True)
+        exec(compile(resumed, "docs/python.md", "exec"), {"mpcache": mpcache})
+        assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_masks_that_are_kept_serve_another_run(tmp_path: Path) -> None:
+    files, texts = list[set[str]](), list[str]()
+    for _ in range(2):
+        with mpcache.local(document=TEXT, max_new_tokens=2, setup_dir=tmp_path) as chat:
+            texts.append("".join(chat.ask("The code of the red gate is")))
+        files.append({file.name for file in (tmp_path / "dealer").glob("*.masks")})
+    assert files[0] == files[1] and len(files[0]) == 2  # weights and document, under their names of before
+    assert texts[0] == texts[1]
+
+
+def test_a_local_conversation_takes_the_commands_default_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compact` for the demo model, which has a curve, unless a policy is named."""
+    taken: list[str] = []
+
+    def parties(settings: Settings, *rest: object) -> object:
+        taken.append(settings.public.policy)
+        raise PartyFailed("seen")
+
+    monkeypatch.setattr(chat_module, "LocalParties", parties)
+    for policy in (None, "full"):
+        with pytest.raises(PartyFailed, match="seen"), mpcache.local(policy=policy):
+            pass
+    assert taken == ["compact", "full"]

@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import pytest
-import torch
 
-from mpcache.answer import PlainConversation
 from mpcache.config import PublicConfig
-from mpcache.errors import BadInput, MpcacheError, PeerFailed
-from mpcache.limits import bind_conversation
+from mpcache.errors import MpcacheError, PeerFailed
 from mpcache.model import Model
 from mpcache.rank import Rank
-from mpcache.report.account import Finish, Report, TurnReport
-from mpcache.sampling import Sampling
+from mpcache.report.account import Finish, Report
 from mpcache.transport import flow_control, frames, message
 from mpcache.transport.frames import FrameLink
 from mpcache_parties import asking
-from mpcache_parties.private_inputs import Conversation, Document, Question
+from mpcache_parties.private_inputs import Document
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
+from tests.support.conversation import QUESTIONS, Scripted, asked, check_turns
 from tests.support.links import context_of, together
 from tests.support.policy_specs import MORE, PRIVATE
 
 S, C, D = Rank
-QUESTIONS = ["the book of", " and the number", " is in"]
 TOKENS = 4
-NEAR = 0.02  # logits of the tiny model: two that are nearer than their errors may change places
-
-
-@dataclass
-class Scripted(Conversation):
-    """Asks what a list says. stop_after: tokens of the first answer after which it has heard enough."""
-
-    script: Sequence[Question]
-    stop_after: int = 1000
-    room: int = 0
-    turns: list[TurnReport] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
-    shown: int = 0
-
-    def opened(self, room: int) -> None:
-        self.room = room
-
-    def questions(self, look: Callable[[], None]) -> Iterator[Question]:
-        for question in self.script:
-            look()
-            yield question
-
-    def stopped(self) -> bool:
-        return not self.turns and self.shown >= self.stop_after
-
-    def answered(self, report: TurnReport) -> None:
-        self.turns.append(report)
-
-    def refused(self, why: BadInput) -> None:
-        self.refusals.append(str(why))
-
-    def token(self, token: int, text: str) -> None:
-        self.shown += 1
 
 
 def converse(
@@ -76,40 +37,6 @@ def converse(
             D: lambda links, ledger: deal(SessionResources(links, ledger, public)),
         }
     )
-
-
-def asked(*texts: str, **more: Any) -> list[Question]:
-    return [Question(text, stop_at_eos=False, **more) for text in texts]
-
-
-class Follows:
-    """Sampling that chooses what was chosen in private, and notes how far that is from the likeliest."""
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        self.ids, self.gaps = list(ids), list[float]()
-
-    def chooser(self) -> Callable[[torch.Tensor], int]:
-        def choose(logits: torch.Tensor) -> int:
-            token = self.ids[len(self.gaps)]
-            self.gaps.append(float(logits.max() - logits[token]))
-            return token
-
-        return choose
-
-
-def check_turns(
-    model: Model, public: PublicConfig, tokens: list[int], own: Scripted, limits: list[int]
-) -> None:
-    """Each answer has so many tokens, and each token is the plain engine's, or as likely but for the blur."""
-    bound, _ = bind_conversation(model.shape, public, len(tokens))
-    plain, pending = PlainConversation(model, bound, tokens), list[int]()
-    assert [len(turn.token_ids) for turn in own.turns] == limits
-    for text, turn in zip(QUESTIONS, own.turns, strict=False):
-        follows, ids = Follows(turn.token_ids), turn.token_ids
-        asked = pending + model.tokenizer.encode(text, bos=False)
-        assert list(plain.ask(asked, len(ids), cast(Sampling, follows), ())) == ids
-        assert max(follows.gaps) < NEAR
-        pending = ids[-1:]  # chosen, and not taken in yet
 
 
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in PRIVATE.items()])

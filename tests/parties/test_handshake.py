@@ -66,6 +66,27 @@ def test_another_config_ends_all_three() -> None:
     assert all("max_new_tokens is" in text and "9 at client" in text for text in texts)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_mismatch_does_not_wait_for_a_peer_that_has_not_come(tmp_path: Path) -> None:
+    """Server and client are connected and disagree; nobody has started the dealer."""
+    model, document = tiny_model(tmp_path / "model"), tmp_path / "document.txt"
+    document.write_text("and the number of the gate of the city is in the book")
+    settings = free_settings().model_copy(update={"public": PublicConfig(policy="full", max_new_tokens=4)})
+    config = write_config(settings, tmp_path / "c.yaml")
+    waiting = ["--config", config, "--connect-timeout", 100]
+    with started() as children:
+        children += [
+            start(PARTY, "--rank", 0, *waiting, "--model", model, "--context", document),
+            start(PARTY, "--rank", 1, *waiting, "--question", "the gate of", "--max-new-tokens", 6),
+        ]
+        noises = [child.communicate(timeout=60)[1] for child in children]
+    for child, noise in zip(children, noises, strict=True):
+        (line,) = errors_of(noise)
+        assert child.returncode == 3
+        assert "max_new_tokens is 4 at server, 6 at client" in line
+
+
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [

@@ -15,11 +15,13 @@ from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.runtime.rng import SEED_BYTES
+from mpcache.runtime.standing import OwnersMasks
 from mpcache.transport.frames import FrameLink
+from mpcache_parties.masking import Progress, mask_ahead
 from mpcache_parties.private_inputs import Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
-from mpcache_parties.set_up import SEED_STEP, Progress
+from mpcache_parties.set_up import SEED_STEP
 from mpcache_parties.state.setups import DealerSetups, ServerSetups
 from tests.support.links import context_of, plain_ids, together
 from tests.support.session import QUESTION
@@ -167,3 +169,27 @@ def test_progress_tells_bytes_share_and_an_estimate(monkeypatch: pytest.MonkeyPa
     now = 108.0
     assert not progress.at(4000, 4000)
     assert said == ["dealer: weights received: 1 kB of 4 kB (25 %), about 12 s left"]
+
+
+def test_masks_made_before_a_session_are_those_it_uses(
+    model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, said = ServerSetups(), list[str]()
+    mask_ahead(Document(model, tokens), PUBLIC, server, said.append)
+    assert said[-1].startswith("server: ready: weights and document masked in")
+
+    def again(*arguments: object) -> None:
+        raise AssertionError("masked or read a second time")
+
+    monkeypatch.setattr(OwnersMasks, "finish", again)
+    monkeypatch.setattr("mpcache_parties.masking.prefill", again)
+    ends = session(server, DealerSetups(), model, tokens)
+    assert uploaded(ends, "setup") > 0
+    assert ends[C].token_ids == plain_ids(model, PUBLIC, tokens, QUESTION)
+
+
+def test_what_cannot_be_masked_ahead_is_said_and_the_server_goes_on(model: Model, tokens: list[int]) -> None:
+    said: list[str] = []
+    public = PUBLIC.model_copy(update={"policy": "mpcache:n_keep=5000"})
+    mask_ahead(Document(model, tokens), public, ServerSetups(), said.append)
+    assert len(said) == 1 and said[0].startswith("server: nothing is masked ahead: policy mpcache")

@@ -88,7 +88,7 @@ def _same(ours: Said, theirs: Said, cut: bool) -> bool:
 class SessionOpening:
     """A session that is being set up. progress: how far, in words."""
 
-    progress: str = "set-up"
+    progress: str = "opening a private session"
 
 
 @dataclass(eq=False)
@@ -221,6 +221,9 @@ class ConversationPool:
 
         def say(text: str) -> None:
             opening.progress = text.removeprefix("client: ")
+            show()
+
+        def show() -> None:
             for waiter, each in zip(self._waiting, self._openings, strict=False):
                 waiter.progress = each.progress
 
@@ -242,6 +245,7 @@ class ConversationPool:
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(say, text)
 
+        show()
         in_thread(lambda: self._open_chat(tell)).add_done_callback(opened)
 
     def _expire(self, conversation: OpenConversation) -> None:

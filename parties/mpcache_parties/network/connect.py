@@ -18,6 +18,7 @@ from mpcache.config import Settings
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
+from mpcache_parties.handshake import Greeting
 from mpcache_parties.network.channels import CONNECT, DIAL_OPTIONS, caller_in, channel_options, dials
 from mpcache_parties.network.grpc_server import start_server
 from mpcache_parties.network.listener import Listener
@@ -34,16 +35,18 @@ def connect_all(
     say: Say = quiet,
     peers: Iterable[Rank] = Rank,
     trust: Trust | None = None,
+    greeting: Greeting | None = None,
 ) -> Network:
     """Connect this party with the others (`peers`: both) for one session; they may come before or after.
 
     `say` gets a line about who is waited for, every few seconds. Without `trust` the connection
-    is neither encrypted nor authenticated. Raises PortInUse, PeerTimeout (after
-    `settings.timeouts.connect_s`), Mismatch, PeerLost or PeerFailed; everything is closed then.
+    is neither encrypted nor authenticated. Each peer that has come is greeted at once. Raises PortInUse,
+    PeerTimeout (after `settings.timeouts.connect_s`), Mismatch, PeerLost or PeerFailed; everything is
+    closed then.
     """
     network = open_network(rank, settings, ledger, say, peers, trust)
     try:
-        network.wait()
+        network.wait(*([] if greeting is None else [greeting.look]))
     except BaseException as error:
         network.__exit__(type(error), error, None)
         raise

@@ -20,6 +20,7 @@ from mpcache.config import Settings
 from mpcache.errors import LinkError, Mismatch, MpcacheError, PeerTimeout
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
+from mpcache.transport.link import Links
 from mpcache.transport.network import shaper
 from mpcache_parties.network.channels import CONNECT, DIAL_OPTIONS, channel_options, dials
 from mpcache_parties.network.grpc_link import ABORT_LINGER_S, GrpcLink
@@ -35,6 +36,10 @@ SAY_EVERY_S = 5.0
 FIRST_LOOK_S, LOOK_EVERY_S = 0.3, 1.0
 STRANGER = "it shows no pinned certificate over TLS, or does not take this one's; its own output says which"
 PROBE_AFTER_S = 2.0  # of no connection: does something else listen there?
+
+
+def _nothing(links: Links) -> None:
+    """Do nothing with links that are there."""
 
 
 class Network:
@@ -136,8 +141,11 @@ class Network:
         self._reasons[peer] = NOT_YET
         Thread(target=self._look, args=(peer, address), name=f"look-at-{peer.label}", daemon=True).start()
 
-    def wait(self) -> None:
-        """Dial, and wait until every peer is connected. Raises PeerTimeout, or what a link failed with."""
+    def wait(self, look: Callable[[Links], None] = _nothing) -> None:
+        """Dial, and wait until every peer is connected. Raises PeerTimeout, or what a link failed with.
+
+        look: called again and again with the links that are there by now; may raise, too.
+        """
         start = time.monotonic()
         limit = self.settings.timeouts.connect_s
         next_word = 0.5  # a peer that comes at once is not worth a message
@@ -150,6 +158,7 @@ class Network:
             missing = [peer for peer, link in self.links.items() if not link.connected.is_set()]
             if self.failure is not None:
                 raise self._failed(self.failure, missing)
+            look({peer: link for peer, link in self.links.items() if peer not in missing})
             if not missing:
                 return
             waited = time.monotonic() - start

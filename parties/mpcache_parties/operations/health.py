@@ -1,4 +1,4 @@
-"""Answer gRPC's standard health service for a party: SERVING while it is ready.
+"""Answer gRPC's standard health service for a party, SERVING while it is ready; and ask it.
 
 It answers in the open, so it is bound to this machine unless told otherwise.
 """
@@ -56,3 +56,15 @@ def show_health(status: PartyStatus, place: str) -> Callable[[], None]:
         raise PortInUse(f"--health {place}: cannot listen there; is the port in use?") from None
     server.start()
     return lambda: server.stop(None).wait(2.0)
+
+
+def is_serving(address: str, seconds: float) -> bool | None:
+    """Ask the health service at HOST:PORT whether the party is ready; None if nobody answers in time."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=seconds, wait_for_ready=True
+            )
+        except grpc.RpcError:
+            return None
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

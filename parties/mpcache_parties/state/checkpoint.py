@@ -22,6 +22,7 @@ from mpcache.console.signals import check_stop
 from mpcache.decode import Operands
 from mpcache.errors import BadInput, Desync, InUse, LinkError, StateError
 from mpcache.ledger import Ledger
+from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache.report.account import Phase, phases_of
 from mpcache.transport.link import Links
@@ -34,11 +35,16 @@ LOOK_EVERY_S = 0.1  # whether a session that is to be resumed has been let go of
 
 @dataclass
 class Checkpoint:
-    """A party's session after `step` chunks. own: what only this party's program needs to go on."""
+    """A party's session after `step` chunks.
+
+    place: of the next chunk.  operands: the weights; None where they are set up again.  own: what only this
+    party's program needs to go on.
+    """
 
     step: int
+    place: ChunkPlace
     facts: dict[str, Any]
-    operands: Operands
+    operands: Operands | None
     cache: Cache
     own: dict[str, Any]
 
@@ -81,12 +87,14 @@ class Checkpointer:
         return KeepMode.RESUMED if self.resume else KeepMode.KEPT
 
     @property
-    def last(self) -> int | None:
-        """The last step that is on disk; None before a session has begun, or has been resumed.
+    def last(self) -> ChunkPlace | None:
+        """Where the session stands on disk; None before it has begun, or has been resumed.
 
         A party that is refused before that is told why, and not to try the same again.
         """
-        return max(self._files.steps(), default=None) if self._files is not None and self._run else None
+        if self._files is None or not self._run:
+            return None
+        return self._files.place(steps[-1]) if (steps := self._files.steps()) else None
 
     def check(self) -> None:
         """Check, before anything is connected, that there is a session to resume. Raises BadInput."""
@@ -137,7 +145,7 @@ class Checkpointer:
             parts = ", ".join(f"{rank.label} {_listed(held[rank])}" for rank in Rank)
             raise StateError(f"session {name}: the parties hold no step in common ({parts}); start anew")
         step, of = max(common)
-        _same_choice(links, {"step": step, "of": of, "run": run})
+        _same_choice(links, {"step": step, "of": of, "run": run, "place": list(files.place(step))})
         found = self._load(step, identity)
         self._run = run
         return found
@@ -162,21 +170,24 @@ class Checkpointer:
         """Load that step, with what the party itself knew last; later steps are forgotten."""
         assert self._files is not None
         files, newest = self._files, max(self._files.steps())
-        base = files.read(0, files.run(0))
+        base, note = files.read(0, files.run(0)), files.read_note(newest, files.run(newest))
         self._same(base["identity"], identity)
         self._base = snapshot.tensors_of(base["cache"], "/cache")
 
         def read(one: int) -> Any:
             return files.read(one, files.run(one), self._base) if one else base
 
-        last = read(step)
-        if newest > step:
-            last["own"] = read(newest)["own"]  # tokens that the client has shown stay as they are
-            files.write(step, files.run(step), last, self._base if step else None)
+        last, place = read(step), files.place(step)
+        if newest > step:  # tokens that the client has shown stay as they are
+            last["own"] = read(newest)["own"] if note is None else note
+            files.write(step, files.run(step), last, self._base if step else None, place)
             files.forget_after(step)
+        elif note is not None:
+            last["own"] = note
         self._phases = {name: Phase(**phase) for name, phase in last["phases"].items()}
         self._earlier_wire_bytes = last["wire_bytes"]
-        return Checkpoint(step, base["facts"], base["operands"], last["cache"], base["own"] | last["own"])
+        own = base["own"] | last["own"]
+        return Checkpoint(step, place, base["facts"], base["operands"], last["cache"], own)
 
     def _same(self, then: Mapping[str, str], now: Mapping[str, str]) -> None:
         """Compare what a session was begun with. Raises StateError with the first difference."""
@@ -192,10 +203,11 @@ class Checkpointer:
 
     def begin(
         self, identity: Mapping[str, str], facts: Mapping[str, Any],
-        session: TimedSession, ledger: Ledger, own: Mapping[str, Any],
+        session: TimedSession, ledger: Ledger, own: Mapping[str, Any], operands: Operands | None,
     ) -> None:  # fmt: skip
         """Write the first checkpoint of a new session, whose context has been read.
 
+        operands: the weights, where they were masked for this session alone.
         Raises Desync if it has the name of one that is kept; StateError.
         """
         if self.store is None:
@@ -207,13 +219,23 @@ class Checkpointer:
         if self._files.steps():
             raise Desync(f"Desync: the server names a new session {self._run:.8}, which is kept already")
         self._base = snapshot.tensors_of(session.cache, "/cache")
-        whole = {"identity": dict(identity), "facts": dict(facts), "operands": session.operands}
+        whole = {"identity": dict(identity), "facts": dict(facts), "operands": operands}
         self._write(0, whole, session, ledger, own, None)
 
     def token(self, session: TimedSession, ledger: Ledger, own: Mapping[str, Any]) -> None:
         """Write a checkpoint after a chunk. Raises StateError."""
         if self._files is not None:
             self._write(session.chunks, {}, session, ledger, own, self._base)
+
+    def note(self, session: TimedSession, own: Mapping[str, Any]) -> None:
+        """Keep what the party's program needs to go on, where no chunk has come. Raises StateError."""
+        if self._files is not None:
+            self._files.write_note(session.chunks, self._run, dict(own))
+
+    def forget_after(self, chunks: int) -> None:
+        """Remove steps that the session goes back from: others come in their place. Raises StateError."""
+        if self._files is not None and self._files.steps()[-1] > chunks:
+            self._files.forget_after(chunks)
 
     def _write(
         self, step: int, whole: Mapping[str, Any], session: TimedSession, ledger: Ledger,
@@ -226,7 +248,7 @@ class Checkpointer:
             **whole, "cache": session.cache, "own": dict(own), "wire_bytes": self.wire_bytes(ledger),
             "phases": {name: asdict(phase) for name, phase in self._phases.items()},
         }  # fmt: skip
-        self.bytes.append(self._files.write(step, self._run, tree, since))
+        self.bytes.append(self._files.write(step, self._run, tree, since, session.place))
         self.ms.append(1000 * (time.perf_counter() - start))
 
     def close(self) -> None:
@@ -256,6 +278,15 @@ class Checkpointer:
     def phases(self, ledger: Ledger, session: TimedSession) -> dict[str, Phase]:
         """Return all phases of the session, those before it was interrupted too."""
         return self._phases | self._since_then(ledger, session)
+
+    def earlier(self, turn: int) -> dict[int, Phase]:
+        """Return what each step of a turn took in earlier runs of the session."""
+        places = {name: ChunkPlace.of(name) for name in self._phases}
+        return {
+            place.step: self._phases[name]
+            for name, place in places.items()
+            if place is not None and place.turn == turn
+        }
 
     def wire_bytes(self, ledger: Ledger) -> int:
         """Return the bytes on the links with framing, those before the session was interrupted too."""

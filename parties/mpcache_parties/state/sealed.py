@@ -29,7 +29,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpcache.errors import InUse, StateError
 
-VERSION = 3  # 1: before the classes in a checkpoint took their names; 2: key trees under one key for ever
+# 1: before the classes in a checkpoint took their names; 2: key trees under one key for ever; 3: before turns
+VERSION = 4
 MAGIC = b"mpcache" + bytes([VERSION])
 KEY_BYTES = 32
 SALT_BYTES = 32

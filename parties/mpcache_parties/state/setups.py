@@ -16,8 +16,8 @@ import hmac
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -36,6 +36,7 @@ from mpcache_parties.state import sealed, snapshot
 SUFFIX = ".masks"
 KEPT_AT_DEALER = 8  # set-ups, the least recently used goes first: a model, and some of its documents
 KEPT_AT_SERVER = 3
+LOOK_EVERY_S = 0.5  # how far another session is that makes what this one needs
 NAME = re.compile(r"[0-9a-f]{32}")
 
 
@@ -67,6 +68,7 @@ class ServerSetups:
         self._made: OrderedDict[str, Made] = OrderedDict()
         self._prefilled: tuple[str, Prefill] | None = None  # the last one: a party serves one document
         self._making = RLock()  # two sessions that begin at once need it once
+        self._progress = (0, 0)  # of what is being made: bytes done, of how many
 
     def prefilled(self, key: str, make: Callable[[], Prefill]) -> Prefill:
         """Return the pass over a document, from memory if it was the last one."""
@@ -80,9 +82,15 @@ class ServerSetups:
     ) -> Made:
         """Return the set-up of this key, from memory or as `make` makes its tree.
 
-        fresh: not from memory, under a master key of its own.  watch: told bytes done, and of how many.
+        fresh: not from memory, under a master key of its own.  watch: told bytes done, and of how many, also
+        of what another session makes meanwhile.
         """
-        with self._making:
+
+        def note(done: int, of: int) -> None:
+            self._progress = done, of
+            watch(done, of)
+
+        with self._free(watch):
             if not fresh and key in self._made:
                 self._made.move_to_end(key)
                 return self._made[key]
@@ -91,7 +99,7 @@ class ServerSetups:
             inner = snapshot.tensors_of(tree).items()
             if not masks.splits(tensor for path, tensor in inner if path.endswith("/mask")):
                 raise RuntimeError("an operand was copied before its mask was made")
-            masks.finish(master, watch)
+            masks.finish(master, note)
             family = _named(self._master, b"family")  # of fresh ones, too: they replace no other
             found = Made(tree, masks, _named(master, b"set-up" + masks.seed), family)
             if not fresh:
@@ -99,6 +107,19 @@ class ServerSetups:
                 while len(self._made) > KEPT_AT_SERVER:
                     self._made.popitem(last=False)
             return found
+
+    @contextmanager
+    def _free(self, watch: Callable[[int, int], None]) -> Iterator[None]:
+        """Wait until nobody else makes anything, and be told meanwhile how far that is."""
+        while not self._making.acquire(timeout=LOOK_EVERY_S):
+            done, of = self._progress
+            if of:
+                watch(done, of)
+        try:
+            yield
+        finally:
+            self._progress = (0, 0)
+            self._making.release()
 
 
 def _named(master: bytes, what: bytes) -> str:

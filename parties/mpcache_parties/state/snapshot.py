@@ -28,20 +28,23 @@ from mpcache.policy.clusters import Choice, Clusters
 from mpcache.policy.evicting import ValidMask
 from mpcache.protocols.selection import PreparedSelection
 from mpcache.rank import Rank
+from mpcache.report.account import TurnReport
 from mpcache.runtime.guard import Guard
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.ring import Matrix
-from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
 from mpcache.runtime.side import Side
+from mpcache.sampling import Sampling
 from mpcache.transport.link import DTYPES
+from mpcache_parties.private_inputs import Question, TurnRecord
 from mpcache_parties.state import sealed
 
 CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         Cache, LayerCache, SplitLayer, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, KnownOperand,
-        Matrix, Share, Side, PreparedSelection, Choice, Chosen, Clusters,
-        ValidMask, Cascaded, Tiers,
+        Matrix, Share, Side, PreparedSelection, Choice, Chosen, Clusters, ValidMask, Cascaded, Tiers,
+        Question, Sampling, TurnRecord, TurnReport,
     )
 }  # fmt: skip
 LATER = {"StockSelection": "mpcache.engines.stock"}  # looked up when one is met: it brings CrypTen
@@ -138,8 +141,13 @@ def _children(tree: Any) -> Sequence[tuple[str, Any]]:
         return [(str(i), value) for i, value in enumerate(tree)]
     if is_dataclass(tree) and not isinstance(tree, type):
         # Not what two of them may differ in: `Side.guard` goes on with the party (`join_guard`).
-        return [(f.name, getattr(tree, f.name)) for f in fields(tree) if f.compare]
+        return [(f.name, _there(getattr(tree, f.name))) for f in fields(tree) if f.compare]
     return []
+
+
+def _there(value: Any) -> Any:
+    """Return a value, made now if it is one that is made when it is first needed."""
+    return value.value if isinstance(value, Awaited) else value
 
 
 def _pack(x: Any, path: str, since: Tensors, table: list[torch.Tensor]) -> Any:

@@ -3,6 +3,7 @@
     DIR/server/key                      this party's key (mode 0600)
     DIR/server/SESSION/context.state    facts, masked weights and cache as the context left them
     DIR/server/SESSION/000007.state     what the first seven chunks added: written after each token
+    DIR/client/SESSION/note.state       what the client was asked since then
 
 A party that serves has several sessions at once, each on a thread of its own: a session's files belong
 to whoever holds its lock, be it another process or another thread.
@@ -19,10 +20,11 @@ from threading import RLock
 from typing import Any
 
 from mpcache.errors import Desync, InUse, StateError
+from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
 from mpcache_parties.state import sealed, snapshot
 
-CONTEXT = "context"
+CONTEXT, NOTE = "context", "note"
 SUFFIX = ".state"
 KEPT_STEPS = 3 + 3  # server and client are a step apart at most; the dealer may be three ahead of both
 _SESSION = re.compile(r"[0-9a-f]{32}")
@@ -103,9 +105,23 @@ class Files:
         with self._explained(step):
             return str(sealed.read_header(self._file(step)).get("run"))
 
-    def write(self, step: int, run: str, tree: Any, since: snapshot.Tensors | None = None) -> int:
-        """Seal one step; return its size in bytes. What is older than `keep` steps goes."""
-        header = self._header(step, run)
+    def place(self, step: int) -> ChunkPlace:
+        """Return where the session stood after a step. Raises StateError."""
+        with self._explained(step):
+            place = sealed.read_header(self._file(step)).get("place")
+            if isinstance(place, list) and len(place) == 2 and all(type(number) is int for number in place):
+                return ChunkPlace(*place)
+            raise StateError(f"{self._file(step)}: its place is {place!r:.60}, not a turn and a step")
+
+    def write(
+        self, step: int, run: str, tree: Any, since: snapshot.Tensors | None = None,
+        place: ChunkPlace | None = None,
+    ) -> int:  # fmt: skip
+        """Seal one step; return its size in bytes. What is older than `keep` steps goes.
+
+        place: where the session stands after it; None: in its first turn.
+        """
+        header = self._header(step, run) | {"place": list(place or ChunkPlace(1, step))}
         size = sealed.seal(self._file(step), self.store.key, header, snapshot.serialize(tree, since))
         for old in self.steps():
             if 0 < old <= step - self.keep:
@@ -116,6 +132,22 @@ class Files:
         """Read one step of a run. since: the tensors of the step that it was written after."""
         with self._explained(step):
             return snapshot.read_snapshot(self._file(step), self.store.key, self._header(step, run), since)
+
+    def write_note(self, step: int, run: str, tree: Any) -> None:
+        """Seal what belongs to a step and came after it. It replaces the note before it."""
+        sealed.seal(self._note, self.store.key, self._note_header(step, run), snapshot.serialize(tree))
+
+    def read_note(self, step: int, run: str) -> Any:
+        """Return what was noted after a step of a run; None where nothing was."""
+        if not self._note.exists():
+            return None
+        try:
+            there, header = sealed.read_header(self._note), self._note_header(step, run)
+            if any(there.get(name) != header[name] for name in ("step", "run")):
+                return None
+            return snapshot.read_snapshot(self._note, self.store.key, header)
+        except StateError as error:
+            raise StateError(f"{self.store.rank.label}: {error}; remove it to go on without it") from None
 
     def forget_after(self, step: int) -> None:
         """Remove the steps beyond one that the session goes back to: they must never be loaded again."""
@@ -128,6 +160,7 @@ class Files:
         """Remove all of a session that has ended."""
         for step in self.steps():
             self._file(step).unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
         with self.store.changing, suppress(OSError):
             (self.folder / sealed.LOCK_FILE).unlink(missing_ok=True)
             self.folder.rmdir()
@@ -149,6 +182,13 @@ class Files:
 
     def _file(self, step: int) -> Path:
         return self.folder / f"{f'{step:06d}' if step else CONTEXT}{SUFFIX}"
+
+    @property
+    def _note(self) -> Path:
+        return self.folder / f"{NOTE}{SUFFIX}"
+
+    def _note_header(self, step: int, run: str) -> dict[str, Any]:
+        return self._header(step, run) | {"kind": "note"}
 
     def _header(self, step: int, run: str) -> dict[str, Any]:
         rank = int(self.store.rank)

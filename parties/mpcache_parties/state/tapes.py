@@ -4,7 +4,8 @@
     DIR/server/BATCH/*.tape        one file for each phase of one session, and the seed of its streams
     DIR/server/used/BATCH          this batch has been claimed: a file that is never removed
 
-A batch serves one session, because later tapes are made for masks of earlier ones. Both parties claim
+A batch serves one session, because later tapes are made for masks of earlier ones: a conversation's is for
+turns of declared lengths. Both parties claim
 it, durably, before they read its seed: whatever happens after that, to this process or this machine,
 the batch is never taken again, and neither is a copy of its files.
 """
@@ -87,7 +88,8 @@ class TapeStore:
             peer_name = self.rank.peer.label
             raise StateError(
                 f"{self.rank.label}: its store has no tapes that the {peer_name}'s has, too, for this model, "
-                f"policy, context, question and {tokens} tokens (used or half used, and refused: {used})"
+                f"policy, context, {_asked(sizes)} and {tokens} tokens (used or half used, and refused: "
+                f"{used})"
                 f"{instead}; make some with --prepare at all three parties",
                 private=False,
             )
@@ -131,8 +133,11 @@ class TapeLink(Link):
     def __init__(self, store: TapeStore, batch: str, sizes: Sizes) -> None:
         self.me, self._store, self.batch = store.rank, store, batch
         self._phase, self._messages = "", iter(())
+        public = sealed.read_header(store.file(batch, SEED))  # opening the file shows that it is whole
         header = store.header(batch, SEED) | {"sizes": _plain(sizes)}
         self._seed = self._read(SEED, header)["seed"]
+        self.tokens: int = public["tokens"]  # of an answer
+        self.turns: list[int] = public.get("turns", [])  # of a conversation: its questions, in tokens
 
     def recv(
         self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
@@ -189,6 +194,9 @@ class TapeLink(Link):
     def recv_hello(self) -> Hello:
         raise _mute("hello")
 
+    def poll_hello(self) -> Hello | None:
+        raise _mute("hello")
+
 
 class TapeWriter(ShapeParty):
     """Reads the program by shapes, as the dealer does, and stores what the dealer sends to `me`."""
@@ -220,10 +228,10 @@ class TapeWriter(ShapeParty):
             self._dealer.send_facts(f"stored/{self._phase}", {"stored": True})
             self._phase, self._messages = "", []
 
-    def finish(self, seed: torch.Tensor, sizes: Sizes, tokens: int) -> None:
+    def finish(self, seed: torch.Tensor, sizes: Sizes, tokens: int, turns: Sequence[int]) -> None:
         """End a batch whose phases are all there: it can be claimed from now on."""
         self.flush()
-        self._write(SEED, {"sizes": _plain(sizes), "tokens": tokens}, {"seed": seed})
+        self._write(SEED, {"sizes": _plain(sizes), "tokens": tokens, "turns": list(turns)}, {"seed": seed})
         with sealed.telling(f"{self._folder}: cannot be renamed"):
             os.rename(self._folder, self._store.folder / self._batch)
         sealed.to_disk(self._store.folder)
@@ -236,6 +244,11 @@ class TapeWriter(ShapeParty):
         header = {**self._store.header(self._batch, phase), **public}
         file = self._folder / f"{phase}{SUFFIX}"
         self.bytes += sealed.seal(file, self._store.key, header, snapshot.serialize(content))
+
+
+def _asked(sizes: Sizes) -> str:
+    """Return what a session asks, in words."""
+    return "question" if sizes.get("question") else "a conversation"
 
 
 def _mute(step: str) -> RuntimeError:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,6 +183,26 @@ def test_a_template_that_cannot_be_used_is_refused_in_a_line(source: str, says: 
     with pytest.raises(ModelError, match=says) as error:
         framed(source)
     assert "\n" not in str(error.value)
+
+
+_MUCH = "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+_LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(_MUCH, id="memory", marks=pytest.mark.slow),
+        pytest.param("{{ 'x' * 99999999999 }}", id="memory at once"),
+        pytest.param(_LONG, id="time", marks=pytest.mark.slow),
+    ],
+)
+def test_a_template_that_eats_memory_or_loops_ends_in_one_line_within_seconds(source: str) -> None:
+    """In a process of its own, with limits: this one goes on."""
+    begun = time.monotonic()
+    with pytest.raises(ModelError, match=r"the chat template (takes|cannot be used|refuses)") as error:
+        framed(source + KINDS["chatml"].source)
+    assert "\n" not in str(error.value) and time.monotonic() - begun < 60
 
 
 def test_texts_that_a_tokenizer_would_join_to_their_surroundings_are_refused() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from mpcache.config import PublicConfig
 from mpcache.engines import fast
@@ -23,9 +22,6 @@ from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
-from mpcache.runtime import party as party_module
-from mpcache.runtime import rng
-from mpcache.runtime.party import ComputingParty
 from mpcache.runtime.rng import fresh_seed
 from mpcache.sampling import Sampling
 from mpcache.transport.local import local_pair
@@ -37,6 +33,7 @@ from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import AHEAD, ask, deal, serve
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.store import KEPT_STEPS, Files, Store
+from tests.support.interrupted import Cut, Heard, die_at, differences, hear, repeated_keys
 from tests.support.links import Job, Killed, context_of, plain_ids, together
 from tests.support.uniformity import largest_deviation
 
@@ -50,24 +47,6 @@ SLOW = pytest.mark.slow
 def tokens(model: Model) -> list[int]:
     """A context of 60 tokens."""
     return context_of(model, 60)
-
-
-@dataclass
-class Cut:
-    """The victim dies at its nth message of a phase."""
-
-    victim: Rank
-    phase: str
-    message: int = 1
-
-
-@dataclass
-class Heard:
-    """Which rank a thread plays, the key streams that it makes, and what it opens, run by run."""
-
-    ranks: dict[int, Rank] = field(default_factory=dict)
-    keys: list[tuple[Rank, bytes]] = field(default_factory=list)
-    opened: list[dict[tuple[Rank, str], list[torch.Tensor]]] = field(default_factory=list)
 
 
 def play(
@@ -112,18 +91,6 @@ def play(
         return run
 
     return together({rank: job(rank) for rank in Rank})
-
-
-def die_at(links: dict[Rank, Any], cut: Cut) -> None:
-    left = iter(range(cut.message, 0, -1))
-    for link in links.values():
-
-        def send(step: str, *rest: Any, go_on: Any = link.send) -> None:
-            if step.partition("/")[0] == cut.phase and next(left, 0) <= 1:
-                raise Killed
-            go_on(step, *rest)
-
-        link.send = send
 
 
 SHORT = "client-in-mid-token"
@@ -219,28 +186,6 @@ def test_drawn_tokens_are_drawn_once(
 # ---------------------------------------------------------------------------------- nothing comes twice
 
 
-@pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
-    """Every key stream that is made, and every share that is opened, with its maker."""
-    notes = Heard()
-
-    class RecordedCall(rng.KeyStream):
-        def __init__(self, seed: bytes, label: str) -> None:
-            notes.keys.append((notes.ranks[threading.get_ident()], rng.derive_key(seed, label)))
-            super().__init__(seed, label)
-
-    monkeypatch.setattr(party_module, "KeyStream", RecordedCall)
-    monkeypatch.setattr(rng, "KeyStream", RecordedCall)
-    opening = ComputingParty.open
-
-    def open_(self: ComputingParty, items: Any, step: str) -> list[Any]:
-        notes.opened[-1][self.rank, step] += [i.share.clone() for i in items if i.sender in (None, self.rank)]
-        return opening(self, items, step)
-
-    monkeypatch.setattr(ComputingParty, "open", open_)
-    return notes
-
-
 def twice(public: PublicConfig, model: Model, tokens: list[int], state: Path, heard: Heard) -> None:
     """A run that is cut in decode step 2, and the one that goes on with it."""
     cuts = [Cut(C, "decode2", 60), None]
@@ -249,18 +194,9 @@ def twice(public: PublicConfig, model: Model, tokens: list[int], state: Path, he
         play(public, model, tokens, state, resume=i > 0, cut=cut, heard=heard)
 
 
-def repeated_keys(heard: Heard) -> int:
-    return len(heard.keys) - len(set(heard.keys))
-
-
-def differences(heard: Heard) -> Iterator[np.ndarray]:
-    """What one party opened in the interrupted step, minus what it opened there when the step was redone:
-    the masks' difference, and the secrets' if there is any."""
-    before, after = heard.opened
-    for key, first in before.items():
-        if key[1].startswith("decode2/"):
-            for a, b in zip(first, after[key], strict=False):
-                yield (a - b).contiguous().view(torch.uint8).reshape(-1, 8)[:, :4].numpy().ravel()
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
+    return hear(monkeypatch)
 
 
 PUBLIC = PublicConfig(policy="mpcache:coarse=8,fine=4,recent=4", max_new_tokens=4)
@@ -273,7 +209,7 @@ def test_no_mask_is_used_twice(model: Model, tokens: list[int], tmp_path: Path, 
     twice(PUBLIC, model, tokens, tmp_path, heard)
     assert len(heard.keys) > 2 * 3 * TOKENS
     assert repeated_keys(heard) == 0
-    data = np.concatenate(list(differences(heard)))
+    data = np.concatenate(list(differences(heard, "decode2")))
     assert len(data) > 20_000
     assert largest_deviation(data) < 6
 
@@ -293,7 +229,7 @@ def test_a_planted_bug_is_seen(
     monkeypatch.setattr(session_seeds, "fresh_seed", restored)
     twice(PUBLIC, model, tokens, tmp_path, heard)
     assert repeated_keys(heard) > 0
-    assert largest_deviation(np.concatenate(list(differences(heard)))) > 6
+    assert largest_deviation(np.concatenate(list(differences(heard, "decode2")))) > 6
 
 
 @SLOW

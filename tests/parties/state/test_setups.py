@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
 
 from mpcache.errors import StateError
 from mpcache.runtime.ring import wide
-from mpcache.runtime.standing import OperandPlace, dealt_of, digest_of, pack_modulo
+from mpcache.runtime.standing import OperandPlace, OwnersMasks, dealt_of, digest_of, pack_modulo
 from mpcache_parties.state.setups import KEPT_AT_DEALER, DealerSetups, Held, ServerSetups
 
 PLACES = [OperandPlace("setup/layer0", (5, 3), 48, 16), OperandPlace("setup/layer1", (4,), 64, 16)]
@@ -123,3 +124,24 @@ def test_a_tampered_mask_has_another_digest() -> None:
     assert digest_of(packed) == mine.digest
     packed[0][0, 0, 0] ^= 1
     assert digest_of(packed) != mine.digest
+
+
+def test_who_waits_for_what_another_makes_is_told_how_far_it_is() -> None:
+    setups, told, begun, go = ServerSetups(), list[tuple[int, int]](), Event(), Event()
+
+    def make(masks: OwnersMasks) -> object:
+        begun.set()
+        assert go.wait(10)
+        return {}
+
+    def hear(done: int, of: int) -> None:
+        told.append((done, of))
+        go.set()
+
+    first = Thread(target=setups.made, args=("key", make, False, lambda done, of: None))
+    first.start()
+    assert begun.wait(10)
+    setups._progress = (3, 7)
+    setups.made("key", make, False, hear)
+    first.join()
+    assert told[0] == (3, 7) and len(setups._made) == 1

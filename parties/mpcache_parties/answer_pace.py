@@ -1,0 +1,95 @@
+"""Tell the one who asks how long an answer takes: beforehand by the cost engine, then layer by layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import Thread
+
+from mpcache.choices import ProtocolName
+from mpcache.config import PublicConfig
+from mpcache.cost.pricing import price
+from mpcache.cost.rates import modelled, offline_ms, pace_ms
+from mpcache.errors import MpcacheError
+from mpcache.phases import ChunkPlace
+from mpcache.report.units import duration
+from mpcache.transport.network import NO_NETWORK, parse_network
+from mpcache_parties.facts import TYPICAL_QUESTION, Facts
+
+SAY_EVERY_S = 2.0
+
+Told = Callable[[str, int, int, float | None], None]  # phase, layer, layers, ms that are left if known
+
+
+class Foretold(Thread):
+    """What an answer will take, by the latency model: worked out beside what else there is to wait for."""
+
+    def __init__(self, facts: Facts, public: PublicConfig) -> None:
+        super().__init__(daemon=True)
+        self._facts, self._public, self._text = facts, public, ""
+        self.start()
+
+    def run(self) -> None:
+        """Price the answer. CrypTen's own protocols, and what has no price, get no estimate."""
+        facts, public = self._facts, self._public
+        if facts.protocol == ProtocolName.STOCK or not facts.policy.plan_is_public:
+            return
+        try:
+            asked = facts.question or TYPICAL_QUESTION
+            cost = price(
+                facts.shape, facts.policy, question=asked, protocol=facts.protocol,
+                bits=public.fraction_bits, reveal=public.reveal, grid=public.length_grid,
+            )  # fmt: skip
+        except MpcacheError:
+            return
+        network = parse_network(public.network) or NO_NETWORK
+        first = offline_ms(cost, network, "question") + sum(
+            modelled(cost, network, phase="question").values()
+        )
+        of = "" if facts.question else f" of a question of {cost.question} tokens"
+        pace = duration(pace_ms(cost, network))
+        self._text = f"on idle cores about {duration(first)} to the first token{of}, then {pace} each"
+
+    def told(self) -> str:
+        """Return the estimate in words; empty where there is none."""
+        self.join()
+        return self._text
+
+
+class LayerPace:
+    """Hears when a layer of a chunk begins; tells how long the chunk still takes, by its layers so far."""
+
+    def __init__(self, tell: Told) -> None:
+        self.layers = 0  # of the model, once that is known
+        self._tell = tell
+        self._phase, self._began = "", 0.0
+
+    def __call__(self, phase: str, layer: int) -> None:
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._began = phase, now
+        left = 1000 * (now - self._began) * (self.layers - layer) / layer if layer else None
+        self._tell(phase, layer, self.layers, left)
+
+
+def in_words(phase: str, layer: int, layers: int, left_ms: float | None) -> str:
+    """Say where a chunk is: `question: layer 12 of 30, about 3.1 s left`."""
+    place = ChunkPlace.of(phase)
+    what = phase if place is None else f"token {place.step + 1}" if place.step else "question"
+    left = "" if left_ms is None else f", about {duration(left_ms)} left"
+    return f"{what}: layer {layer + 1} of {layers}{left}"
+
+
+def question_said(say: Callable[[str], None]) -> Told:
+    """Return what says how far a question is, now and then; tokens show themselves."""
+    said = time.monotonic()
+
+    def tell(phase: str, layer: int, layers: int, left_ms: float | None) -> None:
+        nonlocal said
+        place, now = ChunkPlace.of(phase), time.monotonic()
+        if place is None or place.step or now - said < SAY_EVERY_S:
+            return
+        said = now
+        say(f"client: {in_words(phase, layer, layers, left_ms)}")
+
+    return tell

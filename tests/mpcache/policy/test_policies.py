@@ -527,7 +527,7 @@ BAD = [
     ("compact:heads=9/12|quest:page=4,pages=3", "behind compact:heads=9/12, policy quest: pages=3"),
     ("snapvk", "did you mean snapkv"),
     ("full|quest", "full evicts no context; on the left of . may stand streaming, snapkv"),
-    ("snapkv|h2o", "h2o selects nothing; on the right of . may stand quest, mpcache, oracle"),
+    ("snapkv|h2o", "h2o selects nothing; on the right of . may stand quest, mpcache, tidal.*, oracle"),
     ("snapkv|quest|quest", "more than two parts"),
     ("snapkv|quset", "did you mean quest"),
     ("snapkv:cap=30|quest", "cap=30 .* 1 to 24"),

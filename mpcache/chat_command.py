@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -20,10 +20,13 @@ from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
+    DocumentOption,
     JsonOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PackKeyOption,
+    PackPassphraseOption,
     PadOption,
     PolicyOption,
     ProtocolOption,
@@ -46,6 +49,7 @@ from mpcache.report.account import TurnReport
 from mpcache.report.units import duration, number, size
 from mpcache.sampling import Sampling
 from mpcache_parties.chat import Chat, LocalParties, Turn, connect
+from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import quiet
 
 PROMPT = "> "
@@ -55,6 +59,9 @@ SHORT_ROOM = 3  # answers of the present length: then the user is told how much 
 def chat_here(
     model: ModelOption = None,
     context: ContextOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     config: ConfigOption = None,
     identity: Annotated[
         Path | None,
@@ -79,8 +86,9 @@ def chat_here(
 ) -> None:
     """Ask one question after another, privately. Ctrl-D ends; Ctrl-C stops an answer.
 
-    Where stdin is no terminal each of its lines is a question. With --state a conversation outlives a kill
-    of any process; --resume goes on with it, and it is forgotten when it ends by Ctrl-D.
+    Where stdin is no terminal each of its lines is a question. With --identity, --document is the public
+    name of one of the server's. With --state a conversation outlives a kill of any process; --resume goes on
+    with it, and it is forgotten when it ends by Ctrl-D.
     """
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the conversation is kept")
@@ -89,7 +97,14 @@ def chat_here(
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     overrides |= chat_overrides(raw, document_as, pad)
     with ExitStack() as opened:
-        talk = _open(opened, model, context, config, identity, setup_dir, overrides, state, resume)
+        packed = None
+        if identity is None:
+            packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+        elif pack_key is not None or pack_passphrase is not None:
+            raise BadInput("--identity asks parties that run elsewhere: the server alone opens its packs")
+        named = document or "" if identity is not None else ""
+        kept = Kept(setup_dir, state, resume)
+        talk = _open(opened, model, context, config, identity, overrides, packed, named, kept)
 
         def ask(question: str) -> None:
             turn = Turn(question, None, stops, temperature, top_p, seed)
@@ -100,23 +115,35 @@ def chat_here(
         _close(talk, as_json)
 
 
+class Kept(NamedTuple):
+    """What outlives this run, and where."""
+
+    setup_dir: Path | None
+    state: Path | None
+    resume: bool
+
+
 def _open(
     opened: ExitStack,
     model: str | None,
     context: Path | None,
     config: Path | None,
     identity: Path | None,
-    setup_dir: Path | None,
     overrides: dict[str, Any],
-    state: Path | None,
-    resume: bool,
+    packed: OpenedPack | None,
+    named: str,
+    kept: Kept,
 ) -> Chat:
     """Open a conversation, with parties that run elsewhere or with this machine's; `opened` closes both."""
     with terminal.progress("starting the parties ...") as (say, hush):
         if identity is not None:
             given = [
                 name
-                for name, value in {"--model": model, "--context": context, "--setup-dir": setup_dir}.items()
+                for name, value in {
+                    "--model": model,
+                    "--context": context,
+                    "--setup-dir": kept.setup_dir,
+                }.items()
                 if value
             ]
             given += [name for name, value in overrides.items() if value is not None]
@@ -124,12 +151,14 @@ def _open(
                 raise BadInput(
                     "--identity asks parties that run elsewhere: give --config, and nothing of theirs"
                 )
-            talk = connect(config, identity, say, state=state, resume=resume)
+            talk = connect(config, identity, say, state=kept.state, resume=kept.resume, document=named)
         else:
-            settings = with_default_policy(load_settings(config, overrides), model)
+            settings = with_pack_settings(load_settings(config, overrides), packed)
+            settings = with_default_policy(settings, model)
             text = None if context is None else read_text(context)  # once: it may be a pipe
-            parties = LocalParties(settings, model, text, 1, say, setup_dir, state)
-            talk = opened.enter_context(parties).chat(state=state, resume=resume)
+            flags = () if packed is None else packed.flags()
+            parties = LocalParties(settings, model, text, 1, say, kept.setup_dir, kept.state, flags)
+            talk = opened.enter_context(parties).chat(state=kept.state, resume=kept.resume)
         hush()
     return opened.enter_context(talk)
 

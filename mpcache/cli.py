@@ -24,10 +24,13 @@ from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
+    DocumentOption,
     JsonOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PackKeyOption,
+    PackPassphraseOption,
     PadOption,
     PolicyOption,
     ProtocolOption,
@@ -56,6 +59,7 @@ from mpcache.evaluate.eval_command import evaluate
 from mpcache.limits import bind_policy, with_default_policy
 from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.framing import Framing, make_framing
+from mpcache.pack_command import pack_document
 from mpcache.padding import padded_length
 from mpcache.policies_command import policies
 from mpcache.policy import BoundPolicy
@@ -65,6 +69,8 @@ from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache.serve_command import serve_here
 from mpcache_parties.launch import PartyFailed, run_parties, setup_flags
+from mpcache_parties.packing import OpenedPack, check_pack, with_pack_settings
+from mpcache_parties.state.packs import bind_packed
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -81,7 +87,7 @@ STARTING = "starting the parties ..."
 class Inquiry:
     """What is asked of whom. context, question: token ids, with what frames the texts.
 
-    named: --model; None: the demo's.
+    named: --model; None: the demo's.  packed: the document, where it was packed: then context is empty.
     """
 
     named: str | None
@@ -95,11 +101,13 @@ class Inquiry:
     sampling: Sampling
     stop_at_eos: bool
     stop_texts: tuple[str, ...]
+    packed: OpenedPack | None = None
 
     @staticmethod
     def read(
         model: str | None,
         context: Path | None,
+        packed: OpenedPack | None,
         question: str | None,
         question_file: Path | None,
         sampling: Sampling,
@@ -113,19 +121,29 @@ class Inquiry:
         path = demo_model_dir() if model is None else find_model(model)
         shape, tokenizer = load_shape(path), load_tokenizer(path)
         stops = read_stops(stop, stop_at_eos)
-        text = read_context(model, context)  # once: it may be a pipe
-        framing = make_framing(
-            tokenizer, shape, public.chat is ChatForm.RAW, public.document_as, text is not None
-        )
-        document, asked = framing.frame_document(text), framing.frame_turn(question_text, first=True)
+        text = read_context(model, context) if packed is None else None  # once: it may be a pipe
+        written = text is not None if packed is None else packed.pack.written
+        framing = make_framing(tokenizer, shape, public.chat is ChatForm.RAW, public.document_as, written)
+        document: list[int] = []
+        if packed is None:
+            document = framing.frame_document(text)
+        else:
+            check_pack(packed.pack, packed.file, tokenizer, public)
+            bind_packed(packed.pack.context, shape, packed.file)
+        asked = framing.frame_turn(question_text, first=True)
         return Inquiry(
-            model, path, text, question_text, shape, framing, document, asked, sampling, stop_at_eos, stops
-        )
+            model, path, text, question_text, shape, framing, document, asked, sampling, stop_at_eos, stops,
+            packed,
+        )  # fmt: skip
 
     def bind(self, public: PublicConfig) -> BoundPolicy:
         self.sampling.check(public.reveal)
-        length = padded_length(len(self.question), public.length_grid)
-        return bind_policy(self.shape, public, len(self.context), length)
+        length = len(self.context)
+        if self.packed is not None:
+            check_pack(self.packed.pack, self.packed.file, self.framing.tokenizer, public)
+            length = self.packed.pack.context.length
+        asked = padded_length(len(self.question), public.length_grid)
+        return bind_policy(self.shape, public, length, asked)
 
     def private(
         self,
@@ -138,7 +156,10 @@ class Inquiry:
         """Run three processes, and return their reports. every: flags that all of them get."""
         sampling = self.sampling
         flags = {
-            Rank.SERVER: [] if self.named is None else ["--model", str(self.model)],
+            Rank.SERVER: [
+                *([] if self.named is None else ["--model", str(self.model)]),
+                *([] if self.packed is None else self.packed.flags()),
+            ],
             Rank.CLIENT: [
                 f"--temperature={sampling.temperature}",
                 f"--top-p={sampling.top_p}",
@@ -164,8 +185,9 @@ class Inquiry:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         stops = self.framing.end_tokens if self.stop_at_eos else ()
         limit, model = public.max_new_tokens, load_model(self.model)
+        context = self.context if self.packed is None else self.packed.pack.context
         return plain_answer(
-            model, self.bind(public), self.context, self.question, limit, self.sampling, stops, device,
+            model, self.bind(public), context, self.question, limit, self.sampling, stops, device,
             self.stop_texts, public.length_grid,
         )  # fmt: skip
 
@@ -179,6 +201,9 @@ def options_of_all(version: Annotated[bool, version_option("mpcache")] = False) 
 def generate(
     model: ModelOption = None,
     context: ContextOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     question: QuestionOption = None,
     question_file: QuestionFileOption = None,
     config: ConfigOption = None,
@@ -208,13 +233,16 @@ def generate(
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
+    packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad))
-    settings = with_default_policy(settings, model)
+    settings = with_default_policy(with_pack_settings(settings, packed), model)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
     sampling, public = Sampling(temperature, top_p, seed), settings.public
-    inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos, stop, public)
+    inquiry = Inquiry.read(
+        model, context, packed, question, question_file, sampling, stop_at_eos, stop, public
+    )
     bound = inquiry.bind(settings.public)
     if not as_json:
         _entry("Question", inquiry.question_text + "\n")
@@ -277,6 +305,9 @@ def _check_range(run: dict[str, Any]) -> None:
 def compare(
     model: ModelOption = None,
     context: ContextOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     question: QuestionOption = None,
     question_file: QuestionFileOption = None,
     config: ConfigOption = None,
@@ -302,14 +333,15 @@ def compare(
         max_new_tokens = COMPARE_TOKENS
     sampling = Sampling(temperature, top_p, seed)
     agreed = load_settings(config, chat_overrides(raw, document_as, pad))  # once: it may be a pipe
-    agreed = with_default_policy(agreed, model)
+    packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+    agreed = with_default_policy(with_pack_settings(agreed, packed), model)
     inquiry = Inquiry.read(
-        model, context, question, question_file, sampling, stop_at_eos, stop, agreed.public
+        model, context, packed, question, question_file, sampling, stop_at_eos, stop, agreed.public
     )
     chosen = [
         with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal))
         for way in protocol or (None,)
-        for one in policy or ("full", None)
+        for one in policy or (("full", None) if packed is None else (None,))
     ]
     bounds = [inquiry.bind(settings.public) for settings in chosen]  # all are checked before the first runs
     runs = []
@@ -341,6 +373,7 @@ def _write(text: str) -> None:
 app.command()(audit)
 app.command()(check)
 app.command()(policies)
+app.command("pack")(pack_document)
 app.command("eval")(evaluate)
 app.command("calibrate")(calibrate_model)
 app.command("serve")(serve_here)

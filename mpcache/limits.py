@@ -13,9 +13,9 @@ from mpcache.config import PublicConfig, Settings, with_overrides
 from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
 from mpcache.model import ModelShape, demo_model_dir, find_model
-from mpcache.model.prefill import Prefill
 from mpcache.policy import BoundPolicy, LeakClass, Policy, parse_policy
 from mpcache.policy.curve import has_curve
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
 from mpcache_kernels import Backend
 
@@ -124,7 +124,7 @@ def largest_score_held(policy: BoundPolicy, shape: ModelShape) -> float:
     return held - policy.policy.largest_bias
 
 
-def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, room: int) -> None:
+def check_document(prefilled: OwnersContext, policy: BoundPolicy, shape: ModelShape, room: int) -> None:
     """Check at the document's owner, in the clear, what the protocols of `fast` hold of it.
 
     prefilled: its scores exact from `largest_score_held` on.  room: tokens that questions and answers take.
@@ -138,10 +138,10 @@ def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, r
                 f"holds less than {held:.4g} with policy {policy.spec}: the answer would be wrong; "
                 "use another model or policy"
             )
-    _check_values([float(v.abs().max()) for v in prefilled.v], policy, room)
+    _check_values(prefilled.largest_values, policy, room)
 
 
-def check_fitted(prefilled: Prefill, policy: BoundPolicy, kernels: Backend, room: int) -> None:
+def check_fitted(prefilled: OwnersContext, policy: BoundPolicy, kernels: Backend, room: int) -> None:
     """Check likewise the values that a policy has made of the document's. Raises OutOfRange."""
     if policy.policy.largest_bias:
         _check_values(policy.largest_values(prefilled, kernels), policy, room)

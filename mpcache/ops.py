@@ -129,6 +129,12 @@ class Engine(ABC, Generic[V, O]):
         sums of softmax weights times values, 64 products of three.
         """
 
+    def prepare_own(
+        self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, ring: int = 48
+    ) -> Program[O]:
+        """Hold and prepare a tensor that `owner` knows, the others pass None: `secret`, then `prepare`."""
+        return self.prepare(self.secret(value, shape, owner), ring)
+
     def start_prepare(self, x: V, ring: int = 48) -> Program[O]:
         """Run the first half of `prepare`, for a rescaled x, at no round.
 

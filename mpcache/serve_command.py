@@ -14,9 +14,12 @@ from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
+    DocumentOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PackKeyOption,
+    PackPassphraseOption,
     PadOption,
     PolicyOption,
     ProtocolOption,
@@ -29,6 +32,7 @@ from mpcache.console.options import (
 from mpcache.limits import with_default_policy
 from mpcache_parties.chat import Chat, LocalParties
 from mpcache_parties.endpoint.endpoint_options import KEY_VARIABLE, EndpointOptions
+from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import Say
 
 CONVERSATIONS = 2  # at once: each holds its own masked operands
@@ -37,6 +41,9 @@ CONVERSATIONS = 2  # at once: each holds its own masked operands
 def serve_here(
     model: ModelOption = None,
     context: ContextOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     config: ConfigOption = None,
     policy: PolicyOption = None,
     protocol: ProtocolOption = None,
@@ -70,9 +77,12 @@ def serve_here(
     options.check()
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad))
-    settings = with_default_policy(settings, model)
+    packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+    settings = with_default_policy(with_pack_settings(settings, packed), model)
     text = None if context is None else read_text(context)  # once: it may be a pipe
-    with LocalParties(settings, model, text, conversations, terminal.say, setup_dir) as parties:
+    flags = () if packed is None else packed.flags()
+    say = terminal.say
+    with LocalParties(settings, model, text, conversations, say, setup_dir, packed=flags) as parties:
         ready = [parties.chat()]  # what is wrong is told now, and the first question need not wait
 
         def open_chat(say: Say) -> Chat:

@@ -29,7 +29,7 @@ from mpcache.protocols.compare import less
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product, truncate, truncate_product
 from mpcache.protocols.lookup import lookup
 from mpcache.protocols.reciprocal import reciprocal
-from mpcache.protocols.softmax import exp
+from mpcache.protocols.softmax import exp, exp_by_digits
 from mpcache.protocols.topk import HotSelection, topk
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
@@ -104,6 +104,10 @@ EXAMPLES: Mapping[RequestKind, tuple[str, Callable[..., Program[object]]]] = {
         lambda n, **_: lookup(SIDE, meta(n), torch.empty(1024, dtype=torch.int64)),
     ),
     RequestKind.EXP: ("n values", lambda n, **_: exp(SIDE, share(n, bits=13, ring=24))),
+    RequestKind.HIGHEST: (
+        "n scores in each row, and their exponentials by tables of the masks' digits",
+        lambda rows, n, **_: exp_by_digits(SIDE, share(rows, n, bits=13, ring=24), None),
+    ),
     RequestKind.TOPK: (
         "k of n, scores of 24 bits, c values each, in each row",
         lambda rows, n, k, c, **_: topk(
@@ -161,11 +165,18 @@ def layer(spec: str, index: int) -> Iterator[str]:
     for (number, name), step in plan.steps.items():
         if number != index:
             continue
-        parts = [total([[str(line.times), line.formula or "?"]]) for line in step.opened]
+        parts = [
+            f"`{total([[str(line.times), line.formula or '?']])}`{_one_way(line.to)}" for line in step.opened
+        ]
         assert step.offline is not None and not any("?" in part for part in parts), (spec, name)
-        sent = " + ".join(f"`{part}`" for part in parts) or "0"
+        sent = " + ".join(parts) or "0"
         kinds = ", ".join(step.kinds)
         yield f"| {name} | {step.rounds or 'beside another'} | {sent} | `{step.offline}` | {kinds} |"
+
+
+def _one_way(to: str) -> str:
+    """Say who sends what does not go both ways."""
+    return f" {to.rpartition('from ')[2]}" if "from" in to else ""
 
 
 def overview() -> Iterator[str]:

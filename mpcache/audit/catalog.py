@@ -84,6 +84,16 @@ CATALOG: Mapping[RequestKind, ProtocolEntry] = {
         "exponential by one key tree per element", "softmax.exp",
         "1.8e-4 relative and 1.2e-7, zero below e^-18.3 to e^-20.6", "one key tree with a payload",
     ),
+    RequestKind.HIGHEST: ProtocolEntry(
+        "the highest bucket of a row by XOR one-hots and random sums", "coins.Highest",
+        "its number or one more, but for a row in 2^32", "40 public coins for each score; one-time truth "
+        "tables, Ishai et al., TCC 2013",
+    ),
+    RequestKind.EXP_DIGITS: ProtocolEntry(
+        "exponential by tables of the mask's digits", "exp_digits.ExpDigits",
+        "1.8e-4 relative and 1.2e-7, zero below e^-18.3 to e^-20.6",
+        "one-time truth tables, Ishai et al., TCC 2013",
+    ),
     RequestKind.ACTIVATION: ProtocolEntry(
         "activation as a sum of sines, with its truncation", "activation.activate", "1.5e-4 abs(x up)",
         "sines of the opened value",

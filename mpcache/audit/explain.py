@@ -99,7 +99,7 @@ class TraceParty(CostParty):
             )
         for part in request.derived:
             if not part.public:
-                said.dealt.append(TensorTrace(request.kind, "", (*part.shape, part.dtype.itemsize)))
+                said.dealt.append(TensorTrace(request.kind, "", (*part.shape, part.width)))
         return super().draw(request, step)
 
 

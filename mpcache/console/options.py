@@ -24,6 +24,14 @@ ContextOption = Annotated[
         help="The server's document: a text file, or - for stdin. [the demo model: its own; else none]"
     ),
 ]
+DocumentOption = Annotated[
+    str | None,
+    typer.Option(help="A document that was packed (`mpcache pack`), in place of --context: no prefill."),
+]
+PackKeyOption = Annotated[Path | None, typer.Option(help="The key that the pack is sealed with, mode 0600.")]
+PackPassphraseOption = Annotated[
+    Path | None, typer.Option(help="A file with the passphrase that the pack is sealed with, mode 0600.")
+]
 QuestionOption = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
 QuestionFileOption = Annotated[
     Path | None, typer.Option(help="A file with the question, or - for stdin: not seen in the process list.")
@@ -110,7 +118,7 @@ def read_stops(stops: Sequence[str] | None, stop_at_eos: bool) -> tuple[str, ...
     return tuple(stops or ())
 
 
-def chat_overrides(raw: bool, document_as: str | None, pad: int | None) -> dict[str, Any]:
+def chat_overrides(raw: bool, document_as: str | None, pad: int | None = None) -> dict[str, Any]:
     """Return what these options override in the config's public section."""
     chat = ChatForm.RAW if raw else None
     return {"public.chat": chat, "public.document_as": document_as, "public.length_grid": pad}

@@ -206,7 +206,11 @@ def reciprocal(side: Side, x: Share, least: float, most: float) -> Program[Share
 
 
 def softmax(
-    side: Side, scores: Share, visible: torch.Tensor | None, bits: int
+    side: Side,
+    scores: Share,
+    visible: torch.Tensor | None,
+    bits: int,
+    comparison: type[Keys] | type[Digits] = Keys,
 ) -> Program[tuple[Share, Share]]:
     """Compute what is visible; the rest is free: it takes part in no bound and in no sum."""
     raw, grid = scores.data, ranges.SCORE_BITS

@@ -22,8 +22,16 @@ from mpcache.cache import Cache, LayerCache, SplitLayer, join_heads, take_heads
 from mpcache.errors import PolicyError
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.ops import Ops, Value
-from mpcache.policy.layer_view import Kept, LayerView, PlaintextContext, part_shape, take
+from mpcache.ops import Ops, Value, as_tensor, as_value
+from mpcache.policy.layer_view import (
+    Kept,
+    LayerView,
+    OwnersContext,
+    PackedContext,
+    PlaintextContext,
+    part_shape,
+    take,
+)
 from mpcache.policy.plan import (
     FULL_PERCENT,
     Budget,
@@ -55,6 +63,7 @@ class Policy(ABC):
     evicts: ClassVar[bool] = False  # the context, once: it may stand on the left of STATIC|DYNAMIC
     selects: ClassVar[bool] = False  # at every step: it may stand on the right
     attends_to_all: ClassVar[bool] = False  # that is left: on the right a budget is the left one's
+    packs: ClassVar[bool] = True  # what stays of a document is all that a session needs of it
 
     # ------------------------------------------------------------------------------------- public, anybody
 
@@ -81,6 +90,11 @@ class Policy(ABC):
     def in_the_clear(self) -> bool:
         """Whether it runs in plaintext alone."""
         return self.plain_only
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether what stays of a document is all that a session needs of it."""
+        return self.packs and not self.in_the_clear
 
     @property
     def plan_is_public(self) -> bool:
@@ -206,21 +220,31 @@ class Policy(ABC):
 
     def fill(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int,
-        prefill: Prefill | None, kernels: Backend | None,
+        context: OwnersContext | None, kernels: Backend | None,
     ) -> Program[LayerCache | SplitLayer]:  # fmt: skip
-        """Make one layer's cache of the evicted context. prefill, kernels: at the document's owner."""
+        """Make one layer's cache of the evicted context. context, kernels: at the document's owner."""
         mine = plan.layers[index]
-        owner = prefill is not None and kernels is not None
-        kept = self.retain(prefill, index, plan, kernels) if owner else None  # type: ignore[arg-type]
+        known = self._known(context, plan, index, kernels)
         if not isinstance(mine, SplitPlan):
-            known = None if kept is None else PlaintextContext(prefill, kernels, kept[0])  # type: ignore[arg-type]
-            return (yield from self._fill(ops, shape, plan, index, known))
+            return (yield from self._fill(ops, shape, plan, index, known[0]))
         fills = []
-        for i, (heads, part) in enumerate(zip(mine.heads, mine.parts, strict=True)):
-            known = None if kept is None else PlaintextContext(prefill, kernels, kept[i])  # type: ignore[arg-type]
+        for part, heads, of in zip(mine.parts, mine.heads, known, strict=True):
             small = part_shape(shape, len(heads))
-            fills.append(self._fill(ops, small, replace(plan, layers=(part,)), 0, known))
+            fills.append(self._fill(ops, small, replace(plan, layers=(part,)), 0, of))
         return SplitLayer(mine.heads, tuple((yield from together(*fills))))
+
+    def _known(
+        self, context: OwnersContext | None, plan: Plan, index: int, kernels: Backend | None
+    ) -> Sequence[PlaintextContext | None]:
+        """Return what is known of each part of a layer; nothing at all but the document's owner."""
+        mine = plan.layers[index]
+        if context is None or kernels is None:
+            return [None] * (len(mine.parts) if isinstance(mine, SplitPlan) else 1)
+        if isinstance(context, PackedContext):
+            return [PlaintextContext(None, kernels, kept) for kept in context.layers[index]]
+        return [
+            PlaintextContext(context, kernels, kept) for kept in self.retain(context, index, plan, kernels)
+        ]
 
     def _fill(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
@@ -268,6 +292,27 @@ def average(view: LayerView, weights: Program[Value], total: Value) -> Program[t
     return (yield from at("attend", ops.mul(out, inverse))), inverse
 
 
+def attend_split(kernels: Backend, layer: SplitLayer, q: torch.Tensor) -> torch.Tensor:
+    """Attend with one token's q (KV, rows, d) to a layer in the clear whose heads hold different numbers."""
+    keys, values, biases, counts = [], [], [], []
+    for part in layer.parts:
+        k, v = as_tensor(part.k), as_tensor(part.v)
+        heads, n, d = k.shape
+        bias = k.new_zeros(heads, n)
+        if part.bias is not None:
+            bias[:, : part.bias.shape[-1]] = as_tensor(part.bias)[:, 0]
+        keys.append(k.reshape(-1, d))
+        values.append(v.reshape(-1, d))
+        biases.append(bias.reshape(-1))
+        counts += [n] * heads
+    order = torch.tensor([head for some in layer.heads for head in some], device=q.device)
+    starts = torch.tensor([0, *counts]).cumsum(0).to(q.device)
+    out = kernels.ragged_attend(
+        q[order], torch.cat(keys), torch.cat(values), torch.cat(biases), starts, max(counts)
+    )
+    return torch.empty_like(out).index_copy_(0, order, out)
+
+
 def by_head(prefill: Prefill, layer: int, kernels: Backend) -> torch.Tensor:
     """Sum what the window's queries pay to each token, per KV head, mean over its group: (KV, T)."""
     q, k = prefill.q_window[layer], prefill.k[layer]
@@ -305,6 +350,13 @@ class BoundPolicy:
         """How many of the context's last queries the policy looks at."""
         return self.policy.window(self.plan.context)
 
+    def check_packs(self) -> None:
+        """Raise PolicyError for a policy that goes on with more of a document than what stays of it."""
+        if not self.policy.can_pack:
+            raise PolicyError(
+                f"policy {self.spec}: weighs tokens by how the document was read, which no pack holds"
+            )
+
     def check(self, protocol: str) -> None:
         """Raise PolicyError for a policy that cannot run under a protocol: plain, stock or fast."""
         if self.policy.in_the_clear and protocol != "plain":
@@ -328,19 +380,24 @@ class BoundPolicy:
         """Count what stays, layer by layer, where the document decides."""
         return self.policy.count_from_document(prefill, kernels)
 
-    def largest_values(self, prefill: Prefill, kernels: Backend) -> list[float]:
+    def retained(self, context: OwnersContext, layer: int, kernels: Backend) -> Sequence[Kept]:
+        """Return what stays of a layer's parts, as it was packed or as it is found now."""
+        if isinstance(context, PackedContext):
+            return context.layers[layer]
+        return self.policy.retain(context, layer, self.plan, kernels)
+
+    def largest_values(self, context: OwnersContext, kernels: Backend) -> list[float]:
         """Return the largest size of a value that stays, by layer."""
-        layers = range(len(self.plan.layers))
-        kept = (self.policy.retain(prefill, i, self.plan, kernels) for i in layers)
+        kept = (self.retained(context, i, kernels) for i in range(len(self.plan.layers)))
         return [max(float(part.v.abs().max()) for part in parts) for parts in kept]
 
     # ---------------------------------------------------------------------------- on shares, all alike
 
     def fill(
-        self, ops: Ops, shape: ModelShape, index: int, prefill: Prefill | None, kernels: Backend | None
+        self, ops: Ops, shape: ModelShape, index: int, context: OwnersContext | None, kernels: Backend | None
     ) -> Program[LayerCache | SplitLayer]:
         """Make one layer's cache of the evicted context."""
-        return (yield from self.policy.fill(ops, shape, self.plan, index, prefill, kernels))
+        return (yield from self.policy.fill(ops, shape, self.plan, index, context, kernels))
 
     def view(
         self, ops: Ops, shape: ModelShape, cache: Cache, index: int, positions: torch.Tensor
@@ -354,6 +411,8 @@ class BoundPolicy:
         if not isinstance(layer, SplitLayer):
             return (yield from self.policy.attend(view, q))
         ops = view.ops
+        if ops.kernels is not None and view.m == 1 and type(self.policy).attend is Policy.attend:
+            return as_value(attend_split(ops.kernels, layer, as_tensor(q)))
         parts = zip(view.parts(), layer.heads, strict=True)
         out = yield from together(
             *(self.policy.attend(part, take_heads(ops, q, heads)) for part, heads in parts)

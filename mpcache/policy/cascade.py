@@ -86,6 +86,7 @@ class Cascade(Policy):
     source = "Cascading KV Cache, arXiv 2406.17808"
     needs = "the context's last queries; one comparison per KV head and step"
     evicts = True
+    packs = False  # it goes on with averages of the context's attention
     skips_padding = False  # it would take places
     example = "cascade:places=256,tiers=4"
 
@@ -180,6 +181,7 @@ class Cascade(Policy):
         if known is not None:
             worth = torch.zeros(size)
             if self.duel:
+                assert known.prefill is not None, "no document is packed for cascade"
                 worth = self.paid(known.prefill, index).gather(1, known.rows)
         return local(Cascaded(tiers, ops.secret(worth, size, Rank.SERVER)))
 

@@ -58,6 +58,10 @@ class Combined(Policy):
         return self.first.in_the_clear or self.then.in_the_clear
 
     @property
+    def can_pack(self) -> bool:
+        return self.first.can_pack and self.then.can_pack
+
+    @property
     def skips_padding(self) -> bool:  # type: ignore[override]
         return self.then.skips_padding
 

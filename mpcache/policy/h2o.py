@@ -25,6 +25,7 @@ class H2O(Evicting):
     source = "H2O, arXiv 2306.14048"
     needs = "all of the context's queries; an oblivious argmin per KV head and step"
     evicts = True
+    packs = False  # it goes on with what the context's queries paid
 
     example = "h2o:heavy=128,recent=64"
 
@@ -61,6 +62,7 @@ class H2O(Evicting):
     ) -> Value:
         size, paid = (shape.kv_heads, plan.layers[index].kept), None
         if known is not None:  # summed over a group's heads, as `importance` does
+            assert known.prefill is not None, "no document is packed for h2o"
             paid = by_head(known.prefill, index, known.kernels).gather(1, known.rows) * shape.group
         return ops.secret(paid, size, Rank.SERVER)
 

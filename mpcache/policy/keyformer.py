@@ -39,6 +39,7 @@ class Keyformer(Evicting):
     source = "Keyformer, arXiv 2403.09054"
     needs = "all of the context's queries; a second softmax and an oblivious argmin per KV head and step"
     evicts = True
+    packs = False  # it goes on with what the context's queries would have paid
     example = "keyformer:cap=256,length=64"
 
     cap: Budget = setting(0.6, "tokens that live, per KV head", "1 to the context, or a ratio up to 1.0")
@@ -105,6 +106,7 @@ class Keyformer(Evicting):
     ) -> Value:
         size, paid = (shape.kv_heads, plan.layers[index].kept), None
         if known is not None:
+            assert known.prefill is not None, "no document is packed for keyformer"
             paid = self.paid(known.prefill, index).gather(1, known.rows)
         return ops.secret(paid, size, Rank.SERVER)
 

@@ -67,7 +67,12 @@ class Suite(Protocol):
     def reciprocal(self, side: Side, x: Share, least: float, most: float) -> Program[Share]: ...
     def relu(self, side: Side, x: Share, width: int) -> Program[Share]: ...
     def softmax(
-        self, side: Side, scores: Share, visible: torch.Tensor | None, bits: int
+        self,
+        side: Side,
+        scores: Share,
+        visible: torch.Tensor | None,
+        bits: int,
+        comparison: type[Keys] | type[Digits] = Keys,
     ) -> Program[tuple[Share, Share]]: ...
     def topk(
         self,

@@ -177,6 +177,7 @@ def summary(
             "offline_bytes_per_token": whole(offline),
             "question_rounds": client.phases["question"].rounds,
             "dealer_wait_ms": client.dealer_wait_ms,
+            "cpu_ms_per_token": {Rank(r.rank).label: r.per_token("cpu_ms") for r in reports.values()},
             "wire_bytes": sum(report.wire_bytes for report in reports.values()) // 2,
         },
         "plaintext": {

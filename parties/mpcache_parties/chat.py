@@ -28,16 +28,20 @@ from mpcache_parties.launch import (
     Child,
     Event,
     PartyFailed,
+    document_flags,
     end_parties,
     first_cause,
     free_addresses,
     private_folder,
     setup_flags,
     start_party,
+    state_flags,
     write_session,
 )
 from mpcache_parties.operations.output import EventKind
+from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import Say, quiet
+from mpcache_parties.state.packs import is_pack
 
 LOOK_EVERY_S = 0.2  # at the processes, while no event comes
 CLOSE_S = 12.0  # for the client's process to end
@@ -273,13 +277,14 @@ class LocalParties:
     def __init__(
         self, settings: Settings, model: Path | str | None = None, text: str | None = None,
         at_once: int = AT_ONCE, say: Say = quiet, setup_dir: Path | None = None,
-        state: Path | str | None = None,
+        state: Path | str | None = None, packed: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Start both.
 
         model: as `mpcache-party` takes it; None: the demo's.  text: the server's document.
         setup_dir: where both keep what is masked, for other runs; None: in memory.  state: the folder where
-        they keep conversations of clients that ask for it.
+        they keep conversations of clients that ask for it.  packed: in place of a text, the server's flags
+        for documents that were packed.
         """
         self._settings = settings.model_copy(update={"addresses": free_addresses()})
         self._say, self._children = say, dict[Rank, Child]()
@@ -289,10 +294,10 @@ class LocalParties:
         folder = self._folder.__enter__()
         try:
             self._own = write_session(self._settings, {} if text is None else {Rank.SERVER: text}, folder)
-            serving = ["--serve", "--sessions", str(at_once), *_keeping(state)]
+            serving = ["--serve", "--sessions", str(at_once), *state_flags(state)]
             named = [] if model is None else ["--model", str(model)]
             kept = setup_flags(setup_dir)
-            for rank, more in ((Rank.SERVER, named), (Rank.DEALER, [])):
+            for rank, more in ((Rank.SERVER, [*named, *packed]), (Rank.DEALER, [])):
                 flags = [*self._own[rank], *serving, *kept.get(rank, ()), *more]
                 self._children[rank] = start_party(rank, flags, self._events)
         except BaseException:
@@ -307,12 +312,17 @@ class LocalParties:
     ) -> None:
         self.close()
 
-    def chat(self, say: Say | None = None, state: Path | str | None = None, resume: bool = False) -> Chat:
+    def chat(
+        self, say: Say | None = None, state: Path | str | None = None, resume: bool = False,
+        document: str = "",
+    ) -> Chat:  # fmt: skip
         """Open a conversation, or resume one. Raises PartyFailed.
 
-        say: told how far it is, in place of the parties'.  state, resume: as of `connect`.
+        say: told how far it is, in place of the parties'.  state, resume: as of `connect`.  document: the
+        public name of one of several.
         """
-        return Chat([*self._own[Rank.CLIENT], *_keeping(state, resume)], say or self._say, self._watch)
+        flags = [*self._own[Rank.CLIENT], *document_flags(document), *state_flags(state, resume)]
+        return Chat(flags, say or self._say, self._watch)
 
     def close(self) -> None:
         """End both."""
@@ -336,18 +346,9 @@ class LocalParties:
             raise first_cause(self._children, {}, self._errors)
 
 
-def _keeping(state: Path | str | None, resume: bool = False) -> list[str]:
-    """Return the flags of a party that keeps a session. Raises BadInput."""
-    if state is None:
-        if resume:
-            raise BadInput("to resume needs the state: the folder where the session is kept")
-        return []
-    return ["--state", str(state), *["--resume"] * resume]
-
-
 def connect(
     config: Path | str, identity: Path | str | None = None, say: Say = quiet, *, insecure: bool = False,
-    state: Path | str | None = None, resume: bool = False,
+    state: Path | str | None = None, resume: bool = False, document: str = "",
 ) -> Chat:  # fmt: skip
     """Open a conversation with a server and a dealer that run elsewhere; close it after use.
 
@@ -355,15 +356,16 @@ def connect(
     certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
     the set-up is.  insecure: no TLS, whatever the addresses.  state: a folder of this client's where the
     conversation is kept while it lasts; the others must keep it, too.  resume: go on with the one that is
-    kept there. Raises ConfigError, BadInput, or PartyFailed where no session comes about.
+    kept there.  document: the public name of one of the server's; "": it has one. Raises ConfigError,
+    BadInput, or PartyFailed where no session comes about.
     """
     load_settings(config)  # its faults are told here, not by a process
-    flags = ["--config", str(config)]
+    flags = ["--config", str(config), *document_flags(document)]
     if identity is not None:
         flags += ["--identity", str(identity)]
     if insecure:
         flags.append("--insecure")
-    return Chat([*flags, *_keeping(state, resume)], say)
+    return Chat([*flags, *state_flags(state, resume)], say)
 
 
 @contextmanager
@@ -378,6 +380,7 @@ def local_chat(
     say: Say = quiet,
     state: Path | str | None = None,
     resume: bool = False,
+    pack_key: Path | str | None = None,
 ) -> Iterator[Chat]:
     """Open a conversation with a server and a dealer of its own, all processes of this machine.
 
@@ -386,7 +389,8 @@ def local_chat(
     model
         As `mpcache generate --model` takes it; None: the demo model.
     document
-        The server's: a text, or the Path of a text file. None: with the demo model its own, else none.
+        The server's: a text, or the Path of a text file or of a pack (`mpcache pack`). None: with the demo
+        model its own, else none.
     policy, max_new_tokens
         In place of the config's. Where neither names a policy a model that has a curve takes `compact`.
     config
@@ -399,15 +403,23 @@ def local_chat(
         A folder where all three keep the conversation while it lasts.
     resume
         Go on with the one that is kept there; all else as when it was begun.
+    pack_key
+        The file of the key that the pack is sealed with.
 
     Raises ConfigError, BadInput, or PartyFailed where no session comes about.
 
     """
     settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
-    settings, kept = with_default_policy(settings, model), None if setup_dir is None else Path(setup_dir)
-    text = read_text(document) if isinstance(document, Path) else document
+    kept = None if setup_dir is None else Path(setup_dir)
+    packed, text = None, document
+    if isinstance(document, Path):
+        packed = OpenedPack.read(str(document), pack_key, None) if is_pack(document) else None
+        text = None if packed is not None else read_text(document)
+    assert not isinstance(text, Path)
+    settings = with_default_policy(with_pack_settings(settings, packed), model)
+    flags = () if packed is None else packed.flags()
     with (
-        LocalParties(settings, model, text, 1, say, kept, state) as parties,
+        LocalParties(settings, model, text, 1, say, kept, state, flags) as parties,
         parties.chat(state=state, resume=resume) as chat,
     ):
         yield chat

@@ -10,6 +10,7 @@ from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache_parties.chat import Chat, connect
 from mpcache_parties.endpoint.endpoint_options import EndpointOptions
+from mpcache_parties.handshake import NO_NAME
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.say import Say
 
@@ -34,10 +35,11 @@ class ClientApi:
             raise BadInput("--api takes questions from its callers; leave --question out")
         endpoint = EndpointOptions(self.address, self.api_key)
         endpoint.check()
-        config, identity = options.config, options.identity
+        config, identity, named = options.config, options.identity, options.named_document()
+        document, model = ("", "mpcache") if named == NO_NAME else (named, f"mpcache@{named}")
 
         def open_chat(say: Say) -> Chat:
-            return connect(config, identity, say, insecure=options.insecure)
+            return connect(config, identity, say, insecure=options.insecure, document=document)
 
         stop_on_signals("client")
-        endpoint.serve(open_chat, self.conversations, "mpcache", say)
+        endpoint.serve(open_chat, self.conversations, model, say)

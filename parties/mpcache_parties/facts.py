@@ -26,17 +26,17 @@ from mpcache.errors import BadInput, Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
 from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.framing import Framing, make_framing
-from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
 from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
 from mpcache.padding import padded_length
 from mpcache.policy import BoundPolicy, LeakClass, parse_policy
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, bytes_of, tensor_of
 from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
-from mpcache_parties.handshake import confirm_facts
+from mpcache_parties.handshake import NO_NAME, confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
 from mpcache_parties.private_inputs import Conversation, DeclaredTurns, Document, PrivateInput, Question
 from mpcache_parties.state.checkpoint import Checkpoint
@@ -69,6 +69,7 @@ class Facts:
     picked: str = ""
     session: str = ""  # its name, drawn by the server
     turns: tuple[int, ...] = ()
+    document: str = NO_NAME  # its public name, as it was said at HELLO
 
     @property
     def conversation(self) -> bool:
@@ -81,7 +82,7 @@ class Facts:
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
         fields |= {"new_tokens": self.limit, "room": self.room, "turns": list(self.turns)}
         fields |= self.digests
-        fields |= {"protocol": self.protocol, "session": self.session}
+        fields |= {"protocol": self.protocol, "session": self.session, "document_name": self.document}
         for index, layer in enumerate(self.policy.plan.layers):
             fields |= {f"plan.layer{index}.{name}": value for name, value in asdict(layer).items()}
         return {name: str(value) for name, value in fields.items()}
@@ -106,14 +107,16 @@ def agreed_facts(
     own: PrivateInput,
     public: PublicConfig,
     earlier: Checkpoint | None = None,
+    document: str = NO_NAME,
 ) -> tuple[dict[str, Any], Facts]:
     """Exchange the facts, or take those of the session's first run, and compare what each makes of them.
 
-    Returns the facts as they were told and what this party makes of them. Raises BadInput, Desync or
+    document: the public name that this party has heard. Returns the facts as they were told and what this
+    party makes of them. Raises BadInput, Desync or
     Mismatch.
     """
     told = _exchange_facts(me, links, own, public) if earlier is None else earlier.facts
-    facts = facts_of(told, public)
+    facts = replace(facts_of(told, public), document=document)
     confirm_facts(links, me, facts.flat())
     return told, facts
 
@@ -173,10 +176,10 @@ def facts_of_model(own: Document, public: PublicConfig) -> dict[str, Any]:
         "template_bytes": 0 if template is None else len(template),
         "template_digest": _digest(template),
         "document": own.written,
-        "context_tokens": len(own.tokens),
+        "context_tokens": own.length,
         "kernels": choose_kernels(public.kernels, own.device).name,
     }
-    if counts := parse_policy(public.policy).count_from_model(model, len(own.tokens)):
+    if counts := own.counts_of_model(parse_policy(public.policy)):
         facts["head_counts"] = counts
     return facts
 
@@ -355,9 +358,9 @@ def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:
 # ---------------------------------------------------------------- what the document decides later
 
 
-def announce_counts(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
+def announce_counts(links: Links, facts: Facts, known: OwnersContext, kernels: Backend) -> Facts:
     """Server: make public what the document decides about the plan, before the context phase."""
-    policy, counts = bind_to_document(facts.policy, facts.shape, prefilled, kernels)
+    policy, counts = bind_to_document(facts.policy, facts.shape, known, kernels)
     if not facts.policy.plan_is_public:
         for link in links.values():
             link.send_facts("facts/counts", {"counts": counts})

@@ -22,7 +22,7 @@ import yaml
 
 from mpcache.certificates import make_identity
 from mpcache.config import Addresses, Certificates, PublicConfig, Settings
-from mpcache.errors import MpcacheError, SystemRefusal, one_line
+from mpcache.errors import BadInput, MpcacheError, SystemRefusal, one_line
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.operations.output import EventKind
@@ -127,6 +127,20 @@ def write_session(settings: Settings, texts: Mapping[Rank, str], folder: Path) -
     except OSError as error:
         raise SystemRefusal.of(error, str(folder)) from None
     return flags
+
+
+def document_flags(name: str) -> list[str]:
+    """Return the flags of a client that names one of the server's documents; "": it has one."""
+    return ["--document", name] if name else []
+
+
+def state_flags(state: Path | str | None, resume: bool = False) -> list[str]:
+    """Return the flags of a party that keeps a session. Raises BadInput."""
+    if state is None:
+        if resume:
+            raise BadInput("to resume needs the state: the folder where the session is kept")
+        return []
+    return ["--state", str(state), *["--resume"] * resume]
 
 
 def setup_flags(folder: Path | None) -> dict[Rank, list[str]]:

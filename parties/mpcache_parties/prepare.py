@@ -35,7 +35,7 @@ def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
     that the document decides) or what a link raises.
     """
     public, store = resources.public, resources.tapes
-    _, facts = agreed_facts(me, resources.links, own, public)
+    _, facts = agreed_facts(me, resources.links, own, public, document=resources.document)
     if not facts.policy.plan_is_public:
         raise PolicyError(f"policy {public.policy}: the document decides its plan; no tape can be prepared")
     resources.say(f"{me.label}: {_foretold(me, facts, public)}")

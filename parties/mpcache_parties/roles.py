@@ -9,7 +9,6 @@ what one sends, another receives, in the same order.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
 from mpcache.limits import check_document, check_fitted
 from mpcache.phases import ChunkPlace
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration
@@ -40,7 +40,7 @@ from mpcache_parties.facts import (
     receive_counts,
 )
 from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
-from mpcache_parties.private_inputs import Conversation, Document, Question
+from mpcache_parties.private_inputs import Conversation, Document, Question, private_digest
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
 from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes, stands
@@ -55,9 +55,9 @@ AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds 
 def serve(resources: SessionResources, own: Document) -> Report:
     """Rank 0: open the masked weights, read the document, evict, and compute blindly."""
     links, public, checkpointer = resources.links, resources.public, resources.checkpointer
-    identity = public.flat() | {"model": own.model.digest, "document": _digest(own.tokens)}
+    identity = public.flat() | {"model": own.model.digest, "document": own.digest}
     earlier = checkpointer.meet(links, identity)
-    told, facts = agreed_facts(Rank.SERVER, links, own, public, earlier)
+    told, facts = agreed_facts(Rank.SERVER, links, own, public, earlier, resources.document)
 
     party, wait = computing_party(Rank.SERVER, resources, facts)
     session = _session(Rank.SERVER, party, facts, resources)
@@ -108,23 +108,24 @@ def _open_document(
         say(f"server: {own.note}")
     say(f"server: set-up done in {duration(session.ms['setup'])}")
     start = time.perf_counter()
-    prefilled = set_up.prefilled(own)
+    known: OwnersContext = own.packed or set_up.prefilled(own)
     if facts.protocol != ProtocolName.STOCK:
-        check_document(prefilled, facts.policy, facts.shape, facts.room)
+        check_document(known, facts.policy, facts.shape, facts.room)
     prefill_ms = 1000 * (time.perf_counter() - start)
     if facts.picked:
         say(f"server: {facts.picked}")
-    facts = announce_counts(resources.links, facts, prefilled, kernels)
+    facts = announce_counts(resources.links, facts, known, kernels)
     start, in_kernels = time.perf_counter(), sum(kernel_ms)
     if facts.protocol != ProtocolName.STOCK:
-        check_fitted(prefilled, facts.policy, kernels, facts.room)
+        check_fitted(known, facts.policy, kernels, facts.room)
     prefill_ms += 1000 * (time.perf_counter() - start) - (sum(kernel_ms) - in_kernels)
     session.policy = facts.policy
-    set_up.context(own, prefilled, kernels)
+    set_up.context(own, known, kernels)
     prefill_ms += sum(kernel_ms)
+    how = "opened as it was packed" if own.packed is not None else "prefill and eviction"
     say(
         f"server: context of {facts.context} tokens, {_kept(facts)} kept: "
-        f"prefill and eviction {duration(prefill_ms)} (kernels: {facts.kernels})"
+        f"{how} {duration(prefill_ms)} (kernels: {facts.kernels})"
     )
     for line in facts.policy.plan.lines():
         say(f"server: {line}")
@@ -140,7 +141,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     say = resources.say
     identity = public.flat() | _identity(own, public)
     earlier = checkpointer.meet(links, identity)
-    told, facts = agreed_facts(Rank.CLIENT, links, own, public, earlier)
+    told, facts = agreed_facts(Rank.CLIENT, links, own, public, earlier, resources.document)
 
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
@@ -196,8 +197,8 @@ def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, s
     own.sampling.check(public.reveal)
     return {
         "kind of session": "one answer",
-        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos),
-        "stop": _digest(own.stop_texts),
+        "question": private_digest(own.text), "sampling": str(own.sampling),
+        "stop_at_eos": str(own.stop_at_eos), "stop": private_digest(own.stop_texts),
     }  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def deal(resources: SessionResources) -> Report:
     links, public, checkpointer = resources.links, resources.public, resources.checkpointer
     ledger = resources.ledger
     earlier = checkpointer.meet(links, public.flat())
-    told, facts = agreed_facts(Rank.DEALER, links, None, public, earlier)
+    told, facts = agreed_facts(Rank.DEALER, links, None, public, earlier, resources.document)
 
     party = DealerParty(dict(links), facts.session, deal_seeds(links), ledger)
     session = _session(Rank.SERVER, party, facts, resources, "meta")
@@ -311,11 +312,6 @@ def _go_on(session: TimedSession, earlier: Checkpoint) -> None:
         join_guard(earlier.cache, side.guard)
     operands = session.operands if earlier.operands is None else earlier.operands
     session.restore(operands, earlier.cache, earlier.step, earlier.place)
-
-
-def _digest(secret: object) -> str:
-    """Return a digest of a party's own input, for its own file, to compare on resuming."""
-    return hashlib.sha256(repr(secret).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _kept(facts: Facts) -> int:

@@ -98,6 +98,7 @@ def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
     run = summary(public.policy, "none", told, plain, client.text)
     last = [report.phases["decode2"] for report in (server, client, dealer)]
     assert run["private"]["rounds_per_token"] == last[0].rounds
+    assert all(run["private"]["cpu_ms_per_token"][rank.label] > 0 for rank in Rank)
     assert run["private"]["online_bytes_per_token"] == (last[0].sent + last[1].sent) / 2
     assert run["private"]["offline_bytes_per_token"] == last[2].offline_sent
     assert run["setup_bytes"] > 4 * sum(t.numel() for _, t in model.weights.items() if t.dim() == 2)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from mpcache.answer import PlainAnswer, left_range, plain_answer
 from mpcache.audit.audit_command import audit
@@ -66,8 +65,8 @@ from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, lo
 from mpcache.model.framing import Framing, make_framing
 from mpcache.pack_command import pack_document
 from mpcache.padding import padded_length
-from mpcache.policy import POLICIES, BoundPolicy
-from mpcache.policy.plan import written
+from mpcache.policies_command import policies
+from mpcache.policy import BoundPolicy
 from mpcache.rank import Rank
 from mpcache.report.account import summary
 from mpcache.report.tables import card, comparison
@@ -396,42 +395,6 @@ def compare(
         _check_range(run)
 
 
-@app.command()
-def policies(as_json: JsonOption = False) -> None:
-    """List the policies: what each needs and leaks beyond public sizes, its options and defaults."""
-    rows = [
-        {
-            "name": name,
-            "leaks": cls.leaks,
-            "may_leak": cls.may_leak,
-            "private": not cls.plain_only,
-            "evicts": cls.evicts,
-            "selects": cls.selects,
-            "needs": cls.needs,
-            "options": {f.name: None if f.default is MISSING else f.default for f in fields(cls)},
-            "source": cls.source,
-        }
-        for name, cls in POLICIES.items()
-    ]
-    if as_json:
-        print(json.dumps({"policies": rows}))
-        return
-    table = Table("policy", "runs", "of A|B", "leaks", "options with their defaults", show_lines=True)
-    table.columns[0].max_width = 42
-    for name, cls in POLICIES.items():
-        options = [f"{f.name}={written(f.default)}" for f in fields(cls)]
-        runs = "in plaintext" if cls.plain_only else "private"
-        side = " or ".join(part for part, able in (("A", cls.evicts), ("B", cls.selects)) if able)
-        leaks = cls.leaks + (f"; {cls.may_leak}" if cls.may_leak else "")
-        about = f"[bold]{name}[/]: {cls.source}\nneeds {cls.needs}"
-        table.add_row(about, runs, side, leaks, ", ".join(options) or "none")
-    terminal.print_table(out, table)
-    out.print(
-        "Write NAME or NAME:key=value,... A budget is a count, or a ratio with a point: 0.25.\n"
-        "A|B: A evicts the context once, B selects from what is left at every step: 'snapkv:cap=256|quest'."
-    )
-
-
 def _entry(name: str, text: str) -> None:
     """Write a name in bold, and the (beginning of the) text that belongs to it."""
     out.print(f"[bold]{name:<11}[/]", end="")
@@ -446,6 +409,7 @@ def _write(text: str) -> None:
 
 app.command()(audit)
 app.command()(check)
+app.command()(policies)
 app.command("pack")(pack_document)
 app.command("eval")(evaluate)
 app.command("calibrate")(calibrate_model)

@@ -58,10 +58,12 @@ class Policy(ABC):
     needs: ClassVar[str]  # what it computes on, in a few words
     leaks: ClassVar[LeakClass] = LeakClass.NONE
     may_leak: ClassVar[str] = ""  # what it leaks with which option, if that differs
+    example: ClassVar[str] = ""  # how it is written, with options
     plain_only: ClassVar[bool] = False
     skips_padding: ClassVar[bool] = True  # tokens that nothing attends to leave its choice as it is
     evicts: ClassVar[bool] = False  # the context, once: it may stand on the left of STATIC|DYNAMIC
     selects: ClassVar[bool] = False  # at every step: it may stand on the right
+    attends_to_all: ClassVar[bool] = False  # that is left: on the right a budget is the left one's
     packs: ClassVar[bool] = True  # what stays of a document is all that a session needs of it
 
     # ------------------------------------------------------------------------------------- public, anybody

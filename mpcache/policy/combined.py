@@ -129,6 +129,8 @@ class Combined(Policy):
         """
         if not self.plan_is_public:
             return self._at_share(tokens, context, shape)
+        if self.then.attends_to_all:
+            return replace(self, first=self.first.at_budget(tokens, context, shape))
         first, kept = self.first, self.first.plan(context, shape).kept
         if kept < tokens:
             first, kept = first.at_budget(tokens, context, shape), tokens

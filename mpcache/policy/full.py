@@ -16,6 +16,7 @@ class Full(Policy):
     name = "full"
     source = "no eviction"
     needs = "nothing"
+    example = "full"
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Full:
         if tokens < context:

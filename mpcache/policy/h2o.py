@@ -12,18 +12,14 @@ from mpcache.ops import Ops, Value
 from mpcache.policy.base import by_head
 from mpcache.policy.evicting import Evicting, LivingPlan
 from mpcache.policy.layer_view import LayerView, PlaintextContext
-from mpcache.policy.plan import Budget, Plan, SharedEviction
+from mpcache.policy.plan import Budget, Plan, SharedEviction, setting
 from mpcache.rank import Rank
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class H2O(Evicting):
-    """Options of h2o.
-
-    heavy: tokens that live by the attention that all queries so far paid them, per KV head.
-    recent: last tokens, which live anyway. Each new token ends the least of the others.
-    """
+    """Options of h2o."""
 
     name = "h2o"
     source = "H2O, arXiv 2306.14048"
@@ -31,8 +27,14 @@ class H2O(Evicting):
     evicts = True
     packs = False  # it goes on with what the context's queries paid
 
-    heavy: Budget = 0.1
-    recent: Budget = 0.1
+    example = "h2o:heavy=128,recent=64"
+
+    heavy: Budget = setting(
+        0.1,
+        "tokens of each KV head that live by the attention which all queries so far paid them",
+        "1 to the context, or a ratio up to 1.0",
+    )
+    recent: Budget = setting(0.1, "last tokens, which live anyway", "1 to the context, or a ratio up to 1.0")
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         heavy = self.count("heavy", context, "the context")

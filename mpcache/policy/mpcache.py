@@ -16,21 +16,13 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.policy.clusters import Clustered, ClusterPlan, cluster_size
-from mpcache.policy.plan import Budget, Budgets, Plan, SharedEviction, tokens_of
+from mpcache.policy.plan import Budget, Budgets, Plan, SharedEviction, setting, tokens_of
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class MPCache(Clustered):
-    """Options of mpcache.
-
-    n_keep: context tokens that survive, for all layers or for each, as in 512/256/256.  queries: the
-    last ones, which judge importance.  threshold: keep what has more than so much of some query's
-    attention, in place of n_keep (0: off; reveals the counts; n_keep beside it: counts to price).  sink,
-    recent: tokens that always attend.  coarse, fine: tokens per cluster (0: about the square root of the
-    context's, 16 at least, and half of it: 32 and 16 from 1024 on, 64 and 32 from 4096 on).  coarse_keep:
-    of the coarse clusters.  fine_keep: of all fine clusters.  dynamic: false for static eviction only.
-    """
+    """Options of mpcache."""
 
     name = "mpcache"
     source = "MPCache, arXiv 2501.06807"
@@ -38,17 +30,32 @@ class MPCache(Clustered):
     may_leak = "count with threshold"
     evicts = selects = True
 
+    example = "mpcache:n_keep=512,score=bound,share=none"
+
     share: str = "default"
-    n_keep: Budgets = 0.75
-    queries: Budget = 0.2
-    threshold: float = 0.0
-    sink: int = 4
-    recent: int = 16
-    coarse: int = 0
-    fine: int = 0
-    coarse_keep: Budget = 0.5
-    fine_keep: Budget = 0.2
-    dynamic: bool = True
+    n_keep: Budgets = setting(
+        0.75, "context tokens that survive, for all layers or for each, as in 512/256/256",
+        "1 to the context, or a ratio up to 1.0",
+    )  # fmt: skip
+    queries: Budget = setting(
+        0.2, "last queries, which judge importance", "1 to the context, or a ratio up to 1.0"
+    )
+    threshold: float = setting(
+        0.0,
+        "keep what has more than this part of some query's attention, in place of n_keep; 0: off",
+        "0 to 1",
+    )
+    sink: int = setting(4, "first tokens, which always attend", "0 or more")
+    recent: int = setting(16, "last tokens, which always attend", "0 or more")
+    coarse: int = setting(
+        0, "tokens per coarse cluster; 0: about the square root of the context's, 16 at least", "0 or more"
+    )
+    fine: int = setting(0, "tokens per fine cluster; 0: half of coarse", "0, or a divisor of coarse")
+    coarse_keep: Budget = setting(0.5, "coarse clusters that are kept", "1 to all, or a ratio up to 1.0")
+    fine_keep: Budget = setting(
+        0.2, "fine clusters of all that are attended to", "1 to all, or a ratio up to 1.0"
+    )
+    dynamic: bool = setting(True, "choose clusters at each step; false: evict alone", "true, false")
 
     @property
     def leak(self) -> str:

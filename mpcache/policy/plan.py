@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -25,6 +25,11 @@ FULL_PERCENT = 100  # of the context: no budget
 
 Budget = int | float  # a count, or a ratio written with a point: 0.25
 Budgets = Budget | tuple[Budget, ...]  # one for all layers, or one for each: 512/256/256/128
+
+
+def setting(default: Any, meaning: str, allowed: str) -> Any:
+    """Declare an option: its default, what it means, and what may be given, in words that users read."""
+    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
 def tokens_of(budget: Budget, whole: int, at_least: int = 1) -> int:

@@ -10,17 +10,12 @@ from dataclasses import dataclass, replace
 
 from mpcache.model import ModelShape
 from mpcache.policy.clusters import Clustered, cluster_size
-from mpcache.policy.plan import Budget, Plan
+from mpcache.policy.plan import Budget, Plan, setting
 
 
 @dataclass(frozen=True)
 class Quest(Clustered):
-    """Options of quest.
-
-    page: tokens per page (0: 16, as published, and more for long contexts: about the square root of the
-    context's, 32 from 1024 on, 64 from 4096 on, ...).  pages: how many are attended to.  full: layers,
-    from 0, that select nothing.
-    """
+    """Options of quest."""
 
     name = "quest"
     source = "Quest, arXiv 2406.10774"
@@ -28,10 +23,18 @@ class Quest(Clustered):
     needs = "the whole cache; page bounds; an oblivious top-k per head, layer and step"
     selects = True
 
+    example = "quest:page=16,pages=0.1"
+
     score: str = "bound"
-    page: int = 0
-    pages: Budget = 0.2
-    full: int = 2
+    page: int = setting(
+        0,
+        "tokens per page; 0: 16, as published, and the square root of the context's for long ones",
+        "0 or more",
+    )
+    pages: Budget = setting(
+        0.2, "pages that are attended to", "1 to the context's pages, or a ratio up to 1.0"
+    )
+    full: int = setting(2, "layers, from 0, that select nothing and attend to everything", "0 to all layers")
 
     def size(self, context: int) -> int:
         """Return the tokens per page, for a context of so many."""

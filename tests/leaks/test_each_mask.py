@@ -28,7 +28,7 @@ from mpcache.runtime.shares import centred
 from mpcache.session import Session
 from tests.support import tiny_policies as tiny
 from tests.support.play import play
-from tests.support.policy_specs import PRIVATE
+from tests.support.policy_specs import PRIVATE, marked
 
 CONTEXT = 24
 THIRD = 0x5555555555555555  # of a ring of any size: bits 0, 2, 4, ...
@@ -43,8 +43,10 @@ RANDOM_VALUES = {
 }  # fmt: skip
 FOLLOW = (RANDOM_VALUES, {GUARD}, set[str]())
 BY_DIGITS = ("mpcache", "full")
-CASES = [(spec, "fast") for spec in PRIVATE.values()] + [(PRIVATE[name], "fast-bits") for name in BY_DIGITS]
-NAMES = [*PRIVATE, *(f"{name}, fast-bits" for name in BY_DIGITS)]
+CASES = [
+    *(pytest.param(spec, "fast", id=name, marks=marked(name)) for name, spec in PRIVATE.items()),
+    *(pytest.param(PRIVATE[name], "fast-bits", id=f"{name}, fast-bits") for name in BY_DIGITS),
+]
 
 
 @dataclass(eq=False, repr=False)
@@ -162,12 +164,12 @@ def check(spec: str, protocol: str, chosen: Sequence[int]) -> dict[int, list[int
 
 def test_reruns_are_the_same() -> None:
     """Without a replaced part nothing at all differs."""
-    one, two = first_run(*CASES[0]), rerun(*CASES[0])
+    one, two = first_run(PRIVATE["full"], "fast"), rerun(PRIVATE["full"], "fast")
     assert len(one.opened) > 30 and len(one.parts) > 30
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one.opened, two.opened, strict=True))
 
 
-@pytest.mark.parametrize(("spec", "protocol"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("spec", "protocol"), CASES)
 def test_a_part_moves_its_own_opening(spec: str, protocol: str) -> None:
     """Some parts of each policy, chosen by a fixed seed."""
     parts = range(len(first_run(spec, protocol).parts))
@@ -176,7 +178,7 @@ def test_a_part_moves_its_own_opening(spec: str, protocol: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("spec", "protocol"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("spec", "protocol"), CASES)
 def test_every_part_moves_its_own_opening(spec: str, protocol: str) -> None:
     """All parts, and each opening but the logits is hidden by one part alone, or by one of each party."""
     base = first_run(spec, protocol)

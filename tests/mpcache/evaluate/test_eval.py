@@ -25,6 +25,7 @@ from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.report import plots
 from mpcache.sampling import Sampling
+from tests.support.policy_specs import by_name
 from tests.support.processes import CLI, SOON_S, Run, start, started, tiny_model
 
 SHORT = 200  # tokens of a document, for speed
@@ -133,14 +134,17 @@ def test_a_right_answer_is_what_greedy_decoding_gives(engine: EvalModel, spec: s
     assert found == {"full": {1}, "random": {0}}.get(spec, found)
 
 
-@pytest.mark.parametrize("spec", POLICIES)
+WHOLE = ("full", "pod")  # of which no part can be left out
+
+
+@pytest.mark.parametrize("spec", by_name(POLICIES))
 def test_one_read_context_serves_every_policy(engine: EvalModel, spec: str) -> None:
     """Read with all queries, and used before at another budget: the same logits as by itself."""
     _, tokens = take_sample(engine, TASKS["passkey"], "after", grid(), 0)
     n, (ask, _, _) = len(tokens.context), tokens.turns[0]
     shared, logits = engine.read(tokens.context, n), []
-    bound = bind_at_budget(engine, spec, FULL_PERCENT if spec == "full" else 40, n)
-    if spec != "full":
+    bound = bind_at_budget(engine, spec, FULL_PERCENT if spec in WHOLE else 40, n)
+    if spec not in WHOLE:
         engine.session(bind_at_budget(engine, spec, 20, n), shared).chunk(ask, len(ask))
     for read in (shared, engine.read(tokens.context, bound.window)):
         with torch.no_grad():

@@ -21,11 +21,11 @@ from mpcache.runtime.party import ComputingParty, Party
 from mpcache.runtime.program import Open, Opening, Program, local
 from mpcache.session import Session
 from tests.support.play import play
-from tests.support.policy_specs import CONTEXT, MORE, PRIVATE
+from tests.support.policy_specs import CONTEXT, MORE, PRIVATE, marked
 from tests.support.tiny_policies import KERNELS, chunks, model, plain, prefilled, shape, tokens
 
 SPECS = [
-    *[pytest.param(spec, id=name) for name, spec in PRIVATE.items()],
+    *[pytest.param(spec, id=name, marks=marked(name)) for name, spec in PRIVATE.items()],
     *[pytest.param(spec, id=name, marks=pytest.mark.slow) for name, spec in MORE.items()],
 ]
 OWN = 14  # tokens of the client's document

@@ -50,7 +50,8 @@ from mpcache.limits import with_default_policy
 from mpcache.report.account import TurnReport
 from mpcache.report.units import duration, number, size
 from mpcache.sampling import Sampling
-from mpcache_parties.chat import Chat, LocalParties, Turn, connect
+from mpcache_parties.chat import Chat, Turn, connect
+from mpcache_parties.local_parties import LocalParties
 from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import quiet
 

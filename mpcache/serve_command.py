@@ -32,8 +32,9 @@ from mpcache.console.options import (
     public_overrides,
 )
 from mpcache.limits import with_default_policy
-from mpcache_parties.chat import Chat, LocalParties
+from mpcache_parties.chat import Chat
 from mpcache_parties.endpoint.endpoint_options import KEY_VARIABLE, EndpointOptions
+from mpcache_parties.local_parties import LocalParties
 from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import Say
 

@@ -29,7 +29,7 @@ from mpcache.model.prefill import prefill
 from mpcache.sampling import Sampling
 from mpcache.session import Session
 from mpcache_kernels import backend
-from mpcache_parties.chat import LocalParties
+from mpcache_parties.local_parties import LocalParties
 from mpcache_parties.say import quiet
 
 SEED, ASKED = 11, 5  # of the documents; questions of each

@@ -132,59 +132,39 @@ def audit(
     if new_tokens is None:
         new_tokens = MEASURED_TOKENS if measure else 2
     revealed = read_reveal(reveal)
-    if by not in (None, "layer", "op"):
-        raise BadInput(f"--by {by!r} is not known; give layer or op")
-    for option, tokens in (("--question", question), ("--new-tokens", new_tokens), ("--pad", pad)):
-        if tokens is not None and tokens < 1:
-            raise BadInput(f"{option} is {tokens}; give 1 or more tokens")
+    _check(by, form, {"--question": question, "--new-tokens": new_tokens, "--pad": pad})
+    more = question + max(2, new_tokens)
     given, *others_given = shape or ["demo"]
     if sizing_:
         named = [(one, *shape_of(one)) for one in shape or ["demo"]]
-        tokens = question + max(2, new_tokens)
-        asked = [(name, s, contexts_of(context, one, s, tokens)) for one, name, s in named]
-        show_sizing(asked, policy or ["full"], question, protocol, form, as_json)
-        return
+        asked = [(name, s, contexts_of(context, one, s, more)) for one, name, s in named]
+        return show_sizing(asked, policy or ["full"], question, protocol, form, as_json)
     if others_given:
         single = {"--explain": explain, "--measure": measure, "--report": report, "--quality": quality,
-                  "--tune": tune}  # fmt: skip
+                  "--tune": tune, "--private-context": private_context}  # fmt: skip
         if extra := [name for name, wanted in single.items() if wanted]:
             raise BadInput(f"{extra[0]} is for one model: give one --shape")
-    if form not in FORMATS:
-        raise BadInput(f"--format {form!r} is not known; give {', '.join(FORMATS)}")
     name, model = shape_of(given)
     protocols = listed("--protocol", protocol, CHOICES)
     if private_context is not None:
         document = private_context, private_policy, network, question
         return _price_document(name, model, document, protocols, explain, as_json)
     folder = weights_of(given) if measure else None
-    more = question + max(2, new_tokens)
     contexts = contexts_of(context, given, model, more)
     networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
-    if explain is not None:
-        if len(protocols) > 1 or (context and len(contexts) > 1):
-            raise BadInput("--explain prints one plan: give one --protocol and one --context")
-        grid = AuditGrid(
-            model, contexts, [explain], networks, protocols, question, max(2, new_tokens), reveal=revealed
-        )
-        taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
-        print(*explain_policy(model, explain, contexts[0], question, taken), sep="\n")
-        return
+    if explain is not None and (len(protocols) > 1 or (context and len(contexts) > 1)):
+        raise BadInput("--explain prints one plan: give one --protocol and one --context")
+    specs = _policies(policy, sweep_ or []) if explain is None else [explain]
     grid = AuditGrid(
-        model,
-        contexts,
-        _policies(policy, sweep_ or []),
-        networks,
-        protocols,
-        question,
-        max(2, new_tokens),
-        explicit=bool(policy or sweep_),
-        reveal=revealed,
-        pad=pad or 1,
-    )
+        model, contexts, specs, networks, protocols, question, max(2, new_tokens),
+        explicit=bool(policy or sweep_), reveal=revealed, pad=pad or 1,
+    )  # fmt: skip
+    if explain is not None:
+        taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
+        return print(*explain_policy(model, explain, contexts[0], question, taken), sep="\n")
     measured = _quality(quality, tune, at_least, plot_file)
     if tune:
-        _show_tuned(tuned(measured, grid, at_least), name, model, as_json)
-        return
+        return _show_tuned(tuned(measured, grid, at_least), name, model, as_json)
     for path in filter(None, (csv, report)):
         _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
@@ -197,20 +177,30 @@ def audit(
     if folder is not None:
         stopped = _measured(result, grid, folder, needed)
     results = [result]
-    for other_given in others_given:
-        name, model = shape_of(other_given)
-        other_grid = replace(grid, shape=model, contexts=contexts_of(context, other_given, model, more))
+    for other in others_given:
+        name, model = shape_of(other)
+        other_grid = replace(grid, shape=model, contexts=contexts_of(context, other, model, more))
         results.append(_result(name, other_grid, price_rows(other_grid, needed, note=_note)))
     if plot_file is not None and not measured.rows:
         plot_contexts(results, plot_file)
         terminal.say(f"wrote {plot_file}")
     if report:
         write_page(report, result, needed)
-    _show(results, by, csv, "json" if as_json else form)
-    if report:
         terminal.say(f"wrote {report}")
+    _show(results, by, csv, "json" if as_json else form)
     if stopped is not None:
         raise stopped
+
+
+def _check(by: str | None, form: str, lengths: Mapping[str, int | None]) -> None:
+    """Check flags by themselves. Raises BadInput."""
+    if by not in (None, "layer", "op"):
+        raise BadInput(f"--by {by!r} is not known; give layer or op")
+    for option, tokens in lengths.items():
+        if tokens is not None and tokens < 1:
+            raise BadInput(f"{option} is {tokens}; give 1 or more tokens")
+    if form not in FORMATS:
+        raise BadInput(f"--format {form!r} is not known; give {', '.join(FORMATS)}")
 
 
 def _quality(file: Path | None, tune: bool, at_least: float, plot_file: Path | None) -> Quality:

@@ -9,7 +9,8 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Value, as_tensor, as_value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import Budget, LayerPlan, Plan, setting
 from mpcache.runtime.program import Program, at, local

@@ -23,7 +23,8 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Operand, Ops, Value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.layer_view import LayerView, PlaintextContext
 from mpcache.policy.plan import Budget, LayerPlan, Plan, setting, tokens_of
 from mpcache.protocols.ranges import WEIGHTED_SUM_RING

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 from mpcache.model import ModelShape
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.clusters import Choice
 from mpcache.policy.columns import by_item
 from mpcache.policy.heads import fold, unfold

@@ -22,7 +22,8 @@ import torch
 
 from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Selection, Value, as_tensor, as_value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.columns import by_item, flat
 from mpcache.policy.layer_lists import SHARE_ALLOWED, SHARE_MEANING, shared_layers
 from mpcache.policy.layer_view import LayerView, PlaintextContext

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from mpcache.argmax import argmax
 from mpcache.model import ModelShape
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.layer_view import LayerView, PlaintextContext
 from mpcache.policy.plan import LayerPlan, Plan
 from mpcache.protocols.ranges import MASKED_SCORE

@@ -9,7 +9,7 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import by_head
+from mpcache.policy.averages import by_head
 from mpcache.policy.evicting import Evicting, LivingPlan
 from mpcache.policy.layer_view import LayerView, PlaintextContext
 from mpcache.policy.plan import Budget, Plan, SharedEviction, setting

@@ -15,7 +15,8 @@ from mpcache.cache import Cache, LayerCache
 from mpcache.errors import PolicyError
 from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Value
-from mpcache.policy.base import BoundPolicy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import BoundPolicy
 from mpcache.policy.evicting import Evicting
 from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import SharedEviction, SplitPlan

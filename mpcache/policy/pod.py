@@ -19,7 +19,8 @@ from typing import Any
 
 from mpcache.model import ModelShape
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.choosing import Chosen
 from mpcache.policy.layer_lists import SHARE_ALLOWED, SHARE_MEANING, shared_layers
 from mpcache.policy.layer_view import LayerView, PlaintextContext

@@ -8,7 +8,8 @@ import torch
 
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy.base import Policy, by_head
+from mpcache.policy.averages import by_head
+from mpcache.policy.base import Policy
 from mpcache.policy.plan import Budget, LayerPlan, Plan, SharedEviction, setting
 from mpcache_kernels import Backend
 

@@ -18,7 +18,8 @@ from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.model.rope import rope_tables
 from mpcache.ops import Value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import Budget, LayerPlan, Plan, setting
 from mpcache.runtime.program import Program, at, local, together

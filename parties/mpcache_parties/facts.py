@@ -8,43 +8,41 @@ later, before CONTEXT.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-import torch
-
 from mpcache.answer import bind_to_document
-from mpcache.choices import POLICY_AUTO, ChatForm, DocumentAs
+from mpcache.choices import POLICY_AUTO
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
 from mpcache.cost.planner import REVEALED, choose_policy
 from mpcache.cost.reading import reading_plan
 from mpcache.errors import BadInput, Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
-from mpcache.model.chat_template import ChatTemplate
-from mpcache.model.framing import Framing, make_framing
 from mpcache.model.shape import ModelShape
-from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
 from mpcache.padding import padded_length
 from mpcache.policy import NO_DOCUMENT, BoundPolicy, LeakClass, ReadingPlan, parse_policy
 from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
-from mpcache.transport.link import Link, Links, bytes_of, tensor_of
+from mpcache.transport.link import Link, Links, tensor_of
 from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
 from mpcache_parties.handshake import NO_NAME, confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
 from mpcache_parties.private_inputs import Conversation, DeclaredTurns, Document, PrivateInput, Question
+from mpcache_parties.public_texts import (
+    count_in,
+    framing_of,
+    receive_template,
+    receive_tokenizer,
+    text_digest,
+)
 from mpcache_parties.state.checkpoint import Checkpoint
 
-TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
-TEMPLATE_BYTES = 4 << 20  # the largest chat template
 MASKED_BYTES = 16  # that each party holds for a value of a weight or of the cache
 FACT_CHARACTERS = 80  # of a text that the server tells
 POLICY_CHARACTERS, WHY_CHARACTERS = 400, 400  # of a policy that the server picks, and of its reason
@@ -165,7 +163,7 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
             question["private_tokens"] = len(document)
             for link in links.values():
                 link.send_facts("facts/question", question)
-            model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": _digest(template)}
+            model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": text_digest(template)}
             return {"model": model, "question": question} | public_texts
         case _:
             model = links[Rank.SERVER].recv_facts("facts/model")
@@ -193,7 +191,7 @@ def facts_of_model(own: Document, public: PublicConfig) -> dict[str, Any]:
         "tokenizer_bytes": len(model.tokenizer.content),
         "tokenizer_digest": model.tokenizer.digest,
         "template_bytes": 0 if template is None else len(template),
-        "template_digest": _digest(template),
+        "template_digest": text_digest(template),
         "document": own.written,
         "context_tokens": own.length,
         "kernels": choose_kernels(public.kernels, own.device).name,
@@ -207,72 +205,6 @@ def facts_of_model(own: Document, public: PublicConfig) -> dict[str, Any]:
     return facts
 
 
-def receive_tokenizer(server: Link, facts: Mapping[str, Any]) -> torch.Tensor:
-    """Receive the bytes of the model's tokenizer, which is public: the client needs no model folder.
-
-    Raises Desync on a length that is none, or too large.
-    """
-    length = _count(facts, "tokenizer_bytes")
-    if not 0 < length <= TOKENIZER_BYTES:
-        raise Desync(
-            f"Desync: the server's tokenizer has {length} bytes; at most {TOKENIZER_BYTES} are taken"
-        )
-    (data,) = server.recv("facts/tokenizer", [(torch.uint8, (length,))])
-    return data
-
-
-def receive_template(server: Link, facts: Mapping[str, Any]) -> torch.Tensor | None:
-    """Receive the bytes of the model's chat template, or nothing where it has none. Raises Desync."""
-    length = _count(facts, "template_bytes")
-    if length > TEMPLATE_BYTES:
-        raise Desync(
-            f"Desync: the server's chat template has {length} bytes; at most {TEMPLATE_BYTES} are taken"
-        )
-    if not length:
-        return None
-    (data,) = server.recv("facts/template", [(torch.uint8, (length,))])
-    return data
-
-
-def framing_of(told: Mapping[str, Any], shape: ModelShape, public: PublicConfig) -> Framing:
-    """Return how the client frames its questions; told: as `agreed_facts` returns it. Raises ModelError."""
-    tokenizer, template = bytes_of(told["tokenizer"]), told.get("template")
-    frame = b"" if template is None else bytes_of(template)
-    return _frame_once(
-        tokenizer, frame, shape, public.chat, public.document_as, told["model"].get("document") is True
-    )
-
-
-# The client frames for the question's length, and again, facts told, for the question itself.
-@lru_cache(maxsize=1)
-def _frame_once(
-    tokenizer: bytes,
-    template: bytes,
-    shape: ModelShape,
-    chat: ChatForm,
-    document_as: DocumentAs,
-    document: bool,
-) -> Framing:
-    known = read_tokenizer(tokenizer, shape)
-    known.chat_template = ChatTemplate.from_bytes(template) if template else None
-    return make_framing(known, shape, chat is ChatForm.RAW, document_as, document)
-
-
-def _digest(data: torch.Tensor | None) -> str:
-    return "none" if data is None else hashlib.sha256(bytes_of(data)).hexdigest()
-
-
-def read_tokenizer(content: bytes, shape: ModelShape) -> Tokenizer:
-    """Return the tokenizer in these bytes. Raises ModelError."""
-    try:
-        inner = parse_tokenizer(content)
-    except LibraryError as error:
-        raise ModelError(
-            "the server's tokenizer cannot be read; is its model complete?", private=False
-        ) from error
-    return Tokenizer(inner, shape.vocab, shape.bos_id, content)
-
-
 # ------------------------------------------------------------------------------- made of the facts
 
 
@@ -284,8 +216,8 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     """
     model, question = told["model"], told["question"]
     shape = _shape(model)
-    context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
-    private = _count(question, "private_tokens")
+    context, asked = count_in(model, "context_tokens"), count_in(question, "question_tokens")
+    private = count_in(question, "private_tokens")
     _check_memory(shape, context + private)
     public = _with_policy(public, model)
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
@@ -365,13 +297,6 @@ def _shape(facts: Mapping[str, Any]) -> ModelShape:
         raise ModelError(f"the server's facts: {error}", private=False) from None
 
 
-def _count(facts: Mapping[str, Any], name: str) -> int:
-    value = facts.get(name)
-    if type(value) is not int or value < 0:
-        raise Desync(f"Desync: the fact {name} is {value!r:.60}, not a count; is it the same version?")
-    return value
-
-
 def filled(answer: int) -> int:
     """Return how many chunks a turn of prepared tapes has: its question, and each token of its answer.
 
@@ -394,7 +319,7 @@ def _turns(turns: Any, limit: int, room: int) -> tuple[int, ...]:
 
 def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:
     """Return how many new tokens the client asks for. Raises Desync on more than were agreed."""
-    limit = _count(question, "new_tokens")
+    limit = count_in(question, "new_tokens")
     if not 1 <= limit <= public.max_new_tokens:
         raise Desync(
             f"Desync: the client asks for {limit} new tokens; 1 to {public.max_new_tokens} are agreed"

@@ -36,12 +36,12 @@ from mpcache_parties.facts import (
     agreed_facts,
     announce_counts,
     counts_of,
-    framing_of,
     receive_counts,
 )
 from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
 from mpcache_parties.private_inputs import Conversation, Document, Question, private_digest
 from mpcache_parties.private_reading import read_private
+from mpcache_parties.public_texts import framing_of
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
 from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes, stands

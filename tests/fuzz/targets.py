@@ -40,8 +40,9 @@ from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
 from mpcache.transport.local import local_pair
 from mpcache_parties.client_pace import hear_more
-from mpcache_parties.facts import facts_of, read_tokenizer, receive_tokenizer
+from mpcache_parties.facts import facts_of
 from mpcache_parties.handshake import PROTOCOL_VERSION, compare_hellos
+from mpcache_parties.public_texts import read_tokenizer, receive_tokenizer
 from mpcache_parties.state import sealed, snapshot
 from mpcache_parties.state.packs import Pack, PackFacts, bind_packed, read_pack, write_pack
 from mpcache_protos import party_pb2 as pb

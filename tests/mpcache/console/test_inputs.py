@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mpcache.cli import Inquiry
 from mpcache.config import PublicConfig
 from mpcache.console import inputs
 from mpcache.errors import BadInput, TextError
+from mpcache.inquiry import Inquiry
 from mpcache.sampling import Sampling
 
 

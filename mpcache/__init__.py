@@ -18,7 +18,7 @@ from mpcache.errors import BadInput, MpcacheError
 
 if TYPE_CHECKING:
     from mpcache_parties.chat import Chat, Turn, connect
-    from mpcache_parties.chat import local_chat as local
+    from mpcache_parties.local_parties import local_chat as local
 
 __all__ = ["BadInput", "Chat", "MpcacheError", "Turn", "connect", "local"]
 
@@ -26,7 +26,7 @@ __all__ = ["BadInput", "Chat", "MpcacheError", "Turn", "connect", "local"]
 def __getattr__(name: str) -> Any:
     """Import what talks with parties when it is asked for: it stands above everything else here."""
     if name in __all__:
-        from mpcache_parties import chat
+        from mpcache_parties import chat, local_parties
 
-        return getattr(chat, "local_chat" if name == "local" else name)
+        return local_parties.local_chat if name == "local" else getattr(chat, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

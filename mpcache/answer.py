@@ -12,10 +12,11 @@ import torch
 from mpcache.engines.plain import PlainOps
 from mpcache.errors import OutOfRange
 from mpcache.model import Model, ModelShape
-from mpcache.model.prefill import Prefill, prefill
+from mpcache.model.prefill import prefill
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.padding import padded_length
-from mpcache.policy import BoundPolicy
+from mpcache.policy import NO_DOCUMENT, BoundPolicy, ReadingPlan
+from mpcache.policy.layer_view import OwnersContext, PackedContext
 from mpcache.runtime.program import Program
 from mpcache.sampling import Sampling
 from mpcache.session import Session
@@ -23,7 +24,7 @@ from mpcache_kernels import Backend, backend
 
 
 def bind_to_document(
-    policy: BoundPolicy, shape: ModelShape, prefilled: Prefill, kernels: Backend
+    policy: BoundPolicy, shape: ModelShape, known: OwnersContext, kernels: Backend
 ) -> tuple[BoundPolicy, list[int]]:
     """Bind the policy to the counts that the model or the document decides, at their owner.
 
@@ -32,9 +33,11 @@ def bind_to_document(
     """
     if policy.plan_is_public:
         return policy, []
-    model = prefilled.model
-    counts = policy.count_from_model(model) if model is not None else []
-    counts = counts or policy.count_from_document(prefilled, kernels)
+    if isinstance(known, PackedContext):
+        counts = list(known.counts)
+    else:
+        counts = policy.count_from_model(known.model) if known.model is not None else []
+        counts = counts or policy.count_from_document(known, kernels)
     return policy.with_counts(counts, shape), counts
 
 
@@ -198,17 +201,29 @@ class PlainConversation:
     """
 
     def __init__(
-        self, model: Model, policy: BoundPolicy, context: Sequence[int], device: str = "cpu", grid: int = 1
-    ) -> None:
-        """Read the context (token ids) on a device. grid: as `Session` has it."""
+        self, model: Model, policy: BoundPolicy, context: Sequence[int] | PackedContext, device: str = "cpu",
+        grid: int = 1, private: Sequence[int] = (), reading: ReadingPlan = NO_DOCUMENT,
+    ) -> None:  # fmt: skip
+        """Read the context (token ids) on a device, or take it as it was packed.
+
+        policy: as `mpcache.limits` binds it.  grid: as `Session` has it.
+        private: the client's document, which is read as `reading` says.
+        """
         kernels: Backend = backend(device)
         ops = PlainOps(kernels, device)
         self._session = session = TimedSession(ops, None, model.shape, policy, grid=grid)
         session.setup(model.weights)
         start = time.perf_counter()
-        prefilled = prefill(model, context, device, window=policy.window)
-        session.policy, _ = bind_to_document(policy, model.shape, prefilled, kernels)
-        session.context(prefilled, kernels)
+        known: OwnersContext
+        if isinstance(context, PackedContext):
+            known = context.to(device)
+        else:
+            known = prefill(model, context, device, window=policy.window)
+        session.policy, _ = bind_to_document(policy, model.shape, known, kernels)
+        session.context(known, kernels)
+        with torch.no_grad():
+            for _ in session.read_document(reading, private):
+                pass
         ms = 1000 * (time.perf_counter() - start)
         self.result = PlainAnswer(prefill_ms=ms, ms=session.ms, kernels=kernels.name)
         self._tokenizer = model.tokenizer
@@ -237,7 +252,7 @@ class PlainConversation:
 def plain_answer(
     model: Model,
     policy: BoundPolicy,
-    context: Sequence[int],
+    context: Sequence[int] | PackedContext,
     question: Sequence[int],
     limit: int,
     sampling: Sampling,
@@ -245,9 +260,11 @@ def plain_answer(
     device: str = "cpu",
     stop_texts: Sequence[str] = (),
     grid: int = 1,
+    private: Sequence[int] = (),
+    reading: ReadingPlan = NO_DOCUMENT,
 ) -> PlainAnswer:
     """Answer one question (token ids) in plaintext: see `PlainConversation`, and `answer` for the rest."""
-    conversation = PlainConversation(model, policy, context, device, grid)
+    conversation = PlainConversation(model, policy, context, device, grid, private, reading)
     for _ in conversation.ask(question, limit, sampling, stops, stop_texts):
         pass
     return conversation.result

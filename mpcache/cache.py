@@ -52,7 +52,7 @@ class SplitLayer:
 
 @dataclass
 class Cache:
-    """All layers, and the position of the next token. context: tokens before eviction.
+    """All layers, and the position of the next token. context: tokens before eviction and the first turn.
 
     seen: marks (length,) of the tokens after the context, 0 for padding; None where questions are not padded.
     padding: how many these are, where that is known; 0 elsewhere.
@@ -76,6 +76,10 @@ class Cache:
         first = self.context + self.length
         self.length += m
         return torch.arange(first, first + m)
+
+    def begin_turns(self) -> None:
+        """Count what was taken in so far to the context."""
+        self.context, self.length = self.context + self.length, 0
 
     def mark(self, ops: Ops, seen: Value) -> None:
         """Note which of the next tokens (m,) are no padding."""

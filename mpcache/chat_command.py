@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -20,12 +20,17 @@ from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
+    DocumentOption,
     JsonOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PackKeyOption,
+    PackPassphraseOption,
     PadOption,
     PolicyOption,
+    PrivateContextOption,
+    PrivatePolicyOption,
     ProtocolOption,
     RawOption,
     ResumeOption,
@@ -45,7 +50,9 @@ from mpcache.limits import with_default_policy
 from mpcache.report.account import TurnReport
 from mpcache.report.units import duration, number, size
 from mpcache.sampling import Sampling
-from mpcache_parties.chat import Chat, LocalParties, Turn, connect
+from mpcache_parties.chat import Chat, Turn, connect
+from mpcache_parties.local_parties import LocalParties
+from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import quiet
 
 PROMPT = "> "
@@ -55,6 +62,11 @@ SHORT_ROOM = 3  # answers of the present length: then the user is told how much 
 def chat_here(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     config: ConfigOption = None,
     identity: Annotated[
         Path | None,
@@ -79,17 +91,26 @@ def chat_here(
 ) -> None:
     """Ask one question after another, privately. Ctrl-D ends; Ctrl-C stops an answer.
 
-    Where stdin is no terminal each of its lines is a question. With --state a conversation outlives a kill
-    of any process; --resume goes on with it, and it is forgotten when it ends by Ctrl-D.
+    Where stdin is no terminal each of its lines is a question. With --identity, --document is the public
+    name of one of the server's. With --state a conversation outlives a kill of any process; --resume goes on
+    with it, and it is forgotten when it ends by Ctrl-D.
     """
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the conversation is kept")
     Sampling(temperature, top_p, seed)  # checked before anything starts
     stops = read_stops(stop, True)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    overrides |= chat_overrides(raw, document_as, pad)
+    overrides |= chat_overrides(raw, document_as, pad, private_policy)
     with ExitStack() as opened:
-        talk = _open(opened, model, context, config, identity, setup_dir, overrides, state, resume)
+        own = None if private_context is None else read_text(private_context)  # once: it may be a pipe
+        packed = None
+        if identity is None:
+            packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+        elif pack_key is not None or pack_passphrase is not None:
+            raise BadInput("--identity asks parties that run elsewhere: the server alone opens its packs")
+        named = document or "" if identity is not None else ""
+        kept = KeptState(setup_dir, state, resume)
+        talk = _open(opened, model, context, own, config, identity, overrides, packed, named, kept)
 
         def ask(question: str) -> None:
             turn = Turn(question, None, stops, temperature, top_p, seed)
@@ -100,23 +121,36 @@ def chat_here(
         _close(talk, as_json)
 
 
+class KeptState(NamedTuple):
+    """What outlives this run, and where."""
+
+    setup_dir: Path | None
+    state: Path | None
+    resume: bool
+
+
 def _open(
     opened: ExitStack,
     model: str | None,
     context: Path | None,
+    private: str | None,
     config: Path | None,
     identity: Path | None,
-    setup_dir: Path | None,
     overrides: dict[str, Any],
-    state: Path | None,
-    resume: bool,
+    packed: OpenedPack | None,
+    named: str,
+    kept: KeptState,
 ) -> Chat:
     """Open a conversation, with parties that run elsewhere or with this machine's; `opened` closes both."""
     with terminal.progress("starting the parties ...") as (say, hush):
         if identity is not None:
             given = [
                 name
-                for name, value in {"--model": model, "--context": context, "--setup-dir": setup_dir}.items()
+                for name, value in {
+                    "--model": model,
+                    "--context": context,
+                    "--setup-dir": kept.setup_dir,
+                }.items()
                 if value
             ]
             given += [name for name, value in overrides.items() if value is not None]
@@ -124,12 +158,17 @@ def _open(
                 raise BadInput(
                     "--identity asks parties that run elsewhere: give --config, and nothing of theirs"
                 )
-            talk = connect(config, identity, say, state=state, resume=resume)
+            talk = connect(
+                config, identity, say, state=kept.state, resume=kept.resume, document=named,
+                private_context=private,
+            )  # fmt: skip
         else:
-            settings = with_default_policy(load_settings(config, overrides), model)
+            settings = with_pack_settings(load_settings(config, overrides), packed)
+            settings = with_default_policy(settings, model)
             text = None if context is None else read_text(context)  # once: it may be a pipe
-            parties = LocalParties(settings, model, text, 1, say, setup_dir, state)
-            talk = opened.enter_context(parties).chat(state=state, resume=resume)
+            flags = () if packed is None else packed.flags()
+            parties = LocalParties(settings, model, text, 1, say, kept.setup_dir, kept.state, flags)
+            talk = opened.enter_context(parties).chat(state=kept.state, resume=kept.resume, private=private)
         hush()
     return opened.enter_context(talk)
 

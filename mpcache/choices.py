@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+POLICY_AUTO = "auto"  # in place of a policy: `mpcache.cost.planner` picks one
+
 
 class ProtocolName(StrEnum):
     """What computes on shares. FAST and FAST_BITS differ in how a top-k compares; AUTO picks one of them.

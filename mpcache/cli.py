@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
-from mpcache.answer import PlainAnswer, left_range, plain_answer
+from mpcache.answer import left_range
 from mpcache.audit.audit_command import audit
 from mpcache.chat_command import chat_here
 from mpcache.check.check_command import check
-from mpcache.choices import ChatForm
-from mpcache.config import PublicConfig, Settings, load_settings, with_overrides
+from mpcache.config import PublicConfig, load_settings, with_overrides
 from mpcache.console import terminal
-from mpcache.console.inputs import check_stdin, read_context, read_question
 from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
+    DocumentOption,
     JsonOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PackKeyOption,
+    PackPassphraseOption,
     PadOption,
     PolicyOption,
+    PrivateContextOption,
+    PrivatePolicyOption,
     ProtocolOption,
     QuestionFileOption,
     QuestionOption,
@@ -46,7 +46,6 @@ from mpcache.console.options import (
     TopPOption,
     chat_overrides,
     public_overrides,
-    read_stops,
     version_option,
 )
 from mpcache.console.signals import ignore_signals, stop_on_signals
@@ -54,18 +53,15 @@ from mpcache.console.streams import open_streams, written_out
 from mpcache.errors import BadInput, MpcacheError, told_as
 from mpcache.evaluate.calibrate_command import calibrate_model
 from mpcache.evaluate.eval_command import evaluate
-from mpcache.limits import bind_policy, with_default_policy
-from mpcache.model import ModelShape, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
-from mpcache.model.framing import Framing, make_framing
-from mpcache.padding import padded_length
-from mpcache.policy import POLICIES, BoundPolicy
-from mpcache.policy.plan import written
-from mpcache.rank import Rank
-from mpcache.report.account import summary
+from mpcache.inquiry import Inquiry
+from mpcache.limits import with_default_policy
+from mpcache.pack_command import pack_document
+from mpcache.policies_command import policies
 from mpcache.report.tables import card, comparison
 from mpcache.sampling import Sampling
 from mpcache.serve_command import serve_here
-from mpcache_parties.launch import PartyFailed, run_parties, setup_flags
+from mpcache_parties.launch import PartyFailed
+from mpcache_parties.packing import OpenedPack, with_pack_settings
 
 COMPARE_TOKENS = 8  # answered in each run of `compare` unless told otherwise
 
@@ -78,99 +74,6 @@ out = terminal.stdout()
 STARTING = "starting the parties ..."
 
 
-@dataclass(frozen=True)
-class Inquiry:
-    """What is asked of whom. context, question: token ids, with what frames the texts.
-
-    named: --model; None: the demo's.
-    """
-
-    named: str | None
-    model: Path
-    context_text: str | None
-    question_text: str
-    shape: ModelShape
-    framing: Framing
-    context: list[int]
-    question: list[int]
-    sampling: Sampling
-    stop_at_eos: bool
-    stop_texts: tuple[str, ...]
-
-    @staticmethod
-    def read(
-        model: str | None,
-        context: Path | None,
-        question: str | None,
-        question_file: Path | None,
-        sampling: Sampling,
-        stop_at_eos: bool,
-        stop: Sequence[str] | None,
-        public: PublicConfig,
-    ) -> Inquiry:
-        """Read everything but the weights; raises BadInput before any process is started."""
-        check_stdin(context, question_file)
-        question_text = read_question(question, question_file)
-        path = demo_model_dir() if model is None else find_model(model)
-        shape, tokenizer = load_shape(path), load_tokenizer(path)
-        stops = read_stops(stop, stop_at_eos)
-        text = read_context(model, context)  # once: it may be a pipe
-        framing = make_framing(
-            tokenizer, shape, public.chat is ChatForm.RAW, public.document_as, text is not None
-        )
-        document, asked = framing.frame_document(text), framing.frame_turn(question_text, first=True)
-        return Inquiry(
-            model, path, text, question_text, shape, framing, document, asked, sampling, stop_at_eos, stops
-        )
-
-    def bind(self, public: PublicConfig) -> BoundPolicy:
-        self.sampling.check(public.reveal)
-        length = padded_length(len(self.question), public.length_grid)
-        return bind_policy(self.shape, public, len(self.context), length)
-
-    def private(
-        self,
-        settings: Settings,
-        say: Callable[[str], None],
-        on_token: Callable[[int, str], None],
-        every: Sequence[str] = (),
-        setup_dir: Path | None = None,
-    ) -> dict[Rank, Any]:
-        """Run three processes, and return their reports. every: flags that all of them get."""
-        sampling = self.sampling
-        flags = {
-            Rank.SERVER: [] if self.named is None else ["--model", str(self.model)],
-            Rank.CLIENT: [
-                f"--temperature={sampling.temperature}",
-                f"--top-p={sampling.top_p}",
-                f"--seed={sampling.seed}",
-                "--stop-at-eos" if self.stop_at_eos else "--no-stop-at-eos",
-                *(f"--stop={text}" for text in self.stop_texts),
-            ],
-        }
-        kept = setup_flags(setup_dir)
-        flags = {rank: [*flags.get(rank, ()), *kept.get(rank, ()), *every] for rank in Rank}
-        texts = {Rank.CLIENT: self.question_text}
-        if self.context_text is not None:
-            texts[Rank.SERVER] = self.context_text
-        return run_parties(settings, flags, texts, say, on_token)
-
-    def compared(self, public: PublicConfig, leakage: str, reports: dict[Rank, Any]) -> dict[str, Any]:
-        """Answer in plaintext, too; return what both took, as `summary` does."""
-        plain = self.plain(public)
-        run = summary(public.policy, leakage, reports, plain, plain.text)
-        return run | {"length_grid": public.length_grid}
-
-    def plain(self, public: PublicConfig) -> PlainAnswer:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        stops = self.framing.end_tokens if self.stop_at_eos else ()
-        limit, model = public.max_new_tokens, load_model(self.model)
-        return plain_answer(
-            model, self.bind(public), self.context, self.question, limit, self.sampling, stops, device,
-            self.stop_texts, public.length_grid,
-        )  # fmt: skip
-
-
 @app.callback()
 def options_of_all(version: Annotated[bool, version_option("mpcache")] = False) -> None:
     """Private LLM answers with MPCache: three parties, secret shares, an evicted KV cache."""
@@ -180,6 +83,11 @@ def options_of_all(version: Annotated[bool, version_option("mpcache")] = False) 
 def generate(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     question: QuestionOption = None,
     question_file: QuestionFileOption = None,
     config: ConfigOption = None,
@@ -209,14 +117,19 @@ def generate(
     The answer streams as the client learns it; then the plaintext answer, and what both cost.
     """
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad))
-    settings = with_default_policy(settings, model)
+    packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
+    settings = with_default_policy(with_pack_settings(settings, packed), model)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
     sampling, public = Sampling(temperature, top_p, seed), settings.public
-    inquiry = Inquiry.read(model, context, question, question_file, sampling, stop_at_eos, stop, public)
-    bound = inquiry.bind(settings.public)
+    inquiry = Inquiry.read(
+        model, context, packed, private_context, question, question_file, sampling, stop_at_eos, stop, public
+    )
+    settings = inquiry.planned(settings)
+    public = settings.public
+    bound = inquiry.bind(public)
     if not as_json:
         _entry("Question", inquiry.question_text + "\n")
     if plain:
@@ -278,6 +191,11 @@ def _check_range(run: dict[str, Any]) -> None:
 def compare(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     question: QuestionOption = None,
     question_file: QuestionFileOption = None,
     config: ConfigOption = None,
@@ -302,15 +220,26 @@ def compare(
     if max_new_tokens is None and config is None:
         max_new_tokens = COMPARE_TOKENS
     sampling = Sampling(temperature, top_p, seed)
-    agreed = load_settings(config, chat_overrides(raw, document_as, pad))  # once: it may be a pipe
-    agreed = with_default_policy(agreed, model)
+    overrides = chat_overrides(raw, document_as, pad, private_policy)
+    agreed = load_settings(config, overrides)  # once: it may be a pipe
+    packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+    agreed = with_default_policy(with_pack_settings(agreed, packed), model)
     inquiry = Inquiry.read(
-        model, context, question, question_file, sampling, stop_at_eos, stop, agreed.public
+        model,
+        context,
+        packed,
+        private_context,
+        question,
+        question_file,
+        sampling,
+        stop_at_eos,
+        stop,
+        agreed.public,
     )
     chosen = [
-        with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal))
+        inquiry.planned(with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal)))
         for way in protocol or (None,)
-        for one in policy or ("full", None)
+        for one in policy or (("full", None) if packed is None else (None,))
     ]
     bounds = [inquiry.bind(settings.public) for settings in chosen]  # all are checked before the first runs
     runs = []
@@ -327,42 +256,6 @@ def compare(
         _check_range(run)
 
 
-@app.command()
-def policies(as_json: JsonOption = False) -> None:
-    """List the policies: what each needs and leaks beyond public sizes, its options and defaults."""
-    rows = [
-        {
-            "name": name,
-            "leaks": cls.leaks,
-            "may_leak": cls.may_leak,
-            "private": not cls.plain_only,
-            "evicts": cls.evicts,
-            "selects": cls.selects,
-            "needs": cls.needs,
-            "options": {f.name: None if f.default is MISSING else f.default for f in fields(cls)},
-            "source": cls.source,
-        }
-        for name, cls in POLICIES.items()
-    ]
-    if as_json:
-        print(json.dumps({"policies": rows}))
-        return
-    table = Table("policy", "runs", "of A|B", "leaks", "options with their defaults", show_lines=True)
-    table.columns[0].max_width = 42
-    for name, cls in POLICIES.items():
-        options = [f"{f.name}={written(f.default)}" for f in fields(cls)]
-        runs = "in plaintext" if cls.plain_only else "private"
-        side = " or ".join(part for part, able in (("A", cls.evicts), ("B", cls.selects)) if able)
-        leaks = cls.leaks + (f"; {cls.may_leak}" if cls.may_leak else "")
-        about = f"[bold]{name}[/]: {cls.source}\nneeds {cls.needs}"
-        table.add_row(about, runs, side, leaks, ", ".join(options) or "none")
-    terminal.print_table(out, table)
-    out.print(
-        "Write NAME or NAME:key=value,... A budget is a count, or a ratio with a point: 0.25.\n"
-        "A|B: A evicts the context once, B selects from what is left at every step: 'snapkv:cap=256|quest'."
-    )
-
-
 def _entry(name: str, text: str) -> None:
     """Write a name in bold, and the (beginning of the) text that belongs to it."""
     out.print(f"[bold]{name:<11}[/]", end="")
@@ -377,6 +270,8 @@ def _write(text: str) -> None:
 
 app.command()(audit)
 app.command()(check)
+app.command()(policies)
+app.command("pack")(pack_document)
 app.command("eval")(evaluate)
 app.command("calibrate")(calibrate_model)
 app.command("serve")(serve_here)

@@ -75,7 +75,13 @@ class PublicConfig(_Section):
     reveal: Annotated[Reveal, *_TEXT] = Reveal.LOGITS  # what the client learns of each step
     chat: Annotated[ChatForm, *_TEXT] = ChatForm.TEMPLATE  # a model without a template is asked raw
     document_as: Annotated[DocumentAs, *_TEXT] = DocumentAs.SYSTEM  # where a template finds the document
+    # What stays of a document of the client's own: it is evicted once, on shares, after it has been read.
+    private_policy: Annotated[str, AfterValidator(_policy)] = "full"
+    # Tokens of the client's document that are read at once; 0: by cost (`mpcache.cost.reading`).
+    document_chunk: int = Field(default=0, ge=0, le=4096)
     length_grid: int = Field(default=1, ge=1, le=4096)  # a question's length is public to its multiples
+    # The dealer does not hear which of a server's documents a client names; each session masks it anew.
+    hide_document: bool = False
     fraction_bits: int = Field(default=16, ge=8, le=16)  # `fast` has its ranges, docs/ranges.md, at 16
     network: Annotated[str, AfterValidator(_network)] = "none"
     # What the server reads its document with, in plaintext; auto: Triton's where there is a GPU.

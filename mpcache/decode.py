@@ -115,6 +115,30 @@ def step(
     return answer, in_range
 
 
+def read(
+    ops: Ops, model: Operands, cache: Cache, policy: BoundPolicy, one_hots: Value, last: bool
+) -> Program[torch.Tensor | None]:
+    """Take (m, vocab) one-hot tokens of the client's document into the cache, and reveal nothing of them.
+
+    Of the last layer only what the cache and the policy need is computed. last: it is the document's last
+    chunk; then the client learns whether all values of the document were in their ranges (1,), as in `step`.
+    """
+    positions = cache.advance(one_hots.shape[0])
+    stream = Stream(None, (yield from at("embed", embed(ops, model, one_hots, positions))))
+    *inner, top = enumerate(model.layers)
+    for i, layer in inner:
+        program = block(ops, model.shape, layer, cache, i, policy, stream, positions, None)
+        stream = yield from at(f"layer{i}", program)
+    i, layer = top
+    yield from at(f"layer{i}", fill(ops, model.shape, layer, cache, i, policy, stream, positions))
+    return (yield from at("guard", range_verdict(ops))) if last else None
+
+
+def range_verdict(ops: Ops) -> Program[torch.Tensor | None]:
+    """Tell the client alone whether all values since the last verdict were in their ranges (1,)."""
+    return (yield from ops.finish_verdict((yield from ops.start_verdict(0))))
+
+
 def embed(ops: Ops, model: Operands, one_hots: Value, positions: torch.Tensor) -> Program[Value]:
     """Look up tokens: (m, vocab) -> (m, width)."""
     x = yield from ops.linear(one_hots, model.embed)
@@ -123,7 +147,7 @@ def embed(ops: Ops, model: Operands, one_hots: Value, positions: torch.Tensor) -
 
 def block(
     ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: BoundPolicy, stream: Stream,
-    positions: torch.Tensor, turns: Operand | None,
+    positions: torch.Tensor, turns: Operand | None = None,
 ) -> Program[Stream]:  # fmt: skip
     """Run one layer: norm, qkv, select and attend, o, norm, mlp."""
     opened, q, k, v = yield from at("qkv", qkv(ops, shape, w, stream, positions, turns))
@@ -137,6 +161,17 @@ def block(
     # What the policy does with what it saw shares its rounds with the rest of the layer.
     stream, _ = yield from together(rest(), at("observe", policy.observe(view)))
     return stream
+
+
+def fill(
+    ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: BoundPolicy, stream: Stream,
+    positions: torch.Tensor,
+) -> Program[None]:  # fmt: skip
+    """Run what of a layer its cache and the policy need, and nothing after that."""
+    _, q, k, v = yield from at("qkv", qkv(ops, shape, w, stream, positions, None))
+    view = policy.view(ops, shape, cache, i, positions)
+    yield from together(at("append", cache.append(ops, i, k, v)), attend(view, policy, q))
+    yield from at("observe", policy.observe(view))
 
 
 def qkv(

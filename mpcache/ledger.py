@@ -9,6 +9,7 @@ a message is booked once. Traffic with the dealer is booked as offline (docs/des
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 
@@ -44,6 +45,11 @@ class Ledger:
         entry = self.steps[step]
         for name, amount in amounts.items():
             setattr(entry, name, getattr(entry, name) + amount)
+
+    def book_each(self, amount: str, steps: Sequence[str], sizes: Sequence[int]) -> None:
+        """Add to one amount (a field of `Entry`) of several steps."""
+        for step, size in zip(steps, sizes, strict=True):
+            vars(self.steps[step])[amount] += size
 
     def total(self, prefix: str = "") -> Entry:
         """Sum over the steps whose name starts with `prefix`."""

@@ -9,44 +9,52 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig, Settings, with_overrides
 from mpcache.engines.registry import check_protocol
 from mpcache.errors import BadInput, OutOfRange, PolicyError
 from mpcache.model import ModelShape, demo_model_dir, find_model
-from mpcache.model.prefill import Prefill
-from mpcache.policy import BoundPolicy, LeakClass, Policy, parse_policy
+from mpcache.policy import BoundPolicy, LeakClass, Policy, ReadingPolicy, parse_policy
 from mpcache.policy.curve import has_curve
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.protocols.ranges import LARGEST_RANK, LARGEST_SCORE, LONGEST_ATTENDED, largest_value
 from mpcache_kernels import Backend
 
 
 def bind_policy(
-    shape: ModelShape, public: PublicConfig, context: int, question: int, new_tokens: int | None = None
-) -> BoundPolicy:
+    shape: ModelShape, public: PublicConfig, context: int, question: int, new_tokens: int | None = None,
+    private: int = 0,
+) -> BoundPolicy:  # fmt: skip
     """Check a session's limits, and return its policy with the plan for this context.
 
     context, question: lengths in tokens.  new_tokens: of the answer, at most; None: as many as are agreed.
+    private: of the client's document.
     Raises BadInput or PolicyError.
     """
     new_tokens = public.max_new_tokens if new_tokens is None else new_tokens
-    _check_positions(shape, context, question, new_tokens)
+    _check_positions(shape, context, question, new_tokens, private)
     bound = _bind(shape, public, context)
-    _check_attended(bound, public.protocol, question + new_tokens)
+    _check_private(bound, shape, public, private)
+    _check_attended(bound, public.protocol, private + question + new_tokens)
     return bound
 
 
-def bind_conversation(shape: ModelShape, public: PublicConfig, context: int) -> tuple[BoundPolicy, int]:
+def bind_conversation(
+    shape: ModelShape, public: PublicConfig, context: int, private: int = 0
+) -> tuple[BoundPolicy, int]:
     """Check a conversation's limits; return its policy, and its room: the tokens that all its turns may take.
 
-    context: in tokens. The room is what was agreed, or less: what the model and the protocol hold.
+    context, private: the server's document and the client's, in tokens. The room is what was agreed, or
+    less: what the model and the protocol hold.
     Raises BadInput or PolicyError.
     """
-    _check_positions(shape, context, question=1, new_tokens=1)
+    _check_positions(shape, context, question=1, new_tokens=1, private=private)
     bound = _bind(shape, public, context)
-    room = min(public.conversation_tokens, shape.max_positions - context)
+    room = min(public.conversation_tokens, shape.max_positions - context - private)
     if public.protocol != "stock":
-        room = min(room, LONGEST_ATTENDED - bound.plan.attended)
-    _check_attended(bound, public.protocol, after=2)
+        room = min(room, LONGEST_ATTENDED - bound.plan.attended - private)
+    _check_private(bound, shape, public, private)
+    _check_attended(bound, public.protocol, after=private + 2)
     return bound, room
 
 
@@ -90,18 +98,34 @@ def with_default_policy(settings: Settings, model: Path | str | None) -> Setting
     return with_overrides(settings, {"public.policy": "compact"})
 
 
-def _check_positions(shape: ModelShape, context: int, question: int, new_tokens: int) -> None:
+def _check_positions(
+    shape: ModelShape, context: int, question: int, new_tokens: int, private: int = 0
+) -> None:
     if context < 1:
         raise BadInput("the context is empty; it needs at least one token")
     if question < 1:
         raise BadInput("the question is empty; it needs at least one token")
-    total = context + question + new_tokens
+    total = context + private + question + new_tokens
     if total > shape.max_positions:
+        own = f"the client's document ({private}), " if private else ""
         raise BadInput(
-            f"context ({context} tokens), question ({question}) and answer (up to {new_tokens}) "
+            f"context ({context} tokens), {own}question ({question}) and answer (up to {new_tokens}) "
             f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
             "--max-new-tokens"
         )
+
+
+def _check_private(bound: BoundPolicy, shape: ModelShape, public: PublicConfig, tokens: int) -> None:
+    """Check that a document of the client's can be evicted, beside the policy. Raises PolicyError."""
+    eviction = parse_policy(public.private_policy).on_shares(tokens, shape) if tokens else None
+    if eviction is None:
+        return
+    if public.protocol == ProtocolName.STOCK:
+        raise PolicyError(
+            f"policy {public.private_policy}: protocol stock evicts no document on shares; give another "
+            "--protocol, or --private-policy full"
+        )
+    ReadingPolicy.of(bound, eviction)
 
 
 def _check_attended(bound: BoundPolicy, protocol: str, after: int) -> None:
@@ -124,7 +148,7 @@ def largest_score_held(policy: BoundPolicy, shape: ModelShape) -> float:
     return held - policy.policy.largest_bias
 
 
-def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, room: int) -> None:
+def check_document(prefilled: OwnersContext, policy: BoundPolicy, shape: ModelShape, room: int) -> None:
     """Check at the document's owner, in the clear, what the protocols of `fast` hold of it.
 
     prefilled: its scores exact from `largest_score_held` on.  room: tokens that questions and answers take.
@@ -138,10 +162,10 @@ def check_document(prefilled: Prefill, policy: BoundPolicy, shape: ModelShape, r
                 f"holds less than {held:.4g} with policy {policy.spec}: the answer would be wrong; "
                 "use another model or policy"
             )
-    _check_values([float(v.abs().max()) for v in prefilled.v], policy, room)
+    _check_values(prefilled.largest_values, policy, room)
 
 
-def check_fitted(prefilled: Prefill, policy: BoundPolicy, kernels: Backend, room: int) -> None:
+def check_fitted(prefilled: OwnersContext, policy: BoundPolicy, kernels: Backend, room: int) -> None:
     """Check likewise the values that a policy has made of the document's. Raises OutOfRange."""
     if policy.policy.largest_bias:
         _check_values(policy.largest_values(prefilled, kernels), policy, room)

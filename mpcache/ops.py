@@ -129,6 +129,12 @@ class Engine(ABC, Generic[V, O]):
         sums of softmax weights times values, 64 products of three.
         """
 
+    def prepare_own(
+        self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, ring: int = 48
+    ) -> Program[O]:
+        """Hold and prepare a tensor that `owner` knows, the others pass None: `secret`, then `prepare`."""
+        return self.prepare(self.secret(value, shape, owner), ring)
+
     def start_prepare(self, x: V, ring: int = 48) -> Program[O]:
         """Run the first half of `prepare`, for a rescaled x, at no round.
 
@@ -235,6 +241,18 @@ class Engine(ABC, Generic[V, O]):
 
         |score| < limit; ties go to the lower index. values: (*rows, n, c) become (*rows, k, c).
         """
+
+    def compact(self, scores: V, k: int, values: Sequence[V], limit: int) -> Program[list[V]]:
+        """Keep k rows of (*rows, n) by score, for good: each of values (*rows, n, c) becomes (*rows, k, c).
+
+        0 <= score <= limit, to 2^-16 of it; ties go to the lower index. They come by score, which
+        tells nobody where they were. What comes out is to be prepared.
+        """
+        chosen, _ = yield from self.topk(scores, k, [cast(Any, scores).reshape(*scores.shape, 1)], limit)  # type: ignore[attr-defined]
+        kept = []
+        for value in values:
+            kept.append((yield from chosen.gather(value)))
+        return kept
 
     @abstractmethod
     def reveal(self, x: V, to: Rank, why: str) -> Program[torch.Tensor | None]:

@@ -1,4 +1,7 @@
-"""Name the phases of a session: setup, context, then the chunks of each turn.
+"""Name the phases of a session: setup, context, the client's document, then the chunks of each turn.
+
+The client's document is taken in chunk by chunk, `private1`, `private2`, ..., where there is one, and what is
+not kept of it goes in `eviction`.
 
 A turn is a question and its answer. Its first chunk is the question, each other one a token of the answer:
 `question`, `decode1`, ... in the first turn, `turn2-question`, `turn2-decode1`, ... in the second.
@@ -9,6 +12,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+EVICTION = "eviction"  # of the client's document, after its last chunk
+_PRIVATE = re.compile(r"private([1-9][0-9]{0,5})", re.ASCII)
 _NAME = re.compile(r"(?:turn([2-9]|[1-9][0-9]{1,5})-)?(?:question|decode([1-9][0-9]{0,8}))", re.ASCII)
 
 
@@ -37,6 +42,22 @@ class ChunkPlace(NamedTuple):
         """Return the place that a phase's name tells; None where it is no chunk's."""
         found = _NAME.fullmatch(phase)
         return None if found is None else ChunkPlace(int(found[1] or 1), int(found[2] or 0))
+
+
+def private_phase(number: int) -> str:
+    """Name the phase of a chunk (1, 2, ...) of the client's document."""
+    return f"private{number}"
+
+
+def private_chunk(phase: str) -> int | None:
+    """Return which chunk of the client's document a phase takes in; None where it takes in none."""
+    found = _PRIVATE.fullmatch(phase)
+    return None if found is None else int(found[1])
+
+
+def is_private(phase: str) -> bool:
+    """Return whether a phase belongs to the client's document."""
+    return phase == EVICTION or private_chunk(phase) is not None
 
 
 def is_decode(phase: str) -> bool:

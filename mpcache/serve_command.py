@@ -14,11 +14,16 @@ from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
+    DocumentOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
+    PackKeyOption,
+    PackPassphraseOption,
     PadOption,
     PolicyOption,
+    PrivateContextOption,
+    PrivatePolicyOption,
     ProtocolOption,
     RawOption,
     RevealOption,
@@ -27,8 +32,10 @@ from mpcache.console.options import (
     public_overrides,
 )
 from mpcache.limits import with_default_policy
-from mpcache_parties.chat import Chat, LocalParties
+from mpcache_parties.chat import Chat
 from mpcache_parties.endpoint.endpoint_options import KEY_VARIABLE, EndpointOptions
+from mpcache_parties.local_parties import LocalParties
+from mpcache_parties.packing import OpenedPack, with_pack_settings
 from mpcache_parties.say import Say
 
 CONVERSATIONS = 2  # at once: each holds its own masked operands
@@ -37,6 +44,11 @@ CONVERSATIONS = 2  # at once: each holds its own masked operands
 def serve_here(
     model: ModelOption = None,
     context: ContextOption = None,
+    private_context: PrivateContextOption = None,
+    private_policy: PrivatePolicyOption = None,
+    document: DocumentOption = None,
+    pack_key: PackKeyOption = None,
+    pack_passphrase: PackPassphraseOption = None,
     config: ConfigOption = None,
     policy: PolicyOption = None,
     protocol: ProtocolOption = None,
@@ -69,14 +81,19 @@ def serve_here(
     )  # fmt: skip
     options.check()
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
-    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad))
-    settings = with_default_policy(settings, model)
+    settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
+    packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+    settings = with_default_policy(with_pack_settings(settings, packed), model)
     text = None if context is None else read_text(context)  # once: it may be a pipe
-    with LocalParties(settings, model, text, conversations, terminal.say, setup_dir) as parties:
-        ready = [parties.chat()]  # what is wrong is told now, and the first question need not wait
+    own = None if private_context is None else read_text(private_context)
+    flags = () if packed is None else packed.flags()
+    say = terminal.say
+    with LocalParties(settings, model, text, conversations, say, setup_dir, packed=flags) as parties:
+        # What is wrong is told now, and the first question need not wait.
+        ready = [parties.chat(private=own)]
 
         def open_chat(say: Say) -> Chat:
-            return ready.pop() if ready else parties.chat(say)
+            return ready.pop() if ready else parties.chat(say, private=own)
 
         try:
             options.serve(open_chat, conversations, public_name(model), terminal.say)

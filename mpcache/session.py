@@ -1,5 +1,7 @@
 """One private session, phase by phase, for any reading: setup, context, then turns of question and decode.
 
+Between context and the first turn the client's document comes in, where there is one.
+
 The same `Session` runs plain (`PlainOps`), at the computing parties, at the dealer and in the cost
 reading; what differs is `ops` (the meaning of the operations), `party` (who answers), and which
 secrets are given.
@@ -7,19 +9,19 @@ secrets are given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mpcache.cache import Cache
-from mpcache.decode import Layer, Operands, step
+from mpcache.decode import Layer, Operands, range_verdict, read, step
 from mpcache.model import LayerWeights, ModelShape, Weights
-from mpcache.model.prefill import Prefill
 from mpcache.ops import AnyEngine, Ops
 from mpcache.padding import pad_chunk
-from mpcache.phases import ChunkPlace
-from mpcache.policy import BoundPolicy
+from mpcache.phases import EVICTION, ChunkPlace, private_phase
+from mpcache.policy import BoundPolicy, ReadingPlan, ReadingPolicy
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.protocols.ranges import OPERAND_RINGS
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, run, together
@@ -44,43 +46,41 @@ def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:
     }  # fmt: skip
 
 
+Mine = Callable[[str], torch.Tensor | None]  # a tensor by its name, read when it is prepared
+
+
 def load_operands(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operands]:
     """Prepare weights as operands. weights: None at all but their owner."""
     blank = Weights.meta(shape)
 
-    def own(tensor: torch.Tensor | None, like: torch.Tensor | None) -> Any:
-        return None if like is None else ops.secret(tensor, like.shape, Rank.SERVER)
+    def one(name: str, mine: Mine, size: Sequence[int]) -> Program[Any]:
+        if name not in OPERAND_RINGS:
+            return ops.secret(mine(name), size, Rank.SERVER)
+        return (yield from ops.prepare_own(mine(name), size, Rank.SERVER, OPERAND_RINGS[name]))
 
-    def operands(
-        mine: Mapping[str, torch.Tensor | None], like: Mapping[str, torch.Tensor | None]
-    ) -> Program[dict[str, Any]]:
-        values = {name: own(mine.get(name), tensor) for name, tensor in like.items()}
-        names = [name for name in values if name in OPERAND_RINGS]
-        kept = yield from together(*(ops.prepare(values[name], OPERAND_RINGS[name]) for name in names))
-        return values | dict(zip(names, kept, strict=True))
+    def operands(mine: Mine, like: Mapping[str, torch.Tensor | None]) -> Program[dict[str, Any]]:
+        there = {name: tensor.shape for name, tensor in like.items() if tensor is not None}
+        names = list(there)
+        kept = yield from together(*(one(name, mine, size) for name, size in there.items()))
+        return dict.fromkeys(like) | dict(zip(names, kept, strict=True))
 
     layers = []
-    for i, like in enumerate(blank.layers):
-        mine = {} if weights is None else _layer(weights.layers[i])
-        layers.append(Layer(**(yield from at(f"layer{i}", operands(mine, _layer(like))))))
+    for i, layer in enumerate(blank.layers):
+        mine = {} if weights is None else _layer(weights.layers[i])  # one layer at a time, if it is stored
+        layers.append(Layer(**(yield from at(f"layer{i}", operands(mine.get, _layer(layer))))))
     names = ("embed", "positions", "lm_head", "lm_bias")
-    rest = yield from at(
-        "vocabulary",
-        operands(
-            {name: getattr(weights, name, None) for name in names},
-            {name: getattr(blank, name) for name in names},
-        ),
-    )
+    sizes = {name: getattr(blank, name) for name in names}
+    rest = yield from at("vocabulary", operands(lambda name: getattr(weights, name, None), sizes))
     return Operands(shape, layers=tuple(layers), **rest)
 
 
 def fill_cache(
-    ops: Ops, shape: ModelShape, policy: BoundPolicy, prefill: Prefill | None, kernels: Backend | None
+    ops: Ops, shape: ModelShape, policy: BoundPolicy, context: OwnersContext | None, kernels: Backend | None
 ) -> Program[Cache]:
-    """Make the cache of the evicted context. prefill, kernels: None at all but the document's owner."""
+    """Make the cache of the evicted context. context, kernels: None at all but the document's owner."""
     layers = []
     for i in range(shape.layers):
-        layers.append((yield from at(f"layer{i}", policy.fill(ops, shape, i, prefill, kernels))))
+        layers.append((yield from at(f"layer{i}", policy.fill(ops, shape, i, context, kernels))))
     return Cache(layers, policy.plan.context)
 
 
@@ -105,7 +105,7 @@ class Session:
 
     def _run(self, phase: str, program: Program[Any]) -> Any:
         if self.party is None:
-            return run(program, _Nobody())
+            return run(program, Nobody())
         self.party.begin(phase)
         return run(at(phase, program), self.party)
 
@@ -132,13 +132,45 @@ class Session:
         program = load_operands(self.ops, self.shape, weights) if known is None else local(known)
         self.operands = self._run("setup", program)
 
-    def context(self, prefill: Prefill | None, kernels: Backend | None, known: Cache | None = None) -> None:
+    def context(
+        self, context: OwnersContext | None, kernels: Backend | None, known: Cache | None = None
+    ) -> None:
         """Fill the cache; known: as it was for another session, of the same masks."""
         self.policy.check(self.ops.name)
         if not self.policy.plan_is_public:
             raise ValueError("the document has not decided this plan yet: see `Policy.plan_is_public`")
-        program = fill_cache(self.ops, self.shape, self.policy, prefill, kernels)
+        program = fill_cache(self.ops, self.shape, self.policy, context, kernels)
         self.cache = self._run("context", program if known is None else local(known))
+
+    def _one_hots(self, tokens: Sequence[int] | None, m: int) -> Any:
+        hot = None
+        if tokens is not None:
+            hot = torch.nn.functional.one_hot(torch.tensor(tokens), self.shape.vocab)
+        return self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
+
+    def read_document(self, plan: ReadingPlan, tokens: Sequence[int] | None) -> Iterator[int]:
+        """Take in the client's document, and evict what does not stay of it.
+
+        Yields the tokens that are in, after each of its phases; to be heard to the end. Raises PolicyError.
+        """
+        reader = self.policy if plan.eviction is None else ReadingPolicy.of(self.policy, plan.eviction)
+        done, verdict = 0, None
+        for number, m in enumerate(plan.chunks, 1):
+            one_hots = self._one_hots(None if tokens is None else tokens[done : done + m], m)
+            done += m
+            closes = done == plan.tokens and reader is self.policy
+            program = read(self.ops, self.operands, self.cache, reader, one_hots, closes)
+            verdict = self._run(private_phase(number), program)
+            yield done
+        if isinstance(reader, ReadingPolicy):
+            verdict = self._run(EVICTION, self._evict(reader))
+            yield done
+        self.in_range = None if verdict is None else bool(verdict)
+        self.cache.begin_turns()
+
+    def _evict(self, reader: ReadingPolicy) -> Program[torch.Tensor | None]:
+        yield from reader.evict(self.ops, self.shape, self.cache)
+        return (yield from at("guard", range_verdict(self.ops)))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:
         """Take m tokens in; the next token's logits (vocab,), or its number (1,), where they are learned.
@@ -149,10 +181,7 @@ class Session:
         if self.grid > 1:
             taken = pad_chunk(self.ops, self.shape, self.cache, tokens, m)
         else:
-            hot = None
-            if tokens is not None:
-                hot = torch.nn.functional.one_hot(torch.tensor(tokens), self.shape.vocab)
-            taken = self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
+            taken = self._one_hots(tokens, m)
         phase = self.place.phase
         self.place = ChunkPlace(self.place.turn, self.place.step + 1)
         self._chunks += 1
@@ -164,7 +193,7 @@ class Session:
         return learned
 
 
-class _Nobody:
+class Nobody:
     """The plain reading asks nothing."""
 
     def __getattr__(self, name: str) -> Any:

@@ -96,6 +96,16 @@ def cases(tokens: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: 
         2 * reps + rest,
     )
 
+    counts = [max(1, 2 * int(ATTENDED * tokens) * (i + 1) // (kv + 1)) for i in range(kv)]  # none alike
+    yield Case(
+        "ragged_attend",
+        lambda b: b.ragged_attend,
+        lambda: (
+            normal(kv, heads // kv, d) / d**0.5, normal(sum(counts), d), normal(sum(counts), d),
+            normal(sum(counts)).float(), torch.tensor([0, *counts], device=device).cumsum(0), max(counts),
+        ),
+        2 * heads * d * item + sum(counts) * (2 * d * item + 4),
+    )  # fmt: skip
     yield attention("per head", heads, tokens, heads, kv, d, dtype, device)
     if kv < heads:
         yield attention("per KV head", kv, tokens, heads, kv, d, dtype, device)

@@ -1,10 +1,12 @@
 """Measure a private answer of a model of SmolLM2-135M's size: the table of docs/benchmarks.md.
 
     python tools/bench_size.py [--context 99] [--question 14] [--tokens 6] [--model DIR] [--layers 30]
+                               [--checkout DIR ...]
 
 Without --model the weights are random and made on the fly, so that nothing is downloaded; the plaintext
-answer is measured beside, in the same run. Prints one Markdown row: latencies, their ratio, and each party's
-CPU seconds and largest resident memory, set-up included. Linux, as it reads /proc.
+answer is measured beside, in the same run. --context 0: no document. Prints a Markdown row for this state,
+and for each other checkout of this project: latencies, their ratio, bytes of a token, and each party's CPU
+seconds and largest resident memory, set-up included. Linux, as it reads /proc.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ SHAPE = {
 }  # fmt: skip
 PARTIES = ("server", "client", "dealer")
 HEAD = (
-    "| context | question | plaintext ms/token | private ms/token | ratio | first token, s | set-up, s | "
-    "CPU s, server, client, dealer | memory GB, the same |\n|---|---|---|---|---|---|---|---|---|"
+    "| state | context | question | plaintext ms/token | private ms/token | ratio | first token, s "
+    "| set-up, s | online, dealer's MB/token | CPU s, server, client, dealer | memory GB, the same |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -95,19 +98,31 @@ def watch(process: subprocess.Popen[str], peak: dict[str, float], cpu: dict[str,
         time.sleep(0.1)
 
 
-def measure(model: Path, given: argparse.Namespace) -> str:
+def environment_of(checkout: Path | None) -> dict[str, str]:
+    """Return the environment in which Python imports this state, or another checkout's."""
+    if checkout is None:
+        return dict(os.environ)
+    roots = [checkout.resolve() / name for name in ("", "parties", "kernels", "protos")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, roots))}
+
+
+def measure(model: Path, given: argparse.Namespace, checkout: Path | None) -> str:
     """Run one answer, and return its row."""
     tokenizer = load_tokenizer(model)
     peak: dict[str, float] = {}
     cpu: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         document, out = Path(folder) / "document.txt", Path(folder) / "out.json"
-        document.write_text(text_of(tokenizer, given.context), encoding="utf-8")
         command = [sys.executable, "-m", "mpcache", "generate", "--json", "--no-stop-at-eos"]
-        command += ["--model", str(model), "--context", str(document), "--policy", given.policy]
+        command += ["--model", str(model), "--policy", given.policy]
+        if given.context:
+            document.write_text(text_of(tokenizer, given.context), encoding="utf-8")
+            command += ["--context", str(document)]
         command += ["--question", text_of(tokenizer, given.question), "--max-new-tokens", str(given.tokens)]
         with out.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, text=True)
+            process = subprocess.Popen(
+                command, stdout=file, text=True, env=environment_of(checkout), cwd=folder
+            )
             watch(process, peak, cpu)
         if process.returncode:
             raise SystemExit(f"bench_size: `mpcache generate` ended with {process.returncode}")
@@ -115,9 +130,12 @@ def measure(model: Path, given: argparse.Namespace) -> str:
     private, plain = found["private"], found["plaintext"]
     ratio = private["ms_per_token_median"] / plain["ms_per_token_median"]
     return (
+        f"| {'this' if checkout is None else checkout.name} "
         f"| {found['context_tokens']} | {found['question_tokens']} | {plain['ms_per_token_median']:.0f} "
         f"| {private['ms_per_token_median']:.0f} | {ratio:.1f} | {private['first_token_ms'] / 1e3:.1f} "
-        f"| {found['setup_ms'] / 1e3:.0f} | {', '.join(f'{cpu[name]:.1f}' for name in PARTIES)} "
+        f"| {found['setup_ms'] / 1e3:.0f} "
+        f"| {private['online_bytes_per_token'] / 1e6:.2f}, {private['offline_bytes_per_token'] / 1e6:.1f} "
+        f"| {', '.join(f'{cpu[name]:.1f}' for name in PARTIES)} "
         f"| {', '.join(f'{peak[name]:.1f}' for name in PARTIES)} |"
     )
 
@@ -131,14 +149,15 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=6)
     arguments.add_argument("--layers", type=int, default=30)
     arguments.add_argument("--policy", default="full")
+    arguments.add_argument("--checkout", type=Path, action="append", default=[])
     given = arguments.parse_args()
     print(HEAD, flush=True)
-    if given.model is not None:
-        print(measure(given.model, given))
-        return
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), given.layers)
-        print(measure(Path(folder), given))
+        model = given.model
+        if model is None:
+            make_model(model := Path(folder), given.layers)
+        for checkout in (None, *given.checkout):
+            print(measure(model.resolve(), given, checkout), flush=True)
 
 
 if __name__ == "__main__":

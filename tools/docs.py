@@ -1,14 +1,17 @@
-"""Write docs/protocols.md from its text, the catalog of protocols, and the programs themselves.
+"""Write docs/protocols.md and docs/policies.md from their texts, the programs and the policies themselves.
 
     python tools/docs.py [--check]
 
-Text: mpcache/audit/protocols.md. Rounds and bytes: the programs are read at several sizes, and the
+Texts: mpcache/audit/protocols.md and mpcache/audit/policies.md.
+
+Rounds and bytes: the programs are read at several sizes, and the
 formulas are those that hold at all of them (`mpcache.audit.formula`).
 """
 
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,15 @@ from mpcache.audit.catalog import CATALOG
 from mpcache.audit.explain import StepTrace, TensorTrace, TraceParty, explained, formula_of
 from mpcache.audit.formula import Names, modulus, total
 from mpcache.model import demo_model_dir, load_shape
+from mpcache.policies_command import PLAIN, PRIVATE, reveals, side
+from mpcache.policy import POLICIES
+from mpcache.policy.describe import describe
+from mpcache.protocols.compaction import shuffle
 from mpcache.protocols.compare import less
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product, truncate, truncate_product
 from mpcache.protocols.lookup import lookup
 from mpcache.protocols.reciprocal import reciprocal
-from mpcache.protocols.softmax import exp
+from mpcache.protocols.softmax import exp, exp_by_digits
 from mpcache.protocols.topk import HotSelection, topk
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
@@ -33,8 +40,8 @@ from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.runtime.side import Side
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT, PAGE = ROOT / "mpcache/audit/protocols.md", ROOT / "docs/protocols.md"
-NOTE = "<!-- Made by tools/docs.py from mpcache/audit/protocols.md and the programs: edit those. -->\n\n"
+TEXTS, PAGES = ROOT / "mpcache/audit", ROOT / "docs"
+NOTE = "<!-- Made by tools/docs.py from mpcache/audit/{} and {}: edit those. -->\n\n"
 SIDE = Side(Rank.SERVER, "meta")
 # n, m, k, c, rows at each reading: unlike each other, on both sides of a power of two
 SIZES = {
@@ -98,11 +105,19 @@ EXAMPLES: Mapping[RequestKind, tuple[str, Callable[..., Program[object]]]] = {
         lambda n, **_: lookup(SIDE, meta(n), torch.empty(1024, dtype=torch.int64)),
     ),
     RequestKind.EXP: ("n values", lambda n, **_: exp(SIDE, share(n, bits=13, ring=24))),
+    RequestKind.HIGHEST: (
+        "n scores in each row, and their exponentials by tables of the masks' digits",
+        lambda rows, n, **_: exp_by_digits(SIDE, share(rows, n, bits=13, ring=24), None),
+    ),
     RequestKind.TOPK: (
         "k of n, scores of 24 bits, c values each, in each row",
         lambda rows, n, k, c, **_: topk(
             SIDE, share(rows, n, bits=13, ring=24), k, [share(rows, n, c, bits=13, ring=24)], 24
         ),
+    ),
+    RequestKind.SHUFFLE: (
+        "n rows of c values, ring of 48 bits, in each row",
+        lambda rows, n, c, **_: shuffle(SIDE, [share(rows, n, c, ring=48)], Rank.CLIENT),
     ),
     RequestKind.SCATTER: (
         "k slots of c weights, to n items, in each row",
@@ -155,35 +170,80 @@ def layer(spec: str, index: int) -> Iterator[str]:
     for (number, name), step in plan.steps.items():
         if number != index:
             continue
-        parts = [total([[str(line.times), line.formula or "?"]]) for line in step.opened]
+        parts = [
+            f"`{total([[str(line.times), line.formula or '?']])}`{_one_way(line.to)}" for line in step.opened
+        ]
         assert step.offline is not None and not any("?" in part for part in parts), (spec, name)
-        sent = " + ".join(f"`{part}`" for part in parts) or "0"
+        sent = " + ".join(parts) or "0"
         kinds = ", ".join(step.kinds)
         yield f"| {name} | {step.rounds or 'beside another'} | {sent} | `{step.offline}` | {kinds} |"
 
 
-def page() -> str:
-    """Return the whole page."""
-    text = TEXT.read_text(encoding="utf-8")
-    made = {
+def _one_way(to: str) -> str:
+    """Say who sends what does not go both ways."""
+    return f" {to.rpartition('from ')[2]}" if "from" in to else ""
+
+
+def overview() -> Iterator[str]:
+    """Yield the table of all policies."""
+    yield "| policy | source | runs | of `A|B` | reveals |".replace("A|B", "A\\|B")
+    yield "|---|---|---|---|---|"
+    for name, cls in POLICIES.items():
+        runs = PLAIN if cls.plain_only else PRIVATE
+        leaks = reveals(cls.leaks, cls.may_leak)
+        yield f"| [`{name}`](#{name}) | {cls.source} | {runs} | {side(cls.evicts, cls.selects)} | {leaks} |"
+
+
+def policies() -> Iterator[str]:
+    """Yield a section for each policy."""
+    for cls in POLICIES.values():
+        facts = describe(cls)
+        yield f"## {facts.name}\n"
+        for paragraph in facts.mechanism:
+            yield textwrap.fill(paragraph, 110, break_long_words=False, break_on_hyphens=False) + "\n"
+        yield f"* Source: {facts.source}."
+        yield f"* Needs: {facts.needs}."
+        yield f"* Reveals: {reveals(facts.leaks, facts.may_leak)}."
+        yield f"* Example: `{facts.example}`.\n"
+        if facts.options:
+            yield "| option | default | allowed | meaning |"
+            yield "|---|---|---|---|"
+            for one in facts.options:
+                yield f"| `{one.name}` | {one.default} | {one.allowed} | {one.meaning} |"
+            yield ""
+
+
+def page(name: str, source: str, made: Mapping[str, Iterator[str]]) -> str:
+    """Return a page: its text, with what is made put in."""
+    text = (TEXTS / name).read_text(encoding="utf-8")
+    for mark, lines in made.items():
+        text = text.replace("{{" + mark + "}}", "\n".join(lines).strip("\n"))
+    assert "{{" not in text
+    return NOTE.format(name, source) + text
+
+
+def pages() -> dict[str, str]:
+    """Return the pages by their file's name."""
+    tables = {
         "blocks": blocks(), "full": layer("full", 0), "mpcache": layer("mpcache", 0),
         "sharing": layer("mpcache", 3),
     }  # fmt: skip
-    for name, lines in made.items():
-        text = text.replace("{{" + name + "}}", "\n".join(lines))
-    assert "{{" not in text
-    return NOTE + text
+    told = {"overview": overview(), "policies": policies()}
+    return {
+        "protocols.md": page("protocols.md", "the programs", tables),
+        "policies.md": page("policies.md", "mpcache/policy", told),
+    }
 
 
 def main() -> None:
-    """Write docs/protocols.md, or with --check say that it is out of date."""
+    """Write the pages, or with --check say which one is out of date."""
     torch.set_num_threads(1)
-    text = page()
-    if "--check" in sys.argv[1:]:
-        if PAGE.read_text(encoding="utf-8") != text:
-            sys.exit("docs/protocols.md is not what the programs say; run `make docs` and commit the page")
-        return
-    PAGE.write_text(text, encoding="utf-8")
+    for name, text in pages().items():
+        file = PAGES / name
+        if "--check" not in sys.argv[1:]:
+            file.write_text(text, encoding="utf-8")
+        elif not file.is_file() or file.read_text(encoding="utf-8") != text:
+            sys.exit(f"docs/{name} is not what the programs say; run `make docs` and commit the page")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ import torch
 from typer.testing import CliRunner
 
 from mpcache.cli import app
+from mpcache.cost.sizing import sizing
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.ledger import Entry
-from mpcache.model import demo_model_dir, load_model, load_tokenizer
+from mpcache.model import demo_model_dir, load_model, load_shape, load_tokenizer
+from mpcache.model.shapes import config_of
 from mpcache.policy import parse_policy
 from mpcache.report.units import size
 from tools.layer_cost import PAPER, SHAPE, layers
@@ -91,7 +93,7 @@ def demo() -> Iterator[Line]:
 @cache
 def steps(spec: str, context: int, protocol: str = "fast") -> list[dict[str, Entry]]:
     """Count a decode step, by layer and operation. CrypTen's layers are all alike: one is enough."""
-    shape = SHAPE if protocol == "fast" else replace(SHAPE, layers=1)
+    shape = replace(SHAPE, layers=1) if protocol == "stock" else SHAPE
     return layers(spec, context, protocol, shape)
 
 
@@ -103,16 +105,22 @@ def one_layer(spec: str, index: int, context: int = 1024, protocol: str = "fast"
     return total
 
 
+def online(cost: Entry) -> float:
+    """Return the bytes that a party sends, the mean of both."""
+    return (cost.sent + cost.received) / 2
+
+
 def layer() -> Iterator[Line]:
     """One decoder layer at 1024 tokens."""
     for label, spec, index, protocol, digits in (
         ("mpcache `fast`, full cache", "full", 0, "fast", 3),
+        ("mpcache `fast-bits`, full cache", "full", 0, "fast-bits", 3),
         ("mpcache `fast`, MPCache selection", PAPER, 0, "fast", 3),
         ("mpcache `fast`, a layer that uses its neighbour's selection", PAPER, 3, "fast", 3),
         ("CrypTen 0.4.1 (`stock`), full cache", "full", 0, "stock", 1),
     ):
         cost = one_layer(spec, index, protocol=protocol)
-        yield cells(label, cost.rounds, f"{cost.sent / 1e6:.{digits}f} MB")
+        yield cells(label, cost.rounds, f"{online(cost) / 1e6:.{digits}f} MB")
 
 
 def lengths() -> Iterator[Line]:
@@ -125,7 +133,7 @@ def lengths() -> Iterator[Line]:
         ("mpcache fast | a layer that uses its neighbour's selection", PAPER, 3),
     ):
         found = [one_layer(spec, index, context) for context in (512, 1024, 2048)]
-        yield cells(label, *(f"{cost.sent / 1e6:.3f} MB, {cost.rounds} rounds" for cost in found))
+        yield cells(label, *(f"{online(cost) / 1e6:.3f} MB, {cost.rounds} rounds" for cost in found))
 
 
 def models() -> Iterator[Line]:
@@ -154,9 +162,19 @@ def dealer() -> Iterator[Line]:
         yield cells(label, size(row["online_bytes_per_token"]), size(row["offline_bytes_per_token"]))
 
 
+def sizes() -> Iterator[Line]:
+    """Yield what each party's machine needs, by model."""
+    for name in ("smollm2-135m", "gpt2", "llama-2-7b", "llama-2-70b"):
+        row = sizing(load_shape(config_of(name)), "full", 1000)
+        amounts = [*row["memory_bytes"].values(), row["session_bytes"], row["dealer_disk_bytes"]]
+        amounts += [row["dealer_token_bytes"], row["online_token_bytes"]]
+        yield cells(name, *map(size, amounts))
+
+
 FIGURES: Mapping[str, Mapping[str, Callable[[], Iterator[Line]]]] = {
     "README.md": {"demo": demo, "layer": layer, "models": models},
     "docs/benchmarks.md": {"lengths": lengths},
+    "docs/deploy.md": {"sizing": sizes},
     "docs/limits.md": {"dealer": dealer},
 }
 

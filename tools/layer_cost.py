@@ -26,9 +26,11 @@ PAPER = "mpcache:n_keep=1.0,coarse=32,fine=16,coarse_keep=0.5,fine_keep=0.2"
 STEP = "decode1"
 
 
-def layers(spec: str, context: int, protocol: str, shape: ModelShape = SHAPE) -> list[dict[str, Entry]]:
-    """Return per layer what each of its operations costs in one decode step."""
-    party = ShapeParty(Rank.SERVER)
+def layers(
+    spec: str, context: int, protocol: str, shape: ModelShape = SHAPE, rank: Rank = Rank.SERVER
+) -> list[dict[str, Entry]]:
+    """Return per layer what each of its operations costs one party in one decode step."""
+    party = ShapeParty(rank)
     ops = engine(protocol, Rank.SERVER, device="meta")
     session = Session(ops, party, shape, parse_policy(spec).bind(context, shape).priced(shape))
     session.setup(None)
@@ -53,8 +55,9 @@ def main() -> None:
     given = arguments.parse_args()
     for spec in given.policies:
         shown: set[tuple[int, int]] = set()
+        theirs = layers(spec, given.context, given.protocol, rank=Rank.CLIENT)
         for number, ops in enumerate(layers(spec, given.context, given.protocol)):
-            total = Entry()
+            total, client = Entry(), sum(entry.offline_received for entry in theirs[number].values())
             for entry in ops.values():
                 total += entry
             if (total.rounds, total.sent) in shown:
@@ -62,11 +65,15 @@ def main() -> None:
             shown.add((total.rounds, total.sent))
             print(
                 f"{given.protocol}, {spec} at {given.context}, layer {number}: {total.rounds} rounds, "
-                f"{total.sent / 1e6:.3f} MB online, {total.offline_received / 1e6:.1f} MB offline"
+                f"{(total.sent + total.received) / 2e6:.3f} MB online (mean of both), offline "
+                f"{total.offline_received / 1e6:.2f} MB to the server, {client / 1e6:.2f} to the client"
             )
             for op, entry in ops.items():
                 offline = entry.offline_received
-                print(f"    {op:<20} {entry.rounds:>3} rounds {entry.sent:>9} B {offline:>10} B")
+                print(
+                    f"    {op:<20} {entry.rounds:>3} rounds {entry.sent:>9} B sent {entry.received:>9} B "
+                    f"received {offline:>10} B"
+                )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class Backend:
     cluster_scores: Callable[[Tensor, Tensor], Tensor]
     cluster_bounds: Callable[[Tensor, Tensor, Tensor], Tensor]
     select_and_attend: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
+    ragged_attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 REFERENCE = Backend(
@@ -51,6 +52,7 @@ REFERENCE = Backend(
     cluster_scores=reference.cluster_scores,
     cluster_bounds=reference.cluster_bounds,
     select_and_attend=reference.select_and_attend,
+    ragged_attend=reference.ragged_attend,
 )
 
 
@@ -80,4 +82,5 @@ def _gpu() -> Backend:
         cluster_scores=triton_kernels.cluster_scores,
         cluster_bounds=triton_kernels.cluster_bounds,
         select_and_attend=triton_kernels.select_and_attend,
+        ragged_attend=triton_kernels.ragged_attend,
     )

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+ROWS = 256  # queries of a map of scores on a CPU
+
 
 def window_importance(q_w: Tensor, k: Tensor, first_position: int) -> Tensor:
     """Compute how much the last w queries of a context look at each of its tokens: (T,) float32.
@@ -43,7 +45,7 @@ def repeat_importance(
 
     q: (heads, n, d), scaled by 1/sqrt(d). k: (kv_heads, before + n, d); the last n keys are the queries' own,
     and a query sees none after its own. The tokens asked about are keys first .. first + count - 1.
-    row_scale: (n,). column_scale: (heads, count).
+    row_scale: (n,). column_scale: (heads, count). Neither is negative.
 
     A = softmax(q k^T) in float32; importance_t is the largest A[h, i, t] row_scale[i] column_scale[h, t] over
     the queries i and the heads h of a group. Also returned is which one it is, as int64: i + n times the head
@@ -52,15 +54,24 @@ def repeat_importance(
     """
     (heads, n, _), kv_heads = q.shape, k.shape[0]
     group, before = heads // kv_heads, k.shape[1] - n
-    later = torch.ones(n, k.shape[1], dtype=torch.bool, device=k.device).triu_(before + 1)
-    found = []
-    for kv in range(kv_heads):  # one map of a group at a time
-        mine = range(kv * group, (kv + 1) * group)
-        scores = torch.stack([q[head].float() @ k[kv].float().T for head in mine])
-        a = scores.masked_fill(later, -torch.inf).softmax(-1)[..., first : first + count]
-        a = a * row_scale[:, None] * column_scale[kv * group : (kv + 1) * group, None]
-        found.append(a.flatten(0, 1).max(0))
-    return torch.stack([best.values for best in found]), torch.stack([best.indices for best in found])
+    best = torch.full((heads, count), -torch.inf, device=k.device)
+    query = torch.zeros(heads, count, dtype=torch.int64, device=k.device)
+    for head in range(heads):
+        keys = k[head // group].float()
+        for begin in range(0, n, ROWS):  # a map that fits into a processor's cache
+            end = min(begin + ROWS, n)
+            scores = q[head, begin:end].float() @ keys[: before + end].T
+            later = torch.ones(end - begin, end - begin, dtype=torch.bool, device=k.device).triu_(1)
+            scores[:, before + begin :].masked_fill_(later, -torch.inf)
+            a = scores.softmax(-1)[:, first : first + count] * row_scale[begin:end, None]
+            most = a.max(0)
+            seen = most.values.shape[0]  # of the queries' own keys, those that this map has
+            better = most.values > best[head, :seen]
+            query[head, :seen] = torch.where(better, most.indices + begin, query[head, :seen])
+            best[head, :seen] = torch.where(better, most.values, best[head, :seen])
+    found = (best * column_scale).reshape(kv_heads, group, count).max(1)
+    mine = query.reshape(kv_heads, group, count).gather(1, found.indices[:, None])[:, 0]
+    return found.values, mine + n * found.indices
 
 
 def cluster_extremes(k: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -146,6 +157,21 @@ def select_and_attend(
     weights = scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1)
     attended: Tensor = weights @ values
     return attended.flatten(0, 1).to(q.dtype)
+
+
+def ragged_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """Compute softmax(q k^T + bias) v of KV heads that hold different numbers of tokens.
+
+    q: (kv_heads, rows, d), scaled by 1/sqrt(d) already; the result is alike. k, v: (tokens, d), the heads'
+    one after another; bias: (tokens,). starts: (kv_heads + 1,) integers, from where on each head's are.
+    longest: no fewer tokens than any head has. A head that has none gets NaN.
+    Source: the cache of attention matching (arXiv 2602.16284), with counts per head.
+    """
+    bounds, out = starts.tolist(), torch.empty_like(q)
+    for head, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        scores = q[head].float() @ k[begin:end].float().T + bias[begin:end].float()
+        out[head] = (scores.softmax(-1) @ v[begin:end].float()).to(q.dtype) if end > begin else torch.nan
+    return out
 
 
 def check_selection(q: Tensor, k: Tensor, chosen: Tensor, size: int, sink: int, recent: int) -> None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mpcache.audit import measure as measuring
-from mpcache.audit.cost_tables import breakdowns, cost_tables, measured_tables, verdict, write_csv
+from mpcache.audit.audit_shapes import contexts_of, shape_of, weights_of
+from mpcache.audit.cost_plot import plot_contexts, plot_cost
+from mpcache.audit.cost_tables import CostTable, breakdowns, cost_tables, measured_tables, verdict
 from mpcache.audit.explain import explain_policy
+from mpcache.audit.explain_document import explain_document
+from mpcache.audit.exports import FORMATS, as_csv, csv_lines, latex, markdown, write_csv
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
-from mpcache.audit.priced_rows import AuditGrid, price_rows, resolved
-from mpcache.audit.quality import points, read_quality
+from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_rows, resolved
+from mpcache.audit.private_rows import lengths_of, show_document
+from mpcache.audit.quality import points
+from mpcache.audit.size_tables import show_sizing
+from mpcache.audit.tuning import Tuned, tuned, tuning_tables
+from mpcache.choices import ProtocolName
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.console.options import (
@@ -30,28 +38,33 @@ from mpcache.console.options import (
     read_reveal,
 )
 from mpcache.cost.choose import CHOICES
-from mpcache.errors import BadInput, ModelError, MpcacheError
-from mpcache.model import ModelShape, demo_model_dir, find_model, load_shape
-from mpcache.model.shapes import NAMES, config_of
-from mpcache.model.sources import is_gguf
+from mpcache.cost.planner import AT_LEAST
+from mpcache.cost.quality_file import Quality, read_quality
+from mpcache.errors import BadInput, MpcacheError
+from mpcache.model import ModelShape
+from mpcache.model.shapes import NAMES
 from mpcache.padding import padded_length
+from mpcache.report.plots import check_plot
 from mpcache.transport.network import NO_NETWORK, parse_network
 
-CONTEXTS = (512, 1024, 2048, 4096)
 MEASURED_TOKENS = 7  # answered in each run of --measure: six decode steps
 
 
 def audit(
     shape: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             "--shape",
             "--model",
-            help=f"demo, a config.json, or {', '.join(NAMES)}. Or {MODEL_FORMS[0].lower()}{MODEL_FORMS[1:]}.",
+            help=f"demo, a config.json, or {', '.join(NAMES)}. Or {MODEL_FORMS[0].lower()}{MODEL_FORMS[1:]}. "
+            "May be given several times. [demo]",
         ),
-    ] = "demo",
+    ] = None,
     context: Annotated[
-        str | None, typer.Option(help="Context lengths in tokens, as in 512,1024. [what the model allows]")
+        str | None,
+        typer.Option(
+            help="Context lengths in tokens, as in 512,1024; 512..32k doubles. [what the model allows]"
+        ),
     ] = None,
     policy: PoliciesOption = None,
     network: Annotated[str, typer.Option(help="Of none, lan, wan and RTT_MS:MBPS, with commas.")] = "lan,wan",
@@ -71,7 +84,29 @@ def audit(
         list[str] | None, typer.Option("--sweep", help="key=v1,v2: a grid; may be given several times.")
     ] = None,
     quality: Annotated[
-        Path | None, typer.Option(help="Results of `mpcache eval --json`, shown against cost.")
+        Path | None,
+        typer.Option(help="Results of `mpcache eval --json`, shown against cost; of each --policy, or all."),
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="With --quality: pick the cheapest setting whose quality holds."),
+    ] = False,
+    at_least: Annotated[
+        float, typer.Option(help="With --tune: the share of the full cache's answers to keep in every task.")
+    ] = AT_LEAST,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", help="Draw cost by context, or quality by cost with --quality: .svg, .pdf or .png."
+        ),
+    ] = None,
+    private_context: Annotated[
+        str | None,
+        typer.Option(help="Price a document of the client's own instead, of so many tokens, as in 128,512."),
+    ] = None,
+    private_policy: Annotated[
+        list[str] | None,
+        typer.Option(help="What stays of it; may be given several times. [full, mpcache:n_keep=0.25]"),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows here, too.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page here.")] = None,
@@ -79,78 +114,153 @@ def audit(
     measure: Annotated[
         bool, typer.Option(help="Run the parties, too, and put what they take beside what is modelled.")
     ] = False,
+    sizing_: Annotated[
+        bool, typer.Option("--sizing", help="What each party's machine needs, for each model and context.")
+    ] = False,
+    form: Annotated[str, typer.Option("--format", help=f"Of the tables: {', '.join(FORMATS)}.")] = FORMATS[0],
     as_json: JsonOption = False,
 ) -> None:
     """Price each eviction setting in rounds, bytes and time: exact, with no party running."""
     if explain is not None:
         others = {
             "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
-            "--csv": csv, "--report": report, "--quality": quality, "--pad": pad,
+            "--csv": csv, "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
+            "--pad": pad,
         }  # fmt: skip
         if extra := [name for name, given in others.items() if given]:
             raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
     if new_tokens is None:
         new_tokens = MEASURED_TOKENS if measure else 2
     revealed = read_reveal(reveal)
-    if by not in (None, "layer", "op"):
-        raise BadInput(f"--by {by!r} is not known; give layer or op")
-    for option, tokens in (("--question", question), ("--new-tokens", new_tokens), ("--pad", pad)):
-        if tokens is not None and tokens < 1:
-            raise BadInput(f"{option} is {tokens}; give 1 or more tokens")
-    name, model = shape_of(shape)
+    _check(by, form, {"--question": question, "--new-tokens": new_tokens, "--pad": pad})
+    more = question + max(2, new_tokens)
+    given, *others_given = shape or ["demo"]
+    if sizing_:
+        named = [(one, *shape_of(one)) for one in shape or ["demo"]]
+        asked = [(name, s, contexts_of(context, one, s, more)) for one, name, s in named]
+        return show_sizing(asked, policy or ["full"], question, protocol, form, as_json)
+    if others_given:
+        single = {"--explain": explain, "--measure": measure, "--report": report, "--quality": quality,
+                  "--tune": tune, "--private-context": private_context}  # fmt: skip
+        if extra := [name for name, wanted in single.items() if wanted]:
+            raise BadInput(f"{extra[0]} is for one model: give one --shape")
+    name, model = shape_of(given)
     protocols = listed("--protocol", protocol, CHOICES)
-    folder = _weights_of(shape) if measure else None
-    contexts = _contexts(context, shape, model, question + max(2, new_tokens))
+    if private_context is not None:
+        document = private_context, private_policy, network, question
+        return _price_document(name, model, document, protocols, explain, as_json)
+    folder = weights_of(given) if measure else None
+    contexts = contexts_of(context, given, model, more)
     networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
-    if explain is not None:
-        if len(protocols) > 1 or (context and len(contexts) > 1):
-            raise BadInput("--explain prints one plan: give one --protocol and one --context")
-        grid = AuditGrid(
-            model, contexts, [explain], networks, protocols, question, max(2, new_tokens), reveal=revealed
-        )
-        taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
-        for line in explain_policy(model, explain, contexts[0], question, taken):
-            print(line)
-        return
+    if explain is not None and (len(protocols) > 1 or (context and len(contexts) > 1)):
+        raise BadInput("--explain prints one plan: give one --protocol and one --context")
+    specs = _policies(policy, sweep_ or []) if explain is None else [explain]
     grid = AuditGrid(
-        model,
-        contexts,
-        _policies(policy, sweep_ or []),
-        networks,
-        protocols,
-        question,
-        max(2, new_tokens),
-        explicit=bool(policy or sweep_),
-        reveal=revealed,
-        pad=pad or 1,
-    )
-    of, evaluated = read_quality(quality) if quality else ("", [])
-    for path in (csv, report):
-        if path is not None:
-            _check_writable(path)
+        model, contexts, specs, networks, protocols, question, max(2, new_tokens),
+        explicit=bool(policy or sweep_), reveal=revealed, pad=pad or 1,
+    )  # fmt: skip
+    if explain is not None:
+        taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
+        return print(*explain_policy(model, explain, contexts[0], question, taken), sep="\n")
+    measured = _quality(quality, tune, at_least, plot_file)
+    if tune:
+        return _show_tuned(tuned(measured, grid, at_least), name, model, as_json)
+    for path in filter(None, (csv, report)):
+        _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
     found = price_rows(grid, needed, note=_note)
-    result: dict[str, Any] = {
-        "shape": name,
-        "model": model.to_dict(),
-        "question_tokens": padded_length(question, grid.pad),
-        "new_tokens": grid.new_tokens,
-        "command": shlex.join(["mpcache", *sys.argv[1:]]),
-        "rows": found,
-    }
-    if evaluated:
-        result["quality"] = evaluated
-        other = None if of == name else of or "a model that its file does not name"
-        if other is not None:
-            _note(f"the accuracy is that of {other}, the cost that of {name}")
-        result["quality_points"] = points(evaluated, grid, _note, other)
+    result = _result(name, grid, found)
+    if measured.rows:
+        _add_quality(result, measured, grid, policy, plot_file)
     stopped: MpcacheError | None = None
     if folder is not None:
         stopped = _measured(result, grid, folder, needed)
-    _show(result, by, needed, csv, report, as_json)
+    results = [result]
+    for other in others_given:
+        name, model = shape_of(other)
+        other_grid = replace(grid, shape=model, contexts=contexts_of(context, other, model, more))
+        results.append(_result(name, other_grid, price_rows(other_grid, needed, note=_note)))
+    if plot_file is not None and not measured.rows:
+        plot_contexts(results, plot_file)
+        terminal.say(f"wrote {plot_file}")
+    if report:
+        write_page(report, result, needed)
+        terminal.say(f"wrote {report}")
+    _show(results, by, csv, "json" if as_json else form)
     if stopped is not None:
         raise stopped
+
+
+def _check(by: str | None, form: str, lengths: Mapping[str, int | None]) -> None:
+    """Check flags by themselves. Raises BadInput."""
+    if by not in (None, "layer", "op"):
+        raise BadInput(f"--by {by!r} is not known; give layer or op")
+    for option, tokens in lengths.items():
+        if tokens is not None and tokens < 1:
+            raise BadInput(f"{option} is {tokens}; give 1 or more tokens")
+    if form not in FORMATS:
+        raise BadInput(f"--format {form!r} is not known; give {', '.join(FORMATS)}")
+
+
+def _quality(file: Path | None, tune: bool, at_least: float, plot_file: Path | None) -> Quality:
+    """Check what belongs to --quality, and read it. Raises BadInput or PolicyError."""
+    if file is None and tune:
+        raise BadInput("--tune needs --quality FILE, which `mpcache eval --json` makes")
+    if not 0 < at_least <= 1:
+        raise BadInput(f"--at-least is {at_least}; give a share above 0 and up to 1")
+    if plot_file is not None:
+        check_plot(plot_file)
+    return Quality([]) if file is None else read_quality(file)
+
+
+def _show_tuned(choices: list[Tuned], name: str, model: ModelShape, as_json: bool) -> None:
+    """Print what --tune has weighed and picked."""
+    if as_json:
+        print(json.dumps({"shape": name, "model": model.to_dict(), "tuned": choices}))
+        return
+    for table in tuning_tables(choices):
+        terminal.print_table(terminal.stdout(), table)
+
+
+def _add_quality(
+    result: dict[str, Any],
+    measured: Quality,
+    grid: AuditGrid,
+    policy: list[str] | None,
+    plot_file: Path | None,
+) -> None:
+    """Put answer quality beside its cost, of the policies that were named, or of all; and draw it."""
+    result["quality"] = list(measured.rows)
+    name = result["shape"]
+    other = None if measured.model == name else measured.model or "a model that its file does not name"
+    if other is not None:
+        _note(f"the accuracy is that of {other}, the cost that of {name}")
+    wanted = [row for row in measured.rows if not policy or row["policy"] in ("full", *policy)]
+    result["quality_points"] = points(wanted, grid, _note, other)
+    if plot_file is not None and result["quality_points"]:
+        plot_cost(result["quality_points"], plot_file, measured.by_question)
+        terminal.say(f"wrote {plot_file}")
+
+
+def _price_document(
+    name: str, model: ModelShape, asked: tuple[str, list[str] | None, str, int], protocols: list[str],
+    explain: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Price, or explain, a document of the client's own. asked: its lengths, policies, networks, question."""
+    lengths, policies, network, question = asked
+    tokens = lengths_of(lengths)
+    if others := [one for one in protocols if one not in (ProtocolName.FAST, ProtocolName.FAST_BITS)]:
+        raise BadInput(f"--private-context is priced for fast and fast-bits, not for {others[0]}")
+    if explain is None:
+        networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
+        policies = policies or ["full", "mpcache:n_keep=0.25"]
+        show_document(model, name, tokens, policies, protocols, networks, question, as_json)
+        return
+    if len(tokens) > 1 or len(protocols) > 1:
+        raise BadInput("--explain prints one plan: give one --protocol and one --private-context")
+    for line in explain_document(model, explain, tokens[0], question, protocols[0]):
+        print(line)
 
 
 def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> MpcacheError | None:
@@ -181,26 +291,47 @@ def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | No
     return stopped
 
 
-def _show(
-    result: dict[str, Any],
-    by: str | None,
-    paged: str | None,
-    csv: Path | None,
-    report: Path | None,
-    as_json: bool,
-) -> None:
-    """Everything that was asked for: files, then JSON or tables. paged: what the page is broken down by."""
-    found = result["rows"]
+def _result(name: str, grid: AuditGrid, rows: list[AuditRow]) -> dict[str, Any]:
+    """Return the JSON of one model's audit."""
+    return {
+        "shape": name,
+        "model": grid.shape.to_dict(),
+        "question_tokens": padded_length(grid.question, grid.pad),
+        "new_tokens": grid.new_tokens,
+        "command": shlex.join(["mpcache", *sys.argv[1:]]),
+        "rows": rows,
+    }
+
+
+def _show(results: Sequence[dict[str, Any]], by: str | None, csv: Path | None, form: str) -> None:
+    """Write the CSV file, then JSON or tables. form: one of FORMATS, or json."""
+    lines = [line for result in results for line in csv_lines(result, by)]
     if csv:
-        write_csv(csv, found, by)
-    if report:
-        write_page(report, result, paged)
-    if as_json:
-        print(json.dumps(result))
-        return
+        write_csv(csv, lines)
+    named = len(results) > 1 or form != FORMATS[0]  # a table that leaves the terminal says of what it is
+    tables = [
+        table for each in results for table in cost_tables(each["rows"], each["shape"] if named else "")
+    ]
+    match form:
+        case "json":
+            print(json.dumps(results[0] if len(results) == 1 else {"audits": results}))
+        case "csv":
+            print(as_csv(lines), end="")
+        case "markdown" | "latex":
+            print("\n".join((markdown if form == "markdown" else latex)(tables)))
+        case _:
+            _show_tables(results, tables, by)
+    if csv:
+        terminal.say(f"wrote {csv}")
+
+
+def _show_tables(results: Sequence[Mapping[str, Any]], tables: Sequence[CostTable], by: str | None) -> None:
     out = terminal.stdout()
-    for table in [*cost_tables(found), *(breakdowns(found, by) if by else ())]:
-        terminal.print_table(out, table)
+    for table in tables:
+        terminal.print_table(out, table.for_people())
+    for result in results if by else ():
+        for broken_down in breakdowns(result["rows"], by or ""):
+            terminal.print_table(out, broken_down)
     out.print(
         "Per generated token. kept/used: context tokens in the cache, and those a query attends to. online: "
         "bytes sent by each computing party; offline: by the dealer, ahead. A time is the larger of two: the "
@@ -208,71 +339,17 @@ def _show(
         "(dealer); ratio: that time to full's.",
         style="dim",
     )
-    if "runs" in result:
-        out.print()
-        for table in measured_tables(found):
-            terminal.print_table(out, table)
-        for line in verdict(result):
-            out.print(line, soft_wrap=True)
-    for path in (csv, report):
-        if path:
-            terminal.say(f"wrote {path}")
-
-
-def shape_of(text: str) -> tuple[str, ModelShape]:
-    """Find a shape and its name: demo, a packaged one, or a folder. Raises BadInput or ModelError."""
-    if text == "demo":
-        return text, load_shape(demo_model_dir())
-    if text in NAMES:
-        return text, load_shape(config_of(text))
-    try:
-        path = find_model(text, weights=False)
-    except ModelError as error:
-        raise BadInput(f"{error}; or one of demo, {', '.join(NAMES)}") from None
-    return path.name or text, load_shape(path)
-
-
-def _weights_of(given: str) -> Path:
-    """Find the model behind --shape, which the parties need. Raises BadInput or ModelError."""
-    if given not in NAMES:
-        path = demo_model_dir() if given == "demo" else find_model(given)
-        if is_gguf(path) or any(path.glob("*.safetensors")):
-            return path
-    raise BadInput(
-        f"--measure runs the parties, and --shape {given} has no weights; give demo, or a model with weights"
-    )
+    for result in results:
+        if "runs" in result:
+            out.print()
+            for measured in measured_tables(result["rows"]):
+                terminal.print_table(out, measured)
+            for line in verdict(result):
+                out.print(line, soft_wrap=True)
 
 
 def _policies(given: list[str] | None, sweeps: list[str]) -> list[str]:
     return sweep_options(list(dict.fromkeys(given)) if given else secure_policies(), sweeps)
-
-
-def _contexts(text: str | None, given: str, shape: ModelShape, more: int) -> list[int]:
-    """Read context lengths that the model can take, with `more` tokens after them. Raises BadInput.
-
-    A packaged shape with rotary positions may be priced beyond its lengths, since such positions can be
-    stretched at no cost. A model with weights could not run there.
-    """
-    limit = shape.max_positions - more
-    if limit < 1:
-        raise BadInput(f"question and answer make {more} tokens, the model allows {shape.max_positions}")
-    if text is None:
-        return [c for c in CONTEXTS if c <= limit] or [limit]
-    contexts = []
-    for item in listed("--context", text):
-        if not re.fullmatch(r"\d{1,9}", item, re.ASCII) or int(item) < 1:
-            raise BadInput(f"--context {item!r} is not a number of tokens; as in 512,1024")
-        contexts.append(int(item))
-    beyond = [c for c in contexts if c > limit]
-    if beyond and (given not in NAMES or shape.positions != "rope"):
-        raise BadInput(
-            f"--context {beyond[0]} is beyond the model, which takes up to {limit} tokens besides question "
-            f"and answer ({more})"
-        )
-    if beyond:
-        trained = shape.max_positions
-        _note(f"{given} was trained for {trained} tokens; beyond, rotary positions are taken as stretched")
-    return contexts
 
 
 def _check_writable(path: Path) -> None:

@@ -77,12 +77,26 @@ CATALOG: Mapping[RequestKind, ProtocolEntry] = {
         "weights put back through the selection", "topk.HotSelection.scatter", "exact",
         "masks rotated with the slots",
     ),
+    RequestKind.SHUFFLE: ProtocolEntry(
+        "rows shuffled by a permutation that one party alone knows", "compaction.shuffle", "exact",
+        "Chase et al., ASIACRYPT 2020",
+    ),
     RequestKind.ONE_HOT: ProtocolEntry(
         "table lookup by a rotated one-hot vector", "lookup.lookup", "exact", "rotation"
     ),
     RequestKind.EXP: ProtocolEntry(
         "exponential by one key tree per element", "softmax.exp",
         "1.8e-4 relative and 1.2e-7, zero below e^-18.3 to e^-20.6", "one key tree with a payload",
+    ),
+    RequestKind.HIGHEST: ProtocolEntry(
+        "the highest bucket of a row by XOR one-hots and random sums", "coins.Highest",
+        "its number or one more, but for a row in 2^32", "40 public coins for each score; one-time truth "
+        "tables, Ishai et al., TCC 2013",
+    ),
+    RequestKind.EXP_DIGITS: ProtocolEntry(
+        "exponential by tables of the mask's digits", "exp_digits.ExpDigits",
+        "1.8e-4 relative and 1.2e-7, zero below e^-18.3 to e^-20.6",
+        "one-time truth tables, Ishai et al., TCC 2013",
     ),
     RequestKind.ACTIVATION: ProtocolEntry(
         "activation as a sum of sines, with its truncation", "activation.activate", "1.5e-4 abs(x up)",

@@ -1,47 +1,79 @@
-"""The audit for people: tables in the terminal, and CSV."""
+"""The audit for people: tables."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mpcache.audit.priced_rows import AuditRow
-from mpcache.errors import BadInput
-from mpcache.report.units import duration, number, size
+from mpcache.report.units import BYTES, DURATIONS, Unit, duration, in_one_unit, number, size
 
 PARTS = {"layer": "layers", "op": "ops"}
 
 
-def cost_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
-    """Make a table per protocol and context: a row per policy, with times and ratio per network."""
+@dataclass(frozen=True)
+class CostTable:
+    """A table in words, as every output shows it. numeric: of each column, whether it stands to the right."""
+
+    title: str
+    names: Sequence[str]
+    numeric: Sequence[bool]
+    lines: Sequence[Sequence[str]]
+
+    def for_people(self) -> Table:
+        """Lay it out for a terminal."""
+        table = _table(self.title)
+        for i, (name, right) in enumerate(zip(self.names, self.numeric, strict=True)):
+            if i == 0:
+                table.add_column(name, overflow="fold", min_width=12)
+            else:
+                table.add_column(name, justify="right" if right else "left", no_wrap=True)
+        for line in self.lines:
+            table.add_row(*line)
+        return table
+
+
+def cost_tables(rows: Sequence[AuditRow], model: str = "") -> Iterator[CostTable]:
+    """Make a table per protocol and context: a row per policy, with times and ratio per network.
+
+    A column has one unit, which its name gives. model: for the titles.
+    """
+    of_model = f"{model}, " if model else ""
     for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
         mine = list(group)
         networks = list(dict.fromkeys(r["network"] for r in mine))
-        table = _table(f"context {context:,} tokens, protocol {protocol}: one generated token")
-        table.add_column("policy", overflow="fold", min_width=10)
-        for name in ("kept/used", "rounds", "online", "offline"):
-            table.add_column(name, justify="right", no_wrap=True)
+        policies = [{r["network"]: r for r in found} for _, found in groupby(mine, lambda r: r["policy"])]
+        firsts = [next(iter(of.values())) for of in policies]
+        columns = [
+            ("policy", [row["policy"] for row in firsts]),
+            ("kept/used", [f"{row['kept_tokens']}/{row['attended_tokens']}" for row in firsts]),
+            ("rounds", [number(row["rounds_per_token"]) for row in firsts]),
+            _column("online", [row["online_bytes_per_token"] for row in firsts], BYTES),
+            _column("offline", [row["offline_bytes_per_token"] for row in firsts], BYTES),
+        ]
         for network in networks:
-            for name in (network, "dealer", "ratio"):
-                table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("leaks", no_wrap=True)
-        for policy, found in groupby(mine, lambda r: r["policy"]):
-            of = {r["network"]: r for r in found}
-            row = next(iter(of.values()))
-            cells = [f"{row['kept_tokens']}/{row['attended_tokens']}", number(row["rounds_per_token"])]
-            cells += [size(row["online_bytes_per_token"]), size(row["offline_bytes_per_token"])]
-            for network in networks:
-                cells.append(duration(of[network]["total_ms_per_token"]))
-                cells.append(duration(of[network]["offline_transfer_ms"]))
-                cells.append(f"{of[network]['ratio_to_full']:.2f}")
-            table.add_row(policy, *cells, row["leakage"])
-        yield table
+            there = [of[network] for of in policies]
+            columns += [
+                _column(network, [row["total_ms_per_token"] for row in there], DURATIONS),
+                _column("dealer", [row["offline_transfer_ms"] for row in there], DURATIONS),
+                ("ratio", [f"{row['ratio_to_full']:.2f}" for row in there]),
+            ]
+        columns.append(("leaks", [row["leakage"] for row in firsts]))
+        names = [name for name, _ in columns]
+        numeric = [name not in ("policy", "leaks") for name in names]
+        lines = list(zip(*(cells for _, cells in columns), strict=True))
+        title = f"{of_model}context {context:,} tokens, protocol {protocol}: one generated token"
+        yield CostTable(title, names, numeric, lines)
+
+
+def _column(name: str, values: Sequence[float], units: Sequence[Unit]) -> tuple[str, list[str]]:
+    unit, cells = in_one_unit(values, units)
+    return f"{name}, {unit}", cells
 
 
 def measured_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
@@ -68,7 +100,7 @@ def measured_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
         yield table
 
 
-def verdict(result: AuditRow) -> Iterator[str]:
+def verdict(result: Mapping[str, Any]) -> Iterator[str]:
     """Say in lines what the measurement tells about the model."""
     rounds = [rate["round_ms"] for rate in result["calibration"]]
     if rounds:
@@ -139,18 +171,3 @@ def _alike(parts: Sequence[tuple[str, AuditRow]]) -> list[tuple[str, AuditRow]]:
         name = f"{first[0]} to {rest[-1][0]}, each" if rest else first[0]
         merged.append((name, first[1] | {"times": 1 + len(rest)}))
     return merged
-
-
-def write_csv(path: Path, rows: Sequence[AuditRow], by: str | None) -> None:
-    """Write one line per row, or per part of a row. Raises BadInput where the file cannot be written."""
-    lines = []
-    for row in rows:
-        flat = {k: v for k, v in row.items() if not isinstance(v, dict | list)}
-        lines += [flat | part for part in row[PARTS[by]]] if by else [flat]
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(lines[0]) if lines else [])
-            writer.writeheader()
-            writer.writerows(lines)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -99,7 +99,7 @@ class TraceParty(CostParty):
             )
         for part in request.derived:
             if not part.public:
-                said.dealt.append(TensorTrace(request.kind, "", (*part.shape, part.dtype.itemsize)))
+                said.dealt.append(TensorTrace(request.kind, "", (*part.shape, part.width)))
         return super().draw(request, step)
 
 
@@ -328,21 +328,22 @@ def explain_policy(shape: ModelShape, spec: str, context: int, question: int, pr
     for (number, op), step in plan.steps.items():
         steps["first" if op == "embed" else "last" if number is None else number][op] = step
     for step in steps["first"].values():
-        yield from _told(step)
+        yield from told_step(step)
     for which, ops in runs([steps[i] for i in range(shape.layers)]):
         yield f"{which}:"
         for step in ops.values():
-            yield from _told(step)
+            yield from told_step(step)
     yield "then:"
     for step in steps["last"].values():
-        yield from _told(step)
+        yield from told_step(step)
 
 
 def _own(symbols: Mapping[str, int], common: Mapping[str, int]) -> dict[str, int]:
     return {name: value for name, value in symbols.items() if name not in common}
 
 
-def _told(step: Step) -> Iterator[str]:
+def told_step(step: Step) -> Iterator[str]:
+    """Yield what a step opens, and to whom, in lines."""
     many = "" if step.rounds == 1 else "s"
     rounds = f"{step.rounds} round{many}" if step.rounds else "beside another step"
     yield f"  {step.name}: {rounds}, {_kinds(step.kinds)}"

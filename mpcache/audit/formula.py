@@ -47,8 +47,9 @@ class Names:
             if mine == values:
                 return name
         for name, mine in self.symbols.items():
-            if tuple(map(groups, mine)) == values:
-                return f"groups({name})"
+            for function in (groups, eighths):
+                if tuple(map(function, mine)) == values:
+                    return f"{function.__name__}({name})"
         if (found := self._linear(values, 1) or self._pairs(values)) is not None:
             return found
         for name, mine in self.symbols.items():
@@ -89,7 +90,7 @@ class Names:
         That is the modulus of ranks of so many items, the bytes of a rank, or those of a count of items.
         """
         for mine, name in list(self.found.items()):
-            for function in (modulus, rank_bytes, count_bytes):
+            for function in (modulus, rank_bytes, count_bytes, eighths):
                 if name is not None and tuple(map(function, mine)) == values:
                     return f"{function.__name__}({name})"
         return None
@@ -103,6 +104,11 @@ def pairs(n: int) -> int:
 def groups(n: int) -> int:
     """Count the groups of n items, the last of which may overlap the one before."""
     return -(-n // GROUP)
+
+
+def eighths(n: int) -> int:
+    """Count the words that n numbers fill, eight to a word."""
+    return -(-n // 8)
 
 
 def modulus(n: int) -> int:
@@ -188,8 +194,6 @@ def total(products: Iterable[Sequence[str]]) -> str:
 
 def evaluate_formula(expression: str, sizes: Mapping[str, int]) -> int:
     """Compute what an expression gives; the expression comes from this module, never from outside."""
-    known: dict[str, Any] = {
-        "__builtins__": {},
-        **{function.__name__: function for function in (pairs, groups, modulus, rank_bytes, count_bytes)},
-    }
+    functions = (pairs, groups, eighths, modulus, rank_bytes, count_bytes)
+    known: dict[str, Any] = {"__builtins__": {}, **{function.__name__: function for function in functions}}
     return int(eval(expression, known, dict(sizes)))  # noqa: S307

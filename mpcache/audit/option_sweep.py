@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import product
 
+from mpcache.config import PublicConfig
 from mpcache.console.inputs import listed
 from mpcache.errors import BadInput
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.grammar import PolicyPart, parse_parts, write_parts
 from mpcache.policy.registry import option_names
 
+MOST_TOLD = 30  # options that one line lists
 OptionPairs = Sequence[tuple[str, str]]  # keys and values
 
 
 def secure_policies() -> list[str]:
-    """Return the names of all policies that can run on shares."""
-    return [name for name, cls in POLICIES.items() if not cls.plain_only]
+    """Return the names of all policies that can run on shares, and the default of models without a curve."""
+    names = [name for name, cls in POLICIES.items() if not cls.plain_only]
+    return [*names, PublicConfig().policy]
 
 
 def sweep_options(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:
@@ -41,6 +45,11 @@ def sweep_options(policies: Sequence[str], sweeps: Sequence[str]) -> list[str]:
     if unknown:
         known = {name for spec in policies for part in parse_parts(spec) for name in option_names(part)}
         options_known = ", ".join(sorted(known)) or "none"
+        if len(known) > MOST_TOLD:
+            near = get_close_matches(unknown[0], sorted(known), 3)
+            options_known = (
+                f"{', '.join(near)}, ... (`mpcache policies NAME`)" if near else "see `mpcache policies`"
+            )
         raise BadInput(f"--sweep {unknown[0]}: none of these policies has it; options: {options_known}")
     for spec in grid:
         parse_policy(spec)

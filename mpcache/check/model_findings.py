@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from mpcache.answer import answer, bind_to_document
-from mpcache.choices import ProtocolName
+from mpcache.choices import POLICY_AUTO, ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import read_question, read_text
 from mpcache.console.terminal import Say
 from mpcache.cost.choose import AUTO, pick
+from mpcache.cost.planner import choose_policy
 from mpcache.cost.pricing import price
 from mpcache.cost.rates import RATES, modelled, offline_ms, pace_ms
 from mpcache.engines.checked import CheckedOps, Range, Ranges
@@ -81,6 +82,10 @@ def _findings(
     if text is not None:
         document = tokenizer.encode_within(text, True, shape.max_positions, "the context")
         length = len(document)
+    if public.policy == POLICY_AUTO:
+        choice = choose_policy(load_model(path), public, length, len(question))
+        public = public.model_copy(update={"policy": choice.spec})
+        yield LinkFinding("policy", where, choice.why, True)
     say("pricing it ...")
     bound = bind_policy(shape, public, length, len(question))
     yield from _price(shape, bound, public, length, len(question))

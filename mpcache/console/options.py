@@ -24,6 +24,22 @@ ContextOption = Annotated[
         help="The server's document: a text file, or - for stdin. [the demo model: its own; else none]"
     ),
 ]
+PrivateContextOption = Annotated[
+    Path | None,
+    typer.Option(help="The client's own document, which nobody else sees: a text file, or - for stdin."),
+]
+PrivatePolicyOption = Annotated[
+    str | None,
+    typer.Option(help="What stays of --private-context: full, or snapkv, mpcache, h2o with a budget. [full]"),
+]
+DocumentOption = Annotated[
+    str | None,
+    typer.Option(help="A document that was packed (`mpcache pack`), in place of --context: no prefill."),
+]
+PackKeyOption = Annotated[Path | None, typer.Option(help="The key that the pack is sealed with, mode 0600.")]
+PackPassphraseOption = Annotated[
+    Path | None, typer.Option(help="A file with the passphrase that the pack is sealed with, mode 0600.")
+]
 QuestionOption = Annotated[str | None, typer.Option(help="The client's question. [the demo's]")]
 QuestionFileOption = Annotated[
     Path | None, typer.Option(help="A file with the question, or - for stdin: not seen in the process list.")
@@ -110,10 +126,14 @@ def read_stops(stops: Sequence[str] | None, stop_at_eos: bool) -> tuple[str, ...
     return tuple(stops or ())
 
 
-def chat_overrides(raw: bool, document_as: str | None, pad: int | None) -> dict[str, Any]:
+def chat_overrides(
+    raw: bool, document_as: str | None, pad: int | None = None, private_policy: str | None = None
+) -> dict[str, Any]:
     """Return what these options override in the config's public section."""
-    chat = ChatForm.RAW if raw else None
-    return {"public.chat": chat, "public.document_as": document_as, "public.length_grid": pad}
+    return {
+        "public.chat": ChatForm.RAW if raw else None, "public.document_as": document_as,
+        "public.length_grid": pad, "public.private_policy": private_policy,
+    }  # fmt: skip
 
 
 def public_overrides(

@@ -16,7 +16,7 @@ from mpcache.transport.network import NO_NETWORK, Profile
 
 AUTO = ProtocolName.AUTO
 CHOICES = (*PROTOCOLS, AUTO)  # what --protocol takes
-# The same program; how a top-k compares differs. The first wins a tie.
+# The same program; how a top-k and softmax compare differs. The first wins a tie.
 _FAST = (ProtocolName.FAST, ProtocolName.FAST_BITS)
 
 
@@ -41,8 +41,9 @@ def pick(
 ) -> ProtocolChoice:  # fmt: skip
     """Choose how to compare: the quicker of key trees and digits, for an answer of `tokens` tokens.
 
-    Key trees take the fewest rounds, digits a ninth of the dealer's bytes for a round more in each top-k.
-    The choice follows from public sizes alone, in tokens: all parties pick the same. Raises PolicyError.
+    Key trees take the fewest rounds; digits a few more in each top-k and softmax, and far fewer of the
+    dealer's bytes. The choice follows from public sizes alone, in tokens: all parties pick the same.
+    Raises PolicyError.
     """
     where = network or NO_NETWORK
     ms = {

@@ -23,7 +23,7 @@ from mpcache.engines.registry import engine
 from mpcache.model.shape import ModelShape
 from mpcache.ops import Ops
 from mpcache.padding import padded_length
-from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.policy import NO_DOCUMENT, BoundPolicy, ReadingPlan, parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
 from mpcache.session import Session
@@ -41,6 +41,7 @@ def price(
     standing: bool = True,
     grid: int = 1,
     later: Sequence[int] = (),
+    reading: ReadingPlan = NO_DOCUMENT,
 ) -> Cost:
     """Price a policy: read a session by shapes, from set-up to the decode steps of an answer.
 
@@ -68,6 +69,8 @@ def price(
         Questions are padded to its multiples, as this one is.
     later
         Questions of later turns, in tokens; each has an answer of that length, too.
+    reading
+        How the client's document is read; without chunks: it has none.
 
     Raises
     ------
@@ -83,6 +86,7 @@ def price(
     session = Session(_memoized(protocol, bits, standing), party, shape, policy, reveal, grid)
     session.operands = operands
     session.context(None, None)
+    list(session.read_document(reading, None))
     question = padded_length(question, grid)
     session.chunk(None, question)
     for _ in range(1, new_tokens):
@@ -109,6 +113,18 @@ def _setup(shape: ModelShape, protocol: str, bits: int, standing: bool) -> tuple
 @cache
 def _memoized(protocol: str, bits: int, standing: bool) -> Ops:
     return cast(Ops, MemoizedOps(engine(protocol, Rank.SERVER, bits, "meta"), standing))
+
+
+def blank_session(
+    shape: ModelShape, policy: BoundPolicy, protocol: str, bits: int
+) -> tuple[Session, CostParty]:
+    """Open a session of the cost reading that has its context, and the party that counts what comes."""
+    _, operands = _setup(shape, protocol, bits, standing=True)
+    session = Session(_memoized(protocol, bits, True), CostParty(), shape, policy.priced(shape))
+    session.operands = operands
+    session.context(None, None)
+    session.party = party = CostParty()
+    return session, party
 
 
 def _bytes_held(thing: Any) -> int:

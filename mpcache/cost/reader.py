@@ -23,7 +23,7 @@ from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.party import ShapeParty, sends
 from mpcache.runtime.program import Ask, Call, Draw, Open, Opening, Program, Request
 from mpcache.runtime.ring import Matrix
-from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, known_rows
 from mpcache.runtime.standing import OperandPlace, StandingMasks
 
 
@@ -71,7 +71,7 @@ class CostParty(ShapeParty):
         tally = self.steps[step]
         tally.server_offline += sum(part.nbytes for part in request.sent_to(Rank.SERVER))
         tally.client_offline += sum(part.nbytes for part in request.sent_to(Rank.CLIENT))
-        size = sum(part.nbytes for part in request.parts)
+        size = sum(part.held for part in request.parts)
         tally.random_bytes += size
         self.largest = max(self.largest, size)
         _count(tally, request)
@@ -106,7 +106,7 @@ class _UploadedMasks(StandingMasks):
         return operand
 
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
-        return MaskedOperand(x.data, x.data, x.bits, ring=place.ring)
+        return MaskedOperand(x.data, x.data, x.bits, ring=place.ring, known=known_rows(x))
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
         return KnownOperand(Matrix(x.data), Rank.SERVER, x.bits, place.ring)
@@ -176,7 +176,7 @@ class MemoizedOps:
                 case Open(items):
                     working += sum(8 * math.prod(item.share.shape) for item in items)
                 case Draw(request):
-                    working += sum(part.nbytes for part in request.parts)
+                    working += sum(part.held for part in request.parts)
             asks.append(ask)
             reply = yield ask
         last = Call(RecordedCall(Tally(working=working)))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from mpcache.model.shape import ModelShape
+from mpcache.phases import is_private
 from mpcache.policy import BoundPolicy
 
 
@@ -83,7 +84,7 @@ class Cost:
     held: int
 
     def total(self, phase: str) -> Tally:
-        """Sum a phase; `decode` stands for all decode steps together."""
+        """Sum a phase; `decode` stands for all decode steps, `private` for all of the client's document."""
         return sum_tallies(self._steps(phase))
 
     def by_layer(self, phase: str) -> dict[int | None, Tally]:
@@ -120,7 +121,8 @@ class Cost:
 
     def _steps(self, phase: str) -> Iterator[tuple[str, Tally]]:
         for name, steps in self.phases.items():
-            if name == phase or (phase == "decode" and name.startswith("decode")):
+            grouped = {"decode": name.startswith("decode"), "private": is_private(name)}
+            if name == phase or grouped.get(phase, False):
                 yield from steps.items()
 
 

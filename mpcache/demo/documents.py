@@ -25,7 +25,7 @@ QuestionAnswer = tuple[str, str]
 
 @lru_cache
 def load_lines(name: str) -> tuple[str, ...]:
-    """Read the lines of a text file in this folder: "verses.txt" or "names.txt"."""
+    """Read the lines of a text file in this folder: "verses.txt", "names.txt" or "people.txt"."""
     return tuple((HERE / name).read_text(encoding="utf-8").splitlines())
 
 

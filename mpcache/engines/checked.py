@@ -25,7 +25,7 @@ from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.runtime.party import Party
 from mpcache.runtime.program import Opening, Program, Request, local
-from mpcache.runtime.shares import Share, encode
+from mpcache.runtime.shares import MaskedOperand, Share, encode
 
 
 class CheckedOps(FastOps):
@@ -44,6 +44,11 @@ class CheckedOps(FastOps):
             raise ValueError("the debug engine knows every input")
         bits = self.bits if bits is None else bits
         return Share(encode(value.cpu(), bits).reshape(tuple(shape)), bits, owner)
+
+    def prepare_own(
+        self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, ring: int = 48
+    ) -> Program[MaskedOperand]:
+        return self.prepare(self.secret(value, shape, owner), ring)
 
     def start_verdict(self, rounds: int) -> Program[Any]:
         return local(None)  # `Ranges` judges

@@ -29,6 +29,7 @@ from mpcache.protocols.verdict import finish_verdict, start_verdict
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Call, Opening, Program, open_secret
+from mpcache.runtime.ring import blocks_of, narrow_rows
 from mpcache.runtime.shares import (
     KnownOperand,
     MaskedOperand,
@@ -40,8 +41,10 @@ from mpcache.runtime.shares import (
     is_known_matrix,
     zeros,
 )
-from mpcache.runtime.side import Side
+from mpcache.runtime.side import Side, drop_low_bits
 from mpcache.runtime.standing import standing_masks
+
+KEPT_BITS = 16  # of a score by which rows are kept for good
 
 
 class FastOps(Engine[Share, MaskedOperand]):
@@ -54,7 +57,7 @@ class FastOps(Engine[Share, MaskedOperand]):
 
     name = "fast"
     do: Suite = suite  # or their meaning, `ideal`, in mpcache.engines.checked
-    comparison: type[Keys] | type[Digits] = Keys  # of all pairs within a top-k
+    comparison: type[Keys] | type[Digits] = Keys  # of all pairs within a top-k, and within softmax
 
     def __init__(self, rank: Rank, bits: int = 16, device: str = "cpu") -> None:
         self.bits, self.side = bits, Side(rank, device)
@@ -94,6 +97,16 @@ class FastOps(Engine[Share, MaskedOperand]):
             operand = yield from self.do.mask_operand(x, ring)
         return cast(MaskedOperand, operand)  # a matrix serves products alone, as weights do
 
+    def prepare_own(
+        self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, ring: int = 48
+    ) -> Program[MaskedOperand]:
+        """Do so at the memory of the integers in few bytes, where it is a matrix."""
+        if value is None or len(shape) != 2 or self.side.rank is not owner or self.side.device == "meta":
+            return self.prepare(self.secret(value, shape, owner), ring)
+        real = value.cpu().reshape(tuple(shape))
+        held = narrow_rows(tuple(real.shape), lambda rows: encode(real[rows], self.bits))
+        return self.prepare(Share(held, self.bits, owner), ring)
+
     def start_prepare(self, x: Share, ring: int = 48) -> Program[MaskedOperand]:
         if (x.bits, x.ring) != (self.bits, 64):
             raise ValueError("only what is settled can be started: else a round comes first")
@@ -106,12 +119,15 @@ class FastOps(Engine[Share, MaskedOperand]):
 
     def _check_own(self, x: Share) -> None:
         """Who knows a value sees whether it is in range. Raises OutOfRange."""
-        if x.owner is not self.side.rank or isinstance(x.data, MetaTensor) or x.data.numel() == 0:
+        if x.owner is not self.side.rank or isinstance(x.data, MetaTensor) or 0 in x.shape:
             return
-        low, high = (int(v) for v in x.data.aminmax())
-        if max(-low, high) >= 1 << (x.bits + VALUE_BITS):
+        most = 0
+        for block in blocks_of(x.data):
+            low, high = (int(v) for v in block.aminmax())
+            most = max(most, -low, high)
+        if most >= 1 << (x.bits + VALUE_BITS):
             raise OutOfRange(
-                f"{x.owner.label}: a weight, key or value of {max(-low, high) / 2**x.bits:.6g} is out of "
+                f"{x.owner.label}: a weight, key or value of {most / 2**x.bits:.6g} is out of "
                 f"range; protocol fast holds less than {1 << VALUE_BITS}: the answer would be wrong"
             )
 
@@ -166,7 +182,8 @@ class FastOps(Engine[Share, MaskedOperand]):
         )
 
     def softmax(self, scores: Share, visible: torch.Tensor | None) -> Program[tuple[Share, Share]]:
-        return (yield from self.do.softmax(self.side, scores, visible, weight_bits(scores.shape[-1])))
+        bits = weight_bits(scores.shape[-1])
+        return (yield from self.do.softmax(self.side, scores, visible, bits, self.comparison))
 
     def weighted_sum(self, weights: Share, values: MaskedOperand) -> Program[Share]:
         return (yield from self.do.matmul_masked_operand(self.side, weights, values, WEIGHTED_SUM_RING))
@@ -207,6 +224,13 @@ class FastOps(Engine[Share, MaskedOperand]):
         chosen, gathered = yield from self.do.topk(self.side, scores, k, values, width, self.comparison)
         return chosen, gathered
 
+    def compact(self, scores: Share, k: int, values: Sequence[Share], limit: int) -> Program[list[Share]]:
+        scores = yield from self.rescale_to(scores)
+        # The largest score has 16 bits; one that is zero may come out a little below it.
+        raw = drop_low_bits(scores.data, scores.bits + limit.bit_length() - KEPT_BITS)
+        whole = Share(raw + self.side.constant(4, raw), 0)
+        return (yield from self.do.compact(self.side, whole, k, values))
+
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:
         """Open to one party. One round.
 
@@ -232,9 +256,10 @@ class FastOps(Engine[Share, MaskedOperand]):
 
 
 class FastBitsOps(FastOps):
-    """`--protocol fast-bits`: a top-k compares the mask's digits instead of walking key trees.
+    """`--protocol fast-bits`: top-k and softmax compare the mask's digits instead of walking key trees.
 
-    Each top-k takes one more round, and a ninth of its comparisons' offline bytes.
+    Each top-k takes one more round, and a ninth of its comparisons' offline bytes; each softmax two more
+    rounds, and a fifth to a sixth of its offline bytes.
     """
 
     name = "fast-bits"

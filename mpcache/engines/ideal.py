@@ -22,6 +22,7 @@ from mpcache.ops import SelectionOf
 from mpcache.protocols import linear, norm, ranges
 from mpcache.protocols import reciprocal as power
 from mpcache.protocols.activation import series
+from mpcache.protocols.compaction import SCORE_BITS
 from mpcache.protocols.compare import Digits, Keys
 from mpcache.protocols.softmax import (
     quantize_scores as quantize_scores,  # each party's own arithmetic: it means itself
@@ -206,7 +207,11 @@ def reciprocal(side: Side, x: Share, least: float, most: float) -> Program[Share
 
 
 def softmax(
-    side: Side, scores: Share, visible: torch.Tensor | None, bits: int
+    side: Side,
+    scores: Share,
+    visible: torch.Tensor | None,
+    bits: int,
+    comparison: type[Keys] | type[Digits] = Keys,
 ) -> Program[tuple[Share, Share]]:
     """Compute what is visible; the rest is free: it takes part in no bound and in no sum."""
     raw, grid = scores.data, ranges.SCORE_BITS
@@ -275,8 +280,19 @@ def topk(
     return IdealSelection(places), pieces
 
 
+# ----------------------------------------------------------------- eviction (protocols/compaction.py)
+
+
+def compact(side: Side, scores: Share, k: int, values: Sequence[Share]) -> Program[list[Share]]:
+    """Keep the k rows of highest score, ties to the lower index."""
+    yield from claim("compact, score", scores.data, 1 << SCORE_BITS, least=0)
+    order = torch.sort(scores.data, dim=-1, descending=True, stable=True).indices
+    places = PlainSelection(order[..., :k], scores.shape[-1])
+    return [replace(value, data=places.pick(value.data), owner=None) for value in values]
+
+
 __all__ = [
-    "Claim", "IdealSelection", "activate", "blur", "claim", "finish_mask_operand", "mask_matrix",
+    "Claim", "IdealSelection", "activate", "blur", "claim", "compact", "finish_mask_operand", "mask_matrix",
     "mask_operand", "matmul_masked_operand", "norm_linear", "product", "quantize_scores", "reciprocal",
     "relu", "softmax", "start_mask_operand", "topk", "truncate", "truncate_local", "truncate_times",
 ]  # fmt: skip

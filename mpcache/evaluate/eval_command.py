@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +17,12 @@ import typer
 from mpcache.config import PublicConfig, load_settings
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
-from mpcache.console.options import JsonOption, ModelOption
+from mpcache.console.options import DocumentAsOption, JsonOption, ModelOption, RawOption, chat_overrides
+from mpcache.console.terminal import Say
 from mpcache.errors import BadInput
-from mpcache.evaluate.plot import check_plot, plot
+from mpcache.evaluate.chat_sweep import GATES, ChatSweep
+from mpcache.evaluate.chat_tasks import CHAT_TASKS
+from mpcache.evaluate.plot import plot
 from mpcache.evaluate.quality_tables import CAPTION, quality_tables
 from mpcache.evaluate.results import Results
 from mpcache.evaluate.score import EvalModel
@@ -25,8 +30,10 @@ from mpcache.evaluate.secure import confirm_privately
 from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, run_sweep, take_sample
 from mpcache.evaluate.tasks import TASKS
 from mpcache.model import demo_model_dir, load_model
+from mpcache.model.framing import make_framing
 from mpcache.policy import POLICIES
 from mpcache.policy.plan import FULL_PERCENT
+from mpcache.report.plots import check_plot
 from mpcache.transport.network import NETWORKS
 
 QUESTIONS = ("inside", "after")
@@ -35,7 +42,12 @@ DOCUMENT_TOKENS = 880  # tokens of a document, where the model allows as many
 
 def evaluate(
     model: ModelOption = None,
-    task: Annotated[str, typer.Option(help="Of these, with commas.")] = ",".join(TASKS),
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of {','.join(TASKS)}; of a model with a chat template {','.join(CHAT_TASKS)}. [all]"
+        ),
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(help="NAME[:key=value,...]; may be given several times. [all, and the default]"),
@@ -46,7 +58,16 @@ def evaluate(
     question: Annotated[
         str, typer.Option(help="inside: at the end of what is evicted; after: unseen by it.")
     ] = ",".join(QUESTIONS),
-    samples: Annotated[int, typer.Option(help="Answers per task, policy and budget.")] = 50,
+    samples: Annotated[
+        int, typer.Option(help="Answers per task, policy and budget; of a chat, over all tasks.")
+    ] = 50,
+    gate: Annotated[
+        str,
+        typer.Option(
+            help="Of a chat: judge the questions that the full cache answers, or tasks of which it answers "
+            "nearly all: question or task."
+        ),
+    ] = GATES[0],
     seed: Annotated[int, typer.Option(help="Of the documents.")] = 0,
     context: Annotated[
         int | None, typer.Option(help=f"Tokens of a document, at most. [{DOCUMENT_TOKENS}]")
@@ -58,6 +79,11 @@ def evaluate(
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Quality against budget, an SVG file.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Of a chat: write the JSON here after each document, too.")
+    ] = None,
+    raw: RawOption = False,
+    document_as: DocumentAsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the answer quality of each policy at equal budgets, on the plain engine.
@@ -69,8 +95,10 @@ def evaluate(
             raise BadInput(f"{name} is {value}; give {least} to 1000000")
     if network is not None and not secure:
         raise BadInput("--network slows the parties' links; it needs --secure N")
-    public = load_settings(None, {"public.network": network}).public
-    tasks = [TASKS[name] for name in listed("--task", task, TASKS)]
+    if gate not in GATES:
+        raise BadInput(f"--gate {gate!r} is not known; give {' or '.join(GATES)}")
+    overrides = {"public.network": network} | chat_overrides(raw, document_as, None)
+    public = load_settings(None, overrides).public
     questions = listed("--question", question, QUESTIONS)
     budgets = _percents(budget)
     specs = list(dict.fromkeys(policy or [*POLICIES, PublicConfig().policy]))
@@ -80,6 +108,11 @@ def evaluate(
         load_model(demo_model_dir() if model is None else model),
         "cuda" if torch.cuda.is_available() else "cpu",
     )
+    chat = engine.model.tokenizer.chat_template is not None and not raw
+    known = CHAT_TASKS if chat else TASKS
+    tasks = [known[name] for name in listed("--task", task or ",".join(known), known)]
+    if not any(q in t.questions for t in tasks for q in questions):
+        raise BadInput(f"--question {question}: task {task} is asked after the context only")
     grid = EvalGrid(
         tuple(tasks),
         tuple(questions),
@@ -89,54 +122,87 @@ def evaluate(
         seed,
         _context(context, engine.model.shape.max_positions, max(t.room for t in tasks)),
     )
-    if not any(q in t.questions for t in tasks for q in questions):
-        raise BadInput(f"--question {question}: task {task} is asked after the context only")
-    for each in tasks:  # all is checked before the first question is asked
-        take_sample(engine, each, "after", grid, 0)
+    report = EvalReport(engine, grid, gate if chat else "task")
+    ask: Callable[[Say], None]
+    if chat:
+        framing = make_framing(engine.model.tokenizer, engine.model.shape, False, public.document_as, True)
+        sweep = ChatSweep(engine, framing, grid, gate, report.results, lambda: report.write(out, False))
+        sweep.document(0)  # all is checked before the first question is asked
+        ask = sweep.run
+    else:
+        for each in tasks:
+            take_sample(engine, each, "after", grid, 0)
+        ask = lambda say: run_sweep(engine, grid, report.results, say)  # noqa: E731
     for spec in policy or ():  # of all there are, some may be left out
         _check(engine, spec, grid)
 
-    results, complete = Results(), False
+    complete = False
     try:
         with terminal.progress("starting ...") as (say, _):
-            run_sweep(engine, grid, results, say)
+            ask(say)
             if secure:
-                confirm_privately(engine, grid, list(results.cells), secure, public.network, results, say)
+                cells = list(report.results.cells)
+                confirm_privately(engine, grid, cells, secure, public.network, report.results, say)
         complete = True
     finally:  # also when it was interrupted, or a party failed
-        _show(results, grid, engine, plot_file, as_json, complete)
+        report.write(out, complete)
+        report.show(plot_file, as_json, complete)
 
 
-def _show(
-    results: Results, grid: EvalGrid, engine: EvalModel, plot_file: Path | None, as_json: bool, complete: bool
-) -> None:
-    rows = results.rows()
-    for note in results.notes:
-        terminal.say(f"note: {note}")
-    if not complete:
-        terminal.say("note: ended early; these rows stand on what was done until then")
-    if as_json:
-        result: dict[str, Any] = {
-            "model": "demo" if engine.model.path == demo_model_dir() else engine.model.path.name,
-            "model_digest": engine.model.digest,
+@dataclass
+class EvalReport:
+    """What a sweep found, and of what. gate: `question` or `task`."""
+
+    engine: EvalModel
+    grid: EvalGrid
+    gate: str
+    results: Results = field(default_factory=Results)
+
+    def to_dict(self, complete: bool) -> dict[str, Any]:
+        """Return what --json prints."""
+        model, grid = self.engine.model, self.grid
+        return {
+            "model": "demo" if model.path == demo_model_dir() else model.path.name,
+            "model_digest": model.digest,
             "context_tokens": grid.context,
             "samples": grid.samples,
             "seed": grid.seed,
+            "gate": self.gate,
             "complete": complete,
             "command": shlex.join(["mpcache", *sys.argv[1:]]),
-            "notes": results.notes,
-            "rows": rows,
+            "notes": self.results.notes,
+            "rows": self.results.rows(),
         }
-        print(json.dumps(result))
-    else:
-        out = terminal.stdout()
-        for table in quality_tables(rows):
-            terminal.print_table(out, table)
-        if rows:
-            out.print(CAPTION, style="dim")
-    if plot_file is not None and rows:
-        plot(rows, plot_file)
-        terminal.say(f"wrote {plot_file}")
+
+    def write(self, file: Path | None, complete: bool) -> None:
+        """Write it, whole or not at all. Raises BadInput."""
+        if file is None:
+            return
+        new = file.with_name(f".{file.name}.new")
+        try:
+            new.write_text(json.dumps(self.to_dict(complete)) + "\n", encoding="utf-8")
+            new.replace(file)
+        except OSError as error:
+            raise BadInput(f"{file}: cannot be written: {error.strerror or error}") from None
+
+    def show(self, plot_file: Path | None, as_json: bool, complete: bool) -> None:
+        """Print tables or JSON, and draw the plot."""
+        rows = self.results.rows()
+        for note in self.results.notes:
+            terminal.say(f"note: {note}")
+        if not complete:
+            terminal.say("note: ended early; these rows stand on what was done until then")
+        if as_json:
+            print(json.dumps(self.to_dict(complete)))
+        else:
+            out = terminal.stdout()
+            for table in quality_tables(rows):
+                terminal.print_table(out, table)
+            if rows:
+                out.print(CAPTION, style="dim")
+        if plot_file is not None and rows:
+            plot(rows, plot_file)
+            terminal.say(f"wrote {plot_file}")
 
 
 def _check(engine: EvalModel, spec: str, grid: EvalGrid) -> None:

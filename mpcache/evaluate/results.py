@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpcache.evaluate.score import Score
@@ -13,6 +13,7 @@ from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Task
 from mpcache.policy import BoundPolicy
 
 EvalRow = dict[str, Any]
+ALL = "all"  # tasks of a chat together
 
 
 def wilson(right: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
@@ -79,6 +80,7 @@ class Cell:
             "accuracy": round(self.accuracy, 4),
             "ci95": [round(end, 4) for end in wilson(right, self.asked)],
             "n": self.asked,
+            "answers": "".join(str(score.right) for score in self.scores),
             "engine": self.engine,
             "judged": self.judged,
             "spec": self.spec,
@@ -116,4 +118,19 @@ class Results:
             self.notes.append(text)
 
     def rows(self) -> list[EvalRow]:
-        return [cell.row() for cell in self.cells if cell.scores]
+        """Return a row of each cell; of a chat also one of all tasks together."""
+        return [cell.row() for cell in [*self.cells, *self._together()] if cell.scores]
+
+    def _together(self) -> list[Cell]:
+        """Add up the judged cells of a chat over its tasks."""
+        found: dict[tuple[str, str, int, str], Cell] = {}
+        for cell in self.cells:
+            if not cell.task.chat or not cell.judged:
+                continue
+            key = (cell.question, cell.policy, cell.budget, cell.engine)
+            empty = replace(cell, task=replace(cell.task, name=ALL), scores=[], attended=0, context=0)
+            whole = found.setdefault(key, empty)
+            whole.scores += [replace(score, part=cell.task.name) for score in cell.scores]
+            whole.attended += cell.attended
+            whole.context += cell.context
+        return list(found.values())

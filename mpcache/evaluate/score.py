@@ -96,10 +96,15 @@ class EvalModel:
         known = prefill(self.model, context, self.device, window=window)
         return Read(known, replace(self.kernels, window_importance=_once(self.kernels.window_importance)))
 
+    def bind(self, policy: BoundPolicy, read: Read) -> BoundPolicy:
+        """Bind a policy to the counts that the model or the document decides. Raises PolicyError."""
+        known = read.known.last_queries(policy.window)
+        return bind_to_document(policy, self.model.shape, known, read.kernels)[0]
+
     def session(self, policy: BoundPolicy, read: Read) -> Session:
         """Begin a session after a context, which may be read with more queries than the policy needs."""
+        policy = self.bind(policy, read)
         known = read.known.last_queries(policy.window)
-        policy, _ = bind_to_document(policy, self.model.shape, known, read.kernels)
         session = Session(self.ops, None, self.model.shape, policy)
         session.operands = self.operands
         session.context(known, read.kernels)

@@ -15,6 +15,7 @@ from mpcache.evaluate.results import Cell, Results
 from mpcache.evaluate.score import EvalModel, Tokens, score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Sample, Task
 from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.policy.combined import Combined
 from mpcache.policy.plan import FULL_PERCENT
 
 FULL = "full"
@@ -40,7 +41,10 @@ class EvalGrid:
 def bind_at_budget(engine: EvalModel, spec: str, budget: int, context: int) -> BoundPolicy:
     """Bind the policy, set to `budget` percent of `context` tokens. Raises PolicyError."""
     shape = engine.model.shape
-    return parse_policy(spec).at_percent(budget, context, shape).bind(context, shape)
+    policy = parse_policy(spec).at_percent(budget, context, shape)
+    if isinstance(policy, Combined) and not policy.plan_is_public and budget < FULL_PERCENT:
+        policy = policy.within(max(1, int(context * budget // FULL_PERCENT)), context, engine.model)
+    return policy.bind(context, shape)
 
 
 def take_sample(

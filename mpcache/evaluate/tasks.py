@@ -29,11 +29,15 @@ BITS_AT_MOST = 2.5  # bits per byte, the same; a good compressor of single verse
 
 @dataclass(frozen=True)
 class TaskTurn:
-    """A question and its answer, which begins with a space. part: what it is counted under, too."""
+    """A question and its answer, which begins with a space. part: what it is counted under, too.
+
+    lead: of a chat, the answer's first words, which are given.
+    """
 
     question: str
     answer: str
     part: str
+    lead: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Task:
 
     make(rng, count tokens, context tokens, i): the i-th sample.  per_document: answers that one sample
     counts for in `--samples`.  room: tokens that questions and answers take beyond the context, at most,
-    with a tokenizer like the demo's.  by_token: every token of the answer is an answer.
+    with a tokenizer like the demo's.  by_token: every token of the answer is an answer.  chat: questions are
+    messages.  apart: of a chat, each question is asked alone; else all are in one conversation.
     """
 
     name: str
@@ -77,6 +82,8 @@ class Task:
     per_document: int = 1
     by_token: bool = False
     questions: tuple[str, ...] = ("inside", "after")
+    chat: bool = False
+    apart: bool = False
 
     def samples(self, answers: int) -> int:
         """Return how many documents give this many answers."""
@@ -85,7 +92,8 @@ class Task:
     def sample(self, i: int, seed: int, count_tokens: CountTokens, context: int) -> Sample:
         """Make document i of a seed, of at most `context` tokens. Raises BadInput."""
         try:
-            return self.make(random.Random(f"eval {self.name} {seed} {i}"), count_tokens, context, i)
+            kind = "chat" if self.chat else self.name  # all tasks of a chat ask about the same documents
+            return self.make(random.Random(f"eval {kind} {seed} {i}"), count_tokens, context, i)
         except ValueError as error:
             raise BadInput(f"--context {context}: too short for task {self.name}: {error}") from None
 

@@ -13,6 +13,9 @@ here, in plaintext, by the party that owns them:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -30,41 +33,106 @@ def read_folded(tensors: Tensors, family: Family, shape: ModelShape, tied: bool)
     tied: head and embedding are one matrix, if no more than one is stored; two that are stored stay two.
     A checkpoint's digest depends on the order of the reads.
     """
-    reader = _FoldingReader(tensors, family, shape)
-    embedding, output = f"{family.embed}.weight", f"{family.head}.weight"
-    if tied and embedding not in tensors and output in tensors:
-        embedding = output
-    embed = tensors.read(embedding, shape.vocab, shape.width)
-    positions = None
-    if family.positions:
-        positions = tensors.read(f"{family.positions}.weight", shape.max_positions, shape.width)
+    reader = _FoldingReader(tensors, family, shape, tied)
+    embed, positions = reader.embedding(), reader.positions()
     layers = tuple(reader.layer(number) for number in range(shape.layers))
-    alone = embedding == output or (tied and output not in tensors)
-    head = embed if alone else tensors.read(output, shape.vocab, shape.width)
-    lm_head, lm_bias = _fold((head.T, None), reader.norm(family.norms[2]))
-    return Weights(
-        reader.centre(embed),
-        None if positions is None else reader.centre(positions),
-        layers,
-        lm_head,
-        lm_bias,
-    )
+    lm_head, lm_bias = reader.head(embed)
+    return Weights(reader.centre(embed), positions, layers, lm_head, lm_bias)
+
+
+def read_and_drop(tensors: Tensors, family: Family, shape: ModelShape, tied: bool) -> None:
+    """Read and fold all that `read_folded` does, in its order, and keep nothing. Raises ModelError."""
+    reader = _FoldingReader(tensors, family, shape, tied)
+    embed, _ = reader.embedding(), reader.positions()
+    for number in range(shape.layers):
+        reader.layer(number)
+    reader.head(embed)
+
+
+class StoredWeights(Weights):
+    """Weights that stay in their file: each is read, and folded, whenever it is asked for.
+
+    So a pass over the layers takes the memory of one. Raises ModelError where a file has changed.
+    """
+
+    def __init__(self, tensors: Tensors, family: Family, shape: ModelShape, tied: bool) -> None:
+        self._reader = _FoldingReader(tensors, family, shape, tied)
+        self._layers = _StoredLayers(self._reader, shape.layers)
+
+    @property
+    def embed(self) -> Tensor:
+        return self._reader.centre(self._reader.embedding())
+
+    @property
+    def positions(self) -> Tensor | None:
+        return self._reader.positions()
+
+    @property
+    def layers(self) -> Sequence[LayerWeights]:
+        return self._layers
+
+    @property
+    def lm_head(self) -> Tensor:
+        return self._reader.head()[0]
+
+    @property
+    def lm_bias(self) -> Tensor | None:
+        return self._reader.head()[1] if self._reader.layer_norm else None
+
+
+class _StoredLayers(Sequence[LayerWeights]):
+    def __init__(self, reader: _FoldingReader, count: int) -> None:
+        self._reader, self._count = reader, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> LayerWeights: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[LayerWeights]: ...
+    def __getitem__(self, at: int | slice) -> LayerWeights | Sequence[LayerWeights]:
+        numbers = range(self._count)[at]
+        return self._reader.layer(numbers) if isinstance(numbers, int) else [self[i] for i in numbers]
 
 
 class _FoldingReader:
-    def __init__(self, tensors: Tensors, family: Family, shape: ModelShape) -> None:
+    def __init__(self, tensors: Tensors, family: Family, shape: ModelShape, tied: bool) -> None:
         self._tensors, self._family, self._shape = tensors, family, shape
-        self._layer_norm = shape.norm == "layer"
+        self.layer_norm = shape.norm == "layer"
+        self._embedding, self._output = f"{family.embed}.weight", f"{family.head}.weight"
+        if tied and self._embedding not in tensors and self._output in tensors:
+            self._embedding = self._output
+        self._one = self._embedding == self._output or (tied and self._output not in tensors)
+
+    def embedding(self) -> Tensor:
+        """Read the embedding (vocab, width), not centred."""
+        return self._tensors.read(self._embedding, self._shape.vocab, self._shape.width)
+
+    def positions(self) -> Tensor | None:
+        """Read learned positions (max_positions, width)."""
+        if not self._family.positions:
+            return None
+        name, shape = f"{self._family.positions}.weight", self._shape
+        return self.centre(self._tensors.read(name, shape.max_positions, shape.width))
+
+    def head(self, embed: Tensor | None = None) -> _Pair:
+        """Read and fold the output matrix (width, vocab) and its bias; embed: as it was read, if it was."""
+        if not self._one:
+            embed = self._tensors.read(self._output, self._shape.vocab, self._shape.width)
+        elif embed is None:
+            embed = self.embedding()
+        return _fold((embed.T, None), self.norm(self._family.norms[2]))
 
     def norm(self, name: str) -> _Pair:
         """Read a norm's gain and bias, each (width,)."""
         width = self._shape.width
         gain = self._tensors.read(f"{name}.weight", width)
-        return gain, self._tensors.read(f"{name}.bias", width) if self._layer_norm else None
+        return gain, self._tensors.read(f"{name}.bias", width) if self.layer_norm else None
 
     def centre(self, x: Tensor) -> Tensor:
         """Take the mean off what writes to the residual stream, where the model's norm ignores it."""
-        return x - x.mean(-1, keepdim=True) if self._layer_norm else x
+        return x - x.mean(-1, keepdim=True) if self.layer_norm else x
 
     def layer(self, number: int) -> LayerWeights:
         """Read and fold one layer."""
@@ -116,4 +184,5 @@ def _fold(read: _Pair, gains: _Pair) -> _Pair:
     (w, b), (gain, shift) = read, gains
     if shift is not None:
         b = shift @ w if b is None else b + shift @ w
-    return (gain[:, None] * w).contiguous(), b
+    folded = torch.empty(w.shape)  # laid out by rows at once, whatever w is
+    return torch.mul(gain[:, None], w, out=folded), b

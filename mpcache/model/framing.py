@@ -27,6 +27,7 @@ from mpcache.model.tokenizer import Tokenizer
 
 Piece = tuple[str, bool]  # a text, and whether it is the template's own
 
+PRIVATE = "the client's document"
 _BETWEEN = "\n\n"  # the document and the first question, where both are one message
 # Texts that stand for the other party's. Questions begin, and documents end, in many ways; answers end in
 # letters: what a tokenizer would join to their end was generated before.
@@ -64,6 +65,18 @@ class Framing(ABC):
         """
 
     @abstractmethod
+    def frame_private(self, document: str) -> list[int]:
+        """Return the tokens of the client's own document, which stands before its first question.
+
+        They follow the tokens of `frame_document`, and are the same whatever the question is.
+        Raises BadInput.
+        """
+
+    @abstractmethod
+    def _first_turn(self, document: str, text: str) -> list[int]:
+        """Return the tokens of the client's document and its first question."""
+
+    @abstractmethod
     def _later_turn(self, text: str) -> list[int]: ...
 
     @abstractmethod
@@ -73,12 +86,23 @@ class Framing(ABC):
         ended: the token that ended the answer is there already.
         """
 
-    def frame_turn(self, text: str, first: bool) -> list[int]:
+    def frame_turn(self, text: str, first: bool, private: str | None = None) -> list[int]:
         """Return a question's tokens, up to and with the prompt for an answer.
 
-        A later one begins with what stands between an answer's last word and it. Raises as `frame_dialogue`.
+        A later one begins with what stands between an answer's last word and it. private: the client's
+        document, whose tokens (`frame_private`) come before the first one's. Raises as `frame_dialogue`.
         """
-        return self.frame_dialogue([text]) if first else self._later_turn(text)
+        if not first:
+            return self._later_turn(text)
+        if private is None:
+            return self.frame_dialogue([text])
+        document, both = self.frame_private(private), self._first_turn(private, text)
+        if both[: len(document)] != document:
+            raise BadInput(
+                "the tokenizer joins the question's first characters to the document before them; begin it "
+                "with a letter, or use --raw"
+            )
+        return both[len(document) :]
 
     def next_turn(self, answer: Sequence[int], text: str, ended: bool) -> list[int]:
         """Return the tokens to take in after an answer, all but whose last token was taken in.
@@ -104,6 +128,12 @@ class RawFraming(Framing):
         if len(texts) == 1:
             return self.tokenizer.encode_within(texts[0], False, self.most, "the question")
         return [token for text in texts for token in self.frame_dialogue([text])]
+
+    def frame_private(self, document: str) -> list[int]:
+        return self.tokenizer.encode_within(document, False, self.most, PRIVATE)
+
+    def _first_turn(self, document: str, text: str) -> list[int]:
+        return [*self.frame_private(document), *self.frame_dialogue([text])]
 
     def _later_turn(self, text: str) -> list[int]:
         return self.frame_dialogue([text])
@@ -262,6 +292,19 @@ class ChatFraming(Framing):
             self._check_later()
         return self._within(self._rest(self._dialogue(texts)), "the question")
 
+    def frame_private(self, document: str) -> list[int]:
+        if not document.strip():
+            raise BadInput(f"{PRIVATE} is empty; it needs at least one token")
+        self.tokenizer.encode_within(document, False, self.most, PRIVATE)
+        before = self._joined([*self._opening(self._documents[0]), (_together(document, ""), False)])
+        whole = [self._rest(self._dialogue([_together(document, text)])) for text in _QUESTIONS]
+        most = self._respelled.count_within(before + _QUESTIONS[0], len(before)) - len(self._heads[0])
+        return self._within(_common(whole)[: max(0, most)], PRIVATE)
+
+    def _first_turn(self, document: str, text: str) -> list[int]:
+        self._check(text)
+        return self._within(self._rest(self._dialogue([_together(document, text)])), "the question")
+
     def _later_turn(self, text: str) -> list[int]:
         self._check(text)
         self._check_later()
@@ -293,6 +336,11 @@ class ChatFraming(Framing):
         if len(ids) > self.most:
             raise BadInput(f"{what} has {len(ids)} tokens, the model allows {self.most}; shorten it")
         return ids
+
+
+def _together(document: str, question: str) -> str:
+    """Put the client's document before its first question: both are one message."""
+    return document.strip() + _BETWEEN + question.strip()
 
 
 def _common(lists: Sequence[list[int]]) -> list[int]:

@@ -33,13 +33,9 @@ class GgufTensors:
     def __init__(
         self, header: GgufHeader, digest: Callable[[Any], None], read_before: Collection[str] = ()
     ) -> None:
-        """Map the file. Raises ModelError."""
+        """Take what the header says; the file is read later."""
         self._header, self._digest = header, digest
         self._unread = set(header.tensors) - set(read_before)
-        try:
-            self._bytes = np.memmap(header.file, np.uint8, "r").view(np.ndarray)  # whose slices cost less
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{header.file}: cannot be read: {first_words(error)}") from error
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor `name`."""
@@ -59,7 +55,11 @@ class GgufTensors:
             known = ", ".join(kind.name for kind in READABLE)
             raise ModelError(f"{file}: tensor {name} is {stored.kind.name}; supported: {known}")
         self._unread.discard(name)
-        raw = self._bytes[stored.start : stored.start + stored.length]
+        try:  # mapped each time: what stays mapped counts as memory
+            whole = np.memmap(file, np.uint8, "r").view(np.ndarray)  # whose slices cost less
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file}: cannot be read: {first_words(error)}") from error
+        raw = whole[stored.start : stored.start + stored.length]
         if len(raw) < stored.length:
             raise ModelError(f"{file}: has become shorter while it was read; copy it again")
         self._digest(f"{name} {size} {stored.kind.name}\n".encode())

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from mpcache.demo import DEMO
 from mpcache.errors import ModelError
 from mpcache.model.families import Family
-from mpcache.model.folding import read_folded
+from mpcache.model.folding import StoredWeights, read_and_drop, read_folded
 from mpcache.model.gguf_model import GgufModel
 from mpcache.model.hf_folder import HfFolder
 from mpcache.model.shape import ModelShape
@@ -76,18 +76,22 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return open_model(path, weights=False).tokenizer()
 
 
-def load_model(path: Path | str) -> Model:
+def load_model(path: Path | str, keep: bool = True) -> Model:
     """Read a model: a Hugging Face folder, a .gguf file, or one of the hub.
 
     What is stored in fewer bits becomes float32, a matrix at a time. Every problem is a ModelError of
-    one line.
+    one line. keep: whether the weights stay in memory, or are read again whenever they are asked for.
     """
     found = find_model(path)
     opened = open_model(found)
     tokenizer = opened.tokenizer()
     digest = hashlib.sha256(opened.digested)
-    tensors = opened.tensors(digest.update)
-    weights = read_folded(tensors, opened.family, opened.shape, opened.tied)
+    tensors, about = opened.tensors(digest.update), (opened.family, opened.shape, opened.tied)
+    if keep:
+        weights = read_folded(tensors, *about)
+    else:
+        read_and_drop(tensors, *about)
+        weights = StoredWeights(opened.tensors(lambda data: None), *about)
     tensors.check_all_read()
     return Model(opened.shape, weights, tokenizer, digest.hexdigest(), found)
 

@@ -32,7 +32,7 @@ class Prefill:
     q_window: per layer (heads, w, head_dim), the last w queries, rotated, with 1/sqrt(head_dim) in
     them; first_position: the position T - w of the first of them;
     largest_scores: per layer, no less than any attention score in size, and exact from `exact_from` on;
-    logits: (vocab,) after the last token, or (T, vocab) if all were asked for;
+    logits: (vocab,) after the last token, (T, vocab) after all, or (0,), as was asked for;
     model, token_ids: what was read, for who reads it again (`mpcache.model.reread`);
     notes: what was found out about this context, for who needs it at another budget.
     """
@@ -46,6 +46,16 @@ class Prefill:
     model: Model | None = None
     token_ids: tuple[int, ...] = ()
     notes: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Return T."""
+        return self.k[0].shape[1]
+
+    @property
+    def largest_values(self) -> tuple[float, ...]:
+        """The largest size of a value, per layer."""
+        return tuple(float(v.abs().max()) for v in self.v)
 
     def last_queries(self, window: int) -> Prefill:
         """Return the same context as seen by its last `window` queries.
@@ -130,6 +140,7 @@ def prefill(
     *,
     window: int = 0,
     all_logits: bool = False,
+    logits: bool = True,
     exact_from: float = math.inf,
 ) -> Prefill:
     """Run the model over a context of T tokens.
@@ -146,6 +157,8 @@ def prefill(
         How many of the last queries to keep, 0..T (public).
     all_logits
         Whether to return the logits after every token, not after the last alone.
+    logits
+        Whether to return any.
     exact_from
         From which size on `largest_scores` are computed, not bounded.
 
@@ -181,14 +194,19 @@ def prefill(
         scores.append(largest_score(q, k, exact_from))
         queries.append(q[:, length - window :].clone())  # a view would keep all T queries alive
 
-    last = normalise(x if all_logits else x[-1:], shape.norm_eps)
-    lm_bias = None if weights.lm_bias is None else weights.lm_bias.to(device)
-    logits = apply_linear(last, weights.lm_head.to(device), lm_bias)
-    logits = logits if all_logits else logits[0]
+    found = _logits(model, x if all_logits else x[-1:], device) if logits else torch.empty(0)
+    found = found if all_logits or not logits else found[0]
     return Prefill(
-        tuple(keys), tuple(values), tuple(queries), length - window, logits, tuple(scores),
+        tuple(keys), tuple(values), tuple(queries), length - window, found, tuple(scores),
         model, tuple(token_ids),
     )  # fmt: skip
+
+
+def _logits(model: Model, x: Tensor, device: torch.device | str) -> Tensor:
+    """Return the logits (m, vocab) after each row of the residual stream x (m, width)."""
+    bias = model.weights.lm_bias
+    last = normalise(x, model.shape.norm_eps)
+    return apply_linear(last, model.weights.lm_head.to(device), None if bias is None else bias.to(device))
 
 
 def project_heads(

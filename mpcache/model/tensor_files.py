@@ -60,18 +60,18 @@ class TensorFiles:
     def __init__(self, folder: Path, prefix: str, digest: Callable[[Any], None]) -> None:
         """Open the files. Raises ModelError."""
         self._folder, self._digest = folder, digest
-        self._file_of: dict[str, tuple[Any, str]] = {}  # name without the prefix -> open file, stored name
+        self._file_of: dict[str, tuple[Path, str]] = {}  # name without the prefix -> file, stored name
         for file in _files(folder):
             try:
-                opened: Any = safe_open(file, framework="pt")
-                names = list(opened.keys())
+                with safe_open(file, framework="pt") as opened:
+                    names = list(opened.keys())
             except (OSError, SafetensorError, ValueError) as error:
                 raise ModelError(f"{file}: cannot be read as safetensors: {first_words(error)}") from error
             for stored in names:
                 name = stored.removeprefix(prefix)
                 if name in self._file_of:
                     raise ModelError(f"{file}: tensor {shorten(stored)} is there twice; copy the files again")
-                self._file_of[name] = opened, stored
+                self._file_of[name] = file, stored
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor `name`."""
@@ -90,10 +90,13 @@ class TensorFiles:
             raise ModelError(f"{self._folder}: tensor {name} is missing; {why}")
         file, stored = self._file_of[name]
         try:
-            found = tuple(file.get_slice(stored).get_shape())
-            if found != size:
-                raise ModelError(f"{self._folder}: tensor {stored} is {found}, config.json makes it {size}")
-            tensor: Tensor = file.get_tensor(stored)
+            with safe_open(file, framework="pt") as opened:  # each time: what is mapped counts as memory
+                found = tuple(opened.get_slice(stored).get_shape())
+                if found != size:
+                    raise ModelError(
+                        f"{self._folder}: tensor {stored} is {found}, config.json makes it {size}"
+                    )
+                tensor: Tensor = opened.get_tensor(stored)
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"{self._folder}: tensor {stored} cannot be read: {first_words(error)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Weights:
 
     embed: Tensor
     positions: Tensor | None
-    layers: tuple[LayerWeights, ...]
+    layers: Sequence[LayerWeights]
     lm_head: Tensor
     lm_bias: Tensor | None
 
@@ -63,7 +63,7 @@ class Weights:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 yield field.name, value
-            elif isinstance(value, tuple):
+            elif isinstance(value, Sequence):
                 for number, layer in enumerate(value):
                     for part in dataclasses.fields(layer):
                         tensor = getattr(layer, part.name)

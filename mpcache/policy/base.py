@@ -22,14 +22,24 @@ from mpcache.cache import Cache, LayerCache, SplitLayer, join_heads, take_heads
 from mpcache.errors import PolicyError
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.ops import Ops, Value
-from mpcache.policy.layer_view import Kept, LayerView, PlaintextContext, part_shape, take
+from mpcache.ops import Ops, Value, as_tensor, as_value
+from mpcache.policy.averages import attend_split, average
+from mpcache.policy.layer_view import (
+    Kept,
+    LayerView,
+    OwnersContext,
+    PackedContext,
+    PlaintextContext,
+    part_shape,
+    take,
+)
 from mpcache.policy.plan import (
     FULL_PERCENT,
     Budget,
     Budgets,
     LeakClass,
     Plan,
+    SharedEviction,
     SplitPlan,
     tokens_of,
     written,
@@ -49,10 +59,13 @@ class Policy(ABC):
     needs: ClassVar[str]  # what it computes on, in a few words
     leaks: ClassVar[LeakClass] = LeakClass.NONE
     may_leak: ClassVar[str] = ""  # what it leaks with which option, if that differs
+    example: ClassVar[str] = ""  # how it is written, with options
     plain_only: ClassVar[bool] = False
     skips_padding: ClassVar[bool] = True  # tokens that nothing attends to leave its choice as it is
     evicts: ClassVar[bool] = False  # the context, once: it may stand on the left of STATIC|DYNAMIC
     selects: ClassVar[bool] = False  # at every step: it may stand on the right
+    attends_to_all: ClassVar[bool] = False  # that is left: on the right a budget is the left one's
+    packs: ClassVar[bool] = True  # what stays of a document is all that a session needs of it
 
     # ------------------------------------------------------------------------------------- public, anybody
 
@@ -81,6 +94,11 @@ class Policy(ABC):
         return self.plain_only
 
     @property
+    def can_pack(self) -> bool:
+        """Whether what stays of a document is all that a session needs of it."""
+        return self.packs and not self.in_the_clear
+
+    @property
     def plan_is_public(self) -> bool:
         """Whether the plan follows from public sizes.
 
@@ -88,6 +106,15 @@ class Policy(ABC):
         and all go on with `with_counts` (leak class `count`).
         """
         return True
+
+    no_shares: ClassVar[str] = "its rule needs the document in plaintext"
+
+    def on_shares(self, tokens: int, shape: ModelShape) -> SharedEviction | None:
+        """Say how the policy evicts a document that is held in shares; None: it keeps all of it.
+
+        Raises PolicyError where it cannot.
+        """
+        raise PolicyError(f"policy {self.spec}: cannot evict a document on shares: {self.no_shares}")
 
     def heads_summed(self, shape: ModelShape) -> int:
         """Return how many heads' scores are added before tokens are ranked by them."""
@@ -141,6 +168,14 @@ class Policy(ABC):
     def selector_at_budget(self, tokens: int, context: int, shape: ModelShape) -> Policy:
         """Set the budget by choosing alone, on the right of |. Raises PolicyError."""
         return self.at_budget(tokens, context, shape)
+
+    def selector_at_share(self, share: float) -> Policy:
+        """Choose a share of what each head keeps, on the right of |. Raises PolicyError."""
+        raise PolicyError(f"policy {self.spec}: its options cannot be set to a share of a head's tokens")
+
+    def mean_kept(self, context: int) -> int | None:
+        """Return the tokens that stay in the mean over all heads, where that alone is public."""
+        return None
 
     def too_few(self, tokens: int, least: int, why: str) -> PolicyError:
         return PolicyError(
@@ -204,21 +239,31 @@ class Policy(ABC):
 
     def fill(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int,
-        prefill: Prefill | None, kernels: Backend | None,
+        context: OwnersContext | None, kernels: Backend | None,
     ) -> Program[LayerCache | SplitLayer]:  # fmt: skip
-        """Make one layer's cache of the evicted context. prefill, kernels: at the document's owner."""
+        """Make one layer's cache of the evicted context. context, kernels: at the document's owner."""
         mine = plan.layers[index]
-        owner = prefill is not None and kernels is not None
-        kept = self.retain(prefill, index, plan, kernels) if owner else None  # type: ignore[arg-type]
+        known = self._known(context, plan, index, kernels)
         if not isinstance(mine, SplitPlan):
-            known = None if kept is None else PlaintextContext(prefill, kernels, kept[0])  # type: ignore[arg-type]
-            return (yield from self._fill(ops, shape, plan, index, known))
+            return (yield from self._fill(ops, shape, plan, index, known[0]))
         fills = []
-        for i, (heads, part) in enumerate(zip(mine.heads, mine.parts, strict=True)):
-            known = None if kept is None else PlaintextContext(prefill, kernels, kept[i])  # type: ignore[arg-type]
+        for part, heads, of in zip(mine.parts, mine.heads, known, strict=True):
             small = part_shape(shape, len(heads))
-            fills.append(self._fill(ops, small, replace(plan, layers=(part,)), 0, known))
+            fills.append(self._fill(ops, small, replace(plan, layers=(part,)), 0, of))
         return SplitLayer(mine.heads, tuple((yield from together(*fills))))
+
+    def _known(
+        self, context: OwnersContext | None, plan: Plan, index: int, kernels: Backend | None
+    ) -> Sequence[PlaintextContext | None]:
+        """Return what is known of each part of a layer; nothing at all but the document's owner."""
+        mine = plan.layers[index]
+        if context is None or kernels is None:
+            return [None] * (len(mine.parts) if isinstance(mine, SplitPlan) else 1)
+        if isinstance(context, PackedContext):
+            return [PlaintextContext(None, kernels, kept) for kept in context.layers[index]]
+        return [
+            PlaintextContext(context, kernels, kept) for kept in self.retain(context, index, plan, kernels)
+        ]
 
     def _fill(
         self, ops: Ops, shape: ModelShape, plan: Plan, index: int, known: PlaintextContext | None
@@ -251,28 +296,6 @@ class Policy(ABC):
         return local(None)
 
 
-def average(view: LayerView, weights: Program[Value], total: Value) -> Program[tuple[Value, Value]]:
-    """Average cached values by weights (KV, rows, n) over total (KV, rows, 1): (KV, rows, d), and 1 / total.
-
-    The division of softmax comes last. What the weights still cost runs beside the reciprocal.
-    """
-    ops = view.ops
-
-    def weighted() -> Program[Value]:
-        w = yield from weights
-        return (yield from at("attend", ops.weighted_sum(w, view.layer.v)))
-
-    out, inverse = yield from together(weighted(), at("attend/reciprocal", ops.reciprocal(total)))
-    return (yield from at("attend", ops.mul(out, inverse))), inverse
-
-
-def by_head(prefill: Prefill, layer: int, kernels: Backend) -> torch.Tensor:
-    """Sum what the window's queries pay to each token, per KV head, mean over its group: (KV, T)."""
-    q, k = prefill.q_window[layer], prefill.k[layer]
-    heads = zip(q.chunk(len(k)), k.chunk(len(k)), strict=True)
-    return torch.stack([kernels.window_importance(*pair, prefill.first_position) for pair in heads])
-
-
 @dataclass(frozen=True)
 class BoundPolicy:
     """A policy with its plan, as sessions and the decode program call it."""
@@ -303,6 +326,13 @@ class BoundPolicy:
         """How many of the context's last queries the policy looks at."""
         return self.policy.window(self.plan.context)
 
+    def check_packs(self) -> None:
+        """Raise PolicyError for a policy that goes on with more of a document than what stays of it."""
+        if not self.policy.can_pack:
+            raise PolicyError(
+                f"policy {self.spec}: weighs tokens by how the document was read, which no pack holds"
+            )
+
     def check(self, protocol: str) -> None:
         """Raise PolicyError for a policy that cannot run under a protocol: plain, stock or fast."""
         if self.policy.in_the_clear and protocol != "plain":
@@ -326,19 +356,24 @@ class BoundPolicy:
         """Count what stays, layer by layer, where the document decides."""
         return self.policy.count_from_document(prefill, kernels)
 
-    def largest_values(self, prefill: Prefill, kernels: Backend) -> list[float]:
+    def retained(self, context: OwnersContext, layer: int, kernels: Backend) -> Sequence[Kept]:
+        """Return what stays of a layer's parts, as it was packed or as it is found now."""
+        if isinstance(context, PackedContext):
+            return context.layers[layer]
+        return self.policy.retain(context, layer, self.plan, kernels)
+
+    def largest_values(self, context: OwnersContext, kernels: Backend) -> list[float]:
         """Return the largest size of a value that stays, by layer."""
-        layers = range(len(self.plan.layers))
-        kept = (self.policy.retain(prefill, i, self.plan, kernels) for i in layers)
+        kept = (self.retained(context, i, kernels) for i in range(len(self.plan.layers)))
         return [max(float(part.v.abs().max()) for part in parts) for parts in kept]
 
     # ---------------------------------------------------------------------------- on shares, all alike
 
     def fill(
-        self, ops: Ops, shape: ModelShape, index: int, prefill: Prefill | None, kernels: Backend | None
+        self, ops: Ops, shape: ModelShape, index: int, context: OwnersContext | None, kernels: Backend | None
     ) -> Program[LayerCache | SplitLayer]:
         """Make one layer's cache of the evicted context."""
-        return (yield from self.policy.fill(ops, shape, self.plan, index, prefill, kernels))
+        return (yield from self.policy.fill(ops, shape, self.plan, index, context, kernels))
 
     def view(
         self, ops: Ops, shape: ModelShape, cache: Cache, index: int, positions: torch.Tensor
@@ -352,6 +387,8 @@ class BoundPolicy:
         if not isinstance(layer, SplitLayer):
             return (yield from self.policy.attend(view, q))
         ops = view.ops
+        if ops.kernels is not None and view.m == 1 and type(self.policy).attend is Policy.attend:
+            return as_value(attend_split(ops.kernels, layer, as_tensor(q)))
         parts = zip(view.parts(), layer.heads, strict=True)
         out = yield from together(
             *(self.policy.attend(part, take_heads(ops, q, heads)) for part, heads in parts)

@@ -9,24 +9,31 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Value, as_tensor, as_value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.layer_view import LayerView
-from mpcache.policy.plan import Budget, LayerPlan, Plan
+from mpcache.policy.plan import Budget, LayerPlan, Plan, setting
 from mpcache.runtime.program import Program, at, local
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """n_keep: context tokens that stay, drawn uniformly for each layer.  seed: of the draw; public."""
+    """Options of random."""
 
     name = "random"
     source = "uniform choice, for calibration"
     needs = "nothing"
     evicts = True
 
-    n_keep: Budget = 0.2
-    seed: int = 0
+    example = "random:n_keep=0.1,seed=3"
+
+    n_keep: Budget = setting(
+        0.2,
+        "context tokens that stay, drawn uniformly for each layer",
+        "1 to the context, or a ratio up to 1.0",
+    )
+    seed: int = setting(0, "of the draw; public", "0 to 2^31 - 1")
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         if not 0 <= self.seed < 2**31:
@@ -45,7 +52,7 @@ class Random(Policy):
 
 @dataclass(frozen=True)
 class Oracle(Policy):
-    """k: context tokens that each query head attends to, those with its highest scores."""
+    """Options of oracle."""
 
     name = "oracle"
     source = "exact top-k of the true attention, for calibration"
@@ -53,7 +60,13 @@ class Oracle(Policy):
     plain_only = True
     selects = True
 
-    k: Budget = 0.2
+    example = "oracle:k=0.1"
+
+    k: Budget = setting(
+        0.2,
+        "context tokens that each query head attends to, its highest scores",
+        "1 to the context, or a ratio up to 1.0",
+    )
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         k = self.count("k", context, "the context")

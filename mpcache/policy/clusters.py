@@ -13,6 +13,7 @@ steps until the next refresh, only gather and scatter by it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +22,29 @@ import torch
 
 from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Selection, Value, as_tensor, as_value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.columns import by_item, flat
+from mpcache.policy.layer_lists import SHARE_ALLOWED, SHARE_MEANING, shared_layers
 from mpcache.policy.layer_view import LayerView, PlaintextContext
-from mpcache.policy.plan import LayerPlan, Plan
+from mpcache.policy.plan import LayerPlan, Plan, setting
 from mpcache.policy.representatives import in_plaintext, on_shares
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
 
+SMALLEST = 16  # tokens of a cluster, where nobody names a size
 LEVELS = ("coarse", "fine")
 BLOCKS = {"linear": ("auto", "mean", "extremes"), "mean": ("auto", "mean"), "bound": ("auto", "extremes")}
+
+
+def cluster_size(context: int) -> int:
+    """Return how many tokens make a cluster by default: about the square root of the context's.
+
+    The power of two at or below it, 16 at least. So many clusters are compared in pairs: with sizes that do
+    not grow, a choice of 32k tokens costs many times what attending to all of them does.
+    """
+    return max(SMALLEST, 1 << (math.isqrt(context).bit_length() - 1))
 
 
 @dataclass(frozen=True)
@@ -81,23 +94,26 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Clustered(Policy):
-    """Options of the policies that choose clusters.
-
-    score: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, q+.r_max + q-.r_min.
-    alpha: weight of r_max.  gqa: head; or sum, the heads of a group choose together by their scores'
-    sum.  share: default, none, or layers with one choice, as in 2-3/4-5-6.  refresh: steps that use
-    one choice.  blocks: representatives of generated tokens: mean needs no comparison, extremes needs
-    three per two tokens and dimension; auto: extremes for bound alone.
-    """
+    """Options of the policies that choose clusters."""
 
     skips_padding = False  # it would stand in clusters, and move tokens to others
 
-    score: str = "linear"
-    alpha: float = 0.6
-    gqa: str = "head"
-    share: str = "none"
-    refresh: int = 1
-    blocks: str = "auto"
+    score: str = setting(
+        "linear",
+        "what q is scored against: linear, q.(alpha r_max + (1 - alpha) r_min); mean, q.mean; or bound, "
+        "q+.r_max + q-.r_min",
+        "linear, mean, bound",
+    )
+    alpha: float = setting(0.6, "weight of r_max in the score linear", "0 to 1")
+    gqa: str = setting("head", "who chooses: each head, or a group's heads by their scores' sum", "head, sum")
+    share: str = setting("none", SHARE_MEANING, SHARE_ALLOWED)
+    refresh: int = setting(1, "steps that use one choice", "1 or more")
+    blocks: str = setting(
+        "auto",
+        "representatives of generated tokens: mean needs no comparison, extremes three per two tokens and "
+        "dimension; auto: extremes for bound alone",
+        "auto, mean, extremes",
+    )
 
     # ---------------------------------------------------------------------------------------- plan
 
@@ -117,22 +133,7 @@ class Clustered(Policy):
 
     def leaders(self, layers: int) -> list[int]:
         """For each layer the one whose choice it uses."""
-        leader = list(range(layers))
-        if self.share == "default":  # 0, 1 and the last two choose for themselves
-            for i in range(2, layers - 3, 2):
-                leader[i + 1] = i
-        elif self.share != "none":
-            seen: set[int] = set()
-            for group in self.share.split("/"):
-                numbers = [int(text) if text.isdecimal() else -1 for text in group.split("-")]
-                rising = len(numbers) > 1 and numbers == sorted(set(numbers))
-                if not rising or not 0 <= numbers[0] <= numbers[-1] < layers or seen & set(numbers):
-                    pairs = f"layers 0 to {layers - 1}, rising and each once, as in 2-3/4-5"
-                    raise self.fail("share", f"default, none, or {pairs}")
-                seen |= set(numbers)
-                for i in numbers:
-                    leader[i] = numbers[0]
-        return leader
+        return shared_layers(self, layers)
 
     def clusters_of(self, kept: int, sink: int, recent: int, sizes: Sequence[int]) -> tuple[int, ...]:
         """How many clusters of each size `kept` tokens fill."""
@@ -226,7 +227,7 @@ class Clustered(Policy):
             tokens = self._fold(view, scores[..., plan.sink : end])
             tokens, picks = yield from self._pick(ops, plan, levels, tokens)
             # A slot matrix that is used once puts the weights back for less than it costs to keep.
-            made = at("select/prepare", _keep(picks, clusters)) if self._reused(view) else local(None)
+            made = at("select/prepare", join_picks(picks, clusters)) if self._reused(view) else local(None)
         else:
             scores = view.biased((yield from at("scores", ops.scores(q, view.layer.k))))
             tokens = self._fold(view, scores[..., plan.sink : end])
@@ -371,7 +372,7 @@ def _put_back(picks: Sequence[Pick], w: Value) -> Program[Value]:
     return w
 
 
-def _keep(picks: Sequence[Pick], clusters: int) -> Program[Choice]:
+def join_picks(picks: Sequence[Pick], clusters: int) -> Program[Choice]:
     """Join the levels' picks to one choice."""
     first, *rest = picks
     if not rest:

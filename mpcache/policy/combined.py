@@ -24,6 +24,8 @@ from mpcache.policy.plan import LayerPlan, LeakClass, Plan, SplitPlan
 from mpcache.runtime.program import Program
 from mpcache_kernels import Backend
 
+PARTS = 200  # in which a head's share is looked for
+
 
 @dataclass(frozen=True)
 class CombinedPlan(Plan):
@@ -38,6 +40,7 @@ class Combined(Policy):
 
     name = "combined"
     source = "one policy's eviction, another's selection"
+    no_shares = "it is two policies; give the left one alone"
     needs = "what its two parts need"
 
     first: Policy
@@ -56,6 +59,10 @@ class Combined(Policy):
     @property
     def in_the_clear(self) -> bool:
         return self.first.in_the_clear or self.then.in_the_clear
+
+    @property
+    def can_pack(self) -> bool:
+        return self.first.can_pack and self.then.can_pack
 
     @property
     def skips_padding(self) -> bool:  # type: ignore[override]
@@ -121,12 +128,45 @@ class Combined(Policy):
         to choose.
         """
         if not self.plan_is_public:
-            raise PolicyError(f"policy {self.spec}: the document decides what stays, so no budget is known")
+            return self._at_share(tokens, context, shape)
+        if self.then.attends_to_all:
+            return replace(self, first=self.first.at_budget(tokens, context, shape))
         first, kept = self.first, self.first.plan(context, shape).kept
         if kept < tokens:
             first, kept = first.at_budget(tokens, context, shape), tokens
         then = self.then.selector_at_budget(tokens, kept, shape)
         return replace(self, first=first, then=then)
+
+    def _at_share(self, tokens: int, context: int, shape: ModelShape) -> Combined:
+        """Let the second choose a share of what each head keeps, where only the mean of all is known."""
+        kept = self.first.mean_kept(context)
+        if kept is None:
+            raise PolicyError(f"policy {self.spec}: the document decides what stays, so no budget is known")
+        if kept <= tokens:
+            first = self.first.at_budget(tokens, context, shape)
+            return replace(self, first=first, then=self.then.selector_at_share(1.0))
+        share = max(1, PARTS * tokens // kept) / PARTS
+        return replace(self, then=self.then.selector_at_share(share))
+
+    def within(self, tokens: int, context: int, model: Model) -> Combined:
+        """Choose as much of each head as stays within the mean budget: no head chooses less than a cluster.
+
+        Raises PolicyError where even the least is more.
+        """
+        counts, shape = self.count_from_model(model, context), model.shape
+        if not counts:
+            return self
+        low, high = 0, PARTS
+        while low < high:
+            middle = (low + high + 1) // 2
+            tried = replace(self, then=self.then.selector_at_share(middle / PARTS))
+            plan = tried.with_counts(counts).plan(context, shape)
+            low, high = (
+                (middle, high) if plan.tokens_attended(shape.kv_heads) <= tokens else (low, middle - 1)
+            )
+        if not low:
+            raise self.too_few(tokens, tokens + 1, "a cluster of each head, and what fills none")
+        return replace(self, then=self.then.selector_at_share(low / PARTS))
 
     # ------------------------------------------------------------------------- the first, at the server
 

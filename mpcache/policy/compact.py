@@ -24,7 +24,7 @@ from mpcache.policy import counts as rules
 from mpcache.policy.base import Policy
 from mpcache.policy.curve import curve_of
 from mpcache.policy.layer_view import Kept, take
-from mpcache.policy.plan import Budget, Budgets, LayerPlan, LeakClass, Plan, SplitPlan
+from mpcache.policy.plan import Budget, Budgets, LayerPlan, LeakClass, Plan, SplitPlan, setting
 from mpcache.policy.refit import LARGEST_BIAS, fit, reference_queries, some_rows, targets_of
 from mpcache.policy.scores import SCORES, score_tokens
 from mpcache_kernels import Backend
@@ -42,28 +42,40 @@ FITTED_BELOW = 0.7  # of a head's tokens: one that keeps more keeps its values
 
 @dataclass(frozen=True)
 class Compact(Policy):
-    """Options of compact.
-
-    keep: context tokens that stay, the mean over all KV heads; a ratio keeps no fewer than 32.  score:
-    kvzip+, kvzip, rms (these read the document a second time), expected, keydiff, compactor, static, or
-    snapkv.  counts: curve, the model's own (`mpcache calibrate`); joint, the best of all heads of this
-    document; adakv, the best of each layer's; or equal.  refit: both, a bias per kept key and new values;
-    bias; or none.  heads: tokens of each KV head, for all layers alike or layer after layer, in place of
-    keep and counts, as in 12/200/31/8.
-    """
+    """Options of compact."""
 
     name = "compact"
     source = "KVzip, arXiv 2505.23416; attention matching, arXiv 2602.16284; counts by a curve of the model"
+    no_shares = "its scores and fits need the document in plaintext"
     needs = "a second reading of the document; the model's curve"
     leaks = LeakClass.MODEL_COUNT
     may_leak = "count with counts=joint or adakv, none with counts=equal"
     evicts = True
 
-    keep: Budget = 0.2
-    score: str = "kvzip+"
-    counts: str = "curve"
-    refit: str = "both"
-    heads: Budgets = 0
+    example = "compact:keep=0.1"
+
+    keep: Budget = setting(
+        0.2, "context tokens that stay, the mean over all KV heads; a ratio keeps no fewer than 32",
+        "1 to the context, or a ratio up to 1.0",
+    )  # fmt: skip
+    score: str = setting(
+        "kvzip+",
+        "what a token is worth; kvzip+, kvzip and rms read the document a second time",
+        ", ".join(SCORES),
+    )
+    counts: str = setting(
+        "curve",
+        "who keeps how many: curve, the model's own (`mpcache calibrate`); joint, the best of all heads of "
+        "this document; adakv, the best of each layer's; or equal",
+        ", ".join(COUNTS),
+    )
+    refit: str = setting(
+        "both", "what is fitted to the whole: a bias per kept key, new values", ", ".join(REFITS)
+    )
+    heads: Budgets = setting(
+        0, "tokens of each KV head, in place of keep and counts, as in 12/200/31/8",
+        "counts for the heads of one layer or of all",
+    )  # fmt: skip
 
     # --------------------------------------------------------------------------------------- public
 
@@ -97,6 +109,9 @@ class Compact(Policy):
         """Read `keep`: a number of tokens. Of a short context a ratio keeps `WHOLE` tokens, or all of it."""
         budget = self.count("keep", context, "the context")
         return max(budget, min(context, WHOLE)) if isinstance(self.keep, float) else budget
+
+    def mean_kept(self, context: int) -> int:
+        return self._budget(context)
 
     def _heads(self, context: int, shape: ModelShape) -> list[list[int]]:
         """Read `heads`: a count for each KV head of each layer."""

@@ -84,7 +84,7 @@ def has_curve(path: Path) -> bool:
     beside, apart = places(path, "")
     if beside.is_file():
         return True
-    return any(apart.parent.glob("*.json")) and curve_of(load_model(path)) is not None
+    return any(apart.parent.glob("*.json")) and curve_of(load_model(path, keep=False)) is not None
 
 
 def places(path: Path, digest: str) -> list[Path]:

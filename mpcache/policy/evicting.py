@@ -14,16 +14,18 @@ A question's tokens come in at once, see what lives then, and are followed by as
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mpcache.argmax import argmax
 from mpcache.model import ModelShape
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.layer_view import LayerView, PlaintextContext
 from mpcache.policy.plan import LayerPlan, Plan
 from mpcache.protocols.ranges import MASKED_SCORE
-from mpcache.runtime.program import Program, at, local
+from mpcache.runtime.program import Program, at, local, together
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,41 @@ class Evicting(Policy):
         """Turn attention (KV, rows, n) into importance (A, n), and a public limit of its size."""
 
     def attend(self, view: LayerView, q: Value) -> Program[Value]:
-        ops, mine, n = view.ops, view.layer.memory, view.tokens
+        ops, mine = view.ops, view.layer.memory
         scores = yield from at("scores", ops.scores(q, view.layer.k))
         if mine.alive is not None:
             mine.alive = ops.cat([mine.alive, ops.ones((mine.alive.shape[0], view.m))], -1)
-            marks = mine.alive.reshape(mine.alive.shape[0], 1, n).expand(*scores.shape)
-            scores = ops.mask_scores(scores, marks, MASKED_SCORE)
-        e, total = yield from at("softmax", ops.softmax(scores, view.visible(n)))
-        out, inverse = yield from average(view, local(e), total)
-        mine.weights, mine.inverse = e, inverse
+        scores = self._hidden(view, scores)
+        attended = self._attended(view, scores)
+        judged = self.judged(view, q, lambda other: self._hidden(view, other))
+        found, other = yield from together(attended, judged)
+        out: Value = found[0]
+        mine.weights, mine.inverse = found[1:] if other is None else other
         mine.living += view.m
         return out
+
+    def _attended(self, view: LayerView, scores: Value) -> Program[tuple[Value, Value, Value]]:
+        """Attend by scores: what comes out, softmax's weights, and the reciprocal of their sum."""
+        e, total = yield from at("softmax", view.ops.softmax(scores, view.visible(view.tokens)))
+        out, inverse = yield from average(view, local(e), total)
+        return out, e, inverse
+
+    def judged(
+        self, view: LayerView, q: Value, hidden: Callable[[Value], Value]
+    ) -> Program[tuple[Value, Value] | None]:
+        """Return the weights and reciprocal by which tokens are judged; None: those of the attention itself.
+
+        hidden: hides the scores of dead tokens.
+        """
+        return local(None)
+
+    def _hidden(self, view: LayerView, scores: Value) -> Value:
+        """Put dead tokens' scores far below the others. No cost."""
+        alive = view.layer.memory.alive
+        if alive is None:
+            return scores
+        marks = alive.reshape(alive.shape[0], 1, view.tokens).expand(*scores.shape)
+        return view.ops.mask_scores(scores, marks, MASKED_SCORE)
 
     def observe(self, view: LayerView) -> Program[None]:
         ops, mine, n = view.ops, view.layer.memory, view.tokens

@@ -16,11 +16,15 @@ class Full(Policy):
     name = "full"
     source = "no eviction"
     needs = "nothing"
+    example = "full"
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> Full:
         if tokens < context:
             raise self.too_few(tokens, context, "the context")
         return self
+
+    def on_shares(self, tokens: int, shape: ModelShape) -> None:
+        return None
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         return Plan(context, (LayerPlan(context, context, 0),) * shape.layers)

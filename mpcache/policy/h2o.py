@@ -9,29 +9,32 @@ import torch
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.ops import Ops, Value
-from mpcache.policy.base import by_head
+from mpcache.policy.averages import by_head
 from mpcache.policy.evicting import Evicting, LivingPlan
 from mpcache.policy.layer_view import LayerView, PlaintextContext
-from mpcache.policy.plan import Budget, Plan
+from mpcache.policy.plan import Budget, Plan, SharedEviction, setting
 from mpcache.rank import Rank
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class H2O(Evicting):
-    """Options of h2o.
-
-    heavy: tokens that live by the attention that all queries so far paid them, per KV head.
-    recent: last tokens, which live anyway. Each new token ends the least of the others.
-    """
+    """Options of h2o."""
 
     name = "h2o"
     source = "H2O, arXiv 2306.14048"
     needs = "all of the context's queries; an oblivious argmin per KV head and step"
     evicts = True
+    packs = False  # it goes on with what the context's queries paid
 
-    heavy: Budget = 0.1
-    recent: Budget = 0.1
+    example = "h2o:heavy=128,recent=64"
+
+    heavy: Budget = setting(
+        0.1,
+        "tokens of each KV head that live by the attention which all queries so far paid them",
+        "1 to the context, or a ratio up to 1.0",
+    )
+    recent: Budget = setting(0.1, "last tokens, which live anyway", "1 to the context, or a ratio up to 1.0")
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         heavy = self.count("heavy", context, "the context")
@@ -47,6 +50,12 @@ class H2O(Evicting):
     def window(self, context: int) -> int:
         return context
 
+    def on_shares(self, tokens: int, shape: ModelShape) -> SharedEviction:
+        plan = self.plan(tokens, shape).layers[0]
+        assert isinstance(plan, LivingPlan)
+        layers, last = shape.layers, min(plan.recent, plan.kept)
+        return SharedEviction(tokens, tokens, 0, last, (plan.kept,) * layers, tuple(range(layers)), True)
+
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
         mine = plan.layers[layer]
         assert isinstance(mine, LivingPlan)
@@ -59,6 +68,7 @@ class H2O(Evicting):
     ) -> Value:
         size, paid = (shape.kv_heads, plan.layers[index].kept), None
         if known is not None:  # summed over a group's heads, as `importance` does
+            assert known.prefill is not None, "no document is packed for h2o"
             paid = by_head(known.prefill, index, known.kernels).gather(1, known.rows) * shape.group
         return ops.secret(paid, size, Rank.SERVER)
 

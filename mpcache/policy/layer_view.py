@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -96,12 +98,53 @@ class Kept:
     v: torch.Tensor
     bias: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Kept:
+        """Return it with its tensors on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return Kept(self.rows.to(device), self.k.to(device), self.v.to(device), bias)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedContext:
+    """What stays of a context that was read and evicted before: all that a session needs of it.
+
+    length: its tokens, before eviction.  spec: of the policy that evicted.  counts: what the model or the
+    document decided of the plan; nothing where that is public.  layers: what each part of each layer keeps.
+    largest_scores, largest_values: per layer, as a `Prefill` has them.
+    """
+
+    length: int
+    spec: str
+    counts: tuple[int, ...]
+    layers: tuple[tuple[Kept, ...], ...]
+    largest_scores: tuple[float, ...]
+    largest_values: tuple[float, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all that a cache follows from."""
+        found = hashlib.sha256(repr((self.length, self.spec, self.counts)).encode())
+        for parts in self.layers:
+            for kept in parts:
+                for tensor in (kept.rows, kept.k, kept.v, kept.bias):
+                    if tensor is not None:
+                        found.update(f"{tuple(tensor.shape)} ".encode())
+                        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def to(self, device: torch.device | str) -> PackedContext:
+        """Return it with its tensors on a device."""
+        return replace(self, layers=tuple(tuple(kept.to(device) for kept in parts) for parts in self.layers))
+
+
+OwnersContext = Prefill | PackedContext  # what the document's owner fills a cache from
+
 
 @dataclass(frozen=True)
 class PlaintextContext:
-    """What the server knows of the heads whose cache it fills."""
+    """What the server knows of the heads whose cache it fills. prefill: None where it was packed before."""
 
-    prefill: Prefill
+    prefill: Prefill | None
     kernels: Backend
     kept: Kept
 

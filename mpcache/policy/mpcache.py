@@ -15,22 +15,14 @@ import torch
 
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy.clusters import Clustered, ClusterPlan
-from mpcache.policy.plan import Budget, Budgets, Plan, tokens_of
+from mpcache.policy.clusters import Clustered, ClusterPlan, cluster_size
+from mpcache.policy.plan import Budget, Budgets, Plan, SharedEviction, setting, tokens_of
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class MPCache(Clustered):
-    """Options of mpcache.
-
-    n_keep: context tokens that survive, for all layers or for each, as in 512/256/256.  queries: the
-    last ones, which judge importance.  threshold: keep what has more than so much of some query's
-    attention, in place of n_keep (0: off; reveals the counts; n_keep beside it: counts to price).  sink,
-    recent: tokens that always attend.  coarse, fine: tokens per cluster (0: 32 and 16, or 16 and 8 for
-    contexts below 1024).  coarse_keep: of the coarse clusters.  fine_keep: of all fine clusters.
-    dynamic: false for static eviction only.
-    """
+    """Options of mpcache."""
 
     name = "mpcache"
     source = "MPCache, arXiv 2501.06807"
@@ -38,17 +30,32 @@ class MPCache(Clustered):
     may_leak = "count with threshold"
     evicts = selects = True
 
+    example = "mpcache:n_keep=512,score=bound,share=none"
+
     share: str = "default"
-    n_keep: Budgets = 0.75
-    queries: Budget = 0.2
-    threshold: float = 0.0
-    sink: int = 4
-    recent: int = 16
-    coarse: int = 0
-    fine: int = 0
-    coarse_keep: Budget = 0.5
-    fine_keep: Budget = 0.2
-    dynamic: bool = True
+    n_keep: Budgets = setting(
+        0.75, "context tokens that survive, for all layers or for each, as in 512/256/256",
+        "1 to the context, or a ratio up to 1.0",
+    )  # fmt: skip
+    queries: Budget = setting(
+        0.2, "last queries, which judge importance", "1 to the context, or a ratio up to 1.0"
+    )
+    threshold: float = setting(
+        0.0,
+        "keep what has more than this part of some query's attention, in place of n_keep; 0: off",
+        "0 to 1",
+    )
+    sink: int = setting(4, "first tokens, which always attend", "0 or more")
+    recent: int = setting(16, "last tokens, which always attend", "0 or more")
+    coarse: int = setting(
+        0, "tokens per coarse cluster; 0: about the square root of the context's, 16 at least", "0 or more"
+    )
+    fine: int = setting(0, "tokens per fine cluster; 0: half of coarse", "0, or a divisor of coarse")
+    coarse_keep: Budget = setting(0.5, "coarse clusters that are kept", "1 to all, or a ratio up to 1.0")
+    fine_keep: Budget = setting(
+        0.2, "fine clusters of all that are attended to", "1 to all, or a ratio up to 1.0"
+    )
+    dynamic: bool = setting(True, "choose clusters at each step; false: evict alone", "true, false")
 
     @property
     def leak(self) -> str:
@@ -56,7 +63,7 @@ class MPCache(Clustered):
 
     def sizes(self, context: int) -> tuple[int, int]:
         """Tokens per coarse cluster and per fine one, for a context of so many tokens."""
-        coarse = self.coarse or (32 if context >= 1024 else 16)
+        coarse = self.coarse or cluster_size(context)
         return coarse, self.fine or max(1, coarse // 2)
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
@@ -114,6 +121,9 @@ class MPCache(Clustered):
             return replace(self, coarse_keep=1.0, fine_keep=1.0)
         return self._filled(tokens, context, *self.sizes(context))
 
+    def selector_at_share(self, share: float) -> MPCache:
+        return replace(self, coarse_keep=max(float(self.coarse_keep), share), fine_keep=share)
+
     def _filled(self, tokens: int, kept: int, coarse: int, fine: int) -> MPCache:
         """Choose `tokens` of so many kept ones, or fewer by less than a fine cluster."""
         (total,) = self.clusters_of(kept, self.sink, self.recent, (coarse,))
@@ -165,6 +175,18 @@ class MPCache(Clustered):
         importance[: self.sink] = torch.inf
         importance[max(0, context - self.recent) :] = torch.inf
         return importance
+
+    def on_shares(self, tokens: int, shape: ModelShape) -> SharedEviction:
+        """Evict as the static part does; what is chosen of it at each step is the other policy's matter."""
+        if self.threshold:
+            raise self.fail("threshold", "none on shares, where it would tell how many tokens stay")
+        layers = self.plan(tokens, shape).layers
+        kept = tuple(layer.kept for layer in layers)
+        first = min(self.sink, *kept)
+        return SharedEviction(
+            tokens, self.window(tokens), first, min(self.recent, min(kept) - first), kept,
+            tuple(self.leaders(shape.layers)), by_head=False,
+        )  # fmt: skip
 
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
         mine = plan.layers[layer]

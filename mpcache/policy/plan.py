@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -25,6 +25,11 @@ FULL_PERCENT = 100  # of the context: no budget
 
 Budget = int | float  # a count, or a ratio written with a point: 0.25
 Budgets = Budget | tuple[Budget, ...]  # one for all layers, or one for each: 512/256/256/128
+
+
+def setting(default: Any, meaning: str, allowed: str) -> Any:
+    """Declare an option: its default, what it means, and what may be given, in words that users read."""
+    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
 def tokens_of(budget: Budget, whole: int, at_least: int = 1) -> int:
@@ -129,6 +134,34 @@ def _told(layer: LayerPlan) -> dict[str, Any]:
         return asdict(layer)
     found = {name: tuple(layer.by_head(name)) for name in ("kept", "attended", "representatives")}
     return {name: written(by_head) for name, by_head in found.items() if any(by_head)}
+
+
+@dataclass(frozen=True)
+class SharedEviction:
+    """Public integers of an eviction on shares: what stays of a document that nobody may see.
+
+    tokens: of the document.  judges: its last queries, whose attention ranks its tokens.  first, last: tokens
+    that stay whatever they score.  kept: per layer, those among them.  leaders: per layer, the one whose
+    ranking it takes.  by_head: each KV head ranks for itself, else all heads together.  pool: neighbours
+    whose scores are added, an odd number.
+    """
+
+    tokens: int
+    judges: int
+    first: int
+    last: int
+    kept: tuple[int, ...]
+    leaders: tuple[int, ...]
+    by_head: bool
+    pool: int = 1
+
+    def chosen(self, layer: int) -> int:
+        """Return how many tokens of a layer stay for their scores."""
+        return max(0, self.kept[layer] - self.first - self.last)
+
+    def largest(self, group: int, heads: int) -> int:
+        """Bound a token's score: each of its judges pays it 1 at most in each head."""
+        return self.pool * self.judges * (group if self.by_head else heads)
 
 
 def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:

@@ -45,8 +45,9 @@ def reference_queries(parts: Sequence[Reread], layer: int, head: int, kv_heads: 
 def targets_of(q: Tensor, k: Tensor, v: Tensor) -> Targets:
     """Attend with q (n, d), scaled, to all of k, v (T, d), without a mask."""
     scores = q.float() @ k.float().T
-    log_sums = scores.logsumexp(-1, keepdim=True)
-    attention = (scores - log_sums).exp_()
+    attention = scores.softmax(-1)
+    # The largest of a row is no less than 1/T of it: its logarithm is one of a number that is not tiny.
+    log_sums = scores.amax(-1, keepdim=True) - attention.amax(-1, keepdim=True).log()
     return Targets(attention, log_sums, attention @ v)
 
 

@@ -7,23 +7,54 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from mpcache.choices import POLICY_AUTO
 from mpcache.errors import PolicyError
 from mpcache.policy.base import Policy
 from mpcache.policy.calibration import Oracle, Random
+from mpcache.policy.cascade import Cascade
 from mpcache.policy.combined import Combined
 from mpcache.policy.compact import Compact
+from mpcache.policy.delta import Delta
 from mpcache.policy.full import Full
 from mpcache.policy.grammar import PolicyPart, parse_parts
 from mpcache.policy.h2o import H2O
+from mpcache.policy.hip import HiP
+from mpcache.policy.keyformer import Keyformer
 from mpcache.policy.mpcache import MPCache
+from mpcache.policy.nosa import NOSA
+from mpcache.policy.pact import Pact
+from mpcache.policy.pod import PoD
+from mpcache.policy.promptdistill import PromptDistill
 from mpcache.policy.quest import Quest
+from mpcache.policy.recycled import Recycled
+from mpcache.policy.sepllm import SepLLM
+from mpcache.policy.shadowkv import ShadowKV
 from mpcache.policy.snapkv import SnapKV
 from mpcache.policy.streaming import Streaming
+from mpcache.policy.tidal import Tidal
+from mpcache.policy.tokenselect import TokenSelect
+from mpcache.policy.topv import TopV
 from mpcache.policy.tova import Tova
+from mpcache.policy.windowkv import WindowKV
 
 POLICIES: dict[str, type[Policy]] = {
-    cls.name: cls for cls in (Full, Streaming, SnapKV, H2O, Tova, Quest, MPCache, Compact, Random, Oracle)
-}
+    cls.name: cls
+    for cls in (
+        Full, Streaming, SnapKV, H2O, Tova, Quest, MPCache, Compact,
+        Tidal, Delta, Recycled, TokenSelect, HiP,
+        WindowKV,
+        SepLLM,
+        PromptDistill,
+        TopV,
+        PoD,
+        ShadowKV,
+        NOSA,
+        Keyformer,
+        Pact,
+        Cascade,
+        Random, Oracle,
+    )
+}  # fmt: skip
 
 
 def parse_policy(spec: str) -> Policy:
@@ -31,24 +62,30 @@ def parse_policy(spec: str) -> Policy:
 
     Raises PolicyError, one line: the policy, the option, what is wrong and what is allowed.
     """
+    if spec == POLICY_AUTO:
+        raise PolicyError(
+            "policy auto is picked for a model, a document and a network: by a session, or by "
+            "`mpcache audit --tune`; name a policy here"
+        )
     parsed = [_policy(part) for part in parse_parts(spec)]
     return _combine(*parsed) if len(parsed) == 2 else parsed[0]
 
 
 def option_names(part: PolicyPart) -> tuple[str, ...]:
     """Return the names of the options that a policy has. Raises PolicyError on an unknown policy."""
-    return tuple(f.name for f in fields(_class(part)))
+    return tuple(f.name for f in fields(policy_class(part.name)))
 
 
-def _class(part: PolicyPart) -> type[Policy]:
-    if part.name not in POLICIES:
-        hint = _hint(part.name, POLICIES)
-        raise PolicyError(f"unknown policy {part.name!r}{hint}; known: {', '.join(POLICIES)}")
-    return POLICIES[part.name]
+def policy_class(name: str) -> type[Policy]:
+    """Return the policy of a name. Raises PolicyError on an unknown one."""
+    if name not in POLICIES:
+        hint = _hint(name, POLICIES)
+        raise PolicyError(f"unknown policy {name!r}{hint}; known: {', '.join(POLICIES)}")
+    return POLICIES[name]
 
 
 def _policy(part: PolicyPart) -> Policy:
-    cls = _class(part)
+    cls = policy_class(part.name)
     known = {f.name: f for f in fields(cls)}
     options: dict[str, Any] = {}
     for key, text in part.options:

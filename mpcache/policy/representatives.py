@@ -73,3 +73,12 @@ def extremes(ops: Ops, high: Value, low: Value) -> Program[tuple[Value, Value]]:
         odd = slice(2 * half, None)
         high, low = ops.cat([b + over, high[:, :, odd]], 2), ops.cat([c - under, low[:, :, odd]], 2)
     return high[:, :, 0], low[:, :, 0]
+
+
+def largest(ops: Ops, x: Value) -> Program[Value]:
+    """Take the maxima of x (rows, s, n) over s: (rows, n). log2 s rounds."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        a, b = x[:, :half], x[:, half : 2 * half]
+        x = ops.cat([b + (yield from ops.relu(a - b)), x[:, 2 * half :]], 1)
+    return x[:, 0]

@@ -120,7 +120,7 @@ def expected(prefill: Prefill, layer: int, kernels: Backend, budget: int) -> Ten
     """Score by the attention to expect of a normal query at one of the next positions, times |v|."""
     q, k, v = prefill.q_window[layer], prefill.k[layer], prefill.v[layer]
     length, shape = k.shape[1], _model(prefill).shape
-    q = _turned(prefill, q, prefill.first_position, -1)[:, min(SINK, q.shape[1] - 1) :]
+    q = shifted(prefill, q, prefill.first_position, -1)[:, min(SINK, q.shape[1] - 1) :]
     mean, spread = q.mean(1), q - q.mean(1, keepdim=True)
     covariance = spread.transpose(1, 2) @ spread / q.shape[1]  # (heads, d, d)
     if shape.positions == "rope":  # the mean rotation of the positions to come
@@ -147,7 +147,7 @@ def compactor(prefill: Prefill, layer: int, kernels: Backend, budget: int) -> Te
     length = k.shape[1]
     first, last = min(FIRST, length - 1), LAST if length > FIRST + LAST else 0
     inner = slice(first, length - last)
-    keys = _turned(prefill, k, 0, -1)[:, inner]
+    keys = shifted(prefill, k, 0, -1)[:, inner]
     keys = keys - keys.mean(1, keepdim=True)
     seed = torch.Generator().manual_seed(layer)  # public, as all of the rule
     sketch = torch.randn(k.shape[2], SKETCH, generator=seed).to(k.device) / SKETCH**0.5
@@ -186,7 +186,7 @@ def snapkv(prefill: Prefill, layer: int, kernels: Backend, budget: int) -> Tenso
     return always(pooled, 0, last)
 
 
-def _turned(prefill: Prefill, x: Tensor, first: int, way: int) -> Tensor:
+def shifted(prefill: Prefill, x: Tensor, first: int, way: int) -> Tensor:
     """Turn x (heads, m, d) of positions from `first` on by as much (way 1), or back (-1)."""
     shape = _model(prefill).shape
     if shape.positions != "rope":

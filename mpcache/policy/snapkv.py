@@ -8,27 +8,29 @@ import torch
 
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy.base import Policy, by_head
-from mpcache.policy.plan import Budget, LayerPlan, Plan
+from mpcache.policy.averages import by_head
+from mpcache.policy.base import Policy
+from mpcache.policy.plan import Budget, LayerPlan, Plan, SharedEviction, setting
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Options of snapkv.
-
-    cap: context tokens that stay, per KV head; the last `queries` among them.  queries: the last
-    ones, which vote.  pool: tokens over which votes are averaged, so that neighbours stay together.
-    """
+    """Options of snapkv."""
 
     name = "snapkv"
     source = "SnapKV, arXiv 2404.14469"
     needs = "the context's last queries"
     evicts = True
+    example = "snapkv:cap=256,queries=16"
 
-    cap: Budget = 0.2
-    queries: int = 32
-    pool: int = 5
+    cap: Budget = setting(
+        0.2,
+        "context tokens that stay, per KV head, those of the last queries first",
+        "1 to the context, or a ratio up to 1.0",
+    )
+    queries: int = setting(32, "last queries, which vote and whose tokens stay", "1 or more")
+    pool: int = setting(5, "tokens over which votes are averaged, so that neighbours stay together", "odd")
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         if self.queries < 1:
@@ -43,6 +45,13 @@ class SnapKV(Policy):
 
     def window(self, context: int) -> int:
         return min(context, self.queries)
+
+    def on_shares(self, tokens: int, shape: ModelShape) -> SharedEviction:
+        kept = [layer.kept for layer in self.plan(tokens, shape).layers]
+        last = min(self.queries, kept[0])
+        return SharedEviction(
+            tokens, self.window(tokens), 0, last, tuple(kept), tuple(range(shape.layers)), True, self.pool
+        )
 
     def evict(self, prefill: Prefill, layer: int, plan: Plan, kernels: Backend) -> torch.Tensor:
         kept = plan.layers[layer].kept

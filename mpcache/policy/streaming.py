@@ -18,9 +18,10 @@ from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
 from mpcache.model.rope import rope_tables
 from mpcache.ops import Value
-from mpcache.policy.base import Policy, average
+from mpcache.policy.averages import average
+from mpcache.policy.base import Policy
 from mpcache.policy.layer_view import LayerView
-from mpcache.policy.plan import Budget, LayerPlan, Plan
+from mpcache.policy.plan import Budget, LayerPlan, Plan, setting
 from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
 
@@ -35,17 +36,19 @@ class WindowPlan(LayerPlan):
 
 @dataclass(frozen=True)
 class Streaming(Policy):
-    """sink: first tokens that stay.  recent: last tokens that stay.  renumber: positions in the cache."""
+    """Options of streaming."""
 
     name = "streaming"
     source = "StreamingLLM, arXiv 2309.17453"
+    no_shares = "give full for the client's document, or a policy that ranks its tokens"
     needs = "positions alone"
     evicts = True
+    example = "streaming:sink=4,recent=256"
     skips_padding = False  # it would take the place of recent tokens
 
-    sink: int = 4
-    recent: Budget = 0.2
-    renumber: bool = True
+    sink: int = setting(4, "first tokens that stay", "0 or more")
+    recent: Budget = setting(0.2, "last tokens that stay", "1 to the context, or a ratio up to 1.0")
+    renumber: bool = setting(True, "count positions in the cache, not in the text", "true, false")
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         if self.sink < 0:

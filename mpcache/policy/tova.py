@@ -11,20 +11,27 @@ from mpcache.model.prefill import Prefill
 from mpcache.ops import Value
 from mpcache.policy.evicting import Evicting
 from mpcache.policy.layer_view import LayerView
-from mpcache.policy.plan import Budget, Plan
+from mpcache.policy.plan import Budget, Plan, setting
 from mpcache_kernels import Backend
 
 
 @dataclass(frozen=True)
 class Tova(Evicting):
-    """cap: tokens that live, the same in all heads of a layer; attention is averaged over them."""
+    """Options of tova."""
 
     name = "tova"
     source = "TOVA, arXiv 2401.06104"
+    no_shares = "it drops a token at every step, by that step's query"
     needs = "the context's last query; an oblivious argmin per layer and step"
     evicts = True
 
-    cap: Budget = 0.2
+    example = "tova:cap=256"
+
+    cap: Budget = setting(
+        0.2,
+        "tokens that live, the same ones in all heads of a layer",
+        "1 to the context, or a ratio up to 1.0",
+    )
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         return self.living_plan(context, shape, self.count("cap", context, "the context"), 0)

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mpcache.protocols.fence import Fence, truncation_fence
 from mpcache.protocols.linear import (
     Truncated,
     cross,
+    crossed_rings,
     raised,
     truncate_local,
     truncate_product,
@@ -28,13 +30,14 @@ from mpcache.protocols.linear import (
 )
 from mpcache.protocols.ranges import GATE_RING, STEP_BITS
 from mpcache.runtime import loops
-from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.correlations import mask_parts, mask_ring
 from mpcache.runtime.program import (
     NO_WORK,
     Part,
     Program,
     Request,
     RequestKind,
+    Shape,
     Work,
     draw,
     open_masked,
@@ -43,13 +46,43 @@ from mpcache.runtime.program import (
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side
 
+_OUT_BITS = 29  # fraction bits of a step as a sum of products, in a ring of 32
+_LARGE, _SMALLER = 2.0**-8.7, 8  # coefficients below it come in a ring of so many bits less
+_MOST_BITS = 14  # fraction bits of the dealer's sines, at most
+
 
 @dataclass(frozen=True)
 class Series:
-    """half: a power of two.  b: the coefficients b_1, b_2, ..."""
+    """half: a power of two.  b: the coefficients b_1, b_2, ...
+
+    A term is a share with s fraction bits times a public factor with p, rounded: their errors are b 2^-s and
+    2^-p. Terms of small coefficients need fewer bits of both, and so a smaller ring.
+    """
 
     half: int
     b: tuple[float, ...]
+
+    @property
+    def large(self) -> int:
+        """How many terms, the first, have large coefficients."""
+        return next((k for k, b in enumerate(self.b) if abs(b) < _LARGE), len(self.b))
+
+    @property
+    def shared_bits(self) -> list[int]:
+        """Fraction bits of the dealer's sines and cosines, term by term: as many as balance both errors."""
+        totals = (_OUT_BITS if k < self.large else _OUT_BITS - _SMALLER for k in range(len(self.b)))
+        return [
+            min(_MOST_BITS, max(1, round((total + math.log2(abs(b))) / 2)))
+            for total, b in zip(totals, self.b, strict=True)
+        ]
+
+    @property
+    def units(self) -> npt.NDArray[np.float64]:
+        """Coefficients with the public factors' fraction bits."""
+        rest = [
+            _OUT_BITS - bits - (0 if k < self.large else _SMALLER) for k, bits in enumerate(self.shared_bits)
+        ]
+        return np.array([b * 2.0**bits for b, bits in zip(self.b, rest, strict=True)])
 
     @staticmethod
     def of(step: Callable[[torch.Tensor], torch.Tensor], half: int, terms: int) -> Series:
@@ -75,28 +108,35 @@ def series(kind: str) -> Series:
     raise ValueError(f"unknown activation {kind}")
 
 
-_SHARED_BITS, _PUBLIC_BITS = 12, 17  # fraction bits of the dealer's sines and of the public factors
+def _waves(raw: torch.Tensor, bits: int, wave: Series) -> list[torch.Tensor]:
+    """Sines, then cosines of k times an angle (*s), a full turn at 2^bits: large terms, then the others."""
+    shape = (raw.numel(), len(wave.b))
+    both = [np.empty(shape, np.int32) for _ in range(2)]
+    loops.waves(raw.reshape(-1).contiguous().numpy(), bits, 2.0**_MOST_BITS, *both)
+    less = torch.tensor([_MOST_BITS - b for b in wave.shared_bits], dtype=torch.int32)
+    pieces: list[torch.Tensor] = []
+    for x in both:
+        rounded = (torch.from_numpy(x) + ((1 << less) >> 1)) >> less
+        rounded = rounded.reshape(*raw.shape, -1)
+        pieces += [rounded[..., : wave.large], rounded[..., wave.large :]]
+    return pieces
 
 
-def _waves(raw: torch.Tensor, bits: int, terms: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sin and cos of k times an angle (*s), a full turn at 2^bits, at `_SHARED_BITS`: (*s, terms) int32."""
-    both = [np.empty((raw.numel(), terms), np.int32) for _ in range(2)]
-    loops.waves(raw.reshape(-1).contiguous().numpy(), bits, 2.0**_SHARED_BITS, *both)
-    sines, cosines = (torch.from_numpy(x).reshape(*raw.shape, terms) for x in both)
-    return sines, cosines
+def _wave_parts(shape: Shape, wave: Series) -> list[Part]:
+    """Describe what `_waves` returns."""
+    small = Part((*shape, len(wave.b) - wave.large), torch.int32, ring=32 - _SMALLER)
+    return [Part((*shape, wave.large), torch.int32), small] * 2
 
 
-def _summed(
-    raw: torch.Tensor, bits: int, b: Sequence[float], sin_r: torch.Tensor, cos_r: torch.Tensor
-) -> torch.Tensor:
-    """Sum b_k sin(k (raw - r)) over k, a full turn at 2^bits, from shares of sin(k r) and cos(k r).
+def _summed(raw: torch.Tensor, bits: int, wave: Series, shares: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum b_k sin(k (raw - r)) over k, a full turn at 2^bits, from shares of `_waves` of r.
 
     Both parties multiply by the same integers, whatever their CPUs: sums and products of doubles make them.
     """
     out = np.empty(raw.numel(), np.int64)
-    shares = (x.reshape(raw.numel(), len(b)).contiguous().numpy() for x in (sin_r, cos_r))
-    units = np.array(b) * 2.0**_PUBLIC_BITS
-    loops.waves_less(raw.reshape(-1).contiguous().numpy(), bits, units, *shares, out)
+    both = (torch.cat([shares[i], shares[i + 1] << _SMALLER], -1) for i in (0, 2))
+    waves = (x.reshape(raw.numel(), len(wave.b)).contiguous().numpy() for x in both)
+    loops.waves_less(raw.reshape(-1).contiguous().numpy(), bits, wave.units, *waves, out)
     return torch.from_numpy(out).reshape(raw.shape)
 
 
@@ -127,29 +167,34 @@ def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share
 def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Share, Share]]:
     """step(x) in a small ring, and x, or x * up, in the whole ring. One round."""
     wave = series(kind)
-    terms, ring = len(wave.b), x.ring
+    ring = x.ring
     period = x.bits + wave.half.bit_length()  # raw bits of a full turn: 2 half
     values = [x] if up is None else [x, up]
     fences = [series_fence(wave, x), *(truncation_fence(v.ring) for v in values[1:])]
 
     def derive(*masks: torch.Tensor) -> Sequence[torch.Tensor]:
         pieces = [mask_parts(r, 0, v.ring)[::-1] for r, v in zip(masks, values, strict=True)]
-        waves = _waves(masks[0], period, terms)
+        waves = _waves(masks[0], period, wave)
         crossed = cross(*pieces[0], *pieces[1]) if up is not None else ()
         tables = (fence.tables(r) for fence, r in zip(fences, masks, strict=True))
         return *tables, *waves, *(part for piece in pieces for part in piece), *crossed
 
     each, n = Part(x.shape), math.prod(x.shape)
     tables = tuple(fence.part(x.shape) for fence in fences)
-    parts = (*tables, *(Part((*x.shape, terms), torch.int32),) * 2, *(each,) * (2 if up is None else 8))
-    work = Work(lookups=n, multiply_adds=2 * n * terms) + (products_of(n) if up is not None else NO_WORK)
+    waves = _wave_parts(x.shape, wave)
+    if up is None:
+        rings: tuple[int, ...] = mask_ring(0, ring)[::-1]
+    else:
+        of_rc, of_rb, of_rc_, of_rb_, *of_products = crossed_rings(ring, up.ring)
+        rings = (of_rb, of_rc, of_rb_, of_rc_, *of_products)
+    parts = (*tables, *waves, *(Part(x.shape, ring=bits) for bits in rings))
+    work = Work(lookups=n, multiply_adds=2 * n * len(wave.b)) + (
+        products_of(n) if up is not None else NO_WORK
+    )
     drawn = yield from draw(Request(RequestKind.ACTIVATION, (each,) * len(values), parts, derive, work))
     count = len(values)
-    masks, drawn_tables, (sin_r, cos_r, rb, rc, *others) = (
-        drawn[:count],
-        drawn[count : 2 * count],
-        drawn[2 * count :],
-    )
+    masks, drawn_tables, rest = drawn[:count], drawn[count : 2 * count], drawn[2 * count :]
+    shares, (rb, rc, *others) = rest[: len(waves)], rest[len(waves) :]
     c, *c_up = yield from open_masked(
         *(
             raised(side, v.data, r, v.ring, "masked for activation")
@@ -161,11 +206,11 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
         fence.watch(side, table, opened)
     mine = Truncated.of(c, 0, ring, rb, rc)
     value = Share(mine.share(side), x.bits)
-    out = _SHARED_BITS + _PUBLIC_BITS
+    out = _OUT_BITS
     if c.is_meta:
         step = torch.empty_like(x.data)
     else:
-        total = _summed(c - (1 << (ring - 2)), period, wave.b, sin_r, cos_r)
+        total = _summed(c - (1 << (ring - 2)), period, wave, shares)
         slope = out - x.bits - wave.half.bit_length()
         step = total + (value.data << slope) + side.constant(1 << (out - 1), total)
     if up is not None:

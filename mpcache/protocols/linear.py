@@ -12,7 +12,7 @@ from mpcache.errors import Reuse
 from mpcache.protocols.fence import truncation_fence
 from mpcache.rank import Rank
 from mpcache.runtime import correlations
-from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.correlations import mask_parts, mask_ring
 from mpcache.runtime.program import (
     NO_WORK,
     Opening,
@@ -26,9 +26,11 @@ from mpcache.runtime.program import (
     open_masked,
     products_of,
 )
-from mpcache.runtime.ring import Matrix, matmul, narrow
-from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share
+from mpcache.runtime.ring import Matrix, matmul, narrow, wide
+from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, known_rows
 from mpcache.runtime.side import Side, drop_low_bits
+
+ONE_WAY = "share of an activation, masked"
 
 
 def truncation_room(ring: int) -> int:
@@ -90,6 +92,15 @@ def cross(
     return rb * rb_, rb * rc_, rc * rb_, rc * rc_
 
 
+def crossed_rings(ring: int, other: int) -> tuple[int, ...]:
+    """Return how many bits count of both masks' parts rc, rb, rc', rb' and of `cross`.
+
+    rb comes times 2^(ring-1), rb rb' times both powers: its lowest bit at least is dealt.
+    """
+    (rc, rb), (rc_, rb_) = mask_ring(0, ring), mask_ring(0, other)
+    return rc, rb, rc_, rb_, max(1, rb + rb_ - 64), rb, rb_, 64
+
+
 def truncate_local(side: Side, x: Share, bits: int) -> Share:
     """Cut to `bits` fraction bits, each party alone, no message: within one unit of x / 2^f, unbiased.
 
@@ -116,9 +127,11 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     def derive(r: torch.Tensor) -> Sequence[torch.Tensor]:
         return *mask_parts(r, f, ring), fence.tables(r)
 
-    each = Part(x.shape)
-    derived = (each, each, fence.part(x.shape))
-    r, rc, rb, tables = yield from draw(Request(RequestKind.TRUNCATION, (each,), derived, derive, NO_WORK))
+    parts = (Part(x.shape, ring=bits_of) for bits_of in mask_ring(f, ring))
+    request = Request(
+        RequestKind.TRUNCATION, (Part(x.shape),), (*parts, fence.part(x.shape)), derive, NO_WORK
+    )
+    r, rc, rb, tables = yield from draw(request)
     (c,) = yield from open_masked(raised(side, data, r, ring, "masked for truncation"))
     fence.watch(side, tables, c)
     return Share(Truncated.of(c, f, ring, rb, rc).share(side), bits)
@@ -180,10 +193,11 @@ class Scaled:
             rc, rb = mask_parts(r, 0, x.ring)
             return rc, rb, a * rc, a * rb, fence.tables(r)
 
+        rings = mask_ring(0, x.ring) * 2
         return Request(
             RequestKind.TRUNCATION_PRODUCT,
             (Part(x.shape), Part(factor)),
-            (*(Part(x.shape),) * 4, fence.part(x.shape)),
+            (*(Part(x.shape, ring=ring) for ring in rings), fence.part(x.shape)),
             derive,
             products_of(math.prod(x.shape)),
         )
@@ -208,7 +222,8 @@ def truncate_product(side: Side, x: Share, y: Share, wide: int = 0) -> Program[S
         return fences[0].tables(r), fences[1].tables(r_), rc, rb, rc_, rb_, *cross(rb, rc, rb_, rc_)
 
     each = Part(x.shape)
-    derived = (*(fence.part(x.shape) for fence in fences), *(each,) * 8)
+    parts = (Part(x.shape, ring=ring) for ring in crossed_rings(x.ring, y.ring))
+    derived = (*(fence.part(x.shape) for fence in fences), *parts)
     request = Request(
         RequestKind.TRUNCATIONS_PRODUCT, (each,) * 2, derived, derive, products_of(math.prod(x.shape))
     )
@@ -251,7 +266,8 @@ def mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
 def start_mask_operand(x: Share, ring: int = 64) -> Program[MaskedOperand]:
     """Draw the mask, for what draws with it: the first half of `mask_operand`. No message."""
     mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
-    return MaskedOperand(mask, Awaited(), x.bits, None if values is None else values[0], ring)
+    dealt = None if values is None else values[0]
+    return MaskedOperand(mask, Awaited(), x.bits, dealt, ring, known_rows(x))
 
 
 def finish_mask_operand(x: Share, started: MaskedOperand, joined: MaskedOperand) -> Program[MaskedOperand]:
@@ -275,8 +291,9 @@ def mask_matrix(side: Side, x: Share, ring: int = 64) -> Program[KnownOperand]:
     if x.owner is None:
         raise ValueError("a matrix that nobody knows is masked by `mask_operand`")
     mask, values = yield from draw(correlations.random_mask(x.shape, x.owner))
-    (opened,) = yield from open_masked(masked(x.data - mask, ring, "operand, masked", x.owner))
-    held = narrow(x.data) if side.rank is x.owner else narrow(opened, ring)
+    whole = wide(x.data)
+    (opened,) = yield from open_masked(masked(whole - mask, ring, "operand, masked", x.owner))
+    held = narrow(whole) if side.rank is x.owner else narrow(opened, ring)
     return KnownOperand(held, x.owner, x.bits, ring, None if values is None else narrow(values[0], ring))
 
 
@@ -285,43 +302,92 @@ def matmul_masked_operand(
 ) -> Program[Share]:
     """Multiply (*b, m, k) by an operand (*b, k, n) modulo 2^ring, all fraction bits kept. One round.
 
-    For an operand of one party's own: (m, k) by (k, n).
+    For an operand of one party's own: (m, k) by (k, n). What one party knows of the operand makes its part of
+    the opening one message of the other's.
     """
     ring = min(ring, x.ring, w.ring)
-    a, c, _ = yield from masks_of_product(side, x.shape, w, x.owner)
+    if isinstance(w, KnownOperand):
+        return (yield from _known_product(side, x, w, ring))
+    if w.known:
+        return (yield from _partly_known_product(side, x, w, ring))
+    a, c, _ = yield from masks_of_product(side, x.shape, w, x.owner, ring=ring)
     (e,) = yield from open_masked(masked(x.data - a, ring, "activation, masked", x.owner))
     return Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=ring)
 
 
 def masks_of_product(
-    side: Side, x: Shape, w: MaskedOperand | KnownOperand, owner: Rank | None = None, keep: bool = False
+    side: Side,
+    x: Shape,
+    w: MaskedOperand | KnownOperand,
+    owner: Rank | None = None,
+    keep: bool = False,
+    ring: int = 64,
 ) -> Program[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Draw shares of the mask a of x, and of the c that `share_of_product` needs, and a at the dealer.
 
-    owner: the one who knows x.  keep: whether the dealer's program needs a.
+    ring: what the product is right in.  owner: who knows x.  keep: whether the dealer's program needs a.
     """
     out = (*x[:-1], w.shape[-1])
     if isinstance(w, MaskedOperand):
-        request = correlations.masked_operand_product(x, w, out, owner, keep)
+        request = correlations.masked_operand_product(x, w, out, owner, keep, ring)
         a, c, *kept = yield from draw(request)
         return a, c, kept[0][0] if keep and kept[0] is not None else None
-    parts, other = [Part(x, owner=w.owner)], w.owner.peer
-    if owner is other:
-        parts = []  # the other's opening needs no mask of w's owner
     request = Request(
         RequestKind.MASKED_OPERAND,
-        (*parts, Part(x, owner=other)),
-        (Part(out),),
+        (Part(x, owner=w.owner), Part(x, owner=w.owner.peer)),
+        (Part(out, ring=ring),),
         lambda *a: (matmul(a[-1], _dealt(w)),),
         Work(multiplications=math.prod(out) * x[-1], multiply_adds=math.prod(out) * x[-1]),
         keep,
     )
-    drawn = yield from draw(request)
-    masks = drawn[: len(request.random)]
-    values = drawn[-1] if keep else None
-    c = drawn[len(masks)]
-    a = masks[0] if side.rank is w.owner else masks[-1]  # zero where x is not this party's
-    return a, c, None if values is None else sum(values[1:], values[0])
+    mine, theirs, c, *kept = yield from draw(request)
+    a = mine if side.rank is w.owner else theirs
+    return a, c, kept[0][0] + kept[0][1] if keep and kept[0] is not None else None
+
+
+def _known_product(side: Side, x: Share, w: KnownOperand, ring: int) -> Program[Share]:
+    """Multiply by a matrix of one party's own: the other sends e = its share of x less a, one way.
+
+    c = a @ B.  The owner has (its share + e) @ W, the other a @ V.
+    """
+    other, out = w.owner.peer, (*x.shape[:-1], w.shape[-1])
+    n = math.prod(out) * x.shape[-1]
+    request = Request(
+        RequestKind.MASKED_OPERAND,
+        (Part(x.shape, owner=other),),
+        (Part(out, ring=ring),),
+        lambda a: (matmul(a, _dealt(w)),),
+        Work(multiplications=n, multiply_adds=n),
+    )
+    a, c = yield from draw(request)
+    (e,) = yield from open_masked(masked(x.data - a, ring, ONE_WAY, other))
+    mine = x.data if side.rank is w.owner else a
+    return Share(share_of_product(side, e, mine, c, w), x.bits + w.bits, ring=ring)
+
+
+def _partly_known_product(side: Side, x: Share, w: MaskedOperand, ring: int) -> Program[Share]:
+    """Multiply by an operand whose first rows the server knows: their columns of x go one way."""
+    k, out = w.known, (*x.shape[:-1], w.shape[-1])
+    own, rest = x[..., :k], x[..., k:]
+
+    def derive(a: torch.Tensor, b: torch.Tensor) -> Sequence[torch.Tensor]:
+        masks = correlations.dealt(w.dealt)
+        return (matmul(a, masks[..., :k, :]) + matmul(b, masks[..., k:, :]),)
+
+    n = math.prod(out)
+    work = Work(multiplications=n * k, multiply_adds=n * k) + products_of(n * rest.shape[-1])
+    random = Part(own.shape, owner=Rank.CLIENT), Part(rest.shape)
+    request = Request(RequestKind.MASKED_OPERAND, random, (Part(out, ring=ring),), derive, work)
+    a, b, c = yield from draw(request)
+    e, f = yield from open_masked(
+        masked(own.data - a, ring, ONE_WAY, Rank.CLIENT), masked(rest.data - b, ring, "activation, masked")
+    )
+    masks, opened = (t[..., :k, :] for t in (w.mask, w.public))
+    server = side.rank is Rank.SERVER
+    c = c + (matmul(own.data + e, masks + opened) if server else matmul(a, opened))
+    masks, opened = (t[..., k:, :] for t in (w.mask, w.public))
+    grown = matmul(f, masks) + matmul(b, opened) + side.first(matmul(f, opened))
+    return Share(c + grown, x.bits + w.bits, ring=ring)
 
 
 def _dealt(w: KnownOperand) -> Matrix:
@@ -354,7 +420,7 @@ def product(
     ring = min(ring, x.ring, y.ring)
     shapes = (torch.empty(s, dtype=torch.int64, device="meta") for s in (x.shape, y.shape))
     out = tuple(op(*shapes).shape)
-    a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op))
+    a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op, ring))
     d, e = yield from open_masked(
         masked(x.data - a, ring, "factor, masked"), masked(y.data - b, ring, "factor, masked")
     )

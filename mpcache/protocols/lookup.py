@@ -10,7 +10,17 @@ import math
 
 import torch
 
-from mpcache.runtime.program import Opening, Part, Program, Request, RequestKind, Work, draw, open_masked
+from mpcache.runtime.program import (
+    Opening,
+    Part,
+    Program,
+    Request,
+    RequestKind,
+    Shape,
+    Work,
+    draw,
+    open_masked,
+)
 from mpcache.runtime.ring import turned
 from mpcache.runtime.side import Side
 
@@ -36,6 +46,27 @@ def one_hot_of(
     (c,) = yield from open_masked(Opening(index + rho, "index, rotated", ring=bits))
     # index = v exactly where rho = c - v.
     return h if c.is_meta else turned(h, c)
+
+
+TOGETHER = 8  # small numbers that are opened as one word
+
+
+def joined(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Join numbers of so many bits (*s, n), `TOGETHER` to a word: (*s, words), the last padded with zeros."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % TOGETHER))
+    words: torch.Tensor = padded.reshape(*padded.shape[:-1], -1, TOGETHER) << (torch.arange(TOGETHER) * bits)
+    return words.sum(-1)
+
+
+def apart(words: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    """Undo `joined`: (*s, words) -> (*s, n) int64."""
+    split = words.to(torch.int64).unsqueeze(-1) >> (torch.arange(TOGETHER) * bits)
+    return (split & ((1 << bits) - 1)).flatten(-2)[..., :n]
+
+
+def words_for(shape: Shape) -> Shape:
+    """Return the shape of what `joined` makes of this one."""
+    return (*shape[:-1], -(-shape[-1] // TOGETHER))
 
 
 def lookup(side: Side, index: torch.Tensor, table: torch.Tensor) -> Program[torch.Tensor]:

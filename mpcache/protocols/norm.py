@@ -28,7 +28,7 @@ from mpcache.protocols.linear import (
 )
 from mpcache.protocols.ranges import MEAN_SQUARE_HIGH, MEAN_SQUARE_LOW, NORM_PRODUCT_BITS, NORM_PRODUCT_RING
 from mpcache.protocols.reciprocal import Curve, ExponentRange, power
-from mpcache.runtime.correlations import dealt, mask_parts
+from mpcache.runtime.correlations import dealt, mask_parts, mask_ring
 from mpcache.runtime.program import (
     Opening,
     Part,
@@ -109,7 +109,10 @@ def _add(
         a = -rc if stream is None else dealt(stream.dealt) - rc
         return rc, rb, a * rb, (a * a).sum(-1, keepdim=True), fence.tables(r)
 
-    derived = (each, each, each, row, fence.part(each.shape))
+    # q, of 2^(ring-1) at least, multiplies rb and a rb
+    rc_ring, rb_ring = mask_ring(0, change.ring)
+    parts = (Part(each.shape, ring=ring) for ring in (rc_ring, rb_ring, rb_ring))
+    derived = (*parts, row, fence.part(each.shape))
     request = Request(RequestKind.NORM, (each,), derived, derive, products_of(m * width))
     r, rc, rb, a_rb, aa, tables = yield from draw(request)
     (c,) = yield from open_masked(raised(side, change.data, r, change.ring, "masked for truncation"))
@@ -123,7 +126,7 @@ def _add(
 
 def _times(side: Side, x: Share, w: MaskedOperand | KnownOperand) -> Program[tuple[MaskedOperand, Share]]:
     """X opened under a fresh mask, and x @ w from the same opening. One round."""
-    a, c, value = yield from masks_of_product(side, x.shape, w, keep=True)
+    a, c, value = yield from masks_of_product(side, x.shape, w, keep=True, ring=w.ring)
     (e,) = yield from open_masked(Opening(x.data - a, "stream, masked"))
     opened = MaskedOperand(a, e, x.bits, value)
     return opened, Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=w.ring)

@@ -30,7 +30,8 @@ RELU_WIDTH = 32  # |x| < 2^15 at 16 fraction bits, for `relu`
 LARGEST_LOGIT = 512  # |logit| stays below
 
 # Rings of products with each operand: queries and keys are rotated before they are truncated.
-OPERAND_RINGS = {"embed": 48, "qkv": 64, "o": 48, "up": 48, "down": 48, "lm_head": 48}
+# A row of the embedding is below 2^VALUE_BITS itself.
+OPERAND_RINGS = {"embed": 32, "qkv": 64, "o": 48, "up": 48, "down": 48, "lm_head": 48}
 SELECTION_RING = 56  # scores to gather and softmax weights to scatter fit
 
 # Attention.

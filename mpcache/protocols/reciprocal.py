@@ -25,7 +25,7 @@ from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.fence import Fence
 from mpcache.protocols.linear import affine, masked, raised
 from mpcache.protocols.lookup import one_hot
-from mpcache.runtime.correlations import mask_parts
+from mpcache.runtime.correlations import mask_parts, mask_ring
 from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked, tree_cipher
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
@@ -162,7 +162,10 @@ def _line(
 
     # Three inner products with values and slopes, with and without the factor.
     work = Work(lookups=n, multiply_adds=8 * n * size)
-    request = Request(RequestKind.LINE, (Part((n,)), Part((n,))), (Part((n, size)),) * 6, derive, work)
+    # rb comes times 2^(ring-1), alone and within the products.
+    rc_ring, rb_ring = mask_ring(0, ring)
+    parts_of = tuple(Part((n, size), ring=bits) for bits in (64, rb_ring, rc_ring)) * 2
+    request = Request(RequestKind.LINE, (Part((n,)), Part((n,))), parts_of, derive, work)
     r, b, *parts = yield from draw(request)
     c, d = yield from open_masked(
         raised(side, v, r, ring, "index, rotated"), masked(factor - b, 64, "factor, masked")
@@ -195,7 +198,12 @@ def reciprocal_range(least: float, most: float, bits: int) -> tuple[ExponentRang
 
 
 def reciprocal(side: Side, x: Share, least: float, most: float) -> Program[Share]:
-    """1 / x for least <= x < most, (*s). Two rounds. Relative error 2e-4."""
+    """1 / x for least <= x < most, (*s). Two rounds. Relative error 2e-4.
+
+    Raises ValueError for a ring that does not hold x.
+    """
     where, bits = reciprocal_range(least, most, x.bits)
+    if x.ring < where.high + 4:
+        raise ValueError(f"reciprocals below 2^{where.high} in a ring of {x.ring} bits")
     y = yield from power(side, x.data.reshape(-1), where, RECIPROCAL)
     return Share(y.reshape(x.shape), bits)

@@ -1,10 +1,13 @@
-"""Softmax on shares without a comparison tree: three rounds to exp, whatever the length.
+"""Softmax on shares without a tree of maxima: three or five rounds to exp, whatever the length.
 
-1. An upper bound of the maximum, at most 4.6 above it, from unary histograms (two rounds).
-2. exp by one key tree per element (one round): with d opened as d + r, e^-d is e^r, which the
-   dealer knows, times e^-(d+r), which is public; the tree tells which of the two wraps happened and
-   cuts off at e^-18.3 to e^-20.6.
-The division is deferred past the product with the values.
+1. An upper bound of the maximum, at most 4.6 above it, from the scores' buckets.
+2. exp: with d opened as d + r, e^-d is e^r, which the dealer knows, times e^-(d+r), which is public; what is
+   shared of r tells which of the two wraps happened and cuts off at e^-18.3 to e^-20.6.
+The division is deferred past the product with the values. Two ways to do both trade offline bytes for rounds,
+as in `mpcache.protocols.compare`:
+
+* `Keys`: a unary histogram and one key tree per element.
+* `Digits`: random sums of XOR shares (`coins`) and tables (`exp_digits`), from one opening of the scores.
 """
 
 from __future__ import annotations
@@ -15,26 +18,25 @@ from collections.abc import Sequence
 import torch
 
 from mpcache.protocols import dcf
-from mpcache.protocols.compare import key_parts, less
+from mpcache.protocols.coins import Highest, bound_of
+from mpcache.protocols.compare import Digits, Keys, key_parts, less
 from mpcache.protocols.dcf import KeyShape
+from mpcache.protocols.exp_digits import EXP_BITS, EXP_RING, ExpDigits, dealt_factor, public_factors
 from mpcache.protocols.linear import masked, truncate, truncate_local
 from mpcache.protocols.lookup import one_hot_of
 from mpcache.protocols.ranges import (
     BUCKET_STEP,
     BUCKETS,
     COMPARED_BITS,
-    EXP_WINDOW,
     SCORE_BITS,
     SCORE_RING,
-    SCORE_UNIT,
     WINDOW_BITS,
     WINDOWS_BITS,
 )
+from mpcache.runtime.correlations import dealt
 from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked, tree_cipher
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
-
-_KEY_BITS, _PUBLIC_BITS = 40, 22  # fraction bits of e^(r - window) and of e^-(d + r)
 
 
 def quantize_scores(scores: Share) -> Share:
@@ -82,23 +84,17 @@ def exp(side: Side, d: Share) -> Program[Share]:
     n = math.prod(d.shape)
     keys = KeyShape(n, COMPARED_BITS + WINDOWS_BITS, start=WINDOWS_BITS)
     seeds, words, bit_parts = key_parts(keys)
-    low, whole, rest = (
-        (1 << WINDOW_BITS) - 1,
-        (1 << (WINDOW_BITS + WINDOWS_BITS)) - 1,
-        WINDOW_BITS - COMPARED_BITS,
-    )
+    whole, rest = (1 << EXP_RING) - 1, WINDOW_BITS - COMPARED_BITS
     cipher = yield from tree_cipher()
 
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
-        payload = torch.exp((r & low).double() * SCORE_UNIT - EXP_WINDOW) * 2**_KEY_BITS
-        return dcf.dcf_keygen(keys, cipher, s, (r & whole) >> rest, payload.round().to(torch.int64))
+        return dcf.dcf_keygen(keys, cipher, s, (r & whole) >> rest, dealt_factor(r))
 
     request = Request(RequestKind.EXP, (Part((n,)), seeds), (words, bit_parts), derive, keys.work(points=2))
     r, own, cw, cb = yield from draw(request)
-    (c,) = yield from open_masked(masked(d.data.reshape(n) + r, WINDOW_BITS + WINDOWS_BITS, "masked for exp"))
-    bits = _KEY_BITS + _PUBLIC_BITS
+    (c,) = yield from open_masked(masked(d.data.reshape(n) + r, EXP_RING, "masked for exp"))
     if c.is_meta:
-        return Share(torch.empty_like(d.data), bits)
+        return Share(torch.empty_like(d.data), EXP_BITS)
     c = (c & whole).unsqueeze(-1)
     # d lies in the window if c and r share their top bits, or if c's top bits are one higher and its low bits
     # are not above r's. Leading bits tell. Where these are equal in the second case d is about a window, on
@@ -108,16 +104,48 @@ def exp(side: Side, d: Share) -> Program[Share]:
     lowest = before & ((1 << COMPARED_BITS) - 1) == 0  # not above any: the top bits decide alone
     window, below = dcf.dcf_eval(keys, cipher, side.number, own, cw, cb, before - (~lowest).long())
     wrapped = torch.where(lowest, window, below)
-    factor = torch.exp(-(c & low).double() * SCORE_UNIT) * 2**_PUBLIC_BITS
-    e = same * (factor * math.exp(EXP_WINDOW)).round().to(torch.int64)
-    e = e + wrapped * factor.round().to(torch.int64)
-    return Share(e.reshape(d.shape), bits)
+    own, next_ = public_factors(c)
+    return Share((same * own + wrapped * next_).reshape(d.shape), EXP_BITS)
+
+
+def exp_by_keys(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[Share]:
+    """e^(s - c) of narrow scores (*b, n). Three rounds."""
+    c = yield from bound(side, scores, visible)
+    return (yield from exp(side, Share((c << SCORE_BITS) - scores.data, SCORE_BITS)))
+
+
+def exp_by_digits(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[Share]:
+    """e^(s - c) of narrow scores (*b, n). Five rounds; the scores are opened once, c under its own mask."""
+    highest, digits = Highest(scores.shape), ExpDigits(scores.shape)
+    request = Request(
+        RequestKind.HIGHEST, (Part(scores.shape), *highest.random), highest.derived, highest.derive,
+        highest.work, keep=True,
+    )  # fmt: skip
+    r, *parts, kept = yield from draw(request)
+    (opened,) = yield from open_masked(masked(scores.data + r, SCORE_RING, "scores, masked"))
+    c = bound_of(side, (yield from highest.find(side, parts, opened, visible)))
+
+    def derive(mask: torch.Tensor, entries: torch.Tensor) -> Sequence[torch.Tensor]:
+        return digits.derive(mask - dealt(kept)[0], entries)
+
+    request = Request(
+        RequestKind.EXP_DIGITS, (Part(tuple(c.shape)), *digits.random), digits.derived, derive, digits.work
+    )
+    mask, *parts = yield from draw(request)
+    (bound,) = yield from open_masked(masked(c + mask, EXP_RING, "bound, masked"))
+    return Share((yield from digits.of(side, parts, bound - opened)), EXP_BITS)
 
 
 def softmax(
-    side: Side, scores: Share, visible: torch.Tensor | None, bits: int
+    side: Side,
+    scores: Share,
+    visible: torch.Tensor | None,
+    bits: int,
+    comparison: type[Keys] | type[Digits] = Keys,
 ) -> Program[tuple[Share, Share]]:
-    """Turn narrow scores (*b, n) into e^(s - c) at `bits` fraction bits, and its sum (*b, 1). Four rounds.
+    """Turn narrow scores (*b, n) into e^(s - c) at `bits` fraction bits, and its sum (*b, 1).
+
+    Four rounds, six where `Digits` compare.
 
     Each weight is off by 1.4e-4 of itself (the grid) and by 2^-bits / 2 more (a standard deviation), while
     their sum may be as low as e^-BOUND_SLACK. With the bits of `ranges.weight_bits` the weighted mean of n
@@ -128,8 +156,8 @@ def softmax(
     """
     if visible is not None:
         visible = visible.to(scores.data.device).expand(scores.shape)
-    c = yield from bound(side, scores, visible)
-    e = yield from exp(side, Share((c << SCORE_BITS) - scores.data, SCORE_BITS))
+    by = exp_by_digits if comparison is Digits else exp_by_keys
+    e = yield from by(side, scores, visible)
     e = truncate_local(side, e, bits)
     # What is not seen may lie above the bound, where exp is out of its range: it is zero before it is looked
     # at, and after, since a truncation may add one.

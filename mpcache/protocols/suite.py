@@ -13,6 +13,7 @@ import torch
 
 from mpcache.ops import SelectionOf
 from mpcache.protocols.activation import activate
+from mpcache.protocols.compaction import compact
 from mpcache.protocols.compare import Digits, Keys
 from mpcache.protocols.linear import (
     blur,
@@ -45,6 +46,7 @@ class Suite(Protocol):
     def mask_matrix(self, side: Side, x: Share, ring: int = 64) -> Program[KnownOperand | MaskedOperand]: ...
     def mask_operand(self, x: Share, ring: int = 64) -> Program[MaskedOperand]: ...
     def start_mask_operand(self, x: Share, ring: int = 64) -> Program[MaskedOperand]: ...
+    def compact(self, side: Side, scores: Share, k: int, values: Sequence[Share]) -> Program[list[Share]]: ...
     def finish_mask_operand(
         self, x: Share, started: MaskedOperand, joined: MaskedOperand
     ) -> Program[MaskedOperand]: ...
@@ -67,7 +69,12 @@ class Suite(Protocol):
     def reciprocal(self, side: Side, x: Share, least: float, most: float) -> Program[Share]: ...
     def relu(self, side: Side, x: Share, width: int) -> Program[Share]: ...
     def softmax(
-        self, side: Side, scores: Share, visible: torch.Tensor | None, bits: int
+        self,
+        side: Side,
+        scores: Share,
+        visible: torch.Tensor | None,
+        bits: int,
+        comparison: type[Keys] | type[Digits] = Keys,
     ) -> Program[tuple[Share, Share]]: ...
     def topk(
         self,
@@ -84,7 +91,8 @@ class Suite(Protocol):
 
 
 __all__ = [
-    "activate", "blur", "finish_mask_operand", "mask_matrix", "mask_operand", "matmul_masked_operand",
+    "activate", "blur", "compact", "finish_mask_operand", "mask_matrix", "mask_operand",
+    "matmul_masked_operand",
     "norm_linear", "product", "quantize_scores", "reciprocal", "relu", "softmax", "start_mask_operand",
     "topk", "truncate", "truncate_local", "truncate_times",
 ]  # fmt: skip

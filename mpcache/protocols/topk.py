@@ -24,6 +24,7 @@ from mpcache.protocols.lookup import one_hot
 from mpcache.protocols.ranges import SELECTION_RING
 from mpcache.protocols.selection import SlotSelection, prepare_selection
 from mpcache.runtime.correlations import dealt
+from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked, products_of
 from mpcache.runtime.shares import Share, cat
 from mpcache.runtime.side import Side
@@ -32,6 +33,14 @@ from mpcache.runtime.side import Side
 def size_for(n: int) -> int:
     """Return the power of two that ranks of n items are opened modulo."""
     return 1 << max(1, (n - 1).bit_length())
+
+
+def pairs_of(n: int, sizes_alone: bool = False) -> tuple[Any, Any]:
+    """Return all pairs of n items, the lower index first; where nothing has values, their sizes alone."""
+    if sizes_alone:
+        return (MetaTensor((n * (n - 1) // 2,)),) * 2
+    first, second = torch.triu_indices(n, n, 1)
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def topk(
     raw. Values are gathered in their own ring. Two rounds, three where `Digits` compare.
     """
     *rows, n = scores.shape
-    first, second = torch.triu_indices(n, n, 1)
+    first, second = pairs_of(n, side.device == "meta")
     pairs = len(first)
     size = size_for(n)
     # Ranks are opened modulo `size`: that many bits of the comparisons' outcomes are enough.
@@ -118,7 +127,8 @@ def topk(
     fence = Fence(width, 8, 1, 127)  # all within half of the ring: so differences are below it
 
     def derive(r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
-        difference = (r[..., first] - r[..., second]).reshape(-1)
+        above, below = pairs_of(n)
+        difference = (r[..., above] - r[..., below]).reshape(-1)
         hot = one_hot(rho, size)
         rotated = hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
         return *compared.derive(difference, own), fence.tables(r), hot, rotated

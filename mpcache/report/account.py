@@ -10,7 +10,7 @@ from typing import Any
 
 from mpcache.answer import PlainAnswer
 from mpcache.ledger import Entry
-from mpcache.phases import ChunkPlace, is_decode
+from mpcache.phases import EVICTION, ChunkPlace, is_decode, private_chunk
 from mpcache.rank import Rank
 from mpcache.report.units import whole
 
@@ -84,6 +84,8 @@ class Report:
     phases: dict[str, Phase] = field(default_factory=dict)
     wire_bytes: int = 0  # both directions, all links, with frames' headers
     seconds: float = 0.0  # from the session's first word to its last
+    private_tokens: int = 0  # of the client's document
+    private_kept: int = 0  # of these, in the layer that keeps most
     setup_bytes: int = 0  # both directions, all links: of masked weights, and of the seeds of V
     prefill_ms: float = 0.0  # server: the pass over the context, and its eviction
     kernels: str = ""  # server: which kernels it took
@@ -166,6 +168,7 @@ def summary(
         "total_seconds": {Rank(r.rank).label: r.seconds for r in reports.values()},
         "total_bytes": {Rank(r.rank).label: r.wire_bytes for r in reports.values()},
         "checkpoints": {Rank(r.rank).label: kept_of(r) for r in reports.values() if r.checkpoint_ms},
+        "client_document": _document_of(reports),
         "private": {
             "first_token_ms": client.phases["context"].ms + client.phases["question"].ms,
             "ms_per_token": statistics.fmean(private_ms),
@@ -177,6 +180,7 @@ def summary(
             "offline_bytes_per_token": whole(offline),
             "question_rounds": client.phases["question"].rounds,
             "dealer_wait_ms": client.dealer_wait_ms,
+            "cpu_ms_per_token": {Rank(r.rank).label: r.per_token("cpu_ms") for r in reports.values()},
             "wire_bytes": sum(report.wire_bytes for report in reports.values()) // 2,
         },
         "plaintext": {
@@ -187,6 +191,34 @@ def summary(
             "ms_per_token_p95": p95(plain_ms),
             "kernels": plain.kernels,
         },
+    }
+
+
+def _document_of(reports: Reports) -> dict[str, Any] | None:
+    """Return what the client's document took, None where it has none; `online_bytes` as for a token."""
+    server, client, dealer = (reports[rank] for rank in Rank)
+    if not client.private_tokens:
+        return None
+
+    def part(names: Sequence[str]) -> dict[str, Any]:
+        ours, theirs, tapes = ([report.phases[name] for name in names] for report in (server, client, dealer))
+        return {
+            "ms": sum(phase.ms for phase in theirs),
+            "rounds": sum(phase.rounds for phase in theirs),
+            "online_bytes": whole(sum(phase.sent for phase in (*ours, *theirs)) / 2),
+            "offline_bytes": sum(phase.offline_sent for phase in tapes),
+            "cpu_ms": {Rank(r.rank).label: sum(r.phases[name].cpu_ms for name in names)
+                       for r in (server, client, dealer)},
+        }  # fmt: skip
+
+    chunks = [name for name in client.phases if private_chunk(name) is not None]
+    evicted = [name for name in client.phases if name == EVICTION]
+    return {
+        "tokens": client.private_tokens,
+        "kept": client.private_kept,
+        "chunks": len(chunks),
+        "reading": part(chunks),
+        "eviction": part(evicted) if evicted else None,
     }
 
 

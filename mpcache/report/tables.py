@@ -31,6 +31,7 @@ def card(run: Mapping[str, Any]) -> Table:
             f"{run['context_tokens']}, {stay.join(map(str, sorted({kept[0], kept[-1]})))}",
             "the same",
         ),
+        *_document_rows(run["client_document"]),
         ("prefill and eviction", duration(run["prefill_ms"]), duration(plain["prefill_ms"])),
         ("kernels of the plaintext path", run["kernels"], plain["kernels"]),
         (
@@ -52,6 +53,26 @@ def card(run: Mapping[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _document_rows(document: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Say what reading and evicting the client's document took."""
+    if document is None:
+        return []
+
+    def told(part: Mapping[str, Any]) -> str:
+        return (
+            f"{duration(part['ms'])}, {number(part['rounds'])} rounds,\n"
+            f"{size(part['online_bytes'])} online, {size(part['offline_bytes'])} offline"
+        )
+
+    rows = [
+        ("client's document, kept", f"{document['tokens']}, {document['kept']}", "the same"),
+        (f"its reading, in {document['chunks']} chunks", told(document["reading"]), ""),
+    ]
+    if document["eviction"] is not None:
+        rows.append(("its eviction", told(document["eviction"]), ""))
+    return rows
 
 
 def comparison(runs: Sequence[Mapping[str, Any]]) -> Table:

@@ -35,6 +35,20 @@ def duration(ms: float) -> str:
     return _scaled(ms, DURATIONS)
 
 
+def in_one_unit(values: Sequence[float], units: Sequence[Unit]) -> tuple[str, list[str]]:
+    """Return values of a column in one unit, that of the largest, with its name: `MB`, `[0.324, 15.3]`.
+
+    Three significant digits each, so that a small one has more places.
+    """
+    scale, last = 1.0, units[-1]
+    for unit in units[:-1]:
+        if unit.most is None or float(_digits(max(values, default=0) / scale)) < unit.most:
+            last = unit
+            break
+        scale *= unit.step
+    return last.name, [_digits(value / scale) for value in values]
+
+
 def number(n: float) -> str:
     """Return a count with its thousands apart, and one decimal where it is not whole: `1,234`, `5.3`."""
     return f"{n:,.0f}" if n == int(n) else f"{n:,.1f}"

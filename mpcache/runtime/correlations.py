@@ -31,8 +31,8 @@ def random_mask(shape: Shape, owner: Rank | None = None) -> Request:
     return Request(RequestKind.MASK, (Part(shape, owner=owner),), (), lambda b: (), NO_WORK, keep=True)
 
 
-def triple(a: Shape, b: Shape, out: Shape, op: Callable[..., torch.Tensor]) -> Request:
-    """Ask for a Beaver triple: a, b uniform and c = op(a, b), op torch.mul or a matrix product.
+def triple(a: Shape, b: Shape, out: Shape, op: Callable[..., torch.Tensor], ring: int = 64) -> Request:
+    """Ask for a Beaver triple: a, b uniform and c = op(a, b) mod 2^ring, op torch.mul or a matrix product.
 
     Source: Beaver, CRYPTO 1991.
     """
@@ -40,7 +40,7 @@ def triple(a: Shape, b: Shape, out: Shape, op: Callable[..., torch.Tensor]) -> R
     if op.__name__ == "matmul":  # (*b, m, k) by (*b, k, n)
         kind, depth = RequestKind.TRIPLE_MATMUL, a[-1]
     work = products_of(math.prod(out) * depth)
-    return Request(kind, (Part(a), Part(b)), (Part(out),), lambda x, y: (op(x, y),), work)
+    return Request(kind, (Part(a), Part(b)), (Part(out, ring=ring),), lambda x, y: (op(x, y),), work)
 
 
 def square(shape: Shape) -> Request:
@@ -66,13 +66,13 @@ def shared_bit(shape: Shape) -> Request:
 
 
 def masked_operand_product(
-    x: Shape, w: MaskedOperand, out: Shape, owner: Rank | None = None, keep: bool = False
+    x: Shape, w: MaskedOperand, out: Shape, owner: Rank | None = None, keep: bool = False, ring: int = 64
 ) -> Request:
-    """Ask for a fresh mask a of x and c = a @ B, for an operand with the mask B."""
+    """Ask for a fresh mask a of x and c = a @ B modulo 2^ring, for an operand with the mask B."""
     return Request(
         RequestKind.MASKED_OPERAND,
         (Part(x, owner=owner),),
-        (Part(out),),
+        (Part(out, ring=ring),),
         lambda a: (matmul(a, dealt(w.dealt)),),
         products_of(math.prod(out) * x[-1]),
         keep,
@@ -82,3 +82,11 @@ def masked_operand_product(
 def mask_parts(r: torch.Tensor, bits: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a truncation's mask r: rc = (r mod 2^(ring-1)) >> bits, and its top bit rb."""
     return (r & ((1 << (ring - 1)) - 1)) >> bits, (r >> (ring - 1)) & 1
+
+
+def mask_ring(bits: int, ring: int) -> tuple[int, int]:
+    """Return how many bits of `mask_parts` count in a result modulo 2^64: rc's, and rb's.
+
+    rb comes times 2^(ring-1-bits).
+    """
+    return 64, 64 - (ring - 1 - bits)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import float64, int8, int16, int32, int64, njit, uint8, uint32, void
+from numba import float64, int8, int16, int32, int64, njit, uint8, uint16, uint32, void
 
 _INT64 = int64[:, ::1]
 _COLUMNS = 1024  # of the result, which stay in the innermost cache while all rows of the matrix pass
@@ -49,25 +49,25 @@ def _add_four(out, row, next_, third, last, a, b, c, d):
 
 
 @compile_loop()
-def _join(out, low, high):
+def _join(out, low, high, bits):
     for j in range(out.shape[0]):
-        out[j] = np.int64(low[j]) | (np.int64(high[j]) << 32)
+        out[j] = np.int64(low[j]) | (np.int64(high[j]) << bits)
 
 
 @compile_loop()
-def _add_four_joined(out, l0, l1, l2, l3, h0, h1, h2, h3, a, b, c, d):
+def _add_four_joined(out, l0, l1, l2, l3, h0, h1, h2, h3, a, b, c, d, bits):
     for j in range(out.shape[0]):
         out[j] += (
-            a * (np.int64(l0[j]) | (np.int64(h0[j]) << 32))
-            + b * (np.int64(l1[j]) | (np.int64(h1[j]) << 32))
-            + c * (np.int64(l2[j]) | (np.int64(h2[j]) << 32))
-            + d * (np.int64(l3[j]) | (np.int64(h3[j]) << 32))
+            a * (np.int64(l0[j]) | (np.int64(h0[j]) << bits))
+            + b * (np.int64(l1[j]) | (np.int64(h1[j]) << bits))
+            + c * (np.int64(l2[j]) | (np.int64(h2[j]) << bits))
+            + d * (np.int64(l3[j]) | (np.int64(h3[j]) << bits))
         )
 
 
-@compile_loop([void(_INT64, w, _INT64) for w in (_INT64, int32[:, ::1])])
+@compile_loop([void(_INT64, w[:, ::1], _INT64) for w in (int64, int32, int16)])
 def add_product(x, w, out):
-    """Add x (m, k) @ w (k, n) to out (m, n), all contiguous; w: int64 or int32."""
+    """Add x (m, k) @ w (k, n) to out (m, n), all contiguous; w: int64, int32 or int16."""
     m, k = x.shape
     n = w.shape[1]
     for start in range(0, n, _COLUMNS):
@@ -84,9 +84,11 @@ def add_product(x, w, out):
                 _add_one(out[r, start:end], w[i, start:end], x[r, i])
 
 
-@compile_loop(void(_INT64, uint32[:, ::1], int16[:, ::1], _INT64))
-def add_joined_product(x, low, high, out):
-    """Add x (m, k) @ (low + 2^32 high) (k, n) to out (m, n), all contiguous; uint32 and int16."""
+@compile_loop(
+    [void(_INT64, w[:, ::1], v[:, ::1], _INT64, int64) for w, v in ((uint32, int16), (uint16, int8))]
+)
+def add_joined_product(x, low, high, out, bits):
+    """Add x (m, k) @ (low + 2^bits high) (k, n) to out (m, n), contiguous; low has so many bits, unsigned."""
     m, k = x.shape
     n = low.shape[1]
     joined = np.empty((4, _COLUMNS), np.int64)
@@ -99,11 +101,11 @@ def add_joined_product(x, low, high, out):
                     low[i, start:end], low[i + 1, start:end], low[i + 2, start:end], low[i + 3, start:end],
                     high[i, start:end], high[i + 1, start:end],
                     high[i + 2, start:end], high[i + 3, start:end],
-                    x[0, i], x[0, i + 1], x[0, i + 2], x[0, i + 3],
+                    x[0, i], x[0, i + 1], x[0, i + 2], x[0, i + 3], bits,
                 )  # fmt: skip
                 continue
             for j in range(4):
-                _join(joined[j, : end - start], low[i + j, start:end], high[i + j, start:end])
+                _join(joined[j, : end - start], low[i + j, start:end], high[i + j, start:end], bits)
             for r in range(m):
                 _add_four(
                     out[r, start:end],
@@ -112,7 +114,7 @@ def add_joined_product(x, low, high, out):
                     x[r, i], x[r, i + 1], x[r, i + 2], x[r, i + 3],
                 )  # fmt: skip
         for i in range(k - k % 4, k):
-            _join(joined[0, : end - start], low[i, start:end], high[i, start:end])
+            _join(joined[0, : end - start], low[i, start:end], high[i, start:end], bits)
             for r in range(m):
                 _add_one(out[r, start:end], joined[0, : end - start], x[r, i])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +19,12 @@ _memory: dict[Any, Any] = {}
 
 def broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
     """Return the shape that two shapes broadcast to. Raises RuntimeError where they do not."""
-    return tuple(torch.broadcast_shapes(tuple(a), tuple(b)))  # type: ignore[no-untyped-call]
+    return _broadcast(tuple(a), tuple(b))
+
+
+@lru_cache(maxsize=4096)
+def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(a, b))  # type: ignore[no-untyped-call]
 
 
 class MetaTensor:
@@ -65,6 +71,9 @@ class MetaTensor:
     contiguous = clone
 
 
+_TENSORS = (MetaTensor, torch.Tensor)
+
+
 def _operator(name: str) -> None:
     func = getattr(torch.Tensor, name)
 
@@ -76,7 +85,7 @@ def _operator(name: str) -> None:
         other = args[0] if args else 0
         if type(other) is int and not self.dtype.is_floating_point:
             return self
-        if isinstance(other, MetaTensor | torch.Tensor) and other.dtype == self.dtype:
+        if isinstance(other, _TENSORS) and other.dtype == self.dtype:
             if other.shape == self.shape:
                 return self
             return MetaTensor(broadcast(self.shape, other.shape), self.dtype)
@@ -123,10 +132,12 @@ def _elements(x: Any) -> int:
 
 
 def _key(x: Any) -> Any:
-    if isinstance(x, MetaTensor | torch.Tensor):
-        return ("tensor", tuple(x.shape), x.dtype)
-    if isinstance(x, tuple | list):
-        return tuple(_key(i) for i in x)
+    if type(x) in (int, str):  # the most frequent ones first
+        return x
+    if isinstance(x, _TENSORS):
+        return ("tensor", x.shape, x.dtype)
+    if isinstance(x, (tuple, list)):
+        return tuple([_key(i) for i in x])
     if isinstance(x, slice):
         return ("slice", x.start, x.stop, x.step)
     return x

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Part, Request
 from mpcache.runtime.ring import pack, unpack
 from mpcache.runtime.rng import KeyStream, Tapes, TreeCipher
-from mpcache.transport.link import Link
+from mpcache.transport.link import Link, Spec
 
 COMPUTING = (Rank.SERVER, Rank.CLIENT)
 
 
 def sends(item: Opening, rank: Rank) -> bool:
     """Tell whether `rank` sends its share of this opening to the other computing party."""
-    return item.sender in (None, rank) and item.to in (None, rank.peer)
+    return (item.sender is None or item.sender is rank) and item.to is not rank
 
 
 def _pack(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -96,7 +96,7 @@ class ComputingParty(Party):
     ) -> None:
         self.rank, self.ledger = rank, ledger
         self._on_step = on_step
-        self._peer, self._dealer, self._session = peer, dealer, session
+        self._peer, self._dealer, self._session, self._peer_rank = peer, dealer, session, rank.peer
         self._tapes = Tapes(seed)
         self._crypten_seeds = {**pair_seeds, "local": own_seed}
         self._tape: KeyStream | None = None
@@ -110,29 +110,30 @@ class ComputingParty(Party):
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
         self._on_step(step)
-        mine = [i for i in items if sends(i, self.rank)]
-        theirs = [i for i in items if sends(i, self.rank.peer)]
-        received = self._peer.swap(
-            step,
-            [_pack(i.share, i.width) for i in mine],
-            [_spec(i) for i in theirs],
-            [i.step or step for i in mine],
-            [i.step or step for i in theirs],
-        )
-        arrived = dict(zip(map(id, theirs), received, strict=True))
-        opened: list[Any] = []
+        rank, peer = self.rank, self._peer_rank
+        outgoing, expected = list[torch.Tensor](), list[Spec]()
+        labels_out, labels_in = list[str](), list[str]()
         for item in items:
-            if item.to not in (None, self.rank):
-                opened.append(None)
-                continue
-            value = item.share if item.sender in (None, self.rank) else None
-            if id(item) in arrived:
-                other = _unpack(arrived[id(item)], item.width)
-                value = other if value is None else (value ^ other if item.xor else value + other)
-            if value is not None and item.width < 8:
-                value = value & ((1 << 8 * item.width) - 1)
-            opened.append(value)
-        return opened
+            if sends(item, rank):
+                outgoing.append(_pack(item.share, item.width))
+                labels_out.append(item.step or step)
+            if sends(item, peer):
+                expected.append(_spec(item))
+                labels_in.append(item.step or step)
+        received = iter(self._peer.swap(step, outgoing, expected, labels_out, labels_in))
+        return [self._opened(item, received) for item in items]
+
+    def _opened(self, item: Opening, received: Iterator[torch.Tensor]) -> torch.Tensor | None:
+        """Add up an opening, with what the peer sends of it; None where this party does not learn it."""
+        other, width = None, item.width
+        if sends(item, self._peer_rank):
+            other = _unpack(next(received), width)
+        if item.to not in (None, self.rank):
+            return None
+        value = item.share if item.sender in (None, self.rank) else None
+        if other is not None:
+            value = other if value is None else (value ^ other if item.xor else value + other)
+        return value & ((1 << 8 * width) - 1) if value is not None and width < 8 else value
 
     def draw(self, request: Request, step: str) -> list[Any]:
         if self._tape is None:
@@ -141,7 +142,10 @@ class ComputingParty(Party):
         sent = request.sent_to(self.rank)
         arrived = iter(self._dealer.recv(step, [p.spec for p in sent]) if sent else [])
         for part in request.derived:
-            parts.append(next(arrived) if part in sent else self._tape.tensor(part.shape, part.dtype))
+            if part in sent:
+                parts.append(unpack(next(arrived)).to(part.dtype) if part.packed else next(arrived))
+            else:
+                parts.append(self._tape.tensor(part.shape, part.dtype))
         return [*parts, None] if request.keep else parts
 
     def stream(self, kind: str) -> KeyStream | None:
@@ -207,7 +211,8 @@ class DealerParty(Party):
                 client.append(value)
                 server.append(value)
             else:
-                server.append(part.correct(value, self._tapes[Rank.CLIENT].tensor(part.shape, part.dtype)))
+                share = part.correct(value, self._tapes[Rank.CLIENT].tensor(part.shape, part.dtype))
+                server.append(pack(share.to(torch.int64), part.width) if part.packed else share)
         for rank, tensors in ((Rank.SERVER, server), (Rank.CLIENT, client)):
             if tensors:
                 self._links[rank].send(step, tensors)

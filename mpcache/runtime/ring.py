@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from mpcache.runtime import loops
+from mpcache.runtime.meta import MetaTensor
 
-_INT32 = 1 << 31
+_BLOCK = 1 << 18  # integers of a matrix that are made at once, where it is made a few rows at a time
+_LOWER = {torch.int16: np.uint16, torch.int32: np.uint32}  # what the lower bits are read as
 
 
 @dataclass(frozen=True)
 class Matrix:
     """Integers (k, n) that are multiplied from the left, in few bytes: `narrow` makes them.
 
-    low: int64, or int32.  high: int16 or None; with it low holds the lower 32 bits of each number, whatever
-    their sign, and high the rest.
+    low: int64, int32 or int16.  high: None, or, with it, low holds the lower bits of each number, whatever
+    their sign, and high the rest: int16 and int8 (3 bytes), int32 and int16 (6 bytes).
     """
 
     low: Any  # torch.Tensor, or a MetaTensor where there are only shapes
@@ -29,47 +32,115 @@ class Matrix:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.low.shape)
 
+    def __getitem__(self, rows: slice) -> Matrix:
+        return Matrix(self.low[rows], None if self.high is None else self.high[rows])
+
+    def blocks(self) -> Iterator[tuple[slice, Matrix]]:
+        """Yield the matrix with the rows that it is: one block."""
+        yield slice(0, self.shape[0]), self
+
+
+class Blocks(Protocol):
+    """A matrix (k, n) whose rows come a few at a time: a `Matrix`, or what makes them when needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Public sizes."""
+
+    def blocks(self) -> Iterator[tuple[slice, Matrix]]:
+        """Yield some rows and where they stand, from the first to the last; each is gone with the next."""
+
+
+def rows_of(shape: tuple[int, ...], block: int = _BLOCK) -> Iterator[slice]:
+    """Yield the rows of a matrix (k, n) a few at a time, four at least: the loops take four at once."""
+    step = max(4, block // max(1, shape[1]) // 4 * 4)
+    for start in range(0, shape[0], step):
+        yield slice(start, min(shape[0], start + step))
+
 
 def narrow(x: Any, ring: int = 64) -> Matrix:
-    """Hold x (k, n), int64, of which `ring` bits count: 4 bytes each if they fit, 6 up to a ring of 48."""
-    if x.is_meta:
-        return Matrix(x)
-    low, high = (int(v) for v in x.aminmax()) if x.numel() else (0, 0)
-    if low >= -_INT32 and high < _INT32:
-        return Matrix(x.to(torch.int32).contiguous())
-    if ring > 48:
-        return Matrix(x.contiguous())
-    return Matrix(x.to(torch.int32).contiguous(), (x >> 32).to(torch.int16).contiguous())
+    """Hold x (k, n), int64, of which `ring` bits count: in 2 to 4 bytes if they fit, 6 up to a ring of 48."""
+    return Matrix(x) if x.is_meta else narrow_rows(tuple(x.shape), lambda rows: x[rows], ring)
 
 
-def wide(x: torch.Tensor | Matrix) -> torch.Tensor:
+def narrow_rows(shape: tuple[int, ...], rows: Callable[[slice], torch.Tensor], ring: int = 64) -> Matrix:
+    """Do as `narrow` for a matrix (k, n) of which `rows` makes some, int64; it is asked for each twice."""
+    low, high = 0, 0
+    for part in rows_of(shape):
+        if (block := rows(part)).numel():
+            least, most = (int(v) for v in block.aminmax())
+            low, high = min(low, least), max(high, most)
+    held = _room(shape, max(high, ~low).bit_length() + 1, ring)
+    for part in rows_of(shape):
+        block, mine = rows(part), held[part]
+        mine.low.copy_(block)
+        if mine.high is not None:
+            mine.high.copy_(block >> 8 * mine.low.itemsize)
+    return held
+
+
+def _room(shape: tuple[int, ...], bits: int, ring: int) -> Matrix:
+    """Make room for signed integers of so many bits."""
+    for fits, low, high in (
+        (16, torch.int16, None), (24, torch.int16, torch.int8), (32, torch.int32, None),
+        (0 if ring > 48 else 64, torch.int32, torch.int16),
+    ):  # fmt: skip
+        if bits <= fits:
+            above = None if high is None else torch.empty(shape, dtype=high)
+            return Matrix(torch.empty(shape, dtype=low), above)
+    return Matrix(torch.empty(shape, dtype=torch.int64))
+
+
+def blocks_of(x: torch.Tensor | Matrix) -> Iterator[torch.Tensor]:
+    """Yield integers as int64, in order, a matrix in few bytes a few rows at a time."""
+    if isinstance(x, Matrix):
+        yield from (wide(x[rows]) for rows in rows_of(x.shape))
+    else:
+        yield x
+
+
+def wide(x: torch.Tensor | Blocks) -> torch.Tensor:
     """Return the int64 that `narrow` holds, exactly if it fitted, else modulo the ring that it was given."""
+    if isinstance(x, torch.Tensor | MetaTensor):
+        return x  # type: ignore[return-value]
     if not isinstance(x, Matrix):
-        return x
+        return torch.cat([wide(block).clone() for _, block in x.blocks()])  # the next takes its memory
     low: torch.Tensor = x.low.long()
-    return low if x.high is None else (low & 0xFFFFFFFF) | (x.high.long() << 32)
+    if x.high is None:
+        return low
+    bits = 8 * x.low.itemsize
+    joined: torch.Tensor = (low & ((1 << bits) - 1)) | (x.high.long() << bits)
+    return joined
 
 
-def matmul(x: torch.Tensor, y: torch.Tensor | Matrix) -> torch.Tensor:
+def matmul(x: torch.Tensor, y: torch.Tensor | MetaTensor | Blocks) -> torch.Tensor:
     """Multiply x @ y modulo 2^64, int64, with torch's broadcasting rules; meta tensors stay meta.
 
-    With a `Matrix` of a smaller ring the product is right in that ring.
+    With a matrix of a smaller ring the product is right in that ring.
     """
-    if not isinstance(y, Matrix):
+    if isinstance(y, Matrix) and y.low.is_meta:
+        y = y.low
+    if isinstance(y, torch.Tensor | MetaTensor):
         if y.is_meta or x.is_meta or y.dim() != 2 or not y.is_contiguous():
-            return torch.matmul(x, y)
+            return torch.matmul(x, y)  # type: ignore[arg-type]
         y = Matrix(y)
-    if x.is_meta or y.low.is_meta:
-        return torch.matmul(x, y.low)
+    if x.is_meta:
+        return torch.matmul(x, MetaTensor(y.shape))  # type: ignore[arg-type]
     left = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     if left.shape[1] != y.shape[0]:
-        raise RuntimeError(f"a product of {tuple(x.shape)} with {y.shape}")
+        raise RuntimeError(f"a product of {tuple(x.shape)} with {tuple(y.shape)}")
     out = np.zeros((left.shape[0], y.shape[1]), np.int64)
-    if y.high is None:
-        loops.add_product(left.numpy(), y.low.numpy(), out)
-    else:
-        loops.add_joined_product(left.numpy(), y.low.numpy().view(np.uint32), y.high.numpy(), out)
+    for rows, block in y.blocks():
+        _add_product(left[:, rows].contiguous().numpy(), block, out)
     return torch.from_numpy(out).reshape(*x.shape[:-1], y.shape[1])
+
+
+def _add_product(x: Any, y: Matrix, out: Any) -> None:
+    if y.high is None:
+        loops.add_product(x, y.low.numpy(), out)
+    else:
+        low = y.low.numpy().view(_LOWER[y.low.dtype])
+        loops.add_joined_product(x, low, y.high.numpy(), out, 8 * y.low.itemsize)
 
 
 def pack(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from mpcache.errors import Reuse
 
 SEED_BYTES = 32
+_ZEROS = memoryview(bytes(1 << 18))  # what is encrypted: so much at once stays in the CPU's cache
 
 
 def fresh_seed() -> bytes:
@@ -119,6 +120,12 @@ class KeyStream:
         stream = bytearray(n)
         self._aes.update_into(stream, stream)  # of zeros
         return stream
+
+    def fill(self, room: memoryview) -> None:
+        """Read the next bytes into `room`."""
+        for start in range(0, len(room), len(_ZEROS)):
+            part = room[start : start + len(_ZEROS)]
+            self._aes.update_into(_ZEROS[: len(part)], part)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Read uniform integers over the whole range of `dtype`."""

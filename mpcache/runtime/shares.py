@@ -24,7 +24,8 @@ from mpcache.runtime.ring import Matrix
 class Share:
     """One party's share of a tensor. Local operations only; no truth value, no equality.
 
-    data: int64, this party's share.  bits: fraction bits.
+    data: int64, this party's share; of a matrix that is only prepared, its owner's `Matrix`.
+    bits: fraction bits.
     owner: a party that knows the whole secret; its share is the secret and the other's is zero.
     ring: the shares add up to the secret modulo 2^ring only; what lies above is noise. Values that
     are known to be small are computed in a small ring, whose openings are shorter, and come back to
@@ -87,6 +88,11 @@ def zeros(shape: Sequence[int]) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
 
 
+def known_rows(x: Share) -> int:
+    """Return how many rows of an operand made of x are the server's own (`MaskedOperand.known`)."""
+    return x.shape[-2] if x.owner is Rank.SERVER and len(x.shape) > 1 else 0
+
+
 def is_known_matrix(x: Share) -> bool:
     """Return whether x is prepared as a `KnownOperand`: a weight. What has more dimensions may grow."""
     return x.owner is not None and len(x.shape) == 2
@@ -107,6 +113,7 @@ class MaskedOperand:
     mask: this party's share of B.  opened: V, public to both computing parties; `Awaited` until the
     round that opens it is over.  dealt: B itself, at the dealer only. All three have W's shape.
     ring: V, and so every product with it, is known modulo 2^ring only.
+    known: so many rows, the first of each matrix, are the server's own: B is its share of the mask, alone.
     """
 
     mask: torch.Tensor
@@ -114,6 +121,7 @@ class MaskedOperand:
     bits: int
     dealt: torch.Tensor | None = None
     ring: int = 64
+    known: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,18 +159,25 @@ class MaskedOperand:
             self.bits,
             dealt,
             min(self.ring, other.ring),
+            self._known_with(other, dim),
         )
+
+    def _known_with(self, other: MaskedOperand, dim: int) -> int:
+        rows = len(self.shape) - 2
+        if dim != rows:
+            return 0
+        return self.known + (other.known if self.known == self.shape[rows] else 0)
 
 
 @dataclass(frozen=True)
 class KnownOperand:
     """A matrix W of one party's own, opened once as V = W - B; each party holds a part of it.
 
-    held: W itself at its owner, V at the other computing party; shapes alone at the dealer.
+    held: W itself at its owner (a `Matrix`), V at the other computing party; shapes alone at the dealer.
     dealt: B, at the dealer only.  ring: products with it are known modulo 2^ring only.
     """
 
-    held: Matrix
+    held: Any  # Matrix or `Blocks`: rows that are made when a product needs them
     owner: Rank
     bits: int
     ring: int = 64
@@ -170,7 +185,7 @@ class KnownOperand:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.held.shape
+        return tuple(self.held.shape)
 
 
 class Awaited:

@@ -24,13 +24,22 @@ import torch
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Shape
-from mpcache.runtime.ring import Matrix, narrow, pack, unpack, wide
+from mpcache.runtime.ring import Matrix, blocks_of, narrow, pack, rows_of, unpack, wide
 from mpcache.runtime.rng import KeyStream, derive_key
-from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, is_known_matrix, zeros
+from mpcache.runtime.shares import (
+    Awaited,
+    KnownOperand,
+    MaskedOperand,
+    Share,
+    is_known_matrix,
+    known_rows,
+    zeros,
+)
 from mpcache.runtime.side import bytes_for
 
+_IN_CACHE = 1 << 16  # integers of V that are made at once
 Dealt = torch.Tensor | Matrix  # B at the dealer
-FORMAT = 1  # of what a seed is made from, and of B's bytes; another one is another seed
+FORMAT = 2  # of what a seed is made from, and of B's bytes; another one is another seed
 
 
 class OperandPlace(NamedTuple):
@@ -45,6 +54,14 @@ class OperandPlace(NamedTuple):
     def packed(self) -> Shape:
         """The shape of its bytes modulo 2^ring."""
         return (*self.shape, bytes_for(self.ring))
+
+    @property
+    def specs(self) -> list[tuple[torch.dtype, Shape]]:
+        """B's tensors as the dealer gets them: a matrix as a `Matrix` holds it, where that is no larger."""
+        whole = {6: (torch.int32, torch.int16), 8: (torch.int64,)}.get(bytes_for(self.ring))
+        if whole is None or len(self.shape) != 2:
+            return [(torch.uint8, self.packed)]
+        return [(dtype, self.shape) for dtype in whole]
 
     @property
     def nbytes(self) -> int:
@@ -95,11 +112,13 @@ class OwnersMasks(StandingMasks):
 
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         whole = x.data.contiguous()  # taken over: nobody else computes with what goes in here
-        self._operands.append(found := MaskedOperand(whole, torch.empty_like(whole), x.bits, ring=place.ring))
+        blank, known = torch.empty_like(whole), known_rows(x)
+        self._operands.append(found := MaskedOperand(whole, blank, x.bits, ring=place.ring, known=known))
         return found
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
-        self._operands.append(found := KnownOperand(narrow(x.data), Rank.SERVER, x.bits, place.ring))
+        held = x.data if isinstance(x.data, Matrix) else narrow(x.data)
+        self._operands.append(found := KnownOperand(held, Rank.SERVER, x.bits, place.ring))
         return found
 
     @property
@@ -116,7 +135,8 @@ class OwnersMasks(StandingMasks):
         mac.update(f"mpcache masks, format {FORMAT}\n".encode())
         for place, operand in zip(self.places, self._operands, strict=True):
             mac.update(place.text.encode())
-            mac.update(_bytes_of(operand.mask if isinstance(operand, MaskedOperand) else wide(operand.held)))
+            for block in blocks_of(operand.mask if isinstance(operand, MaskedOperand) else operand.held):
+                mac.update(_bytes_of(block))
             watch(done := done + place.nbytes, total)
         self.seed = mac.digest()
         digest = hashlib.sha256()
@@ -124,20 +144,29 @@ class OwnersMasks(StandingMasks):
             if isinstance(operand, MaskedOperand):
                 operand.public.copy_(expand(self.seed, number, place.shape))
                 operand.mask.sub_(operand.public)
-            digest.update(_bytes_of(self._packed(number)))
+            for part in self._sent(number):
+                digest.update(_bytes_of(part))
             watch(done := done + place.nbytes, total)
         self.digest = digest.hexdigest()
 
-    def packed(self) -> Iterator[tuple[OperandPlace, torch.Tensor]]:
-        """Yield B's bytes as the dealer gets them."""
+    def sent(self) -> Iterator[tuple[OperandPlace, list[torch.Tensor]]]:
+        """Yield B as the dealer gets it (`OperandPlace.specs`), made when it is asked for."""
         for number, place in enumerate(self.places):
-            yield place, self._packed(number)
+            yield place, self._sent(number)
 
-    def _packed(self, number: int) -> torch.Tensor:
+    def _sent(self, number: int) -> list[torch.Tensor]:
         place, operand = self.places[number], self._operands[number]
         if isinstance(operand, MaskedOperand):
-            return pack_modulo(operand.mask, place.ring)
-        return pack_modulo(wide(operand.held) - expand(self.seed, number, place.shape), place.ring)
+            return [pack_modulo(operand.mask, place.ring)]
+        parts = [torch.empty(shape, dtype=dtype) for dtype, shape in place.specs]
+        for rows, mask in SeededMatrix(self.seed, number, place).blocks():
+            block = wide(operand.held[rows]) - wide(mask)
+            if parts[0].dtype is torch.uint8:
+                parts[0][rows] = pack_modulo(block, place.ring)
+                continue
+            for i, part in enumerate(parts):
+                part[rows].copy_(block >> 32 * i)
+        return parts
 
     def splits(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Return whether all of these lie in the memory of masks, so that `finish` splits them, too."""
@@ -147,7 +176,7 @@ class OwnersMasks(StandingMasks):
 
 
 class ClientsMasks(StandingMasks):
-    """At the client: V from the seed; but for a matrix, expanded when a product first needs it.
+    """At the client: V from the seed, expanded when a product first needs it; a matrix, in each product.
 
     Its share of B is zero.
     """
@@ -159,10 +188,10 @@ class ClientsMasks(StandingMasks):
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         number = len(self.places) - 1
         opened = Awaited(lambda: expand(self._seed, number, place.shape))
-        return MaskedOperand(zeros(place.shape), opened, x.bits, ring=place.ring)
+        return MaskedOperand(zeros(place.shape), opened, x.bits, ring=place.ring, known=known_rows(x))
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
-        held = narrow(expand(self._seed, len(self.places) - 1, place.shape), place.ring)
+        held = SeededMatrix(self._seed, len(self.places) - 1, place)
         return KnownOperand(held, Rank.SERVER, x.bits, place.ring)
 
 
@@ -175,11 +204,13 @@ class DealersMasks(StandingMasks):
 
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         blank: torch.Tensor = MetaTensor(place.shape)  # type: ignore[assignment]
-        return MaskedOperand(blank, blank, x.bits, wide(self._take_next(place)), place.ring)
+        dealt = self._take_next(place)
+        assert isinstance(dealt, torch.Tensor)
+        return MaskedOperand(blank, blank, x.bits, dealt, place.ring, known_rows(x))
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
         dealt = self._take_next(place)
-        dealt = dealt if isinstance(dealt, Matrix) else narrow(dealt, place.ring)
+        assert isinstance(dealt, Matrix)
         return KnownOperand(Matrix(MetaTensor(place.shape)), Rank.SERVER, x.bits, place.ring, dealt)
 
 
@@ -196,22 +227,63 @@ def expand(seed: bytes, number: int, shape: Shape) -> torch.Tensor:
     return KeyStream(seed, f"masks/{number}").tensor(shape)
 
 
+class SeededMatrix:
+    """V of a matrix (k, n), uniform modulo 2^ring; it takes no memory.
+
+    The key stream of a few rows, made in the CPU's cache for each product, is there about as fast as the rows
+    would come from memory. Up to a ring of 48 a stream of 4 bytes for each number goes below one of 2 bytes;
+    else it is one of 8 bytes.
+    """
+
+    def __init__(self, seed: bytes, number: int, place: OperandPlace) -> None:
+        self._seed, self._number, self._place = seed, number, place
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._place.shape
+
+    def blocks(self) -> Iterator[tuple[slice, Matrix]]:
+        """Yield V's rows, a few at a time, in memory that the next ones take."""
+        dtypes = (torch.int32, torch.int16) if self._place.ring <= 48 else (torch.int64,)
+        names = [f"masks/{self._number}/{name}" for name in ("low", "high")[: len(dtypes)]]
+        streams = [KeyStream(self._seed, name) for name in names]
+        most = next(rows_of(self.shape, _IN_CACHE), slice(0, 0)).stop
+        parts = [torch.empty((most, self.shape[1]), dtype=dtype) for dtype in dtypes]
+        held, rooms = Matrix(*parts), [_bytes_of(part) for part in parts]
+        for rows in rows_of(self.shape, _IN_CACHE):
+            count = rows.stop - rows.start
+            for room, stream in zip(rooms, streams, strict=True):
+                stream.fill(room[: len(room) // most * count])
+            yield rows, held if count == most else held[:count]
+
+
 def pack_modulo(x: torch.Tensor, ring: int) -> torch.Tensor:
     """Take the bytes of integers modulo 2^ring: (*, n) int64 -> (*, n, width) uint8."""
     return pack(x, bytes_for(ring))
 
 
-def dealt_of(place: OperandPlace, packed: torch.Tensor) -> Dealt:
-    """Undo `pack_modulo`, modulo 2^ring: (*, n, width) uint8 -> (*, n), a matrix in few bytes."""
-    whole = unpack(packed)
+def dealt_of(place: OperandPlace, parts: Sequence[torch.Tensor]) -> Dealt:
+    """Take B as it was sent (`OperandPlace.specs`): a matrix lies in the memory that it came in."""
+    if place.specs[0][0] is not torch.uint8:
+        return Matrix(*parts)
+    whole = unpack(parts[0])
     return narrow(whole, place.ring) if len(place.shape) == 2 else whole
 
 
-def digest_of(packed: Iterable[torch.Tensor]) -> str:
+def sent_of(place: OperandPlace, dealt: Dealt) -> list[torch.Tensor]:
+    """Return what `dealt_of` took: B as it is sent, and kept on a disk."""
+    if place.specs[0][0] is torch.uint8:
+        return [pack_modulo(wide(dealt), place.ring)]
+    assert isinstance(dealt, Matrix)
+    return [dealt.low] if dealt.high is None else [dealt.low, dealt.high]
+
+
+def digest_of(sent: Iterable[Sequence[torch.Tensor]]) -> str:
     """Return what the dealer tells the server of the B that it holds, and nobody else."""
     digest = hashlib.sha256()
-    for part in packed:
-        digest.update(_bytes_of(part))
+    for parts in sent:
+        for part in parts:
+            digest.update(_bytes_of(part))
     return digest.hexdigest()
 
 

@@ -426,5 +426,4 @@ class FrameLink(Link):
         if labels is not None and len(labels) != len(sizes):
             raise ValueError(f"{len(labels)} labels for {len(sizes)} tensors at {step}")
         amount = f"offline_{way}" if self.offline else way
-        for label, size in zip(labels or [step] * len(sizes), sizes, strict=True):
-            self.ledger.book(label, **{amount: size})
+        self.ledger.book_each(amount, labels or [step] * len(sizes), sizes)

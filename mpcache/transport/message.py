@@ -8,6 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from mpcache.transport.flow_control import CHUNK_BYTES, LAYOUT_BYTES
@@ -51,18 +52,40 @@ def split_message(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> 
 
     Raises ValueError on more tensors than one message has room to describe.
     """
-    text = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors)).text
+    layout = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors))
+    text = layout.text
     if len(text) > LAYOUT_BYTES:
         raise ValueError(f"{len(tensors)} tensors at {step} are too many for one message")
-    parts = [tensor.numpy(force=True).tobytes() for tensor in tensors]
-    padded = [part + bytes(-len(part) % _ALIGNMENT) for part in parts[:-1]]
-    data = b"".join(padded + parts[-1:])
-    message = pb.Tensors(sequence=sequence, step=step, layout=text, data=data[:CHUNK_BYTES])
-    yield pb.Frame(tensors=message).SerializeToString()
-    for offset in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
-        piece = data[offset : offset + CHUNK_BYTES]
-        message = pb.Tensors(sequence=sequence, step=step, offset=offset, data=piece)
+    if layout.total <= CHUNK_BYTES:  # nearly all
+        parts = [tensor.numpy(force=True).tobytes() for tensor in tensors]
+        if len(parts) > 1:
+            parts = [b"".join(part + bytes(-len(part) % _ALIGNMENT) for part in parts)[: layout.total]]
+        message = pb.Tensors(sequence=sequence, step=step, layout=text, data=b"".join(parts))
         yield pb.Frame(tensors=message).SerializeToString()
+        return
+    offset, buffers = 0, list[memoryview | bytes]()
+    for tensor in tensors:
+        buffers.append(bytes(-offset % _ALIGNMENT))
+        buffers.append(np.ascontiguousarray(tensor.numpy(force=True)).reshape(-1).view(np.uint8).data)
+        offset += sum(map(len, buffers[-2:]))
+    offset = 0
+    for piece in _pieces(buffers):
+        named = "" if offset else text
+        message = pb.Tensors(sequence=sequence, step=step, layout=named, offset=offset, data=piece)
+        yield pb.Frame(tensors=message).SerializeToString()
+        offset += len(piece)
+
+
+def _pieces(buffers: Sequence[memoryview | bytes]) -> Iterator[bytes]:
+    """Yield what is in the buffers, one after another, CHUNK_BYTES at once; one piece at least."""
+    piece, room = list[memoryview | bytes](), CHUNK_BYTES
+    for buffer in buffers:
+        while len(buffer) > room:
+            yield b"".join([*piece, buffer[:room]])
+            buffer, piece, room = buffer[room:], [], CHUNK_BYTES
+        piece.append(buffer)
+        room -= len(buffer)
+    yield b"".join(piece)
 
 
 def kind_of(data: bytes) -> FrameKind:

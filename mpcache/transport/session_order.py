@@ -14,7 +14,7 @@ from enum import IntEnum, StrEnum
 from functools import lru_cache
 from typing import NamedTuple
 
-from mpcache.phases import ChunkPlace
+from mpcache.phases import EVICTION, ChunkPlace, private_chunk
 
 AGREED = "facts/agreed"  # the last step before anything secret moves: what each makes of the public facts
 
@@ -70,6 +70,7 @@ class Place(NamedTuple):
     step: int = 0
 
 
+_EVICTED = Place(0, State.CONTEXT, 1 << 30)
 _END = Place(1 << 30, State.CLOSE)
 
 
@@ -77,14 +78,19 @@ _END = Place(1 << 30, State.CLOSE)
 def place_of(step: str) -> Place | None:
     """Return where a step belongs; None: nowhere.
 
-    `more/decode3` and `decode3/layer0/qkv` belong to decode step 3, `turn/2` to the second turn's question.
+    `private2/layer0/qkv` belongs to the second chunk of the client's document, `more/decode3` and
+    `decode3/layer0/qkv` to decode step 3, `turn/2` to the second turn's question.
     """
     first, _, rest = step.partition("/")
+    if first == EVICTION:
+        return _EVICTED
     if first in _WORDS:
         return Place(0, _WORDS[first])
     if first == "turn":
         number = re.fullmatch(r"[1-9][0-9]{0,5}", rest, re.ASCII)
         return Place(int(number[0]), State.QUESTION) if number else None
+    if (number_read := private_chunk(first)) is not None:
+        return Place(0, State.CONTEXT, number_read)
     chunk = ChunkPlace.of(rest if first == "more" else first)
     if chunk is None:
         return None

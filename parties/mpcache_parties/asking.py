@@ -35,12 +35,13 @@ class Asking:
         facts: Facts,
         session: TimedSession,
         framing: Framing,
+        document: str | None = None,
         earlier: Mapping[str, Any] | None = None,
         prepared: PreparedTurns | None = None,
     ) -> None:
         """Begin, or go on with what `kept` returned in an earlier run.
 
-        prepared: what there are tapes for, in place of a dealer.
+        document: the client's own.  prepared: what there are tapes for, in place of a dealer.
         """
         self._prepared = prepared
         self.records: list[TurnRecord] = list(earlier["records"]) if earlier else []
@@ -49,11 +50,15 @@ class Asking:
                 record.report = replace(record.report, finish=Finish(record.report.finish))
         self.text = ""
         self._resources, self._facts, self._session = resources, facts, session
-        self._framing = framing
+        self._framing, self._document = framing, document
 
     def kept(self) -> dict[str, Any]:
         """Return what has to be kept, so that no token of an answer is chosen twice."""
         return {"records": self.records}
+
+    def framed(self, question: str) -> list[int]:
+        """Return the tokens of the first question."""
+        return self._framing.frame_turn(question, True, self._document)
 
     @property
     def ids(self) -> list[int]:
@@ -68,7 +73,7 @@ class Asking:
     def ask_once(self, question: Question) -> None:
         """Answer the question of a session that has one, or what is left of its answer."""
         if not self.records:
-            asked = self._framing.frame_turn(question.text, first=True)
+            asked = self.framed(question.text)
             limit = self._facts.limit
             self.records.append(TurnRecord(question, asked, limit, limit))
         self._answer(self.records[0])
@@ -186,7 +191,7 @@ class Asking:
     def _framed(self, question: Question) -> list[int]:
         """Return what is to be taken in for a question, after the answer before. Raises BadInput."""
         if not self.records:
-            return self._framing.frame_turn(question.text, first=True)
+            return self.framed(question.text)
         last = self.records[-1]
         all_in = self._prepared is not None or self._ended(last)
         return self._framing.next_turn(last.ids, question.text, all_in)

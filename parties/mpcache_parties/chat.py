@@ -7,7 +7,7 @@ process of its own; this module speaks with it over its stdin and stdout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -16,10 +16,9 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-from mpcache.config import Settings, load_settings
+from mpcache.config import load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import BadInput
-from mpcache.limits import with_default_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Finish, TurnReport
 from mpcache_parties import piped_conversation
@@ -28,20 +27,16 @@ from mpcache_parties.launch import (
     Child,
     Event,
     PartyFailed,
-    end_parties,
-    first_cause,
-    free_addresses,
+    document_flags,
     private_folder,
-    setup_flags,
     start_party,
-    write_session,
+    state_flags,
 )
 from mpcache_parties.operations.output import EventKind
 from mpcache_parties.say import Say, quiet
 
 LOOK_EVERY_S = 0.2  # at the processes, while no event comes
 CLOSE_S = 12.0  # for the client's process to end
-AT_ONCE = 4  # conversations with local parties
 
 
 @dataclass(frozen=True)
@@ -268,87 +263,10 @@ def _report_of(found: dict[str, Any]) -> TurnReport:
     return TurnReport(**{**found, "finish": Finish(found["finish"])})
 
 
-class LocalParties:
-    """Server and dealer as processes of this machine, for as many conversations as they serve at once."""
-
-    def __init__(
-        self, settings: Settings, model: Path | str | None = None, text: str | None = None,
-        at_once: int = AT_ONCE, say: Say = quiet, setup_dir: Path | None = None,
-        state: Path | str | None = None,
-    ) -> None:  # fmt: skip
-        """Start both.
-
-        model: as `mpcache-party` takes it; None: the demo's.  text: the server's document.
-        setup_dir: where both keep what is masked, for other runs; None: in memory.  state: the folder where
-        they keep conversations of clients that ask for it.
-        """
-        self._settings = settings.model_copy(update={"addresses": free_addresses()})
-        self._say, self._children = say, dict[Rank, Child]()
-        self._events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
-        self._errors: dict[Rank, dict[str, Any]] = {}
-        self._folder = private_folder()
-        folder = self._folder.__enter__()
-        try:
-            self._own = write_session(self._settings, {} if text is None else {Rank.SERVER: text}, folder)
-            serving = ["--serve", "--sessions", str(at_once), *_keeping(state)]
-            named = [] if model is None else ["--model", str(model)]
-            kept = setup_flags(setup_dir)
-            for rank, more in ((Rank.SERVER, named), (Rank.DEALER, [])):
-                flags = [*self._own[rank], *serving, *kept.get(rank, ()), *more]
-                self._children[rank] = start_party(rank, flags, self._events)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> LocalParties:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def chat(self, say: Say | None = None, state: Path | str | None = None, resume: bool = False) -> Chat:
-        """Open a conversation, or resume one. Raises PartyFailed.
-
-        say: told how far it is, in place of the parties'.  state, resume: as of `connect`.
-        """
-        return Chat([*self._own[Rank.CLIENT], *_keeping(state, resume)], say or self._say, self._watch)
-
-    def close(self) -> None:
-        """End both."""
-        end_parties(self._children)
-        self._folder.__exit__(None, None, None)
-
-    def _watch(self) -> None:
-        """Raise PartyFailed if one of them has ended."""
-        gone = False
-        with suppress(Empty):
-            while True:
-                rank, event = self._events.get_nowait()
-                match event:
-                    case {"event": EventKind.SAY, "text": str(text)}:
-                        self._say(text)
-                    case dict(found) if found["event"] == EventKind.ERROR:
-                        self._errors[rank] = found
-                    case None:
-                        gone = True
-        if gone or self._errors:
-            raise first_cause(self._children, {}, self._errors)
-
-
-def _keeping(state: Path | str | None, resume: bool = False) -> list[str]:
-    """Return the flags of a party that keeps a session. Raises BadInput."""
-    if state is None:
-        if resume:
-            raise BadInput("to resume needs the state: the folder where the session is kept")
-        return []
-    return ["--state", str(state), *["--resume"] * resume]
-
-
 def connect(
     config: Path | str, identity: Path | str | None = None, say: Say = quiet, *, insecure: bool = False,
-    state: Path | str | None = None, resume: bool = False,
+    state: Path | str | None = None, resume: bool = False, document: str = "",
+    private_context: Path | str | None = None,
 ) -> Chat:  # fmt: skip
     """Open a conversation with a server and a dealer that run elsewhere; close it after use.
 
@@ -356,59 +274,31 @@ def connect(
     certificate; None for parties of this machine without TLS.  say: gets a line now and then about how far
     the set-up is.  insecure: no TLS, whatever the addresses.  state: a folder of this client's where the
     conversation is kept while it lasts; the others must keep it, too.  resume: go on with the one that is
-    kept there. Raises ConfigError, BadInput, or PartyFailed where no session comes about.
+    kept there.  document: the public name of one of the server's; "": it has one.
+    private_context: the client's own, a text or the Path of a text file, which nobody else sees. Raises
+    ConfigError, BadInput, or PartyFailed where no session comes about.
     """
     load_settings(config)  # its faults are told here, not by a process
-    flags = ["--config", str(config)]
+    flags = ["--config", str(config), *document_flags(document)]
     if identity is not None:
         flags += ["--identity", str(identity)]
     if insecure:
         flags.append("--insecure")
-    return Chat([*flags, *_keeping(state, resume)], say)
+    return open_chat([*flags, *state_flags(state, resume)], say, text_given(private_context))
 
 
-@contextmanager
-def local_chat(
-    model: Path | str | None = None,
-    document: Path | str | None = None,
-    *,
-    policy: str | None = None,
-    max_new_tokens: int | None = None,
-    config: Path | str | None = None,
-    setup_dir: Path | str | None = None,
-    say: Say = quiet,
-    state: Path | str | None = None,
-    resume: bool = False,
-) -> Iterator[Chat]:
-    """Open a conversation with a server and a dealer of its own, all processes of this machine.
+def open_chat(
+    flags: Sequence[str], say: Say, document: str | None, watch: Callable[[], None] = lambda: None
+) -> Chat:
+    """Open a conversation about the client's document, which goes in a file: flags can be seen by all."""
+    if document is None:
+        return Chat(flags, say, watch)
+    with private_folder() as folder:
+        file = folder / "document.txt"
+        file.write_text(document, encoding="utf-8", newline="")
+        return Chat([*flags, "--context", str(file)], say, watch)
 
-    Parameters
-    ----------
-    model
-        As `mpcache generate --model` takes it; None: the demo model.
-    document
-        The server's: a text, or the Path of a text file. None: with the demo model its own, else none.
-    policy, max_new_tokens
-        In place of the config's. Where neither names a policy a model that has a curve takes `compact`.
-    config
-        A YAML file of public settings; its addresses are not used.
-    setup_dir
-        A folder where the masked weights and document are kept for other runs; None: each masks them anew.
-    say
-        Gets a line now and then about how far the set-up is.
-    state
-        A folder where all three keep the conversation while it lasts.
-    resume
-        Go on with the one that is kept there; all else as when it was begun.
 
-    Raises ConfigError, BadInput, or PartyFailed where no session comes about.
-
-    """
-    settings = load_settings(config, {"public.policy": policy, "public.max_new_tokens": max_new_tokens})
-    settings, kept = with_default_policy(settings, model), None if setup_dir is None else Path(setup_dir)
-    text = read_text(document) if isinstance(document, Path) else document
-    with (
-        LocalParties(settings, model, text, 1, say, kept, state) as parties,
-        parties.chat(state=state, resume=resume) as chat,
-    ):
-        yield chat
+def text_given(document: Path | str | None) -> str | None:
+    """Return a text as it is, or read the file that a Path names. Raises TextError."""
+    return read_text(document) if isinstance(document, Path) else document

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpcache.console.inputs import read_text
 from mpcache.console.signals import stop_on_signals
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache_parties.chat import Chat, connect
 from mpcache_parties.endpoint.endpoint_options import EndpointOptions
+from mpcache_parties.handshake import NO_NAME
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.say import Say
 
@@ -34,10 +36,14 @@ class ClientApi:
             raise BadInput("--api takes questions from its callers; leave --question out")
         endpoint = EndpointOptions(self.address, self.api_key)
         endpoint.check()
-        config, identity = options.config, options.identity
+        config, identity, named = options.config, options.identity, options.named_document()
+        document, model = ("", "mpcache") if named == NO_NAME else (named, f"mpcache@{named}")
+        own = None if options.context is None else read_text(options.context)
 
         def open_chat(say: Say) -> Chat:
-            return connect(config, identity, say, insecure=options.insecure)
+            return connect(
+                config, identity, say, insecure=options.insecure, document=document, private_context=own
+            )
 
         stop_on_signals("client")
-        endpoint.serve(open_chat, self.conversations, "mpcache", say)
+        endpoint.serve(open_chat, self.conversations, model, say)

@@ -8,43 +8,44 @@ later, before CONTEXT.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-import torch
-
 from mpcache.answer import bind_to_document
-from mpcache.choices import ChatForm, DocumentAs
+from mpcache.choices import POLICY_AUTO
 from mpcache.config import PublicConfig
 from mpcache.cost.choose import AUTO, pick
+from mpcache.cost.planner import REVEALED, choose_policy
+from mpcache.cost.reading import reading_plan
 from mpcache.errors import BadInput, Desync, ModelError, PolicyError
 from mpcache.limits import bind_conversation, bind_policy
-from mpcache.model.chat_template import ChatTemplate
-from mpcache.model.framing import Framing, make_framing
-from mpcache.model.prefill import Prefill
 from mpcache.model.shape import ModelShape
-from mpcache.model.tokenizer import LibraryError, Tokenizer, parse_tokenizer
 from mpcache.model.weights import Weights
 from mpcache.padding import padded_length
-from mpcache.policy import BoundPolicy, LeakClass, parse_policy
+from mpcache.policy import NO_DOCUMENT, BoundPolicy, LeakClass, ReadingPlan, parse_policy
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
-from mpcache.transport.link import Link, Links, bytes_of, tensor_of
+from mpcache.transport.link import Link, Links, tensor_of
 from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
-from mpcache_parties.handshake import confirm_facts
+from mpcache_parties.handshake import NO_NAME, confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
 from mpcache_parties.private_inputs import Conversation, DeclaredTurns, Document, PrivateInput, Question
+from mpcache_parties.public_texts import (
+    count_in,
+    framing_of,
+    receive_template,
+    receive_tokenizer,
+    text_digest,
+)
 from mpcache_parties.state.checkpoint import Checkpoint
 
-TOKENIZER_BYTES = 64 << 20  # the largest tokenizer.json that a client takes
-TEMPLATE_BYTES = 4 << 20  # the largest chat template
 MASKED_BYTES = 16  # that each party holds for a value of a weight or of the cache
 FACT_CHARACTERS = 80  # of a text that the server tells
+POLICY_CHARACTERS, WHY_CHARACTERS = 400, 400  # of a policy that the server picks, and of its reason
 TYPICAL_QUESTION = 32  # tokens, where `auto` has to know before anything is asked
 
 
@@ -52,7 +53,9 @@ TYPICAL_QUESTION = 32  # tokens, where `auto` has to know before anything is ask
 class Facts:
     """What is public about a session, known to all before anything secret moves.
 
-    context, question: in tokens; no question where the session is a conversation, whose turns come later.
+    context, private, question: the server's document, the client's, and its question, in tokens; no question
+    where the session is a conversation, whose turns come later.
+    reading: how the client's document is read, and what stays of it.
     limit: tokens of an answer, at most.  room: tokens that all questions and answers may take.
     turns: where tapes are prepared for a conversation, its questions in tokens.
     """
@@ -65,10 +68,16 @@ class Facts:
     kernels: str
     policy: BoundPolicy
     digests: Mapping[str, str]  # of the weights, the tokenizer and the chat template
-    protocol: str  # the config's, or what `auto` picked, and why
-    picked: str = ""
+    protocol: str  # the config's, or what `auto` picked
+    picked: str = ""  # in words, what was picked of policy and protocol, and why
     session: str = ""  # its name, drawn by the server
     turns: tuple[int, ...] = ()
+    document: str = NO_NAME  # its public name, as it was said at HELLO
+    reading: ReadingPlan = NO_DOCUMENT
+
+    @property
+    def private(self) -> int:
+        return self.reading.tokens
 
     @property
     def conversation(self) -> bool:
@@ -80,8 +89,12 @@ class Facts:
         fields: dict[str, object] = {f"shape.{name}": value for name, value in self.shape.to_dict().items()}
         fields |= {"context_tokens": self.context, "question_tokens": self.question, "kernels": self.kernels}
         fields |= {"new_tokens": self.limit, "room": self.room, "turns": list(self.turns)}
+        fields |= {"private_tokens": self.private, "document_chunks": self.reading.chunks}
+        if self.reading.eviction is not None:
+            fields |= {f"eviction.{name}": value for name, value in asdict(self.reading.eviction).items()}
         fields |= self.digests
-        fields |= {"protocol": self.protocol, "session": self.session}
+        fields |= {"protocol": self.protocol, "session": self.session, "policy": self.policy.spec}
+        fields |= {"document_name": self.document}
         for index, layer in enumerate(self.policy.plan.layers):
             fields |= {f"plan.layer{index}.{name}": value for name, value in asdict(layer).items()}
         return {name: str(value) for name, value in fields.items()}
@@ -91,6 +104,7 @@ def tape_sizes(facts: Facts, public: PublicConfig) -> dict[str, Any]:
     """Return all that tapes depend on, but for the number of tokens."""
     return {
         "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
+        "reading": asdict(facts.reading),
         "policy": facts.policy.spec, "plan": facts.policy.plan.to_dict(),
         "protocol": facts.protocol, "fraction_bits": public.fraction_bits, "reveal": public.reveal,
         "length_grid": public.length_grid,
@@ -106,14 +120,16 @@ def agreed_facts(
     own: PrivateInput,
     public: PublicConfig,
     earlier: Checkpoint | None = None,
+    document: str = NO_NAME,
 ) -> tuple[dict[str, Any], Facts]:
     """Exchange the facts, or take those of the session's first run, and compare what each makes of them.
 
-    Returns the facts as they were told and what this party makes of them. Raises BadInput, Desync or
+    document: the public name that this party has heard. Returns the facts as they were told and what this
+    party makes of them. Raises BadInput, Desync or
     Mismatch.
     """
     told = _exchange_facts(me, links, own, public) if earlier is None else earlier.facts
-    facts = facts_of(told, public)
+    facts = replace(facts_of(told, public), document=document)
     confirm_facts(links, me, facts.flat())
     return told, facts
 
@@ -136,14 +152,18 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
             public_texts = {"tokenizer": vocabulary} | ({} if template is None else {"template": template})
             framing = framing_of({"model": model} | public_texts, shape, public)
             question: dict[str, Any] = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
+            document = [] if own.document is None else framing.frame_private(own.document)
             if isinstance(own, Question):
-                length = padded_length(len(framing.frame_turn(own.text, first=True)), public.length_grid)
+                length = padded_length(
+                    len(framing.frame_turn(own.text, True, own.document)), public.length_grid
+                )
                 question = {"question_tokens": length, "new_tokens": own.limit(public.max_new_tokens)}
             if isinstance(own, DeclaredTurns):
                 question["turns"] = [padded_length(n, public.length_grid) for n in own.questions]
+            question["private_tokens"] = len(document)
             for link in links.values():
                 link.send_facts("facts/question", question)
-            model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": _digest(template)}
+            model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": text_digest(template)}
             return {"model": model, "question": question} | public_texts
         case _:
             model = links[Rank.SERVER].recv_facts("facts/model")
@@ -171,80 +191,18 @@ def facts_of_model(own: Document, public: PublicConfig) -> dict[str, Any]:
         "tokenizer_bytes": len(model.tokenizer.content),
         "tokenizer_digest": model.tokenizer.digest,
         "template_bytes": 0 if template is None else len(template),
-        "template_digest": _digest(template),
+        "template_digest": text_digest(template),
         "document": own.written,
-        "context_tokens": len(own.tokens),
+        "context_tokens": own.length,
         "kernels": choose_kernels(public.kernels, own.device).name,
     }
-    if counts := parse_policy(public.policy).count_from_model(model, len(own.tokens)):
+    if public.policy == POLICY_AUTO:
+        choice = choose_policy(model, public, own.length, TYPICAL_QUESTION)
+        facts |= {"policy": choice.spec, "policy_picked": choice.why}
+        public = public.model_copy(update={"policy": choice.spec})
+    if counts := own.counts_of_model(parse_policy(public.policy)):
         facts["head_counts"] = counts
     return facts
-
-
-def receive_tokenizer(server: Link, facts: Mapping[str, Any]) -> torch.Tensor:
-    """Receive the bytes of the model's tokenizer, which is public: the client needs no model folder.
-
-    Raises Desync on a length that is none, or too large.
-    """
-    length = _count(facts, "tokenizer_bytes")
-    if not 0 < length <= TOKENIZER_BYTES:
-        raise Desync(
-            f"Desync: the server's tokenizer has {length} bytes; at most {TOKENIZER_BYTES} are taken"
-        )
-    (data,) = server.recv("facts/tokenizer", [(torch.uint8, (length,))])
-    return data
-
-
-def receive_template(server: Link, facts: Mapping[str, Any]) -> torch.Tensor | None:
-    """Receive the bytes of the model's chat template, or nothing where it has none. Raises Desync."""
-    length = _count(facts, "template_bytes")
-    if length > TEMPLATE_BYTES:
-        raise Desync(
-            f"Desync: the server's chat template has {length} bytes; at most {TEMPLATE_BYTES} are taken"
-        )
-    if not length:
-        return None
-    (data,) = server.recv("facts/template", [(torch.uint8, (length,))])
-    return data
-
-
-def framing_of(told: Mapping[str, Any], shape: ModelShape, public: PublicConfig) -> Framing:
-    """Return how the client frames its questions; told: as `agreed_facts` returns it. Raises ModelError."""
-    tokenizer, template = bytes_of(told["tokenizer"]), told.get("template")
-    frame = b"" if template is None else bytes_of(template)
-    return _frame_once(
-        tokenizer, frame, shape, public.chat, public.document_as, told["model"].get("document") is True
-    )
-
-
-# The client frames for the question's length, and again, facts told, for the question itself.
-@lru_cache(maxsize=1)
-def _frame_once(
-    tokenizer: bytes,
-    template: bytes,
-    shape: ModelShape,
-    chat: ChatForm,
-    document_as: DocumentAs,
-    document: bool,
-) -> Framing:
-    known = read_tokenizer(tokenizer, shape)
-    known.chat_template = ChatTemplate.from_bytes(template) if template else None
-    return make_framing(known, shape, chat is ChatForm.RAW, document_as, document)
-
-
-def _digest(data: torch.Tensor | None) -> str:
-    return "none" if data is None else hashlib.sha256(bytes_of(data)).hexdigest()
-
-
-def read_tokenizer(content: bytes, shape: ModelShape) -> Tokenizer:
-    """Return the tokenizer in these bytes. Raises ModelError."""
-    try:
-        inner = parse_tokenizer(content)
-    except LibraryError as error:
-        raise ModelError(
-            "the server's tokenizer cannot be read; is its model complete?", private=False
-        ) from error
-    return Tokenizer(inner, shape.vocab, shape.bos_id, content)
 
 
 # ------------------------------------------------------------------------------- made of the facts
@@ -258,32 +216,56 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     """
     model, question = told["model"], told["question"]
     shape = _shape(model)
-    context, asked = _count(model, "context_tokens"), _count(question, "question_tokens")
-    _check_memory(shape, context)
+    context, asked = count_in(model, "context_tokens"), count_in(question, "question_tokens")
+    private = count_in(question, "private_tokens")
+    _check_memory(shape, context + private)
+    public = _with_policy(public, model)
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     limit = _limit(question, public)
     if asked % public.length_grid:
         raise Desync(f"Desync: the client's question has {asked} tokens, not a multiple of --pad")
     if asked:
-        policy = bind_policy(shape, public, context, asked, limit)
+        policy = bind_policy(shape, public, context, asked, limit, private)
         room = asked + limit
     else:
-        policy, room = bind_conversation(shape, public, context)
+        policy, room = bind_conversation(shape, public, context, private)
     if "head_counts" in model:
         policy = _counted(policy, shape, model["head_counts"])
     protocol: str = public.protocol
-    picked = ""
+    picked = str(model.get("policy_picked", ""))[:WHY_CHARACTERS]
     if protocol == AUTO:
         choice = pick(
             shape, policy, context, asked or TYPICAL_QUESTION, limit, parse_network(public.network),
             public.fraction_bits, public.reveal, public.length_grid,
         )  # fmt: skip
-        protocol, picked = choice.protocol, str(choice)
+        protocol = choice.protocol
+        picked = f"{picked}; {choice}" if picked else str(choice)
     kernels, session = said.pop("kernels"), said.pop("session")
+    reading = reading_plan(shape, public, context, private, protocol)
     turns = _turns(question.get("turns", []), limit, room)
     facts = Facts(shape, context, asked, limit, room, kernels, policy, said, protocol, picked, session, turns)
+    facts = replace(facts, reading=reading)
     return _with_counts(facts, told["counts"]) if "counts" in told else facts
+
+
+def _with_policy(public: PublicConfig, model: Mapping[str, Any]) -> PublicConfig:
+    """Take the policy that the server has picked, where it was to pick one. Raises Desync.
+
+    It may reveal no more than `auto` may at all, whatever the server says.
+    """
+    if public.policy != POLICY_AUTO:
+        return public
+    spec = model.get("policy")
+    try:
+        if not isinstance(spec, str) or len(spec) > POLICY_CHARACTERS:
+            raise PolicyError(f"{spec!r:.60} is no policy")
+        policy = parse_policy(spec)
+        if policy.in_the_clear or policy.leak not in REVEALED:
+            raise PolicyError(f"policy {policy.spec} reveals more than auto may: {policy.leak}")
+    except PolicyError as error:
+        raise Desync(f"Desync: the policy that the server picked for auto: {error}") from None
+    return public.model_copy(update={"policy": spec})
 
 
 def _check_memory(shape: ModelShape, context: int) -> None:
@@ -315,13 +297,6 @@ def _shape(facts: Mapping[str, Any]) -> ModelShape:
         raise ModelError(f"the server's facts: {error}", private=False) from None
 
 
-def _count(facts: Mapping[str, Any], name: str) -> int:
-    value = facts.get(name)
-    if type(value) is not int or value < 0:
-        raise Desync(f"Desync: the fact {name} is {value!r:.60}, not a count; is it the same version?")
-    return value
-
-
 def filled(answer: int) -> int:
     """Return how many chunks a turn of prepared tapes has: its question, and each token of its answer.
 
@@ -344,7 +319,7 @@ def _turns(turns: Any, limit: int, room: int) -> tuple[int, ...]:
 
 def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:
     """Return how many new tokens the client asks for. Raises Desync on more than were agreed."""
-    limit = _count(question, "new_tokens")
+    limit = count_in(question, "new_tokens")
     if not 1 <= limit <= public.max_new_tokens:
         raise Desync(
             f"Desync: the client asks for {limit} new tokens; 1 to {public.max_new_tokens} are agreed"
@@ -355,9 +330,9 @@ def _limit(question: Mapping[str, Any], public: PublicConfig) -> int:
 # ---------------------------------------------------------------- what the document decides later
 
 
-def announce_counts(links: Links, facts: Facts, prefilled: Prefill, kernels: Backend) -> Facts:
+def announce_counts(links: Links, facts: Facts, known: OwnersContext, kernels: Backend) -> Facts:
     """Server: make public what the document decides about the plan, before the context phase."""
-    policy, counts = bind_to_document(facts.policy, facts.shape, prefilled, kernels)
+    policy, counts = bind_to_document(facts.policy, facts.shape, known, kernels)
     if not facts.policy.plan_is_public:
         for link in links.values():
             link.send_facts("facts/counts", {"counts": counts})

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from types import MappingProxyType
 
 from mpcache.errors import Desync, Mismatch
 from mpcache.rank import Rank
 from mpcache.transport.link import Hello, Links
 from mpcache.transport.session_order import AGREED
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 TOKENS = "max_new_tokens"
+DOCUMENT = "document"  # its public name
 VALUE_CHARACTERS = 80  # of a differing value, in the error's line
 
 _KEEPING = "--state and --resume, or one that serves with --state alone"  # what to start both with
+
+NO_NAME = "none"  # of a document: what a client says that names none
+NOT_TOLD = "not told"  # in place of a name that the dealer does not hear
+DOCUMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # public
 
 Side = tuple[Rank, Mapping[str, str]]
 
@@ -27,6 +34,9 @@ class KeepMode(StrEnum):
     KEPT = "kept"
     RESUMED = "resumed"
     AS_CLIENT = "as the client"  # of one that serves, and keeps sessions
+
+
+AS_CLIENT = KeepMode.AS_CLIENT.value  # of a document, too
 
 
 class TapeMode(StrEnum):
@@ -45,11 +55,20 @@ class Greeting:
     """Say Hello on each link, and compare what each peer says: once for a session.
 
     A link that is there is greeted before the others have come, so that a mismatch does not wait for
-    them. public: `PublicConfig.flat()`, and whatever else must agree.
+    them. public: `PublicConfig.flat()`, and whatever else must agree.  otherwise: fields of which a peer
+    hears something else.
     """
 
-    def __init__(self, me: Rank, public: Mapping[str, str]) -> None:
-        self._mine = Hello(PROTOCOL_VERSION, me, secrets.token_hex(16), public)
+    def __init__(
+        self,
+        me: Rank,
+        public: Mapping[str, str],
+        otherwise: Mapping[Rank, Mapping[str, str]] = MappingProxyType({}),
+    ) -> None:
+        nonce = secrets.token_hex(16)
+        self._mine = {
+            peer: Hello(PROTOCOL_VERSION, me, nonce, {**public, **otherwise.get(peer, {})}) for peer in Rank
+        }
         self._greeted: set[Rank] = set()
         self._heard: dict[Rank, Hello] = {}
 
@@ -76,10 +95,10 @@ class Greeting:
         for peer, link in links.items():
             if peer not in self._greeted:
                 self._greeted.add(peer)
-                link.send_hello(self._mine)
+                link.send_hello(self._mine[peer])
 
     def _hear(self, peer: Rank, hello: Hello) -> None:
-        compare_hellos(self._mine, hello, peer)
+        compare_hellos(self._mine[peer], hello, peer)
         self._heard[peer] = hello
 
 
@@ -92,7 +111,8 @@ def compare_hellos(mine: Hello, theirs: Hello, expected: Rank) -> None:
     """Raise Mismatch unless `theirs` comes from `expected` and agrees with `mine`.
 
     A server or a dealer may keep the session as the client does: its `state` agrees with any of the others.
-    A client may want fewer new tokens than the others are ready for.
+    So does the `document` of one that takes whichever the client names. A client may want fewer new tokens
+    than the others are ready for.
     """
     if theirs.rank is not expected:
         raise Mismatch(
@@ -105,6 +125,8 @@ def compare_hellos(mine: Hello, theirs: Hello, expected: Rank) -> None:
     sides: list[Side] = [(hello.rank, hello.public) for hello in (mine, theirs)]
     if any(public.get("state") == KeepMode.AS_CLIENT for _, public in sides):
         sides = _without_state(sides)
+    if any(public.get(DOCUMENT) == AS_CLIENT for _, public in sides):
+        sides = _without_document(sides)
     if _client_asks_less(dict(sides)):
         sides = _without(sides, TOKENS)
     _compare_fields(sides[0], sides[1], "--config and flags")
@@ -135,6 +157,19 @@ def _without_state(sides: Sequence[Side]) -> list[Side]:
             said = [(rank, _shown(public.get("state"))) for rank, public in sides]
             raise _mismatch("state", said, _KEEPING)
     return _without(sides, "state")
+
+
+def _without_document(sides: Sequence[Side]) -> list[Side]:
+    """Return what is left to compare where one party takes the document that the client names.
+
+    Raises Mismatch where the client names none as it should.
+    """
+    for rank, public in sides:
+        name = public.get(DOCUMENT, "")
+        if rank is Rank.CLIENT and name != NOT_TOLD and not DOCUMENT_NAME.fullmatch(name):
+            said = [(rank, _shown(public.get(DOCUMENT))) for rank, public in sides]
+            raise _mismatch(DOCUMENT, said, "release of mpcache")
+    return _without(sides, DOCUMENT)
 
 
 def confirm_facts(links: Links, me: Rank, facts: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ import yaml
 
 from mpcache.certificates import make_identity
 from mpcache.config import Addresses, Certificates, PublicConfig, Settings
-from mpcache.errors import MpcacheError, SystemRefusal, one_line
+from mpcache.errors import BadInput, MpcacheError, SystemRefusal, one_line
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.operations.output import EventKind
@@ -72,10 +72,12 @@ def run_parties(
     texts: Mapping[Rank, str],
     say: Say,
     on_token: OnToken,
+    private: str | None = None,
 ) -> dict[Rank, Report]:
     """Run one session between three processes on free ports, over TLS with identities of its own.
 
-    flags: each party's own. texts: the server's document and the client's question, which go in files:
+    flags: each party's own. texts: the server's document and the client's question, private: the client's
+    document, which go in files:
     everybody can see a process's flags, and what was read from a pipe cannot be read again.
 
     Raises PartyFailed with the first cause, in one line; SystemRefusal where no file can be written.
@@ -85,7 +87,7 @@ def run_parties(
     events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
     children: dict[Rank, Child] = {}
     with private_folder() as folder:
-        own = write_session(settings, texts, folder)
+        own = write_session(settings, texts, folder, private)
         try:
             for rank in Rank:
                 children[rank] = start_party(rank, [*own[rank], *flags.get(rank, ())], events)
@@ -113,7 +115,9 @@ def private_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def write_session(settings: Settings, texts: Mapping[Rank, str], folder: Path) -> dict[Rank, list[str]]:
+def write_session(
+    settings: Settings, texts: Mapping[Rank, str], folder: Path, private: str | None = None
+) -> dict[Rank, list[str]]:
     """Write what three parties need for one session; return each party's flags. Raises SystemRefusal."""
     config = folder / "session.yaml"
     flags = {rank: ["--config", str(config), "--identity", str(folder)] for rank in Rank}
@@ -124,9 +128,27 @@ def write_session(settings: Settings, texts: Mapping[Rank, str], folder: Path) -
             file = folder / f"{rank.label}.txt"
             file.write_text(text + TEXT_ENDS[rank], encoding="utf-8", newline="")
             flags[rank] += [TEXT_FLAGS[rank], str(file)]
+        if private is not None:
+            file = folder / "client-document.txt"
+            file.write_text(private, encoding="utf-8", newline="")
+            flags[Rank.CLIENT] += ["--context", str(file)]
     except OSError as error:
         raise SystemRefusal.of(error, str(folder)) from None
     return flags
+
+
+def document_flags(name: str) -> list[str]:
+    """Return the flags of a client that names one of the server's documents; "": it has one."""
+    return ["--document", name] if name else []
+
+
+def state_flags(state: Path | str | None, resume: bool = False) -> list[str]:
+    """Return the flags of a party that keeps a session. Raises BadInput."""
+    if state is None:
+        if resume:
+            raise BadInput("to resume needs the state: the folder where the session is kept")
+        return []
+    return ["--state", str(state), *["--resume"] * resume]
 
 
 def setup_flags(folder: Path | None) -> dict[Rank, list[str]]:

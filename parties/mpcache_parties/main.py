@@ -18,6 +18,7 @@ from mpcache.console.options import (
     NewTokensOption,
     PadOption,
     PolicyOption,
+    PrivatePolicyOption,
     ProtocolOption,
     RawOption,
     RevealOption,
@@ -58,13 +59,30 @@ def party(
     model: Annotated[str | None, typer.Option(help=f"Server. {MODEL_FORMS}. [the demo model]")] = None,
     context: Annotated[
         Path | None,
-        typer.Option(help="Server: the document, a text file, or - for stdin. [the demo model: its own]"),
+        typer.Option(
+            help="Server: the document, a text file, or - for stdin. [the demo model: its own] "
+            "Client: a document of its own, which nobody else sees."
+        ),
+    ] = None,
+    document: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Server: FILE, a document that was packed, or NAME=FILE for each of several. "
+            "Client: the NAME of the one that it asks about."
+        ),
+    ] = None,
+    pack_key: Annotated[
+        Path | None, typer.Option(help="Server: the key that its packs are sealed with, mode 0600.")
+    ] = None,
+    pack_passphrase: Annotated[
+        Path | None, typer.Option(help="Server: a file with the passphrase for them, mode 0600.")
     ] = None,
     question: Annotated[str | None, typer.Option(help="Client: the question. [the demo's]")] = None,
     question_file: Annotated[
         Path | None, typer.Option(help="Client: a file with the question, or - for stdin; unseen by `ps`.")
     ] = None,
     policy: PolicyOption = None,
+    private_policy: PrivatePolicyOption = None,
     protocol: ProtocolOption = None,
     network: NetworkOption = None,
     max_new_tokens: NewTokensOption = None,
@@ -184,9 +202,13 @@ def party(
         config=config,
         model=model,
         context=context,
+        document=tuple(document or ()),
+        pack_key=pack_key,
+        pack_passphrase=pack_passphrase,
         question=question,
         question_file=question_file,
         policy=policy,
+        private_policy=private_policy,
         protocol=protocol,
         network=network,
         max_new_tokens=max_new_tokens,

@@ -22,6 +22,7 @@ from mpcache.errors import MpcacheError, told_as
 from mpcache.ledger import Ledger
 from mpcache.limits import largest_score_held
 from mpcache.model.prefill import Prefill, prefill
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.report.units import duration, size
 from mpcache.runtime.party import Party
@@ -94,20 +95,21 @@ class Masking:
         """Return the pass over the document, as an earlier session of this process made it, or anew."""
         policy = self._session.policy
         window, held = policy.window, largest_score_held(policy, self._session.shape)
-        key = repr((own.model.digest, own.tokens, own.device, window, held))
+        key = repr((own.model.digest, own.digest, own.device, window, held))
         return self._setups.prefilled(
-            key, lambda: prefill(own.model, own.tokens, own.device, window=window, exact_from=held)
+            key,
+            lambda: prefill(own.model, own.tokens, own.device, window=window, exact_from=held, logits=False),
         )
 
-    def context(self, own: Document, prefilled: Prefill, kernels: Backend) -> Made:
+    def context(self, own: Document, known: OwnersContext, kernels: Backend) -> Made:
         """Return the masked cache of the document."""
         session = self._session
         plan = session.policy.plan.to_dict()
-        said = repr((own.tokens, session.policy.spec, plan, getattr(session.ops, "bits", "")))
+        said = repr((own.digest, session.policy.spec, plan, getattr(session.ops, "bits", "")))
         key = f"document {hashlib.sha256(said.encode()).hexdigest()}"
 
         def make(masks: OwnersMasks) -> Any:
-            self._masked(masks, lambda: session.context(prefilled, kernels))
+            self._masked(masks, lambda: session.context(known, kernels))
             return session.cache
 
         return self._setups.made(key, make, self._setups.fresh_documents, partial(self._told, "context"))
@@ -141,8 +143,8 @@ class _Alone(Party):
         raise RuntimeError(f"masking draws something at {step}")
 
 
-def mask_ahead(own: Document, public: PublicConfig, setups: ServerSetups, say: Say) -> None:
-    """Mask weights and document before the first session, which then finds them. What fails is said.
+def mask_ahead(owns: Sequence[Document], public: PublicConfig, setups: ServerSetups, say: Say) -> None:
+    """Mask weights and documents before the first session, which then finds them. What fails is said.
 
     Nothing happens where each session masks anew: with `stock` all of it, with fresh documents those.
     """
@@ -151,11 +153,13 @@ def mask_ahead(own: Document, public: PublicConfig, setups: ServerSetups, say: S
     torch.set_num_threads(1)  # counted per thread
     start = time.perf_counter()
     try:
-        _mask(own, public.model_copy(update={"protocol": ProtocolName.FAST}), setups, say)
+        for own in owns:
+            _mask(own, public.model_copy(update={"protocol": ProtocolName.FAST}), setups, say)
     except (MpcacheError, OSError) as error:  # each session will meet it, and end with it
         say(f"server: nothing is masked ahead: {told_as(error)}")
         return
-    say(f"server: ready: weights and document masked in {duration(1000 * (time.perf_counter() - start))}")
+    documents = "document" if len(owns) == 1 else f"{len(owns)} documents"
+    say(f"server: ready: weights and {documents} masked in {duration(1000 * (time.perf_counter() - start))}")
 
 
 def _mask(own: Document, public: PublicConfig, setups: ServerSetups, say: Say) -> None:
@@ -166,7 +170,7 @@ def _mask(own: Document, public: PublicConfig, setups: ServerSetups, say: Say) -
     ways = {phase: masking_progress(say, phase) for phase in WHAT}
     masking = Masking(setups, session, lambda phase, done, of: ways[phase].at(done, of))
     masking.weights(own)
-    prefilled, kernels = masking.prefilled(own), choose_kernels(public.kernels, own.device)
-    session.policy, _ = bind_to_document(facts.policy, facts.shape, prefilled, kernels)
+    known, kernels = own.packed or masking.prefilled(own), choose_kernels(public.kernels, own.device)
+    session.policy, _ = bind_to_document(facts.policy, facts.shape, known, kernels)
     if not setups.fresh_documents:
-        masking.context(own, prefilled, kernels)
+        masking.context(own, known, kernels)

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpcache.config import PublicConfig, Settings, load_settings
-from mpcache.console.inputs import read_question
+from mpcache.console.inputs import check_stdin, read_question, read_text
 from mpcache.console.options import chat_overrides, public_overrides, read_stops
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
 from mpcache.transport.address import HostPort
-from mpcache_parties.handshake import KeepMode
+from mpcache_parties.handshake import DOCUMENT_NAME, NO_NAME, KeepMode
 from mpcache_parties.operations.output import Output
+from mpcache_parties.packing import packed_documents
 from mpcache_parties.piped_conversation import PipedConversation
 from mpcache_parties.private_inputs import DeclaredTurns, PrivateInput, Question, read_document
 from mpcache_parties.state.checkpoint import Checkpointer
+from mpcache_parties.state.packs import PackLock
 from mpcache_parties.state.setups import DealerSetups, ServerSetups, Setups
 from mpcache_parties.state.store import Store
 from mpcache_parties.state.tapes import TapeStore
@@ -31,9 +33,13 @@ class PartyOptions:
     config: Path | None = None
     model: str | None = None
     context: Path | None = None
+    document: tuple[str, ...] = ()
+    pack_key: Path | None = None
+    pack_passphrase: Path | None = None
     question: str | None = None
     question_file: Path | None = None
     policy: str | None = None
+    private_policy: str | None = None
     protocol: str | None = None
     network: str | None = None
     max_new_tokens: int | None = None
@@ -87,13 +93,14 @@ class PartyOptions:
         return load_settings(
             self.config,
             public_overrides(self.policy, self.protocol, self.network, tokens, self.reveal)
-            | chat_overrides(self.raw, self.document_as, self.pad)
+            | chat_overrides(self.raw, self.document_as, self.pad, self.private_policy)
             | {"timeouts.connect_s": self.connect_timeout, "addresses.bind": self.listen},
         )
 
     def check(self) -> None:
         """Check that the flags belong to this rank, and those of `--serve` to each other. Raises BadInput."""
         self._check_owners()
+        self._check_document()
         self._check_serving()
         self._check_conversation()
         if self.turns is not None:
@@ -112,7 +119,8 @@ class PartyOptions:
         """Refuse another rank's flags: a document given to the client should not pass in silence."""
         owned = {
             "model": (Rank.SERVER, self.model),
-            "context": (Rank.SERVER, self.context),
+            "pack-key": (Rank.SERVER, self.pack_key),
+            "pack-passphrase": (Rank.SERVER, self.pack_passphrase),
             "question": (Rank.CLIENT, self.question),
             "question-file": (Rank.CLIENT, self.question_file),
             "turns": (Rank.CLIENT, self.turns),
@@ -121,10 +129,39 @@ class PartyOptions:
             "seed": (Rank.CLIENT, self.seed),
             "stop": (Rank.CLIENT, self.stop or None),
         }
+        if self.context is not None and self.me is Rank.DEALER:
+            raise BadInput("--context belongs to the server or the client (--rank 0, 1), this is the dealer")
         for name, (owner, value) in owned.items():
             if value is not None and owner is not self.me:
                 whose = f"the {owner.label} (--rank {int(owner)})"
                 raise BadInput(f"--{name} belongs to {whose}, this is the {self.me.label}")
+
+    def _check_document(self) -> None:
+        """Check what a server's --document goes with, and that a client's is one name. Raises BadInput."""
+        if self.me is Rank.DEALER and self.document:
+            raise BadInput("--document belongs to server and client (--rank 0, 1), this is the dealer")
+        if self.me is Rank.CLIENT:
+            self.named_document()
+            return
+        if self.document and self.context is not None:
+            raise BadInput("--context is a text, --document is one that was packed; give one of them")
+        if not self.document and self.lock.kind:
+            raise BadInput(f"--pack-{self.lock.kind} opens a pack; give --document FILE, too")
+
+    @property
+    def lock(self) -> PackLock:
+        """What the server's packs are sealed with."""
+        return PackLock(self.pack_key, self.pack_passphrase)
+
+    def named_document(self) -> str:
+        """Return the name of the document that this client asks about. Raises BadInput."""
+        if not self.document:
+            return NO_NAME
+        if len(self.document) > 1 or not DOCUMENT_NAME.fullmatch(self.document[0]):
+            raise BadInput(
+                f"--document {' '.join(self.document)!r:.80}: a client gives the public name of one document"
+            )
+        return self.document[0]
 
     def _check_serving(self) -> None:
         if self.serve and self.me is Rank.CLIENT:
@@ -194,10 +231,11 @@ class PartyOptions:
             raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
         return TapeStore(self.offline_store, self.me)
 
-    def setups(self) -> Setups:
+    def setups(self, public: PublicConfig) -> Setups:
         """Return what --setup-dir and --fresh-document ask for. Raises BadInput or StateError."""
         if self.me is Rank.SERVER:
-            return ServerSetups(self.setup_dir, self.fresh_document)
+            fresh = self.fresh_document or public.hide_document
+            return ServerSetups(self.setup_dir, fresh, documents=len(self.document))
         if self.fresh_document:
             raise BadInput(f"--fresh-document belongs to the server (--rank 0), this is the {self.me.label}")
         if self.me is Rank.DEALER:
@@ -211,15 +249,19 @@ class PartyOptions:
     def private_input(self, sampling: Sampling, public: PublicConfig, output: Output) -> PrivateInput:
         """Read and check what this party brings, before it connects. Raises BadInput."""
         match self.me:
+            case Rank.SERVER if self.document:
+                return packed_documents(self.model, self.document, self.lock, public)
             case Rank.SERVER:
                 return read_document(self.model, self.context, public)
-            case Rank.CLIENT if self.conversation:
-                return PipedConversation(output, sys.stdin.buffer, kept=self.state is not None)
             case Rank.CLIENT if self.turns is not None:
                 return self._declared()
             case Rank.CLIENT:
+                check_stdin(self.context, self.question_file)
+                document = None if self.context is None else read_text(self.context)
+                if self.conversation:
+                    return PipedConversation(output, sys.stdin.buffer, self.state is not None, document)
                 text = read_question(self.question, self.question_file)
                 stops = read_stops(self.stop, self.stop_at_eos)
-                return Question(text, sampling, self.stop_at_eos, stops)
+                return Question(text, sampling, self.stop_at_eos, stops, document=document)
             case _:
                 return None

@@ -55,10 +55,13 @@ class _Line(BaseModel):
 class PipedConversation(Conversation):
     """The conversation of a party that another process has started.
 
-    kept: it can be resumed, so it ends only where that process says so.
+    kept: it can be resumed, so it ends only where that process says so.  document: the client's own.
     """
 
-    def __init__(self, output: Output, stdin: BinaryIO, kept: bool = False) -> None:
+    def __init__(
+        self, output: Output, stdin: BinaryIO, kept: bool = False, document: str | None = None
+    ) -> None:
+        self.document = document
         self._output, self._stdin = output, stdin
         self._suspends, self._over = kept, False
         self._asked: SimpleQueue[Question | BadInput | None] = SimpleQueue()

@@ -15,6 +15,7 @@ from mpcache.cost.pricing import price
 from mpcache.cost.tally import sum_tallies
 from mpcache.engines.registry import engine
 from mpcache.errors import PolicyError
+from mpcache.phases import EVICTION, private_phase
 from mpcache.rank import Rank
 from mpcache.report.units import size
 from mpcache.runtime.party import DealerParty
@@ -35,7 +36,7 @@ def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
     that the document decides) or what a link raises.
     """
     public, store = resources.public, resources.tapes
-    _, facts = agreed_facts(me, resources.links, own, public)
+    _, facts = agreed_facts(me, resources.links, own, public, document=resources.document)
     if not facts.policy.plan_is_public:
         raise PolicyError(f"policy {public.policy}: the document decides its plan; no tape can be prepared")
     resources.say(f"{me.label}: {_foretold(me, facts, public)}")
@@ -51,7 +52,7 @@ def _foretold(me: Rank, facts: Facts, public: PublicConfig) -> str:
     cost = price(
         facts.shape, facts.policy, facts.context, question, facts.protocol, chunks,
         bits=public.fraction_bits, reveal=public.reveal, standing=False, grid=public.length_grid,
-        later=[tokens for tokens, _ in rest],
+        later=[tokens for tokens, _ in rest], reading=facts.reading,
     )  # fmt: skip
     total = sum_tallies((phase, cost.total(phase)) for phase in cost.phases)
     serves = f"one answer of up to {facts.limit} tokens to a question of {facts.question}"
@@ -103,6 +104,10 @@ def _read_by_shapes(facts: Facts, public: PublicConfig, party: Any, done: Callab
     done("setup")
     session.context(None, None)
     done("context")
+    phases = [private_phase(i + 1) for i in range(len(facts.reading.chunks))]
+    phases += [EVICTION] * (facts.reading.eviction is not None)
+    for phase, _ in zip(phases, session.read_document(facts.reading, None), strict=True):
+        done(phase)
     for question, chunks in _turns(facts):
         for step in range(chunks):
             phase = session.place.phase

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,25 @@ import torch
 from mpcache.choices import ChatForm
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import read_context
-from mpcache.errors import BadInput
+from mpcache.errors import BadInput, Mismatch
 from mpcache.model import Model, demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.framing import make_framing
+from mpcache.policy import LeakClass, Policy
+from mpcache.policy.layer_view import PackedContext
 from mpcache.report.account import TurnReport
 from mpcache.sampling import Sampling
+from mpcache_parties.handshake import NO_NAME
 
 
 @dataclass(frozen=True)
 class Document:
     """What the server brings.
 
-    tokens: of the document and what is around it, up to the first question.  device: where it is read.
-    template: what is around, and of the question, too; None: nothing.  written: there is a document.
-    note: what a user should know of this.
+    tokens: of the document and what is around it, up to the first question; none of one that was packed.
+    device: where it is read.  template: what is around, and of the question, too; None: nothing.
+    written: there is a document.  note: what a user should know of this.
+    packed: what stays of it, where that was found out before.  name: its public name.
     """
 
     model: Model
@@ -36,14 +41,55 @@ class Document:
     template: ChatTemplate | None = None
     written: bool = True
     note: str = ""
+    packed: PackedContext | None = None
+    name: str = ""
+
+    @property
+    def length(self) -> int:
+        """Its tokens, with what is around it, before eviction."""
+        return len(self.tokens) if self.packed is None else self.packed.length
+
+    @property
+    def digest(self) -> str:
+        """A digest of what the session's cache follows from; for its owner alone."""
+        return private_digest(self.tokens) if self.packed is None else self.packed.digest
+
+    def counts_of_model(self, policy: Policy) -> list[int]:
+        """Return what the model and the length decide of a policy's plan. Raises PolicyError."""
+        if self.packed is None:
+            return policy.count_from_model(self.model, len(self.tokens))
+        told = LeakClass.MODEL_COUNT in policy.leak.split(" and ")
+        return list(self.packed.counts) if told else []
+
+
+def private_digest(secret: object) -> str:
+    """Return a digest of a party's own input, for its own use: to tell whether it is the same again."""
+    return hashlib.sha256(repr(secret).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What a server brings that holds several documents, of which a client names one."""
+
+    named: Mapping[str, Document]  # by public name
+
+    def of(self, name: str) -> Document:
+        """Return the one that a client has named. Raises Mismatch."""
+        if name not in self.named:
+            asked = "is not named" if name == NO_NAME else f"is {name!r:.80}"
+            raise Mismatch(
+                f"Mismatch: the document {asked} at client; the server has {', '.join(sorted(self.named))}: "
+                "start the client with --document NAME"
+            )
+        return self.named[name]
 
 
 @dataclass(frozen=True)
 class Question:
     """What the client brings. Without `stop_at_eos` the answer's length tells nothing about it.
 
-    stop_texts: the answer is cut before these.  new_tokens: of the answer, at most; None: as many as were
-    agreed.
+    stop_texts: the answer is cut before these.  document: the client's own.
+    new_tokens: of the answer, at most; None: as many as were agreed.
     """
 
     text: str
@@ -51,6 +97,7 @@ class Question:
     stop_at_eos: bool = True
     stop_texts: tuple[str, ...] = ()
     new_tokens: int | None = None
+    document: str | None = None
 
     def limit(self, agreed: int) -> int:
         """Return how many tokens the answer may have, where `agreed` is the most."""
@@ -80,10 +127,16 @@ class DeclaredTurns:
     """What the client declares of a conversation that tapes are prepared for: its questions, in tokens."""
 
     questions: tuple[int, ...]
+    document: str | None = None  # the client's own
 
 
 class Conversation(ABC):
-    """Questions that come while the session runs, and what becomes of each."""
+    """Questions that come while the session runs, and what becomes of each.
+
+    document: the client's own, which they are about.
+    """
+
+    document: str | None = None
 
     @abstractmethod
     def opened(self, room: int, earlier: Sequence[TurnRecord]) -> None:
@@ -117,7 +170,8 @@ class Conversation(ABC):
         """Take note of a question that was not asked; the session goes on."""
 
 
-PrivateInput = Document | Question | Conversation | DeclaredTurns | None  # None: the dealer's
+# None: the dealer's
+PrivateInput = Document | Documents | Question | Conversation | DeclaredTurns | None
 
 
 def read_document(model: str | None, context: Path | None, public: PublicConfig) -> Document:
@@ -135,4 +189,5 @@ def read_document(model: str | None, context: Path | None, public: PublicConfig)
     tokens = framing.frame_document(text)
     template = None if raw else tokenizer.chat_template
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Document(load_model(path), tokens, device, template, written, framing.note)
+    model_read = load_model(path, keep=False)  # set-up and prefill take one layer after another
+    return Document(model_read, tokens, device, template, written, framing.note)

@@ -12,13 +12,14 @@ import os
 import threading
 import time
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NoReturn
 
 import torch
 
 from mpcache.answer import left_range
+from mpcache.choices import POLICY_AUTO
 from mpcache.config import Settings
 from mpcache.console.signals import stop_on_signals
 from mpcache.console.streams import own_stdout
@@ -28,8 +29,17 @@ from mpcache.phases import ChunkPlace
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
+from mpcache.transport.link import Hello, Links
 from mpcache_parties.answer_pace import LayerPace, answer_said
-from mpcache_parties.handshake import PROTOCOL_VERSION, Greeting, TapeMode
+from mpcache_parties.handshake import (
+    AS_CLIENT,
+    DOCUMENT,
+    NO_NAME,
+    NOT_TOLD,
+    PROTOCOL_VERSION,
+    Greeting,
+    TapeMode,
+)
 from mpcache_parties.masking import mask_ahead
 from mpcache_parties.network.connect import cannot_take_part, connect_all
 from mpcache_parties.network.session_network import Network
@@ -40,7 +50,7 @@ from mpcache_parties.operations.output import EventKind, Output, closing_line
 from mpcache_parties.operations.status import PartyStatus, SessionPhase, SessionStatus
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.prepare import prepare
-from mpcache_parties.private_inputs import Conversation, Document, PrivateInput, Question
+from mpcache_parties.private_inputs import Conversation, Document, Documents, PrivateInput, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
@@ -70,11 +80,13 @@ class PartyProcess:
     tape_mode: TapeMode = TapeMode.LIVE
     setups: Setups = None
     own: PrivateInput = None
+    document: str = AS_CLIENT  # its public name, where this party has one to name
 
     def read_inputs(self, options: PartyOptions) -> None:
         """Check the flags and read what they name. Raises BadInput or StateError."""
         options.check()
-        parse_policy(self.settings.public.policy)
+        if self.settings.public.policy != POLICY_AUTO:
+            parse_policy(self.settings.public.policy)
         sampling = options.sampling()
         self.checkpointer = options.checkpointer()
         self.tapes = options.tapes(self.checkpointer.mode)
@@ -82,8 +94,12 @@ class PartyProcess:
             self.tape_mode = TapeMode.PREPARING
         elif self.tapes is not None:
             self.tape_mode = TapeMode.PREPARED
-        self.setups = options.setups()
+        self.setups = options.setups(self.settings.public)
         self.own = options.private_input(sampling, self.settings.public, self.output)
+        if self.me is Rank.CLIENT:
+            self.document = options.named_document()
+        elif isinstance(self.own, Document):
+            self.document = NO_NAME
 
     def resources(
         self, network: Network, status: SessionStatus, checkpointer: Checkpointer, say: Say
@@ -96,8 +112,20 @@ class PartyProcess:
 
     def greeting(self, checkpointer: Checkpointer) -> Greeting:
         """Return what is said to each peer of a session: all that the parties must have in common."""
-        modes = {"state": checkpointer.mode.value, "tapes": self.tape_mode.value}
-        return Greeting(self.me, self.settings.public.flat() | modes)
+        modes = {"state": checkpointer.mode.value, "tapes": self.tape_mode.value, DOCUMENT: self.document}
+        hidden = {DOCUMENT: NOT_TOLD} if self.settings.public.hide_document else {}
+        return Greeting(self.me, self.settings.public.flat() | modes, {Rank.DEALER: hidden})
+
+    def meet(self, links: Links, greeting: Greeting) -> tuple[dict[Rank, Hello], str, PrivateInput]:
+        """Hear what all say at HELLO.
+
+        Returns what the others said, the public name of the session's document, and what this party brings
+        to it. Raises Mismatch: it has no such document.
+        """
+        others = greeting.agree(links)
+        name = others[Rank.CLIENT].public[DOCUMENT] if self.me is not Rank.CLIENT else self.document
+        own = self.own.of(name) if isinstance(self.own, Documents) else self.own
+        return others, NOT_TOLD if self.settings.public.hide_document else name, own
 
 
 def run_party(options: PartyOptions) -> None:
@@ -191,8 +219,11 @@ def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
     """Mode `--serve`: sessions until this process is told to stop, `at_once` of them at the same time."""
     process.status.be_ready(True)
     own, setups, say = process.own, process.setups, process.output.say
-    if isinstance(own, Document) and isinstance(setups, ServerSetups):
-        ahead = (own, process.settings.public, setups, say)
+    owns = [own] if isinstance(own, Document) else []
+    if isinstance(own, Documents):
+        owns = list(own.named.values())
+    if owns and isinstance(setups, ServerSetups):
+        ahead = (owns, process.settings.public, setups, say)
         threading.Thread(target=mask_ahead, args=ahead, daemon=True).start()
     serve_one = partial(_serve_one, process, at_once)
     refused = process.status.refuse
@@ -202,9 +233,9 @@ def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
 def prepare_tapes(process: PartyProcess, network: Network, status: SessionStatus, greeting: Greeting) -> None:
     """Mode `--prepare`: the dealer's part of a later session, dealt and stored."""
     status.reached(SessionPhase.HELLO)
-    greeting.agree(network.links)
     resources = process.resources(network, status, process.checkpointer, process.output.say)
-    prepare(process.me, resources, process.own)
+    _, name, own = process.meet(network.links, greeting)
+    prepare(process.me, replace(resources, document=name), own)
 
 
 def _serve_one(process: PartyProcess, at_once: int, network: Network, say: Say) -> None:
@@ -228,9 +259,10 @@ def _run_session(process: PartyProcess, resources: SessionResources, greeting: G
     """One session on links that are connected."""
     status, checkpointer = resources.status, resources.checkpointer
     status.reached(SessionPhase.HELLO)
-    others = greeting.agree(resources.links)
+    others, name, own = process.meet(resources.links, greeting)
+    resources = replace(resources, document=name)
     checkpointer.heard({peer: hello.public["state"] for peer, hello in others.items()})
-    match process.own:
+    match own:
         case Document() as document:
             report = serve(resources, document)
         case Question() | Conversation() as questions:

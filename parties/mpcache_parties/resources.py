@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from mpcache.config import PublicConfig
 from mpcache.ledger import Ledger
 from mpcache.transport.link import Links
+from mpcache_parties.handshake import NO_NAME
 from mpcache_parties.operations.status import SessionStatus
 from mpcache_parties.say import Say, quiet
 from mpcache_parties.state.checkpoint import Checkpointer
@@ -31,6 +32,7 @@ class SessionResources:
     status: what an operator sees.  checkpointer: keeps the session, or does not.
     tapes: what the dealer dealt before, in place of a link to it.  idle_s: longest pause between turns.
     setups: what this party keeps of models and documents for later sessions; None: nothing beyond this one.
+    document: the public name of the session's, or that there is none, or that it is not told.
     """
 
     links: Links
@@ -43,4 +45,5 @@ class SessionResources:
     tapes: TapeStore | None = None
     idle_s: float = 1800.0
     setups: Setups = None
+    document: str = NO_NAME
     began: float = field(default_factory=time.perf_counter)  # s, of that clock

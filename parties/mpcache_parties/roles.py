@@ -1,6 +1,6 @@
 """Run each party from connected links to the end of a session: one function per rank.
 
-    facts -> seeds -> SETUP -> CONTEXT -> (QUESTION -> DECODE ...) for each turn -> the account of it
+    facts -> seeds -> SETUP -> CONTEXT, and the client's document -> (QUESTION -> DECODE ...) for each turn
 
 A resumed session takes facts, CONTEXT and the chunks it had from what each party kept on its disk
 (`mpcache_parties.state.checkpoint`), and goes on from there. The three functions stand side by side:
@@ -9,7 +9,6 @@ what one sends, another receives, in the same order.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
 from mpcache.limits import check_document, check_fitted
 from mpcache.phases import ChunkPlace
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.report.units import duration
@@ -36,11 +36,12 @@ from mpcache_parties.facts import (
     agreed_facts,
     announce_counts,
     counts_of,
-    framing_of,
     receive_counts,
 )
 from mpcache_parties.kernel_choice import choose_kernels, timed_kernels
-from mpcache_parties.private_inputs import Conversation, Document, Question
+from mpcache_parties.private_inputs import Conversation, Document, Question, private_digest
+from mpcache_parties.private_reading import read_private
+from mpcache_parties.public_texts import framing_of
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import computing_party, deal_seeds
 from mpcache_parties.set_up import ClientSetUp, DealerSetUp, ServerSetUp, set_up_bytes, stands
@@ -55,15 +56,16 @@ AHEAD = 2  # decode steps that the dealer may be ahead of the client: it bounds 
 def serve(resources: SessionResources, own: Document) -> Report:
     """Rank 0: open the masked weights, read the document, evict, and compute blindly."""
     links, public, checkpointer = resources.links, resources.public, resources.checkpointer
-    identity = public.flat() | {"model": own.model.digest, "document": _digest(own.tokens)}
+    identity = public.flat() | {"model": own.model.digest, "document": own.digest}
     earlier = checkpointer.meet(links, identity)
-    told, facts = agreed_facts(Rank.SERVER, links, own, public, earlier)
+    told, facts = agreed_facts(Rank.SERVER, links, own, public, earlier, resources.document)
 
     party, wait = computing_party(Rank.SERVER, resources, facts)
     session = _session(Rank.SERVER, party, facts, resources)
     set_up = ServerSetUp(resources, session, facts)
     if earlier is None:
         facts, prefill_ms = _open_document(resources, session, own, facts, set_up)
+        read_private(Rank.SERVER, resources, session, facts)
         kept = {"prefill_ms": prefill_ms}
         _begin(resources, identity, told, facts, session, kept)
     else:
@@ -109,23 +111,24 @@ def _open_document(
         say(f"server: {own.note}")
     say(f"server: set-up done in {duration(session.ms['setup'])}")
     start = time.perf_counter()
-    prefilled = set_up.prefilled(own)
+    known: OwnersContext = own.packed or set_up.prefilled(own)
     if facts.protocol != ProtocolName.STOCK:
-        check_document(prefilled, facts.policy, facts.shape, facts.room)
+        check_document(known, facts.policy, facts.shape, facts.room)
     prefill_ms = 1000 * (time.perf_counter() - start)
     if facts.picked:
         say(f"server: {facts.picked}")
-    facts = announce_counts(resources.links, facts, prefilled, kernels)
+    facts = announce_counts(resources.links, facts, known, kernels)
     start, in_kernels = time.perf_counter(), sum(kernel_ms)
     if facts.protocol != ProtocolName.STOCK:
-        check_fitted(prefilled, facts.policy, kernels, facts.room)
+        check_fitted(known, facts.policy, kernels, facts.room)
     prefill_ms += 1000 * (time.perf_counter() - start) - (sum(kernel_ms) - in_kernels)
     session.policy = facts.policy
-    set_up.context(own, prefilled, kernels)
+    set_up.context(own, known, kernels)
     prefill_ms += sum(kernel_ms)
+    how = "opened as it was packed" if own.packed is not None else "prefill and eviction"
     say(
         f"server: context of {facts.context} tokens, {_kept(facts)} kept: "
-        f"prefill and eviction {duration(prefill_ms)} (kernels: {facts.kernels})"
+        f"{how} {duration(prefill_ms)} (kernels: {facts.kernels})"
     )
     for line in facts.policy.plan.lines():
         say(f"server: {line}")
@@ -141,13 +144,14 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
     say = resources.say
     identity = public.flat() | _identity(own, public)
     earlier = checkpointer.meet(links, identity)
-    told, facts = agreed_facts(Rank.CLIENT, links, own, public, earlier)
+    told, facts = agreed_facts(Rank.CLIENT, links, own, public, earlier, resources.document)
 
     party, wait = computing_party(Rank.CLIENT, resources, facts)
     session = _session(Rank.CLIENT, party, facts, resources)
     framing, set_up = framing_of(told, facts.shape, public), ClientSetUp(resources, session, facts)
     if isinstance(pace := resources.status.on_layer, LayerPace):
         pace.layers = facts.shape.layers
+    document = [] if own.document is None else framing.frame_private(own.document)
     if earlier is None:
         foretold = Foretold(facts, public) if facts.policy.plan_is_public else None
         set_up.weights()
@@ -155,14 +159,18 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
-        asking = Asking(resources, facts, session, framing, prepared=_prepared(resources, facts, wait.tape))
+        read_private(Rank.CLIENT, resources, session, facts, document)
+        asking = Asking(
+            resources, facts, session, framing, own.document,
+            prepared=_prepared(resources, facts, wait.tape),
+        )  # fmt: skip
         say(f"client: {_asking(facts, (foretold or Foretold(facts, public)).told())}")
         _begin(resources, identity, told, facts, session, asking.kept())
     else:
         if earlier.operands is None:
             set_up.weights()
         _go_on(session, earlier)
-        asking = Asking(resources, facts, session, framing, earlier.own)
+        asking = Asking(resources, facts, session, framing, own.document, earlier.own)
         whole = "" if facts.conversation else "; the answer from its beginning:"
         say(f"client: resumed after {earlier.place.reached}{whole}")
     del earlier
@@ -192,18 +200,21 @@ def _prepared(resources: SessionResources, facts: Facts, tape: TapeLink | None) 
 
 def _identity(own: Question | Conversation, public: PublicConfig) -> dict[str, str]:
     """Return what a resumed session of the client must have in common with the first run."""
+    document = {} if own.document is None else {"document": private_digest(own.document)}
     if isinstance(own, Conversation):
-        return {"kind of session": "a conversation"}
+        return {"kind of session": "a conversation", **document}
     own.sampling.check(public.reveal)
     return {
         "kind of session": "one answer",
-        "question": _digest(own.text), "sampling": str(own.sampling), "stop_at_eos": str(own.stop_at_eos),
-        "stop": _digest(own.stop_texts),
+        "question": private_digest(own.text), "sampling": str(own.sampling),
+        "stop_at_eos": str(own.stop_at_eos), "stop": private_digest(own.stop_texts), **document,
     }  # fmt: skip
 
 
 def _asking(facts: Facts, foretold: str) -> str:
     kept = f"{facts.context}, of which {_kept(facts)} are kept"
+    if facts.private:
+        kept += f", and {facts.reading.kept} of the client's {facts.private}"
     estimate = foretold and f"; {foretold}"
     if facts.conversation:
         return f"a context of {kept}; room for {facts.room} tokens of questions and answers{estimate}"
@@ -215,7 +226,7 @@ def deal(resources: SessionResources) -> Report:
     links, public, checkpointer = resources.links, resources.public, resources.checkpointer
     ledger = resources.ledger
     earlier = checkpointer.meet(links, public.flat())
-    told, facts = agreed_facts(Rank.DEALER, links, None, public, earlier)
+    told, facts = agreed_facts(Rank.DEALER, links, None, public, earlier, resources.document)
 
     party = DealerParty(dict(links), facts.session, deal_seeds(links), ledger)
     session = _session(Rank.SERVER, party, facts, resources, "meta")
@@ -226,6 +237,7 @@ def deal(resources: SessionResources) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
+        read_private(Rank.DEALER, resources, session, facts)
         _begin(resources, public.flat(), told, facts, session, {})
     else:
         if earlier.operands is None:
@@ -315,11 +327,6 @@ def _go_on(session: TimedSession, earlier: Checkpoint) -> None:
     session.restore(operands, earlier.cache, earlier.step, earlier.place)
 
 
-def _digest(secret: object) -> str:
-    """Return a digest of a party's own input, for its own file, to compare on resuming."""
-    return hashlib.sha256(repr(secret).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _kept(facts: Facts) -> int:
     """Return how many tokens stay: in the layer that keeps most, or of heads that differ in the mean."""
     return facts.policy.plan.tokens_kept(facts.shape.kv_heads)
@@ -331,6 +338,8 @@ def _report(me: Rank, facts: Facts, session: TimedSession, resources: SessionRes
         rank=int(me),
         protocol=facts.protocol,
         context_tokens=facts.context,
+        private_tokens=facts.private,
+        private_kept=facts.reading.kept,
         question_tokens=facts.question,
         kept_tokens=[layer.kept for layer in facts.policy.plan.layers],
         plan=facts.policy.plan.to_dict(),

@@ -27,6 +27,7 @@ from mpcache.choices import ProtocolName
 from mpcache.errors import Desync, Mismatch
 from mpcache.ledger import Ledger
 from mpcache.model.prefill import Prefill
+from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.runtime.rng import SEED_BYTES
 from mpcache.runtime.standing import (
@@ -94,13 +95,13 @@ class ServerSetUp:
         """Return the pass over the document."""
         return self._masking.prefilled(own)
 
-    def context(self, own: Document, prefilled: Prefill, kernels: Backend) -> None:
+    def context(self, own: Document, known: OwnersContext, kernels: Backend) -> None:
         """Go through CONTEXT."""
         session = self._session
         if not self._stands:
-            return session.context(prefilled, kernels)
+            return session.context(known, kernels)
         start = time.perf_counter()
-        made = self._masking.context(own, prefilled, kernels)
+        made = self._masking.context(own, known, kernels)
         if "context" not in session.ms:
             session.context(None, None, copied(made.tree))
         elif self._keeps_document:
@@ -125,8 +126,9 @@ class ServerSetUp:
         held = dealer.recv_facts(HELD).get("digest")
         if held is None:
             progress, done = Progress(self._resources.say, f"server: {WHAT[phase]} sent to the dealer"), 0
-            for place, packed in masks.packed():
-                dealer.send(place.step, [packed])
+            for place, sent in masks.sent():
+                dealer.send(place.step, sent, [place.step] * len(sent))
+                del sent  # before the next one is made
                 done += place.nbytes
                 if progress.at(done, masks.nbytes):
                     client.send_facts(TOLD, {"sent": done, "of": masks.nbytes})
@@ -236,9 +238,10 @@ class DealerSetUp(_TakingSetUp):
 
         def take(place: OperandPlace) -> Dealt:
             nonlocal done
-            (packed,) = server.recv(place.step, [(torch.uint8, place.packed)])
-            digest.update(packed.reshape(-1).numpy().data)
-            masks.append(dealt_of(place, packed))
+            parts = server.recv(place.step, place.specs)
+            for part in parts:
+                digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
+            masks.append(dealt_of(place, parts))
             progress.at(done := done + place.nbytes, total)
             return masks[-1]
 

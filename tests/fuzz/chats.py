@@ -16,7 +16,7 @@ from mpcache.model.framing import ChatFraming
 from mpcache.transport.local import local_pair
 from mpcache_parties.endpoint.completions import question_of, read_request
 from mpcache_parties.endpoint.refusals import Refusal
-from mpcache_parties.facts import receive_template
+from mpcache_parties.public_texts import receive_template
 from tests.fuzz.mutate import damaged
 from tests.support.chat_templates import KINDS, template_and_tokenizer
 

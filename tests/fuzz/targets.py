@@ -20,11 +20,11 @@ import yaml
 from google.protobuf.message import DecodeError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mpcache.audit.quality import read_quality
 from mpcache.cache import Cache, LayerCache
 from mpcache.certificates import Identity, make_identity
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import read_text
+from mpcache.cost.quality_file import read_quality
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.limits import bind_policy
@@ -33,15 +33,18 @@ from mpcache.model.families import shape_from_config
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.phases import ChunkPlace
 from mpcache.policy import parse_policy
+from mpcache.policy.layer_view import Kept, PackedContext
 from mpcache.rank import Rank
 from mpcache.runtime.shares import MaskedOperand, Share
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
 from mpcache.transport.local import local_pair
 from mpcache_parties.client_pace import hear_more
-from mpcache_parties.facts import facts_of, read_tokenizer, receive_tokenizer
+from mpcache_parties.facts import facts_of
 from mpcache_parties.handshake import PROTOCOL_VERSION, compare_hellos
+from mpcache_parties.public_texts import read_tokenizer, receive_tokenizer
 from mpcache_parties.state import sealed, snapshot
+from mpcache_parties.state.packs import Pack, PackFacts, bind_packed, read_pack, write_pack
 from mpcache_protos import party_pb2 as pb
 from tests.fuzz.chats import chats
 from tests.fuzz.gguf_files import gguf_files
@@ -245,6 +248,18 @@ def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
         snapshot.deserialize(bytearray(data))
 
     bytes_of("checkpoint's content", 6, content, [b"".join(snapshot.serialize(tree))])
+
+    kept = Kept(torch.arange(3), torch.ones(2, 3, 4), torch.ones(2, 3, 4))
+    context = PackedContext(9, "streaming:sink=1,recent=2", (), ((kept,),), (1.0,), (1.0,))
+    about = PackFacts("0" * 64, "0" * 64, "none", "raw", "reference", "source")
+    write_pack(file, Pack(about, context))
+    shape = shape_from_config(json.loads((place / "own" / "config.json").read_text()))
+
+    def pack(data: bytes) -> None:
+        file.write_bytes(data)
+        bind_packed(read_pack(file).context, shape, file)
+
+    bytes_of("pack", 6, pack, [file.read_bytes()])
 
     own = make_identity(Rank.SERVER)
     keys = own.write(place / "keys")

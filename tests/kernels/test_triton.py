@@ -143,6 +143,43 @@ def test_repeat_importance(
         assert (query.cpu() == whose).double().mean() > 0.9
 
 
+RAGGED = [  # rows of queries, tokens of each KV head
+    (1, (1,)),
+    (3, (5, 70, 1)),
+    (17, (33, 32)),
+    (2, (300, 8, 8, 8)),  # one head alone has later splits
+    (4, (64, 0, 31)),  # one has none
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "counts"), RAGGED)
+def test_ragged_attention(rows: int, counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    q = (random(len(counts), rows, 24, seed=1) / 24**0.5).to(dtype)
+    k, v = (random(sum(counts), 24, dtype=dtype, seed=s) for s in (2, 3))
+    bias = 3 * random(sum(counts), seed=4)
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    far_q, far_k, far_v, far_bias = map(among_nan, (q, k, v, bias))
+    got = triton_kernels.ragged_attend(far_q, far_k, far_v, far_bias, starts.to(DEVICE), max(counts))
+    assert got.shape == q.shape and got.dtype == dtype
+    want = reference.ragged_attend(q, k, v, bias, starts, max(counts))
+    some = torch.tensor(counts) > 0
+    check(got.cpu()[some], want[some], 1e-4 if dtype == torch.float32 else 2**-7)
+    assert got.cpu()[~some].isnan().all() and not want[some].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", HEAD_SIZES)
+def test_ragged_attention_of_every_head_size(d: int, dtype: torch.dtype) -> None:
+    starts, bias = torch.tensor([0, 9, 50]), random(50, seed=3)
+    q = (random(2, 3, d, seed=1) / d**0.5).to(dtype)
+    k, v = random(50, d, dtype=dtype, seed=2), random(50, d, dtype=dtype, seed=4)
+    there = [x.to(DEVICE) for x in (q, k, v, bias, starts)]
+    got = triton_kernels.ragged_attend(there[0], there[1], there[2], there[3], there[4], 41)
+    want = reference.ragged_attend(q, k, v, bias, starts, 41)
+    check(got, want, 1e-4 if dtype == torch.float32 else 2**-7)
+
+
 def check_clusters(k: torch.Tensor, size: int) -> None:
     given, exact = among_nan(k), k.float()
     high, low = triton_kernels.cluster_extremes(given, size)
@@ -303,7 +340,9 @@ def test_a_gpu_gets_triton_and_without_it_the_reference(monkeypatch: pytest.Monk
     mpcache_kernels._gpu.cache_clear()
 
 
-@pytest.mark.parametrize("policy", ["mpcache, shared, summed, refreshed", "mpcache, bound", "quest"])
+@pytest.mark.parametrize(
+    "policy", ["mpcache, shared, summed, refreshed", "mpcache, bound", "quest", "compact"]
+)
 def test_policies_run_on_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eviction, clusters, scores and attention of the plain engine, against the single operations."""
     mpcache_kernels._gpu.cache_clear()

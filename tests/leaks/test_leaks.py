@@ -242,7 +242,7 @@ def test_the_tokenizer_and_the_facts_are_all_that_is_said_in_the_clear(model: Mo
     }
     heard = {Rank.SERVER: 10, Rank.CLIENT: 5, Rank.DEALER: 9}
     agreed = (
-        r"(shape|plan\.layer\d+)\.\w+|(context|question|new)_tokens|room|kernels|protocol|session|document"
+        r"(shape|plan\.layer\d+)\.\w+|(context|question|new)_tokens|room|kernels|protocol|session|document(_name)?"
         r"|(model|tokenizer|template)_digest"
     )
     for rank, view in views.items():

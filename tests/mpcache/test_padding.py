@@ -124,7 +124,10 @@ def sum_of(steps: list[tuple[str, Any]], phase: str) -> Any:
     return ledger.total(f"{phase}/")
 
 
-@pytest.mark.parametrize("spec", ["h2o", "tova", "streaming", "quest", "mpcache", "snapkv:cap=12|quest"])
+@pytest.mark.parametrize(
+    "spec",
+    ["h2o", "tova", "streaming", "quest", "mpcache", "snapkv:cap=12|quest", "tidal", "cascade", "pod"],
+)
 def test_a_policy_whose_choice_padding_would_change_is_refused(spec: str) -> None:
     with pytest.raises(PolicyError, match="padding would change what it drops or chooses"):
         bind_policy(tiny_shape(), public_of(spec, 4), 24, 4)

@@ -17,7 +17,10 @@ from mpcache_parties.facts import Facts, facts_of
 
 def facts(model: Model, public: PublicConfig, question: int) -> Facts:
     told = {"shape": model.shape.to_dict(), "context_tokens": 24}
-    return facts_of({"model": told, "question": {"question_tokens": question, "new_tokens": 2}}, public)
+    return facts_of(
+        {"model": told, "question": {"question_tokens": question, "new_tokens": 2, "private_tokens": 0}},
+        public,
+    )
 
 
 @pytest.mark.parametrize(("question", "priced", "of"), [(5, 5, ""), (0, 32, " of a question of 32 tokens")])

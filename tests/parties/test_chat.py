@@ -25,8 +25,9 @@ from mpcache.report.account import Finish, TurnReport
 from mpcache.sampling import Sampling
 from mpcache_parties import chat as chat_module
 from mpcache_parties import piped_conversation
-from mpcache_parties.chat import Chat, LocalParties, Turn
+from mpcache_parties.chat import Chat, Turn
 from mpcache_parties.launch import PartyFailed
+from mpcache_parties.local_parties import LocalParties
 from mpcache_parties.operations.output import Output
 from mpcache_parties.piped_conversation import END_LINE, ENOUGH_LINE, PipedConversation, ask_line
 from mpcache_parties.private_inputs import Question, TurnRecord
@@ -277,7 +278,7 @@ def test_a_local_conversation_takes_the_commands_default_policy(monkeypatch: pyt
         taken.append(settings.public.policy)
         raise PartyFailed("seen")
 
-    monkeypatch.setattr(chat_module, "LocalParties", parties)
+    monkeypatch.setattr("mpcache_parties.local_parties.LocalParties", parties)
     for policy in (None, "full"):
         with pytest.raises(PartyFailed, match="seen"), mpcache.local(policy=policy):
             pass

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 
+from mpcache.answer import PlainConversation
 from mpcache.config import PublicConfig
+from mpcache.cost.reading import reading_plan
 from mpcache.errors import MpcacheError, PeerFailed
+from mpcache.limits import bind_conversation
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Finish, Report
+from mpcache.sampling import Sampling
 from mpcache.transport import flow_control, frames, message
 from mpcache.transport.frames import FrameLink
 from mpcache_parties import asking
@@ -128,3 +132,20 @@ def test_no_question_at_all(model: Model) -> None:
     reports = converse(PublicConfig(policy="full"), model, context_of(model, 24), Scripted([]))
     assert all(isinstance(report, Report) for report in reports.values()), reports
     assert reports[C].token_ids == [] and list(reports[C].phases) == ["setup", "context"]
+
+
+def test_a_conversation_about_the_clients_own_document(model: Model) -> None:
+    public = PublicConfig(policy="full", max_new_tokens=TOKENS, document_chunk=8)
+    tokens, own = context_of(model, 24), Scripted(asked(*QUESTIONS[:2]))
+    own.document = "the gate of the city was shut and the number is in the book"
+    document = model.tokenizer.encode(own.document, bos=False)
+    reading = reading_plan(model.shape, public, len(tokens), len(document), "fast")
+    reports = converse(public, model, tokens, own)
+    assert all(isinstance(report, Report) for report in reports.values()), reports
+    bound, room = bind_conversation(model.shape, public, len(tokens), len(document))
+    assert own.room == room == model.shape.max_positions - len(tokens) - len(document)
+    plain, pending = PlainConversation(model, bound, tokens, private=document, reading=reading), list[int]()
+    for turn, text in zip(own.turns, QUESTIONS, strict=False):
+        question = pending + model.tokenizer.encode(text, bos=False)
+        assert list(plain.ask(question, TOKENS, Sampling(), ())) == turn.token_ids
+        pending = turn.token_ids[-1:]

@@ -98,6 +98,7 @@ def test_an_answer_over_local_links(model: Model, tokens: list[int]) -> None:
     run = summary(public.policy, "none", told, plain, client.text)
     last = [report.phases["decode2"] for report in (server, client, dealer)]
     assert run["private"]["rounds_per_token"] == last[0].rounds
+    assert all(run["private"]["cpu_ms_per_token"][rank.label] > 0 for rank in Rank)
     assert run["private"]["online_bytes_per_token"] == (last[0].sent + last[1].sent) / 2
     assert run["private"]["offline_bytes_per_token"] == last[2].offline_sent
     assert run["setup_bytes"] > 4 * sum(t.numel() for _, t in model.weights.items() if t.dim() == 2)
@@ -290,7 +291,8 @@ BAD = {
     "empty-question": (C, ["--question", " "], 2, "the question is empty"),
     "policy": (D, ["--policy", "mpcach"], 2, r"unknown policy 'mpcach' \(did you mean mpcache\?\)"),
     "policy-option": (C, ["--policy", "mpcache:nkeep=3"], 2, "no option 'nkeep'"),
-    "another's-flag": (C, ["--context", "x"], 2, "--context belongs to the server"),
+    "another's-flag": (C, ["--model", "x"], 2, "--model belongs to the server"),
+    "missing-client-document": (C, ["--context", "/no/document"], 2, "/no/document: cannot be read"),
     "another-config": (D, ["--max-new-tokens", "24"], 3, "max_new_tokens is 25 at .*, 24 at dealer"),
     "port": (S, [], 3, "is in use by another program|is not the server: it does not answer"),
 }

@@ -175,7 +175,7 @@ def test_masks_made_before_a_session_are_those_it_uses(
     model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, said = ServerSetups(), list[str]()
-    mask_ahead(Document(model, tokens), PUBLIC, server, said.append)
+    mask_ahead([Document(model, tokens)], PUBLIC, server, said.append)
     assert said[-1].startswith("server: ready: weights and document masked in")
 
     def again(*arguments: object) -> None:
@@ -191,5 +191,5 @@ def test_masks_made_before_a_session_are_those_it_uses(
 def test_what_cannot_be_masked_ahead_is_said_and_the_server_goes_on(model: Model, tokens: list[int]) -> None:
     said: list[str] = []
     public = PUBLIC.model_copy(update={"policy": "mpcache:n_keep=5000"})
-    mask_ahead(Document(model, tokens), public, ServerSetups(), said.append)
+    mask_ahead([Document(model, tokens)], public, ServerSetups(), said.append)
     assert len(said) == 1 and said[0].startswith("server: nothing is masked ahead: policy mpcache")

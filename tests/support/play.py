@@ -10,7 +10,7 @@ import torch
 from mpcache.engines.threads import Job, run_threads
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.runtime.shares import Share, decode
+from mpcache.runtime.shares import Share, centred, decode
 
 
 @dataclass
@@ -28,8 +28,9 @@ class Played:
 
 
 def reconstruct(server: Share, client: Share) -> torch.Tensor:
+    """What is behind two shares, as a number of their ring."""
     assert server.bits == client.bits and server.shape == client.shape
-    return decode(server.data + client.data, server.bits)
+    return decode(centred(server.data + client.data, server.ring), server.bits)
 
 
 def play(program: Job, protocol: str = "fast", bits: int = 16) -> Played:

@@ -1,4 +1,8 @@
-"""Attend to the sink, chosen clusters and the recent window: flash decoding over rows gathered by cluster."""
+"""Attend by flash decoding, in splits of the tokens that are joined at the end.
+
+Over rows gathered by cluster (the sink, chosen clusters and the recent window), or over KV heads that hold
+different numbers of tokens, with a bias for each.
+"""
 
 # A kernel's parameters are pointers and numbers of Triton's own: they have no Python types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -109,6 +113,66 @@ def select_and_attend(
             num_warps=4, num_stages=5,
         )  # fmt: skip
         _join_parts[(heads,)](
+            tops, totals, sums, out, splits, D=d, DP=dp, SP=triton.next_power_of_2(splits), num_warps=4
+        )
+    return out
+
+
+@triton.jit
+def _attend_ragged_part(
+    q, k, v, bias, starts, tops, totals, sums, q_head, q_row, k_row, v_row, rows, span,
+    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Attend with the rows of one KV head (RP >= rows) to `span` of its tokens, or to what is left of them.
+
+    What a program finds goes where `_attend_part` writes it; of no token, a total of 0.
+    """
+    split, head = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(starts + head).to(tl.int64)
+    length = (tl.load(starts + head + 1) - begin).to(tl.int32)
+    k += begin * k_row
+    v += begin * v_row
+    bias += begin
+    d, members = tl.arange(0, DP), tl.arange(0, RP)
+    queries = load_rows(q + head.to(tl.int64) * q_head, members, q_row, rows, D, DP)
+    stop = tl.minimum(split * span + span, length)
+    top = tl.full((RP,), LOWEST, tl.float32)
+    total = tl.zeros((RP,), tl.float32)
+    acc = tl.zeros((RP, DP), tl.float32)
+    for start in range(split * span, stop, BT):
+        token = start + tl.arange(0, BT)
+        added = tl.load(bias + token, mask=token < stop, other=float("-inf")).to(tl.float32)
+        s = tile_product(queries, tl.trans(load_rows(k, token, k_row, stop, D, DP)), DOT)
+        s = (s + added[None, :]) * LOG2E
+        new_top = tl.maximum(top, tl.max(s, 1))
+        decay = tl.exp2(top - new_top)
+        weights = tl.exp2(s - new_top[:, None])
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None] + tile_product(weights, load_rows(v, token, v_row, stop, D, DP), DOT)
+        top = new_top
+    to = (head * rows + members) * tl.num_programs(0) + split
+    real = members < rows
+    tl.store(tops + to, top, mask=real)
+    tl.store(totals + to, total, mask=real)
+    tl.store(sums + to[:, None] * D + d[None, :], acc, mask=real[:, None] & (d < D)[None, :])
+
+
+def ragged_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """Compute `reference.ragged_attend`: (kv_heads, rows, d), two of (tokens, d), (tokens,) -> like q."""
+    kv_heads, rows, d = q.shape
+    out = torch.empty(kv_heads, rows, d, dtype=q.dtype, device=q.device)
+    q, k, v, bias, starts = strided(q), strided(k), strided(v), bias.contiguous(), starts.contiguous()
+    bt = 64 if k.element_size() == 2 else 32
+    splits, span = split_length(longest, kv_heads, bt, q.device)
+    tops, totals = torch.empty(2, kv_heads * rows, splits, dtype=torch.float32, device=q.device)
+    sums = torch.empty(kv_heads * rows, splits, d, dtype=torch.float32, device=q.device)
+    dp = tile_size(d)
+    with on_device(q.device):
+        _attend_ragged_part[(splits, kv_heads)](
+            q, k, v, bias, starts, tops, totals, sums, *q.stride()[:2], k.stride(0), v.stride(0), rows, span,
+            D=d, DP=dp, RP=tile_size(rows), BT=bt, DOT=product_type(q, k, v), num_warps=4, num_stages=3,
+        )  # fmt: skip
+        _join_parts[(kv_heads * rows,)](
             tops, totals, sums, out, splits, D=d, DP=dp, SP=triton.next_power_of_2(splits), num_warps=4
         )
     return out

@@ -12,7 +12,7 @@ from threading import Lock
 
 from mpcache.answer import Observer
 from mpcache.ledger import Entry, Ledger
-from mpcache.phases import ChunkPlace
+from mpcache.phases import ChunkPlace, is_private
 from mpcache.rank import Rank
 from mpcache_parties.operations.logs import Log, LogLevel
 
@@ -106,7 +106,7 @@ class SessionStatus(Observer):
         """Note that a phase of the program begins: setup, context, question, decode1, ..."""
         place = ChunkPlace.of(name)
         if place is None:
-            self.reached(SessionPhase(name))
+            self.reached(SessionPhase.CONTEXT if is_private(name) else SessionPhase(name))
         else:
             self.reached(SessionPhase.DECODE if place.step else SessionPhase.QUESTION)
 

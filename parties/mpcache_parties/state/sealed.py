@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,17 @@ LOCK_FILE = "lock"  # locked in place of its folder where folders cannot be
 PARTIAL = ".partial"  # the end of the name of a file that is being written
 
 
-def load_key(file: Path) -> bytes:
+def load_key(file: Path, make: bool = True) -> bytes:
     """Read the owner's key; make one, from the operating system and for the owner alone, if there is none.
 
-    Raises StateError on a key that others may read, or that is none.
+    make: whether one is made. Raises StateError on a key that others may read, or that is none.
     """
-    with suppress(FileExistsError), telling(f"{file}: no key can be written here"):
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new:
-            new.write(os.urandom(KEY_BYTES))
-            sync_as_it_can(new.fileno())
-        _to_disk_folder(file.parent)
+    if make:
+        with suppress(FileExistsError), telling(f"{file}: no key can be written here"):
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new:
+                new.write(os.urandom(KEY_BYTES))
+                sync_as_it_can(new.fileno())
+            _to_disk_folder(file.parent)
     with telling(f"{file}: this key cannot be read"), open(file, "rb") as old:
         others = os.fstat(old.fileno()).st_mode & 0o077
         key = old.read(KEY_BYTES + 1)
@@ -68,22 +70,32 @@ def load_key(file: Path) -> bytes:
 def seal(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[bytes | memoryview]) -> int:
     """Seal a body; return its size on disk in bytes. Afterwards the file is there as a whole, on the disk.
 
-    header: JSON values, readable by all. Raises StateError when it cannot be written (a full disk, no
-    permission); nothing of it is left then, and an older file of that name is as it was.
+    header: JSON values, readable by all. Raises StateError as `write_whole` does.
     """
     salt = os.urandom(SALT_BYTES)
     front = _front({**header, "salt": salt.hex()})
-    aes, size = AESGCM(_derived(key, salt)), len(front)
+    aes = AESGCM(_derived(key, salt))
+    sealed = (
+        aes.encrypt(_nonce(number, last), chunk, front) for number, (chunk, last) in enumerate(_chunks(body))
+    )
+    return write_whole(file, chain([front], sealed))
+
+
+def write_whole(file: Path, pieces: Iterable[bytes]) -> int:
+    """Write a file for its owner alone, as a whole; return its size in bytes.
+
+    Raises StateError when it cannot be written (a full disk, no permission); nothing of it is left then, and
+    an older file of that name is as it was.
+    """
+    size = 0
     partial = file.with_name(file.name + PARTIAL)
     try:
         with telling(f"{file}: cannot be written"):
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "wb", buffering=0) as out:
-                _write_all(out.fileno(), front)
-                for number, (chunk, last) in enumerate(_chunks(body)):
-                    sealed = aes.encrypt(_nonce(number, last), chunk, front)
-                    _write_all(out.fileno(), sealed)
-                    size += len(sealed)
+                for piece in pieces:
+                    _write_all(out.fileno(), piece)
+                    size += len(piece)
                 sync_as_it_can(out.fileno())
             os.rename(partial, file)
             _to_disk_folder(file.parent)

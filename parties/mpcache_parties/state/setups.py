@@ -28,14 +28,13 @@ import torch
 from mpcache.errors import StateError
 from mpcache.model.prefill import Prefill
 from mpcache.rank import Rank
-from mpcache.runtime.ring import wide
 from mpcache.runtime.rng import derive_key, fresh_seed
-from mpcache.runtime.standing import Dealt, OperandPlace, OwnersMasks, dealt_of, digest_of, pack_modulo
+from mpcache.runtime.standing import Dealt, OperandPlace, OwnersMasks, dealt_of, digest_of, sent_of
 from mpcache_parties.state import sealed, snapshot
 
 SUFFIX = ".masks"
 KEPT_AT_DEALER = 8  # set-ups, the least recently used goes first: a model, and some of its documents
-KEPT_AT_SERVER = 3
+KEPT_AT_SERVER = 3  # at least: the weights, and each document that is served
 LOOK_EVERY_S = 0.5  # how far another session is that makes what this one needs
 NAME = re.compile(r"[0-9a-f]{32}")
 
@@ -57,8 +56,10 @@ class ServerSetups:
     whether it has met it before.
     """
 
-    def __init__(self, folder: Path | None = None, fresh_documents: bool = False) -> None:
+    def __init__(self, folder: Path | None = None, fresh_documents: bool = False, documents: int = 0) -> None:
+        """Open a folder of set-ups; None: they live as long as the process. documents: that are served."""
         self.fresh_documents = fresh_documents
+        self._most = max(KEPT_AT_SERVER, 1 + documents)
         if folder is None:
             self._master = fresh_seed()
         else:
@@ -104,7 +105,7 @@ class ServerSetups:
             found = Made(tree, masks, _named(master, b"set-up" + masks.seed), family)
             if not fresh:
                 self._made[key] = found
-                while len(self._made) > KEPT_AT_SERVER:
+                while len(self._made) > self._most:
                     self._made.popitem(last=False)
             return found
 
@@ -190,10 +191,7 @@ class DealerSetups:
                 return
             tree = {
                 "places": [[p.step, list(p.shape), p.ring, p.bits] for p in held.places],
-                "masks": [
-                    pack_modulo(wide(mask), place.ring)
-                    for place, mask in zip(held.places, held.masks, strict=True)
-                ],
+                "masks": [sent_of(place, mask) for place, mask in zip(held.places, held.masks, strict=True)],
             }
             sealed.seal(file, self._key, _header(identifier, held.family), snapshot.serialize(tree))
             for old in self._files()[KEPT_AT_DEALER:]:
@@ -210,15 +208,15 @@ class DealerSetups:
             places = [
                 OperandPlace(step, tuple(shape), ring, bits) for step, shape, ring, bits in tree["places"]
             ]
-            packed: list[torch.Tensor] = tree["masks"]
-            if [tuple(mask.shape) for mask in packed] != [place.packed for place in places]:
+            sent: list[list[torch.Tensor]] = tree["masks"]
+            if [[(x.dtype, tuple(x.shape)) for x in mask] for mask in sent] != [p.specs for p in places]:
                 raise StateError(f"{file}: its content is not what this release writes")
         except StateError as error:
             raise StateError(f"dealer: {error}; remove it, and the server sends it again") from None
         except (TypeError, ValueError, KeyError):
             raise StateError(f"dealer: {file}: is of another release; remove it") from None
-        masks = [dealt_of(place, mask) for place, mask in zip(places, packed, strict=True)]
-        return Held(family, places, masks, digest_of(packed))
+        masks = [dealt_of(place, mask) for place, mask in zip(places, sent, strict=True)]
+        return Held(family, places, masks, digest_of(sent))
 
     def _erase_others(self, family: str) -> None:
         for name in [name for name, held in self._held.items() if held.family != family]:

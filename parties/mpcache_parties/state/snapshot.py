@@ -22,6 +22,8 @@ from mpcache.cache import Cache, LayerCache, SplitLayer
 from mpcache.decode import Layer, Operands
 from mpcache.errors import StateError
 from mpcache.model import ModelShape, RopeScaling
+from mpcache.policy.cascade import Cascaded, Tiers
+from mpcache.policy.choosing import Chosen
 from mpcache.policy.clusters import Choice, Clusters
 from mpcache.policy.evicting import ValidMask
 from mpcache.protocols.selection import PreparedSelection
@@ -41,8 +43,8 @@ CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         Cache, LayerCache, SplitLayer, Layer, Operands, ModelShape, RopeScaling, MaskedOperand, KnownOperand,
-        Matrix, Share, Side, PreparedSelection, Choice, Clusters, ValidMask, Question, Sampling, TurnRecord,
-        TurnReport,
+        Matrix, Share, Side, PreparedSelection, Choice, Chosen, Clusters, ValidMask, Cascaded, Tiers,
+        Question, Sampling, TurnRecord, TurnReport,
     )
 }  # fmt: skip
 LATER = {"StockSelection": "mpcache.engines.stock"}  # looked up when one is met: it brings CrypTen

@@ -17,7 +17,7 @@ from mpcache.cost.pricing import price
 from mpcache.errors import BadInput
 from mpcache.model import demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
-from mpcache.report.units import duration, size
+from mpcache.report.units import BYTES, DURATIONS, duration, in_one_unit, size
 from mpcache.transport.network import PROFILES
 from tests.support.audit_command import failure, result_of, run
 
@@ -64,7 +64,7 @@ def test_parts_add_up(protocol: str) -> None:
 
 
 def test_a_token_takes_as_long_as_the_dealer_s_part_of_it() -> None:
-    flags = ["--shape", "llama-2-7b", "--context", "2048", "--policy", "full", "--policy", "quest"]
+    flags = ["--shape", "llama-2-7b", "--context", "2048", "--policy", "full", "--policy", "quest:page=16"]
     full, quest = result_of(*flags, "--network", "wan")["rows"]
     for row in (full, quest):
         assert row["offline_transfer_ms"] > row["modelled_ms_per_token"]
@@ -72,7 +72,8 @@ def test_a_token_takes_as_long_as_the_dealer_s_part_of_it() -> None:
     ratio = quest["total_ms_per_token"] / full["total_ms_per_token"]
     assert quest["ratio_to_full"] == pytest.approx(ratio, rel=1e-3) and ratio > 3
     table = run(*flags, "--network", "wan").stdout
-    assert re.search(r"wan +dealer +ratio", table) and duration(full["total_ms_per_token"]) in table
+    assert re.search(r"wan, s +dealer, s +ratio", table)
+    assert duration(full["total_ms_per_token"]).removesuffix(" s") in table
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,45 @@ def test_csv(tmp_path: Path) -> None:
     assert run(*SMALL, "--by", "layer", "--csv", str(tmp_path / "b.csv")).exit_code == 0
     with (tmp_path / "b.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4 * 6
+
+
+def test_rows_of_a_file_say_what_they_are_of(tmp_path: Path) -> None:
+    """Files of several models can be put together: each line has its model, lengths, version and date."""
+    file = tmp_path / "a.csv"
+    several = ["--shape", "demo", "--shape", "gpt2", "--policy", "full", "--network", "lan"]
+    assert run(*several, "--context", "64..200", "--csv", str(file)).exit_code == 0
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [(row["model"], row["context_tokens"]) for row in rows] == [
+        (model, n) for model in ("demo", "gpt2") for n in ("64", "128", "200")
+    ]
+    assert {row["question_tokens"] for row in rows} == {"16"}
+    assert all(row["version"] and row["date"] and row["network"] == "lan" for row in rows)
+
+
+def test_tables_for_papers() -> None:
+    small = [*SMALL, "--network", "lan", "--format"]
+    head, rule, *lines = run(*small, "markdown").stdout.strip().splitlines()[2:]
+    columns = head.count("|")
+    assert "online, kB" in head and rule.count("---") == columns - 1
+    assert len(lines) == 2 and all(line.count("|") == columns for line in lines)
+    tex = run(*small, "latex").stdout
+    assert tex.count(r"\\") == 3 and r"\begin{tabular}{lrrrrrrrl}" in tex
+    assert run(*small, "csv").stdout.startswith("model,question_tokens,")
+
+
+def test_a_column_has_one_unit() -> None:
+    assert in_one_unit([36.2, 5410.0], DURATIONS) == ("s", ["0.0362", "5.41"])
+    assert in_one_unit([999_600, 1], BYTES) == ("MB", ["1", "0.000001"])
+    assert in_one_unit([0.0], BYTES) == ("B", ["0"])
+
+
+def test_cost_is_drawn_by_context(tmp_path: Path) -> None:
+    for name, begins in (("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a.png", b"\x89PNG")):
+        file = tmp_path / name
+        assert run(*SMALL[2:], "--context", "64..200", "--network", "lan", "--plot", str(file)).exit_code == 0
+        assert file.read_bytes().startswith(begins)
+    svg = (tmp_path / "a.svg").read_text()
+    assert "rounds per token" in svg and "demo: context, tokens" in svg
 
 
 @pytest.mark.slow
@@ -323,3 +363,31 @@ def test_the_page_renders_in_a_browser(report: Path, tmp_path: Path, width: int)
     assert body.count("<tr>") == 2
     assert dom.count("<rect") >= 2 * 2 * 4 and dom.count("<circle") == 3
     assert "NaN" not in dom.partition('id="data"')[0] and "undefined" not in dom.partition('id="data"')[0]
+
+
+def test_quality_is_drawn_against_cost(tmp_path: Path) -> None:
+    found, drawn = tmp_path / "quality.json", tmp_path / "plot.svg"
+    row = {"task": "all", "n": 7, "question": "after", "ci95": [0.5, 0.9]}
+    rows = [row | {"policy": name, "accuracy": 0.8, "budget_percent": 20} for name in ("snapkv", "streaming")]
+    rows.append(row | {"policy": "full", "accuracy": 0.9, "budget_percent": 100})
+    found.write_text(json.dumps({"rows": rows, "gate": "question"}))
+    flags = ["--context", "200", "--network", "lan", "--policy", "snapkv", "--quality", str(found)]
+    points = result_of(*flags, "--plot", str(drawn))["quality_points"]
+    assert {point["policy"] for point in points} == {"snapkv", "full"}
+    text = drawn.read_text()
+    assert "snapkv" in text and "all, n = 7" in text and "streaming" not in text
+
+
+# ------------------------------------------------------------------------------------------- sizing
+
+
+def test_sizing_holds_for_the_model_that_was_measured() -> None:
+    """Within a tenth of what three parties took, 108 tokens (docs/benchmarks.md): 1.27, 0.64, 1.59 GB."""
+    (row,) = result_of("--sizing", "--shape", "smollm2-135m", "--context", "108")["sizing"]
+    measured = {"server": 1.27e9, "client": 0.64e9, "dealer": 1.59e9}
+    for party, found in row["memory_bytes"].items():
+        assert found == pytest.approx(measured[party], rel=0.1), party
+    exact = price(load_shape(config_of("smollm2-135m")), "full", 108).total("decode")
+    assert row["dealer_token_bytes"] == exact.offline and row["rounds_per_token"] == exact.rounds
+    table = run("--sizing", "--shape", "demo", "--shape", "gpt2", "--context", "64..200").stdout
+    assert table.count("demo ") == table.count("gpt2 ") == 3

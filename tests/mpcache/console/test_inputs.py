@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mpcache.cli import Inquiry
 from mpcache.config import PublicConfig
 from mpcache.console import inputs
 from mpcache.errors import BadInput, TextError
+from mpcache.inquiry import Inquiry
 from mpcache.sampling import Sampling
 
 
@@ -31,5 +31,5 @@ def test_a_document_that_cannot_fit_costs_nothing(tmp_path: Path) -> None:
     file.write_text("and the gate of the city was shut " * 1_000_000)
     start = time.process_time()
     with pytest.raises(BadInput, match="the context has more than 1024 tokens, the model allows 1024"):
-        Inquiry.read(None, file, "the gate", None, Sampling(), True, None, PublicConfig())
+        Inquiry.read(None, file, None, None, "the gate", None, Sampling(), True, None, PublicConfig())
     assert time.process_time() - start < 2  # as a whole it takes a minute

@@ -23,7 +23,7 @@ def test_a_narrow_terminal_hides_no_column(width: int) -> None:
     (table,) = cost_tables(price_rows(grid, None))
     out = StringIO()
     console = Console(file=out, width=width)
-    print_table(console, table)
+    print_table(console, table.for_people())
     shown = out.getvalue()
     for word in ("policy", "kept/used", "rounds", "online", "offline", "lan", "wan", "leaks", "none"):
         assert word in shown, shown

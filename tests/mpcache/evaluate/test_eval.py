@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from mpcache.answer import plain_answer
-from mpcache.audit.quality import read_quality
+from mpcache.cost.quality_file import read_quality
 from mpcache.demo.documents import load_lines
-from mpcache.evaluate import plot as plotting
 from mpcache.evaluate.results import Cell, Results, wilson
 from mpcache.evaluate.score import EvalModel, Score, Tokens, score
 from mpcache.evaluate.secure import CONFIRMED, TOLERANCE
@@ -24,7 +23,9 @@ from mpcache.model import demo_model_dir, load_model
 from mpcache.model.prefill import prefill
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.plan import FULL_PERCENT
+from mpcache.report import plots
 from mpcache.sampling import Sampling
+from tests.support.policy_specs import by_name
 from tests.support.processes import CLI, SOON_S, Run, start, started, tiny_model
 
 SHORT = 200  # tokens of a document, for speed
@@ -133,14 +134,17 @@ def test_a_right_answer_is_what_greedy_decoding_gives(engine: EvalModel, spec: s
     assert found == {"full": {1}, "random": {0}}.get(spec, found)
 
 
-@pytest.mark.parametrize("spec", POLICIES)
+WHOLE = ("full", "pod")  # of which no part can be left out
+
+
+@pytest.mark.parametrize("spec", by_name(POLICIES))
 def test_one_read_context_serves_every_policy(engine: EvalModel, spec: str) -> None:
     """Read with all queries, and used before at another budget: the same logits as by itself."""
     _, tokens = take_sample(engine, TASKS["passkey"], "after", grid(), 0)
     n, (ask, _, _) = len(tokens.context), tokens.turns[0]
     shared, logits = engine.read(tokens.context, n), []
-    bound = bind_at_budget(engine, spec, FULL_PERCENT if spec == "full" else 40, n)
-    if spec != "full":
+    bound = bind_at_budget(engine, spec, FULL_PERCENT if spec in WHOLE else 40, n)
+    if spec not in WHOLE:
         engine.session(bind_at_budget(engine, spec, 20, n), shared).chunk(ask, len(ask))
     for read in (shared, engine.read(tokens.context, bound.window)):
         with torch.no_grad():
@@ -241,7 +245,8 @@ def test_json(run_here: Run, tmp_path: Path) -> None:
     # The audit reads what this prints.
     saved = tmp_path / "quality.json"
     saved.write_text(out)
-    assert read_quality(saved) == ("demo", rows)
+    quality = read_quality(saved)
+    assert (quality.model, quality.rows, quality.by_question) == ("demo", rows, False)
 
 
 def test_what_people_see(run_here: Run) -> None:
@@ -308,7 +313,7 @@ def test_bad_input_is_one_line(case: str, run_here: Run) -> None:
 
 
 def test_a_plot_without_matplotlib(run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plotting, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     code, out, noise = run_here("eval", "--plot", "/tmp/plot.svg")
     assert (code, out) == (2, "")
     assert noise == "error: --plot needs matplotlib, which is not installed: pip install 'mpcache[plot]'\n"

@@ -234,3 +234,24 @@ def test_a_model_of_one_turn_says_so_at_the_second() -> None:
     assert single.frame_turn("the", True)
     with pytest.raises(BadInput, match="one question in a session: no more"):
         single.frame_turn("the", False)
+
+
+def test_the_clients_document_and_question_are_the_tokens_of_one_message(
+    kind: str, known: Any, hf: Any
+) -> None:
+    """Behind the server's document, or none; how much of them is document does not depend on the question."""
+    for place, framing in framings(kind, known).items():
+        server = framing.frame_document(None if place is None else DOCUMENTS[0])
+        for own in ("The bell is of bronze.", "  <b> 7 bells, and\n\n"):
+            private = framing.frame_private(own)
+            for question in QUESTIONS[:3]:
+                asked = framing.frame_turn(question, True, own)
+                text = f"{own.strip()}\n\n{question.strip()}"
+                assert server + private + asked == whole(hf, place, DOCUMENTS[0], [text])
+                assert len(private) > 3 and len(asked) > 3
+
+
+def test_a_clients_document_that_is_empty_is_refused(kind: str, known: Any) -> None:
+    for framing in framings(kind, known).values():
+        with pytest.raises(BadInput, match="the client's document is empty"):
+            framing.frame_private(" \n")

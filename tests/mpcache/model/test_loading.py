@@ -63,6 +63,16 @@ def test_shape_survives_json_and_matches_the_weights(kind: str, tmp_path: Path) 
         assert tensor.dtype == torch.float32 and tensor.is_contiguous(), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_stay_in_their_file_are_the_same_to_the_bit(kind: str, tmp_path: Path) -> None:
+    kept = load_model(save(make(kind), tmp_path))
+    stored = load_model(tmp_path, keep=False)
+    assert stored.digest == kept.digest
+    assert len(stored.weights.layers) == kept.shape.layers
+    for (name, a), (other, b) in zip(kept.weights.items(), stored.weights.items(), strict=True):
+        assert name == other and torch.equal(a, b) and b.is_contiguous(), name
+
+
 def test_defaults_of_a_short_config() -> None:
     shape = shape_from_config(LLAMA)
     assert (shape.kv_heads, shape.head_dim, shape.group) == (4, 16, 1)

@@ -10,12 +10,16 @@ from mpcache.answer import bind_to_document
 from mpcache.config import PublicConfig
 from mpcache.errors import PolicyError
 from mpcache.policy import POLICIES, parse_policy
+from mpcache.policy.choosing import ItemPlan
 from mpcache.policy.clusters import ClusterPlan
+from tests.support.policy_specs import by_name
 from tests.support.tiny_policies import KERNELS, Counting, plain, prefilled, shape, tokens
 
 SPECS = [
-    *(name for name in POLICIES if name not in ("full", "compact")),
+    *by_name(name for name in POLICIES if name not in ("full", "compact", "sepllm", "pod")),
     "compact:counts=equal",
+    pytest.param("sepllm:ids=2/5", marks=pytest.mark.slow),
+    pytest.param("snapkv|pod", marks=pytest.mark.slow),
     PublicConfig().policy,
     "mpcache:dynamic=false",
     "snapkv:cap=0.5|quest",
@@ -26,7 +30,8 @@ SPECS = [
 
 def granule(plan: Any) -> int:
     """Tokens that come and go together."""
-    return max(p.sizes[-1] if isinstance(p, ClusterPlan) and p.sizes else 1 for p in plan.layers)
+    sizes = [p.sizes[-1] for p in plan.layers if isinstance(p, ClusterPlan) and p.sizes]
+    return max([1, *sizes, *(p.size for p in plan.layers if isinstance(p, ItemPlan))])
 
 
 @pytest.mark.parametrize("context", [601, 880, 1000, 2048])

@@ -13,20 +13,22 @@ import torch
 
 from mpcache.ledger import Ledger
 from mpcache.ops import Ops, Value
-from mpcache.policy import POLICIES, LayerView, parse_policy
+from mpcache.policy import POLICIES, LayerView, ReadingPlan, parse_policy
 from mpcache.policy.full import Full
+from mpcache.protocols import compaction
 from mpcache.rank import Rank
 from mpcache.runtime.party import ComputingParty, Party
-from mpcache.runtime.program import Open, Opening, Program
+from mpcache.runtime.program import Open, Opening, Program, local
 from mpcache.session import Session
 from tests.support.play import play
-from tests.support.policy_specs import CONTEXT, MORE, PRIVATE
+from tests.support.policy_specs import CONTEXT, MORE, PRIVATE, marked
 from tests.support.tiny_policies import KERNELS, chunks, model, plain, prefilled, shape, tokens
 
 SPECS = [
-    *[pytest.param(spec, id=name) for name, spec in PRIVATE.items()],
+    *[pytest.param(spec, id=name, marks=marked(name)) for name, spec in PRIVATE.items()],
     *[pytest.param(spec, id=name, marks=pytest.mark.slow) for name, spec in MORE.items()],
 ]
+OWN = 14  # tokens of the client's document
 LOGITS, VERDICT = "logits for the client", "whether all was in range"
 
 
@@ -42,9 +44,13 @@ class TensorTrace:
 
 
 @cache
-def watch(spec: str, secrets: int = 0, run: int = 0) -> TensorTrace:
-    """A session whose weights, document and question come from `secrets`; `run` tells repetitions apart."""
-    s, context, ask = shape(), tokens(CONTEXT, 1 + secrets), chunks(2, 1, 1, seed=2 + secrets)
+def watch(spec: str, secrets: int = 0, run: int = 0, private: str = "") -> TensorTrace:
+    """A session whose weights, documents and question come from `secrets`; `run` tells repetitions apart.
+
+    private: the policy by which a document of the client's is evicted; none: it has none.
+    """
+    s, own = shape(), tokens(OWN, 7 + secrets)
+    context, ask = tokens(CONTEXT, 1 + secrets), chunks(2, 1, 1, seed=2 + secrets)
     values: dict[tuple[Rank, str], list[torch.Tensor]] = defaultdict(list)
     reasons: set[tuple[str, Rank | None]] = set()
 
@@ -67,6 +73,10 @@ def watch(spec: str, secrets: int = 0, run: int = 0) -> TensorTrace:
         session.setup(model(s, secrets).weights if mine else None)
         known = prefilled(policy, s, context, secrets) if mine else None
         session.context(known, KERNELS if mine else None)
+        if private:
+            reading = ReadingPlan((5, OWN - 5), parse_policy(private).on_shares(OWN, s))
+            for _ in session.read_document(reading, own if rank is Rank.CLIENT else None):
+                pass
         return [session.chunk(chunk if rank is Rank.CLIENT else None, len(chunk)) for chunk in ask]
 
     played = play(program)
@@ -129,3 +139,38 @@ def test_an_opening_without_a_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(POLICIES, "leaky", Leaky)
     with pytest.raises(AssertionError, match="queries, masked"):
         assert_masked(watch("leaky"), watch("leaky", run=1))
+
+
+EVICTED = [
+    "full",
+    "snapkv:cap=7,queries=3,pool=3",
+    "mpcache:n_keep=8,sink=1,recent=2",
+    "h2o:heavy=3,recent=3",
+]
+
+
+@pytest.mark.parametrize("private", EVICTED)
+def test_a_document_of_the_clients_opens_nothing(private: str) -> None:
+    """Neither its reading nor its eviction tells anything to anybody: ranks of shuffled rows are as new."""
+    one, two = watch("full", private=private), watch("full", run=1, private=private)
+    assert {(why, to) for why, to in one.reasons if to is not None} == {
+        (LOGITS, Rank.CLIENT),
+        (VERDICT, Rank.CLIENT),
+    }
+    assert ((Rank.SERVER, "ranks of shuffled rows") in one.values) == (private != "full")
+    assert_masked(one, two)
+
+
+@pytest.mark.parametrize("private", EVICTED)
+def test_ledgers_do_not_depend_on_the_clients_document(private: str) -> None:
+    one, two = watch("full", private=private), watch("full", secrets=5, private=private)
+    for rank in Rank:
+        ours, theirs = ({k: asdict(e) for k, e in seen.ledgers[rank].steps.items()} for seen in (one, two))
+        assert ours == theirs
+
+
+def test_ranks_of_rows_that_nobody_shuffled_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "shuffle", lambda side, rows, knows: local(list(rows)))
+    one, two = (watch("full", run=run, private=EVICTED[1]) for run in (2, 3))
+    with pytest.raises(AssertionError, match="ranks of shuffled rows"):
+        assert_masked(one, two)

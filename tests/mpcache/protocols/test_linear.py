@@ -1,5 +1,8 @@
 """Truncation and products, exact to the last bit that they promise."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,11 +19,14 @@ from mpcache.protocols.linear import (
     truncate_to_scale,
 )
 from mpcache.rank import Rank
-from mpcache.runtime.program import Opening, open_secret, together
+from mpcache.runtime.program import Opening, Part, Program, open_secret, together
+from mpcache.runtime.ring import wide
 from mpcache.runtime.rng import KeyStream, fresh_seed
 from mpcache.runtime.shares import KnownOperand, Share, decode
 from mpcache.runtime.side import Side
 from tests.support.harness import secure
+from tests.support.play import Played
+from tests.support.uniformity import worst_of_ring
 
 
 def raw(n: int, bound: int) -> torch.Tensor:
@@ -86,10 +92,83 @@ def test_a_matrix_that_one_party_knows_multiplies_exactly(owner: Rank) -> None:
         played = secure(protocol, x, bits=0)
         y = (played.server.data + played.client.data) & ((1 << ring) - 1)
         assert torch.equal(y, (x @ w) & ((1 << ring) - 1)) and played.server.ring == ring
-    wide = {s.rank is owner: k.held.low for s, k in held[:3] if s.device == "cpu"}
-    assert torch.equal(wide[True].long(), w) and not torch.equal(wide[False].long(), w)
+    integers = {s.rank is owner: wide(k.held) for s, k in held[:3] if s.device == "cpu"}
+    assert torch.equal(integers[True], w) and not torch.equal(integers[False], w)
     with pytest.raises(ValueError, match="nobody knows"):
         next(mask_matrix(Side(Rank.SERVER), Share(w, 0)))
+
+
+def one_way(x: torch.Tensor, w: torch.Tensor) -> tuple[Played, list[torch.Tensor]]:
+    """The client's x times the server's matrix w; and what the server sees: its share of c, and e."""
+    seen: list[torch.Tensor] = []
+
+    def protocol(ops: FastOps, _: Share) -> Program[Share]:
+        server = ops.side.rank is Rank.SERVER
+        known = ops.secret(w if server else None, w.shape, Rank.SERVER, bits=0)
+        kept = yield from mask_matrix(ops.side, known, 48)
+        mine = replace(ops.secret(None if server else x, x.shape, Rank.CLIENT, bits=0), owner=None)
+        program: Program[Share] = matmul_masked_operand(ops.side, mine, kept, 48)
+        reply: Any = None
+        while True:
+            try:
+                ask = program.send(reply)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+            reply = yield ask
+            if server and ops.side.device == "cpu":
+                seen.append(reply[-1] & ((1 << 48) - 1))
+
+    return secure(protocol, x, bits=0), seen
+
+
+def test_only_the_other_party_sends_for_a_matrix_that_one_knows() -> None:
+    x, w = raw(24, 1 << 20).reshape(2, 12), raw(36, 1 << 20).reshape(12, 3)
+    played, _ = one_way(x, w)
+    assert not ((played.server.data + played.client.data - x @ w) & ((1 << 48) - 1)).any()
+    sent = {rank: ledger.total().sent for rank, ledger in played.ledgers.items()}
+    assert sent[Rank.CLIENT] == 6 * 24 and sent[Rank.SERVER] == 6 * 36  # V, once
+
+
+def follows(c: torch.Tensor, e: torch.Tensor) -> bool:
+    """Whether c is a factor times e, and a number: then the server solves for the mask."""
+    c, e = c.ravel(), e.ravel()
+    apart = (c[0] - c[2:]) * (e[1] - e[2:]) - (c[1] - c[2:]) * (e[0] - e[2:])
+    return not (apart & ((1 << 48) - 1)).any()
+
+
+def test_what_the_server_sees_of_a_one_way_product_is_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a constant: e, and c's share. A planted bug, c's other share as zero, gives the mask away."""
+    x, w = torch.full((4096, 1), 7), torch.tensor([[12345]])
+    _, (c, e) = one_way(x, w)
+    for values in (c, e):
+        data = values.contiguous().view(torch.uint8).reshape(-1, 8).numpy()[:, :6]
+        assert worst_of_ring(data, 48) < 6
+    assert not follows(c, e)
+    monkeypatch.setattr(Part, "correct", lambda part, value, other: value)
+    assert follows(*one_way(x, w)[1])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_rows_that_the_server_knows_take_one_way_of_an_opening(rows: int) -> None:
+    """Weights times values: the document's columns are sent by the client alone, and the sum is exact."""
+    x, old, new = raw(24, 1 << 20).reshape(2, 3, 4), raw(40, 1 << 20).reshape(2, 4, 5), torch.ones(2, rows, 5)
+    x = torch.cat([x, torch.ones(2, 3, rows, dtype=torch.int64)], -1)
+
+    def protocol(ops, x, new):  # type: ignore[no-untyped-def]
+        known = ops.secret(old if ops.side.rank is Rank.SERVER else None, old.shape, Rank.SERVER, bits=0)
+        kept = yield from mask_operand(known, 56)
+        if rows:
+            kept = kept.append((yield from mask_operand(new, 56)), 1)
+        assert kept.known == 4 and kept[:, :2].known == 0
+        return (yield from matmul_masked_operand(ops.side, x, kept, 56))
+
+    played = secure(protocol, x, new.long(), bits=0)
+    y = (played.server.data + played.client.data) & ((1 << 56) - 1)
+    expected = x @ torch.cat([old, new.long()], 1)
+    assert torch.equal(y, expected & ((1 << 56) - 1))
+    both = {rank: played.ledgers[rank].total().sent for rank in (Rank.SERVER, Rank.CLIENT)}
+    new_rows = 7 * 2 * rows * 5 + 7 * 2 * 3 * rows
+    assert both == {Rank.CLIENT: 7 * 24 + new_rows, Rank.SERVER: 7 * 40 + new_rows}
 
 
 def test_a_small_ring_returns_to_the_whole_with_truncation() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mpcache.engines.registry import FAST
 from mpcache.protocols import compare, ranges, softmax
 from mpcache.protocols import reciprocal as power
 from mpcache.protocols.activation import series
@@ -151,16 +152,18 @@ SCORES = {
 }
 
 
+LONG = [pytest.param(n, protocol, marks=pytest.mark.slow) for n in (1024, 4096, 5000) for protocol in FAST]
+
+
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize(
-    "n",
-    [1, 16, 64, 256, *(pytest.param(n, marks=pytest.mark.slow) for n in (1024, 4096, 5000))],
+    ("n", "protocol"), [*((n, "fast") for n in (1, 16, 64, 256)), (17, "fast-bits"), *LONG]
 )
-def test_attention_output(n: int, kind: str) -> None:
+def test_attention_output(n: int, kind: str, protocol: str) -> None:
     """softmax(s) V as a layer computes it, division and all."""
     s, v = SCORES[kind](n), torch.randn(2, n, 8)
 
-    def protocol(ops, scores, values):  # type: ignore[no-untyped-def]
+    def attend(ops, scores, values):  # type: ignore[no-untyped-def]
         values = yield from ops.prepare(values, ranges.WEIGHTED_SUM_RING)
         e, total = yield from ops.softmax(quantize_scores(scores), None)
         out, inverse = yield from together(ops.weighted_sum(e, values), ops.reciprocal(total))
@@ -168,7 +171,7 @@ def test_attention_output(n: int, kind: str) -> None:
 
     expected = torch.softmax(s.double(), -1) @ v.double()
     bound = ranges.weighted_mean_error(n) if kind == "peak and floor" else 6e-4
-    assert (secure(protocol, s, v).value() - expected).abs().max() < bound * v.abs().max()
+    assert (secure(attend, s, v, kind=protocol).value() - expected).abs().max() < bound * v.abs().max()
 
 
 def test_the_largest_weight_fits_its_ring() -> None:
@@ -185,16 +188,17 @@ def test_the_largest_weight_fits_its_ring() -> None:
     assert error.abs().max() < 4.5e-5 < ranges.SCORE_UNIT
 
 
-def test_hidden_scores_change_nothing() -> None:
+@pytest.mark.parametrize("kind", FAST)
+def test_hidden_scores_change_nothing(kind: str) -> None:
     s = torch.randn(1, 3, 6)
     s[..., 1] = 90.0  # would dominate if it were seen
     visible = torch.tensor([[1, 0, 1, 1, 0, 1]] * 3)
 
     def protocol(ops, scores):  # type: ignore[no-untyped-def]
         e, total = yield from ops.softmax(quantize_scores(scores), visible)
-        return Share(torch.cat([e.data, total.data], -1), e.bits)
+        return Share(torch.cat([e.data, total.data], -1), e.bits, ring=e.ring)
 
-    opened = secure(protocol, s).value()
+    opened = secure(protocol, s, kind=kind).value()
     weights = opened[..., :6] / opened[..., 6:]
     expected = torch.softmax(s.masked_fill(visible == 0, -torch.inf), -1)
     assert (weights - expected).abs().max() < 5e-4

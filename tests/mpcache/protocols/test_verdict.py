@@ -11,7 +11,7 @@ import torch
 
 from mpcache.engines.fast import FastOps
 from mpcache.protocols import activation, linear, norm, reciprocal, relu, softmax, topk
-from mpcache.protocols.compare import Digits
+from mpcache.protocols.compare import Digits, Keys
 from mpcache.protocols.fence import Fence, truncation_fence
 from mpcache.protocols.ranges import LARGEST_RANK, SCORE_BITS, SCORE_RING
 from mpcache.protocols.verdict import field_product, finish_verdict, start_verdict
@@ -80,15 +80,23 @@ def weighed(ops: FastOps, x: Share) -> Program[Any]:
     return softmax.softmax(ops.side, scores.reshape(1, -1), None, 22)
 
 
-def test_a_score_that_is_not_seen_may_lie_above_the_others() -> None:
+def weighed_by_digits(ops: FastOps, x: Share) -> Program[Any]:
+    scores = Share(x.data >> 16 - SCORE_BITS, SCORE_BITS, ring=SCORE_RING)
+    return softmax.softmax(ops.side, scores.reshape(1, -1), None, 22, Digits)
+
+
+@pytest.mark.parametrize("by", [Keys, Digits])
+def test_a_score_that_is_not_seen_may_lie_above_the_others(by: type[Keys] | type[Digits]) -> None:
     """A later token of a question is not seen: its exponential leaves its range, and counts for nothing."""
     scores = torch.cat([torch.tensor([-90.0, -88.0]), torch.linspace(-88, -70, 400)]).double()
 
     def weighed_unseen(ops: FastOps, x: Share) -> Program[Any]:
         narrow = Share(x.data >> 16 - SCORE_BITS, SCORE_BITS, ring=SCORE_RING)
         visible = (torch.arange(len(scores)) < 2).long().unsqueeze(0)
-        return softmax.softmax(ops.side, narrow.reshape(1, -1), visible, 22)
+        return softmax.softmax(ops.side, narrow.reshape(1, -1), visible, 22, by)
 
+    assert judged(weighed_unseen, scores)
+    scores[-1] = 300  # nor is it anybody's matter where it lies
     assert judged(weighed_unseen, scores)
 
 
@@ -121,6 +129,9 @@ RANGES = [
     pytest.param(gate_times_up, (540, -540), (900, -900, 10000), id="gate times up"),
     pytest.param(positive, (2.0**14 - 1, -(2.0**14)), (2.0**15, -(2.0**15) - 1, 2.0**17), id="max(x, 0)"),
     pytest.param(weighed, (253.9, -253.9), (258.1, -258.1, 300, -500, 700), id="softmax"),
+    pytest.param(
+        weighed_by_digits, (253.9, -253.9), (257, -258.1, 300, -500, 700, 767, -767), id="softmax by digits"
+    ),
     pytest.param(ranked, (LARGEST_RANK - 0.1, -LARGEST_RANK), (512.1, -512.1, 1500), id="top-k"),
     pytest.param(ranked_by_digits, (LARGEST_RANK - 0.1,), (512.1, -512.1), id="top-k by digits"),
     pytest.param(inverted, (1 / 512, 8191.0), (1 / 700, 8193, 70000, -1), id="reciprocal"),

@@ -5,7 +5,7 @@ from itertools import product as pairs
 import pytest
 import torch
 
-from mpcache.runtime.ring import matmul, narrow, pack, turned, unpack
+from mpcache.runtime.ring import matmul, narrow, pack, turned, unpack, wide
 from mpcache.runtime.rng import KeyStream, fresh_seed
 
 LOWEST, HIGHEST = -(1 << 63), (1 << 63) - 1
@@ -49,16 +49,17 @@ def test_narrow_matrices_multiply_as_wide_ones(m: int, k: int, n: int) -> None:
     x, y = words.tensor((m, k)), words.tensor((k, n))
     assert torch.equal(matmul(x, y), torch.matmul(x, y))
     assert torch.equal(matmul(x, narrow(y)), torch.matmul(x, y))
-    small = y >> 33
-    assert (
-        torch.equal(matmul(x, narrow(small)), torch.matmul(x, small)) and narrow(small).low.dtype != y.dtype
-    )
+    for bits, dtypes in ((16, (torch.int16,)), (24, (torch.int16, torch.int8)), (32, (torch.int32,))):
+        held = narrow(small := y >> (64 - bits))
+        assert torch.equal(matmul(x, held), torch.matmul(x, small)) and torch.equal(wide(held), small)
+        if small.numel() > 100:
+            assert (held.low.dtype, *([] if held.high is None else [held.high.dtype])) == dtypes
     above = (matmul(x, narrow(y, 48)) - torch.matmul(x, y)) & ((1 << 48) - 1)
     assert not above.any()
     ends = torch.where(y > 0, HIGHEST, LOWEST)
     assert torch.equal(matmul(x, narrow(ends)), torch.matmul(x, ends))
-    wide = words.tensor((m, 2 * k))[:, ::2]
-    assert torch.equal(matmul(wide, narrow(y)), torch.matmul(wide, y))
+    strided = words.tensor((m, 2 * k))[:, ::2]
+    assert torch.equal(matmul(strided, narrow(y)), torch.matmul(strided, y))
     with pytest.raises(RuntimeError, match="a product of"):
         matmul(words.tensor((1, k + 1)), narrow(y))
 

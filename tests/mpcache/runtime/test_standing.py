@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from mpcache.rank import Rank
-from mpcache.runtime.ring import unpack, wide
-from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
+from mpcache.runtime.ring import Matrix, matmul, unpack, wide
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share, known_rows
 from mpcache.runtime.standing import (
+    _IN_CACHE,
     ClientsMasks,
     DealersMasks,
     OperandPlace,
     OwnersMasks,
     StandingMasks,
     dealt_of,
-    expand,
     pack_modulo,
 )
 from tests.support.uniformity import uniformity
@@ -51,25 +51,27 @@ def low(x: torch.Tensor, ring: int = 48) -> torch.Tensor:
 
 def sent_of(masks: OwnersMasks) -> torch.Tensor:
     """B as the dealer gets it."""
-    ((_, packed),) = masks.packed()
-    return unpack(packed)
+    ((place, sent),) = masks.sent()
+    return wide(dealt_of(place, sent))
 
 
 @SHAPES
-@pytest.mark.parametrize("ring", [48, 56])
+@pytest.mark.parametrize("ring", [48, 56, 64])
 def test_the_three_parts_fit(shape: tuple[int, ...], ring: int) -> None:
     """V + B is W; the server knows W, the client has that V and no part of B, the dealer that B."""
     whole = weights(shape=shape)
     masks, mine = split(whole, ring=ring)
-    ((place, packed),) = masks.packed()
+    ((place, sent),) = masks.sent()
+    assert [(part.dtype, tuple(part.shape)) for part in sent] == place.specs
+    assert sum(part.nbytes for part in sent) == place.nbytes
     x = Share(torch.zeros_like(whole), 16, Rank.SERVER)
     client = ClientsMasks(masks.seed).take(x, ring, place.step)
-    dealer = DealersMasks(lambda place: dealt_of(place, packed)).take(x, ring, place.step)
+    dealer = DealersMasks(lambda place: dealt_of(place, sent)).take(x, ring, place.step)
     assert dealer.dealt is not None
     if isinstance(mine, KnownOperand):
         assert isinstance(client, KnownOperand) and isinstance(dealer, KnownOperand)
         known, opened = wide(mine.held), wide(client.held)
-        assert mine.held.low.dtype == torch.int32 and mine.held.high is None  # 4 bytes each
+        assert mine.held.low.dtype == torch.int16 and mine.held.high is None  # 2 bytes each
         assert mine.owner is client.owner is dealer.owner is Rank.SERVER
         assert mine.dealt is client.dealt is None and dealer.held.low.is_meta
     else:
@@ -85,10 +87,11 @@ def test_the_three_parts_fit(shape: tuple[int, ...], ring: int) -> None:
 def test_what_the_dealer_holds_is_uniform(shape: tuple[int, ...]) -> None:
     """So is V, of a weight whose own integers are anything but."""
     masks, _ = split(weights(shape=shape))
-    ((_, packed),) = masks.packed()
-    assert packed.shape[-1] == 6
-    assert looks_uniform(packed)
-    assert looks_uniform(pack_modulo(expand(masks.seed, 0, shape), 48))
+    assert looks_uniform(pack_modulo(sent_of(masks), 48))
+    ((place, _),) = masks.sent()
+    opened = ClientsMasks(masks.seed).take(Share(weights(shape=shape), 16, Rank.SERVER), 48, place.step)
+    seen = wide(opened.held) if isinstance(opened, KnownOperand) else opened.public
+    assert looks_uniform(pack_modulo(seen, 48))
     assert not looks_uniform(pack_modulo(weights(), 48))  # the check can see
 
 
@@ -114,6 +117,19 @@ def test_one_seed_hides_one_set_of_integers(shape: tuple[int, ...]) -> None:
         assert looks_uniform(pack_modulo(apart, 48))
 
 
+@pytest.mark.parametrize(("k", "n"), [(1, 3), (2 * _IN_CACHE // 40 + 3, 40), (5, _IN_CACHE)])
+@pytest.mark.parametrize("ring", [48, 64])
+def test_a_product_with_what_a_seed_makes_is_the_whole_matrixs(k: int, n: int, ring: int) -> None:
+    """V comes a few rows at a time, and each product makes it anew."""
+    blank = Share(torch.zeros(k, n, dtype=torch.int64), 16, Rank.SERVER)
+    opened = ClientsMasks(MASTER).take(blank, ring, "setup")
+    assert isinstance(opened, KnownOperand) and not isinstance(opened.held, Matrix)
+    x, whole = torch.arange(-k, k).reshape(2, k), wide(opened.held)
+    assert whole.shape == (k, n) and torch.equal(wide(opened.held), whole)
+    assert torch.equal(matmul(x, opened.held), torch.matmul(x, whole))
+    assert len(list(opened.held.blocks())) == (1 if k == 1 else 2 if k == 5 else 3)
+
+
 def test_the_same_again_has_the_same_seed() -> None:
     """A server that starts anew with its key and its model needs no upload."""
     one, two = split(weights())[0], split(weights())[0]
@@ -137,7 +153,7 @@ def test_packing_keeps_what_the_ring_holds(ring: int) -> None:
 def test_places_say_all_that_is_public() -> None:
     class Watching(StandingMasks):
         def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
-            return MaskedOperand(x.data, x.data, x.bits, ring=place.ring)
+            return MaskedOperand(x.data, x.data, x.bits, ring=place.ring, known=known_rows(x))
 
         def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
             raise AssertionError("not a matrix")

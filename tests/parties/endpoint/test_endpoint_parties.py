@@ -11,8 +11,8 @@ import pytest
 import mpcache
 from mpcache.config import load_settings
 from mpcache.rank import Rank
-from mpcache_parties.chat import LocalParties
 from mpcache_parties.endpoint.app import Endpoint
+from mpcache_parties.local_parties import LocalParties
 from tests.support.endpoint import listening
 
 openai = pytest.importorskip("openai")

@@ -17,8 +17,9 @@ from mpcache.limits import bind_conversation
 from mpcache.model import demo_model_dir, load_model
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
-from mpcache_parties.chat import Chat, LocalParties
+from mpcache_parties.chat import Chat
 from mpcache_parties.launch import PartyFailed
+from mpcache_parties.local_parties import LocalParties
 from tests.support.processes import CLI, SOON_S, environment, started
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]

@@ -407,3 +407,18 @@ def test_a_client_s_names_are_names(name: str, tmp_path: Path) -> None:
     client.send_facts("resume/session", names | {name: "../" + "0" * 40_000})
     with pytest.raises(Desync, match="is not a session's name"):
         keeper.meet({C: dealer}, {})
+
+
+def test_a_session_with_a_document_of_the_clients_goes_on_behind_it(model: Model, tmp_path: Path) -> None:
+    """It is neither read nor evicted a second time; another document is refused."""
+    rule = "snapkv:cap=0.5,queries=4"
+    public = PublicConfig(policy="full", private_policy=rule, max_new_tokens=4, document_chunk=8)
+    question, context = replace(QUESTION, document="the book of the gate of the city"), context_of(model, 8)
+    whole = play(public, model, context, None, question=question)[C]
+    play(public, model, context, tmp_path, cut=Cut(C, "decode2", 5), question=question)
+    other = replace(question, document="the book of the gate of the door")
+    refused = play(public, model, context, tmp_path, resume=True, question=other)[C]
+    assert isinstance(refused, StateError) and "another document" in str(refused)
+    ends = play(public, model, context, tmp_path, resume=True, question=question)
+    assert isinstance(ends[C], Report) and ends[C].token_ids == whole.token_ids, ends
+    assert "eviction" in ends[C].phases

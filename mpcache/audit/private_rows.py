@@ -1,0 +1,162 @@
+"""What a document of the client's own costs: to read it, to evict it, and each token of an answer then."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from itertools import product
+from typing import Any
+
+from rich.table import Table
+
+from mpcache.choices import ProtocolName
+from mpcache.config import PublicConfig
+from mpcache.console import terminal
+from mpcache.console.inputs import listed
+from mpcache.cost.pricing import price
+from mpcache.cost.rates import RATES
+from mpcache.cost.reading import reading_plan
+from mpcache.cost.tally import Cost, Tally, sum_tallies
+from mpcache.errors import BadInput
+from mpcache.limits import bind_policy
+from mpcache.model import ModelShape
+from mpcache.phases import EVICTION, private_chunk
+from mpcache.report.units import duration, number, size
+from mpcache.transport.network import Profile
+
+CONTEXT = 16  # tokens of a server without a document: what frames the client's
+TITLE = "The client's own document, read and evicted on shares"
+EXPLAINED = (
+    "online: bytes sent by each computing party; offline: by the dealer. token: one of the answer, with all "
+    "of the document and with what is kept. pays from: tokens of an answer from which on the eviction costs "
+    "less than it saves, in all bytes and in modelled time."
+)
+
+
+def price_document(
+    shape: ModelShape, tokens: Sequence[int], policies: Sequence[str], protocols: Sequence[str],
+    networks: Sequence[Profile], question: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield a row for each length, policy, protocol and network. Raises BadInput or PolicyError.
+
+    Units: rounds, bytes, ms; `online` is sent by one computing party, the mean of both.
+    """
+    priced = cache(partial(price, shape, question=question))
+    for n, spec, protocol, network in product(tokens, policies, protocols, networks):
+        public = PublicConfig(
+            policy="full", private_policy=spec, protocol=ProtocolName(protocol), network=network.name
+        )
+        bound = bind_policy(shape, public, CONTEXT, question, 2, n)
+        plan = reading_plan(shape, public, CONTEXT, n, protocol)
+        whole = reading_plan(
+            shape, public.model_copy(update={"private_policy": "full"}), CONTEXT, n, protocol
+        )
+        mine, full = (priced(bound, protocol=protocol, reading=one)
+                      for one in (plan, whole))  # fmt: skip
+        reading = sum_tallies(
+            step for name, steps in mine.phases.items() if private_chunk(name) for step in steps.items()
+        )
+        evicting, later, before = mine.total(EVICTION), mine.total("decode"), full.total("decode")
+        yield {
+            "private_tokens": n,
+            "private_policy": spec,
+            "kept_tokens": plan.kept,
+            "chunk_tokens": plan.chunks[0],
+            "protocol": protocol,
+            "network": network.name,
+            "reading": _part(reading, network, len(plan.chunks)),
+            "eviction": _part(evicting, network) if plan.eviction is not None else None,
+            "token": _part(later, network),
+            "token_with_all": _part(before, network),
+            "pays_from_tokens_by_bytes": _pays(_bytes(evicting), _bytes(before) - _bytes(later)),
+            "pays_from_tokens_by_time": _pays(
+                _ms(evicting, network), _ms(before, network) - _ms(later, network)
+            ),
+            "peak_bytes": _peak(mine),
+        }
+
+
+def _part(tally: Tally, network: Profile, phases: int = 1) -> dict[str, Any]:
+    return {
+        "rounds": tally.rounds,
+        "online_bytes": tally.online,
+        "offline_bytes": tally.offline,
+        "modelled_ms": round(_ms(tally, network), 3),
+        "phases": phases,
+    }
+
+
+def _ms(tally: Tally, network: Profile) -> float:
+    """Return how long this takes by the model: itself, or its tape where that takes longer."""
+    compute = RATES.ms(tally.rounds, tally.multiply_adds, tally.key_blocks, tally.random_bytes)
+    online = tally.rounds * network.one_way_ms + network.transfer_ms(tally.critical) + compute
+    return max(online, network.transfer_ms(tally.server_offline))
+
+
+def _bytes(tally: Tally) -> float:
+    return 2 * tally.online + tally.offline
+
+
+def _pays(cost: float, saving: float) -> int | None:
+    """Return how many tokens it takes; None: it never pays."""
+    return math.ceil(cost / saving) if saving > 0 else None
+
+
+def _peak(cost: Cost) -> int:
+    return cost.held + max(sum_tallies(steps.items()).working for steps in cost.phases.values())
+
+
+def lengths_of(text: str) -> list[int]:
+    """Read what --private-context was given: numbers of tokens. Raises BadInput."""
+    found = []
+    for item in listed("--private-context", text):
+        if not (item.isascii() and item.isdigit() and 0 < int(item) < 10**9):
+            raise BadInput(f"--private-context {item!r} is not a number of tokens; as in 128,512")
+        found.append(int(item))
+    return found
+
+
+def show_document(
+    shape: ModelShape, name: str, tokens: Sequence[int], policies: Sequence[str], protocols: Sequence[str],
+    networks: Sequence[Profile], question: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Print the rows, as a table or as JSON. Raises BadInput or PolicyError."""
+    rows = list(price_document(shape, tokens, policies, protocols, networks, question))
+    if as_json:
+        print(json.dumps({"shape": name, "model": shape.to_dict(), "private_rows": rows}))
+        return
+    out = terminal.stdout()
+    table = Table(title=f"{TITLE}: {name}", title_justify="left", title_style="bold")
+    table.add_column("private policy", overflow="fold")
+    for column in (
+        "tokens, kept",
+        "network",
+        "reading",
+        "eviction",
+        "token, all",
+        "token, kept",
+        "pays from",
+    ):
+        table.add_column(column, justify="right")
+    for row in rows:
+        evicted = row["eviction"]
+        pays = [row[f"pays_from_tokens_by_{way}"] for way in ("bytes", "time")]
+        table.add_row(
+            row["private_policy"],
+            f"{row['private_tokens']}, {row['kept_tokens']}",
+            row["network"],
+            *(_told(row["reading"]), "none" if evicted is None else _told(evicted)),
+            *(_told(row["token_with_all"]), _told(row["token"])),
+            "" if evicted is None else ", ".join("never" if n is None else str(n) for n in pays),
+        )
+    terminal.print_table(out, table)
+    out.print(EXPLAINED, style="dim")
+
+
+def _told(part: dict[str, Any]) -> str:
+    return (
+        f"{number(part['rounds'])} rounds\n{size(part['online_bytes'])} online\n"
+        f"{size(part['offline_bytes'])} offline\n{duration(part['modelled_ms'])}"
+    )

@@ -1,0 +1,174 @@
+"""The highest bucket of a row of scores by XOR one-hots and random sums: two rounds after their opening.
+
+docs/protocols.md, section 8. Scores s are opened as c = s + r. The dealer shares by XOR the one-hot vector of
+r's bucket; turned by c's it is that of s's, or of the one above. Its suffix sums u_t[b] = [score t lies in or
+above b] are XORed over t under public coins, COINS of them at once: W_b. For a bucket that any score reaches
+each coin of W_b is a fair bit; for the others W_b = 0. Whether it is is told by tables of the digits of its
+mask (one-time truth tables; Ishai et al., TCC 2013) and by products of their entries' masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpcache.protocols.lookup import TOGETHER, apart, joined, words_for
+from mpcache.protocols.ranges import BUCKET_STEP, BUCKETS, SCORE_BITS, SCORE_RING
+from mpcache.runtime import bit_loops
+from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked, tree_cipher
+from mpcache.runtime.rng import KeyStream
+from mpcache.runtime.side import Side
+
+COINS = 40  # an occupied bucket looks empty once in 2^40, a row of 256 is wrong once in 2^32
+_DIGIT = 8  # bits of a digit of their sum
+_DIGITS = COINS // _DIGIT
+_LOW = SCORE_BITS + BUCKET_STEP.bit_length() - 1  # bits of a score within its bucket
+
+
+def public_coins(key: bytes, n: int) -> torch.Tensor:
+    """Return the coins of n scores, the same at both parties and for all rows of a phase: (n,) int64.
+
+    They rest on nothing secret: what is opened is uniform whatever they are, and scores do not follow them.
+    """
+    return KeyStream(key, "coins").tensor((n,)) & ((1 << COINS) - 1)
+
+
+@dataclass(frozen=True)
+class Highest:
+    """The highest of the buckets of scores (*rows, n), narrow, in the ring SCORE_RING."""
+
+    shape: Shape
+
+    @property
+    def _buckets(self) -> Shape:
+        return (*self.shape[:-1], BUCKETS - 1)
+
+    @property
+    def random(self) -> tuple[Part, ...]:
+        """Masks of the buckets' sums, and of the entries of their digits' tables."""
+        return Part(self._buckets, xor=True), Part(words_for(self._buckets), xor=True)
+
+    @property
+    def derived(self) -> tuple[Part, ...]:
+        """The one-hot vectors, what the masks have above them, tables, and products."""
+        return (
+            Part((*self.shape, BUCKETS // 8), torch.uint8, xor=True),
+            Part(self.shape, torch.uint8, xor=True),
+            Part((*self._buckets, _DIGITS, (1 << _DIGIT) // 8), torch.uint8, xor=True),
+            Part((*self._buckets, (1 << _DIGITS) - 1), torch.int16),
+        )
+
+    @property
+    def work(self) -> Work:
+        """Coins for each bucket of each score, and products of masks."""
+        scores, buckets = math.prod(self.shape), math.prod(self._buckets)
+        return Work(
+            comparisons=buckets, lookups=scores, multiply_adds=scores * BUCKETS + (buckets << _DIGITS)
+        )
+
+    def derive(self, r: torch.Tensor, sums: torch.Tensor, entries: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Derive at the dealer. r: the scores' masks."""
+        hot = _one_hot_bits((r >> _LOW) & (BUCKETS - 1), BUCKETS)
+        tables = _one_hot_bits(_digits(sums), 1 << _DIGIT)
+        above = ((r >> (_LOW + BUCKETS.bit_length() - 1)) & 3).to(torch.uint8)
+        each = apart(entries, _DIGITS, BUCKETS - 1)
+        bit = [(each >> i).to(torch.int16) & 1 for i in range(_DIGITS)]
+        products = [torch.ones_like(bit[0])]
+        for b in bit:
+            products += [b * product for product in products]
+        return hot, above, tables, torch.stack(products[1:], -1)
+
+    def find(
+        self, side: Side, drawn: Sequence[Any], c: Any, visible: torch.Tensor | None
+    ) -> Program[torch.Tensor]:
+        """Shares modulo 2^16 of the highest visible bucket's number, or one more: (*rows, 1). Two rounds.
+
+        drawn: `random` and `derived`.  c: the scores as they were opened.
+        """
+        masks, entry_masks, hot, above, tables, products = drawn
+        cipher = yield from tree_cipher()
+        if c.is_meta:
+            sums = torch.empty_like(masks)
+        else:
+            assert cipher is not None
+            coins = public_coins(cipher.key, self.shape[-1])
+            coins = coins.expand(self.shape) if visible is None else coins * visible
+            sums = self._sums(side, hot, above, c, coins, visible)
+        (o,) = yield from open_masked(
+            Opening(sums ^ masks, "buckets, summed and masked", ring=COINS, xor=True)
+        )
+        entries = torch.empty_like(entry_masks) if o.is_meta else joined(_entries(tables, o), _DIGITS)
+        why, ring = "buckets' digits, masked", _DIGITS * TOGETHER
+        (f,) = yield from open_masked(Opening(entries ^ entry_masks, why, ring=ring, xor=True))
+        if f.is_meta:
+            return torch.empty_like(masks[..., :1])
+        f = apart(f, _DIGITS, BUCKETS - 1)
+        factors = torch.ones_like(f).unsqueeze(-1)
+        for i in range(_DIGITS):
+            bit = ((f >> i) & 1).unsqueeze(-1)
+            factors = torch.cat([factors * bit, factors * (1 - 2 * bit)], -1)
+        empty = side.first(factors[..., 0]) + (factors[..., 1:] * products).sum(-1)
+        number: torch.Tensor = side.constant(BUCKETS - 1, empty[..., :1]) - empty.sum(-1, keepdim=True)
+        return number
+
+    def _sums(
+        self,
+        side: Side,
+        hot: torch.Tensor,
+        above: torch.Tensor,
+        c: torch.Tensor,
+        coins: torch.Tensor,
+        visible: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Sum the coins of each bucket, and let the guard see which scores lie in none."""
+        rows, n = math.prod(self.shape[:-1]), self.shape[-1]
+        place = (c >> _LOW) + BUCKETS // 2
+        sums, borrows = np.empty((rows, BUCKETS), np.int64), np.empty((rows, n), np.uint8)
+        low = (place & (BUCKETS - 1)).reshape(rows, n).contiguous()
+        bit_loops.sum_above(
+            hot.reshape(rows, n, -1).contiguous().numpy(), low.numpy(),
+            coins.reshape(rows, n).contiguous().numpy(), sums, borrows,
+        )  # fmt: skip
+        # The bucket modulo 4 BUCKETS is place - r. Its two leading bits are 0 in range: they are those of
+        # place, less those of r, less the borrow of what is below them; each is a sum of shared bits.
+        borrow, high = torch.from_numpy(borrows).reshape(c.shape), place >> (BUCKETS.bit_length() - 1)
+        one, two = (high & 1).to(torch.uint8), ((high >> 1) & 1).to(torch.uint8)
+        checks = (above & 1) ^ borrow ^ side.first(one)
+        checks |= ((above >> 1) & 1 ^ (above & 1 & (1 - one)) ^ side.first(two)) << 1
+        side.watch_bits(checks if visible is None else checks * visible.to(torch.uint8))
+        return torch.from_numpy(sums).reshape(*self.shape[:-1], BUCKETS)[..., 1:]
+
+
+def _one_hot_bits(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Turn (*s) numbers below size into bits [v = x], packed: (*s, size / 8) uint8."""
+    hot = torch.zeros(*x.shape, size // 8, dtype=torch.uint8)
+    bit = (torch.ones_like(x) << (x & 7)).to(torch.uint8)
+    return hot.scatter_(-1, (x >> 3).unsqueeze(-1), bit.unsqueeze(-1))
+
+
+def _digits(x: torch.Tensor) -> torch.Tensor:
+    """Split sums (*s) into their digits: (*s, digits)."""
+    return (x.unsqueeze(-1) >> (torch.arange(_DIGITS) * _DIGIT)) & ((1 << _DIGIT) - 1)
+
+
+def _entries(tables: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    """XOR shares of whether each digit of a sum is zero, as bits of one number (*s)."""
+    digit = _digits(o)
+    byte = tables.gather(-1, (digit >> 3).unsqueeze(-1)).squeeze(-1).to(torch.int64)
+    return (((byte >> (digit & 7)) & 1) << torch.arange(_DIGITS)).sum(-1)
+
+
+def bound_of(side: Side, number: torch.Tensor) -> torch.Tensor:
+    """Return the bound above the highest bucket, by its number or one more, at SCORE_BITS.
+
+    max < c <= max + 4: the bucket's upper edge, and one bucket where its number is one too high.
+    """
+    return (number + side.constant(1 - BUCKETS // 2, number)) << _LOW
+
+
+assert _LOW + BUCKETS.bit_length() + 1 == SCORE_RING, "two bits of a score's ring lie above the buckets"

@@ -1,0 +1,119 @@
+"""e^-d of a distance that is opened masked, by tables of the mask's digits: one round.
+
+docs/protocols.md, section 9.3.
+
+d is opened as c = d + r modulo 2^23: e^-d is e^r, which the dealer knows, times e^-c, which is public, up to
+wraps. The dealer shares by XOR the one-hot vector of r's window and a table of [v < r's next digit]; c
+chooses the entries that tell which wrap happened. They are opened under one-bit masks, and the dealer shares
+e^r times the products of these masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpcache.protocols.lookup import TOGETHER, apart, joined, words_for
+from mpcache.protocols.ranges import COMPARED_BITS, EXP_WINDOW, SCORE_UNIT, WINDOW_BITS, WINDOWS_BITS
+from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked
+from mpcache.runtime.side import Side
+
+KEY_BITS, PUBLIC_BITS = 40, 22  # fraction bits of e^(r - window) and of e^-(d + r)
+EXP_BITS = KEY_BITS + PUBLIC_BITS
+EXP_RING = WINDOW_BITS + WINDOWS_BITS  # what distances are opened modulo
+_LOW = (1 << WINDOW_BITS) - 1
+_REST = WINDOW_BITS - COMPARED_BITS
+_ENTRIES = 3  # bits that are opened of each exponential
+
+
+def dealt_factor(r: torch.Tensor) -> torch.Tensor:
+    """Return e^(r - window) of masks, r modulo a window, with KEY_BITS fraction bits."""
+    factor: torch.Tensor = torch.exp((r & _LOW).double() * SCORE_UNIT - EXP_WINDOW) * 2**KEY_BITS
+    return factor.round().to(torch.int64)
+
+
+def public_factors(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return e^-c modulo a window with PUBLIC_BITS fraction bits: for d in c's own window, and one below."""
+    factor = torch.exp(-(c & _LOW).double() * SCORE_UNIT) * 2**PUBLIC_BITS
+    return (factor * math.exp(EXP_WINDOW)).round().to(torch.int64), factor.round().to(torch.int64)
+
+
+@dataclass(frozen=True)
+class ExpDigits:
+    """Exponentials of (*rows, n): 49 bytes each from the dealer, to the server alone, and 3 opened bits."""
+
+    shape: Shape
+
+    @property
+    def random(self) -> tuple[Part, ...]:
+        """Masks of the entries, joined."""
+        return (Part(words_for(self.shape), torch.int32, xor=True),)
+
+    @property
+    def derived(self) -> tuple[Part, ...]:
+        """[v = r's window] as 64 bits, [v < r's next digit] as 8, and e^r times products of the masks."""
+        return (
+            Part(self.shape, xor=True),
+            Part(self.shape, torch.uint8, xor=True),
+            Part((*self.shape, 5)),
+        )
+
+    @property
+    def work(self) -> Work:
+        """Count one comparison each, and its products."""
+        n = math.prod(self.shape)
+        return Work(comparisons=n, multiply_adds=4 * n)
+
+    def derive(self, r: torch.Tensor, masks: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Derive at the dealer, for distances' masks r (*rows, n)."""
+        one = torch.ones_like(r)
+        windows = one << ((r >> WINDOW_BITS) & ((1 << WINDOWS_BITS) - 1))
+        below = ((one << ((r >> _REST) & ((1 << COMPARED_BITS) - 1))) - 1).to(torch.uint8)
+        a, b, last = ((apart(masks, _ENTRIES, self.shape[-1]) >> i) & 1 for i in range(_ENTRIES))
+        e = dealt_factor(r)
+        return windows, below, torch.stack([e, e * a, e * b, e * last, e * b * last], -1)
+
+    def of(self, side: Side, drawn: Sequence[Any], c: Any) -> Program[torch.Tensor]:
+        """Shares of e^-d at EXP_BITS, of 0 < d < FARTHEST_SCORE opened as c (*rows, n). One round.
+
+        Zero from 20.6 on, and from 18.3 on at times.  drawn: `random` and `derived`.
+        """
+        masks, windows, below, products = drawn
+        entries = torch.empty_like(masks) if c.is_meta else joined(_entries(windows, below, c), _ENTRIES)
+        why, ring = "windows, compared and masked", _ENTRIES * TOGETHER
+        (f,) = yield from open_masked(Opening(entries ^ masks.to(torch.int64), why, ring=ring, xor=True))
+        if f.is_meta:
+            return torch.empty_like(c)
+        f = apart(f, _ENTRIES, self.shape[-1])
+        same, other, low = ((f >> i) & 1 for i in range(3))
+        low = low | (_next_digit(c) == 0)  # not above any digit: the window decides alone
+        e, ea, eb, el, ebl = products.unbind(-1)
+        here = ea + same * (e - 2 * ea)
+        # (other xor b) (low xor l), times e; where l is public its mask counts as zero
+        alone = (_next_digit(c) == 0).long()
+        el, ebl = el * (1 - alone), ebl * (1 - alone)
+        without, with_b = el + low * (e - 2 * el), ebl + low * (eb - 2 * ebl)
+        there = with_b + other * (without - 2 * with_b)
+        own, next_ = public_factors(c)
+        total: torch.Tensor = here * own + there * next_
+        return total
+
+
+def _next_digit(c: torch.Tensor) -> torch.Tensor:
+    return (c >> _REST) & ((1 << COMPARED_BITS) - 1)
+
+
+def _entries(windows: torch.Tensor, below: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """XOR shares of [r's window is c's], [it is the one below], [c's next digit - 1 < r's]: three bits (n,).
+
+    Where that digit is 0 the third one is no matter: it counts as true, publicly.
+    """
+    window, count = c >> WINDOW_BITS, (1 << WINDOWS_BITS) - 1
+    same = (windows >> (window & count)) & 1
+    other = (windows >> ((window - 1) & count)) & 1
+    less = (below.to(torch.int64) >> (_next_digit(c) - 1).clamp(min=0)) & 1
+    return same | (other << 1) | (less << 2)

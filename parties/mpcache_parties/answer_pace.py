@@ -17,6 +17,7 @@ from mpcache.transport.network import NO_NETWORK, parse_network
 from mpcache_parties.facts import TYPICAL_QUESTION, Facts
 
 SAY_EVERY_S = 2.0
+TOKEN_EVERY_S = 10.0
 
 Told = Callable[[str, int, int, float | None], None]  # phase, layer, layers, ms that are left if known
 
@@ -80,16 +81,26 @@ def in_words(phase: str, layer: int, layers: int, left_ms: float | None) -> str:
     return f"{what}: layer {layer + 1} of {layers}{left}"
 
 
-def question_said(say: Callable[[str], None]) -> Told:
-    """Return what says how far a question is, now and then; tokens show themselves."""
-    said = time.monotonic()
+def answer_said(say: Callable[[str], None], tokens: int) -> Told:
+    """Return what says how far an answer of at most `tokens` tokens is, now and then.
+
+    Tokens show themselves: only one that is long in coming is told.
+    """
+    said, first, began = time.monotonic(), 0, 0.0  # first, began: the first decode step heard of
 
     def tell(phase: str, layer: int, layers: int, left_ms: float | None) -> None:
-        nonlocal said
+        nonlocal said, first, began
         place, now = ChunkPlace.of(phase), time.monotonic()
-        if place is None or place.step or now - said < SAY_EVERY_S:
+        if place is None:
             return
-        said = now
-        say(f"client: {in_words(phase, layer, layers, left_ms)}")
+        if place.step and not first:
+            first, began = place.step, now
+        if now - said < (TOKEN_EVERY_S if place.step else SAY_EVERY_S):
+            return
+        said, rest = now, ""
+        if place.step and (done := place.step - first + layer / layers):
+            left = 1000 * (now - began) / done * (tokens - place.step - layer / layers)
+            rest = f"; at most {duration(left)} to the answer's end" if left > 0 else ""
+        say(f"client: {in_words(phase, layer, layers, left_ms)}{rest}")
 
     return tell

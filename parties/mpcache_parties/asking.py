@@ -165,6 +165,7 @@ class Asking:
             skip_undone(resources.links[Rank.DEALER], number)
         else:
             self._fill_up(record, conversation)
+        resources.checkpointer.turn_ended(session)
         session.next_turn()
 
     def _fill_up(self, record: TurnRecord, conversation: Conversation) -> None:
@@ -221,16 +222,18 @@ class Asking:
 
     def _with_tapes(self, question: Question, asked: list[int], prepared: PreparedTurns) -> TurnRecord:
         """Return the turn to be, if the tapes are for one like that. Raises BadInput."""
-        number = self._session.place.turn
+        session, number = self._session, self._session.place.turn
         if (sizes := prepared.sizes(number)) is None:
             raise BadInput(
                 f"the tapes were for {prepared}, and are used up; begin a new conversation, with other tapes "
                 "or with a dealer"
             )
         if (length := self._length(asked)) != sizes.question:
+            shortest = sizes.question - session.grid + 1
+            fitting = f"{shortest} to {sizes.question}" if session.grid > 1 else str(sizes.question)
             raise BadInput(
                 f"the question has {length} tokens with what stands around it, the tapes of turn "
-                f"{number} are for {sizes.question}; ask one of that length, or converse with a dealer"
+                f"{number} are for {sizes.question}; ask one of {fitting}, or converse with a dealer"
             )
         limit = min(question.limit(self._facts.limit), prepared.answer)
         return TurnRecord(question, asked, limit, sizes.limit)

@@ -254,6 +254,7 @@ class Chat:
                 case {"event": EventKind.ERROR, "text": str(text), "exit_code": int(code)}:
                     failure = PartyFailed(text, code)
                 case None:
+                    self._events.put((Rank.CLIENT, None))  # whoever waits after this hears it, too
                     self._watch()
                     raise failure or PartyFailed("the client's process has ended")
 

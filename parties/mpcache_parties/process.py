@@ -30,7 +30,7 @@ from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.transport.link import Hello, Links
-from mpcache_parties.answer_pace import LayerPace, question_said
+from mpcache_parties.answer_pace import LayerPace, answer_said
 from mpcache_parties.handshake import (
     AS_CLIENT,
     DOCUMENT,
@@ -202,7 +202,8 @@ def run_one_session(
     if isinstance(process.own, Conversation):
         status.on_layer = LayerPace(partial(_layer_event, process.output))
     elif isinstance(process.own, Question):
-        status.on_layer = LayerPace(question_said(process.output.say))
+        tokens = process.own.limit(process.settings.public.max_new_tokens)
+        status.on_layer = LayerPace(answer_said(process.output.say, tokens))
     report = _run_session(process, resources, greeting)
     process.output.report(report)
     if report.in_range is False and not process.output.events:  # else who reads the events tells it

@@ -90,6 +90,7 @@ def serve(resources: SessionResources, own: Document) -> Report:
                 checkpointer.token(session, resources.ledger, turns.kept())
         if facts.conversation and prepared is None:
             skip_undone(links[Rank.DEALER], session.place.turn)
+        checkpointer.turn_ended(session)
     report = _report(Rank.SERVER, facts, session, resources)
     checkpointer.end(links)
     wait.close()
@@ -252,6 +253,7 @@ def deal(resources: SessionResources) -> Report:
             _deal_turn(session, resources, turn, turns)
         if facts.conversation:
             tell_dealt(links, session.place.turn)
+        checkpointer.turn_ended(session)
     report = _report(Rank.DEALER, facts, session, resources)
     checkpointer.end(links)
     return report

@@ -11,13 +11,16 @@ from mpcache.cost.rates import modelled, pace_ms
 from mpcache.model import Model
 from mpcache.report.units import duration
 from mpcache.transport.network import NO_NETWORK
-from mpcache_parties.answer_pace import Foretold, LayerPace, in_words, question_said
+from mpcache_parties.answer_pace import Foretold, LayerPace, answer_said, in_words
 from mpcache_parties.facts import Facts, facts_of
 
 
 def facts(model: Model, public: PublicConfig, question: int) -> Facts:
     told = {"shape": model.shape.to_dict(), "context_tokens": 24}
-    return facts_of({"model": told, "question": {"question_tokens": question, "new_tokens": 2}}, public)
+    return facts_of(
+        {"model": told, "question": {"question_tokens": question, "new_tokens": 2, "private_tokens": 0}},
+        public,
+    )
 
 
 @pytest.mark.parametrize(("question", "priced", "of"), [(5, 5, ""), (0, 32, " of a question of 32 tokens")])
@@ -53,21 +56,21 @@ def test_a_chunk_tells_its_layers_and_what_is_left(monkeypatch: pytest.MonkeyPat
     ]
 
 
-def test_a_long_question_is_said_now_and_then_and_tokens_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_question_and_slow_tokens_are_said_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a token also what the rest takes at most: two more tokens and a half, of 8 s each."""
     now, said = [100.0], list[str]()
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    tell = question_said(said.append)
+    tell = answer_said(said.append, 5)
     heard = [
-        (101.0, "question"),
-        (103.0, "question"),
-        (104.0, "question"),
-        (105.5, "question"),
-        (109.0, "decode1"),
-    ]
-    for layer, (at, phase) in enumerate(heard):
+        (101.0, "question", 1), (103.0, "question", 10), (104.0, "question", 15), (105.5, "question", 20),
+        (107.0, "decode1", 0), (111.0, "decode1", 15), (115.0, "decode2", 0), (119.0, "decode2", 15),
+        (123.0, "decode3", 0),
+    ]  # fmt: skip
+    for at, phase, layer in heard:
         now[0] = at
         tell(phase, layer, 30, 500.0)
     assert said == [
-        "client: question: layer 2 of 30, about 500 ms left",
-        "client: question: layer 4 of 30, about 500 ms left",
+        "client: question: layer 11 of 30, about 500 ms left",
+        "client: question: layer 21 of 30, about 500 ms left",
+        "client: token 3: layer 16 of 30, about 500 ms left; at most 20 s to the answer's end",
     ]

@@ -79,13 +79,14 @@ class Follows:
 
 
 def check_turns(
-    model: Model, public: PublicConfig, tokens: list[int], own: Scripted, limits: list[int]
-) -> None:
+    model: Model, public: PublicConfig, tokens: list[int], own: Scripted, limits: list[int],
+    texts: Sequence[str] = QUESTIONS,
+) -> None:  # fmt: skip
     """Each answer has so many tokens, and each token is the plain engine's, or as likely but for the blur."""
     bound, _ = bind_conversation(model.shape, public, len(tokens))
     plain, pending = PlainConversation(model, bound, tokens), list[int]()
     assert [len(turn.token_ids) for turn in own.turns] == limits
-    for text, turn in zip(QUESTIONS, own.turns, strict=False):
+    for text, turn in zip(texts, own.turns, strict=False):
         follows, ids = Follows(turn.token_ids), turn.token_ids
         asked = pending + model.tokenizer.encode(text, bos=False)
         assert list(plain.ask(asked, len(ids), cast(Sampling, follows), ())) == ids

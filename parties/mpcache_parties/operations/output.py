@@ -40,9 +40,13 @@ class Output:
         self.log = log or Log("")
 
     def event(self, kind: EventKind, **values: Any) -> None:
-        """Print an event, if events are asked for."""
+        """Print an event, if events are asked for.
+
+        A parent that is gone hears nothing more; stdin, whose other end it had, ends this process in order.
+        """
         if self.events:
-            print(json.dumps({"event": kind, **values}), file=self.out, flush=True)
+            with suppress(BrokenPipeError):
+                print(json.dumps({"event": kind, **values}), file=self.out, flush=True)
 
     def say(self, text: str) -> None:
         """Tell people, or the parent, a line."""

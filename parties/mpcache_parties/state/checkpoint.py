@@ -73,7 +73,8 @@ class Checkpointer:
     _files: Files | None = None
     _run: str = ""
     _earlier_wire_bytes: int = 0
-    _base: snapshot.Tensors = field(default_factory=dict)
+    _base: snapshot.Tensors = field(default_factory=dict)  # what the next step is written after
+    _bases: list[int] = field(default_factory=lambda: [0])  # that step, and those that it needs
     _phases: dict[str, Phase] = field(default_factory=dict)
     _seen: int = 0  # of the ledger's steps
 
@@ -172,15 +173,22 @@ class Checkpointer:
         files, newest = self._files, max(self._files.steps())
         base, note = files.read(0, files.run(0)), files.read_note(newest, files.run(newest))
         self._same(base["identity"], identity)
-        self._base = snapshot.tensors_of(base["cache"], "/cache")
 
         def read(one: int) -> Any:
-            return files.read(one, files.run(one), self._base) if one else base
+            """Read a step, and those that it was written after; `_bases` and `_base` are these then."""
+            self._bases, tree = files.bases(one) or [0], base
+            for each in [*reversed(self._bases), one]:
+                if each:
+                    tree = files.read(each, files.run(each), self._base)
+                if each != one or not one:
+                    self._base = snapshot.tensors_of(tree["cache"], "/cache")
+            return tree
 
+        own = read(newest)["own"] if note is None and newest > step else note
         last, place = read(step), files.place(step)
         if newest > step:  # tokens that the client has shown stay as they are
-            last["own"] = read(newest)["own"] if note is None else note
-            files.write(step, files.run(step), last, self._base if step else None, place)
+            last["own"] = own
+            files.write(step, files.run(step), last, self._base if step else None, place, self._bases)
             files.forget_after(step)
         elif note is not None:
             last["own"] = note
@@ -232,6 +240,13 @@ class Checkpointer:
         if self._files is not None:
             self._files.write_note(session.chunks, self._run, dict(own))
 
+    def turn_ended(self, session: TimedSession) -> None:
+        """Let the next turn's steps hold what comes from now on, or they grow with the conversation."""
+        step = session.chunks
+        if self._files is not None and self._files.steps()[-1] == step != self._bases[0]:
+            self._bases = [step, *self._bases]
+            self._base = snapshot.tensors_of(session.cache, "/cache")
+
     def forget_after(self, chunks: int) -> None:
         """Remove steps that the session goes back from: others come in their place. Raises StateError."""
         if self._files is not None and self._files.steps()[-1] > chunks:
@@ -248,7 +263,7 @@ class Checkpointer:
             **whole, "cache": session.cache, "own": dict(own), "wire_bytes": self.wire_bytes(ledger),
             "phases": {name: asdict(phase) for name, phase in self._phases.items()},
         }  # fmt: skip
-        self.bytes.append(self._files.write(step, self._run, tree, since, session.place))
+        self.bytes.append(self._files.write(step, self._run, tree, since, session.place, self._bases))
         self.ms.append(1000 * (time.perf_counter() - start))
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
     DIR/server/key                      this party's key (mode 0600)
     DIR/server/SESSION/context.state    facts, masked weights and cache as the context left them
     DIR/server/SESSION/000007.state     what the first seven chunks added: written after each token
+    DIR/server/SESSION/000019.state     of a later turn: what was added to the last step of the turn before
     DIR/client/SESSION/note.state       what the client was asked since then
 
 A party that serves has several sessions at once, each on a thread of its own: a session's files belong
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import RLock
@@ -113,25 +114,45 @@ class Files:
                 return ChunkPlace(*place)
             raise StateError(f"{self._file(step)}: its place is {place!r:.60}, not a turn and a step")
 
+    def bases(self, step: int) -> list[int]:
+        """Return the steps that one was written after, each after the next one in the list, down to 0.
+
+        Raises StateError.
+        """
+        found: list[int] = []
+        while step:
+            with self._explained(step):
+                of = sealed.read_header(self._file(step)).get("after")
+                if type(of) is not int or not 0 <= of < step:
+                    raise StateError(f"{self._file(step)}: it comes after {of!r:.60}, not an earlier step")
+            found.append(step := of)
+        return found
+
     def write(
         self, step: int, run: str, tree: Any, since: snapshot.Tensors | None = None,
-        place: ChunkPlace | None = None,
+        place: ChunkPlace | None = None, after: Sequence[int] = (0,),
     ) -> int:  # fmt: skip
         """Seal one step; return its size in bytes. What is older than `keep` steps goes.
 
-        place: where the session stands after it; None: in its first turn.
+        place: where the session stands after it; None: in its first turn.  after: as `bases` returns it;
+        these stay.  since: the tensors of the first of them.
         """
         header = self._header(step, run) | {"place": list(place or ChunkPlace(1, step))}
+        if step:
+            header |= {"after": after[0], "after_run": self.run(after[0])}
         size = sealed.seal(self._file(step), self.store.key, header, snapshot.serialize(tree, since))
         for old in self.steps():
-            if 0 < old <= step - self.keep:
+            if old <= step - self.keep and old not in after:
                 self._file(old).unlink(missing_ok=True)
         return size
 
     def read(self, step: int, run: str, since: snapshot.Tensors | None = None) -> Any:
         """Read one step of a run. since: the tensors of the step that it was written after."""
+        header = self._header(step, run)
+        if bases := self.bases(step):
+            header |= {"after": bases[0], "after_run": self.run(bases[0])}
         with self._explained(step):
-            return snapshot.read_snapshot(self._file(step), self.store.key, self._header(step, run), since)
+            return snapshot.read_snapshot(self._file(step), self.store.key, header, since)
 
     def write_note(self, step: int, run: str, tree: Any) -> None:
         """Seal what belongs to a step and came after it. It replaces the note before it."""

@@ -39,7 +39,9 @@ def lengths(model: Model, questions: list[str] = QUESTIONS) -> tuple[int, ...]:
     return tuple(len(model.tokenizer.encode(text, bos=False)) for text in questions)
 
 
-def prepared(model: Model, tokens: list[int], place: Path, turns: tuple[int, ...]) -> list[str]:
+def prepared(
+    model: Model, tokens: list[int], place: Path, turns: tuple[int, ...], public: PublicConfig = PUBLIC
+) -> list[str]:
     """What the three have said when a batch is there."""
     said: list[str] = []
     owns: dict[Rank, Any] = {S: Document(model, tokens), C: DeclaredTurns(turns), D: None}
@@ -47,7 +49,7 @@ def prepared(model: Model, tokens: list[int], place: Path, turns: tuple[int, ...
 
     def job(rank: Rank) -> Job:
         return lambda links, ledger: prepare(
-            rank, SessionResources(links, ledger, PUBLIC, say=said.append, tapes=stores[rank]), owns[rank]
+            rank, SessionResources(links, ledger, public, say=said.append, tapes=stores[rank]), owns[rank]
         )
 
     ends = together({rank: job(rank) for rank in Rank})
@@ -59,8 +61,9 @@ def prepared(model: Model, tokens: list[int], place: Path, turns: tuple[int, ...
 
 
 def converse(
-    model: Model, tokens: list[int], place: Path, own: Scripted | Question, said: list[str] | None = None
-) -> dict[Rank, Any]:
+    model: Model, tokens: list[int], place: Path, own: Scripted | Question, said: list[str] | None = None,
+    public: PublicConfig = PUBLIC,
+) -> dict[Rank, Any]:  # fmt: skip
     """Server and client alone, with what they have in store."""
     stores = {rank: TapeStore(place, rank) for rank in (S, C)}
     notes = [] if said is None else said
@@ -69,11 +72,11 @@ def converse(
         return together(
             {
                 S: lambda links, ledger: serve(
-                    SessionResources(links, ledger, PUBLIC, say=notes.append, tapes=stores[S]),
+                    SessionResources(links, ledger, public, say=notes.append, tapes=stores[S]),
                     Document(model, tokens),
                 ),
                 C: lambda links, ledger: ask(
-                    SessionResources(links, ledger, PUBLIC, say=notes.append, on_token=show, tapes=stores[C]),
+                    SessionResources(links, ledger, public, say=notes.append, on_token=show, tapes=stores[C]),
                     own,
                 ),
             }
@@ -122,12 +125,34 @@ def test_a_conversation_uses_its_tapes_turn_by_turn(model: Model, tokens: list[i
     assert [turn.finish for turn in own.turns] == [Finish.STOPPED, Finish.LENGTH, Finish.LENGTH]
     check_filled(model, tokens, own)
     wrong, over = own.refusals
-    assert f"the tapes of turn 2 are for {turns[1]}; ask one of that length" in wrong
+    assert f"the tapes of turn 2 are for {turns[1]}; ask one of {turns[1]}, or" in wrong
     assert f"the tapes were for {about}, and are used up" in over
 
     again = converse(model, tokens, tmp_path, Scripted(asked(*QUESTIONS)))
     with pytest.raises(StateError, match=r"context, a conversation and 3 tokens .*refused: 1\)"):
         raise again[S]
+
+
+@SLOW
+def test_with_padding_tapes_are_for_any_question_within_a_length(
+    model: Model, tokens: list[int], tmp_path: Path
+) -> None:
+    public = PUBLIC.model_copy(update={"length_grid": 8})
+    said = prepared(model, tokens, tmp_path, (6, 8, 1), public)
+    foretold, dealt = (next(t for t in said if t.startswith(f"dealer: {w}")) for w in ("dealing", "dealt"))
+    assert "3 turns, questions of 8, 8, 8 tokens" in foretold
+    assert float(foretold.split()[2]) == pytest.approx(float(dealt.split()[2]), rel=0.01)
+    script = asked(*QUESTIONS)
+    script.insert(1, Question("the gate of the city and the number", stop_at_eos=False))
+    assert lengths(model)[0] < lengths(model, [script[1].text])[0] and len({*lengths(model)}) > 1
+    own = Scripted(script, stop_after=2)
+    ends = converse(model, tokens, tmp_path, own, public=public)
+    assert all(isinstance(end, Report) for end in ends.values()), ends
+    assert [turn.question_tokens for turn in own.turns] == [8, 8, 8]
+    assert [len(turn.token_ids) for turn in own.turns] == [2, 3, 3]
+    check_filled(model, tokens, own)
+    (wrong,) = own.refusals
+    assert "16 tokens with what stands around it, the tapes of turn 2 are for 8; ask one of 1 to 8" in wrong
 
 
 @SLOW

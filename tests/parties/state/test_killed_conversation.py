@@ -88,6 +88,28 @@ def test_parties_are_killed_in_the_second_answer(
     check_gone(tmp_path)
 
 
+def test_a_set_up_that_stays_serves_a_conversation_that_goes_on(expected: list[str], tmp_path: Path) -> None:
+    """New processes of all three: no set-up is written anew, and no weight goes to anybody."""
+    state, kept, lines = tmp_path / "state", tmp_path / "set-ups", list[str]()
+    with LocalParties(SETTINGS, text=TEXT, setup_dir=kept, state=state) as there:
+        chat = there.chat(state=state)
+        assert "".join(chat.ask(QUESTIONS[0])) == expected[0]
+        pieces = chat.ask(QUESTIONS[1])
+        next(pieces)
+        _kill(chat)
+    contexts = [file.stat().st_size for file in state.glob("*/*/context.state")]
+    held = {file: file.stat().st_ino for file in kept.rglob("*") if file.is_file()}
+    assert len(contexts) == 3 and max(contexts) < max(file.stat().st_size for file in held)
+    with (
+        LocalParties(SETTINGS, text=TEXT, setup_dir=kept, state=state, say=lines.append) as there,
+        there.chat(state=state, resume=True) as chat,
+    ):
+        check_rest(chat, expected)
+    assert {file: file.stat().st_ino for file in kept.rglob("*") if file.is_file()} == held
+    assert not any("sent to the dealer" in line for line in lines), lines
+    check_gone(state)
+
+
 def test_a_client_is_killed_where_the_others_serve(expected: list[str], tmp_path: Path) -> None:
     """They go on serving; the client alone is started again, twice."""
     with LocalParties(SETTINGS, text=TEXT, state=tmp_path) as there:

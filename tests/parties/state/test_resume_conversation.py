@@ -216,3 +216,30 @@ def test_a_damaged_note_is_named(model: Model, tokens: list[int], tmp_path: Path
         raise end
     note.write_bytes(content)
     check_whole(play(model, tokens, tmp_path, Scripted(asked(*QUESTIONS)), resume=True), tmp_path)
+
+
+def test_steps_do_not_grow_with_the_conversation(model: Model, tokens: list[int], tmp_path: Path) -> None:
+    """Each holds what was added to the last step of the turn before, which stays as long as the session."""
+    texts = [QUESTIONS[0]] * 3
+    cut = Cut(C, "turn3-decode2", 5)
+    first = Scripted(asked(*texts))
+    play(model, tokens, tmp_path, first, cut=cut)
+    for rank in Rank:
+        (folder,) = (tmp_path / rank.label).glob("*/")
+        sizes = {int(f.stem): f.stat().st_size for f in folder.glob("0*.state")}
+        assert {3, 6, 7, 8} <= set(sizes)  # one and two are too old
+        assert max(sizes[6], sizes[8]) < 1.5 * sizes[3]
+    own = Scripted(asked(*texts))
+    check_whole(play(model, tokens, tmp_path, own, resume=True), tmp_path)
+    check_turns(model, PUBLIC, tokens, own, [3] * 3, texts)
+
+
+@SLOW
+def test_padded_turns_go_on(model: Model, tokens: list[int], tmp_path: Path) -> None:
+    public = PUBLIC.model_copy(update={"length_grid": 8})
+    ends = play(model, tokens, tmp_path, Scripted(asked(*QUESTIONS)), False, Cut(S, "turn2-decode2"), public)
+    assert isinstance(ends[S], Killed), ends
+    own = Scripted(asked(*QUESTIONS))
+    check_whole(play(model, tokens, tmp_path, own, resume=True, public=public), tmp_path)
+    check_turns(model, PUBLIC, tokens, own, [3] * 3)
+    assert [turn.question_tokens for turn in own.turns] == [8] * 3

@@ -77,7 +77,7 @@ def test_a_file_of_an_older_release_is_refused(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(b"mpcache")] = sealed.VERSION - 1
     file.write_bytes(content)
-    words = "x: is of format 2, which another release of mpcache wrote; this release reads format 3$"
+    words = "x: is of format 3, which another release of mpcache wrote; this release reads format 4$"
     with pytest.raises(StateError, match=words):
         sealed.unseal(file, KEY, HEADER)
     with pytest.raises(StateError, match=words):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mpcache.errors import Desync, InUse
+from mpcache.errors import Desync, InUse, StateError
 from mpcache.rank import Rank
 from mpcache_parties.state.store import Files, Store
 
@@ -64,6 +64,21 @@ def test_old_sessions_make_room(store: Store) -> None:
         files.close()
     store.forget_old(left=0)
     assert {f.name for f in store.folder.iterdir()} == {"key", "notes"}
+
+
+def test_a_step_belongs_to_the_one_that_it_was_written_after(store: Store) -> None:
+    """That one stays, whatever its age; one of another run in its place is named."""
+    files = begin(store, 1)
+    files.write(1, "a" * 32, {"first": 1})
+    for step in range(2, 10):
+        files.write(step, "a" * 32, {}, after=(1, 0))
+    assert files.steps() == [0, 1, 4, 5, 6, 7, 8, 9]
+    assert files.bases(9) == [1, 0] and files.bases(1) == [0] and files.bases(0) == []
+    assert files.read(9, "a" * 32) == {}
+    files.write(1, "b" * 32, {"first": 2})
+    with pytest.raises(StateError, match="server: .*000009.state: its after_run is 'aaaa.* is 'bbbb"):
+        files.read(9, "a" * 32)
+    files.close()
 
 
 def test_sessions_come_and_go_on_many_threads(store: Store) -> None:

@@ -28,11 +28,13 @@ class CostTable:
     def for_people(self) -> Table:
         """Lay it out for a terminal."""
         table = _table(self.title)
-        for i, (name, right) in enumerate(zip(self.names, self.numeric, strict=True)):
+        columns = zip(self.names, self.numeric, zip(*self.lines, strict=True), strict=True)
+        for i, (name, right, cells) in enumerate(columns):
             if i == 0:
                 table.add_column(name, overflow="fold", min_width=12)
-            else:
-                table.add_column(name, justify="right" if right else "left", no_wrap=True)
+                continue
+            widest = max(map(len, (name, *cells)))  # rich would break a name at its blank
+            table.add_column(name, justify="right" if right else "left", no_wrap=True, min_width=widest)
         for line in self.lines:
             table.add_row(*line)
         return table

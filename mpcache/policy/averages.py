@@ -43,7 +43,7 @@ def attend_split(kernels: Backend, layer: SplitLayer, q: torch.Tensor) -> torch.
         biases.append(bias.reshape(-1))
         counts += [n] * heads
     order = torch.tensor([head for some in layer.heads for head in some], device=q.device)
-    starts = torch.tensor([0, *counts]).cumsum(0).to(q.device)
+    starts = torch.tensor([0, *counts]).cumsum(0)
     out = kernels.ragged_attend(
         q[order], torch.cat(keys), torch.cat(values), torch.cat(biases), starts, max(counts)
     )

@@ -18,7 +18,7 @@ from mpcache.policy.choosing import Choosing, followers
 from mpcache.policy.layer_lists import LAYERS_ALLOWED, listed_layers
 from mpcache.policy.plan import Budget, Plan, setting
 
-CORRECTION = 13 / 32  # of the depth, as published for Llama-3
+CORRECTION = 13 / 32  # of the depth, as published for 32 layers
 
 
 @dataclass(frozen=True)

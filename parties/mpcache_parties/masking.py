@@ -163,7 +163,7 @@ def mask_ahead(owns: Sequence[Document], public: PublicConfig, setups: ServerSet
 
 
 def _mask(own: Document, public: PublicConfig, setups: ServerSetups, say: Say) -> None:
-    asked = {"question_tokens": 0, "new_tokens": public.max_new_tokens}
+    asked = {"question_tokens": 0, "new_tokens": public.max_new_tokens, "private_tokens": 0}
     facts = facts_of({"model": facts_of_model(own, public), "question": asked}, public)
     ops = engine(facts.protocol, Rank.SERVER, public.fraction_bits)
     session = TimedSession(ops, _Alone(), facts.shape, facts.policy)

@@ -249,11 +249,12 @@ def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
 
     bytes_of("checkpoint's content", 6, content, [b"".join(snapshot.serialize(tree))])
 
-    kept = Kept(torch.arange(3), torch.ones(2, 3, 4), torch.ones(2, 3, 4))
-    context = PackedContext(9, "streaming:sink=1,recent=2", (), ((kept,),), (1.0,), (1.0,))
+    shape = shape_from_config(json.loads((place / "own" / "config.json").read_text()))
+    rows = torch.ones(shape.kv_heads, 3, shape.head_dim)
+    layers, ones = ((Kept(torch.arange(3), rows, rows),),) * shape.layers, (1.0,) * shape.layers
+    context = PackedContext(9, "streaming:sink=1,recent=2", (), layers, ones, ones)
     about = PackFacts("0" * 64, "0" * 64, "none", "raw", "reference", "source")
     write_pack(file, Pack(about, context))
-    shape = shape_from_config(json.loads((place / "own" / "config.json").read_text()))
 
     def pack(data: bytes) -> None:
         file.write_bytes(data)

@@ -231,7 +231,7 @@ def test_the_tokenizer_and_the_facts_are_all_that_is_said_in_the_clear(model: Mo
         "shape", "model_digest", "tokenizer_bytes", "tokenizer_digest", "context_tokens", "kernels",
         "session", "template_bytes", "template_digest", "document",
     }  # fmt: skip
-    question = {"question_tokens", "new_tokens"}
+    question = {"question_tokens", "new_tokens", "private_tokens"}
     allowed = {"facts/model": model_facts, "facts/question": question, "more/decode1": {"more"}}
     allowed |= {step: {"digest"} for step in ("facts/held", "facts/seed")}
     masks = {"identifier", "layout", "bytes"}
@@ -242,8 +242,8 @@ def test_the_tokenizer_and_the_facts_are_all_that_is_said_in_the_clear(model: Mo
     }
     heard = {Rank.SERVER: 10, Rank.CLIENT: 5, Rank.DEALER: 9}
     agreed = (
-        r"(shape|plan\.layer\d+)\.\w+|(context|question|new)_tokens|room|kernels|protocol|session|document(_name)?"
-        r"|(model|tokenizer|template)_digest"
+        r"(shape|plan\.layer\d+)\.\w+|(context|question|new|private)_tokens|document_chunks|eviction\.\w+|room|turns"
+        r"|kernels|policy|protocol|session|document(_name)?|(model|tokenizer|template)_digest"
     )
     for rank, view in views.items():
         assert len(view.facts) == heard[rank]

@@ -124,7 +124,9 @@ def demo() -> tuple[dict[str, Any], str]:
 def test_a_dry_run_starts_no_party_and_says_so(
     run_here: Run, tiny: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpcache.cli.run_parties", lambda *arguments: pytest.fail("processes were started"))
+    monkeypatch.setattr(
+        "mpcache.inquiry.run_parties", lambda *arguments: pytest.fail("processes were started")
+    )
     flags = [
         "--question",
         "the gate of",
@@ -291,7 +293,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(case: str, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found before any process is started."""
-    monkeypatch.setattr("mpcache.cli.run_parties", lambda *arguments: pytest.fail("processes were started"))
+    monkeypatch.setattr(
+        "mpcache.inquiry.run_parties", lambda *arguments: pytest.fail("processes were started")
+    )
     flags, words = BAD[case]
     code, out, noise = run_here("generate", *flags)
     assert (code, out) == (2, "")

@@ -53,6 +53,8 @@ def test_flat_is_text_with_the_policys_options_apart() -> None:
         "document_as": "system",
         "reveal": "logits",
         "length_grid": "1",
+        "private_policy": "full",
+        "document_chunk": "0",
         "fraction_bits": "16",
         "network": "none",
         "kernels": "auto",

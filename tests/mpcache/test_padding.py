@@ -140,6 +140,6 @@ def test_learned_positions_are_refused() -> None:
 
 def test_a_question_that_is_no_multiple_is_found(model: Model) -> None:
     facts = {"shape": model.shape.to_dict(), "context_tokens": 24}
-    asked = {"question_tokens": 5, "new_tokens": 2}
+    asked = {"question_tokens": 5, "new_tokens": 2, "private_tokens": 0}
     with pytest.raises(Desync, match="the client's question has 5 tokens, not a multiple of --pad"):
         facts_of({"model": facts, "question": asked}, public_of("full", 4))

@@ -17,7 +17,8 @@ AUTO = PublicConfig(policy=POLICY_AUTO)
 
 def facts(public: PublicConfig = AUTO, **told: Any) -> Facts:
     model = {"shape": load_shape(demo_model_dir()).to_dict(), "context_tokens": 100, "kernels": "reference"}
-    return facts_of({"model": model | told, "question": {"question_tokens": 5, "new_tokens": 4}}, public)
+    asked = {"question_tokens": 5, "new_tokens": 4, "private_tokens": 0}
+    return facts_of({"model": model | told, "question": asked}, public)
 
 
 def test_all_take_what_the_server_picked_and_compare_it() -> None:

@@ -15,7 +15,7 @@ from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.report.account import Report
-from mpcache_parties.handshake import agree
+from mpcache_parties.handshake import NO_NAME, agree
 from mpcache_parties.network.connect import connect_all
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.private_inputs import Question
@@ -33,7 +33,7 @@ TOKENS = 4
 
 def said(public: PublicConfig, keeper: Checkpointer | None = None) -> dict[str, str]:
     """What a client says in HELLO, without `--offline-store`."""
-    return public.flat() | {"state": (keeper or Checkpointer()).mode, "tapes": "live"}
+    return public.flat() | {"state": (keeper or Checkpointer()).mode, "tapes": "live", "document": NO_NAME}
 
 
 def plain(model: Model, public: PublicConfig, question: str) -> list[int]:

@@ -161,7 +161,7 @@ def ragged_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, starts: Tensor,
     """Compute `reference.ragged_attend`: (kv_heads, rows, d), two of (tokens, d), (tokens,) -> like q."""
     kv_heads, rows, d = q.shape
     out = torch.empty(kv_heads, rows, d, dtype=q.dtype, device=q.device)
-    q, k, v, bias, starts = strided(q), strided(k), strided(v), bias.contiguous(), starts.contiguous()
+    q, k, v, bias, starts = strided(q), strided(k), strided(v), bias.contiguous(), starts.to(q.device)
     bt = 64 if k.element_size() == 2 else 32
     splits, span = split_length(longest, kv_heads, bt, q.device)
     tops, totals = torch.empty(2, kv_heads * rows, splits, dtype=torch.float32, device=q.device)

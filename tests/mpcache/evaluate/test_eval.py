@@ -298,7 +298,7 @@ BAD = {
     "context": (["--context", "2000"], "--context is 2000; the model takes 32 to"),
     "context small": (["--context", "40", "--task", "recall"], "too short for task recall"),
     "model": (["--model", "/no/such"], "/no/such: no such model folder"),
-    "plot name": (["--plot", "/tmp/plot.png"], "give a name that ends in .svg"),
+    "plot name": (["--plot", "/tmp/plot.jpg"], "give a name that ends in .svg, .pdf, .png"),
     "plot folder": (["--plot", "/no/such/plot.svg"], "there is no folder /no/such"),
 }
 

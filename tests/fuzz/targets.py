@@ -250,8 +250,8 @@ def _kept(place: Path, bytes_of: Any, json_of: Any) -> None:
     bytes_of("checkpoint's content", 6, content, [b"".join(snapshot.serialize(tree))])
 
     shape = shape_from_config(json.loads((place / "own" / "config.json").read_text()))
-    rows = torch.ones(shape.kv_heads, 3, shape.head_dim)
-    layers, ones = ((Kept(torch.arange(3), rows, rows),),) * shape.layers, (1.0,) * shape.layers
+    rows, ones = (shape.kv_heads, 3, shape.head_dim), (1.0,) * shape.layers
+    layers = tuple((Kept(torch.arange(3), torch.ones(rows), torch.ones(rows)),) for _ in ones)
     context = PackedContext(9, "streaming:sink=1,recent=2", (), layers, ones, ones)
     about = PackFacts("0" * 64, "0" * 64, "none", "raw", "reference", "source")
     write_pack(file, Pack(about, context))
@@ -375,7 +375,7 @@ def _messages(model: Path, bytes_of: Any, json_of: Any) -> None:
     facts = {
         "shape": loaded.shape.to_dict(), "model_digest": loaded.digest, "tokenizer_bytes": 1000,
         "tokenizer_digest": "00", "context_tokens": 40, "kernels": "cpu", "question_tokens": 4,
-        "new_tokens": 4,
+        "new_tokens": 4, "private_tokens": 0,
     }  # fmt: skip
 
     def public(data: bytes) -> None:

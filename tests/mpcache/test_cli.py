@@ -339,7 +339,9 @@ def test_a_broken_checkpoint_is_the_servers_error(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("how", [pytest.param("party", marks=pytest.mark.slow), "parent", "interrupt"])
+@pytest.mark.parametrize(
+    "how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("party", "parent")), "interrupt"]
+)
 def test_no_process_is_left_behind(how: str, tiny: list[object]) -> None:
     """A killed party ends the run; a killed parent, or Ctrl-C, ends the parties."""
     with started() as children:

@@ -122,8 +122,11 @@ def test_the_parties_import_what_is_installed(folder: Path, document: Path, tmp_
     "line",
     [
         'F=$1 M=$2; shift 2; "$@" --model "$M" --context <(cat "$F")',
-        'F=$1 M=$2; shift 2; "$@" --model "$M" --context - < "$F"',
-        'F=$1 M=$2; shift 2; cat "$F" | "$@" --model "$M" --context /dev/stdin --config <(echo "public: {}")',
+        pytest.param('F=$1 M=$2; shift 2; "$@" --model "$M" --context - < "$F"', marks=pytest.mark.slow),
+        pytest.param(
+            'F=$1 M=$2; shift 2; cat "$F" | "$@" --model "$M" --context /dev/stdin --config <(echo "public: {}")',
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_document_is_read_once(line: str, folder: Path, document: Path) -> None:
@@ -136,6 +139,7 @@ def test_a_document_is_read_once(line: str, folder: Path, document: Path) -> Non
     assert found["context_tokens"] == json.loads(out)["context_tokens"]
 
 
+@pytest.mark.slow
 def test_a_config_is_read_once_by_compare(folder: Path, document: Path) -> None:
     line = '"$@" --config <(echo "public: {max_new_tokens: 2}")'
     flags = ("--model", folder, "--context", document, "--question", "the gate", "--json")
@@ -162,6 +166,7 @@ def test_a_system_that_refuses_files_is_one_line(folder: Path, document: Path) -
     assert last.endswith("set TMPDIR to a folder that can be written") and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_name_that_the_system_refuses_is_one_line() -> None:
     """As a folder does that cannot be entered, on a file system's own terms: here a name that is too long."""
     long = "a" * 300

@@ -34,6 +34,7 @@ def crts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_keygen_and_pin_never_fail_in_silence(tmp_path: Path, crts: dict[str, Path]) -> None:
     config = tmp_path / "session.yaml"
     config.write_text("public:\n  max_new_tokens: 5\n")

@@ -35,6 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_ledgers_equal_the_model_and_stand_beside_it(model: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     flags = [*SMALL, "--shape", model, "--policy", "mpcache", "--report", report]

@@ -95,7 +95,16 @@ def test_a_signal_that_the_caller_ignores_is_ignored(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- streams
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    "closed",
+    [
+        ">&-",
+        *(
+            pytest.param(way, marks=pytest.mark.slow)
+            for way in ("2>&-", "<&-", "<&- >&- 2>&-", "2>/dev/full")
+        ),
+    ],
+)
 def test_a_closed_stream_is_ordinary(closed: str, tiny: list[object]) -> None:
     """A stderr that takes nothing, too: there is only less to be seen."""
     done = shell(f'"$@" {closed}', *CLI, *ANSWER, *tiny, "--question", "the gate", "--json")
@@ -116,6 +125,7 @@ def test_nobody_who_reads_is_no_error() -> None:
     assert done.stderr == b""
 
 
+@pytest.mark.slow
 def test_an_encoding_without_a_character_shows_the_answer(tiny: list[object]) -> None:
     """The question is shown, too, and a table; what cannot be written is spelt."""
     question = ("--question", "the \u2019gate\u2019 of \u4eba")

@@ -27,6 +27,7 @@ from tests.support.policy_specs import MORE, PRIVATE
 
 S, C, D = Rank
 TOKENS = 4
+OFTEN = ("full", "streaming", "snapkv", "h2o", "quest", "mpcache", "compact", "delta")
 
 
 def converse(
@@ -43,7 +44,13 @@ def converse(
     )
 
 
-@pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in PRIVATE.items()])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, id=name, marks=() if name in OFTEN else pytest.mark.slow)
+        for name, spec in PRIVATE.items()
+    ],
+)
 def test_each_turn_is_answered_as_in_plaintext(spec: str, model: Model) -> None:
     public, tokens = PublicConfig(policy=spec, max_new_tokens=TOKENS), context_of(model, 24)
     own = Scripted(asked(*QUESTIONS))

@@ -124,7 +124,8 @@ def test_the_parties_import_what_is_installed(folder: Path, document: Path, tmp_
         'F=$1 M=$2; shift 2; "$@" --model "$M" --context <(cat "$F")',
         pytest.param('F=$1 M=$2; shift 2; "$@" --model "$M" --context - < "$F"', marks=pytest.mark.slow),
         pytest.param(
-            'F=$1 M=$2; shift 2; cat "$F" | "$@" --model "$M" --context /dev/stdin --config <(echo "public: {}")',
+            "F=$1 M=$2; shift 2; "
+            'cat "$F" | "$@" --model "$M" --context /dev/stdin --config <(echo "public: {}")',
             marks=pytest.mark.slow,
         ),
     ],

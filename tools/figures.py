@@ -87,7 +87,7 @@ def demo() -> Iterator[Line]:
         "context transfer (once per document)": size(row["context_bytes"]),
     }
     for name, value in shown.items():
-        yield f"│ {name:<36} │", f"│ {name:<36} │ {value:>14} │ {'':>10} │"
+        yield f"│ {name:<36} │", f"│ {name:<36} │ {value:>15} │ {'':>10} │"
 
 
 @cache

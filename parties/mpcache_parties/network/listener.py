@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
-from threading import Lock
+from threading import Condition
 from typing import Any
 
 import grpc
@@ -34,6 +34,7 @@ from mpcache_parties.network.session_network import STRANGER, Network
 from mpcache_parties.network.tls import Trust
 from mpcache_parties.say import Say, quiet
 
+PLACE_S = 6.0  # that a new session waits for the place of one that ends: its links may linger
 QUIET_S = 1.0  # after a line about a refused caller
 STRANGERS_EVERY_S = 10.0  # a line about callers without a pinned certificate
 
@@ -61,7 +62,7 @@ class Listener:
         self._first, self._on_refused = first, on_refused
         self._sessions: dict[str, Network] = {}
         self._new: SimpleQueue[Network] = SimpleQueue()
-        self._lock = Lock()
+        self._lock = Condition()
         self._closed = False
         self._quiet_until, self._unsaid, self._look_at = 0.0, 0, 0.0
         streams = 16 + 8 * limit  # two per session, new ones in place of broken ones, refusals
@@ -179,7 +180,9 @@ class Listener:
                 return None
             network, network.session = self._first, session
         else:
-            if len(self._sessions) >= self.limit:
+            if self._full() and any(network.ending for network in self._sessions.values()):
+                self._lock.wait_for(lambda: not self._full(), PLACE_S)
+            if self._full():
                 raise LinkError(
                     f"{self.rank.label} serves {self.limit} session{'s' * (self.limit > 1)} at once, and not "
                     "one more (--sessions there); try again later"
@@ -190,6 +193,10 @@ class Listener:
         self._sessions[session] = network
         return network
 
+    def _full(self) -> bool:
+        return len(self._sessions) >= self.limit
+
     def _forget(self, session: str) -> None:
         with self._lock:
             self._sessions.pop(session, None)
+            self._lock.notify_all()

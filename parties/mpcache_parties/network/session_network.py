@@ -93,6 +93,11 @@ class Network:
         else:  # a foreign error's text might hold anything: only its name leaves this party
             self.close(f"{self.rank.label} failed ({kind.__name__})" if kind else "")
 
+    @property
+    def ending(self) -> bool:
+        """Whether it closes, or a peer has said its last word."""
+        return self._closed or any(link.peer_left for link in self.links.values())
+
     def close(self, reason: str = "") -> None:
         """End every link and what it stands on; bounded, and harmless to repeat."""
         atexit.unregister(self.close)

@@ -255,7 +255,7 @@ def test_the_code_of_the_page_runs(
         next(kept.ask("The code of the red gate is"))
         kept.close(keep=True)
         exec(compile(resumed, "docs/python.md", "exec"), {"mpcache": mpcache})
-        assert capsys.readouterr().out.strip()
+        assert capsys.readouterr().out  # a random model may go on with blanks alone
 
 
 @pytest.mark.slow

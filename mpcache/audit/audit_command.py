@@ -13,16 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from mpcache.audit import measure as measuring
-from mpcache.audit.audit_shapes import contexts_of, shape_of, weights_of
+from mpcache.audit.audit_shapes import contexts_of, lengths_of, shape_of, weights_of
 from mpcache.audit.cost_plot import plot_contexts, plot_cost
 from mpcache.audit.cost_tables import CostTable, breakdowns, cost_tables, measured_tables, verdict
 from mpcache.audit.explain import explain_policy
 from mpcache.audit.explain_document import explain_document
-from mpcache.audit.exports import FORMATS, as_csv, csv_lines, latex, markdown, write_csv
+from mpcache.audit.exports import FORMATS, as_csv, csv_lines, in_form, write_csv
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
 from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_rows, resolved
-from mpcache.audit.private_rows import lengths_of, show_document
+from mpcache.audit.private_rows import show_document
 from mpcache.audit.quality import points
 from mpcache.audit.size_tables import show_sizing
 from mpcache.audit.tuning import Tuned, tuned, tuning_tables
@@ -249,7 +249,7 @@ def _price_document(
 ) -> None:  # fmt: skip
     """Price, or explain, a document of the client's own. asked: its lengths, policies, networks, question."""
     lengths, policies, network, question = asked
-    tokens = lengths_of(lengths)
+    tokens = lengths_of("--private-context", lengths)
     if others := [one for one in protocols if one not in (ProtocolName.FAST, ProtocolName.FAST_BITS)]:
         raise BadInput(f"--private-context is priced for fast and fast-bits, not for {others[0]}")
     if explain is None:
@@ -318,7 +318,7 @@ def _show(results: Sequence[dict[str, Any]], by: str | None, csv: Path | None, f
         case "csv":
             print(as_csv(lines), end="")
         case "markdown" | "latex":
-            print("\n".join((markdown if form == "markdown" else latex)(tables)))
+            print(in_form(tables, form))
         case _:
             _show_tables(results, tables, by)
     if csv:

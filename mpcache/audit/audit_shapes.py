@@ -50,7 +50,7 @@ def contexts_of(text: str | None, given: str, shape: ModelShape, more: int) -> l
         raise BadInput(f"question and answer make {more} tokens, the model allows {shape.max_positions}")
     if text is None:
         return [c for c in CONTEXTS if c <= limit] or [limit]
-    contexts = list(dict.fromkeys(n for item in listed("--context", text) for n in _lengths(item)))
+    contexts = lengths_of("--context", text)
     beyond = [c for c in contexts if c > limit]
     if beyond and (given not in NAMES or shape.positions != "rope"):
         raise BadInput(
@@ -65,14 +65,18 @@ def contexts_of(text: str | None, given: str, shape: ModelShape, more: int) -> l
     return contexts
 
 
-def _lengths(item: str) -> list[int]:
-    """Read `512`, `32k`, or `512..32k`, which doubles from the one to the other. Raises BadInput."""
+def lengths_of(option: str, text: str) -> list[int]:
+    """Read numbers of tokens with commas: `512`, `32k`, or `512..32k`, which doubles. Raises BadInput."""
+    return list(dict.fromkeys(n for item in listed(option, text) for n in _lengths(option, item)))
+
+
+def _lengths(option: str, item: str) -> list[int]:
     ends = [re.fullmatch(r"([1-9]\d{0,8})(k?)", end, re.ASCII) for end in item.split("..", 1)]
     if not all(ends):
-        raise BadInput(f"--context {item!r} is not a number of tokens; as in 512,1024 or 512..32k")
+        raise BadInput(f"{option} {item!r} is not a number of tokens; as in 512,1024 or 512..32k")
     first, last = (int(end[1]) * (1024 if end[2] else 1) for end in (ends[0], ends[-1]) if end)
     if last < first:
-        raise BadInput(f"--context {item!r} ends below its beginning")
+        raise BadInput(f"{option} {item!r} ends below its beginning")
     lengths = [first]
     while lengths[-1] < last:
         lengths.append(min(last, 2 * lengths[-1]))

@@ -52,6 +52,11 @@ def write_csv(path: Path, lines: Sequence[AuditRow]) -> None:
         raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
+def in_form(tables: Sequence[CostTable], form: str) -> str:
+    """Write tables as `markdown` or `latex`."""
+    return "\n".join((markdown if form == "markdown" else latex)(tables))
+
+
 def markdown(tables: Sequence[CostTable]) -> Iterator[str]:
     """Write tables as Markdown: the first column is text, what follows numbers, and `leaks` text again."""
     for table in tables:

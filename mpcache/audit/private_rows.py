@@ -14,12 +14,10 @@ from rich.table import Table
 from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.console import terminal
-from mpcache.console.inputs import listed
 from mpcache.cost.pricing import price
 from mpcache.cost.rates import RATES
 from mpcache.cost.reading import reading_plan
 from mpcache.cost.tally import Cost, Tally, sum_tallies
-from mpcache.errors import BadInput
 from mpcache.limits import bind_policy
 from mpcache.model import ModelShape
 from mpcache.phases import EVICTION, private_chunk
@@ -106,16 +104,6 @@ def _pays(cost: float, saving: float) -> int | None:
 
 def _peak(cost: Cost) -> int:
     return cost.held + max(sum_tallies(steps.items()).working for steps in cost.phases.values())
-
-
-def lengths_of(text: str) -> list[int]:
-    """Read what --private-context was given: numbers of tokens. Raises BadInput."""
-    found = []
-    for item in listed("--private-context", text):
-        if not (item.isascii() and item.isdigit() and 0 < int(item) < 10**9):
-            raise BadInput(f"--private-context {item!r} is not a number of tokens; as in 128,512")
-        found.append(int(item))
-    return found
 
 
 def show_document(

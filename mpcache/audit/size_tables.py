@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpcache.audit.cost_tables import CostTable
-from mpcache.audit.exports import latex, markdown
+from mpcache.audit.exports import in_form
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.cost.sizing import sizing
@@ -35,7 +35,7 @@ def show_sizing(
         return
     table = _table(rows)
     if form in ("markdown", "latex"):
-        print("\n".join((markdown if form == "markdown" else latex)([table])))
+        print(in_form([table], form))
         return
     out = terminal.stdout()
     terminal.print_table(out, table.for_people())

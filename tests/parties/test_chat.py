@@ -239,7 +239,7 @@ def test_the_code_of_the_page_runs(
     remote, here, resumed = re.findall(r"```python\n(.*?)```", page, re.S)
     exec(compile(here, "docs/python.md", "exec"), {})
     assert capsys.readouterr().out.strip()
-    settings = Settings(public=PublicConfig(max_new_tokens=3))
+    settings = Settings(public=PublicConfig(max_new_tokens=24))
     with LocalParties(settings, text=TEXT, state=tmp_path) as there:
         flags = dict(zip(there._own[Rank.CLIENT][::2], there._own[Rank.CLIENT][1::2], strict=True))
         connect = chat_module.connect
@@ -255,7 +255,7 @@ def test_the_code_of_the_page_runs(
         next(kept.ask("The code of the red gate is"))
         kept.close(keep=True)
         exec(compile(resumed, "docs/python.md", "exec"), {"mpcache": mpcache})
-        assert capsys.readouterr().out  # a random model may go on with blanks alone
+        assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.slow

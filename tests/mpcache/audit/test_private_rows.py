@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from mpcache.audit.audit_shapes import lengths_of
 from mpcache.audit.explain_document import explain_document
-from mpcache.audit.private_rows import lengths_of, price_document
+from mpcache.audit.private_rows import price_document
 from mpcache.cli import main
 from mpcache.errors import BadInput
 from mpcache.transport.network import NO_NETWORK, parse_network
@@ -58,4 +59,4 @@ def test_the_command_prints_rows_and_refuses_what_is_no_length(capsys: pytest.Ca
     assert (row["private_tokens"], row["network"]) == (24, NO_NETWORK.name)
     for text in ("x", "0", "1.5"):
         with pytest.raises(BadInput, match="is not a number of tokens"):
-            lengths_of(text)
+            lengths_of("--private-context", text)

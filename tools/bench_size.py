@@ -106,6 +106,13 @@ def environment_of(checkout: Path | None) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, roots))}
 
 
+def program_of(checkout: Path | None) -> list[str]:
+    """Return Python's arguments for `mpcache`: an early state has no `python -m mpcache`."""
+    if checkout is not None and not (checkout / "mpcache/__main__.py").is_file():
+        return ["-c", "from mpcache.cli import main; raise SystemExit(main())"]
+    return ["-m", "mpcache"]
+
+
 def measure(model: Path, given: argparse.Namespace, checkout: Path | None) -> str:
     """Run one answer, and return its row."""
     tokenizer = load_tokenizer(model)
@@ -113,7 +120,7 @@ def measure(model: Path, given: argparse.Namespace, checkout: Path | None) -> st
     cpu: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         document, out = Path(folder) / "document.txt", Path(folder) / "out.json"
-        command = [sys.executable, "-m", "mpcache", "generate", "--json", "--no-stop-at-eos"]
+        command = [sys.executable, *program_of(checkout), "generate", "--json", "--no-stop-at-eos"]
         command += ["--model", str(model), "--policy", given.policy]
         if given.context:
             document.write_text(text_of(tokenizer, given.context), encoding="utf-8")

@@ -31,13 +31,14 @@ from mpcache.runtime.rng import SEED_BYTES
 from mpcache.sampling import Sampling
 from mpcache.transport.frames import FrameLink
 from mpcache_kernels import backend
-from mpcache_parties.handshake import agree
+from mpcache_parties.handshake import NO_NAME, KeepMode, agree
 from mpcache_parties.network.connect import connect_all
 from mpcache_parties.private_inputs import Question
 from mpcache_parties.roles import AHEAD
 from tests.support.links import context_of, free_settings
 from tests.support.processes import PARTY, SOON_S, errors_of, start, started, write_config
 from tests.support.session import QUESTION, run_session
+from tests.support.sure import sure_ids
 
 S, C, D = Rank
 
@@ -126,7 +127,8 @@ def test_what_the_document_decides_is_announced(model: Model, tokens: list[int])
     kept = [layer.kept for layer in known.plan.layers]
     assert max(kept) < len(tokens) and len(set(kept)) > 1
     assert server.kept_tokens == client.kept_tokens == dealer.kept_tokens == kept
-    assert client.token_ids == plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
+    sure = sure_ids(model, bound, tokens, asked, 3)
+    assert client.token_ids[: len(sure)] == sure and len(client.token_ids) == 3
     # What it cost is what the audit says of these counts.
     given = f"{THRESHOLD.policy},n_keep={'/'.join(map(str, kept))}"
     priced = price(model.shape, given, len(tokens), len(asked), new_tokens=3).total("decode")
@@ -151,7 +153,8 @@ def test_what_the_model_decides_is_told_with_the_facts(model: Model, tokens: lis
     assert server.plan == client.plan == dealer.plan and "parts" in str(server.plan)
     asked = model.tokenizer.encode(QUESTION, bos=False)
     bound = bind_policy(model.shape, public, len(tokens), len(asked))
-    assert client.token_ids == plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
+    sure = sure_ids(model, bound, tokens, asked, 3)
+    assert client.token_ids[: len(sure)] == sure and len(client.token_ids) == 3
     counted = bound.with_counts(bound.count_from_model(model), model.shape)
     priced = price(model.shape, counted, question=len(asked), new_tokens=3).total("decode")
     steps = [client.phases[name] for name in ("decode1", "decode2")]
@@ -297,6 +300,8 @@ BAD = {
     "port": (S, [], 3, "is in use by another program|is not the server: it does not answer"),
 }
 
+PLAIN_MODES = {"state": KeepMode.NONE.value, "document": NO_NAME}  # what a client without options says, too
+
 
 @pytest.mark.processes
 @pytest.mark.parametrize("case", BAD)
@@ -309,7 +314,7 @@ def test_bad_input_ends_all(
 
     def wait(peer: Rank) -> LinkError:
         with pytest.raises(LinkError) as caught, connect_all(peer, settings, Ledger()) as network:
-            agree(network.links, peer, settings.public.flat())
+            agree(network.links, peer, settings.public.flat() | PLAIN_MODES)
             network[rank].recv_facts("facts/model")
         return caught.value
 

@@ -174,13 +174,11 @@ class Cluster:
             try:
                 theirs = ray.get(reply, timeout=PROBE_S)
             except ray.exceptions.RayError as error:
-                raise BadInput(
-                    f"--ray {self.address}: {host} cannot run mpcache: {_why(error)}; install the same release"
-                ) from None
+                raise BadInput(f"--ray {self.address}: {host} cannot run mpcache: {_why(error)}") from None
             if theirs != mine:
                 raise BadInput(
-                    f"--ray {self.address}: {host} has another release of mpcache ({theirs}) than this machine "
-                    f"({mine}); install the same on all"
+                    f"--ray {self.address}: {host} has another release of mpcache ({theirs}) than this "
+                    f"machine ({mine}); install the same on all"
                 )
 
 

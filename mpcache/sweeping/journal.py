@@ -22,12 +22,12 @@ class Journal:
     """The finished cells of one sweep by their names; kept in `file`, or in memory alone."""
 
     def __init__(self, file: Path | None, about: Mapping[str, Any]) -> None:
-        """Open the journal of what `about` says, or begin it. Raises BadInput: a journal of something else."""
+        """Open the journal of what `about` says, or begin it. Raises BadInput: it is of something else."""
         self.file = file
         self.found: dict[str, Outcome] = {}
         if file is None:
             return
-        head = {"journal": 1, "release": release_digest(), **about}
+        head = json.loads(json.dumps({"journal": 1, "release": release_digest(), **about}))
         try:
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
             if not lines or not lines[0].endswith("\n"):

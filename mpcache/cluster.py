@@ -27,6 +27,8 @@ HERE = "local"  # an address: a cluster of this machine alone, which ends with t
 RUNNING = "auto"  # an address: the cluster that this machine belongs to
 STORE = 128 << 20  # bytes of Ray's object store on this machine, where the cluster is this machine alone
 DIAL_S = 3.0  # for an address to be answered at
+ANSWER_S = 300.0  # for an actor to answer, or to be made anew and then answer
+RESTARTS = 3  # of an actor that is lost
 PROBE_S = 60.0  # for a machine to start a worker and import mpcache
 PACKAGES = ("mpcache", "mpcache_parties", "mpcache_kernels")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ray takes the second one when it is imported
@@ -34,6 +36,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ray takes the second one when it is
 
 class ClusterError(MpcacheError):
     """A machine of a Ray cluster, or a worker on it, is lost or cannot do its part."""
+
+    private = True  # names a party's own machines
+
+
+class ClusterInput(BadInput):
+    """No cluster is where --ray says, or it cannot do what is asked."""
+
+    private = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Cluster:
         try:
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
-            raise BadInput(_refused(address, error)) from None
+            raise ClusterInput(_refused(address, error)) from None
         finally:
             _restore(kept)
         found = cls(address, ray)
@@ -130,7 +140,7 @@ class Cluster:
         room = sum(memory // each for memory in self.memory)
         if room < count:
             offered = ", ".join(f"{memory / 1e9:.1f} GB" for memory in self.memory)
-            raise BadInput(
+            raise ClusterInput(
                 f"--ray {self.address}: {what} need {each / 1e9:.1f} GB each, {count} at once; the machines "
                 f"offer {offered}: add machines, or ask for less"
             )
@@ -160,6 +170,17 @@ class Cluster:
                 del waiting[generator]
                 yield number, last
 
+    def actors(self, kind: type, each: Sequence[tuple[Any, ...]], memory: int) -> Actors:
+        """Start an actor of `kind` with each of these arguments, spread over the machines.
+
+        memory: bytes of each, so that no machine gets more of them than it can hold.
+        """
+        make = self._ray.remote(kind).options(
+            num_cpus=0, memory=memory, scheduling_strategy="SPREAD", max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+        )  # fmt: skip
+        return Actors(self._ray, [make.remote(*arguments) for arguments in each])
+
     def _check_release(self) -> None:
         """Ask each machine for its release of mpcache. Raises BadInput."""
         ray, mine = self._ray, release_digest()
@@ -174,12 +195,43 @@ class Cluster:
             try:
                 theirs = ray.get(reply, timeout=PROBE_S)
             except ray.exceptions.RayError as error:
-                raise BadInput(f"--ray {self.address}: {host} cannot run mpcache: {_why(error)}") from None
+                raise ClusterInput(
+                    f"--ray {self.address}: {host} cannot run mpcache: {_why(error)}"
+                ) from None
             if theirs != mine:
-                raise BadInput(
+                raise ClusterInput(
                     f"--ray {self.address}: {host} has another release of mpcache ({theirs}) than this "
                     f"machine ({mine}); install the same on all"
                 )
+
+
+class Actors:
+    """Actors of a cluster. One that is lost is made anew by Ray, and what it was asked is asked again."""
+
+    def __init__(self, ray: Any, actors: Sequence[Any]) -> None:
+        self._ray, self._actors = ray, actors
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def ask(self, method: str, each: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call a method of each actor, of all at once, with its arguments. Raises ClusterError."""
+        calls = [
+            getattr(actor, method).remote(*arguments)
+            for actor, arguments in zip(self._actors, each, strict=True)
+        ]
+        answers = []
+        for number, call in enumerate(calls, 1):
+            try:
+                answers.append(self._ray.get(call, timeout=ANSWER_S))
+            except self._ray.exceptions.RayError as error:
+                raise ClusterError(f"actor {number} of {len(self)}: {_why(error)}") from None
+        return answers
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Call a method of all actors, and do not wait."""
+        for actor in self._actors:
+            getattr(actor, method).remote(*arguments)
 
 
 def _results(work: Callable[..., Iterator[Any]], *task: Any) -> Iterator[Any]:
@@ -194,7 +246,7 @@ def _import_ray() -> Any:
         import ray
         import ray.util.scheduling_strategies
     except ImportError:
-        raise BadInput("--ray needs Ray, which is not installed: pip install 'mpcache[scale]'") from None
+        raise ClusterInput("--ray needs Ray, which is not installed: pip install 'mpcache[scale]'") from None
     finally:
         _restore(kept)
     return ray
@@ -210,11 +262,13 @@ def _dial(address: str) -> None:
     """Look whether anybody listens there: Ray itself tries for a minute. Raises BadInput."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
-        raise BadInput(f"--ray is {address!r:.80}; give HOST:PORT of a cluster's head, {RUNNING}, or {HERE}")
+        raise ClusterInput(
+            f"--ray is {address!r:.80}; give HOST:PORT of a cluster's head, {RUNNING}, or {HERE}"
+        )
     try:
         socket.create_connection((host, int(port)), DIAL_S).close()
     except (OSError, OverflowError) as error:
-        raise BadInput(
+        raise ClusterInput(
             f"--ray {address}: no Ray cluster there ({getattr(error, 'strerror', None) or error}); start one "
             "with `ray start --head`, or give local"
         ) from None
@@ -234,7 +288,9 @@ def _why(error: Exception) -> str:
     if cause is not None:
         return f"{type(cause).__name__}: {_first_line(cause)}"
     died = {"WorkerCrashedError": "its worker died", "OutOfMemoryError": "its worker took too much memory",
-            "GetTimeoutError": "no worker answers"}  # fmt: skip
+            "GetTimeoutError": "no worker answers",
+            "ActorDiedError": "it died, and cannot be made anew",
+            "ActorUnavailableError": "it cannot be reached"}  # fmt: skip
     return died.get(type(error).__name__, f"{type(error).__name__}: {_first_line(error)}")
 
 

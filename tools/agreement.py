@@ -158,6 +158,8 @@ def main() -> None:
                 done[seed] = outcomes
                 for outcome in outcomes:
                     print(json.dumps(outcome), flush=True)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; with --journal FILE the same command goes on after what is done")
     except MpcacheError as error:
         sys.exit(f"error: {error}")
     for outcome in (outcome for seed in sorted(done) for outcome in done[seed] if FAILED not in outcome):

@@ -142,6 +142,16 @@ def party(
             "14,9,9; each has an answer of that length."
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Spread this party's matrices over a Ray cluster: HOST:PORT of its head, auto (the one that "
+            "this machine is in), or local."
+        ),
+    ] = None,
+    ray_actors: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="With --ray: over so many actors. [the machines]")
+    ] = None,
     connect_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the others.")] = None,
     identity: Annotated[
         Path | None, typer.Option(help="Folder of this party's key and certificate: the links use TLS.")
@@ -241,6 +251,8 @@ def party(
         sessions=sessions,
         events=events,
         conversation=conversation,
+        ray=ray,
+        ray_actors=ray_actors,
     )
     if api is not None:
         ClientApi(api, api_key).serve(options, terminal.say)

@@ -55,6 +55,7 @@ from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
 from mpcache_parties.serving import AT_ONCE, serve_all
+from mpcache_parties.sharding import Shards
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.setups import ServerSetups, Setups
 from mpcache_parties.state.tapes import TapeStore
@@ -80,6 +81,7 @@ class PartyProcess:
     tape_mode: TapeMode = TapeMode.LIVE
     setups: Setups = None
     own: PrivateInput = None
+    shards: Shards | None = None
     document: str = AS_CLIENT  # its public name, where this party has one to name
 
     def read_inputs(self, options: PartyOptions) -> None:
@@ -95,6 +97,9 @@ class PartyProcess:
         elif self.tapes is not None:
             self.tape_mode = TapeMode.PREPARED
         self.setups = options.setups(self.settings.public)
+        if options.ray is not None:
+            options.check_sharding(self.settings.public)
+            self.shards = Shards.open(options.ray, options.ray_actors, self.me, self.output.say)
         self.own = options.private_input(sampling, self.settings.public, self.output)
         if self.me is Rank.CLIENT:
             self.document = options.named_document()
@@ -108,6 +113,7 @@ class PartyProcess:
         return SessionResources(
             network.links, network.ledger, self.settings.public, say, self.output.token, status,
             checkpointer, self.tapes, self.settings.timeouts.idle_s, self.setups,
+            shards=self.shards,
         )  # fmt: skip
 
     def greeting(self, checkpointer: Checkpointer) -> Greeting:
@@ -144,6 +150,9 @@ def run_party(options: PartyOptions) -> None:
             if process is not None:
                 _say_how_to_resume(process)
             raise SystemExit(told.exit_code) from None
+        finally:
+            if process is not None and process.shards is not None:
+                process.shards.close()
 
 
 def _open_process(options: PartyOptions, output: Output, shown: ExitStack) -> PartyProcess:
@@ -223,7 +232,7 @@ def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
     if isinstance(own, Documents):
         owns = list(own.named.values())
     if owns and isinstance(setups, ServerSetups):
-        ahead = (owns, process.settings.public, setups, say)
+        ahead = (owns, process.settings.public, setups, say, process.shards)
         threading.Thread(target=mask_ahead, args=ahead, daemon=True).start()
     serve_one = partial(_serve_one, process, at_once)
     refused = process.status.refuse

@@ -146,15 +146,20 @@ class Cluster:
             )
 
     def stream(
-        self, work: Callable[..., Iterator[Any]], tasks: Sequence[tuple[Any, ...]], memory: int = 0
+        self,
+        work: Callable[..., Iterator[Any]],
+        tasks: Sequence[tuple[Any, ...]],
+        memory: int = 0,
+        again: int = 2,
     ) -> Iterator[tuple[int, Any]]:
         """Call `work` with each task, somewhere; yield the task's number and a result, whenever there is one.
 
         The last thing that a task gives is None, or a `Failure` where its worker died again and again, or
-        raised. memory: bytes that one call needs, so that no machine gets more calls than it can hold.
+        raised. again: how often a task whose worker died is begun anew.  memory: bytes that one call needs, so
+        that no machine gets more calls than it can hold.
         """
         ray = self._ray
-        remote = ray.remote(_results).options(num_cpus=1, memory=memory or None, max_retries=2)
+        remote = ray.remote(_results).options(num_cpus=1, memory=memory or None, max_retries=again)
         waiting = {remote.remote(work, *task): number for number, task in enumerate(tasks)}
         while waiting:
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=None, fetch_local=False)

@@ -135,6 +135,10 @@ def party(
     prepare_tokens: Annotated[
         int | None, typer.Option("--prepare", help="Deal tapes for one answer of so many tokens, store them.")
     ] = None,
+    batches: Annotated[
+        int | None,
+        typer.Option(min=1, max=100_000, help="Dealer, with --prepare: so many batches. [1]"),
+    ] = None,
     turns: Annotated[
         str | None,
         typer.Option(
@@ -253,6 +257,7 @@ def party(
         conversation=conversation,
         ray=ray,
         ray_actors=ray_actors,
+        batches=batches,
     )
     if api is not None:
         ClientApi(api, api_key).serve(options, terminal.say)

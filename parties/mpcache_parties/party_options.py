@@ -75,6 +75,7 @@ class PartyOptions:
     conversation: bool = False
     ray: str | None = None
     ray_actors: int | None = None
+    batches: int | None = None
 
     @property
     def preparing(self) -> bool:
@@ -108,6 +109,8 @@ class PartyOptions:
         self._check_conversation()
         if self.ray_actors is not None and self.ray is None:
             raise BadInput("--ray-actors is how many actors --ray starts; give --ray, too")
+        if self.batches is not None and (self.me is not Rank.DEALER or not self.preparing):
+            raise BadInput("--batches is how many the dealer (--rank 2) deals with --prepare")
         if self.turns is not None:
             self._declared()
 
@@ -182,6 +185,10 @@ class PartyOptions:
 
     def check_sharding(self, public: PublicConfig) -> None:
         """Check what --ray goes with. Raises BadInput."""
+        if self.preparing and self.me is not Rank.DEALER:
+            raise BadInput("--ray with --prepare belongs to the dealer (--rank 2): it has the work")
+        if self.preparing:
+            return
         if self.offline_store is not None:
             raise BadInput("--ray holds masks that outlive a session, --offline-store has its own; give one")
         if public.protocol == ProtocolName.STOCK:
@@ -235,9 +242,10 @@ class PartyOptions:
         Raises BadInput or StateError.
         """
         if self.me is Rank.DEALER:
-            if self.offline_store is not None:
+            if self.offline_store is not None and (self.ray is None or not self.preparing):
                 raise BadInput(
-                    "--offline-store belongs to server and client; the dealer takes --prepare alone"
+                    "--offline-store belongs to server and client; the dealer takes --prepare alone, or with "
+                    "--ray a folder that its workers deal into"
                 )
             return None
         if self.offline_store is None:

@@ -39,6 +39,10 @@ class ClusterError(MpcacheError):
 
     private = True  # names a party's own machines
 
+    @property
+    def for_peers(self) -> str:
+        return "machines of its own failed it; it says there which"
+
 
 class ClusterInput(BadInput):
     """No cluster is where --ray says, or it cannot do what is asked."""
@@ -155,8 +159,8 @@ class Cluster:
         """Call `work` with each task, somewhere; yield the task's number and a result, whenever there is one.
 
         The last thing that a task gives is None, or a `Failure` where its worker died again and again, or
-        raised. again: how often a task whose worker died is begun anew.  memory: bytes that one call needs, so
-        that no machine gets more calls than it can hold.
+        raised. again: how often a task whose worker died is begun anew.  memory: bytes that a call needs,
+        so that no machine gets more calls than it can hold.
         """
         ray = self._ray
         remote = ray.remote(_results).options(num_cpus=1, memory=memory or None, max_retries=again)
@@ -240,7 +244,8 @@ class Actors:
 
 
 def _results(work: Callable[..., Iterator[Any]], *task: Any) -> Iterator[Any]:
-    yield from work(*task)
+    for result in work(*task):  # Ray sends values into what `yield from` would hand on to
+        yield result
 
 
 def _import_ray() -> Any:

@@ -244,7 +244,7 @@ class Actors:
 
 
 def _results(work: Callable[..., Iterator[Any]], *task: Any) -> Iterator[Any]:
-    for result in work(*task):  # Ray sends values into what `yield from` would hand on to
+    for result in work(*task):  # noqa: UP028 - Ray sends values into what `yield from` would hand on to
         yield result
 
 

@@ -259,6 +259,9 @@ def _import_ray() -> Any:
         raise ClusterInput("--ray needs Ray, which is not installed: pip install 'mpcache[scale]'") from None
     finally:
         _restore(kept)
+    # What Ray says of workers that die would go to stdout, where results belong; there is no option for it.
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *arguments, **more: None
     return ray
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from mpcache.cluster import Cluster, ClusterError, Failure, release_digest
+from mpcache.cluster import Cluster, ClusterError, Failure, _refused, release_digest
 from mpcache.errors import BadInput
 
 ray_only = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: the extra `scale`")
@@ -37,13 +37,18 @@ def test_peers_do_not_read_of_a_partys_machines() -> None:
     ("address", "said"),
     [
         ("127.0.0.1:1", "no Ray cluster there"), ("nowhere.invalid:6379", "no Ray cluster there"),
-        ("127.0.0.1", "give HOST:PORT"), ("ray://127.0.0.1:1", "give HOST:PORT"), ("auto", "no Ray cluster"),
+        ("127.0.0.1", "give HOST:PORT"), ("ray://127.0.0.1:1", "give HOST:PORT"),
     ],
 )  # fmt: skip
 def test_where_there_is_no_cluster_one_line_says_so(address: str, said: str) -> None:
     with pytest.raises(BadInput, match=said) as error:
         Cluster.join(address)
     assert error.value.private and "\n" not in str(error.value)
+
+
+def test_a_machine_that_is_in_no_cluster_is_told_how_to_start_one() -> None:
+    assert "no Ray cluster runs on this machine" in _refused("auto", ConnectionError("a\nb"))
+    assert _refused("h:1", RuntimeError("\n Version mismatch \n more")) == "--ray h:1: Version mismatch"
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +92,17 @@ class Frail:
         self.said += 1
         return word, self.said
 
-    def die(self) -> None:
-        os._exit(1)
+    def process(self) -> int:
+        return os.getpid()
 
 
 @pytest.mark.slow
-def test_an_actor_that_dies_is_made_anew(cluster: Cluster) -> None:
+def test_an_actor_that_dies_is_made_anew(cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
     actors = cluster.actors(Frail, [(), ()], 1 << 20)
     assert actors.ask("say", [("a",), ("b",)]) == [("a", 1), ("b", 1)]
-    actors.tell("die")
-    assert actors.ask("say", [("a",), ("b",)]) == [("a", 1), ("b", 1)]
+    os.kill(actors.ask("process", [(), ()])[0], signal.SIGKILL)
+    assert actors.ask("say", [("a",), ("b",)]) == [("a", 1), ("b", 2)]
+    assert capfd.readouterr().out == ""  # stdout is for results
 
 
 def test_too_little_memory_is_said_before(cluster: Cluster) -> None:

@@ -141,7 +141,7 @@ def test_a_session_over_actors_is_the_same_session(stored: Model, model: Model) 
         assert counts[0] == counts[1]
     products = 4 * stored.shape.layers + 2
     assert len(actors_of(shards[S]).here[0]._held) == products
-    assert all(actors_of(shards[rank]).calls > 2 * products for rank in Rank)
+    assert all(actors_of(shards[rank]).calls >= products for rank in Rank)
 
 
 def test_a_dealer_that_lost_an_actor_ends_the_session_with_one_line(

@@ -1,6 +1,7 @@
 """Time products with the server's matrices in this process and over 1, 2, ... actors of a Ray cluster.
 
-Usage: python tools/bench_shards.py [--model DIR] [--shape llama-2-7b --layers 4] [--actors 0,1,2,4] [--ray local]
+Usage: python tools/bench_shards.py [--model DIR] [--shape llama-2-7b --layers 4] [--actors 0,1,2,4]
+       [--rows 1] [--ray local]
 
 With --shape the weights are random ones of that shape, of so many layers, written to a folder that goes
 again. Prints, for each number of actors (0: none), the memory of this process and of the actors once all is
@@ -76,7 +77,9 @@ def random_model(folder: Path, name: str, layers: int) -> Path:
 
 def here(model: Path, shape: ModelShape) -> dict[str, Any]:
     """Hold every matrix in this process; return those of the first layer, and the head."""
-    weights, kept, found = stored_weights(model), [], {}
+    weights = stored_weights(model)
+    kept: list[Any] = []
+    found: dict[str, Any] = {}
     for number in range(shape.layers):
         layer = arranged_layer(weights, number)
         for name in NAMED:
@@ -92,7 +95,8 @@ def here(model: Path, shape: ModelShape) -> dict[str, Any]:
 def there(shards: Shards, model: Path, shape: ModelShape) -> dict[str, Any]:
     """Spread every matrix over actors; return the same."""
     weights = shards.weights(SimpleNamespace(shape=shape, path=model), BITS)  # type: ignore[arg-type]
-    kept, found = [], {}
+    kept: list[Any] = []
+    found: dict[str, Any] = {}
     for number in range(shape.layers):
         layer = weights.layer(number)
         for name in NAMED:
@@ -151,10 +155,8 @@ def row(
             del matrices
         finally:
             shards.close()
-    return (
-        f"| {actors or 'none'} | {size(before)}, {size(mine)} | {spread} | {seconds:.0f} | {' | '.join(cells)} "
-        f"| {empty} |"
-    ), products
+    times = " | ".join([f"{seconds:.0f}", *cells, empty])
+    return f"| {actors or 'none'} | {size(before)}, {size(mine)} | {spread} | {times} |", products
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -39,7 +39,8 @@ class ShardedMatrix(RemoteMatrix):
     ) -> None:
         super().__init__(shape)
         self._shards, self._pieces, self._by_rows, self.key = shards, pieces, by_rows, next(_KEYS)
-        weakref.finalize(self, shards.drop, self.key).atexit = False
+        if not by_rows:  # V takes no memory
+            weakref.finalize(self, shards.drop, self.key).atexit = False
 
     def times(self, left: torch.Tensor) -> torch.Tensor:
         x = left.numpy()

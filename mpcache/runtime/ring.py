@@ -67,8 +67,9 @@ class RemoteMatrix(ABC):
         if not first <= rows.start <= rows.stop <= first + held.shape[0]:
             step = max(rows.stop - rows.start, _FETCHED // max(1, self.shape[1]))
             first, held = rows.start, self.rows(slice(rows.start, min(self.shape[0], rows.start + step)))
-            done = first + held.shape[0] == self.shape[0]
-            self._fetched = (0, held[:0]) if done and rows.stop == self.shape[0] else (first, held)
+            self._fetched = first, held
+        if rows.stop == self.shape[0]:  # the last ones
+            self._fetched = 0, held[:0].clone()
         return Matrix(held[rows.start - first : rows.stop - first])
 
     def blocks(self) -> Iterator[tuple[slice, Matrix]]:

@@ -23,10 +23,11 @@ from mpcache.errors import MpcacheError
 from mpcache.report.units import BYTES, DURATIONS
 from mpcache_parties.endpoint.answers import Beat, Exchange
 from mpcache_parties.endpoint.chat_like import OpenChat
-from mpcache_parties.endpoint.completions import chunk, completion, read_request
+from mpcache_parties.endpoint.completions import CompletionRequest, read_request
 from mpcache_parties.endpoint.conversations import ConversationPool
 from mpcache_parties.endpoint.gate import Admission, Gate
 from mpcache_parties.endpoint.refusals import Refusal
+from mpcache_parties.endpoint.text_completions import read_text_request
 from mpcache_parties.say import Say, quiet
 
 PAGE = Path(__file__).with_name("page.html")
@@ -73,7 +74,8 @@ class Endpoint:
             Route("/health", self._health),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
-            Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._continue, methods=["POST"]),
             Route("/v1/mpcache/status", self._status),
             Route("/v1/mpcache/stop", self._stop, methods=["POST"]),
         ]
@@ -93,8 +95,13 @@ class Endpoint:
 
     # ------------------------------------------------------------------------------------- completions
 
-    async def _complete(self, request: Request) -> Response:
-        asked = read_request(await _body(request), self.model)
+    async def _chat(self, request: Request) -> Response:
+        return await self._complete(request, read_request(await _body(request), self.model))
+
+    async def _continue(self, request: Request) -> Response:
+        return await self._complete(request, read_text_request(await _body(request), self.model))
+
+    async def _complete(self, request: Request, asked: CompletionRequest) -> Response:
         exchange = Exchange(self.pool, asked)
         self._exchanges[asked.id] = exchange
         headers = {PLACE: str(exchange.place)}
@@ -119,9 +126,7 @@ class Endpoint:
     async def _whole(self, exchange: Exchange) -> dict[str, Any]:
         pieces = [event async for event in exchange.events() if isinstance(event, str)]
         end = exchange.end
-        return completion(
-            exchange.request, self.model, "".join(pieces), end, self._about(exchange, end.cost())
-        )
+        return exchange.request.whole("".join(pieces), end, self._about(exchange, end.cost()))
 
     async def _lines(self, exchange: Exchange) -> AsyncIterator[str]:
         """Yield the lines of a stream. Raises what fails before the first of them."""
@@ -130,13 +135,11 @@ class Endpoint:
             async for event in exchange.events():
                 if isinstance(event, Beat) and event.place:
                     yield f": place {event.place} in the queue\n\n"
-                more = self._about(exchange, asdict(event)) if isinstance(event, Beat) else None
-                delta = {} if begun else {"role": "assistant", "content": ""}
-                begun = True
-                if delta or more:
-                    yield _data(chunk(asked, self.model, delta, mpcache=more))
                 if isinstance(event, str):
-                    yield _data(chunk(asked, self.model, {"content": event}))
+                    yield _data(asked.chunk(event, not begun))
+                else:
+                    yield _data(asked.chunk("", not begun, mpcache=self._about(exchange, asdict(event))))
+                begun = True
         except Exception as error:
             if not begun:
                 raise
@@ -145,12 +148,9 @@ class Endpoint:
             yield _data(Refusal.of(error).to_dict())
             return
         end = exchange.end
-        delta = {} if begun else {"role": "assistant", "content": ""}
-        yield _data(
-            chunk(asked, self.model, delta, end.finish, mpcache=self._about(exchange, end.cost()))
-        )  # fmt: skip
+        yield _data(asked.chunk("", not begun, end.finish, self._about(exchange, end.cost())))
         if asked.include_usage:
-            yield _data(chunk(asked, self.model, None, usage=end.usage()))
+            yield _data(asked.usage_chunk(end))
         yield "data: [DONE]\n\n"
 
     def _about(self, exchange: Exchange, more: dict[str, Any]) -> dict[str, Any]:

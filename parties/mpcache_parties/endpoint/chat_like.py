@@ -28,6 +28,10 @@ class ChatLike(Protocol):
         """End the session; harmless to repeat."""
 
     @property
+    def raw(self) -> bool:
+        """No chat template stands around its texts."""
+
+    @property
     def finish_reason(self) -> str:
         """What the last answer ended with: "stop" or "length"."""
 

@@ -285,6 +285,35 @@ def test_a_full_conversation_says_so_and_the_next_request_begins_a_new_one(ask: 
     assert len(script.opened) == 2 and script.opened[0].closed
 
 
+def test_a_text_is_continued_as_a_whole_and_as_a_stream(client: Any, script: Script) -> None:
+    whole = client.completions.create(model=MODEL, prompt=["two words"], temperature=0.5, stop="zzz")
+    assert (whole.object, whole.choices[0].text) == ("text_completion", "Heard 1: two words")
+    assert (whole.choices[0].finish_reason, whole.usage.total_tokens) == ("stop", 5)
+    assert whole.mpcache["room"] == 1000 - 5 and whole.id.startswith("cmpl-")
+    (turn,) = script.opened[0].turns
+    assert (turn.max_new_tokens, turn.temperature, turn.stop) == (16, 0.5, ("zzz",))
+    chunks = list(
+        client.completions.create(
+            model=MODEL, prompt="two words", max_tokens=2, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    pieces = [c.choices[0].text for c in chunks if c.choices]
+    assert "".join(pieces) == "Heard 1: two"  # a text begins a session of its own
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_is_refused_where_a_template_frames_the_session_which_serves_others(
+    client: Any, ask: Ask, script: Script, stream: bool
+) -> None:
+    script.raw = False
+    with pytest.raises(openai.APIError, match="let the parties start with --raw"):
+        for _ in client.completions.create(model=MODEL, prompt="words", stream=stream):
+            pass
+    assert ask("words").choices[0].message.content == "Heard 1: words" and len(script.opened) == 1
+
+
 def test_an_idle_conversation_is_closed_after_a_time(script: Script) -> None:
     endpoint = Endpoint(script.open, limit=2, model=MODEL, idle_s=0.05)
     with listening(endpoint) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -74,9 +74,10 @@ class Said:
 class CompletionRequest:
     """What a request asks for.
 
-    messages: they begin and end with the user's, in turn. turn: all but its text.
+    model: its public name.  messages: they begin and end with the user's, in turn. turn: all but its text.
     """
 
+    model: str
     messages: tuple[Said, ...]
     turn: Turn
     stream: bool = False
@@ -147,19 +148,16 @@ class _Body(_Strict):
     stream_options: _StreamOptions | None = None
 
 
-def read_request(data: bytes, model: str) -> CompletionRequest:
-    """Read a body. model: the one that is served. Raises Refusal with the field that is wrong."""
+def read_request(data: bytes, models: Collection[str]) -> CompletionRequest:
+    """Read a body. models: that are served. Raises Refusal with the field that is wrong."""
     body = _checked(data)
-    if body.model != model:
-        raise Refusal(
-            404, f"the model {body.model!r:.80} is not served here; ask for {model!r}", "model",
-            "model_not_found",
-        )  # fmt: skip
+    check_model(body.model, models)
     if body.stream_options is not None and not body.stream:
         raise Refusal(400, "stream_options: needs stream: true", "stream_options")
     temperature = body.temperature or 0.0
     seed = secrets.randbelow(LARGEST_SEED) if body.seed is None and temperature else body.seed
     return CompletionRequest(
+        model=body.model,
         messages=_in_turn(body.messages),
         turn=Turn(
             "",
@@ -172,6 +170,15 @@ def read_request(data: bytes, model: str) -> CompletionRequest:
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
+
+
+def check_model(name: str, models: Collection[str]) -> None:
+    """Raise Refusal where a model of this name is not served."""
+    if name not in models:
+        there = " or ".join(map(repr, models))
+        raise Refusal(
+            404, f"the model {name!r:.80} is not served here; ask for {there}", "model", "model_not_found"
+        )
 
 
 def _checked(data: bytes) -> _Body:
@@ -273,7 +280,6 @@ def question_of(messages: Sequence[Said]) -> str:
 
 def chunk(
     of: CompletionRequest,
-    model: str,
     delta: dict[str, str] | None,
     finish: str | None = None,
     usage: dict[str, int] | None = None,
@@ -281,14 +287,12 @@ def chunk(
 ) -> dict[str, Any]:
     """Return one object of a stream. delta: None in the one that has usage alone."""
     choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
-    head = {"id": of.id, "object": "chat.completion.chunk", "created": of.created, "model": model}
+    head = {"id": of.id, "object": "chat.completion.chunk", "created": of.created, "model": of.model}
     more: dict[str, Any] = {"usage": usage} if of.include_usage else {}
     return head | {"choices": choices} | more | ({} if mpcache is None else {"mpcache": mpcache})
 
 
-def completion(
-    of: CompletionRequest, model: str, text: str, end: AnswerEnd, mpcache: dict[str, Any]
-) -> dict[str, Any]:
+def completion(of: CompletionRequest, text: str, end: AnswerEnd, mpcache: dict[str, Any]) -> dict[str, Any]:
     """Return a whole answer."""
     message = {"role": Role.ASSISTANT, "content": text, "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": end.finish, "logprobs": None}
@@ -296,7 +300,7 @@ def completion(
         "id": of.id,
         "object": "chat.completion",
         "created": of.created,
-        "model": model,
+        "model": of.model,
         "choices": [choice],
         "usage": end.usage(),
         "mpcache": mpcache,

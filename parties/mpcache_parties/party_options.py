@@ -157,8 +157,8 @@ class PartyOptions:
         """Return the name of the document that this client asks about. Raises BadInput."""
         if len(self.document) > 1:
             raise BadInput(
-                f"--document {' '.join(self.document)!r:.80}: a client gives the public name of one document, "
-                "and with --api of each that its callers may ask for"
+                f"--document {' '.join(self.document)!r:.80}: a client gives the public name of one "
+                "document, and with --api of each that its callers may ask for"
             )
         return self.named_documents()[0] if self.document else NO_NAME
 

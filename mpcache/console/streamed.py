@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from types import TracebackType
 
 from rich.cells import cell_len
@@ -17,6 +18,7 @@ from mpcache.console import terminal
 _WIPE = "\x1b[J"  # from the cursor to the end of the screen
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _TAB = 8
+QUIET_S = 0.5  # after a piece, in which the next one may come without a note: else it would flicker
 
 
 class StreamedText:
@@ -28,7 +30,7 @@ class StreamedText:
     def __init__(self, column: int = 0) -> None:
         """column: where the text begins on its line."""
         self.began = False
-        self._column, self._noted = column, False
+        self._column, self._noted, self._written = column, False, 0.0
         self._moves = sys.stdout.isatty() and terminal.err.is_terminal and not terminal.err.is_dumb_terminal
 
     def __enter__(self) -> StreamedText:
@@ -49,7 +51,7 @@ class StreamedText:
             return
         piece = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
         self._put(_WIPE * self._noted + piece)
-        self._noted = False
+        self._noted, self._written = False, time.monotonic()
         width = _width()
         for character in piece:
             self._step(character, width)
@@ -57,7 +59,8 @@ class StreamedText:
     def note(self, text: str) -> None:
         """Say how far the next piece is, until it comes; nothing where this is no terminal."""
         width = _width()
-        if not self._moves or self._column >= width:  # a line that is full: its next character wraps
+        full = self._column >= width  # the next character wraps
+        if not self._moves or full or time.monotonic() < self._written + QUIET_S:
             return
         back = f"\x1b[A\x1b[{self._column + 1}G"
         self._put(f"{_WIPE}\n\r{_DIM}{text[: width - 1]}{_PLAIN}{back}")

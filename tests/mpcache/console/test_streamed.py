@@ -69,6 +69,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     made = Screen()
     monkeypatch.setattr(streamed, "sys", SimpleNamespace(stdout=made))
     monkeypatch.setattr(streamed, "_width", lambda: WIDTH)
+    monkeypatch.setattr(streamed, "QUIET_S", 0.0)
     monkeypatch.setattr(terminal, "err", Console(file=made, force_terminal=True, width=WIDTH))
     monkeypatch.setenv("TERM", "xterm")
     return made
@@ -93,6 +94,14 @@ def test_a_text_that_scrolls_and_a_line_that_is_full_lose_nothing(screen: Screen
             text.note("on its way")
             text.write(word)
     assert screen.shown() == [*("".join(words[at : at + 4]).rstrip() for at in (12, 16, 20)), ""]
+
+
+def test_a_piece_that_comes_soon_has_no_note(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "QUIET_S", 60.0)
+    with StreamedText() as text:
+        text.write("a")
+        text.note("token 2")
+        assert screen.shown()[:2] == ["a", ""]
 
 
 def test_what_would_steer_a_terminal_is_not_written(screen: Screen) -> None:

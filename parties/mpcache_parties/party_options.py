@@ -235,7 +235,7 @@ class PartyOptions:
         """Return what --setup-dir and --fresh-document ask for. Raises BadInput or StateError."""
         if self.setup_dir is not None and (self.preparing or self.offline_store is not None):
             raise BadInput(
-                "--setup-dir with prepared tapes: these are dealt for masks of their own, which are not kept; "
+                "--setup-dir with prepared tapes: these are dealt for masks of their own, which go; "
                 "leave --setup-dir out"
             )
         if self.me is Rank.SERVER:

@@ -81,8 +81,7 @@ def _reason(error: Exception) -> str:
             case errors.OfflineModeIsEnabled() as offline:
                 error = offline
             case errors.HfHubHTTPError(response=answer) if answer is not None:
-                code = answer.status_code
-                return f"the hub answers {code}, and its cache does not hold this model; come later"
+                return f"the hub answers {answer.status_code}, its cache does not hold it; come again later"
     # The first kind that fits: some of them are kinds of others.
     told = (
         (

@@ -241,6 +241,11 @@ class PartyOptions:
 
     def setups(self, public: PublicConfig) -> Setups:
         """Return what --setup-dir and --fresh-document ask for. Raises BadInput or StateError."""
+        if self.setup_dir is not None and (self.preparing or self.offline_store is not None):
+            raise BadInput(
+                "--setup-dir with prepared tapes: these are dealt for masks of their own, which go; "
+                "leave --setup-dir out"
+            )
         if self.me is Rank.SERVER:
             fresh = self.fresh_document or public.hide_document
             return ServerSetups(self.setup_dir, fresh, documents=len(self.document))

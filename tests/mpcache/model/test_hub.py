@@ -63,7 +63,7 @@ def test_each_answer_that_gives_no_model_is_one_line(hub: Hub, monkeypatch: pyte
         (403, "GatedRepo"): "the hub gives it to those who accepted its terms",
         (404, "RepoNotFound"): "the hub has no such model",
         (404, "RevisionNotFound"): "has no such revision",
-        (418, ""): "the hub answers 418, and its cache does not hold this model; come later",
+        (418, ""): "the hub answers 418, its cache does not hold it; come again later",
     }
     for hub.refuse, words in said.items():
         with pytest.raises(ModelError, match=f"^{REPO}: .*{re.escape(words)}") as error:

@@ -135,6 +135,15 @@ class ChatSweep:
                 found.append(Reading("inside", longer, [(task, rest)]))
         return found
 
+    def talks(self, task: Task, question: str) -> Iterator[tuple[list[int], Talk]]:
+        """Yield a task's conversations, each with what is read before it."""
+        for i in range(self.documents):
+            for reading in self.document(i):
+                if reading.question == question:
+                    yield from (
+                        (reading.context, talk) for one, talk in reading.talks if one.name == task.name
+                    )
+
     def run(self, say: Say, runner: CellRunner | None = None) -> None:
         """Ask everything, and add to `results` whole readings at a time. Raises BadInput."""
         grid, runner = self.grid, runner or CellRunner()

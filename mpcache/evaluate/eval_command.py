@@ -35,6 +35,7 @@ from mpcache.evaluate.quality_tables import CAPTION, quality_tables
 from mpcache.evaluate.results import Results
 from mpcache.evaluate.score import EvalModel
 from mpcache.evaluate.secure import confirm_privately
+from mpcache.evaluate.secure_chat import confirm_talks
 from mpcache.evaluate.sweep import (
     FULL,
     EvalGrid,
@@ -90,9 +91,12 @@ def evaluate(
         int | None, typer.Option(help=f"Tokens of a document, at most. [{DOCUMENT_TOKENS}]")
     ] = None,
     secure: Annotated[
-        int, typer.Option(help="So many samples of each row through the three parties, too.")
+        int,
+        typer.Option(help="So many samples, of a chat conversations, of each row through the parties, too."),
     ] = 0,
-    network: Annotated[str | None, typer.Option(help=f"With --secure, but for bits: {NETWORKS}.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help=f"With --secure, but for bits and chats: {NETWORKS}.")
+    ] = None,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Quality against budget, an SVG file.")
     ] = None,
@@ -143,16 +147,19 @@ def evaluate(
     )
     report = EvalReport(engine, grid, gate if chat else "task")
     ask: Callable[[Say, CellRunner], None]
+    confirm: Callable[[Say], None]
     if chat:
         framing = make_framing(engine.model.tokenizer, engine.model.shape, False, public.document_as, True)
         keep = lambda: report.write(out, False)  # noqa: E731
         sweep = ChatSweep(engine, framing, grid, gate, report.results, keep, public.document_as)
         sweep.document(0)  # all is checked before the first question is asked
         ask = sweep.run
+        confirm = lambda say: confirm_talks(sweep, secure, public.network, say)  # noqa: E731
     else:
         for each in tasks:
             take_sample(engine, each, "after", grid, 0)
         ask = lambda say, runner: run_sweep(engine, grid, report.results, say, runner)  # noqa: E731
+        confirm = lambda say: confirm_privately(engine, grid, secure, public.network, report.results, say)  # noqa: E731
     for spec in policy or ():  # of all there are, some may be left out
         _check(engine, spec, grid)
 
@@ -164,8 +171,7 @@ def evaluate(
             with terminal.progress("starting ...") as (say, _):
                 ask(say, runner)
                 if secure:
-                    cells = list(report.results.cells)
-                    confirm_privately(engine, grid, cells, secure, public.network, report.results, say)
+                    confirm(say)
             complete = not runner.failures
         finally:  # also when it was interrupted, or a party failed
             for failure in runner.failures:

@@ -172,7 +172,7 @@ def test_on_ray_an_actor_that_is_killed_is_made_anew_and_the_answer_goes_on(
     shards, chunk = Shards.open("local", 2, S, said.append), TimedSession.chunk
 
     def losing(self: Any, *arguments: Any) -> Any:
-        if self.party.rank is S and self.ops.side.device != "meta":
+        if self.party is not None and self.ops.side.rank is S and self.ops.side.device != "meta":
             assert shards._actors is not None
             ray.kill(shards._actors._actors[0], no_restart=False)
         return chunk(self, *arguments)

@@ -7,6 +7,8 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +18,12 @@ from mpcache.audit import measure as measuring
 from mpcache.audit.audit_shapes import contexts_of, lengths_of, shape_of, weights_of
 from mpcache.audit.cost_plot import plot_contexts, plot_cost
 from mpcache.audit.cost_tables import CostTable, breakdowns, cost_tables, measured_tables, verdict
-from mpcache.audit.explain import explain_policy
-from mpcache.audit.explain_document import explain_document
+from mpcache.audit.explain_document import explain_document, explained_document
+from mpcache.audit.explain_text import explain_policy, explained_policy
 from mpcache.audit.exports import FORMATS, as_csv, csv_lines, in_form, write_csv
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
-from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_rows, resolved
+from mpcache.audit.priced_rows import AuditGrid, AuditRow, ask_settings, price_rows, resolved
 from mpcache.audit.private_rows import show_document
 from mpcache.audit.quality import points
 from mpcache.audit.size_tables import show_sizing
@@ -31,20 +33,24 @@ from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.console.options import (
     MODEL_FORMS,
+    JournalOption,
     JsonOption,
     PadOption,
     PoliciesOption,
     RevealOption,
+    SweepRayOption,
     read_reveal,
 )
 from mpcache.cost.choose import CHOICES
 from mpcache.cost.planner import AT_LEAST
 from mpcache.cost.quality_file import Quality, read_quality
+from mpcache.cost.sizing import PROCESS
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.model import ModelShape
 from mpcache.model.shapes import NAMES
 from mpcache.padding import padded_length
 from mpcache.report.plots import check_plot
+from mpcache.sweeping.runner import cell_runner
 from mpcache.transport.network import NO_NETWORK, parse_network
 
 MEASURED_TOKENS = 7  # answered in each run of --measure: six decode steps
@@ -117,13 +123,15 @@ def audit(
     sizing_: Annotated[
         bool, typer.Option("--sizing", help="What each party's machine needs, for each model and context.")
     ] = False,
+    ray: SweepRayOption = None,
+    journal: JournalOption = None,
     form: Annotated[str, typer.Option("--format", help=f"Of the tables: {', '.join(FORMATS)}.")] = FORMATS[0],
     as_json: JsonOption = False,
 ) -> None:
     """Price each eviction setting in rounds, bytes and time: exact, with no party running."""
     if explain is not None:
         others = {
-            "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
+            "--measure": measure, "--policy": policy, "--sweep": sweep_, "--by": by,
             "--csv": csv, "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
             "--pad": pad,
         }  # fmt: skip
@@ -141,7 +149,7 @@ def audit(
         return show_sizing(asked, policy or ["full"], question, protocol, form, as_json)
     if others_given:
         single = {"--explain": explain, "--measure": measure, "--report": report, "--quality": quality,
-                  "--tune": tune, "--private-context": private_context}  # fmt: skip
+                  "--tune": tune, "--private-context": private_context, "--journal": journal}  # fmt: skip
         if extra := [name for name, wanted in single.items() if wanted]:
             raise BadInput(f"{extra[0]} is for one model: give one --shape")
     name, model = shape_of(given)
@@ -161,6 +169,8 @@ def audit(
     )  # fmt: skip
     if explain is not None:
         taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
+        if as_json:
+            return print(json.dumps(explained_policy(model, explain, contexts[0], question, taken)))
         return print(*explain_policy(model, explain, contexts[0], question, taken), sep="\n")
     measured = _quality(quality, tune, at_least, plot_file)
     if tune:
@@ -169,8 +179,7 @@ def audit(
         _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
-    found = price_rows(grid, needed, note=_note)
-    result = _result(name, grid, found)
+    result = _result(name, grid, _priced(grid, needed, ray, journal))
     if measured.rows:
         _add_quality(result, measured, grid, policy, plot_file)
     stopped: MpcacheError | None = None
@@ -180,7 +189,7 @@ def audit(
     for other in others_given:
         name, model = shape_of(other)
         other_grid = replace(grid, shape=model, contexts=contexts_of(context, other, model, more))
-        results.append(_result(name, other_grid, price_rows(other_grid, needed, note=_note)))
+        results.append(_result(name, other_grid, _priced(other_grid, needed, ray, None)))
     if plot_file is not None and not measured.rows:
         plot_contexts(results, plot_file)
         terminal.say(f"wrote {plot_file}")
@@ -190,6 +199,14 @@ def audit(
     _show(results, by, csv, "json" if as_json else form)
     if stopped is not None:
         raise stopped
+
+
+def _priced(grid: AuditGrid, by: str | None, ray: str | None, journal: Path | None) -> list[AuditRow]:
+    """Price a grid, here or on the cluster that --ray names. Raises ClusterError where settings failed."""
+    with cell_runner(ray, journal, grid.about(by), ask_settings, PROCESS) as runner:
+        rows = price_rows(grid, by, None, _note, runner)
+        runner.check()
+        return rows
 
 
 def _check(by: str | None, form: str, lengths: Mapping[str, int | None]) -> None:
@@ -232,6 +249,7 @@ def _add_quality(
 ) -> None:
     """Put answer quality beside its cost, of the policies that were named, or of all; and draw it."""
     result["quality"] = list(measured.rows)
+    result["quality_of"] = {"model": measured.model, "context_tokens": measured.context}
     name = result["shape"]
     other = None if measured.model == name else measured.model or "a model that its file does not name"
     if other is not None:
@@ -259,8 +277,9 @@ def _price_document(
         return
     if len(tokens) > 1 or len(protocols) > 1:
         raise BadInput("--explain prints one plan: give one --protocol and one --private-context")
-    for line in explain_document(model, explain, tokens[0], question, protocols[0]):
-        print(line)
+    if as_json:
+        return print(json.dumps(explained_document(model, explain, tokens[0], question, protocols[0])))
+    print(*explain_document(model, explain, tokens[0], question, protocols[0]), sep="\n")
 
 
 def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> MpcacheError | None:
@@ -298,6 +317,8 @@ def _result(name: str, grid: AuditGrid, rows: list[AuditRow]) -> dict[str, Any]:
         "model": grid.shape.to_dict(),
         "question_tokens": padded_length(grid.question, grid.pad),
         "new_tokens": grid.new_tokens,
+        "version": version("mpcache"),
+        "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["mpcache", *sys.argv[1:]]),
         "rows": rows,
     }

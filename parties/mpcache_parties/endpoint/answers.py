@@ -107,7 +107,7 @@ class Exchange:
     def __init__(self, pool: ConversationPool, request: CompletionRequest) -> None:
         """Join the queue. Raises Refusal where it is full."""
         self.request, self._pool, self._gone = request, pool, False
-        self._waiter: Waiter = pool.join(request.messages)
+        self._waiter: Waiter = pool.join(request.model, request.messages)
         self.answer: RunningAnswer | None = None
         self.place = self._waiter.place  # when it came
 

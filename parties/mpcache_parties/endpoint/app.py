@@ -22,7 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mpcache.errors import MpcacheError
 from mpcache.report.units import BYTES, DURATIONS
 from mpcache_parties.endpoint.answers import Beat, Exchange
-from mpcache_parties.endpoint.chat_like import OpenChat
+from mpcache_parties.endpoint.bodies import check_model
+from mpcache_parties.endpoint.chat_like import Models
 from mpcache_parties.endpoint.completions import CompletionRequest, read_request
 from mpcache_parties.endpoint.conversations import ConversationPool
 from mpcache_parties.endpoint.gate import Admission, Gate
@@ -49,19 +50,19 @@ class Endpoint:
 
     def __init__(
         self,
-        open_chat: OpenChat,
+        models: Models,
         limit: int,
-        model: str,
         queue: int = QUEUE,
         idle_s: float = IDLE_S,
         say: Say = quiet,
     ) -> None:
         """Hold up to `limit` conversations, opened when they are asked for.
 
-        model: its public name.  queue: requests that may wait.  idle_s: after which a conversation is closed.
+        models: each with how a conversation with it is opened.  queue: requests that may wait.  idle_s: after
+        which a conversation is closed.
         """
-        self.model, self.say = model, say
-        self.pool = ConversationPool(open_chat, limit, queue, idle_s, say)
+        self.models, self.say = tuple(models), say
+        self.pool = ConversationPool(models, limit, queue, idle_s, say)
         self._exchanges: dict[str, Exchange] = {}
         self._needs_key = False
 
@@ -96,10 +97,10 @@ class Endpoint:
     # ------------------------------------------------------------------------------------- completions
 
     async def _chat(self, request: Request) -> Response:
-        return await self._complete(request, read_request(await _body(request), self.model))
+        return await self._complete(request, read_request(await _body(request), self.models))
 
     async def _continue(self, request: Request) -> Response:
-        return await self._complete(request, read_text_request(await _body(request), self.model))
+        return await self._complete(request, read_text_request(await _body(request), self.models))
 
     async def _complete(self, request: Request, asked: CompletionRequest) -> Response:
         exchange = Exchange(self.pool, asked)
@@ -174,16 +175,12 @@ class Endpoint:
     # ------------------------------------------------------------------------------------- what there is
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        return JSONResponse({"object": "list", "data": [_card(name) for name in self.models]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self.model:
-            raise Refusal(404, f"the model {name!r:.80} is not served here", "model", "model_not_found")
-        return JSONResponse(self._card())
-
-    def _card(self) -> dict[str, Any]:
-        return {"id": self.model, "object": "model", "created": 0, "owned_by": "mpcache"}
+        check_model(name, self.models)
+        return JSONResponse(_card(name))
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -192,6 +189,7 @@ class Endpoint:
         conversations = [
             {
                 "id": each.id,
+                "model": each.model,
                 "busy": each.busy,
                 "room": each.chat.room,
                 "progress": each.chat.progress,
@@ -201,7 +199,7 @@ class Endpoint:
         ]
         return JSONResponse(
             {
-                "model": self.model,
+                "models": self.models,
                 "limit": self.pool.limit,
                 "waiting": self.pool.waiting,
                 "queue": self.pool.queue,
@@ -211,7 +209,7 @@ class Endpoint:
 
     async def _page(self, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
-        about = json.dumps({"model": self.model, "key": self._needs_key})
+        about = json.dumps({"models": self.models, "key": self._needs_key})
         for character in "<>&":  # a script element ends at the first "</", whatever its quotes say
             about = about.replace(character, f"\\u{ord(character):04x}")
         units = json.dumps({"bytes": BYTES, "durations": DURATIONS})
@@ -242,6 +240,10 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._forget(self._exchange)
+
+
+def _card(model: str) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": 0, "owned_by": "mpcache"}
 
 
 def _data(value: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ What this endpoint cannot do is refused by the field's name, never left out in s
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -58,13 +58,9 @@ class Body(Strict):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def check(self, model: str) -> None:
-        """Raise Refusal where the model is not the one that is served, or options have no stream."""
-        if self.model != model:
-            raise Refusal(
-                404, f"the model {self.model!r:.80} is not served here; ask for {model!r}", "model",
-                "model_not_found",
-            )  # fmt: skip
+    def check(self, models: Collection[str]) -> None:
+        """Raise Refusal where the model is none of those that are served, or options have no stream."""
+        check_model(self.model, models)
         if self.stream_options is not None and not self.stream:
             raise Refusal(400, "stream_options: needs stream: true", "stream_options")
 
@@ -88,6 +84,15 @@ class Body(Strict):
 
 
 SomeBody = TypeVar("SomeBody", bound=Body)
+
+
+def check_model(name: str, models: Collection[str]) -> None:
+    """Raise Refusal where a model of this name is not served."""
+    if name not in models:
+        there = " or ".join(map(repr, models))
+        raise Refusal(
+            404, f"the model {name!r:.80} is not served here; ask for {there}", "model", "model_not_found"
+        )
 
 
 def read_object(data: bytes, neutral: Neutral) -> dict[str, Any]:

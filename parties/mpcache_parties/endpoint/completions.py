@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
@@ -159,8 +159,8 @@ class _Body(Body):
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
 
-def read_request(data: bytes, model: str) -> CompletionRequest:
-    """Read a body. model: the one that is served. Raises Refusal with the field that is wrong."""
+def read_request(data: bytes, models: Collection[str]) -> CompletionRequest:
+    """Read a body. models: that are served. Raises Refusal with the field that is wrong."""
     object_ = read_object(data, _NEUTRAL)
     messages = object_.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
@@ -169,9 +169,11 @@ def read_request(data: bytes, model: str) -> CompletionRequest:
             if message.get("role") in ("tool", "function"):
                 raise Refusal(400, "tools are not supported here", f"messages.{number}.role")
     body = validated(_Body, object_)
-    body.check(model)
+    body.check(models)
     said = _in_turn(body.messages)
-    return CompletionRequest(model, said, body.turn(_longest(body)), bool(body.stream), body.include_usage)
+    return CompletionRequest(
+        body.model, said, body.turn(_longest(body)), bool(body.stream), body.include_usage
+    )
 
 
 def _longest(body: _Body) -> int | None:

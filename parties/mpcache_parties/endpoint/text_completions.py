@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,13 +41,13 @@ class _Body(Body):
     prompt: Any = None
 
 
-def read_text_request(data: bytes, model: str) -> TextRequest:
-    """Read a body. model: the one that is served. Raises Refusal with the field that is wrong."""
+def read_text_request(data: bytes, models: Collection[str]) -> TextRequest:
+    """Read a body. models: that are served. Raises Refusal with the field that is wrong."""
     body = validated(_Body, read_object(data, _NEUTRAL))
-    body.check(model)
+    body.check(models)
     turn = body.turn(body.max_tokens or LONGEST)
     return TextRequest(
-        model, (Said(Role.USER, _prompt(body.prompt)),), turn, bool(body.stream), body.include_usage
+        body.model, (Said(Role.USER, _prompt(body.prompt)),), turn, bool(body.stream), body.include_usage
     )
 
 

@@ -27,7 +27,7 @@ SYSTEM: dict[str, Any] = {"role": "system", "content": "Be brief."}
 
 
 def read(**fields: Any) -> CompletionRequest:
-    return read_request(json.dumps({"model": "demo", "messages": [USER], **fields}).encode(), "demo")
+    return read_request(json.dumps({"model": "demo", "messages": [USER], **fields}).encode(), ["demo"])
 
 
 def test_a_plain_body_asks_greedily_for_all_there_may_be() -> None:

@@ -30,13 +30,13 @@ def script() -> Script:
 
 @pytest.fixture(scope="module")
 def address(script: Script) -> Iterator[str]:
-    with listening(Endpoint(script.open, limit=2, model="demo"), Admission(origins=(FRIEND,))) as at:
+    with listening(Endpoint({"demo": script.open}, limit=2), Admission(origins=(FRIEND,))) as at:
         yield at
 
 
 @pytest.fixture(scope="module")
 def locked(script: Script) -> Iterator[str]:
-    with listening(Endpoint(script.open, limit=2, model="demo"), Admission(key=KEY)) as at:
+    with listening(Endpoint({"demo": script.open}, limit=2), Admission(key=KEY)) as at:
         yield at
 
 

@@ -182,9 +182,7 @@ def audit(
     result = _result(name, grid, _priced(grid, needed, ray, journal))
     if measured.rows:
         _add_quality(result, measured, grid, policy, plot_file)
-    stopped: MpcacheError | None = None
-    if folder is not None:
-        stopped = _measured(result, grid, folder, needed)
+    stopped = None if folder is None else _measured(result, grid, folder, needed)
     results = [result]
     for other in others_given:
         name, model = shape_of(other)

@@ -68,6 +68,7 @@ def parts(n: int) -> Iterator[int]:
         raise BadInput("a line of its own")
 
 
+@pytest.mark.slow
 def test_results_come_whenever_there_is_one(cluster: Cluster) -> None:
     found = list(cluster.stream(parts, [(2,), (5,)]))
     assert sorted((n, x) for n, x in found if x is not None) == [
@@ -105,11 +106,13 @@ def test_an_actor_that_dies_is_made_anew(cluster: Cluster, capfd: pytest.Capture
     assert capfd.readouterr().out == ""  # stdout is for results
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_said_before(cluster: Cluster) -> None:
     with pytest.raises(BadInput, match=r"workers need 1000000.0 GB each, 2 at once; the machines offer"):
         cluster.check_memory(10**15, 2, "workers")
 
 
+@pytest.mark.slow
 def test_machines_with_another_release_are_refused(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpcache.cluster.release_digest", lambda: "0" * 16)
     with pytest.raises(BadInput, match="another release of mpcache"):

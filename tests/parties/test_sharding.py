@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,7 @@ def test_what_nobody_needs_is_dropped(stored: Model) -> None:
 # ------------------------------------------------------------------------------------------ sessions
 
 
-def session(model: Model, tokens: list[int], shards: dict[Rank, Shards], lose: Any = None) -> dict[Rank, Any]:
-    """One session; lose: called once the dealer has its masks."""
+def session(model: Model, tokens: list[int], shards: dict[Rank, Shards]) -> dict[Rank, Any]:
 
     def resources(rank: Rank, links: Any, ledger: Any) -> SessionResources:
         setups = ServerSetups() if rank is S else DealerSetups() if rank is D else None
@@ -161,6 +161,29 @@ def test_a_dealer_that_lost_an_actor_ends_the_session_with_one_line(
     assert isinstance(ends[D], ClusterError) and "start the dealer anew" in str(ends[D])
     assert all(isinstance(ends[rank], PeerFailed) for rank in (S, C))
     assert all("machines of its own failed it" in str(ends[rank]) for rank in (S, C))
+
+
+@pytest.mark.slow
+def test_on_ray_an_actor_that_is_killed_is_made_anew_and_the_answer_goes_on(
+    stored: Model, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: the extra `scale`")
+    tokens, said = context_of(model, 40), list[str]()
+    shards, chunk = Shards.open("local", 2, S, said.append), TimedSession.chunk
+
+    def losing(self: Any, *arguments: Any) -> Any:
+        if self.party.rank is S and self.ops.side.device != "meta":
+            assert shards._actors is not None
+            ray.kill(shards._actors._actors[0], no_restart=False)
+        return chunk(self, *arguments)
+
+    monkeypatch.setattr(TimedSession, "chunk", losing)
+    try:
+        ends = session(stored, tokens, {S: shards})
+    finally:
+        shards.close()
+    assert ends[C].token_ids == plain_ids(model, PUBLIC, tokens, QUESTION)
+    assert re.fullmatch(r"server: 2 actors on local hold \d+ MB \d+ MB", said[0])
 
 
 # ------------------------------------------------------------------------------------------- flags

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import NoReturn
 
@@ -31,7 +31,7 @@ from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.transport.link import Hello, Links
-from mpcache_parties.answer_pace import LayerPace, answer_said
+from mpcache_parties.answer_pace import LayerPace, Told, answer_said
 from mpcache_parties.farm import Farm
 from mpcache_parties.handshake import (
     AS_CLIENT,
@@ -223,7 +223,7 @@ def run_one_session(
     """Mode: one session, and its account at the end."""
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     if isinstance(process.own, Conversation):
-        status.on_layer = LayerPace(partial(_layer_event, process.output))
+        status.on_layer = LayerPace(_layer_events(process.output, resources.ledger))
     elif isinstance(process.own, Question):
         tokens = process.own.limit(process.settings.public.max_new_tokens)
         status.on_layer = LayerPace(answer_said(process.output.say, tokens))
@@ -234,8 +234,21 @@ def run_one_session(
         raise left_range(len(report.token_ids))
 
 
-def _layer_event(output: Output, phase: str, layer: int, layers: int, left_ms: float | None) -> None:
-    output.event(EventKind.LAYER, phase=phase, layer=layer, layers=layers, left_ms=left_ms)
+TRAFFIC_EVERY_S = 1.0
+
+
+def _layer_events(output: Output, ledger: Ledger) -> Told:
+    """Return what tells each layer, and now and then all that the ledger holds: summing it takes a while."""
+    said = 0.0
+
+    def tell(phase: str, layer: int, layers: int, left_ms: float | None) -> None:
+        nonlocal said
+        more = {}
+        if layer == 0 or time.monotonic() > said + TRAFFIC_EVERY_S:
+            more, said = {"traffic": asdict(ledger.total())}, time.monotonic()
+        output.event(EventKind.LAYER, phase=phase, layer=layer, layers=layers, left_ms=left_ms, **more)
+
+    return tell
 
 
 def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:

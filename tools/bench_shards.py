@@ -152,7 +152,6 @@ def row(
             held = shards.ask("settle", [()] * actors)
             spread = f"{size(max(now for now, _ in held))}, {size(max(most for _, most in held))}"
             empty = f"{median_ms(lambda: shards.ask('settle', [()] * actors)):.2f}"
-            del matrices
         finally:
             shards.close()
     times = " | ".join([f"{seconds:.0f}", *cells, empty])

@@ -251,6 +251,7 @@ def _results(work: Callable[..., Iterator[Any]], *task: Any) -> Iterator[Any]:
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave the GPUs visible, as they are
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own log lines beside our one
     kept = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         import ray
@@ -290,7 +291,10 @@ def _dial(address: str) -> None:
 def _refused(address: str, error: Exception) -> str:
     if address == RUNNING and isinstance(error, ConnectionError):
         return f"--ray {RUNNING}: no Ray cluster runs on this machine; start one with `ray start --head`"
-    return f"--ray {address}: {_first_line(error)}"
+    token = (
+        "; where a token is asked for, set RAY_AUTH_MODE=token" if isinstance(error, ConnectionError) else ""
+    )
+    return f"--ray {address}: {_first_line(error)}{token}"
 
 
 def _why(error: Exception) -> str:

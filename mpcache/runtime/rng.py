@@ -116,7 +116,7 @@ class KeyStream:
         # The counter starts at zero: every key is derived for this one label and used once.
         counter = (start // 16).to_bytes(16, "big")
         self._aes = Cipher(AES(derive_key(seed, label)), CTR(counter)).encryptor()
-        self.read(start % 16)
+        self._aes.update(bytes(start % 16))
 
     def read(self, n: int) -> bytearray:
         """Read the next n bytes."""

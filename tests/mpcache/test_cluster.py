@@ -48,6 +48,7 @@ def test_where_there_is_no_cluster_one_line_says_so(address: str, said: str) -> 
 
 def test_a_machine_that_is_in_no_cluster_is_told_how_to_start_one() -> None:
     assert "no Ray cluster runs on this machine" in _refused("auto", ConnectionError("a\nb"))
+    assert "RAY_AUTH_MODE=token" in _refused("h:1", ConnectionError("no"))
     assert _refused("h:1", RuntimeError("\n Version mismatch \n more")) == "--ray h:1: Version mismatch"
 
 

@@ -27,9 +27,9 @@ class Reads:
         self.spans: dict[tuple[str, bytes], list[tuple[int, int]]] = defaultdict(list)
         create, read = rng.KeyStream.__init__, rng.KeyStream.read
 
-        def init(stream: Any, seed: bytes, label: str) -> None:
-            create(stream, seed, label)
-            stream.key, stream.place = rng.derive_key(seed, label), 0
+        def init(stream: Any, seed: bytes, label: str, start: int = 0) -> None:
+            create(stream, seed, label, start)
+            stream.key, stream.place = rng.derive_key(seed, label), start
 
         def reading(stream: Any, n: int) -> bytearray:
             who = threading.current_thread().name

@@ -212,7 +212,7 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
     else:
         total = _summed(c - (1 << (ring - 2)), period, wave, shares)
         slope = out - x.bits - wave.half.bit_length()
-        step = total + (value.data << slope) + side.constant(1 << (out - 1), total)
+        step = side.plus(total + (value.data << slope), 1 << (out - 1))
     if up is not None:
         theirs = Truncated.of(c_up[0], 0, up.ring, *others[:2])
         value = Share(mine.times(side, theirs, others[2:]), x.bits + up.bits)

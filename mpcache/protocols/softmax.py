@@ -56,8 +56,8 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
     |narrow score| < LARGEST_SCORE, n < LONGEST_ROW. Each score's bucket becomes a one-hot vector; their sum
     tells for each bucket how many scores lie in or above it; the buckets with any are counted.
     """
-    bucket = drop_low_bits(scores.data, scores.bits + BUCKET_STEP.bit_length() - 1) + side.constant(
-        BUCKETS // 2, scores.data
+    bucket = side.plus(
+        drop_low_bits(scores.data, scores.bits + BUCKET_STEP.bit_length() - 1), BUCKETS // 2
     )
     hot = yield from one_hot_of(side, bucket, BUCKETS, torch.int16)
     if visible is not None:
@@ -70,9 +70,9 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
     above = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     width = 1 + scores.shape[-1].bit_length()
     none = yield from less(side, above, width, (1,), torch.int16)
-    highest = (BUCKETS - 1) * side.constant(1, above[..., :1]) - none.squeeze(-1).sum(-1, keepdim=True)
+    highest = side.plus(-none.squeeze(-1).sum(-1, keepdim=True), BUCKETS - 1)
     # A bucket may be one too low (`drop_low_bits`); its upper edge and one more are above every score.
-    return BUCKET_STEP * (highest + side.constant(2 - BUCKETS // 2, highest))
+    return BUCKET_STEP * side.plus(highest, 2 - BUCKETS // 2)
 
 
 def exp(side: Side, d: Share) -> Program[Share]:

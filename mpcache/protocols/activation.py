@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -62,12 +62,12 @@ class Series:
     half: int
     b: tuple[float, ...]
 
-    @property
+    @cached_property
     def large(self) -> int:
         """How many terms, the first, have large coefficients."""
         return next((k for k, b in enumerate(self.b) if abs(b) < _LARGE), len(self.b))
 
-    @property
+    @cached_property
     def shared_bits(self) -> list[int]:
         """Fraction bits of the dealer's sines and cosines, term by term: as many as balance both errors."""
         totals = (_OUT_BITS if k < self.large else _OUT_BITS - _SMALLER for k in range(len(self.b)))
@@ -76,7 +76,7 @@ class Series:
             for total, b in zip(totals, self.b, strict=True)
         ]
 
-    @property
+    @cached_property
     def units(self) -> npt.NDArray[np.float64]:
         """Coefficients with the public factors' fraction bits."""
         rest = [

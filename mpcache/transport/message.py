@@ -19,10 +19,11 @@ from mpcache_protos import party_pb2 as pb
 _ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_KINDS = {field.number: FrameKind(field.name) for field in pb.Frame.DESCRIPTOR.fields}
+KIND_NAMED = {kind.value: kind for kind in _KINDS.values()} | {None: FrameKind.UNKNOWN}  # by `WhichOneof`
 # What a field of bytes begins with: its number, times 8, and 2.
 _BATCH_TAG, _FRAME_TAG = b"\x3a", b"\x0a"  # `Frame.batch` and `Batch.frames`
 _TENSORS_TAG, _DATA_TAG = b"\x12", b"\x2a"  # `Frame.tensors` and `Tensors.data`
-_KINDS = {field.number: FrameKind(field.name) for field in pb.Frame.DESCRIPTOR.fields}
 
 if sys.byteorder != "little":  # tensors travel as they lie in memory
     raise ImportError("mpcache runs on little-endian machines only")

@@ -221,7 +221,7 @@ class GrpcLink(FrameLink):
         self._beacon = None
         if beacon is not None:
             Thread(target=self._see, args=(beacon,), daemon=True).start()
-        return _in_batches(queue) if self.me is Rank.DEALER else iter(queue.get, None)
+        return in_batches(queue) if self.me is Rank.DEALER else iter(queue.get, None)
 
     def _see(self, beacon: str) -> None:
         """Remember a beacon that can be reached now: any other would tell nothing later."""
@@ -259,7 +259,7 @@ class GrpcLink(FrameLink):
             with self._state:
                 if stream != self._stream:  # a newer stream has gone on from where this one was
                     return True
-                if self._all_arrived(data):
+                if self.all_arrived(data):
                     continue
             if self.peer_left:
                 _discard(queue)  # it takes nothing any more
@@ -272,8 +272,10 @@ class GrpcLink(FrameLink):
             return True
         return False
 
-    def _all_arrived(self, data: bytes) -> bool:
-        """Take in the frames of a message as `arrived` does."""
+    def all_arrived(self, data: bytes) -> bool:
+        """Take in the frames of a message as `arrived` does; of all peers a dealer alone sends several."""
+        if self.peer is not Rank.DEALER:
+            return self.arrived(data)
         try:
             return all(map(self.arrived, frames_in(data)))
         except ValueError:
@@ -350,7 +352,7 @@ class GrpcLink(FrameLink):
             cancel()
 
 
-def _in_batches(queue: Queue) -> Iterator[bytes]:
+def in_batches(queue: Queue) -> Iterator[bytes]:
     """Yield a queue's frames until None, those that are there at about the same time in one message.
 
     Each message wakes a handful of threads at both ends, and a dealer has some 30 draws a layer.

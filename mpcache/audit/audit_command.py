@@ -7,6 +7,8 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +18,8 @@ from mpcache.audit import measure as measuring
 from mpcache.audit.audit_shapes import contexts_of, lengths_of, shape_of, weights_of
 from mpcache.audit.cost_plot import plot_contexts, plot_cost
 from mpcache.audit.cost_tables import CostTable, breakdowns, cost_tables, measured_tables, verdict
-from mpcache.audit.explain import explain_policy
-from mpcache.audit.explain_document import explain_document
+from mpcache.audit.explain_document import explain_document, explained_document
+from mpcache.audit.explain_text import explain_policy, explained_policy
 from mpcache.audit.exports import FORMATS, as_csv, csv_lines, in_form, write_csv
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
@@ -123,7 +125,7 @@ def audit(
     """Price each eviction setting in rounds, bytes and time: exact, with no party running."""
     if explain is not None:
         others = {
-            "--measure": measure, "--json": as_json, "--policy": policy, "--sweep": sweep_, "--by": by,
+            "--measure": measure, "--policy": policy, "--sweep": sweep_, "--by": by,
             "--csv": csv, "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
             "--pad": pad,
         }  # fmt: skip
@@ -161,6 +163,8 @@ def audit(
     )  # fmt: skip
     if explain is not None:
         taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
+        if as_json:
+            return print(json.dumps(explained_policy(model, explain, contexts[0], question, taken)))
         return print(*explain_policy(model, explain, contexts[0], question, taken), sep="\n")
     measured = _quality(quality, tune, at_least, plot_file)
     if tune:
@@ -232,6 +236,7 @@ def _add_quality(
 ) -> None:
     """Put answer quality beside its cost, of the policies that were named, or of all; and draw it."""
     result["quality"] = list(measured.rows)
+    result["quality_of"] = {"model": measured.model, "context_tokens": measured.context}
     name = result["shape"]
     other = None if measured.model == name else measured.model or "a model that its file does not name"
     if other is not None:
@@ -259,8 +264,9 @@ def _price_document(
         return
     if len(tokens) > 1 or len(protocols) > 1:
         raise BadInput("--explain prints one plan: give one --protocol and one --private-context")
-    for line in explain_document(model, explain, tokens[0], question, protocols[0]):
-        print(line)
+    if as_json:
+        return print(json.dumps(explained_document(model, explain, tokens[0], question, protocols[0])))
+    print(*explain_document(model, explain, tokens[0], question, protocols[0]), sep="\n")
 
 
 def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> MpcacheError | None:
@@ -298,6 +304,8 @@ def _result(name: str, grid: AuditGrid, rows: list[AuditRow]) -> dict[str, Any]:
         "model": grid.shape.to_dict(),
         "question_tokens": padded_length(grid.question, grid.pad),
         "new_tokens": grid.new_tokens,
+        "version": version("mpcache"),
+        "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["mpcache", *sys.argv[1:]]),
         "rows": rows,
     }

@@ -1,4 +1,4 @@
-"""A policy's plan in words: what is public, and every opening of a decode step, with its formula.
+"""What is public of a policy's plan, and every opening of a decode step, with its formula.
 
 All of it comes from the decode program: it is read at the sizes that are asked for, and again at a few
 others, and the formulas are those that give the sizes of all readings (`mpcache.audit.formula`).
@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from mpcache.argmax import GROUP
-from mpcache.audit.catalog import told_of
 from mpcache.audit.formula import Names, total
 from mpcache.cost.reader import CostParty
 from mpcache.cost.tally import split_step
@@ -22,9 +20,9 @@ from mpcache.engines.registry import engine
 from mpcache.errors import MpcacheError, PolicyError
 from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy, parse_policy
-from mpcache.policy.clusters import ClusterPlan
+from mpcache.policy.clusters import Choice, ClusterPlan
 from mpcache.policy.evicting import LivingPlan
-from mpcache.policy.plan import SplitPlan, runs
+from mpcache.policy.plan import SplitPlan
 from mpcache.rank import Rank
 from mpcache.runtime.party import COMPUTING
 from mpcache.runtime.program import Opening, Request, RequestKind
@@ -184,6 +182,8 @@ def read_step(shape: ModelShape, spec: str, context: int, question: int, protoco
             found["rest"] = n - found["clusters"] * plan.sizes[0]
         if isinstance(plan, LivingPlan):  # what may be dropped
             found["old"] = n - plan.recent
+        if isinstance(choice := getattr(session.cache.whole(leader).memory, "choice", None), Choice):
+            found["items"] = choice.items
         symbols[i] = found
     return StepReading(bound, symbols, steps)
 
@@ -206,11 +206,15 @@ def _numbers(thing: Any) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Explained:
-    """symbols: their values in each layer.  steps: by layer, in program order; None: outside."""
+    """symbols: their values in each layer.  steps: by layer, in program order; None: outside.
+
+    any_heads: whether formulas hold for other numbers of heads, too.
+    """
 
     bound: BoundPolicy
     symbols: Mapping[int | None, Mapping[str, int]]
     steps: Mapping[tuple[int | None, str], Step]
+    any_heads: bool = True
 
 
 def explained(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Explained:
@@ -247,7 +251,8 @@ def explained(shape: ModelShape, spec: str, context: int, question: int, protoco
             key[1], tuple(said.kinds), said.rounds, tuple(said.keys), lines,
             formula_of(of, dealt), sum(seen.bytes for seen in said.dealt),
         )  # fmt: skip
-    return Explained(first.bound, first.symbols, steps)
+    heads = {reading.symbols[None]["KV"] for reading in readings}
+    return Explained(first.bound, first.symbols, steps, len(readings) < READINGS or len(heads) > 1)
 
 
 def formula_of(names: Names, tensors: Sequence[Sequence[tuple[int, ...]]]) -> str | None:
@@ -276,11 +281,15 @@ def _others(shape: ModelShape, context: int, question: int) -> Iterator[tuple[Mo
         (shape.width // 2, shape.width // 4) if shape.width > 1024 else (2 * shape.width, 4 * shape.width)
     )
     heads = ((3, 5), (5, 3), (7, 2), (2, 7), (5, 4), (3, 7), (11, 2), (4, 3), (2, 5), (5, 2))
-    # Far ones first, which tell most; near ones where the program takes another path far away.
+    # Far ones first, which tell most; near ones where the program takes another path far away; then others by
+    # turns, with more of a question or with this model's heads, on which the path depends, too.
     far = (1.13, 1.94, 0.83, 1.41, 0.61, 1.67, 1.24, 0.72, 1.05, 0.91)
     near = (0.99, 1.02, 0.96, 1.03, 0.94, 1.04, 0.97, 1.06, 0.93, 0.98)
-    for j, factor in enumerate((*far, *near)):
+    factors = (*far, *near)
+    for j, factor in enumerate((*factors, *(one for one in factors for _ in range(2)))):
         i, (kv, group) = j % len(heads), heads[j % len(heads)]
+        if j >= len(factors) and j % 2:
+            kv, group = shape.kv_heads, shape.group
         other = round(context * factor) if context < 1024 else round(context * (1 + abs(factor - 1)))
         changed = replace(
             shape,
@@ -293,72 +302,4 @@ def _others(shape: ModelShape, context: int, question: int) -> Iterator[tuple[Mo
             max_positions=2 * shape.max_positions + 1000,
         )
         if context >= 1024 or other < 1024:
-            yield changed, other, question + (1, 3, 4, 6, 9, 2, 5, 7, 8, 10)[i]
-
-
-def explain_policy(shape: ModelShape, spec: str, context: int, question: int, protocol: str) -> Iterator[str]:
-    """Yield lines of text about the first decode step after the question. Raises PolicyError."""
-    plan = explained(shape, spec, context, question, protocol)
-    policy = plan.bound.policy
-    yield f"{policy.spec}: {policy.source}"
-    yield ""
-    yield f"Public, besides the model's shape (context {context} tokens, question {question} tokens):"
-    yield from (f"  {line}" for line in plan.bound.plan.lines())
-    yield f"Leaks beyond that: {policy.leak}."
-    yield ""
-    yield "One decode step. A round is one message, or one each way at once. What is opened is masked by"
-    yield "randomness that is used once, but for the logits, which are the client's answer. Bytes are"
-    if protocol == "stock":
-        yield "those that each sender sends, with the dimensions of what it opens. CrypTen's maxima, sums of"
-        yield "bits and top-k go level by level, as many as the length has bits, so they have no one formula:"
-        yield "`mpcache audit --context A,B --protocol stock` prices lengths. The dimensions are made of"
-    else:
-        yield "those that each sender sends, with their formula; in it"
-    yield "  " + ", ".join(f"{name} = {value}" for name, value in plan.symbols[None].items())
-    yield "  (width, heads, KV heads, heads in a group, head size, FFN width, vocabulary),"
-    for which, symbols in runs([_own(plan.symbols[i], plan.symbols[None]) for i in range(shape.layers)]):
-        yield f"  {which}: " + ", ".join(f"{name} = {value}" for name, value in symbols.items())
-    if protocol == "stock":
-        yield "  (n: tokens in the cache)."
-    else:
-        yield "  (n: tokens in the cache; pairs(x) = x (x - 1) / 2; modulus(x): the power of two from x on,"
-        yield "  which ranks are opened modulo; rank_bytes(x): their bytes; count_bytes(x): those of"
-        yield f"  a count up to x; groups(x): x / {GROUP}, rounded up)."
-    steps: dict[Any, dict[str, Step]] = defaultdict(dict)
-    for (number, op), step in plan.steps.items():
-        steps["first" if op == "embed" else "last" if number is None else number][op] = step
-    for step in steps["first"].values():
-        yield from told_step(step)
-    for which, ops in runs([steps[i] for i in range(shape.layers)]):
-        yield f"{which}:"
-        for step in ops.values():
-            yield from told_step(step)
-    yield "then:"
-    for step in steps["last"].values():
-        yield from told_step(step)
-
-
-def _own(symbols: Mapping[str, int], common: Mapping[str, int]) -> dict[str, int]:
-    return {name: value for name, value in symbols.items() if name not in common}
-
-
-def told_step(step: Step) -> Iterator[str]:
-    """Yield what a step opens, and to whom, in lines."""
-    many = "" if step.rounds == 1 else "s"
-    rounds = f"{step.rounds} round{many}" if step.rounds else "beside another step"
-    yield f"  {step.name}: {rounds}, {_kinds(step.kinds)}"
-    for line in step.opened:
-        times = f"{line.times} x " if line.times > 1 else ""
-        formula = f"{times}{line.told} = " if line.told else ""
-        yield f"    to {line.to}: {line.why}: {formula}{line.bytes * line.times:,} B"
-    if step.offline_bytes:
-        keys = [
-            f"key{i} = {size} B" for i, size in enumerate(step.keys, 1) if f"key{i}" in (step.offline or "")
-        ]
-        told = f" ({', '.join(keys)})" if keys else ""
-        formula = f"{step.offline} = " if step.offline and not step.offline.isdigit() else ""
-        yield f"    from the dealer, ahead: {formula}{step.offline_bytes:,} B{told}"
-
-
-def _kinds(kinds: Sequence[RequestKind]) -> str:
-    return "; ".join(told_of(kind) for kind in kinds) or "nothing from the dealer"
+            yield changed, other, question + (1, 3, 4, 6, 9, 2, 5, 7, 8, 10)[i] + j // len(factors)

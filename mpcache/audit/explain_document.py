@@ -1,12 +1,14 @@
-"""What is public of a document of the client's own, and every opening of its eviction, in words."""
+"""What is public of a document of the client's own, and every opening of its eviction: in words, as data."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
-from mpcache.audit.explain import Line, Step, TraceParty, told_step
+from mpcache.audit.explain import Line, Step, TraceParty
+from mpcache.audit.explain_text import group_steps, step_as_data, told_steps
 from mpcache.audit.private_rows import CONTEXT
 from mpcache.config import PublicConfig
 from mpcache.cost.reading import reading_plan
@@ -15,8 +17,8 @@ from mpcache.engines.registry import engine
 from mpcache.limits import bind_policy
 from mpcache.model import ModelShape
 from mpcache.phases import EVICTION
-from mpcache.policy import parse_policy
-from mpcache.policy.plan import runs
+from mpcache.policy import ReadingPlan, parse_policy
+from mpcache.policy.plan import alike, layers_told
 from mpcache.rank import Rank
 from mpcache.session import Session
 
@@ -25,9 +27,8 @@ def explain_document(
     shape: ModelShape, spec: str, tokens: int, question: int, protocol: str
 ) -> Iterator[str]:
     """Yield lines about a document of so many tokens, evicted as `spec` says. Raises PolicyError."""
-    public = PublicConfig(policy="full", private_policy=spec)
-    bound = bind_policy(shape, public, CONTEXT, question, 2, tokens)
-    plan, policy = reading_plan(shape, public, CONTEXT, tokens, protocol), parse_policy(spec)
+    plan, steps = _read(shape, spec, tokens, question, protocol)
+    policy = parse_policy(spec)
     yield f"{policy.spec}: {policy.source}"
     yield ""
     yield f"Public of the client's document, besides its length of {tokens} tokens:"
@@ -36,24 +37,57 @@ def explain_document(
         yield "  all of it stays. Reading it opens what a question opens, but for the logits."
         return
     for name, value in asdict(plan.eviction).items():
-        by_layer = ", ".join(f"{n} in {which}" for which, n in runs(value)) if name == "kept" else str(value)
+        by_layer = ", ".join(f"{n} in {which}" for which, n in alike(value)) if name == "kept" else str(value)
         if name != "leaders":
             yield f"  {name}: {by_layer.lower()}"
     followers = [i for i, leader in enumerate(plan.eviction.leaders) if leader != i]
     if followers:
-        those = ", ".join(map(str, followers))
-        yield f"  layers that take an earlier one's ranking, and keep the same tokens: {those}"
+        yield f"  take an earlier one's ranking, and keep the same tokens: {layers_told(followers)}"
     yield ""
     yield "Reading it opens what a question opens, but for the logits, and each layer's importance. What the"
     yield "eviction opens is masked by randomness that is used once, but for ranks of rows that nobody can"
     yield "place, and the client's bit, whether all values were in range. Bytes are those of each sender."
+    layers = {number: ops for number, ops in steps.items() if number is not None}
+    last = [(None, step) for step in steps.get(None, {}).values()]
+    yield from told_steps([], group_steps(layers), last, len(layers))
+
+
+def explained_document(
+    shape: ModelShape, spec: str, tokens: int, question: int, protocol: str
+) -> dict[str, Any]:
+    """Return the same as data. Raises PolicyError."""
+    plan, steps = _read(shape, spec, tokens, question, protocol)
+    policy = parse_policy(spec)
+    layers = {number: ops for number, ops in steps.items() if number is not None}
+    last = [(None, step) for step in steps.get(None, {}).values()]
+    return {
+        "policy": policy.spec,
+        "source": policy.source,
+        "protocol": protocol,
+        "private_tokens": tokens,
+        "model": shape.to_dict(),
+        "chunks": list(plan.chunks),
+        "plan": None if plan.eviction is None else asdict(plan.eviction),
+        "steps": [step_as_data(*group) for group in (*group_steps(layers), *last)],
+    }
+
+
+def _read(
+    shape: ModelShape, spec: str, tokens: int, question: int, protocol: str
+) -> tuple[ReadingPlan, dict[int | None, dict[str, Step]]]:
+    """Read the document's eviction: its plan, and by layer what its steps open."""
+    public = PublicConfig(policy="full", private_policy=spec)
+    bound = bind_policy(shape, public, CONTEXT, question, 2, tokens)
+    plan = reading_plan(shape, public, CONTEXT, tokens, protocol)
+    steps: dict[int | None, dict[str, Step]] = defaultdict(dict)
+    if plan.eviction is None:
+        return plan, steps
     witness = TraceParty()
     session = Session(engine(protocol, Rank.SERVER, device="meta"), witness, shape, bound)
     session.setup(None)
     session.context(None, None)
     for _ in session.read_document(plan, None):
         pass
-    steps: dict[int | None, dict[str, Step]] = defaultdict(dict)
     for name, said in witness.said.items():
         phase, _, rest = name.partition("/")
         if phase == EVICTION:
@@ -61,13 +95,4 @@ def explain_document(
             lines = tuple(Line(one.why, one.to, 1, None, one.size) for one in said.opened)
             dealt = sum(one.bytes for one in said.dealt)
             steps[number][op] = Step(op, tuple(said.kinds), said.rounds, (), lines, None, dealt)
-    alike: dict[tuple[Step, ...], list[int]] = defaultdict(list)
-    for number in sorted(number for number in steps if number is not None):
-        alike[tuple(steps[number].values())].append(number)
-    for ops, numbers in alike.items():
-        yield f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}:"
-        for step in ops:
-            yield from told_step(step)
-    yield "then:"
-    for step in steps[None].values():
-        yield from told_step(step)
+    return plan, steps

@@ -6,8 +6,6 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ def csv_lines(result: Mapping[str, Any], by: str | None) -> list[AuditRow]:
         "model": result["shape"],
         "question_tokens": result["question_tokens"],
         "new_tokens": result["new_tokens"],
-        "version": version("mpcache"),
-        "date": datetime.now(UTC).date().isoformat(),
+        "version": result["version"],
+        "date": result["date"],
     }
     lines = []
     for row in result["rows"]:

@@ -15,11 +15,14 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from mpcache.argmax import GROUP
 from mpcache.protocols.topk import size_for
 from mpcache.runtime.side import bytes_for
 
 Vector = tuple[int, ...]
+PARTS = (2, 4, 8, 16, 32)  # that a size may be divided into
 LARGEST_COEFFICIENT = 64  # of a coefficient or a summand: a larger one would be a coincidence
 
 
@@ -50,6 +53,9 @@ class Names:
             for function in (groups, eighths):
                 if tuple(map(function, mine)) == values:
                     return f"{function.__name__}({name})"
+            for parts in PARTS:
+                if tuple(parts * value for value in values) == mine:
+                    return f"{name}//{parts}"
         if (found := self._linear(values, 1) or self._pairs(values)) is not None:
             return found
         for name, mine in self.symbols.items():
@@ -70,7 +76,7 @@ class Names:
             return None
         for names in combinations(self.symbols, terms):
             columns = [(1,) * len(values), *(self.symbols[name] for name in names)]
-            solved = solve(columns, values)
+            solved = solve(columns, values) if nearly_solved(columns, values) else None
             if solved is None or any(c.denominator > 1 or abs(c) > LARGEST_COEFFICIENT for c in solved):
                 continue
             if all(solved[1:]):
@@ -124,6 +130,13 @@ def rank_bytes(n: int) -> int:
 def count_bytes(n: int) -> int:
     """Count the bytes of a count of up to n items, with its sign."""
     return bytes_for(1 + n.bit_length())
+
+
+def nearly_solved(columns: Sequence[Sequence[int]], values: Sequence[int]) -> bool:
+    """Tell whether `solve` may find something, in a hundredth of its time."""
+    a, b = np.array(columns, float).T, np.array(values, float)
+    off = a @ np.linalg.lstsq(a, b, rcond=None)[0] - b
+    return bool(abs(off).max() <= 1e-6 * abs(b).max())
 
 
 def solve(columns: Sequence[Sequence[int]], values: Sequence[int]) -> list[Fraction] | None:

@@ -7,7 +7,7 @@ all (`task`): what the model cannot do with everything in view says nothing abou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mpcache.console.terminal import Say
@@ -78,6 +78,15 @@ class ChatSweep:
                 longer, rest = talk.moved(context)
                 found.append(Reading("inside", longer, [(task, rest)]))
         return found
+
+    def talks(self, task: Task, question: str) -> Iterator[tuple[list[int], Talk]]:
+        """Yield a task's conversations, each with what is read before it."""
+        for i in range(self.documents):
+            for reading in self.document(i):
+                if reading.question == question:
+                    yield from (
+                        (reading.context, talk) for one, talk in reading.talks if one.name == task.name
+                    )
 
     def run(self, say: Say) -> None:
         """Ask everything, and add to `results` whole readings at a time. Raises BadInput."""

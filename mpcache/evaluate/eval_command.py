@@ -27,6 +27,7 @@ from mpcache.evaluate.quality_tables import CAPTION, quality_tables
 from mpcache.evaluate.results import Results
 from mpcache.evaluate.score import EvalModel
 from mpcache.evaluate.secure import confirm_privately
+from mpcache.evaluate.secure_chat import confirm_talks
 from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, run_sweep, take_sample
 from mpcache.evaluate.tasks import TASKS
 from mpcache.model import demo_model_dir, load_model
@@ -73,9 +74,12 @@ def evaluate(
         int | None, typer.Option(help=f"Tokens of a document, at most. [{DOCUMENT_TOKENS}]")
     ] = None,
     secure: Annotated[
-        int, typer.Option(help="So many samples of each row through the three parties, too.")
+        int,
+        typer.Option(help="So many samples, of a chat conversations, of each row through the parties, too."),
     ] = 0,
-    network: Annotated[str | None, typer.Option(help=f"With --secure, but for bits: {NETWORKS}.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help=f"With --secure, but for bits and chats: {NETWORKS}.")
+    ] = None,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Quality against budget, an SVG file.")
     ] = None,
@@ -124,15 +128,18 @@ def evaluate(
     )
     report = EvalReport(engine, grid, gate if chat else "task")
     ask: Callable[[Say], None]
+    confirm: Callable[[Say], None]
     if chat:
         framing = make_framing(engine.model.tokenizer, engine.model.shape, False, public.document_as, True)
         sweep = ChatSweep(engine, framing, grid, gate, report.results, lambda: report.write(out, False))
         sweep.document(0)  # all is checked before the first question is asked
         ask = sweep.run
+        confirm = lambda say: confirm_talks(sweep, secure, public.network, say)  # noqa: E731
     else:
         for each in tasks:
             take_sample(engine, each, "after", grid, 0)
         ask = lambda say: run_sweep(engine, grid, report.results, say)  # noqa: E731
+        confirm = lambda say: confirm_privately(engine, grid, secure, public.network, report.results, say)  # noqa: E731
     for spec in policy or ():  # of all there are, some may be left out
         _check(engine, spec, grid)
 
@@ -141,8 +148,7 @@ def evaluate(
         with terminal.progress("starting ...") as (say, _):
             ask(say)
             if secure:
-                cells = list(report.results.cells)
-                confirm_privately(engine, grid, cells, secure, public.network, report.results, say)
+                confirm(say)
         complete = True
     finally:  # also when it was interrupted, or a party failed
         report.write(out, complete)

@@ -120,12 +120,18 @@ class Plan:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """All integers, a line for each run of layers that are alike."""
-        layers = [
-            {k: v for k, v in _told(layer).items() if v not in ((), {}) and (k, v) != ("leader", i)}
-            for i, layer in enumerate(self.layers)
+        """All integers, a line for all layers that are alike."""
+        taken = [getattr(layer, "leader", i) for i, layer in enumerate(self.layers)]
+        layers: list[dict[str, Any]] = []
+        for i, layer in enumerate(self.layers):
+            found = {k: v for k, v in _told(layer).items() if v not in ((), {}) and k != "leader"}
+            if taken[i] not in (None, i):
+                before = taken[i] == i - 1 and taken.count(i - 1) == 2
+                found["choice of"] = "the layer before" if before else f"layer {taken[i]}"
+            layers.append(found)
+        return [
+            f"{name}: " + ", ".join(f"{k} {v}" for k, v in layer.items()) for name, layer in alike(layers)
         ]
-        return [f"{name}: " + ", ".join(f"{k} {v}" for k, v in layer.items()) for name, layer in runs(layers)]
 
 
 def _told(layer: LayerPlan) -> dict[str, Any]:
@@ -164,13 +170,36 @@ class SharedEviction:
         return self.pool * self.judges * (group if self.by_head else heads)
 
 
-def runs(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Group neighbouring layers that are equal under one name: `layers 0 to 5`."""
-    start = 0
-    for i in range(1, len(items) + 1):
-        if i == len(items) or items[i] != items[start]:
-            yield (f"layers {start} to {i - 1}" if i - start > 1 else f"layer {start}"), items[start]
-            start = i
+def alike(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Group layers that are equal under one name, those with the first layer first: `layers 0 to 5`."""
+    groups: list[tuple[Any, list[int]]] = []
+    for i, item in enumerate(items):
+        mine = next((numbers for other, numbers in groups if other == item), None)
+        if mine is None:
+            groups.append((item, [i]))
+        else:
+            mine.append(i)
+    for item, numbers in groups:
+        yield layers_told(numbers), item
+
+
+def layers_told(numbers: Sequence[int]) -> str:
+    """Name layers, which rise: `layers 0 to 2, 4, 6 .. 30, 31`."""
+    parts, i = [], 0
+    while i < len(numbers):
+        step = numbers[i + 1] - numbers[i] if i + 1 < len(numbers) else 0
+        j = i
+        while j + 1 < len(numbers) and numbers[j + 1] - numbers[j] == step:
+            j += 1
+        if step == 1:
+            parts.append(f"{numbers[i]} to {numbers[j]}")
+        elif j - i > 2:
+            parts.append(f"{numbers[i]}, {numbers[i + 1]} .. {numbers[j]}")
+        else:
+            parts.append(str(numbers[i]))
+            j = i
+        i = j + 1
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(parts)}"
 
 
 def written(value: Any) -> str:

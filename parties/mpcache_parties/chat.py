@@ -73,7 +73,7 @@ class Chat:
     """One private conversation. A context manager; not for several threads, but for `stop`.
 
     turns: the complete ones; of a conversation that was resumed, the earlier ones, too.  unfinished: the
-    question whose answer was interrupted; `go_on` yields it.
+    question whose answer was interrupted; `go_on` yields it.  raw: no chat template stands around its texts.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Chat:
             self.close(keep=True)
             raise
         self.room, self.unfinished = int(opened["room"]), opened["unfinished"]
+        self.raw = bool(opened["raw"])
         self.turns += map(_report_of, opened["turns"])
         self._answering = self.unfinished is not None
         self.progress = ""

@@ -68,7 +68,7 @@ def party(
         list[str] | None,
         typer.Option(
             help="Server: FILE, a document that was packed, or NAME=FILE for each of several. "
-            "Client: the NAME of the one that it asks about."
+            "Client: the NAME of the one that it asks about; with --api of each that callers may ask about."
         ),
     ] = None,
     pack_key: Annotated[

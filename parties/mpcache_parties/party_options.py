@@ -155,13 +155,21 @@ class PartyOptions:
 
     def named_document(self) -> str:
         """Return the name of the document that this client asks about. Raises BadInput."""
-        if not self.document:
-            return NO_NAME
-        if len(self.document) > 1 or not DOCUMENT_NAME.fullmatch(self.document[0]):
+        if len(self.document) > 1:
             raise BadInput(
-                f"--document {' '.join(self.document)!r:.80}: a client gives the public name of one document"
+                f"--document {' '.join(self.document)!r:.80}: a client gives the public name of one "
+                "document, and with --api of each that its callers may ask for"
             )
-        return self.document[0]
+        return self.named_documents()[0] if self.document else NO_NAME
+
+    def named_documents(self) -> tuple[str, ...]:
+        """Return the names of documents that this client's callers may ask about. Raises BadInput."""
+        for name in self.document:
+            if not DOCUMENT_NAME.fullmatch(name) or self.document.count(name) > 1:
+                raise BadInput(
+                    f"--document {name!r:.80}: a client gives the public name of a document, each once"
+                )
+        return self.document
 
     def _check_serving(self) -> None:
         if self.serve and self.me is Rank.CLIENT:
@@ -233,6 +241,11 @@ class PartyOptions:
 
     def setups(self, public: PublicConfig) -> Setups:
         """Return what --setup-dir and --fresh-document ask for. Raises BadInput or StateError."""
+        if self.setup_dir is not None and (self.preparing or self.offline_store is not None):
+            raise BadInput(
+                "--setup-dir with prepared tapes: these are dealt for masks of their own, which go; "
+                "leave --setup-dir out"
+            )
         if self.me is Rank.SERVER:
             fresh = self.fresh_document or public.hide_document
             return ServerSetups(self.setup_dir, fresh, documents=len(self.document))

@@ -131,9 +131,10 @@ def test_what_was_said_is_told_when_it_opens(pipe: Pipe) -> None:
     report = TurnReport(1, "a", [1], Finish.LENGTH, 2, 90, 1.0, 1.0, 1, 1, 1, 1, 1, question="q")
     complete = TurnRecord(Question("q"), [5, 6], 1, 1, [1], None, report)
     records = [complete, TurnRecord(Question("r"), [7], 4, 4)]
-    pipe.conversation.opened(90, records)
+    pipe.conversation.opened(90, records, raw=True)
     (event,) = pipe.events()
-    assert event == {"event": "opened", "room": 90, "turns": [asdict(report)], "unfinished": "r"}
+    said = {"room": 90, "turns": [asdict(report)], "unfinished": "r", "raw": True}
+    assert event == {"event": "opened", **said}
     assert not pipe.conversation.stopped()
     pipe.stdin.write(ENOUGH_LINE)
     limit = time.monotonic() + 10

@@ -1,4 +1,4 @@
-"""Frames that go together: what is joined comes apart again, a dealer joins what is there, nobody else may."""
+"""Frames that go together: what is joined comes apart again; a dealer joins what is there, nobody else may."""
 
 from __future__ import annotations
 
@@ -80,7 +80,12 @@ def test_a_dealers_draws_arrive_in_order_in_fewer_messages() -> None:
     with linked("grpc", Rank.DEALER, Rank.SERVER) as (dealer, server):
         assert isinstance(server, GrpcLink)
         messages, take = list[bytes](), server.all_arrived
-        server.all_arrived = lambda data: (messages.append(data), take(data))[1]  # type: ignore[method-assign]
+
+        def counted(data: bytes) -> bool:
+            messages.append(data)
+            return take(data)
+
+        server.all_arrived = counted  # type: ignore[method-assign]
         for n in range(50):
             dealer.send("setup", [torch.tensor([n])])
         for n in range(50):

@@ -85,7 +85,7 @@ def serve_here(
     options = EndpointOptions(
         port, api_key, tuple(allow_host or ()), tuple(allow_origin or ()), flag="--port"
     )  # fmt: skip
-    options.check()
+    options.check_free()
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
     packed = OpenedPack.read_several(document or [], pack_key, pack_passphrase, context)

@@ -23,7 +23,7 @@ from mpcache.audit.explain_text import explain_policy, explained_policy
 from mpcache.audit.exports import FORMATS, as_csv, csv_lines, in_form, write_csv
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
-from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_rows, resolved
+from mpcache.audit.priced_rows import AuditGrid, AuditRow, ask_settings, price_rows, resolved
 from mpcache.audit.private_rows import show_document
 from mpcache.audit.quality import points
 from mpcache.audit.size_tables import show_sizing
@@ -33,20 +33,24 @@ from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.console.options import (
     MODEL_FORMS,
+    JournalOption,
     JsonOption,
     PadOption,
     PoliciesOption,
     RevealOption,
+    SweepRayOption,
     read_reveal,
 )
 from mpcache.cost.choose import CHOICES
 from mpcache.cost.planner import AT_LEAST
 from mpcache.cost.quality_file import Quality, read_quality
+from mpcache.cost.sizing import PROCESS
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.model import ModelShape
 from mpcache.model.shapes import NAMES
 from mpcache.padding import padded_length
 from mpcache.report.plots import check_plot
+from mpcache.sweeping.runner import cell_runner
 from mpcache.transport.network import NO_NETWORK, parse_network
 
 MEASURED_TOKENS = 7  # answered in each run of --measure: six decode steps
@@ -119,6 +123,8 @@ def audit(
     sizing_: Annotated[
         bool, typer.Option("--sizing", help="What each party's machine needs, for each model and context.")
     ] = False,
+    ray: SweepRayOption = None,
+    journal: JournalOption = None,
     form: Annotated[str, typer.Option("--format", help=f"Of the tables: {', '.join(FORMATS)}.")] = FORMATS[0],
     as_json: JsonOption = False,
 ) -> None:
@@ -143,7 +149,7 @@ def audit(
         return show_sizing(asked, policy or ["full"], question, protocol, form, as_json)
     if others_given:
         single = {"--explain": explain, "--measure": measure, "--report": report, "--quality": quality,
-                  "--tune": tune, "--private-context": private_context}  # fmt: skip
+                  "--tune": tune, "--private-context": private_context, "--journal": journal}  # fmt: skip
         if extra := [name for name, wanted in single.items() if wanted]:
             raise BadInput(f"{extra[0]} is for one model: give one --shape")
     name, model = shape_of(given)
@@ -173,18 +179,15 @@ def audit(
         _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
-    found = price_rows(grid, needed, note=_note)
-    result = _result(name, grid, found)
+    result = _result(name, grid, _priced(grid, needed, ray, journal))
     if measured.rows:
         _add_quality(result, measured, grid, policy, plot_file)
-    stopped: MpcacheError | None = None
-    if folder is not None:
-        stopped = _measured(result, grid, folder, needed)
+    stopped = None if folder is None else _measured(result, grid, folder, needed)
     results = [result]
     for other in others_given:
         name, model = shape_of(other)
         other_grid = replace(grid, shape=model, contexts=contexts_of(context, other, model, more))
-        results.append(_result(name, other_grid, price_rows(other_grid, needed, note=_note)))
+        results.append(_result(name, other_grid, _priced(other_grid, needed, ray, None)))
     if plot_file is not None and not measured.rows:
         plot_contexts(results, plot_file)
         terminal.say(f"wrote {plot_file}")
@@ -194,6 +197,14 @@ def audit(
     _show(results, by, csv, "json" if as_json else form)
     if stopped is not None:
         raise stopped
+
+
+def _priced(grid: AuditGrid, by: str | None, ray: str | None, journal: Path | None) -> list[AuditRow]:
+    """Price a grid, here or on the cluster that --ray names. Raises ClusterError where settings failed."""
+    with cell_runner(ray, journal, grid.about(by), ask_settings, PROCESS) as runner:
+        rows = price_rows(grid, by, None, _note, runner)
+        runner.check()
+        return rows
 
 
 def _check(by: str | None, form: str, lengths: Mapping[str, int | None]) -> None:

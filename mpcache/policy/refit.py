@@ -66,7 +66,8 @@ def chosen_targets(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, best: Tensor |
 
 def _with_drawn(best: Tensor, n: int) -> Tensor:
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(n))[:RANDOM_ROWS]
-    return torch.unique(torch.cat([best, drawn.to(best.device)]))
+    rows: Tensor = torch.unique(torch.cat([best, drawn.to(best.device)]))
+    return rows
 
 
 def fit(targets: Targets, kept: Tensor, v: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import check_stdin, read_question, read_text
 from mpcache.console.options import chat_overrides, public_overrides, read_stops
@@ -72,6 +73,9 @@ class PartyOptions:
     sessions: int | None = None
     events: bool = False
     conversation: bool = False
+    ray: str | None = None
+    ray_actors: int | None = None
+    batches: int | None = None
 
     @property
     def preparing(self) -> bool:
@@ -103,6 +107,10 @@ class PartyOptions:
         self._check_document()
         self._check_serving()
         self._check_conversation()
+        if self.ray_actors is not None and self.ray is None:
+            raise BadInput("--ray-actors is how many actors --ray starts; give --ray, too")
+        if self.batches is not None and (self.me is not Rank.DEALER or not self.preparing):
+            raise BadInput("--batches is how many the dealer (--rank 2) deals with --prepare")
         if self.turns is not None:
             self._declared()
 
@@ -183,6 +191,22 @@ class PartyOptions:
         if self.sessions is not None and not self.serve:
             raise BadInput("--sessions is how many sessions --serve takes at once; give --serve, too")
 
+    def check_sharding(self, public: PublicConfig) -> None:
+        """Check what --ray goes with. Raises BadInput."""
+        if self.preparing and self.me is not Rank.DEALER:
+            raise BadInput("--ray with --prepare belongs to the dealer (--rank 2): it has the work")
+        if self.preparing:
+            return
+        if self.offline_store is not None:
+            raise BadInput("--ray holds masks that outlive a session, --offline-store has its own; give one")
+        if public.protocol == ProtocolName.STOCK:
+            raise BadInput("--ray holds what protocol fast multiplies by; --protocol stock does not use it")
+        if self.me is Rank.DEALER and self.setup_dir is not None:
+            raise BadInput(
+                "--setup-dir keeps in one file what --ray spreads over machines; give one of them: with "
+                "--serve the dealer's actors keep it as long as the dealer lives"
+            )
+
     def _check_conversation(self) -> None:
         """Refuse what a conversation cannot have. Raises BadInput."""
         if not self.conversation:
@@ -226,9 +250,10 @@ class PartyOptions:
         Raises BadInput or StateError.
         """
         if self.me is Rank.DEALER:
-            if self.offline_store is not None:
+            if self.offline_store is not None and (self.ray is None or not self.preparing):
                 raise BadInput(
-                    "--offline-store belongs to server and client; the dealer takes --prepare alone"
+                    "--offline-store belongs to server and client; the dealer takes --prepare alone, or with "
+                    "--ray a folder that its workers deal into"
                 )
             return None
         if self.offline_store is None:

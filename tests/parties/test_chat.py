@@ -199,7 +199,9 @@ def test_who_leaves_an_answer_can_go_on(parties: LocalParties) -> None:
         for _ in chat.ask("The code of the red gate is"):
             break
         assert len(chat.turns) == 1 and 1 <= len(chat.turns[0].token_ids) < 4
-        assert "".join(chat.ask(Turn(" and", max_new_tokens=2)))
+        accounts = [chat.account for _ in chat.ask(Turn(" and", max_new_tokens=2))]
+        assert accounts[-1].turns == 1 and accounts[-1].ms > chat.turns[0].ms  # of an answer that runs
+        assert chat.turns[0].rounds < accounts[-1].rounds < chat.account.rounds
         assert len(chat.turns[1].token_ids) == 2 and chat.finish_reason == "length"
 
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mpcache.errors import MpcacheError
 from mpcache.report.units import BYTES, DURATIONS
 from mpcache_parties.endpoint.answers import Beat, Exchange
-from mpcache_parties.endpoint.bodies import check_model
+from mpcache_parties.endpoint.bodies import check_served
 from mpcache_parties.endpoint.chat_like import Models
 from mpcache_parties.endpoint.completions import CompletionRequest, read_request
 from mpcache_parties.endpoint.conversations import ConversationPool
@@ -179,7 +179,7 @@ class Endpoint:
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        check_model(name, self.models)
+        check_served(name, self.models)
         return JSONResponse(_card(name))
 
     async def _health(self, request: Request) -> Response:

@@ -60,7 +60,7 @@ class Body(Strict):
 
     def check(self, models: Collection[str]) -> None:
         """Raise Refusal where the model is none of those that are served, or options have no stream."""
-        check_model(self.model, models)
+        check_served(self.model, models)
         if self.stream_options is not None and not self.stream:
             raise Refusal(400, "stream_options: needs stream: true", "stream_options")
 
@@ -86,7 +86,7 @@ class Body(Strict):
 SomeBody = TypeVar("SomeBody", bound=Body)
 
 
-def check_model(name: str, models: Collection[str]) -> None:
+def check_served(name: str, models: Collection[str]) -> None:
     """Raise Refusal where a model of this name is not served."""
     if name not in models:
         there = " or ".join(map(repr, models))

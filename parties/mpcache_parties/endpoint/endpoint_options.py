@@ -11,7 +11,7 @@ from mpcache.errors import BadInput
 from mpcache.transport.address import HostPort
 from mpcache_parties.endpoint.app import IDLE_S, QUEUE, Endpoint
 from mpcache_parties.endpoint.chat_like import Models
-from mpcache_parties.endpoint.http_server import serve_endpoint
+from mpcache_parties.endpoint.http_server import listen, serve_endpoint
 from mpcache_parties.operations.own_address import own_address
 from mpcache_parties.say import Say
 
@@ -49,6 +49,11 @@ class EndpointOptions:
                     f"--allow-origin is {origin!r}; give scheme and host, such as https://here.example"
                 )
         return place
+
+    def check_free(self) -> None:
+        """Check, and see that nobody listens there yet. Raises BadInput or PortInUse."""
+        place = self.check()
+        listen(place.host, place.port).close()
 
     def read_key(self) -> str | None:
         """Read the key, which no flag holds: everybody can see a process's flags. Raises BadInput."""

@@ -22,8 +22,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _KINDS = {field.number: FrameKind(field.name) for field in pb.Frame.DESCRIPTOR.fields}
 KIND_NAMED = {kind.value: kind for kind in _KINDS.values()} | {None: FrameKind.UNKNOWN}  # by `WhichOneof`
 # What a field of bytes begins with: its number, times 8, and 2.
-_BATCH_TAG, _FRAME_TAG = b"\x3a", b"\x0a"  # `Frame.batch` and `Batch.frames`
-_TENSORS_TAG, _DATA_TAG = b"\x12", b"\x2a"  # `Frame.tensors` and `Tensors.data`
+_BATCH_TAG, _FRAME_TAG = b"\x3a", b"\x0a"  # a frame's batch, a batch's frames
+_TENSORS_TAG, _DATA_TAG = b"\x12", b"\x2a"  # a frame's tensors, their data
 
 if sys.byteorder != "little":  # tensors travel as they lie in memory
     raise ImportError("mpcache runs on little-endian machines only")

@@ -1,4 +1,4 @@
-"""Frames that go together: what is joined comes apart again; a dealer joins what is there, nobody else may."""
+"""Frames that go together: they come apart again; a dealer joins what is there, and nobody else may."""
 
 from __future__ import annotations
 

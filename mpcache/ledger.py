@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -24,19 +24,34 @@ class Entry:
     offline_received: int = 0
 
     def __iadd__(self, other: Entry) -> Entry:
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
+        mine = vars(self)
+        for name, value in vars(other).items():
+            mine[name] += value
         return self
 
     def __sub__(self, other: Entry) -> Entry:
-        return Entry(**{n: v - getattr(other, n) for n, v in asdict(self).items()})
+        theirs = vars(other)
+        return Entry(**{name: value - theirs[name] for name, value in vars(self).items()})
+
+
+class Steps(dict[str, Entry]):
+    """Entries by step name, made when they are first asked for, and by the name's first word, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_phase: defaultdict[str, list[Entry]] = defaultdict(list)
+
+    def __missing__(self, step: str) -> Entry:
+        self[step] = entry = Entry()
+        self.by_phase[step.partition("/")[0]].append(entry)
+        return entry
 
 
 @dataclass
 class Ledger:
     """Entries by step name, such as `layer3/select/topk`."""
 
-    steps: dict[str, Entry] = field(default_factory=lambda: defaultdict(Entry))
+    steps: Steps = field(default_factory=Steps)
     wire_bytes: int = 0
     resent_bytes: int = 0
 
@@ -50,6 +65,17 @@ class Ledger:
         """Add to one amount (a field of `Entry`) of several steps."""
         for step, size in zip(steps, sizes, strict=True):
             vars(self.steps[step])[amount] += size
+
+    def booked(self, step: str) -> Entry:
+        """Return what one step has booked, nothing if it is none."""
+        return self.steps.get(step) or Entry()
+
+    def phase_total(self, phase: str) -> Entry:
+        """Sum over the steps of a phase, however many others there are by now."""
+        total = Entry()
+        for entry in self.steps.by_phase.get(phase, ()):
+            total += entry
+        return total
 
     def total(self, prefix: str = "") -> Entry:
         """Sum over the steps whose name starts with `prefix`."""

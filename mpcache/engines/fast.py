@@ -212,7 +212,7 @@ class FastOps(Engine[Share, MaskedOperand]):
         return replace(x * round(factor * 2**16), bits=x.bits + 16)
 
     def value(self, x: MaskedOperand) -> Share:
-        return Share(x.mask + self.side.first(x.opened), x.bits, ring=x.ring)
+        return Share(self.side.plus(x.mask, x.opened), x.bits, ring=x.ring)
 
     def ones(self, shape: Sequence[int]) -> Share:
         return self.secret(torch.ones(tuple(shape)), shape, Rank.SERVER, bits=0)
@@ -232,7 +232,7 @@ class FastOps(Engine[Share, MaskedOperand]):
         scores = yield from self.rescale_to(scores)
         # The largest score has 16 bits; one that is zero may come out a little below it.
         raw = drop_low_bits(scores.data, scores.bits + limit.bit_length() - KEPT_BITS)
-        whole = Share(raw + self.side.constant(4, raw), 0)
+        whole = Share(self.side.plus(raw, 4), 0)
         return (yield from self.do.compact(self.side, whole, k, values))
 
     def reveal(self, x: Share, to: Rank, why: str) -> Program[torch.Tensor | None]:

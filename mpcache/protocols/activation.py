@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -62,12 +62,12 @@ class Series:
     half: int
     b: tuple[float, ...]
 
-    @property
+    @cached_property
     def large(self) -> int:
         """How many terms, the first, have large coefficients."""
         return next((k for k, b in enumerate(self.b) if abs(b) < _LARGE), len(self.b))
 
-    @property
+    @cached_property
     def shared_bits(self) -> list[int]:
         """Fraction bits of the dealer's sines and cosines, term by term: as many as balance both errors."""
         totals = (_OUT_BITS if k < self.large else _OUT_BITS - _SMALLER for k in range(len(self.b)))
@@ -76,7 +76,7 @@ class Series:
             for total, b in zip(totals, self.b, strict=True)
         ]
 
-    @property
+    @cached_property
     def units(self) -> npt.NDArray[np.float64]:
         """Coefficients with the public factors' fraction bits."""
         rest = [
@@ -212,7 +212,7 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
     else:
         total = _summed(c - (1 << (ring - 2)), period, wave, shares)
         slope = out - x.bits - wave.half.bit_length()
-        step = total + (value.data << slope) + side.constant(1 << (out - 1), total)
+        step = side.plus(total + (value.data << slope), 1 << (out - 1))
     if up is not None:
         theirs = Truncated.of(c_up[0], 0, up.ring, *others[:2])
         value = Share(mine.times(side, theirs, others[2:]), x.bits + up.bits)

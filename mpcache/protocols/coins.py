@@ -112,9 +112,8 @@ class Highest:
         for i in range(_DIGITS):
             bit = ((f >> i) & 1).unsqueeze(-1)
             factors = torch.cat([factors * bit, factors * (1 - 2 * bit)], -1)
-        empty = side.first(factors[..., 0]) + (factors[..., 1:] * products).sum(-1)
-        number: torch.Tensor = side.constant(BUCKETS - 1, empty[..., :1]) - empty.sum(-1, keepdim=True)
-        return number
+        empty = side.plus((factors[..., 1:] * products).sum(-1), factors[..., 0])
+        return side.plus(-empty.sum(-1, keepdim=True), BUCKETS - 1)
 
     def _sums(
         self,
@@ -168,7 +167,7 @@ def bound_of(side: Side, number: torch.Tensor) -> torch.Tensor:
 
     max < c <= max + 4: the bucket's upper edge, and one bucket where its number is one too high.
     """
-    return (number + side.constant(1 - BUCKETS // 2, number)) << _LOW
+    return side.plus(number, 1 - BUCKETS // 2) << _LOW
 
 
 assert _LOW + BUCKETS.bit_length() + 1 == SCORE_RING, "two bits of a score's ring lie above the buckets"

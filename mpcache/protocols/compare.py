@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Self
 
 import numpy as np
@@ -76,7 +76,7 @@ class Keys:
         """Make them for the phase that runs. No message."""
         return cls(n, width, dtype, (yield from tree_cipher()))
 
-    @property
+    @cached_property
     def shape(self) -> KeyShape:
         return KeyShape(self.n, self.width - 1, width=self.dtype.itemsize)
 

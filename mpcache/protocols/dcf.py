@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -71,17 +72,17 @@ class KeyShape:
     start: int = 0
     width: int = 8
 
-    @property
+    @cached_property
     def tail(self) -> int:
         """Bits of a point that no level is for."""
         most = self.depth - (self.start + 1 if self.start else 1)
         return max(0, min((_BLOCK // self.width).bit_length() - 1, most))
 
-    @property
+    @cached_property
     def levels(self) -> int:
         return self.depth - self.tail
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
         return np.dtype(f"u{self.width}")
 
@@ -89,21 +90,21 @@ class KeyShape:
         """Count the evaluation of all keys at so many points: a child and a value for each level."""
         return Work(comparisons=self.n, key_blocks=2 * self.n * self.levels * points)
 
-    @property
+    @cached_property
     def seeds(self) -> tuple[int, ...]:
         return (self.n, 2)
 
-    @property
+    @cached_property
     def words(self) -> tuple[int, ...]:
         """Correction words of the seeds, two per level."""
         return (self.n, 2 * self.levels)
 
-    @property
+    @cached_property
     def values(self) -> int:
         """Correction words of the outputs: one per counting level, a leaf's, the window's."""
         return self.levels - self.start + (1 << self.tail) + (self.start > 0)
 
-    @property
+    @cached_property
     def bits(self) -> tuple[int, ...]:
         """Bytes: correction bits, both children's in one per level; then the words of the outputs."""
         return (self.n, self.levels + self.width * self.values)

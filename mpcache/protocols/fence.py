@@ -8,6 +8,7 @@ goes to the guard and nowhere else. An entry is uniform to each party, and no tw
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpcache.runtime import value_loops
 from mpcache.runtime.program import Part, Shape
 from mpcache.runtime.side import Side
 
@@ -52,9 +54,13 @@ class Fence:
         """Let the guard know of opened values c (*s)."""
         if c.is_meta:
             return
-        digit = self._digit(c)
-        byte = tables.gather(-1, (digit >> 3).unsqueeze(-1)).squeeze(-1)
-        side.watch_bits((byte >> (digit & 7).to(torch.uint8)) & 1)
+        n, mask = math.prod(c.shape), (1 << self.lead) - 1
+        bits = np.empty(n, np.uint8)
+        value_loops.table_bits(
+            c.reshape(n).contiguous().numpy(), self.ring - self.lead, mask,
+            tables.reshape(n, tables.shape[-1]).contiguous().numpy(), bits,
+        )  # fmt: skip
+        side.watch_bits(torch.from_numpy(bits))
 
     def _digit(self, x: torch.Tensor) -> torch.Tensor:
         return (x >> (self.ring - self.lead)) & ((1 << self.lead) - 1)

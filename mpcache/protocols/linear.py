@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from mpcache.errors import Reuse
 from mpcache.protocols.fence import truncation_fence
 from mpcache.rank import Rank
-from mpcache.runtime import correlations
+from mpcache.runtime import correlations, value_loops
 from mpcache.runtime.correlations import mask_parts, mask_ring
 from mpcache.runtime.program import (
     NO_WORK,
@@ -45,7 +46,7 @@ def masked(x: torch.Tensor, ring: int, why: str, sender: Rank | None = None) -> 
 
 def raised(side: Side, x: torch.Tensor, r: torch.Tensor, ring: int, why: str) -> Opening:
     """Open x + 2^(ring-2) + r modulo 2^ring: what a truncation of |x| < 2^(ring-2) starts from."""
-    return masked(x + side.constant(truncation_room(ring), r) + r, ring, why)
+    return masked(side.plus(x + r, truncation_room(ring)), ring, why)
 
 
 def affine(c: torch.Tensor, f: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,9 +55,11 @@ def affine(c: torch.Tensor, f: int, ring: int) -> tuple[torch.Tensor, torch.Tens
     rc and rb are the parts of its mask (`correlations.mask_parts`). rb xor msb(c) tells whether 2^(ring-1)
     was passed.
     """
-    top, low = (c >> (ring - 1)) & 1, (c & ((1 << (ring - 1)) - 1)) >> f
-    passed = ring - 1 - f
-    return low - (1 << (passed - 1)) + (top << passed), (1 - 2 * top) << passed
+    if c.is_meta:
+        return c, c
+    p, q = (np.empty(tuple(c.shape), np.int64) for _ in range(2))
+    value_loops.affine_parts(c.reshape(-1).contiguous().numpy(), f, ring, p.reshape(-1), q.reshape(-1))
+    return torch.from_numpy(p), torch.from_numpy(q)
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,13 @@ class Truncated:
         return Truncated(*affine(c, f, ring), rb, rc)
 
     def share(self, side: Side) -> torch.Tensor:
-        return side.first(self.p) + self.q * self.rb - self.rc
+        return side.plus(self.q * self.rb - self.rc, self.p)
 
     def times(self, side: Side, y: Truncated, crossed: Sequence[torch.Tensor]) -> torch.Tensor:
         """Shares of the product; crossed: shares of rb rb', rb rc', rc rb' and rc rc' (`cross`)."""
         bb, bc, cb, cc = crossed
         mine = y.p * (self.q * self.rb - self.rc) + self.p * (y.q * y.rb - y.rc)
-        return side.first(self.p * y.p) + mine + self.q * (y.q * bb - bc) - y.q * cb + cc
+        return side.plus(mine + self.q * (y.q * bb - bc) - y.q * cb + cc, self.p * y.p)
 
 
 def cross(
@@ -108,7 +111,7 @@ def truncate_local(side: Side, x: Share, bits: int) -> Share:
     have sent anyway: a value below 2^14 with 16 fraction bits needs 32 bits, `truncate` brings it back.
     """
     f = x.bits - bits
-    return x if f <= 0 else Share(drop_low_bits(x.data, f) + side.constant(1, x.data), bits, ring=x.ring - f)
+    return x if f <= 0 else Share(side.plus(drop_low_bits(x.data, f), 1), bits, ring=x.ring - f)
 
 
 def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
@@ -386,7 +389,7 @@ def _partly_known_product(side: Side, x: Share, w: MaskedOperand, ring: int) -> 
     server = side.rank is Rank.SERVER
     c = c + (matmul(own.data + e, masks + opened) if server else matmul(a, opened))
     masks, opened = (t[..., k:, :] for t in (w.mask, w.public))
-    grown = matmul(f, masks) + matmul(b, opened) + side.first(matmul(f, opened))
+    grown = matmul(f, masks) + matmul(side.plus(b, f), opened)
     return Share(c + grown, x.bits + w.bits, ring=ring)
 
 
@@ -406,7 +409,7 @@ def share_of_product(
     """
     if isinstance(w, KnownOperand):
         return c + matmul(e + a if side.rank is w.owner else a, w.held)
-    return c + matmul(e, w.mask) + matmul(a, w.public) + side.first(matmul(e, w.public))
+    return c + matmul(e, w.mask) + matmul(side.plus(a, e), w.public)
 
 
 def product(
@@ -424,4 +427,4 @@ def product(
     d, e = yield from open_masked(
         masked(x.data - a, ring, "factor, masked"), masked(y.data - b, ring, "factor, masked")
     )
-    return Share(c + op(d, b) + op(a, e) + side.first(op(d, e)), x.bits + y.bits, ring=ring)
+    return Share(c + op(d, b) + op(side.plus(a, d), e), x.bits + y.bits, ring=ring)

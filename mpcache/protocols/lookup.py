@@ -35,6 +35,14 @@ def one_hot_of(
     side: Side, index: torch.Tensor, size: int, dtype: torch.dtype = torch.int64
 ) -> Program[torch.Tensor]:
     """Compute the one-hot vector of index mod size: (*s) -> (*s, size) in `dtype`'s ring. One round."""
+    h, c = yield from rotated_one_hot(side, index, size, dtype)
+    return h if c.is_meta else turned(h, c)
+
+
+def rotated_one_hot(
+    side: Side, index: torch.Tensor, size: int, dtype: torch.dtype = torch.int64
+) -> Program[tuple[torch.Tensor, torch.Tensor]]:
+    """Compute h (*s, size) and public c (*s): `turned`, they are the vector of `one_hot_of`. One round."""
     shape = tuple(index.shape)
     hot = Part((*shape, size), dtype=dtype)
     work = Work(lookups=math.prod(shape), multiply_adds=math.prod(hot.shape))
@@ -44,8 +52,7 @@ def one_hot_of(
     rho, h = yield from draw(request)
     bits = size.bit_length() - 1
     (c,) = yield from open_masked(Opening(index + rho, "index, rotated", ring=bits))
-    # index = v exactly where rho = c - v.
-    return h if c.is_meta else turned(h, c)
+    return h, c  # index = v exactly where rho = c - v
 
 
 TOGETHER = 8  # small numbers that are opened as one word

@@ -76,7 +76,7 @@ def norm_linear(
     """
     x, total = yield from at("norm", _add(side, stream, change))
     width, bits = change.shape[-1], change.bits
-    total = total + side.constant(round(eps * width * 2.0 ** (2 * bits)), total)
+    total = side.plus(total, round(eps * width * 2.0 ** (2 * bits)))
     where, curve, root_bits = root(width, bits)
 
     def multiplied() -> Program[tuple[MaskedOperand, Callable[[Share], Program[Share]]]]:
@@ -120,8 +120,9 @@ def _add(
     opened = Truncated.of(c, 0, change.ring, rb, rc)
     e, a = (opened.p, -rc) if stream is None else (opened.p + stream.opened, stream.mask - rc)
     # (e + q rb + a)^2
-    squares = side.first(e * e) + 2 * e * a + 2 * opened.q * (e * rb + a_rb) + opened.q * opened.q * rb
-    return side.first(e) + opened.q * rb + a, squares.sum(-1, keepdim=True) + aa
+    q_rb = opened.q * rb
+    squares = side.plus(2 * (e * a + opened.q * (e * rb + a_rb)) + opened.q * q_rb, e * e)
+    return side.plus(q_rb + a, e), squares.sum(-1, keepdim=True) + aa
 
 
 def _times(side: Side, x: Share, w: MaskedOperand | KnownOperand) -> Program[tuple[MaskedOperand, Share]]:

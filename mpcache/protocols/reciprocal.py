@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 
 from mpcache.protocols import dcf
@@ -25,6 +26,8 @@ from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.fence import Fence
 from mpcache.protocols.linear import affine, masked, raised
 from mpcache.protocols.lookup import one_hot
+from mpcache.rank import Rank
+from mpcache.runtime import value_loops
 from mpcache.runtime.correlations import mask_parts, mask_ring
 from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked, tree_cipher
 from mpcache.runtime.shares import Share
@@ -131,21 +134,19 @@ def _exponent(
     thresholds = [(1 << low) - (1 << low >> 8), *(1 << (low + step * i) for i in range(1, k + 1))]
     points = c.unsqueeze(-1) - side.public(thresholds)
     _, t = dcf.dcf_eval(keys, cipher, side.number, own, cw, cb, (points & mask).repeat(2, 1))
-    u, ru = (tops.unsqueeze(-1) + t).chunk(2)
-    m = (points >> keys.depth) & 1
-    below = side.first(m) + (1 - 2 * m) * u
-    side.watch(below[:, 0])
-    side.watch(below[:, -1] - side.constant(1, r))
-    x_below = c.unsqueeze(-1) * below - (m * r.unsqueeze(-1) + (1 - 2 * m) * ru)
-    below, x_below = below[:, 1:-1], x_below[:, 1:-1]
-    # hot_i = [x < theta_(i+1)] - [x < theta_i]; u = sum of x hot_i 2^(step (k - 1 - i)), at the top
-    one, zero = side.constant(1, below[:, :1]), torch.zeros_like(below[:, :1])
-    hot = torch.cat([below, one], -1) - torch.cat([zero, below], -1)
-    x_hot = torch.cat([x_below, x.unsqueeze(-1)], -1) - torch.cat([zero, x_below], -1)
-    high_u = (x_hot * side.public([1 << step * (k - 1 - i) for i in range(k)])).sum(-1)
-    factor = (hot * side.public([1 << (k - 1 - i) for i in range(k)])).sum(-1)
+    if c.is_meta:
+        return c, ring - (high - step - curve.grid), c
+    ends, both = (np.empty(2 * n, np.int64) for _ in range(2))
+    value_loops.exponents(
+        side.rank is Rank.SERVER, step, keys.depth,
+        *(each.contiguous().numpy() for each in (c, x, r, points, tops, t)), ends, both,
+    )  # fmt: skip
+    first, last = torch.from_numpy(ends).chunk(2)
+    side.watch(first)
+    side.watch(side.plus(last, -1))
+    high_u, factor = torch.from_numpy(both).chunk(2)
     excess = high - step - curve.grid
-    return drop_low_bits(high_u, excess) - side.constant(1 << curve.grid, r), ring - excess, factor
+    return side.plus(drop_low_bits(high_u, excess), -(1 << curve.grid)), ring - excess, factor
 
 
 def _line(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from mpcache.protocols import dcf
@@ -23,7 +24,7 @@ from mpcache.protocols.compare import Digits, Keys, key_parts, less
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.exp_digits import EXP_BITS, EXP_RING, ExpDigits, dealt_factor, public_factors
 from mpcache.protocols.linear import masked, truncate, truncate_local
-from mpcache.protocols.lookup import one_hot_of
+from mpcache.protocols.lookup import rotated_one_hot
 from mpcache.protocols.ranges import (
     BUCKET_STEP,
     BUCKETS,
@@ -33,6 +34,7 @@ from mpcache.protocols.ranges import (
     WINDOW_BITS,
     WINDOWS_BITS,
 )
+from mpcache.runtime import bit_loops
 from mpcache.runtime.correlations import dealt
 from mpcache.runtime.program import Part, Program, Request, RequestKind, draw, open_masked, tree_cipher
 from mpcache.runtime.shares import Share
@@ -56,23 +58,36 @@ def bound(side: Side, scores: Share, visible: torch.Tensor | None) -> Program[to
     |narrow score| < LARGEST_SCORE, n < LONGEST_ROW. Each score's bucket becomes a one-hot vector; their sum
     tells for each bucket how many scores lie in or above it; the buckets with any are counted.
     """
-    bucket = drop_low_bits(scores.data, scores.bits + BUCKET_STEP.bit_length() - 1) + side.constant(
-        BUCKETS // 2, scores.data
-    )
-    hot = yield from one_hot_of(side, bucket, BUCKETS, torch.int16)
-    if visible is not None:
-        hot = hot * visible.to(torch.int16).to(hot.device).unsqueeze(-1)
-        bucket = bucket * visible.to(torch.int64)
-    # A bucket is opened modulo BUCKETS, and known in a wider ring: the two are one while it is in range.
-    numbers = (hot * torch.arange(BUCKETS, dtype=torch.int16)).sum(-1, dtype=torch.int64)
-    side.watch(bucket - numbers, min(16, scores.ring - scores.bits - BUCKET_STEP.bit_length() + 1))
-    histogram = hot.sum(-2, dtype=torch.int64)
+    bucket = side.plus(drop_low_bits(scores.data, scores.bits + BUCKET_STEP.bit_length() - 1), BUCKETS // 2)
+    hot, opened = yield from rotated_one_hot(side, bucket, BUCKETS, torch.int16)
+    if opened.is_meta:
+        histogram = hot.sum(-2, dtype=torch.int64)
+    else:
+        histogram, numbers = _counted(hot, opened, visible)
+        # A bucket is opened modulo BUCKETS, and known in a wider ring: the two are one while it is in range.
+        seen = bucket if visible is None else bucket * visible
+        side.watch(seen - numbers, min(16, scores.ring - scores.bits - BUCKET_STEP.bit_length() + 1))
     above = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     width = 1 + scores.shape[-1].bit_length()
     none = yield from less(side, above, width, (1,), torch.int16)
-    highest = (BUCKETS - 1) * side.constant(1, above[..., :1]) - none.squeeze(-1).sum(-1, keepdim=True)
+    highest = side.plus(-none.squeeze(-1).sum(-1, keepdim=True), BUCKETS - 1)
     # A bucket may be one too low (`drop_low_bits`); its upper edge and one more are above every score.
-    return BUCKET_STEP * (highest + side.constant(2 - BUCKETS // 2, highest))
+    return BUCKET_STEP * side.plus(highest, 2 - BUCKETS // 2)
+
+
+def _counted(
+    hot: torch.Tensor, by: torch.Tensor, visible: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add up visible one-hot rows, turned: their histogram (*b, BUCKETS), and each one's number (*b, n)."""
+    rows, n = math.prod(by.shape[:-1]), by.shape[-1]
+    seen = torch.ones(rows, n, dtype=torch.bool) if visible is None else visible.bool().reshape(rows, n)
+    counts, numbers = np.zeros((rows, BUCKETS), np.int16), np.empty((rows, n), np.int16)
+    bit_loops.count_turned(
+        hot.reshape(rows, n, BUCKETS).contiguous().numpy(), by.reshape(rows, n).contiguous().numpy(),
+        seen.contiguous().numpy(), counts, numbers,
+    )  # fmt: skip
+    histogram, number = torch.from_numpy(counts).long(), torch.from_numpy(numbers).long()
+    return histogram.reshape(*by.shape[:-1], BUCKETS), number.reshape(by.shape)
 
 
 def exp(side: Side, d: Share) -> Program[Share]:

@@ -1,4 +1,4 @@
-"""Compile the sums of XOR shares that torch has no operation for: random sums of one-hot rows.
+"""Compile sums of one-hot rows in one pass, where torch takes several, or has no operation for them.
 
 As `mpcache.runtime.loops`: callers check shapes, and arrays lie as the signatures say.
 """
@@ -9,7 +9,7 @@ As `mpcache.runtime.loops`: callers check shapes, and arrays lie as the signatur
 from __future__ import annotations
 
 import numpy as np
-from numba import int64, uint8, void
+from numba import boolean, int16, int64, uint8, void
 
 from mpcache.runtime.loops import compile_loop
 
@@ -43,3 +43,30 @@ def sum_above(hot, place, coins, sums, borrows):
         for j in range(size - 1, -1, -1):
             total ^= turned[size - 1 - j] ^ turned[2 * size - 1 - j]
             sums[row, j] = total
+
+
+@compile_loop()
+def _add_turned(counts, hot, start):
+    total, size = int64(0), hot.shape[0]
+    for v in range(start + 1):
+        counts[v] += hot[start - v]
+        total += v * hot[start - v]
+    for v in range(start + 1, size):
+        counts[v] += hot[start + size - v]
+        total += v * hot[start + size - v]
+    return total
+
+
+@compile_loop(void(int16[:, :, ::1], int64[:, ::1], boolean[:, ::1], int16[:, ::1], int16[:, ::1]))
+def count_turned(hot, by, seen, counts, numbers):
+    """Add up the seen ones of one-hot rows that are turned as `loops.turn_rows` does, all modulo 2^16.
+
+    hot: (rows, n, size), a power of two.  by, seen: (rows, n).  counts: (rows, size), zeros.
+    numbers: (rows, n), the place of each row's 1, zero where it is not seen.
+    """
+    rows, n, size = hot.shape
+    for row in range(rows):
+        for i in range(n):
+            numbers[row, i] = 0
+            if seen[row, i]:
+                numbers[row, i] = _add_turned(counts[row], hot[row, i], by[row, i] & (size - 1))

@@ -111,18 +111,18 @@ def infer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     Small ones are computed on zeros, which is quick; the others on meta tensors, whose first use
     makes torch load its compiler for some seconds.
     """
+    key: Any = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else ())
     try:
-        key = (func, _key(args), _key(tuple(kwargs.items())))
-        hash(key)
-    except TypeError:
+        return _memory[key]
+    except KeyError:
+        pass
+    except TypeError:  # it has no hash
         key = None
-    if key is None or key not in _memory:
-        device = "cpu" if _elements((args, tuple(kwargs.values()))) <= _SMALL else "meta"
-        result = _blanks(func(*_stand_in(args, device), **_stand_in(kwargs, device)))
-        if key is None:
-            return result
+    device = "cpu" if _elements((args, tuple(kwargs.values()))) <= _SMALL else "meta"
+    result = _blanks(func(*_stand_in(args, device), **_stand_in(kwargs, device)))
+    if key is not None:
         _memory[key] = result
-    return _memory[key]
+    return result
 
 
 def _elements(x: Any) -> int:
@@ -132,9 +132,10 @@ def _elements(x: Any) -> int:
 
 
 def _key(x: Any) -> Any:
-    if type(x) in (int, str):  # the most frequent ones first
+    kind = type(x)
+    if kind is int or kind is str:  # the most frequent ones first
         return x
-    if isinstance(x, _TENSORS):
+    if kind is MetaTensor or isinstance(x, torch.Tensor):
         return ("tensor", x.shape, x.dtype)
     if isinstance(x, (tuple, list)):
         return tuple([_key(i) for i in x])

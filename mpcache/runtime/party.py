@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Part, Request
-from mpcache.runtime.ring import pack, unpack
+from mpcache.runtime.ring import opened_word, pack, unpack
 from mpcache.runtime.rng import KeyStream, Tapes, TreeCipher
 from mpcache.transport.link import Link, Spec
 
@@ -113,39 +113,48 @@ class ComputingParty(Party):
         rank, peer = self.rank, self._peer_rank
         outgoing, expected = list[torch.Tensor](), list[Spec]()
         labels_out, labels_in = list[str](), list[str]()
-        for item in items:
+        coming = [sends(item, peer) for item in items]
+        for item, comes in zip(items, coming, strict=True):
             if sends(item, rank):
                 outgoing.append(_pack(item.share, item.width))
                 labels_out.append(item.step or step)
-            if sends(item, peer):
+            if comes:
                 expected.append(_spec(item))
                 labels_in.append(item.step or step)
         received = iter(self._peer.swap(step, outgoing, expected, labels_out, labels_in))
-        return [self._opened(item, received) for item in items]
+        return [
+            self._opened(item, next(received) if comes else None)
+            for item, comes in zip(items, coming, strict=True)
+        ]
 
-    def _opened(self, item: Opening, received: Iterator[torch.Tensor]) -> torch.Tensor | None:
+    def _opened(self, item: Opening, theirs: torch.Tensor | None) -> torch.Tensor | None:
         """Add up an opening, with what the peer sends of it; None where this party does not learn it."""
-        other, width = None, item.width
-        if sends(item, self._peer_rank):
-            other = _unpack(next(received), width)
+        width = item.width
         if item.to not in (None, self.rank):
             return None
-        value = item.share if item.sender in (None, self.rank) else None
-        if other is not None:
-            value = other if value is None else (value ^ other if item.xor else value + other)
-        return value & ((1 << 8 * width) - 1) if value is not None and width < 8 else value
+        if item.sender not in (None, self.rank):
+            return None if theirs is None else _unpack(theirs, width)
+        mine = item.share
+        if theirs is None:
+            return mine & ((1 << 8 * width) - 1) if width < 8 else mine
+        if width < 8:
+            return opened_word(theirs, mine, item.xor)
+        return mine ^ theirs if item.xor else mine + theirs
 
     def draw(self, request: Request, step: str) -> list[Any]:
-        if self._tape is None:
+        tape = self._tape
+        if tape is None:
             raise RuntimeError("draw before begin")
-        parts: list[Any] = [_expand(self._tape, part, self.rank) for part in request.random]
+        parts: list[Any] = [_expand(tape, part, self.rank) for part in request.random]
         sent = request.sent_to(self.rank)
         arrived = iter(self._dealer.recv(step, [p.spec for p in sent]) if sent else [])
         for part in request.derived:
-            if part in sent:
-                parts.append(unpack(next(arrived)).to(part.dtype) if part.packed else next(arrived))
+            if not part.sent_to(self.rank):
+                parts.append(tape.tensor(part.shape, part.dtype))
+            elif part.packed:
+                parts.append(unpack(next(arrived)).to(part.dtype))
             else:
-                parts.append(self._tape.tensor(part.shape, part.dtype))
+                parts.append(next(arrived))
         return [*parts, None] if request.keep else parts
 
     def stream(self, kind: str) -> KeyStream | None:

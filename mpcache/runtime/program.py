@@ -12,13 +12,15 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from mpcache.rank import Rank
 from mpcache.runtime.rng import TreeCipher
 
+# Parts and asks are named tuples: thousands are made for each token, and one costs a third of a frozen
+# dataclass.
 T = TypeVar("T")
 Shape = tuple[int, ...]
 
@@ -86,8 +88,7 @@ def products_of(n: int) -> Work:
     return Work(multiplications=n, multiply_adds=3 * n)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One tensor of a correlation.
 
     dtype: int64 for Z_2^64, or a smaller signed type for a smaller ring.
@@ -131,6 +132,10 @@ class Part:
         """The tensor as a receiver expects it: dtype and shape."""
         return (torch.uint8, (*self.shape, self.width)) if self.packed else (self.dtype, self.shape)
 
+    def sent_to(self, rank: Rank) -> bool:
+        """Whether the dealer sends this derived part to one party, which else expands its own share."""
+        return self.public or rank is Rank.SERVER
+
     def combine(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return the value behind two shares; both values of an `own` part."""
         if self.own:
@@ -170,11 +175,10 @@ class Request:
 
     def sent_to(self, rank: Rank) -> list[Part]:
         """List the derived parts that the dealer sends to one party."""
-        return [p for p in self.derived if p.public or rank is Rank.SERVER]
+        return [part for part in self.derived if part.sent_to(rank)]
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(NamedTuple):
     """One tensor to open: each sender's share goes to the recipients, who add them up.
 
     to: the recipient, or None for both computing parties.  why: the reason, for the audit.
@@ -197,13 +201,7 @@ class Opening:
         return -(-self.ring // 8)
 
 
-def _booked(item: Opening, step: str) -> Opening:
-    """Book an opening under a step. No `replace`, which takes ten times as long: this runs in each round."""
-    return Opening(item.share, item.why, item.to, item.sender, item.xor, item.ring, step)
-
-
-@dataclass(frozen=True)
-class Open:
+class Open(NamedTuple):
     """Openings that travel in one message: one round. Answered by a tensor (or None) for each."""
 
     items: tuple[Opening, ...]
@@ -213,14 +211,13 @@ class Open:
         """Return the same openings, booked under `name`."""
         # What has no step of its own is booked where the round is.
         if any(i.step for i in self.items):
-            items = tuple(_booked(i, _below(name, i.step)) if i.step else i for i in self.items)
+            items = tuple(Opening(*i[:-1], f"{name}/{i.step}") if i.step else i for i in self.items)
         else:
             items = self.items
         return Open(items, _below(name, self.step))
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """Correlated randomness from the dealer. Answered by this party's parts."""
 
     request: Request
@@ -231,8 +228,7 @@ class Draw:
         return Draw(self.request, _below(name, self.step))
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A function of the party and the step: what no opening and no draw says. Answered by its result.
 
     CrypTen's code communicates by itself and blocks; `tree_cipher` only asks.
@@ -333,7 +329,9 @@ def together(*programs: Program[Any]) -> Program[list[Any]]:
         # The round is booked where the first of them is; the bytes of each stay its own.
         step = next(iter(batch.values())).step
         items = tuple(
-            item if item.step else _booked(item, ask.step) for ask in batch.values() for item in ask.items
+            item if item.step else Opening(*item[:-1], ask.step)
+            for ask in batch.values()
+            for item in ask.items
         )
         replies = yield Open(items, step)
         for i, ask in batch.items():

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from mpcache.runtime import loops
+from mpcache.runtime import loops, value_loops
 from mpcache.runtime.meta import MetaTensor
 
 _FETCHED = 1 << 22  # integers of a matrix elsewhere that are fetched at once
@@ -195,6 +195,14 @@ def unpack(x: torch.Tensor) -> torch.Tensor:
     out = np.empty(math.prod(x.shape[:-1]), np.int64)
     loops.unpack_words(x.reshape(out.size, x.shape[-1]).contiguous().numpy(), out)
     return torch.from_numpy(out).reshape(x.shape[:-1])
+
+
+def opened_word(theirs: torch.Tensor, mine: torch.Tensor, xor: bool = False) -> torch.Tensor:
+    """Add up an opening: the peer's low bytes (*s, width) and this party's share (*s), modulo their ring."""
+    out = np.empty(math.prod(mine.shape), np.int64)
+    own = mine.reshape(-1).contiguous().numpy()
+    value_loops.open_words(theirs.reshape(out.size, theirs.shape[-1]).contiguous().numpy(), own, xor, out)
+    return torch.from_numpy(out).reshape(mine.shape)
 
 
 def turned(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:

@@ -135,4 +135,4 @@ class KeyStream:
         n = math.prod(shape)
         if n == 0:
             return torch.empty(tuple(shape), dtype=dtype)
-        return torch.frombuffer(self.read(n * dtype.itemsize), dtype=dtype).reshape(tuple(shape))
+        return torch.frombuffer(self.read(n * dtype.itemsize), dtype=dtype).view(shape)

@@ -9,7 +9,7 @@ meta tensors: shapes without values.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -45,7 +45,7 @@ class Share:
         raise TypeError("a share has no truth value: secrets never steer control flow")
 
     def _local(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Share:
-        return replace(self, data=fn(self.data))
+        return Share(fn(self.data), self.bits, self.owner, self.ring)
 
     def __add__(self, other: Share) -> Share:
         if self.bits != other.bits:

@@ -41,6 +41,10 @@ class Side:
         """Share one public integer everywhere."""
         return self.first(torch.full_like(like, value))
 
+    def plus(self, x: torch.Tensor, public: int | torch.Tensor) -> torch.Tensor:
+        """Add what both parties know, one integer or a tensor, to shares: the server adds it."""
+        return x + public if self.rank is Rank.SERVER else x
+
     def watch(self, x: Any, ring: int = 64) -> None:
         """Note shares that add up to zero modulo 2^ring if a value was in range. No message."""
         if not x.is_meta:

@@ -16,6 +16,7 @@ from mpcache.rank import Rank
 
 KIB, MIB = 1 << 10, 1 << 20
 CHUNK_BYTES = MIB  # of tensor data in one frame
+BATCH_BYTES = MIB  # of frames that go together
 LAYOUT_BYTES = MIB
 FACTS_BYTES = 64 * KIB
 SMALL_BYTES = FACTS_BYTES + 8 * KIB  # a frame without tensors, with room for its other fields

@@ -33,7 +33,7 @@ from mpcache.transport.flow_control import (
     queue_room,
 )
 from mpcache.transport.link import Hello, Link, Spec
-from mpcache.transport.message import IncomingMessage, is_one_field, kind_of, split_message
+from mpcache.transport.message import KIND_NAMED, IncomingMessage, is_one_field, kind_of, split_message
 from mpcache.transport.network import Shaper
 from mpcache.transport.session_order import AGREED, FrameKind, Order
 from mpcache_protos import party_pb2 as pb
@@ -109,7 +109,7 @@ class FrameLink(Link):
         except DecodeError:
             self.fail(Desync(f"{self.peer.label} sent bytes that are not a frame; is it the same version?"))
             return False
-        kind = FrameKind(frame.WhichOneof("kind") or FrameKind.UNKNOWN)
+        kind = KIND_NAMED[frame.WhichOneof("kind")]
         if kind is FrameKind.ACK:
             return self._confirmed(frame.ack.frames)
         if kind is FrameKind.ABORT:

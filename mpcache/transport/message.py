@@ -20,6 +20,10 @@ _ALIGNMENT = 8  # bytes: received tensors lie in the message's own memory
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _KINDS = {field.number: FrameKind(field.name) for field in pb.Frame.DESCRIPTOR.fields}
+KIND_NAMED = {kind.value: kind for kind in _KINDS.values()} | {None: FrameKind.UNKNOWN}  # by `WhichOneof`
+# What a field of bytes begins with: its number, times 8, and 2.
+_BATCH_TAG, _FRAME_TAG = b"\x3a", b"\x0a"  # a frame's batch, a batch's frames
+_TENSORS_TAG, _DATA_TAG = b"\x12", b"\x2a"  # a frame's tensors, their data
 
 if sys.byteorder != "little":  # tensors travel as they lie in memory
     raise ImportError("mpcache runs on little-endian machines only")
@@ -56,24 +60,30 @@ def split_message(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> 
     text = layout.text
     if len(text) > LAYOUT_BYTES:
         raise ValueError(f"{len(tensors)} tensors at {step} are too many for one message")
-    if layout.total <= CHUNK_BYTES:  # nearly all
-        parts = [tensor.numpy(force=True).tobytes() for tensor in tensors]
-        if len(parts) > 1:
-            parts = [b"".join(part + bytes(-len(part) % _ALIGNMENT) for part in parts)[: layout.total]]
-        message = pb.Tensors(sequence=sequence, step=step, layout=text, data=b"".join(parts))
-        yield pb.Frame(tensors=message).SerializeToString()
-        return
-    offset, buffers = 0, list[memoryview | bytes]()
-    for tensor in tensors:
-        buffers.append(bytes(-offset % _ALIGNMENT))
+    buffers, end = list[memoryview | bytes](), 0
+    for tensor, start, size in zip(tensors, layout.starts, layout.sizes, strict=True):
+        if start > end:
+            buffers.append(bytes(start - end))
         buffers.append(np.ascontiguousarray(tensor.numpy(force=True)).reshape(-1).view(np.uint8).data)
-        offset += sum(map(len, buffers[-2:]))
+        end = start + size
+    if end <= CHUNK_BYTES:  # nearly all
+        yield _frame_of(sequence, step, text, 0, buffers)
+        return
     offset = 0
     for piece in _pieces(buffers):
-        named = "" if offset else text
-        message = pb.Tensors(sequence=sequence, step=step, layout=named, offset=offset, data=piece)
-        yield pb.Frame(tensors=message).SerializeToString()
+        yield _frame_of(sequence, step, "" if offset else text, offset, [piece])
         offset += len(piece)
+
+
+def _frame_of(
+    sequence: int, step: str, layout: str, offset: int, buffers: Sequence[memoryview | bytes]
+) -> bytes:
+    """Serialise a frame as protobuf does, its data copied once, where protobuf copies it four times."""
+    message = pb.Tensors(sequence=sequence, step=step, layout=layout, offset=offset)
+    pieces: list[memoryview | bytes] = [message.SerializeToString()]
+    if size := sum(map(len, buffers)):  # the last field, and none if it is empty
+        pieces += [_DATA_TAG, _varint(size), *buffers]
+    return b"".join([_TENSORS_TAG, _varint(sum(map(len, pieces))), *pieces])
 
 
 def _pieces(buffers: Sequence[memoryview | bytes]) -> Iterator[bytes]:
@@ -98,13 +108,52 @@ def is_one_field(data: bytes) -> bool:
 
     Else a few bytes could stand for a message each, and take fifty times their own memory when parsed.
     """
-    size, start = 0, 1
-    for byte in data[1:6]:
-        size |= (byte & 0x7F) << 7 * (start - 1)
-        start += 1
+    try:
+        return _field_at(data, 0)[1] == len(data)
+    except ValueError:
+        return False
+
+
+def _field_at(data: bytes, at: int) -> tuple[int, int]:
+    """Return where the field of bytes at this place begins behind its head, and ends. Raises ValueError."""
+    size = 0
+    for i, byte in enumerate(data[at + 1 : at + 6]):
+        size |= (byte & 0x7F) << 7 * i
         if byte < 0x80:
-            return start + size == len(data)
-    return False
+            start = at + i + 2
+            if start + size > len(data):
+                break
+            return start, start + size
+    raise ValueError("a field that does not end")
+
+
+def batch_of(frames: Sequence[bytes]) -> bytes:
+    """Put serialised frames into one, a `Batch`; a single one stays as it is."""
+    if len(frames) == 1:
+        return frames[0]
+    pieces = [piece for frame in frames for piece in (_FRAME_TAG, _varint(len(frame)), frame)]
+    return b"".join([_BATCH_TAG, _varint(sum(map(len, pieces))), *pieces])
+
+
+def frames_in(data: bytes) -> Iterator[bytes]:
+    """Yield the frames of a `Batch`, else the frame that this is. Raises ValueError where it is malformed."""
+    if kind_of(data) is not FrameKind.BATCH:
+        yield data
+        return
+    if not is_one_field(data):
+        raise ValueError("more than a batch")
+    at = _field_at(data, 0)[0]
+    while at < len(data):
+        if data[at : at + 1] != _FRAME_TAG:
+            raise ValueError("no frame")
+        start, at = _field_at(data, at)
+        yield data[start:at]
+
+
+def _varint(n: int) -> bytes:
+    """Write a length as protobuf does."""
+    low = n & 0x7F
+    return bytes([low]) if n == low else bytes([low | 0x80]) + _varint(n >> 7)
 
 
 class IncomingMessage:

@@ -28,6 +28,7 @@ class FrameKind(StrEnum):
     ACK = "ack"
     ABORT = "abort"
     BYE = "bye"
+    BATCH = "batch"
     UNKNOWN = "an unknown message"
 
 
@@ -74,7 +75,6 @@ _EVICTED = Place(0, State.CONTEXT, 1 << 30)
 _END = Place(1 << 30, State.CLOSE)
 
 
-@lru_cache(maxsize=4096)
 def place_of(step: str) -> Place | None:
     """Return where a step belongs; None: nowhere.
 
@@ -82,6 +82,11 @@ def place_of(step: str) -> Place | None:
     `decode3/layer0/qkv` to decode step 3, `turn/2` to the second turn's question.
     """
     first, _, rest = step.partition("/")
+    return _place_of(first, rest if first in ("turn", "more") else "")
+
+
+@lru_cache(maxsize=4096)  # all steps of a phase have one place
+def _place_of(first: str, rest: str) -> Place | None:
     if first == EVICTION:
         return _EVICTED
     if first in _WORDS:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ampcache_protos/party.proto\x12\nmpcache.v1\"\xe3\x01\n\x05\x46rame\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.mpcache.v1.HelloH\x00\x12&\n\x07tensors\x18\x02 \x01(\x0b\x32\x13.mpcache.v1.TensorsH\x00\x12\"\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x11.mpcache.v1.FactsH\x00\x12\"\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x11.mpcache.v1.AbortH\x00\x12\x1e\n\x03\x62ye\x18\x05 \x01(\x0b\x32\x0f.mpcache.v1.ByeH\x00\x12\x1e\n\x03\x61\x63k\x18\x06 \x01(\x0b\x32\x0f.mpcache.v1.AckH\x00\x42\x06\n\x04kind\"\x93\x01\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\t\x12-\n\x06public\x18\x04 \x03(\x0b\x32\x1d.mpcache.v1.Hello.PublicEntry\x1a-\n\x0bPublicEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x07Tensors\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"5\n\x05\x46\x61\x63ts\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0c\n\x04json\x18\x03 \x01(\t\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x05\n\x03\x42ye\"\x15\n\x03\x41\x63k\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\x32<\n\x05Party\x12\x33\n\x07\x43onnect\x12\x11.mpcache.v1.Frame\x1a\x11.mpcache.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ampcache_protos/party.proto\x12\nmpcache.v1\"\x87\x02\n\x05\x46rame\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.mpcache.v1.HelloH\x00\x12&\n\x07tensors\x18\x02 \x01(\x0b\x32\x13.mpcache.v1.TensorsH\x00\x12\"\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x11.mpcache.v1.FactsH\x00\x12\"\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x11.mpcache.v1.AbortH\x00\x12\x1e\n\x03\x62ye\x18\x05 \x01(\x0b\x32\x0f.mpcache.v1.ByeH\x00\x12\x1e\n\x03\x61\x63k\x18\x06 \x01(\x0b\x32\x0f.mpcache.v1.AckH\x00\x12\"\n\x05\x62\x61tch\x18\x07 \x01(\x0b\x32\x11.mpcache.v1.BatchH\x00\x42\x06\n\x04kind\"*\n\x05\x42\x61tch\x12!\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x11.mpcache.v1.Frame\"\x93\x01\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05nonce\x18\x03 \x01(\t\x12-\n\x06public\x18\x04 \x03(\x0b\x32\x1d.mpcache.v1.Hello.PublicEntry\x1a-\n\x0bPublicEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x07Tensors\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"5\n\x05\x46\x61\x63ts\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\x0c\n\x04json\x18\x03 \x01(\t\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x05\n\x03\x42ye\"\x15\n\x03\x41\x63k\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\x32<\n\x05Party\x12\x33\n\x07\x43onnect\x12\x11.mpcache.v1.Frame\x1a\x11.mpcache.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO_PUBLICENTRY']._loaded_options = None
   _globals['_HELLO_PUBLICENTRY']._serialized_options = b'8\001'
   _globals['_FRAME']._serialized_start=43
-  _globals['_FRAME']._serialized_end=270
-  _globals['_HELLO']._serialized_start=273
-  _globals['_HELLO']._serialized_end=420
-  _globals['_HELLO_PUBLICENTRY']._serialized_start=375
-  _globals['_HELLO_PUBLICENTRY']._serialized_end=420
-  _globals['_TENSORS']._serialized_start=422
-  _globals['_TENSORS']._serialized_end=509
-  _globals['_FACTS']._serialized_start=511
-  _globals['_FACTS']._serialized_end=564
-  _globals['_ABORT']._serialized_start=566
-  _globals['_ABORT']._serialized_end=589
-  _globals['_BYE']._serialized_start=591
-  _globals['_BYE']._serialized_end=596
-  _globals['_ACK']._serialized_start=598
-  _globals['_ACK']._serialized_end=619
-  _globals['_PARTY']._serialized_start=621
-  _globals['_PARTY']._serialized_end=681
+  _globals['_FRAME']._serialized_end=306
+  _globals['_BATCH']._serialized_start=308
+  _globals['_BATCH']._serialized_end=350
+  _globals['_HELLO']._serialized_start=353
+  _globals['_HELLO']._serialized_end=500
+  _globals['_HELLO_PUBLICENTRY']._serialized_start=455
+  _globals['_HELLO_PUBLICENTRY']._serialized_end=500
+  _globals['_TENSORS']._serialized_start=502
+  _globals['_TENSORS']._serialized_end=589
+  _globals['_FACTS']._serialized_start=591
+  _globals['_FACTS']._serialized_end=644
+  _globals['_ABORT']._serialized_start=646
+  _globals['_ABORT']._serialized_end=669
+  _globals['_BYE']._serialized_start=671
+  _globals['_BYE']._serialized_end=676
+  _globals['_ACK']._serialized_start=678
+  _globals['_ACK']._serialized_end=699
+  _globals['_PARTY']._serialized_start=701
+  _globals['_PARTY']._serialized_end=761
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,9 @@ from mpcache.config import Timeouts
 from mpcache.errors import Desync, LinkError, Mismatch, PeerFailed, PeerLost
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
+from mpcache.transport.flow_control import BATCH_BYTES
 from mpcache.transport.frames import FrameLink
+from mpcache.transport.message import batch_of, frames_in
 from mpcache_parties.network.liveness import ASK_EVERY_S, Refusals, listens
 from mpcache_parties.network.metadata import RANK_KEY, RECEIVED_KEY, Metadata, count_of
 from mpcache_parties.say import Say
@@ -36,6 +38,7 @@ logging.getLogger("grpc").propagate = False
 ABORT_LINGER_S = 1.0  # for the reason to reach the peer
 DEALER_LINGER_S = 5.0  # for a dealer that computes to leave the tape that it is in
 AGAIN_AFTER_S = 0.1  # between two attempts to reconnect
+LINGER_S = 0.003  # that a dealer's frame waits for others: it is ahead of who needs it
 
 Queue = SimpleQueue[bytes | None]  # what gRPC's sending thread takes from; None ends the stream
 Dial = Callable[[Iterator[bytes], Metadata], Any]  # opens a stream: frames to send -> gRPC's call
@@ -218,7 +221,7 @@ class GrpcLink(FrameLink):
         self._beacon = None
         if beacon is not None:
             Thread(target=self._see, args=(beacon,), daemon=True).start()
-        return iter(queue.get, None)
+        return in_batches(queue) if self.me is Rank.DEALER else iter(queue.get, None)
 
     def _see(self, beacon: str) -> None:
         """Remember a beacon that can be reached now: any other would tell nothing later."""
@@ -256,7 +259,7 @@ class GrpcLink(FrameLink):
             with self._state:
                 if stream != self._stream:  # a newer stream has gone on from where this one was
                     return True
-                if self.arrived(data):
+                if self.all_arrived(data):
                     continue
             if self.peer_left:
                 _discard(queue)  # it takes nothing any more
@@ -268,6 +271,16 @@ class GrpcLink(FrameLink):
                 del data  # before the next one is read
             return True
         return False
+
+    def all_arrived(self, data: bytes) -> bool:
+        """Take in the frames of a message as `arrived` does; of all peers a dealer alone sends several."""
+        if self.peer is not Rank.DEALER:
+            return self.arrived(data)
+        try:
+            return all(map(self.arrived, frames_in(data)))
+        except ValueError:
+            self.fail(Desync(f"{self.peer.label} sent a malformed batch of frames; is it the same version?"))
+            return False
 
     def _broken(self, stream: int = 0) -> float:
         """Say that a stream broke, unless the session ends anyway.
@@ -337,6 +350,32 @@ class GrpcLink(FrameLink):
             queue.put(None)
         if not self._ended.is_set():
             cancel()
+
+
+def in_batches(queue: Queue) -> Iterator[bytes]:
+    """Yield a queue's frames until None, those that are there at about the same time in one message.
+
+    Each message wakes a handful of threads at both ends, and a dealer has some 30 draws a layer.
+    """
+    held = queue.get()  # b"": no frame
+    while held is not None:
+        frames, size, held, lingered = [held], len(held), b"", False
+        while size < BATCH_BYTES:
+            try:
+                held = queue.get_nowait()
+            except Empty:
+                if lingered or size > BATCH_BYTES // 4:
+                    break
+                time.sleep(LINGER_S)
+                lingered = True
+                continue
+            if held is None or size + len(held) > BATCH_BYTES:
+                break
+            frames.append(held)
+            size += len(held)
+            held = b""
+        yield batch_of(frames)
+        held = queue.get() if held == b"" else held
 
 
 def _discard(queue: Queue) -> None:

@@ -86,16 +86,15 @@ class SessionStatus(Observer):
         self.on_layer: Callable[[str, int], None] = lambda phase, layer: None  # told when a layer begins
         self._ledger = ledger or Ledger()
         self._log = log or Log("")
-        self._layer = ("", -1)
+        self._layer_begins = "/"  # how the names of this layer's steps begin
 
     def at_step(self, step: str) -> None:
         """Note a round of the program; tells `on_layer` when it is the first of a layer."""
-        phase, _, rest = step.partition("/")
-        if found := re.match(r"layer(\d+)/", rest):
-            layer = (phase, int(found[1]))
-            if layer != self._layer:
-                self._layer = layer
-                self.on_layer(*layer)
+        if step.startswith(self._layer_begins):
+            return
+        if found := re.match(r"([^/]+)/layer(\d+)/", step):
+            self._layer_begins = found[0]
+            self.on_layer(found[1], int(found[2]))
 
     def reached(self, phase: SessionPhase) -> None:
         """Note that the session is in this phase now."""
@@ -116,8 +115,8 @@ class SessionStatus(Observer):
         if name == "setup":
             spent = ledger.total()
         else:
-            spent = ledger.total(f"{name}/")
-            totals.traffic += ledger.total(f"more/{name}")
+            spent = ledger.phase_total(name)
+            totals.traffic += ledger.booked(f"more/{name}")
         totals.traffic += spent
         totals.wire_bytes = ledger.wire_bytes
         place = ChunkPlace.of(name)
@@ -125,8 +124,8 @@ class SessionStatus(Observer):
         totals.tokens += tokens
         if place is not None:
             if not place.step:  # what was said of the turn, and of the end of the one before
-                totals.traffic += ledger.total(f"turn/{place.turn}")
-                totals.traffic += ledger.total(f"dealt/{place.turn - 1}")
+                totals.traffic += ledger.booked(f"turn/{place.turn}")
+                totals.traffic += ledger.booked(f"dealt/{place.turn - 1}")
             (totals.further_tokens if place.step else totals.first_tokens).note(ms / 1000)
         self._log("token" if tokens else "done", step=name, ms=round(ms, 3), values=asdict(spent))
 

@@ -6,7 +6,6 @@ all (`task`): what the model cannot do with everything in view says nothing abou
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, gated_out
 from mpcache.evaluate.tasks import Task
 from mpcache.model.framing import Framing
 from mpcache.policy.plan import FULL_PERCENT
-from mpcache.report.units import duration
+from mpcache.report.clock import Clock
 
 GATES = ("question", "task")
 
@@ -84,7 +83,7 @@ class ChatSweep:
         grid = self.grid
         settings = [(FULL, FULL_PERCENT), *((p, b) for p in grid.policies for b in grid.budgets)]
         readings = self.documents * len(self.document(0))
-        clock = _Clock(readings * len(settings))
+        clock = Clock(readings * len(settings))
         for i in range(self.documents):
             for reading in self.document(i):
                 said = f"document {i + 1} of {self.documents}, question {reading.question}"
@@ -135,18 +134,3 @@ class ChatSweep:
             cell.judged = full.passes()
             if not cell.judged:
                 self.results.note(gated_out(full))
-
-
-class _Clock:
-    """Tells how long the rest will take, as the settings before took. Call `left` before each."""
-
-    def __init__(self, whole: int) -> None:
-        self.whole, self.begun, self.start = whole, 0, time.perf_counter()
-
-    def left(self) -> str:
-        """Say it, once there is something to go by."""
-        done, self.begun = self.begun, self.begun + 1
-        if not done:
-            return ""
-        ms = 1000 * (time.perf_counter() - self.start) / done * (self.whole - done)
-        return f", about {duration(ms)} left"

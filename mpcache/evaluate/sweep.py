@@ -17,6 +17,7 @@ from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Sample, Task
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.policy.combined import Combined
 from mpcache.policy.plan import FULL_PERCENT
+from mpcache.report.clock import Clock
 
 FULL = "full"
 
@@ -75,7 +76,7 @@ def run_sweep(engine: EvalModel, grid: EvalGrid, results: Results, say: Say) -> 
             name = f"{task.name}, question {question}"
             full = Cell(task, question, FULL, FULL_PERCENT)
             results.cells.append(full)
-            _ask(engine, grid, [full], results, _under(say, f"{name}: full"))
+            _ask(engine, grid, [full], results, _under(say, name))
             full.judged = full.passes()
             if not full.judged:
                 results.note(gated_out(full))
@@ -105,8 +106,9 @@ def _ask(engine: EvalModel, grid: EvalGrid, cells: Sequence[Cell], results: Resu
         return
     task, question = cells[0].task, cells[0].question
     count = task.samples(grid.samples)
+    clock = Clock(count * len(cells))
     for i in range(count):
-        say(f"sample {i + 1} of {count}")
+        said = f"sample {i + 1} of {count}"
         sample, tokens = take_sample(engine, task, question, grid, i)
         length = len(tokens.context)
         bounds = []
@@ -118,6 +120,7 @@ def _ask(engine: EvalModel, grid: EvalGrid, cells: Sequence[Cell], results: Resu
         read = engine.read(tokens.context, max((b.policy.window(length) for _, b in bounds), default=0))
         done = []
         for cell, bound in bounds:
+            say(f"{said}, {cell.policy} at {cell.budget} %{clock.left()}")
             try:
                 session = engine.session(bound, read)
             except PolicyError as error:  # what the model lacks

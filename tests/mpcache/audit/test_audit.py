@@ -303,6 +303,16 @@ def test_quality_is_drawn_against_cost(tmp_path: Path) -> None:
     assert "snapkv" in text and "all, n = 7" in text and "streaming" not in text
 
 
+def test_quality_is_priced_behind_the_table_with_an_estimate(tmp_path: Path) -> None:
+    found = tmp_path / "quality.json"
+    rows = [{"policy": name, "accuracy": 0.8, "budget_percent": 20} for name in ("snapkv", "oracle")]
+    found.write_text(json.dumps({"rows": [*rows, {"policy": "full", "accuracy": 0.9}]}))
+    done = run("--context", "100,200", "--policy", "full", "--quality", str(found))
+    shown = done.output  # both streams, as they came
+    table, first = shown.index("kept/used"), shown.index("prices beside quality, setting 1 of")
+    assert table < first and re.search(r"setting 2 of \d+: full at 100 %, about \d.* left", shown)
+
+
 # ------------------------------------------------------------------------------------------- sizing
 
 

@@ -199,7 +199,7 @@ def test_explain_names_every_opening() -> None:
     stock = run("--explain", "full", "--context", "40", "--protocol", "stock").stdout
     assert "Escudero" not in stock and "they have no one formula" in stock
     # K^T of two KV heads, in full: what stock opens and fast does not.
-    assert "to both: masked by CrypTen: (2 x 32 x 57) of 8 B = 29,184 B" in stock
+    assert "masked by CrypTen: (2 x 32 x 57) of 8 B = 29,184 B" in stock
 
 
 # --------------------------------------------------------------------------------------------- mistakes

@@ -45,6 +45,7 @@ from mpcache.console.options import (
     public_overrides,
     read_stops,
 )
+from mpcache.console.streamed import StreamedText
 from mpcache.errors import BadInput
 from mpcache.limits import with_default_policy
 from mpcache.report.account import TurnReport
@@ -206,16 +207,15 @@ def _converse(ask: Callable[[str], None], as_json: bool) -> None:
 
 def _hear(talk: Chat, pieces: Iterator[str], as_json: bool) -> None:
     """Show an answer as it comes, and what it took."""
-    with _interrupts(talk.stop), terminal.progress("asking ...") as (say, hush):
-        waiting = True
+    with _interrupts(talk.stop), terminal.progress("asking ...") as (say, hush), StreamedText() as text:
         talk.on_progress = say if terminal.err.is_terminal else quiet
         for piece in pieces:
             if as_json or not piece:
                 continue
-            if waiting:
+            if not text.began:
                 hush()
-                waiting = False
-            _write(piece)
+                talk.on_progress = text.note
+            text.write(piece)
     if not as_json:
         _write("\n")
         terminal.say(cost_of(talk.turns[-1]))

@@ -49,6 +49,7 @@ from mpcache.console.options import (
     version_option,
 )
 from mpcache.console.signals import ignore_signals, stop_on_signals
+from mpcache.console.streamed import StreamedText
 from mpcache.console.streams import open_streams, written_out
 from mpcache.errors import BadInput, MpcacheError, told_as
 from mpcache.evaluate.calibrate_command import calibrate_model
@@ -71,6 +72,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 out = terminal.stdout()
+NAME_WIDTH = 11  # columns of what stands before a text
 STARTING = "starting the parties ..."
 
 
@@ -135,7 +137,7 @@ def generate(
     if plain:
         _answer_in_the_clear(inquiry, public, as_json)
         return
-    with terminal.progress(STARTING) as (say, hush):
+    with terminal.progress(STARTING) as (say, hush), StreamedText(NAME_WIDTH) as streamed:
         shown = ""
 
         def show(token: int, text: str) -> None:
@@ -143,14 +145,19 @@ def generate(
             if as_json or not text:
                 return
             hush()
-            if shown:
-                _write(text)
-            else:
-                _entry("Private", text)
+            if not streamed.began:
+                _entry("Private", "")
+                text = text.lstrip(" ")
+            streamed.write(text)
             shown += text
 
+        def tell(text: str) -> None:
+            say(text)  # on a terminal this is seen up to the first word
+            if streamed.began:
+                streamed.note(text)
+
         try:
-            reports = inquiry.private(settings, say, show, [*kept, *["--resume"] * resume], setup_dir)
+            reports = inquiry.private(settings, tell, show, [*kept, *["--resume"] * resume], setup_dir)
         except PartyFailed as failure:
             if as_json and failure.answer is not None:  # it is there, though not what all of it took
                 told = {"text": failure.answer.text, "token_ids": failure.answer.token_ids}
@@ -258,7 +265,7 @@ def compare(
 
 def _entry(name: str, text: str) -> None:
     """Write a name in bold, and the (beginning of the) text that belongs to it."""
-    out.print(f"[bold]{name:<11}[/]", end="")
+    out.print(f"[bold]{name:<{NAME_WIDTH}}[/]", end="")
     _write(text.lstrip(" "))
 
 

@@ -14,7 +14,6 @@ from mpcache.console.options import (
     ConfigOption,
     ContextOption,
     DocumentAsOption,
-    DocumentOption,
     ModelOption,
     NetworkOption,
     NewTokensOption,
@@ -33,6 +32,7 @@ from mpcache.console.options import (
 )
 from mpcache.limits import with_default_policy
 from mpcache_parties.chat import Chat
+from mpcache_parties.endpoint.chat_like import models_of
 from mpcache_parties.endpoint.endpoint_options import KEY_VARIABLE, EndpointOptions
 from mpcache_parties.local_parties import LocalParties
 from mpcache_parties.packing import OpenedPack, with_pack_settings
@@ -46,7 +46,13 @@ def serve_here(
     context: ContextOption = None,
     private_context: PrivateContextOption = None,
     private_policy: PrivatePolicyOption = None,
-    document: DocumentOption = None,
+    document: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A document that was packed (`mpcache pack`), in place of --context; or NAME=FILE for each "
+            "of several, which callers ask for as MODEL@NAME."
+        ),
+    ] = None,
     pack_key: PackKeyOption = None,
     pack_passphrase: PackPassphraseOption = None,
     config: ConfigOption = None,
@@ -79,26 +85,28 @@ def serve_here(
     options = EndpointOptions(
         port, api_key, tuple(allow_host or ()), tuple(allow_origin or ()), flag="--port"
     )  # fmt: skip
-    options.check()
+    options.check_free()
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
-    packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
+    packed = OpenedPack.read_several(document or [], pack_key, pack_passphrase, context)
     settings = with_default_policy(with_pack_settings(settings, packed), model)
     text = None if context is None else read_text(context)  # once: it may be a pipe
     own = None if private_context is None else read_text(private_context)
-    flags = () if packed is None else packed.flags()
+    flags, names = ([], ()) if packed is None else (packed.flags(), packed.names)
+    packed = None  # the server reads it, too: once in memory is enough
     say = terminal.say
     with LocalParties(settings, model, text, conversations, say, setup_dir, packed=flags) as parties:
         # What is wrong is told now, and the first question need not wait.
-        ready = [parties.chat(private=own)]
+        first = names[0] if names else ""
+        ready = {first: parties.chat(document=first, private=own)}
 
-        def open_chat(say: Say) -> Chat:
-            return ready.pop() if ready else parties.chat(say, private=own)
+        def open_chat(name: str, say: Say) -> Chat:
+            return ready.pop(name, None) or parties.chat(say, document=name, private=own)
 
         try:
-            options.serve(open_chat, conversations, public_name(model), terminal.say)
+            options.serve(models_of(public_name(model), names, open_chat), conversations, terminal.say)
         finally:
-            for chat in ready:
+            for chat in ready.values():
                 chat.close()
 
 

@@ -9,6 +9,7 @@ secrets are given.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,10 +47,31 @@ def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:
     }  # fmt: skip
 
 
-Mine = Callable[[str], torch.Tensor | None]  # a tensor by its name, read when it is prepared
+Mine = Callable[[str], Any]  # a tensor by its name, read when it is prepared
 
 
-def load_operands(ops: Ops, shape: ModelShape, weights: Weights | None) -> Program[Operands]:
+class WeightsElsewhere(ABC):
+    """Weights whose matrices lie on other machines, as `RemoteMatrix`."""
+
+    @abstractmethod
+    def layer(self, number: int) -> Mine:
+        """Return what gives a layer's tensors, by their names in `decode.Layer`."""
+
+    @abstractmethod
+    def vocabulary(self, name: str) -> Any:
+        """Return what is outside the layers: embed, positions, lm_head, lm_bias."""
+
+
+def arranged_layer(weights: Weights | WeightsElsewhere | None, number: int) -> Mine:
+    """Return what gives a layer's tensors; one layer at a time, if they are stored."""
+    if isinstance(weights, WeightsElsewhere):
+        return weights.layer(number)
+    return (lambda name: None) if weights is None else _layer(weights.layers[number]).get
+
+
+def load_operands(
+    ops: Ops, shape: ModelShape, weights: Weights | WeightsElsewhere | None
+) -> Program[Operands]:
     """Prepare weights as operands. weights: None at all but their owner."""
     blank = Weights.meta(shape)
 
@@ -66,11 +88,13 @@ def load_operands(ops: Ops, shape: ModelShape, weights: Weights | None) -> Progr
 
     layers = []
     for i, layer in enumerate(blank.layers):
-        mine = {} if weights is None else _layer(weights.layers[i])  # one layer at a time, if it is stored
-        layers.append(Layer(**(yield from at(f"layer{i}", operands(mine.get, _layer(layer))))))
+        mine = arranged_layer(weights, i)
+        layers.append(Layer(**(yield from at(f"layer{i}", operands(mine, _layer(layer))))))
     names = ("embed", "positions", "lm_head", "lm_bias")
     sizes = {name: getattr(blank, name) for name in names}
-    rest = yield from at("vocabulary", operands(lambda name: getattr(weights, name, None), sizes))
+    elsewhere = isinstance(weights, WeightsElsewhere)
+    one_of: Mine = weights.vocabulary if elsewhere else lambda name: getattr(weights, name, None)  # type: ignore[union-attr]
+    rest = yield from at("vocabulary", operands(one_of, sizes))
     return Operands(shape, layers=tuple(layers), **rest)
 
 
@@ -127,7 +151,7 @@ class Session:
         """Let the next chunk be another question."""
         self.place = ChunkPlace(self.place.turn + 1, 0)
 
-    def setup(self, weights: Weights | None, known: Operands | None = None) -> None:
+    def setup(self, weights: Weights | WeightsElsewhere | None, known: Operands | None = None) -> None:
         """Prepare the weights; known: as they were for another session, of the same masks."""
         program = load_operands(self.ops, self.shape, weights) if known is None else local(known)
         self.operands = self._run("setup", program)

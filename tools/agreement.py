@@ -1,6 +1,7 @@
 """Compare plain and private answers on unseen documents: where do their tokens differ, and why.
 
 Usage: python tools/agreement.py [--samples 100] [--tokens 880] [--answer 6] [--policy SPEC ...]
+       [--ray HOST:PORT|auto|local] [--journal FILE: go on after what is in it]
 
 Each sample is a document with facts in it and one question about them, answered greedily by the plain
 engine and by the three parties (their own code, in three threads of this process). Prints one JSON line
@@ -15,8 +16,11 @@ import json
 import random
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,9 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpcache.config import PublicConfig
 from mpcache.demo.documents import make_document
 from mpcache.engines.registry import PROTOCOLS
+from mpcache.errors import MpcacheError
 from mpcache.model import Model, demo_model_dir, load_model
 from mpcache.policy import POLICIES
+from mpcache.sweeping.runner import FAILED, Batch, cell_runner
 from tests.support.agreement import compare
+
+MEMORY = 2_500_000_000  # bytes of a worker: three parties in one process
 
 
 @dataclass
@@ -48,6 +56,18 @@ class Tally:
     right: tuple[int, int] = (0, 0)
     differences: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+
+    def add(self, sample: dict[str, Any]) -> None:
+        """Count one sample: a line that `main` prints."""
+        self.agree += sample["agree"]
+        self.wrong += sample["wrong"]
+        self.changed += sample["changed"]
+        self.selections += sample["selections"]
+        private, plain = sample["right"]
+        self.right = (self.right[0] + private, self.right[1] + plain)
+        self.differences.append(sample["difference"])
+        if not sample["agree"]:
+            self.margins.append(sample["margin"])
 
     def row(self) -> str:
         """Return a row of the Markdown table."""
@@ -72,6 +92,40 @@ def unseen(model: Model, seed: int, tokens: int) -> tuple[list[int], list[int], 
     return ids(document, bos=True), ids(pairs[0][0]), ids(pairs[0][1])
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A document and its question, under some policies."""
+
+    seed: int
+    policies: tuple[str, ...]
+    tokens: int
+    answer: int
+    protocol: str
+
+
+def ask(asked: Asked, wanted: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield what each of the wanted policies gives."""
+    torch.set_num_threads(1)
+    model = _demo()
+    context, question, answer = unseen(model, asked.seed, asked.tokens)
+    for spec in (asked.policies[i] for i in wanted):
+        start = time.perf_counter()
+        result = compare(model, context, question, asked.answer, spec, asked.protocol)
+        n = len(answer)
+        yield {
+            "policy": spec, "seed": asked.seed, "agree": result.private == result.plain,
+            "right": [result.private[:n] == answer, result.plain[:n] == answer],
+            "changed": result.changed, "selections": result.selections, "wrong": result.wrong,
+            "difference": result.difference, "margin": result.margin, "score_error": result.score_error,
+            "seconds": round(time.perf_counter() - start, 1),
+        }  # fmt: skip
+
+
+@cache
+def _demo() -> Model:
+    return load_model(demo_model_dir())
+
+
 def main() -> None:
     """Answer every sample under every policy, and print the lines and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -80,45 +134,52 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=6, help="tokens of an answer")
     parser.add_argument("--policy", action="append", help="again for more [every private one]")
     parser.add_argument("--protocol", default="fast", choices=PROTOCOLS)
+    parser.add_argument("--ray", help="HOST:PORT of a Ray cluster's head, auto, or local")
+    parser.add_argument("--journal", type=Path, help="note each finished sample here, and go on after those")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    model = load_model(demo_model_dir())
+    model = _demo()
     private = [name for name, policy in POLICIES.items() if not policy.plain_only]
-    tallies = []
-    for spec in options.policy or [PublicConfig().policy, *private]:
-        tally = Tally(spec)
-        tallies.append(tally)
-        for seed in range(options.samples):
-            context, question, answer = unseen(model, seed, options.tokens)
-            start = time.perf_counter()
-            result = compare(model, context, question, options.answer, spec, options.protocol)
-            same = result.private == result.plain
-            tally.agree += same
-            tally.wrong += result.wrong
-            tally.changed += result.changed
-            tally.selections += result.selections
-            n = len(answer)
-            right = (result.private[:n] == answer, result.plain[:n] == answer)
-            tally.right = (tally.right[0] + right[0], tally.right[1] + right[1])
-            tally.differences.append(result.difference)
-            if not same:
-                tally.margins.append(result.margin)
-            line = {
-                "policy": spec, "seed": seed, "agree": same, "right": right, "changed": result.changed,
-                "selections": result.selections, "wrong": result.wrong, "difference": result.difference,
-                "margin": result.margin, "score_error": result.score_error,
-                "seconds": round(time.perf_counter() - start, 1),
-            }  # fmt: skip
-            print(json.dumps(line), flush=True)
+    specs = options.policy or [PublicConfig().policy, *private]
+    tallies = {spec: Tally(spec) for spec in specs}
+    about = {"sweep": "agreement", "model": model.digest, "tokens": options.tokens,
+             "answer": options.answer, "protocol": options.protocol}  # fmt: skip
+    batches = [
+        Batch(
+            str(seed),
+            tuple(specs),
+            Asked(seed, tuple(specs), options.tokens, options.answer, options.protocol),
+        )
+        for seed in range(options.samples)
+    ]
+    try:
+        with cell_runner(options.ray, options.journal, about, ask, MEMORY) as runner:
+            done: dict[int, list[dict[str, Any]]] = {}
+            for seed, outcomes in runner.run(batches, ask):
+                done[seed] = outcomes
+                for outcome in outcomes:
+                    print(json.dumps(outcome), flush=True)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; with --journal FILE the same command goes on after what is done")
+    except MpcacheError as error:
+        sys.exit(f"error: {error}")
+    for outcome in (outcome for seed in sorted(done) for outcome in done[seed] if FAILED not in outcome):
+        tallies[outcome["policy"]].add(outcome)
+    for failure in runner.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    for tally in tallies.values():
         if tally.wrong:
-            print(f"{spec}: {tally.wrong} clusters were chosen for no reason", file=sys.stderr)
+            print(f"{tally.policy}: {tally.wrong} clusters were chosen for no reason", file=sys.stderr)
     print(f"\n{options.tokens} tokens, answers of {options.answer}, protocol {options.protocol}\n")
     print("| policy | same answer | right: private, plain | logits differ by: median / 90 % / most |"
           " clusters that differ | margins where answers differ |")  # fmt: skip
     print("|---|---|---|---|---|---|")
-    for tally in tallies:
+    for tally in tallies.values():
         print(tally.row())
+    if runner.failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    from tools import agreement  # by its name, which workers elsewhere import
+
+    agreement.main()

@@ -1,12 +1,21 @@
-"""Measure a private answer of a model of SmolLM2-135M's size: the table of docs/benchmarks.md.
+"""Measure private answers of a model of SmolLM2-135M's size: the tables of docs/benchmarks.md.
 
     python tools/bench_size.py [--context 99] [--question 14] [--tokens 6] [--model DIR] [--layers 30]
-                               [--checkout DIR ...]
+                               [--policy SPEC ...] [--repeat N] [--checkout DIR ...]
 
 Without --model the weights are random and made on the fly, so that nothing is downloaded; the plaintext
-answer is measured beside, in the same run. --context 0: no document. Prints a Markdown row for this state,
-and for each other checkout of this project: latencies, their ratio, bytes of a token, and each party's CPU
-seconds and largest resident memory, set-up included. Linux, as it reads /proc.
+answer is measured beside, in the same run. --context 0: no document; --text FILE: this one. Prints a Markdown
+row for each policy of this state, and of each other checkout of this project: latencies, their ratios, rounds
+and bytes of a token, and each party's CPU seconds and largest resident memory, set-up included. With --repeat
+the rows take turns, and latencies are medians. Linux, as it reads /proc.
+
+Full against evicted, side by side; once before, `mpcache calibrate --model MODEL` makes the curve and puts it
+beside the model (--curve FILE: it is elsewhere):
+
+    python tools/bench_size.py --model MODEL --text FILE --tokens 6 --repeat 2
+        --policy full --policy compact:keep=0.2 --policy compact:keep=0.1
+
+Random weights have no curve: take compact:counts=joint there.
 """
 
 from __future__ import annotations
@@ -15,10 +24,12 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +48,54 @@ SHAPE = {
 }  # fmt: skip
 PARTIES = ("server", "client", "dealer")
 HEAD = (
-    "| state | context | question | plaintext ms/token | private ms/token | ratio | first token, s "
-    "| set-up, s | online, dealer's MB/token | CPU s, server, client, dealer | memory GB, the same |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|"
+    "| state | policy | context | kept | question | plaintext ms/token | private ms/token | ratio "
+    "| of the first row's | first token, s | prefill and eviction, s | set-up, s | rounds/token "
+    "| online, dealer's MB/token | CPU s, server, client, dealer | memory GB, the same |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
+
+
+@dataclass
+class Row:
+    """One policy of one state, and what its runs found."""
+
+    policy: str
+    checkout: Path | None
+    found: list[dict[str, Any]] = field(default_factory=list)  # `mpcache generate --json`
+    peak: dict[str, float] = field(default_factory=dict)  # GB, of each party
+    cpu: dict[str, float] = field(default_factory=dict)  # s, in the last run
+
+    def median(self, *keys: str) -> float:
+        """Return the median of one figure over the runs."""
+        values: list[Any] = list(self.found)
+        for key in keys:
+            values = [value[key] for value in values]
+        return float(statistics.median(values))
+
+    def markdown(self, first: Row) -> str:
+        """Return it as a row of the table."""
+        last, private = self.found[-1], self.found[-1]["private"]
+        plain_ms = self.median("plaintext", "ms_per_token_median")
+        ms = self.median("private", "ms_per_token_median")
+        cells = [
+            "this" if self.checkout is None else self.checkout.name,
+            f"`{self.policy}`".replace("|", "\\|"),
+            last["context_tokens"],
+            f"{statistics.fmean(last['kept_tokens']):.0f}",
+            last["question_tokens"],
+            f"{plain_ms:.0f}",
+            f"{ms:.0f}",
+            f"{ms / plain_ms:.1f}",
+            f"{ms / first.median('private', 'ms_per_token_median'):.2f}",
+            f"{self.median('private', 'first_token_ms') / 1e3:.1f}",
+            f"{self.median('prefill_ms') / 1e3:.1f}",
+            f"{self.median('setup_ms') / 1e3:.0f}",
+            private["rounds_per_token"],
+            f"{private['online_bytes_per_token'] / 1e6:.2f}, {private['offline_bytes_per_token'] / 1e6:.1f}",
+            ", ".join(f"{self.cpu[name]:.1f}" for name in PARTIES),
+            ", ".join(f"{self.peak[name]:.1f}" for name in PARTIES),
+        ]
+        return f"| {' | '.join(map(str, cells))} |"
 
 
 def make_model(folder: Path, layers: int) -> None:
@@ -98,12 +153,26 @@ def watch(process: subprocess.Popen[str], peak: dict[str, float], cpu: dict[str,
         time.sleep(0.1)
 
 
-def environment_of(checkout: Path | None) -> dict[str, str]:
-    """Return the environment in which Python imports this state, or another checkout's."""
-    if checkout is None:
-        return dict(os.environ)
-    roots = [checkout.resolve() / name for name in ("", "parties", "kernels", "protos")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, roots))}
+def environment_of(checkout: Path | None, data: Path | None) -> dict[str, str]:
+    """Return the environment in which Python imports this state, or another checkout's.
+
+    data: where the curve is looked for, in place of the user's folder.
+    """
+    found = dict(os.environ)
+    if data is not None:
+        found["XDG_DATA_HOME"] = str(data)
+    if checkout is not None:
+        roots = [checkout.resolve() / name for name in ("", "parties", "kernels", "protos")]
+        found["PYTHONPATH"] = os.pathsep.join(map(str, roots))
+    return found
+
+
+def place_curve(curve: Path, data: Path) -> None:
+    """Put a curve where `compact` looks for its model's."""
+    digest = json.loads(curve.read_text(encoding="utf-8"))["model_digest"]
+    folder = data / "mpcache" / "curves"
+    folder.mkdir(parents=True)
+    shutil.copy(curve, folder / f"{digest}.json")
 
 
 def program_of(checkout: Path | None) -> list[str]:
@@ -113,58 +182,70 @@ def program_of(checkout: Path | None) -> list[str]:
     return ["-m", "mpcache"]
 
 
-def measure(model: Path, given: argparse.Namespace, checkout: Path | None) -> str:
-    """Run one answer, and return its row."""
-    tokenizer = load_tokenizer(model)
-    peak: dict[str, float] = {}
-    cpu: dict[str, float] = {}
+def measure(row: Row, model: Path, given: argparse.Namespace, document: str, data: Path | None) -> None:
+    """Run one answer of a row."""
+    question = text_of(load_tokenizer(model), given.question)
     with tempfile.TemporaryDirectory() as folder:
-        document, out = Path(folder) / "document.txt", Path(folder) / "out.json"
-        command = [sys.executable, *program_of(checkout), "generate", "--json", "--no-stop-at-eos"]
-        command += ["--model", str(model), "--policy", given.policy]
-        if given.context:
-            document.write_text(text_of(tokenizer, given.context), encoding="utf-8")
-            command += ["--context", str(document)]
-        command += ["--question", text_of(tokenizer, given.question), "--max-new-tokens", str(given.tokens)]
+        text, out = Path(folder) / "document.txt", Path(folder) / "out.json"
+        command = [sys.executable, *program_of(row.checkout), "generate", "--json", "--no-stop-at-eos"]
+        command += ["--model", str(model), "--policy", row.policy]
+        if document:
+            text.write_text(document, encoding="utf-8")
+            command += ["--context", str(text)]
+        command += ["--question", question, "--max-new-tokens", str(given.tokens)]
         with out.open("w") as file:
             process = subprocess.Popen(
-                command, stdout=file, text=True, env=environment_of(checkout), cwd=folder
+                command, stdout=file, text=True, env=environment_of(row.checkout, data), cwd=folder
             )
-            watch(process, peak, cpu)
+            peak: dict[str, float] = {}
+            watch(process, peak, row.cpu)
         if process.returncode:
             raise SystemExit(f"bench_size: `mpcache generate` ended with {process.returncode}")
-        found = json.loads(out.read_text())
-    private, plain = found["private"], found["plaintext"]
-    ratio = private["ms_per_token_median"] / plain["ms_per_token_median"]
-    return (
-        f"| {'this' if checkout is None else checkout.name} "
-        f"| {found['context_tokens']} | {found['question_tokens']} | {plain['ms_per_token_median']:.0f} "
-        f"| {private['ms_per_token_median']:.0f} | {ratio:.1f} | {private['first_token_ms'] / 1e3:.1f} "
-        f"| {found['setup_ms'] / 1e3:.0f} "
-        f"| {private['online_bytes_per_token'] / 1e6:.2f}, {private['offline_bytes_per_token'] / 1e6:.1f} "
-        f"| {', '.join(f'{cpu[name]:.1f}' for name in PARTIES)} "
-        f"| {', '.join(f'{peak[name]:.1f}' for name in PARTIES)} |"
+        row.found.append(json.loads(out.read_text()))
+    row.peak |= {name: max(gb, row.peak.get(name, 0.0)) for name, gb in peak.items()}
+
+
+def read_flags() -> argparse.Namespace:
+    """Read the command line."""
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    arguments.add_argument("--model", type=Path, help="a folder or a .gguf file [random weights]")
+    arguments.add_argument("--context", type=int, default=99, help="tokens of a made document [99]")
+    arguments.add_argument("--text", type=Path, help="a document, in place of --context")
+    arguments.add_argument("--question", type=int, default=14, help="tokens of the question [14]")
+    arguments.add_argument("--tokens", type=int, default=6, help="of each answer [6]")
+    arguments.add_argument("--layers", type=int, default=30, help="of random weights [30]")
+    arguments.add_argument("--policy", action="append", help="again for more, side by side [full]")
+    arguments.add_argument("--curve", type=Path, help="the model's, as `mpcache calibrate --out` wrote it")
+    arguments.add_argument("--repeat", type=int, default=1, help="answers of each row, in turns [1]")
+    arguments.add_argument("--checkout", type=Path, action="append", default=[], help="a further state")
+    return arguments.parse_args()
 
 
 def main() -> None:
-    """Print the table's head and a row."""
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--model", type=Path)
-    arguments.add_argument("--context", type=int, default=99)
-    arguments.add_argument("--question", type=int, default=14)
-    arguments.add_argument("--tokens", type=int, default=6)
-    arguments.add_argument("--layers", type=int, default=30)
-    arguments.add_argument("--policy", default="full")
-    arguments.add_argument("--checkout", type=Path, action="append", default=[])
-    given = arguments.parse_args()
-    print(HEAD, flush=True)
+    """Print the table's head and its rows."""
+    given = read_flags()
     with tempfile.TemporaryDirectory() as folder:
-        model = given.model
+        model, data = given.model, None
         if model is None:
             make_model(model := Path(folder), given.layers)
-        for checkout in (None, *given.checkout):
-            print(measure(model.resolve(), given, checkout), flush=True)
+        if given.curve is not None:
+            place_curve(given.curve, data := Path(folder) / "data")
+        model = model.resolve()
+        if given.text is None:
+            document = text_of(load_tokenizer(model), given.context) if given.context else ""
+        else:
+            document = given.text.read_text(encoding="utf-8")
+        checkouts = (None, *given.checkout)
+        rows = [Row(policy, checkout) for checkout in checkouts for policy in given.policy or ["full"]]
+        for run in range(given.repeat):
+            for row in rows:
+                print(f"run {run + 1} of {given.repeat}: {row.policy}", file=sys.stderr, flush=True)
+                measure(row, model, given, document, data)
+    print(HEAD)
+    for row in rows:
+        print(row.markdown(rows[0]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ROWS = 256  # queries of a map of scores on a CPU
+ROWS = 128  # queries of a map of scores on a CPU
 
 
 def window_importance(q_w: Tensor, k: Tensor, first_position: int) -> Tensor:
@@ -56,20 +56,25 @@ def repeat_importance(
     group, before = heads // kv_heads, k.shape[1] - n
     best = torch.full((heads, count), -torch.inf, device=k.device)
     query = torch.zeros(heads, count, dtype=torch.int64, device=k.device)
+    rows = min(ROWS, n)
+    later, log_scale = (
+        torch.full((rows, rows), -torch.inf, device=k.device).triu_(1),
+        row_scale.log()[:, None],
+    )
     for head in range(heads):
         keys = k[head // group].float()
         for begin in range(0, n, ROWS):  # a map that fits into a processor's cache
             end = min(begin + ROWS, n)
             scores = q[head, begin:end].float() @ keys[: before + end].T
-            later = torch.ones(end - begin, end - begin, dtype=torch.bool, device=k.device).triu_(1)
-            scores[:, before + begin :].masked_fill_(later, -torch.inf)
-            a = scores.softmax(-1)[:, first : first + count] * row_scale[begin:end, None]
-            most = a.max(0)
+            scores[:, before + begin :] += later[: end - begin, : end - begin]
+            # In logarithms, which is quicker than to write out an attention and to scale it.
+            looks = scores.log_softmax(-1)[:, first : first + count].add_(log_scale[begin:end])
+            most = looks.max(0)
             seen = most.values.shape[0]  # of the queries' own keys, those that this map has
             better = most.values > best[head, :seen]
             query[head, :seen] = torch.where(better, most.indices + begin, query[head, :seen])
             best[head, :seen] = torch.where(better, most.values, best[head, :seen])
-    found = (best * column_scale).reshape(kv_heads, group, count).max(1)
+    found = (best.exp() * column_scale).reshape(kv_heads, group, count).max(1)
     mine = query.reshape(kv_heads, group, count).gather(1, found.indices[:, None])[:, 0]
     return found.values, mine + n * found.indices
 

@@ -24,7 +24,7 @@ from mpcache.audit.explain_text import explain_policy, explained_policy
 from mpcache.audit.exports import FORMATS, csv_lines, print_tables, write_csv
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
-from mpcache.audit.priced_rows import AuditGrid, AuditRow, price_rows, resolved
+from mpcache.audit.priced_rows import AuditGrid, AuditRow, ask_settings, price_rows, resolved
 from mpcache.audit.private_rows import price_document
 from mpcache.audit.private_tables import EXPLAINED as PRIVATE_EXPLAINED
 from mpcache.audit.private_tables import private_table
@@ -36,20 +36,24 @@ from mpcache.console import terminal
 from mpcache.console.inputs import listed
 from mpcache.console.options import (
     MODEL_FORMS,
+    JournalOption,
     JsonOption,
     PadOption,
     PoliciesOption,
     RevealOption,
+    SweepRayOption,
     read_reveal,
 )
 from mpcache.cost.choose import CHOICES
 from mpcache.cost.planner import AT_LEAST
 from mpcache.cost.quality_file import Quality, read_quality
+from mpcache.cost.sizing import PROCESS
 from mpcache.errors import BadInput, MpcacheError
 from mpcache.model import ModelShape
 from mpcache.model.shapes import NAMES
 from mpcache.padding import padded_length
 from mpcache.report.plots import check_plot
+from mpcache.sweeping.runner import cell_runner
 from mpcache.transport.network import NO_NETWORK, parse_network
 
 EXPLAINED = (
@@ -128,6 +132,8 @@ def audit(
     sizing_: Annotated[
         bool, typer.Option("--sizing", help="What each party's machine needs, for each model and context.")
     ] = False,
+    ray: SweepRayOption = None,
+    journal: JournalOption = None,
     form: Annotated[str, typer.Option("--format", help=f"Of the tables: {', '.join(FORMATS)}.")] = FORMATS[0],
     as_json: JsonOption = False,
 ) -> None:
@@ -138,8 +144,7 @@ def audit(
             "--csv": csv, "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
             "--pad": pad,
         }  # fmt: skip
-        if extra := [name for name, given in others.items() if given]:
-            raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
+        _alone(others, "--explain prints one plan in words and runs nothing: leave out {}")
     if new_tokens is None:
         new_tokens = MEASURED_TOKENS if measure else 2
     torch.set_num_threads(1)  # all tensors are small or have no data: threads would wait for each other
@@ -153,9 +158,8 @@ def audit(
         return show_sizing(asked, policy or ["full"], question, protocol, form, as_json)
     if others_given:
         single = {"--explain": explain, "--measure": measure, "--report": report, "--quality": quality,
-                  "--tune": tune, "--private-context": private_context}  # fmt: skip
-        if extra := [name for name, wanted in single.items() if wanted]:
-            raise BadInput(f"{extra[0]} is for one model: give one --shape")
+                  "--tune": tune, "--private-context": private_context, "--journal": journal}  # fmt: skip
+        _alone(single, "{} is for one model: give one --shape")
     name, model = shape_of(given)
     protocols = listed("--protocol", protocol, CHOICES)
     if private_context is not None:
@@ -173,9 +177,7 @@ def audit(
     )  # fmt: skip
     if explain is not None:
         taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
-        if as_json:
-            return print(json.dumps(explained_policy(model, explain, contexts[0], question, taken)))
-        return print(*explain_policy(model, explain, contexts[0], question, taken), sep="\n")
+        return _explain(model, explain, contexts[0], question, taken, as_json)
     measured = _quality(quality, tune, at_least, plot_file)
     if tune:
         return _show_tuned(tuned(measured, grid, at_least), name, model, "json" if as_json else form)
@@ -183,16 +185,13 @@ def audit(
         _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
-    found = price_rows(grid, needed, note=_note)
-    result = _result(name, grid, found)
-    stopped: MpcacheError | None = None
-    if folder is not None:
-        stopped = _measured(result, grid, folder, needed)
+    result = _result(name, grid, _priced(grid, needed, ray, journal))
+    stopped = None if folder is None else _measured(result, grid, folder, needed)
     results = [result]
     for other in others_given:
         name, model = shape_of(other)
         other_grid = replace(grid, shape=model, contexts=contexts_of(context, other, model, more))
-        results.append(_result(name, other_grid, price_rows(other_grid, needed, note=_note)))
+        results.append(_result(name, other_grid, _priced(other_grid, needed, ray, None)))
     if plot_file is not None and not measured.rows:
         plot_contexts(results, plot_file)
         terminal.say(f"wrote {plot_file}")
@@ -207,6 +206,29 @@ def audit(
         _show(results, by, csv, "json")
     if stopped is not None:
         raise stopped
+
+
+def _priced(grid: AuditGrid, by: str | None, ray: str | None, journal: Path | None) -> list[AuditRow]:
+    """Price a grid, here or on the cluster that --ray names. Raises ClusterError where settings failed."""
+    with cell_runner(ray, journal, grid.about(by), ask_settings, PROCESS) as runner:
+        rows = price_rows(grid, by, None, _note, runner)
+        runner.check()
+        return rows
+
+
+def _alone(others: Mapping[str, Any], words: str) -> None:
+    """Refuse flags that do not go with another one. Raises BadInput."""
+    if extra := [name for name, given in others.items() if given]:
+        raise BadInput(words.format(extra[0]))
+
+
+def _explain(shape: ModelShape, spec: str, context: int, question: int, protocol: str, as_json: bool) -> None:
+    """Print a plan in words, or as data. Raises PolicyError."""
+    asked = shape, spec, context, question, protocol
+    if as_json:
+        print(json.dumps(explained_policy(*asked)))
+    else:
+        print(*explain_policy(*asked), sep="\n")
 
 
 def _check(by: str | None, form: str, lengths: Mapping[str, int | None]) -> None:

@@ -38,7 +38,7 @@ def print_tables(
 ) -> None:
     """Print tables on stdout in one of FORMATS; CSV is of the rows. explained: said below, to people."""
     if form == "csv":
-        print(as_csv([flat(row) for row in rows]), end="")
+        print(as_csv([flattened(row) for row in rows]), end="")
     elif form in ("markdown", "latex"):
         print(in_form(tables, form))
     else:
@@ -49,12 +49,12 @@ def print_tables(
             out.print(explained, style="dim")
 
 
-def flat(row: Mapping[str, Any], before: str = "") -> AuditRow:
-    """Name what is within a row's parts by part and name: `reading_rounds`. Lists are left out."""
+def flattened(row: Mapping[str, Any], before: str = "") -> AuditRow:
+    """Name what is within a row's parts by part and name, joined. Lists are left out."""
     found: AuditRow = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{before}{name}_")
+            found |= flattened(value, f"{before}{name}_")
         elif not isinstance(value, list):
             found[before + name] = value
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
@@ -18,6 +18,8 @@ from mpcache.limits import check_padding
 from mpcache.model import ModelShape
 from mpcache.policy import parse_policy
 from mpcache.report.units import whole
+from mpcache.sweeping.journal import Outcome
+from mpcache.sweeping.runner import Batch, CellRunner
 from mpcache.transport.network import Profile
 
 AuditRow = dict[str, Any]
@@ -42,6 +44,14 @@ class AuditGrid:
     reveal: Reveal = Reveal.LOGITS
     pad: int = 1
 
+    def about(self, by: str | None) -> dict[str, Any]:
+        """Return what each cell depends on beside its own name: what a journal belongs to."""
+        return {
+            "sweep": "audit", "shape": self.shape.to_dict(), "by": by, "reveal": self.reveal.value,
+            "networks": [network.name for network in self.networks], "question": self.question,
+            "new_tokens": self.new_tokens, "pad": self.pad,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Priced:
@@ -56,37 +66,75 @@ def price_rows(
     by: str | None = None,
     rates: Mapping[Setting, Rates] | None = None,
     note: Callable[[str], None] = lambda text: None,
+    runner: CellRunner | None = None,
 ) -> list[AuditRow]:
     """Price the grid: a row per policy, protocol, context and network. Raises PolicyError.
 
     by: `layer` or `op`, which each row is broken down by.  rates: of each setting, where they were measured.
-    note: hears what was left out and why.
+    note: hears what was left out and why.  runner: where the settings are priced, and kept.
 
     Units: rounds, bytes, ms, per generated token; `online_bytes` is sent by one computing party (the
     mean of both), `offline_bytes` by the dealer. `total_ms`: the larger of the modelled latency and the
     transfer of the dealer's bytes. `ratio_to_full`: that over the one of `full`.
     """
-    found: list[AuditRow] = []
+    asked = [SettingsAsked(grid, by, *place) for place in product(grid.contexts, grid.protocols)]
+    batches = [Batch(f"{one.context} tokens, {one.protocol}", tuple(grid.policies), one) for one in asked]
+    rows: dict[int, list[AuditRow]] = {}
 
-    @cache  # the same on every network, and `full` beside every policy
-    def priced(spec: str, context: int, protocol: str) -> Priced:
-        cost = price_setting(grid, spec, context, protocol)
-        return Priced(cost, (rates or {}).get((cost.policy.spec, protocol, context), RATES))
+    def here(one: SettingsAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
+        return one.outcomes(wanted, rates or {})
 
-    for context, protocol in product(grid.contexts, grid.protocols):
-        for spec in grid.policies:
-            try:
-                for network in grid.networks:
-                    taken = resolved(grid, spec, context, protocol, network, note)
-                    one, full = priced(spec, context, taken), priced("full", context, taken)
-                    found.append(_row(one, context, network, full, by))
-            except PolicyError as error:
+    for n, outcomes in (runner or CellRunner()).run(batches, here):
+        rows[n] = []
+        for outcome in outcomes:
+            for text in outcome.get("notes", ()):
+                note(text)
+            if "left out" in outcome:
+                where, why = f"at a context of {asked[n].context} tokens", outcome["left out"]
                 if grid.explicit:
-                    raise PolicyError(f"at a context of {context} tokens, {error}") from None
-                note(f"left out at a context of {context} tokens: {error}")
+                    raise PolicyError(f"{where}, {why}")
+                note(f"left out {where}: {why}")
+            rows[n] += outcome.get("rows", [])
+    found = [row for n in sorted(rows) for row in rows[n]]
     if AUTO in grid.protocols:  # rows of one protocol stand together, for tables
         found.sort(key=lambda row: (grid.contexts.index(row["context_tokens"]), row["protocol"]))
     return found
+
+
+@dataclass(frozen=True)
+class SettingsAsked:
+    """The policies of a grid at one context and protocol: what a worker elsewhere is told."""
+
+    grid: AuditGrid
+    by: str | None
+    context: int
+    protocol: str
+
+    def outcomes(self, wanted: Sequence[int], rates: Mapping[Setting, Rates]) -> Iterator[Outcome]:
+        """Yield each wanted policy's rows, or why it was left out; and notes."""
+        grid, context = self.grid, self.context
+
+        @cache  # the same on every network, and `full` beside every policy
+        def priced(spec: str, protocol: str) -> Priced:
+            cost = price_setting(grid, spec, context, protocol)
+            return Priced(cost, rates.get((cost.policy.spec, protocol, context), RATES))
+
+        for spec in (grid.policies[i] for i in wanted):
+            notes: list[str] = []
+            rows = []
+            try:
+                for network in grid.networks:
+                    taken = resolved(grid, spec, context, self.protocol, network, notes.append)
+                    one, full = priced(spec, taken), priced("full", taken)
+                    rows.append(_row(one, context, network, full, self.by))
+                yield {"notes": notes, "rows": rows}
+            except PolicyError as error:
+                yield {"notes": notes, "rows": rows, "left out": str(error)}
+
+
+def ask_settings(asked: SettingsAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
+    """Do so at a worker elsewhere."""
+    return asked.outcomes(wanted, {})
 
 
 def resolved(

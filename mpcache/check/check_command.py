@@ -16,6 +16,7 @@ from mpcache.config import load_settings
 from mpcache.console import terminal
 from mpcache.console.inputs import check_stdin
 from mpcache.console.options import (
+    DocumentAsOption,
     JsonOption,
     ModelOption,
     NetworkOption,
@@ -24,6 +25,8 @@ from mpcache.console.options import (
     ProtocolOption,
     QuestionFileOption,
     QuestionOption,
+    RawOption,
+    chat_overrides,
     public_overrides,
 )
 from mpcache.errors import BadInput, LinkError, ModelError
@@ -41,6 +44,8 @@ def check(
     protocol: ProtocolOption = None,
     network: NetworkOption = None,
     max_new_tokens: NewTokensOption = None,
+    raw: RawOption = False,
+    document_as: DocumentAsOption = None,
     config: Annotated[Path | None, typer.Option(help="Public settings and addresses, a YAML file.")] = None,
     identity: Annotated[
         Path | None, typer.Option(help="Folder of a party's key and certificate: the links use TLS.")
@@ -55,7 +60,8 @@ def check(
 ) -> None:
     """Check a model, or every link and certificate of a config, before a run; with both given, both.
 
-    --model: is it supported, what does it take, do its values on --context stay in range.
+    --model: is it supported, can its chat template be used, what does it take, do its values on --context
+    stay in range.
     Else, and with --config: the parties that are dialled must run, or wait. No session begins, and none is
     disturbed.
     """
@@ -63,6 +69,7 @@ def check(
         raise BadInput("--context, --question and --question-file need --model; without it links are checked")
     check_stdin(context, question_file)
     overrides = public_overrides(policy, protocol, network, max_new_tokens, None)
+    overrides |= chat_overrides(raw, document_as)
     settings = load_settings(config, {"addresses.bind": listen} | overrides)
     failed: list[int] = []
     found: list[LinkFinding] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mpcache.answer import answer, bind_to_document
-from mpcache.choices import POLICY_AUTO, ProtocolName
+from mpcache.choices import POLICY_AUTO, ChatForm, ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.console.inputs import read_question, read_text
 from mpcache.console.terminal import Say
@@ -22,6 +22,8 @@ from mpcache.engines.checked import CheckedOps, Range, Ranges
 from mpcache.errors import MpcacheError, OutOfRange
 from mpcache.limits import bind_policy, check_document, largest_score_held
 from mpcache.model import Model, ModelShape, demo_model_dir, find_model, load_model
+from mpcache.model.chat_template import Unframed
+from mpcache.model.framing import Framing, RawFraming, make_framing
 from mpcache.model.loading import StoredModel, open_model
 from mpcache.model.prefill import prefill
 from mpcache.model.tokenizer import Tokenizer
@@ -73,15 +75,19 @@ def _findings(
     ends = [f"{tokenizer.token(i)} ({i})" for i in shape.eos_ids]
     no_end = "none: each answer goes on to --max-new-tokens"
     yield LinkFinding("end tokens", where, ", ".join(ends) or no_end, True if ends else None)
-    template = tokenizer.chat_template
-    yield LinkFinding("chat template", where, "no" if template is None else "yes", True)
+    try:
+        framing = make_framing(
+            tokenizer, shape, public.chat is ChatForm.RAW, public.document_as, has_document=True
+        )
+    except Unframed as error:
+        yield LinkFinding("chat template", where, str(error), False)
+        return
+    yield LinkFinding("chat template", where, _framed(framing, tokenizer), True)
 
-    question = tokenizer.encode_within(asked, False, shape.max_positions, "the question")
-    document = None
-    length = min(CONTEXT_TOKENS, max(1, shape.max_positions - len(question) - public.max_new_tokens))
-    if text is not None:
-        document = tokenizer.encode_within(text, True, shape.max_positions, "the context")
-        length = len(document)
+    question = framing.frame_turn(asked, True)
+    document = None if text is None else framing.frame_document(text)
+    room = shape.max_positions - len(question) - public.max_new_tokens
+    length = min(CONTEXT_TOKENS, max(1, room)) if document is None else len(document)
     if public.policy == POLICY_AUTO:
         choice = choose_policy(load_model(path), public, length, len(question))
         public = public.model_copy(update={"policy": choice.spec})
@@ -116,6 +122,13 @@ def _tokenizer(tokenizer: Tokenizer) -> str:
     bos = tokenizer.token(tokenizer.bos_id)
     begins = f"a text begins with {bos}" if tokenizer.adds_bos else "nothing is put before a text"
     return f"{begins}; sha256 {tokenizer.digest[:16]}..."
+
+
+def _framed(framing: Framing, tokenizer: Tokenizer) -> str:
+    """Say what stands around document and questions."""
+    if isinstance(framing, RawFraming):
+        return "no" if tokenizer.chat_template is None else "yes, and left out (--raw)"
+    return "; ".join(filter(None, ("yes", framing.note, framing.single)))
 
 
 def _price(

@@ -94,6 +94,19 @@ SetupDirOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 
+SweepRayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Ask the cells on a Ray cluster: HOST:PORT of its head, auto (the one that this machine is in), "
+        "or local (this machine's processors).",
+    ),
+]
+JournalOption = Annotated[
+    Path | None,
+    typer.Option(help="Note each finished cell here; given again, an interrupted sweep goes on after them."),
+]
+
 
 def read_reveal(text: str | None) -> Reveal:
     """Read what --reveal was given; LOGITS where it was not. Raises BadInput."""

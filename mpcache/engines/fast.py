@@ -29,7 +29,7 @@ from mpcache.protocols.verdict import finish_verdict, start_verdict
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Call, Opening, Program, open_secret
-from mpcache.runtime.ring import blocks_of, narrow_rows
+from mpcache.runtime.ring import RemoteMatrix, blocks_of, narrow_rows
 from mpcache.runtime.shares import (
     KnownOperand,
     MaskedOperand,
@@ -101,6 +101,8 @@ class FastOps(Engine[Share, MaskedOperand]):
         self, value: torch.Tensor | None, shape: Sequence[int], owner: Rank, ring: int = 48
     ) -> Program[MaskedOperand]:
         """Do so at the memory of the integers in few bytes, where it is a matrix."""
+        if isinstance(value, RemoteMatrix):  # integers already, elsewhere
+            return self.prepare(Share(value, self.bits, owner), ring)
         if value is None or len(shape) != 2 or self.side.rank is not owner or self.side.device == "meta":
             return self.prepare(self.secret(value, shape, owner), ring)
         real = value.cpu().reshape(tuple(shape))
@@ -122,9 +124,11 @@ class FastOps(Engine[Share, MaskedOperand]):
         if x.owner is not self.side.rank or isinstance(x.data, MetaTensor) or 0 in x.shape:
             return
         most = 0
-        for block in blocks_of(x.data):
+        for block in () if isinstance(x.data, RemoteMatrix) else blocks_of(x.data):
             low, high = (int(v) for v in block.aminmax())
             most = max(most, -low, high)
+        if isinstance(x.data, RemoteMatrix):
+            most = x.data.largest()
         if most >= 1 << (x.bits + VALUE_BITS):
             raise OutOfRange(
                 f"{x.owner.label}: a weight, key or value of {most / 2**x.bits:.6g} is out of "

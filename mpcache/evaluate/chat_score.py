@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from mpcache.cache import Cache
 from mpcache.decode import Stream, block
-from mpcache.errors import BadInput
+from mpcache.errors import BadInput, OutOfRange
 from mpcache.evaluate.score import EvalModel, Read
 from mpcache.evaluate.tasks import TaskTurn
 from mpcache.model import ModelShape
@@ -43,6 +44,16 @@ class Talk:
         n = self.first - 1
         spans = tuple((begin - n, end - n) for begin, end in self.spans)
         return [*context, *self.ids[:n]], Talk(self.ids[n:], spans, self.parts)
+
+    @property
+    def places(self) -> list[int]:
+        """Return the places of all answers' tokens."""
+        return [place for begin, end in self.spans for place in range(begin, end)]
+
+    @property
+    def chunks(self) -> list[int]:
+        """Return the lengths of what `greedy_tokens` takes in: public."""
+        return [place - before for before, place in pairwise([0, *self.places])]
 
     @property
     def judged(self) -> list[list[int]]:
@@ -82,6 +93,22 @@ def score_talks(engine: EvalModel, bound: BoundPolicy, read: Read, talks: Sequen
     if not acts_between_steps(bound.policy):
         return _side_by_side(engine.session(bound, read), talks)
     return [_step_by_step(engine.session(bound, read), talk) for talk in talks]
+
+
+@torch.no_grad()
+def greedy_tokens(session: Session, talk: Talk) -> list[list[int]]:
+    """Return what greedy decoding says in place of each answer's tokens, the right ones before it given.
+
+    Raises OutOfRange.
+    """
+    said, taken = {}, 0
+    for place in talk.places:
+        logits = session.chunk(talk.ids[taken:place], place - taken)
+        assert logits is not None, "the one who asks learns the logits"
+        if session.in_range is False:
+            raise OutOfRange("a value left its range in this conversation: its score would be wrong")
+        said[place], taken = int(logits.argmax()), place
+    return [[said[place] for place in range(begin, end)] for begin, end in talk.spans]
 
 
 def acts_between_steps(policy: Policy) -> bool:

@@ -6,19 +6,25 @@ all (`task`): what the model cannot do with everything in view says nothing abou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 
+from mpcache.choices import DocumentAs
 from mpcache.console.terminal import Say
 from mpcache.errors import BadInput, PolicyError
 from mpcache.evaluate.chat_score import Talk, make_talk, score_talks
-from mpcache.evaluate.results import Cell, Results
+from mpcache.evaluate.chat_tasks import CHAT_TASKS
+from mpcache.evaluate.results import NOTE, Cell, Results, counted
 from mpcache.evaluate.score import EvalModel, Score
-from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, gated_out
+from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, engine_of, gated_out
 from mpcache.evaluate.tasks import Task
-from mpcache.model.framing import Framing
+from mpcache.model.framing import Framing, make_framing
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.report.clock import Clock
+from mpcache.sweeping.journal import Outcome
+from mpcache.sweeping.runner import Batch, CellRunner
 
 GATES = ("question", "task")
 
@@ -32,11 +38,60 @@ class Reading:
     talks: list[tuple[Task, Talk]]
 
 
+@dataclass(frozen=True)
+class ChatAsked:
+    """A reading of a document, and what it is asked under: what a worker elsewhere is told.
+
+    model: a folder or file, at the same place on each machine.  number, reading: of `ChatSweep.document`.
+    """
+
+    model: Path
+    document_as: DocumentAs
+    tasks: tuple[str, ...]
+    questions: tuple[str, ...]
+    seed: int
+    context: int
+    settings: tuple[tuple[str, int], ...]
+    number: int
+    reading: int
+
+    def outcomes(self, sweep: ChatSweep, reading: Reading, wanted: Sequence[int]) -> Iterator[Outcome]:
+        """Yield what each of the wanted settings gives: right answers, or a note why there are none."""
+        engine, length = sweep.engine, len(reading.context)
+        read = engine.read(reading.context, length)
+        for spec, budget in (self.settings[i] for i in wanted):
+            try:
+                set_ = bind_at_budget(engine, spec, budget, length)
+                bound = engine.bind(set_, read)
+                right = score_talks(engine, bound, read, [talk for _, talk in reading.talks])
+            except PolicyError as error:
+                yield {NOTE: f"left out at {budget} % of {length} tokens: {error}"}
+                continue
+            # The policy without the counts of this document's heads.
+            yield counted(bound, engine.model.shape.kv_heads) | {"spec": set_.spec, "right": right}
+
+
+def ask_reading(asked: ChatAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
+    """Do so at a worker elsewhere, whose model stays in its memory."""
+    sweep = _sweep_of(replace(asked, settings=(), number=0, reading=0))
+    return asked.outcomes(sweep, sweep.document(asked.number)[asked.reading], wanted)
+
+
+@lru_cache(maxsize=1)
+def _sweep_of(asked: ChatAsked) -> ChatSweep:
+    """Make the sweep of a worker: its documents are those of the driver's."""
+    engine = engine_of(asked.model)
+    framing = make_framing(engine.model.tokenizer, engine.model.shape, False, asked.document_as, True)
+    tasks = tuple(CHAT_TASKS[name] for name in asked.tasks)
+    grid = EvalGrid(tasks, asked.questions, (), (), 1, asked.seed, asked.context)
+    return ChatSweep(engine, framing, grid, GATES[0], Results())
+
+
 @dataclass
 class ChatSweep:
     """A sweep over documents that are asked about as a chat.
 
-    gate: `question` or `task`.  kept: called after each document.
+    gate: `question` or `task`.  kept: called after each reading.
     """
 
     engine: EvalModel
@@ -45,6 +100,7 @@ class ChatSweep:
     gate: str
     results: Results
     kept: Callable[[], None] = lambda: None
+    document_as: DocumentAs = DocumentAs.SYSTEM
     cells: dict[tuple[str, str, str, int], Cell] = field(default_factory=dict)
 
     @property
@@ -78,43 +134,82 @@ class ChatSweep:
                 found.append(Reading("inside", longer, [(task, rest)]))
         return found
 
-    def run(self, say: Say) -> None:
-        """Ask everything, and add to `results` whole readings at a time. Raises BadInput."""
-        grid = self.grid
-        settings = [(FULL, FULL_PERCENT), *((p, b) for p in grid.policies for b in grid.budgets)]
-        readings = self.documents * len(self.document(0))
-        clock = Clock(readings * len(settings))
+    def talks(self, task: Task, question: str) -> Iterator[tuple[list[int], Talk]]:
+        """Yield a task's conversations, each with what is read before it."""
         for i in range(self.documents):
             for reading in self.document(i):
-                said = f"document {i + 1} of {self.documents}, question {reading.question}"
-                self._ask(reading, settings, lambda text, said=said: say(f"{said}, {text}{clock.left()}"))  # type: ignore[misc]
+                if reading.question == question:
+                    yield from (
+                        (reading.context, talk) for one, talk in reading.talks if one.name == task.name
+                    )
+
+    def run(self, say: Say, runner: CellRunner | None = None) -> None:
+        """Ask everything, and add to `results` whole readings at a time. Raises BadInput."""
+        grid, runner = self.grid, runner or CellRunner()
+        settings = [(FULL, FULL_PERCENT), *((p, b) for p in grid.policies for b in grid.budgets)]
+        places = [(i, r) for i in range(self.documents) for r in range(len(self.document(i)))]
+        names = tuple(f"{spec} at {budget} %" for spec, budget in settings)
+        about = ChatAsked(
+            self.engine.model.path, self.document_as, tuple(task.name for task in grid.tasks),
+            grid.questions, grid.seed, grid.context, tuple(settings), 0, 0,
+        )  # fmt: skip
+        batches = [
+            Batch(f"document {i}/reading {r}", names, replace(about, number=i, reading=r)) for i, r in places
+        ]
+        clock, done = Clock(len(places) * len(settings)), dict[int, list[Outcome]]()
+
+        def here(asked: ChatAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
+            reading = self.document(asked.number)[asked.reading]
+            said = f"document {asked.number + 1} of {self.documents}, question {reading.question}"
+            outcomes = asked.outcomes(self, reading, wanted)
+            for n in wanted:
+                say(f"{said}, {names[n]} ({n + 1} of {len(settings)}){clock.left()}")
+                yield next(outcomes)
+
+        for n, outcomes in runner.run(batches, here):
+            done[n] = outcomes
+            self._stand_on({places[m]: done[m] for m in sorted(done)}, settings)
+            if runner.cluster is not None:
+                say(f"{len(done)} of {len(places)} readings{self._so_far()}")
             self.kept()
         self._judge()
 
-    def _ask(self, reading: Reading, settings: Sequence[tuple[str, int]], say: Say) -> None:
-        """Ask one reading's conversations, of the full cache first."""
-        read = self.engine.read(reading.context, len(reading.context))
-        able: list[list[bool]] | None = None
-        for n, (spec, budget) in enumerate(settings):
-            say(f"{spec} at {budget} % ({n + 1} of {len(settings)})")
-            try:
-                wanted = bind_at_budget(self.engine, spec, budget, len(reading.context))
-                bound = self.engine.bind(wanted, read)
-                right = score_talks(self.engine, bound, read, [talk for _, talk in reading.talks])
-            except PolicyError as error:
-                self.results.note(f"left out at {budget} % of {len(reading.context)} tokens: {error}")
-                continue
-            able = right if able is None else able
-            for (task, talk), answers, before in zip(reading.talks, right, able, strict=True):
-                cell = self._cell(task, reading.question, spec, budget)
-                counted = before if self.gate == "question" and spec != FULL else [True] * len(answers)
-                cell.spec = cell.spec or wanted.spec  # without the counts of this document's heads
-                cell.count(bound, self.engine.model.shape.kv_heads)
-                cell.scores += [
-                    Score(part, int(answer), 1, 0.0, 0)
-                    for part, answer, counts in zip(talk.parts, answers, counted, strict=True)
-                    if counts
-                ]
+    def _stand_on(
+        self, done: Mapping[tuple[int, int], list[Outcome]], settings: Sequence[tuple[str, int]]
+    ) -> None:
+        """Count all that has been asked, from the first document to the last, in place of what was before."""
+        self.cells.clear()
+        self.results.cells.clear()
+        for (i, r), outcomes in done.items():
+            reading = self.document(i)[r]
+            able = outcomes[0].get("right") if settings[0][0] == FULL else None
+            for (spec, budget), outcome in zip(settings, outcomes, strict=True):
+                if NOTE in outcome:
+                    self.results.note(outcome[NOTE])
+                if "right" in outcome and able is not None:
+                    self._count(reading, spec, budget, outcome, able)
+
+    def _count(
+        self, reading: Reading, spec: str, budget: int, outcome: Outcome, able: Sequence[list[bool]]
+    ) -> None:
+        """Add a setting's answers to the cells of their tasks. able: what the full cache answers."""
+        for (task, talk), answers, before in zip(reading.talks, outcome["right"], able, strict=True):
+            cell = self._cell(task, reading.question, spec, budget)
+            counts = before if self.gate == "question" and spec != FULL else [True] * len(answers)
+            cell.spec = cell.spec or outcome["spec"]
+            cell.attended += outcome["attended"]
+            cell.context += outcome["context"]
+            cell.scores += [
+                Score(part, int(answer), 1, 0.0, 0)
+                for part, answer, counted_ in zip(talk.parts, answers, counts, strict=True)
+                if counted_
+            ]
+
+    def _so_far(self) -> str:
+        """Say what the first settings reach so far."""
+        there = [cell for cell in self.cells.values() if cell.scores and cell.policy != FULL][:3]
+        said = [f"{cell.policy} at {cell.budget} %: {100 * cell.accuracy:.0f} %" for cell in there]
+        return f"; so far {', '.join(said)}" if said else ""
 
     def _cell(self, task: Task, question: str, spec: str, budget: int) -> Cell:
         key = (task.name, question, spec, budget)

@@ -17,23 +17,41 @@ import typer
 from mpcache.config import PublicConfig, load_settings
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
-from mpcache.console.options import DocumentAsOption, JsonOption, ModelOption, RawOption, chat_overrides
+from mpcache.console.options import (
+    DocumentAsOption,
+    JournalOption,
+    JsonOption,
+    ModelOption,
+    RawOption,
+    SweepRayOption,
+    chat_overrides,
+)
 from mpcache.console.terminal import Say
 from mpcache.errors import BadInput
-from mpcache.evaluate.chat_sweep import GATES, ChatSweep
+from mpcache.evaluate.chat_sweep import GATES, ChatSweep, ask_reading
 from mpcache.evaluate.chat_tasks import CHAT_TASKS
 from mpcache.evaluate.plot import plot
 from mpcache.evaluate.quality_tables import CAPTION, quality_tables
 from mpcache.evaluate.results import Results
 from mpcache.evaluate.score import EvalModel
 from mpcache.evaluate.secure import confirm_privately
-from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, run_sweep, take_sample
+from mpcache.evaluate.secure_chat import confirm_talks
+from mpcache.evaluate.sweep import (
+    FULL,
+    EvalGrid,
+    ask_sample,
+    bind_at_budget,
+    run_sweep,
+    take_sample,
+    worker_memory,
+)
 from mpcache.evaluate.tasks import TASKS
 from mpcache.model import demo_model_dir, load_model
 from mpcache.model.framing import make_framing
 from mpcache.policy import POLICIES
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.report.plots import check_plot
+from mpcache.sweeping.runner import CellRunner, Work, cell_runner
 from mpcache.transport.network import NETWORKS
 
 QUESTIONS = ("inside", "after")
@@ -86,9 +104,12 @@ def evaluate(
         int | None, typer.Option(help=f"Tokens of a document, at most. [{DOCUMENT_TOKENS}]")
     ] = None,
     secure: Annotated[
-        int, typer.Option(help="So many samples of each row through the three parties, too.")
+        int,
+        typer.Option(help="So many samples, of a chat conversations, of each row through the parties, too."),
     ] = 0,
-    network: Annotated[str | None, typer.Option(help=f"With --secure, but for bits: {NETWORKS}.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help=f"With --secure, but for bits and chats: {NETWORKS}.")
+    ] = None,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Quality against budget, an SVG file.")
     ] = None,
@@ -97,6 +118,8 @@ def evaluate(
     ] = None,
     raw: RawOption = False,
     document_as: DocumentAsOption = None,
+    ray: SweepRayOption = None,
+    journal: JournalOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the answer quality of each policy at equal budgets, on the plain engine.
@@ -136,30 +159,39 @@ def evaluate(
         _context(context, engine.model.shape.max_positions, max(t.room for t in tasks)),
     )
     report = EvalReport(engine, grid, gate if chat else "task")
-    ask: Callable[[Say], None]
+    ask: Callable[[Say, CellRunner], None]
+    confirm: Callable[[Say], None]
     if chat:
         framing = make_framing(engine.model.tokenizer, engine.model.shape, False, public.document_as, True)
-        sweep = ChatSweep(engine, framing, grid, gate, report.results, lambda: report.write(out, False))
+        keep = lambda: report.write(out, False)  # noqa: E731
+        sweep = ChatSweep(engine, framing, grid, gate, report.results, keep, public.document_as)
         sweep.document(0)  # all is checked before the first question is asked
         ask = sweep.run
+        confirm = lambda say: confirm_talks(sweep, secure, public.network, say)  # noqa: E731
     else:
         for each in tasks:
             take_sample(engine, each, "after", grid, 0)
-        ask = lambda say: run_sweep(engine, grid, report.results, say)  # noqa: E731
+        ask = lambda say, runner: run_sweep(engine, grid, report.results, say, runner)  # noqa: E731
+        confirm = lambda say: confirm_privately(engine, grid, secure, public.network, report.results, say)  # noqa: E731
     for spec in [spec for spec in policy or () if spec != ALL]:  # of all there are, some may be left out
         _check(engine, spec, grid)
 
     complete = False
-    try:
-        with terminal.progress("starting ...") as (say, _):
-            ask(say)
-            if secure:
-                cells = list(report.results.cells)
-                confirm_privately(engine, grid, cells, secure, public.network, report.results, say)
-        complete = True
-    finally:  # also when it was interrupted, or a party failed
-        report.write(out, complete)
-        report.show(plot_file, as_json, complete)
+    about = grid.about(chat, public.document_as) | {"model_digest": engine.model.digest}
+    work: Work = ask_reading if chat else ask_sample
+    with cell_runner(ray, journal, about, work, worker_memory(engine.model.shape)) as runner:
+        try:
+            with terminal.progress("starting ...") as (say, _):
+                ask(say, runner)
+                if secure:
+                    confirm(say)
+            complete = not runner.failures
+        finally:  # also when it was interrupted, or a party failed
+            for failure in runner.failures:
+                report.results.note(f"failed: {failure}")
+            report.write(out, complete)
+            report.show(plot_file, as_json, complete)
+        runner.check()
 
 
 @dataclass

@@ -11,8 +11,10 @@ from typing import Any
 from mpcache.evaluate.score import Score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Task
 from mpcache.policy import BoundPolicy
+from mpcache.sweeping.journal import Outcome
 
 EvalRow = dict[str, Any]
+NOTE = "note"  # of an outcome: why a setting was left out
 ALL = "all"  # tasks of a chat together
 
 
@@ -61,6 +63,16 @@ class Cell:
         self.attended += bound.plan.tokens_attended(kv_heads)
         self.context += bound.plan.context
 
+    def take(self, outcomes: Iterable[Outcome]) -> None:
+        """Stand on these outcomes of samples, in order, in place of those before."""
+        self.spec, self.scores, self.attended, self.context = "", [], 0, 0
+        for outcome in outcomes:
+            if "scores" in outcome:
+                self.spec = self.spec or outcome["spec"]
+                self.attended += outcome["attended"]
+                self.context += outcome["context"]
+                self.scores += [Score(*each) for each in outcome["scores"]]
+
     def passes(self) -> bool:
         """Return whether the model does the task at all; this is the full cache's cell."""
         if self.task.by_token:
@@ -94,6 +106,13 @@ class Cell:
         if self.agreed:
             row["agreement"] = round(sum(self.agreed) / len(self.agreed), 4)
         return row
+
+
+def counted(bound: BoundPolicy, kv_heads: int) -> Outcome:
+    """Return what `Cell.count` counts of a sample, as a part of its outcome."""
+    return {
+        "spec": bound.spec, "attended": bound.plan.tokens_attended(kv_heads), "context": bound.plan.context,
+    }  # fmt: skip
 
 
 def bits_per_byte_of(scores: Sequence[Score]) -> float:

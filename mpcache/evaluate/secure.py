@@ -8,7 +8,6 @@ three parties are threads of this one (`mpcache.engines.threads`), with the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from mpcache.answer import bind_to_document, plain_answer
@@ -33,7 +32,6 @@ TOLERANCE = 0.01  # bits per byte: what fixed point may add to or take from one 
 def confirm_privately(
     engine: EvalModel,
     grid: EvalGrid,
-    cells: Sequence[Cell],
     count: int,
     network: str,
     results: Results,
@@ -44,7 +42,7 @@ def confirm_privately(
     Each is counted by whether the answer is right, and whether every token is the plain engine's; bits per
     byte by whether they are within TOLERANCE of the plain engine's.
     """
-    for plain in cells:
+    for plain in list(results.cells):
         if not plain.judged or not plain.scores:
             continue
         if parse_policy(plain.policy).in_the_clear:

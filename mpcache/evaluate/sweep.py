@@ -6,18 +6,27 @@ nothing about eviction, and is not asked again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from mpcache.console.terminal import Say
+from mpcache.cost.sizing import FLOAT, PROCESS
 from mpcache.errors import BadInput, PolicyError
-from mpcache.evaluate.results import Cell, Results
+from mpcache.evaluate.results import NOTE, Cell, Results, counted
 from mpcache.evaluate.score import EvalModel, Tokens, score
-from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Sample, Task
+from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, TASKS, Sample, Task
+from mpcache.model import ModelShape, Weights, load_model
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.policy.combined import Combined
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.report.clock import Clock
+from mpcache.sweeping.journal import Outcome
+from mpcache.sweeping.runner import Batch, CellRunner
 
 FULL = "full"
 
@@ -37,6 +46,19 @@ class EvalGrid:
     samples: int
     seed: int
     context: int
+
+    def about(self, chat: bool, document_as: str) -> dict[str, Any]:
+        """Return what each cell depends on beside its own name: what a journal belongs to."""
+        framed = {
+            "document_as": document_as, "tasks": [t.name for t in self.tasks], "questions": self.questions,
+        }  # fmt: skip
+        asked = {name: list(value) if isinstance(value, tuple) else value for name, value in framed.items()}
+        return {"sweep": "eval", "seed": self.seed, "context": self.context} | (asked if chat else {})
+
+
+def worker_memory(shape: ModelShape) -> int:
+    """Return the bytes that a worker takes: the process, the model as read, and as it is laid out."""
+    return PROCESS + 2 * FLOAT * sum(tensor.numel() for _, tensor in Weights.meta(shape).items())
 
 
 def bind_at_budget(engine: EvalModel, spec: str, budget: int, context: int) -> BoundPolicy:
@@ -66,20 +88,23 @@ def take_sample(
     return sample, tokens
 
 
-def run_sweep(engine: EvalModel, grid: EvalGrid, results: Results, say: Say) -> None:
+def run_sweep(
+    engine: EvalModel, grid: EvalGrid, results: Results, say: Say, runner: CellRunner | None = None
+) -> None:
     """Ask every policy at every budget, and add to `results` whole samples at a time. Raises BadInput.
 
-    The rows of an interrupted sweep stand on the same samples, too.
+    The rows of an interrupted sweep stand on the same samples, too. runner: where cells are asked, and kept.
     """
+    runner = runner or CellRunner()
     for task in grid.tasks:
         for question in [q for q in task.questions if q in grid.questions]:
             name = f"{task.name}, question {question}"
             full = Cell(task, question, FULL, FULL_PERCENT)
             results.cells.append(full)
-            _ask(engine, grid, [full], results, _under(say, name))
-            full.judged = full.passes()
+            _ask(engine, grid, [full], results, _under(say, f"{name}: full"), runner)
+            full.judged = bool(full.scores) and full.passes()
             if not full.judged:
-                results.note(gated_out(full))
+                results.note(gated_out(full) if full.scores else f"{name}: the full cache was not asked")
                 continue
             cells = [
                 Cell(task, question, spec, budget, judged=True)
@@ -87,7 +112,7 @@ def run_sweep(engine: EvalModel, grid: EvalGrid, results: Results, say: Say) -> 
                 for budget in grid.budgets
             ]
             results.cells += cells
-            _ask(engine, grid, cells, results, _under(say, name))
+            _ask(engine, grid, cells, results, _under(say, name), runner)
 
 
 def gated_out(full: Cell) -> str:
@@ -100,36 +125,100 @@ def gated_out(full: Cell) -> str:
     return f"{name}: not judged: the full cache reaches {reached}, {wanted} is needed"
 
 
-def _ask(engine: EvalModel, grid: EvalGrid, cells: Sequence[Cell], results: Results, say: Say) -> None:
+@dataclass(frozen=True)
+class SampleAsked:
+    """A sample, and the policies and budgets that it is asked under: what a worker elsewhere is told.
+
+    model: a folder or file, at the same place on each machine.
+    """
+
+    model: Path
+    task: str
+    question: str
+    number: int
+    settings: tuple[tuple[str, int], ...]
+    seed: int
+    context: int
+
+    def outcomes(self, engine: EvalModel, wanted: Sequence[int]) -> Iterator[Outcome]:
+        """Yield what each of the wanted settings gives: counts and scores, or a note why there are none."""
+        grid = EvalGrid((), (), (), (), 0, self.seed, self.context)
+        sample, tokens = take_sample(engine, TASKS[self.task], self.question, grid, self.number)
+        length = len(tokens.context)
+        bounds: list[BoundPolicy | Outcome] = []
+        for spec, budget in (self.settings[i] for i in wanted):
+            try:
+                bounds.append(bind_at_budget(engine, spec, budget, length))
+            except PolicyError as error:
+                bounds.append({NOTE: f"left out at {budget} % of {length} tokens: {error}"})
+        windows = (bound.policy.window(length) for bound in bounds if isinstance(bound, BoundPolicy))
+        read = engine.read(tokens.context, max(windows, default=0))
+        for bound in bounds:
+            if not isinstance(bound, BoundPolicy):
+                yield bound
+                continue
+            try:
+                session = engine.session(bound, read)
+            except PolicyError as error:  # what the model lacks
+                yield {NOTE: f"left out: {error}"}
+                continue
+            scores = score(TASKS[self.task], session, sample, tokens)
+            counts = counted(session.policy, engine.model.shape.kv_heads)
+            yield counts | {"scores": [astuple(each) for each in scores]}
+
+
+def ask_sample(asked: SampleAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
+    """Do so at a worker elsewhere, whose model stays in its memory."""
+    return asked.outcomes(engine_of(asked.model), wanted)
+
+
+@lru_cache(maxsize=1)
+def engine_of(model: Path) -> EvalModel:
+    """Load a model once in this process."""
+    return EvalModel(load_model(model), "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _ask(
+    engine: EvalModel, grid: EvalGrid, cells: Sequence[Cell], results: Results, say: Say, runner: CellRunner
+) -> None:
     """Ask all samples of one task for these cells."""
     if not cells:
         return
     task, question = cells[0].task, cells[0].question
-    count = task.samples(grid.samples)
+    settings = tuple((cell.policy, cell.budget) for cell in cells)
+    names = tuple(f"{spec} at {budget} %" for spec, budget in settings)
+    count, done = task.samples(grid.samples), dict[int, list[Outcome]]()
     clock = Clock(count * len(cells))
-    for i in range(count):
-        said = f"sample {i + 1} of {count}"
-        sample, tokens = take_sample(engine, task, question, grid, i)
-        length = len(tokens.context)
-        bounds = []
-        for cell in cells:
-            try:
-                bounds.append((cell, bind_at_budget(engine, cell.policy, cell.budget, length)))
-            except PolicyError as error:
-                results.note(f"left out at {cell.budget} % of {length} tokens: {error}")
-        read = engine.read(tokens.context, max((b.policy.window(length) for _, b in bounds), default=0))
-        done = []
-        for cell, bound in bounds:
-            say(f"{said}, {cell.policy} at {cell.budget} %{clock.left()}")
-            try:
-                session = engine.session(bound, read)
-            except PolicyError as error:  # what the model lacks
-                results.note(f"left out: {error}")
-                continue
-            done.append((cell, session.policy, score(task, session, sample, tokens)))
-        for cell, bound, scores in done:
-            cell.count(bound, engine.model.shape.kv_heads)
-            cell.scores += scores
+    batches = [
+        Batch(
+            f"{task.name}/{question}/{i}", names,
+            SampleAsked(engine.model.path, task.name, question, i, settings, grid.seed, grid.context),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+    def here(asked: SampleAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
+        outcomes = asked.outcomes(engine, wanted)
+        for n in wanted:
+            say(f"sample {asked.number + 1} of {count}, {names[n]}{clock.left()}")
+            yield next(outcomes)
+
+    for i, outcomes in runner.run(batches, here):
+        done[i] = outcomes
+        for j, cell in enumerate(cells):
+            cell.take([done[n][j] for n in sorted(done)])
+        for outcome in outcomes:
+            if NOTE in outcome:
+                results.note(outcome[NOTE])
+        if runner.cluster is not None:
+            say(f"{len(done)} of {count} samples{_best(cells)}")
+
+
+def _best(cells: Sequence[Cell]) -> str:
+    """Say what the first settings reach so far."""
+    there = [cell for cell in cells if cell.scores][:3]
+    said = [f"{cell.policy} at {cell.budget} %: {100 * cell.accuracy:.0f} %" for cell in there]
+    return f"; so far {', '.join(said)}" if said else ""
 
 
 def _under(say: Say, name: str) -> Say:

@@ -123,9 +123,9 @@ class ChatTemplate:
             answer = None
         if answer is None:
             limit = f"{render_templates.CPU_S} s or {render_templates.MEMORY >> 20} MiB"
-            raise Unframed(f"the chat template takes more than {limit}; use --raw, which uses none")
+            raise Unframed(f"the chat template takes more than {limit}")
         if "error" in answer:
-            raise Unframed(f"the chat template cannot be used: {first_words(answer['error'])}; use --raw")
+            raise Unframed(f"the chat template cannot be used: {first_words(answer['error'])}")
         texts: list[list[str]] = answer["texts"]
         return texts
 
@@ -235,7 +235,7 @@ def _conversation(turns: Sequence[Sequence[Sequence[str]]], before: int) -> Dial
     second, third = (_skeleton(texts, before + n) for texts, n in ((turns[1], 2), (turns[2], 4)))
     header, answered, next_header, again, prompt = third.literals[before:]
     if turns[0][0] == turns[0][3] and header.rstrip() != first.literals[-1].rstrip():
-        raise Unframed("the chat template has no prompt for an answer (add_generation_prompt); use --raw")
+        raise Unframed("the chat template has no prompt for an answer (add_generation_prompt)")
     if not (
         first.literals[:before] == second.literals[:before] == third.literals[:before]
         and second.literals[before + 1] == again == answered

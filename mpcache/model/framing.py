@@ -42,9 +42,11 @@ class Framing(ABC):
     """What is put around a document, questions and answers.
 
     end_tokens: token ids that end an answer.  note: what a user should know of the framing, or "".
+    single: why there is no second turn, or "".
     """
 
     note = ""
+    single = ""
 
     def __init__(self, tokenizer: Tokenizer, shape: ModelShape) -> None:
         self.tokenizer, self.most = tokenizer, shape.max_positions
@@ -155,17 +157,24 @@ class ChatFraming(Framing):
     ) -> None:  # fmt: skip
         super().__init__(tokenizer, shape)
         self._as = document_as if has_document else None
-        self._around: Dialogue
+        self._around = self._dialogue_of(template)
+        if self._around.single:
+            self.single = f"the model takes one question in a session: {self._around.single}"
+        if (end := self._control.match(self._around.answered.lstrip())) is not None:
+            self.end_tokens |= {tokenizer.added[end[0]][0]}
+
+    def _dialogue_of(self, template: ChatTemplate) -> Dialogue:
+        """Return what the template puts around a document where it is asked for, else at the user's."""
         if self._as is DocumentAs.SYSTEM:
             try:
-                self._around = template.with_system
+                return template.with_system
             except Unframed as why:
                 self._as = DocumentAs.USER
                 self.note = f"the document stands before the first question (--document-as user): {why}"
-        if self._as is not DocumentAs.SYSTEM:
-            self._around = template.without_system
-        if (end := self._control.match(self._around.answered.lstrip())) is not None:
-            self.end_tokens |= {tokenizer.added[end[0]][0]}
+        try:
+            return template.without_system
+        except Unframed as why:
+            raise Unframed(f"{str(why).rstrip('.')}; use --raw, which uses no template") from None
 
     # -------------------------------------------------------------------------------- tokens of pieces
 
@@ -329,8 +338,8 @@ class ChatFraming(Framing):
         self.tokenizer.encode_within(text, False, self.most, "the question")
 
     def _check_later(self) -> None:
-        if self._around.single:
-            raise BadInput(f"the model takes one question in a session: {self._around.single}")
+        if self.single:
+            raise BadInput(self.single)
 
     def _within(self, ids: list[int], what: str) -> list[int]:
         if len(ids) > self.most:

@@ -96,6 +96,12 @@ def load_model(path: Path | str, keep: bool = True) -> Model:
     return Model(opened.shape, weights, tokenizer, digest.hexdigest(), found)
 
 
+def stored_weights(path: Path | str) -> Weights:
+    """Open a model's weights, which are read when they are asked for. Raises ModelError."""
+    opened = open_model(path)
+    return StoredWeights(opened.tensors(lambda data: None), opened.family, opened.shape, opened.tied)
+
+
 def open_model(path: Path | str, weights: bool = True) -> StoredModel:
     """Read what is public about a model. weights: whether its tensors are needed, too. Raises ModelError."""
     found = find_model(path, weights)

@@ -20,6 +20,7 @@ from mpcache.model.rope import rope_tables
 
 CHUNK = 2048  # tokens that are read again at once
 SHORTEST = 128  # the same where the model's positions end: they overlap the document's end then
+ROWS = 256  # of them that attend at once, each lot to what stands before its end
 LEAD = 8  # tokens before a chunk that are read with it, so that its beginning is expected
 
 
@@ -75,19 +76,38 @@ def _read(model: Model, known: Prefill, begin: int, end: int) -> Reread:
     if weights.positions is not None:
         x = x + weights.positions[start : start + n].to(device)
     tables = rope_tables(shape, positions) if shape.positions == "rope" else None
-    visible = torch.ones(n, length + n, dtype=torch.bool, device=device).tril_(length)
 
     queries, keys, values, sizes = [], [], [], []
     for stored, k_doc, v_doc in zip(weights.layers, known.k, known.v, strict=True):
         layer = stored.to(device)
         sizes.append(x.norm(dim=-1))
         q, k, v = project_heads(normalise(x, shape.norm_eps), layer, shape, tables)
-        k_all, v_all = torch.cat([k_doc, k], 1), torch.cat([v_doc, v], 1)
-        k_all, v_all = (t.repeat_interleave(shape.group, 0)[None] for t in (k_all, v_all))
-        out = F.scaled_dot_product_attention(q[None], k_all, v_all, visible, scale=1.0)[0]
-        x = x + apply_linear(out.transpose(0, 1).flatten(1), layer.wo, layer.bo)
-        x = x + feed_forward(normalise(x, shape.norm_eps), layer, shape)
         queries.append(q)
         keys.append(k)
         values.append(v)
+        if len(queries) == shape.layers:
+            break  # what the last layer makes of them is not asked for
+        out = _attend(q, torch.cat([k_doc, k], 1), torch.cat([v_doc, v], 1))
+        x = x + apply_linear(out, layer.wo, layer.bo)
+        x = x + feed_forward(normalise(x, shape.norm_eps), layer, shape)
     return Reread(begin, end, tuple(queries), tuple(keys), tuple(values), tuple(sizes))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend with the last tokens, q (heads, n, d), to all before and, causally, to themselves: (n, heads d).
+
+    k, v: (kv_heads, before + n, d).
+    """
+    (heads, n, _), length = q.shape, k.shape[1]
+    k, v = (t.repeat_interleave(heads // len(t), 0)[None] for t in (k, v))
+    found = []
+    for begin in range(0, n, ROWS):
+        rows = min(ROWS, n - begin)
+        seen = length - n + begin + rows
+        visible = torch.ones(rows, seen, dtype=torch.bool, device=q.device).tril_(seen - rows)
+        found.append(
+            F.scaled_dot_product_attention(
+                q[None, :, begin : begin + rows], k[:, :, :seen], v[:, :, :seen], visible, scale=1.0
+            )[0]
+        )
+    return torch.cat(found, 1).transpose(0, 1).flatten(1)

@@ -1,7 +1,7 @@
 """Find the model that --model names: a folder, a .gguf file, or a model of the Hugging Face hub.
 
 What is there under the name is taken before the hub is asked. The hub's cache, token and offline switch
-(HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) are those of the `huggingface_hub` package.
+(HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) are those of the `huggingface_hub` package.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ def _reason(error: Exception) -> str:
     """Say why the hub did not give it."""
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError):  # neither from the hub nor from its cache
+        match error.__cause__:
+            case errors.OfflineModeIsEnabled() as offline:
+                error = offline
+            case errors.HfHubHTTPError(response=answer) if answer is not None:
+                return f"the hub answers {answer.status_code}, its cache does not hold it; come again later"
     # The first kind that fits: some of them are kinds of others.
     told = (
         (

@@ -25,8 +25,8 @@ from mpcache.policy.base import Policy
 from mpcache.policy.curve import curve_of
 from mpcache.policy.layer_view import Kept, take
 from mpcache.policy.plan import Budget, Budgets, LayerPlan, LeakClass, Plan, SplitPlan, setting
-from mpcache.policy.refit import LARGEST_BIAS, fit, reference_queries, some_rows, targets_of
-from mpcache.policy.scores import SCORES, score_tokens
+from mpcache.policy.refit import LARGEST_BIAS, chosen_targets, fit, reference_queries
+from mpcache.policy.scores import SCORES, best_queries, score_tokens
 from mpcache_kernels import Backend
 
 COUNTS = {
@@ -198,7 +198,8 @@ class Compact(Policy):
         if self.refit == "none" or len(rows) >= FITTED_BELOW * len(v):
             return torch.zeros(len(rows), device=v.device), v[rows]
         q = reference_queries(reread(prefill), layer, head, len(k))
-        targets = some_rows(targets_of(q, k[head], v), rows)
+        best = best_queries(prefill, layer, self.score)
+        targets = chosen_targets(q, k[head], v, rows, None if best is None else best[head])
         bias, values = fit(targets, rows, v)
         return bias, values if self.refit == "both" else v[rows]
 

@@ -21,7 +21,7 @@ LARGEST_BIAS = 3.0  # |bias|, added to scores
 BIAS_RIDGE, VALUE_RIDGE = 1e-3, 1e-2  # of the mean diagonal of the Gram matrix
 STEPS, POWER_STEPS = 200, 12  # of the projected gradient, at most, and to find its step
 STILL, LOOKS = 1e-4, 8  # it ends where no factor moves by as much, looked at every few steps
-ALL_ROWS, RANDOM_ROWS = 4096, 1024  # queries that are all taken; of more, each key's best and so many others
+ALL_ROWS, RANDOM_ROWS = 2048, 512  # queries that are all taken; of more, each key's best and so many others
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +51,23 @@ def targets_of(q: Tensor, k: Tensor, v: Tensor) -> Targets:
     return Targets(attention, log_sums, attention @ v)
 
 
-def some_rows(targets: Targets, kept: Tensor) -> Targets:
-    """Take all queries; of many, those that look at a kept key the most, and others drawn in public."""
-    n = len(targets.attention)
-    if n <= ALL_ROWS:
-        return targets
-    best = targets.attention[:, kept].argmax(0)
+def chosen_targets(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, best: Tensor | None) -> Targets:
+    """Attend with all queries; of many, with those that look most at a kept key, and others drawn in public.
+
+    best: (T,), the query that looks most at each token, where that is known.
+    """
+    if len(q) <= ALL_ROWS:
+        return targets_of(q, k, v)
+    if best is not None:
+        return targets_of(q[_with_drawn(best[kept], len(q))], k, v)
+    targets = targets_of(q, k, v)
+    return targets.rows(_with_drawn(targets.attention[:, kept].argmax(0), len(q)))
+
+
+def _with_drawn(best: Tensor, n: int) -> Tensor:
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(n))[:RANDOM_ROWS]
-    return targets.rows(torch.unique(torch.cat([best, drawn.to(best.device)])))
+    rows: Tensor = torch.unique(torch.cat([best, drawn.to(best.device)]))
+    return rows
 
 
 def fit(targets: Targets, kept: Tensor, v: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -86,6 +95,8 @@ def fit_biases(targets: Targets, kept: Tensor, weights: Tensor | None = None) ->
     right = wanted.double() + ridge
     low, high = math.exp(-LARGEST_BIAS), math.exp(LARGEST_BIAS)
     b = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(gram))[:, 0].clamp(low, high)
+    # The steps in float32: they read the matrix each time, and undo their own rounding.
+    gram, right, b = gram.float(), right.float(), b.float()
     step = 1 / (1.02 * _largest_eigenvalue(gram))
     ahead, speed = b, 1.0
     for i in range(STEPS):

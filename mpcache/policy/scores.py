@@ -26,6 +26,8 @@ JUDGES, STATIC_RECENT = 0.2, 16  # static: the share of the last queries that ju
 FUTURE, SPREAD = 512, 0.02  # expected: positions of a question, and what is added to each share
 SKETCH, BLOCK, FIRST, LAST = 48, 256, 8, 4  # compactor: columns, keys of a block, tokens that stay
 
+REPEATED = ("kvzip", "kvzip+")  # by a second reading, chunk by chunk
+
 ScoreOf = Callable[[Prefill, int, Backend, int], Tensor]
 
 
@@ -60,10 +62,14 @@ def always(scores: Tensor, first: int = SINK, last: int = RECENT) -> Tensor:
 
 
 def _repeated(prefill: Prefill, layer: int, kernels: Backend, weighed: bool) -> Tensor:
-    """Take the most that a second reading's query looks at each token, in the chunk that holds it."""
+    """Take the most that a second reading's query looks at each token, in the chunk that holds it.
+
+    Which one it is stays in the context's notes (`best_queries`).
+    """
     k, v = prefill.k[layer], prefill.v[layer]
     sizes = _output_sizes(_model(prefill), v, layer) if weighed else None
     found = torch.zeros(k.shape[:2], device=k.device)
+    best, before = torch.zeros(k.shape[:2], dtype=torch.int64, device=k.device), 0
     for part in reread(prefill):
         q, own = part.q[layer], part.k[layer]
         keys = torch.cat([k[:, :SINK], k[:, part.begin : part.end], own], 1)
@@ -72,8 +78,20 @@ def _repeated(prefill: Prefill, layer: int, kernels: Backend, weighed: bool) -> 
         columns = torch.ones(q.shape[0], count, device=k.device)
         if sizes is not None:
             rows, columns = 1 / part.sizes[layer], sizes[:, part.begin : part.end]
-        found[:, part.begin : part.end], _ = kernels.repeat_importance(q, keys, sink, count, rows, columns)
+        chunk = slice(part.begin, part.end)
+        found[:, chunk], query = kernels.repeat_importance(q, keys, sink, count, rows, columns)
+        best[:, chunk] = query + before
+        before += q.shape[0] // len(k) * q.shape[1]
+    prefill.notes["best queries", layer, weighed] = best
     return always(found)
+
+
+def best_queries(prefill: Prefill, layer: int, score: str) -> Tensor | None:
+    """Return which reference query of a KV head looks most at each token: (KV, T); None: it is not known.
+
+    They are counted as `mpcache.policy.refit.reference_queries` returns them. The score has been computed.
+    """
+    return prefill.notes.get(("best queries", layer, score == "kvzip+")) if score in REPEATED else None
 
 
 def kvzip(prefill: Prefill, layer: int, kernels: Backend, budget: int) -> Tensor:

@@ -26,7 +26,7 @@ from mpcache.runtime.program import (
     open_masked,
     products_of,
 )
-from mpcache.runtime.ring import Matrix, matmul, narrow, wide
+from mpcache.runtime.ring import Matrix, RemoteMatrix, matmul, narrow, wide
 from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, known_rows
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -390,7 +390,7 @@ def _partly_known_product(side: Side, x: Share, w: MaskedOperand, ring: int) -> 
     return Share(c + grown, x.bits + w.bits, ring=ring)
 
 
-def _dealt(w: KnownOperand) -> Matrix:
+def _dealt(w: KnownOperand) -> Matrix | RemoteMatrix:
     if w.dealt is None:
         raise RuntimeError("only the dealer derives correlations")
     return w.dealt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import torch
 from mpcache.runtime import loops
 from mpcache.runtime.meta import MetaTensor
 
+_FETCHED = 1 << 22  # integers of a matrix elsewhere that are fetched at once
 _BLOCK = 1 << 18  # integers of a matrix that are made at once, where it is made a few rows at a time
 _LOWER = {torch.int16: np.uint16, torch.int32: np.uint32}  # what the lower bits are read as
 
@@ -38,6 +40,42 @@ class Matrix:
     def blocks(self) -> Iterator[tuple[slice, Matrix]]:
         """Yield the matrix with the rows that it is: one block."""
         yield slice(0, self.shape[0]), self
+
+
+class RemoteMatrix(ABC):
+    """A matrix (k, n) whose integers lie elsewhere, in parts: products go there and come back."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self._fetched: tuple[int, torch.Tensor] = 0, torch.empty((0, shape[1]), dtype=torch.int64)
+
+    @abstractmethod
+    def times(self, left: torch.Tensor) -> torch.Tensor:
+        """Multiply (m, k) by the matrix, int64, modulo 2^64."""
+
+    @abstractmethod
+    def largest(self) -> int:
+        """Return the largest absolute value."""
+
+    @abstractmethod
+    def rows(self, rows: slice) -> torch.Tensor:
+        """Fetch some rows (r, n), int64."""
+
+    def __getitem__(self, rows: slice) -> Matrix:
+        """Return some rows; who reads all of them in order fetches many at once."""
+        first, held = self._fetched
+        if not first <= rows.start <= rows.stop <= first + held.shape[0]:
+            step = max(rows.stop - rows.start, _FETCHED // max(1, self.shape[1]))
+            first, held = rows.start, self.rows(slice(rows.start, min(self.shape[0], rows.start + step)))
+            self._fetched = first, held
+        if rows.stop == self.shape[0]:  # the last ones
+            self._fetched = 0, held[:0].clone()
+        return Matrix(held[rows.start - first : rows.stop - first])
+
+    def blocks(self) -> Iterator[tuple[slice, Matrix]]:
+        """Yield all rows, a few at a time."""
+        for rows in rows_of(self.shape):
+            yield rows, self[rows]
 
 
 class Blocks(Protocol):
@@ -91,9 +129,9 @@ def _room(shape: tuple[int, ...], bits: int, ring: int) -> Matrix:
     return Matrix(torch.empty(shape, dtype=torch.int64))
 
 
-def blocks_of(x: torch.Tensor | Matrix) -> Iterator[torch.Tensor]:
+def blocks_of(x: torch.Tensor | Matrix | RemoteMatrix) -> Iterator[torch.Tensor]:
     """Yield integers as int64, in order, a matrix in few bytes a few rows at a time."""
-    if isinstance(x, Matrix):
+    if isinstance(x, Matrix | RemoteMatrix):
         yield from (wide(x[rows]) for rows in rows_of(x.shape))
     else:
         yield x
@@ -129,6 +167,8 @@ def matmul(x: torch.Tensor, y: torch.Tensor | MetaTensor | Blocks) -> torch.Tens
     left = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     if left.shape[1] != y.shape[0]:
         raise RuntimeError(f"a product of {tuple(x.shape)} with {tuple(y.shape)}")
+    if isinstance(y, RemoteMatrix):
+        return y.times(left).reshape(*x.shape[:-1], y.shape[1])
     out = np.zeros((left.shape[0], y.shape[1]), np.int64)
     for rows, block in y.blocks():
         _add_product(left[:, rows].contiguous().numpy(), block, out)

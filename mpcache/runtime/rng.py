@@ -111,9 +111,12 @@ class TreeCipher:
 class KeyStream:
     """The AES-256-CTR key stream of one (seed, label), read in order and never twice."""
 
-    def __init__(self, seed: bytes, label: str) -> None:
+    def __init__(self, seed: bytes, label: str, start: int = 0) -> None:
+        """Stand before byte `start`."""
         # The counter starts at zero: every key is derived for this one label and used once.
-        self._aes = Cipher(AES(derive_key(seed, label)), CTR(bytes(16))).encryptor()
+        counter = (start // 16).to_bytes(16, "big")
+        self._aes = Cipher(AES(derive_key(seed, label)), CTR(counter)).encryptor()
+        self.read(start % 16)
 
     def read(self, n: int) -> bytearray:
         """Read the next n bytes."""

@@ -17,7 +17,7 @@ import torch
 from mpcache.errors import Reuse
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.ring import Matrix
+from mpcache.runtime.ring import Matrix, RemoteMatrix
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class KnownOperand:
     owner: Rank
     bits: int
     ring: int = 64
-    dealt: Matrix | None = None
+    dealt: Matrix | RemoteMatrix | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

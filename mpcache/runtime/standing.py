@@ -17,14 +17,14 @@ import hmac
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Shape
-from mpcache.runtime.ring import Matrix, blocks_of, narrow, pack, rows_of, unpack, wide
+from mpcache.runtime.ring import Matrix, RemoteMatrix, blocks_of, narrow, pack, rows_of, unpack, wide
 from mpcache.runtime.rng import KeyStream, derive_key
 from mpcache.runtime.shares import (
     Awaited,
@@ -38,7 +38,7 @@ from mpcache.runtime.shares import (
 from mpcache.runtime.side import bytes_for
 
 _IN_CACHE = 1 << 16  # integers of V that are made at once
-Dealt = torch.Tensor | Matrix  # B at the dealer
+Dealt = torch.Tensor | Matrix | RemoteMatrix  # B at the dealer
 FORMAT = 2  # of what a seed is made from, and of B's bytes; another one is another seed
 
 
@@ -117,7 +117,7 @@ class OwnersMasks(StandingMasks):
         return found
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
-        held = x.data if isinstance(x.data, Matrix) else narrow(x.data)
+        held = x.data if isinstance(x.data, Matrix | RemoteMatrix) else narrow(x.data)
         self._operands.append(found := KnownOperand(held, Rank.SERVER, x.bits, place.ring))
         return found
 
@@ -181,9 +181,10 @@ class ClientsMasks(StandingMasks):
     Its share of B is zero.
     """
 
-    def __init__(self, seed: bytes) -> None:
+    def __init__(self, seed: bytes, matrix: Callable[[bytes, int, OperandPlace], Any] | None = None) -> None:
+        """Expand V of a matrix by `matrix`, where it is given."""
         super().__init__()
-        self._seed = seed
+        self._seed, self._v_of = seed, matrix or SeededMatrix
 
     def _operand(self, x: Share, place: OperandPlace) -> MaskedOperand:
         number = len(self.places) - 1
@@ -191,7 +192,7 @@ class ClientsMasks(StandingMasks):
         return MaskedOperand(zeros(place.shape), opened, x.bits, ring=place.ring, known=known_rows(x))
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
-        held = SeededMatrix(self._seed, len(self.places) - 1, place)
+        held = self._v_of(self._seed, len(self.places) - 1, place)
         return KnownOperand(held, Rank.SERVER, x.bits, place.ring)
 
 
@@ -210,7 +211,7 @@ class DealersMasks(StandingMasks):
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
         dealt = self._take_next(place)
-        assert isinstance(dealt, Matrix)
+        assert isinstance(dealt, Matrix | RemoteMatrix)
         return KnownOperand(Matrix(MetaTensor(place.shape)), Rank.SERVER, x.bits, place.ring, dealt)
 
 
@@ -235,18 +236,23 @@ class SeededMatrix:
     else it is one of 8 bytes.
     """
 
-    def __init__(self, seed: bytes, number: int, place: OperandPlace) -> None:
+    def __init__(self, seed: bytes, number: int, place: OperandPlace, rows: slice | None = None) -> None:
+        """Stand for V, or for some of its rows."""
         self._seed, self._number, self._place = seed, number, place
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._place.shape
+        self._first: int = 0 if rows is None else rows.start
+        self.shape: tuple[int, ...] = place.shape
+        if rows is not None:
+            self.shape = (rows.stop - rows.start, place.shape[1])
 
     def blocks(self) -> Iterator[tuple[slice, Matrix]]:
         """Yield V's rows, a few at a time, in memory that the next ones take."""
         dtypes = (torch.int32, torch.int16) if self._place.ring <= 48 else (torch.int64,)
         names = [f"masks/{self._number}/{name}" for name in ("low", "high")[: len(dtypes)]]
-        streams = [KeyStream(self._seed, name) for name in names]
+        before = self._first * self.shape[1]
+        streams = [
+            KeyStream(self._seed, name, before * dtype.itemsize)
+            for name, dtype in zip(names, dtypes, strict=True)
+        ]
         most = next(rows_of(self.shape, _IN_CACHE), slice(0, 0)).stop
         parts = [torch.empty((most, self.shape[1]), dtype=dtype) for dtype in dtypes]
         held, rooms = Matrix(*parts), [_bytes_of(part) for part in parts]

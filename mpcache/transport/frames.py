@@ -64,7 +64,7 @@ class FrameLink(Link):
         # Both become wider with `facts/agreed`.
         self.sent = Sent(queue_room(me, peer, agreed=False))
         self.room = queue_room(peer, me, agreed=False)  # bytes of frames that may wait here
-        self._order = Order()
+        self.order = Order()
         self._out = Lock()  # frames leave in the order in which they are kept
         self._wants_room = False
         self._failure: LinkError | None = None
@@ -118,7 +118,7 @@ class FrameLink(Link):
             self.fail(PeerFailed(f"{self.peer.label} ended the session: {reason}"))
             return False
         step = frame.tensors.step if kind is FrameKind.TENSORS else frame.facts.step
-        complaint = self._order.complaint(kind, step[:200])
+        complaint = self.order.complaint(kind, step[:200])
         self._came += 1
         self._came_cost += frame_cost(len(data))
         # A Bye needs no room: nothing comes after it, and its sender may stop where the room is used up.

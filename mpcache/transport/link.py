@@ -53,6 +53,7 @@ class Link(ABC):
     ledger: Ledger
     offline: bool  # book traffic as offline: one end is the dealer
     before_frame: Callable[[], None]  # called before each frame of tensors, and while one waits for room
+    order: Any  # what the peer may still send: a `session_order.Order`
     peer_left: bool  # the peer has ended the session, and takes nothing any more
 
     @abstractmethod

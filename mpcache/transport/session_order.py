@@ -104,6 +104,10 @@ class Order:
         self.place = Place(0, State.HELLO)
         self._greeted = False
 
+    def begin_again(self) -> None:
+        """Let the peer go through all states once more, after HELLO."""
+        self.place = Place(0, State.SETUP)
+
     def complaint(self, kind: FrameKind, step: str) -> str | None:
         """Take note of a frame; say what it is and what is legal instead if it may not come now.
 

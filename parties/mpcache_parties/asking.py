@@ -11,7 +11,7 @@ from typing import Any
 from mpcache.answer import AnswerText, TimedSession, answer, left_range
 from mpcache.console.signals import between_tokens, token_by_token
 from mpcache.errors import BadInput, LinkError
-from mpcache.model.framing import Framing
+from mpcache.model.framing import Framing, RawFraming
 from mpcache.padding import padded_length
 from mpcache.phases import ChunkPlace
 from mpcache.rank import Rank
@@ -135,7 +135,8 @@ class Asking:
     def converse(self, conversation: Conversation) -> None:
         """Answer questions as they come, until there are no more; one that was interrupted first."""
         session, resources = self._session, self._resources
-        conversation.opened(self.turns[-1].room if self.turns else self._facts.room, self.records)
+        room = self.turns[-1].room if self.turns else self._facts.room
+        conversation.opened(room, self.records, isinstance(self._framing, RawFraming))
         for record in self.records[session.place.turn - 1 :]:
             self._go_through(record, conversation)
         for question in conversation.questions(self._look):

@@ -6,6 +6,7 @@ process of its own; this module speaks with it over its stdin and stdout.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 from mpcache.config import load_settings
 from mpcache.console.inputs import read_text
 from mpcache.errors import BadInput
+from mpcache.ledger import Entry
 from mpcache.rank import Rank
 from mpcache.report.account import Finish, TurnReport
 from mpcache_parties import piped_conversation
@@ -69,11 +71,29 @@ class Account:
     to_dealer: int = 0
 
 
+class _Running:
+    """What the answer that runs has taken, by what the client's process tells of its ledger on the way."""
+
+    def __init__(self) -> None:
+        self.spent = Entry()
+        self._began = time.monotonic()
+        self._before: Entry | None = None  # what was in the ledger when it began
+
+    def told(self, totals: Entry) -> None:
+        """Take note of all that is in the ledger."""
+        self._before = totals if self._before is None else self._before
+        self.spent = totals - self._before
+
+    @property
+    def ms(self) -> float:
+        return 1000 * (time.monotonic() - self._began)
+
+
 class Chat:
     """One private conversation. A context manager; not for several threads, but for `stop`.
 
     turns: the complete ones; of a conversation that was resumed, the earlier ones, too.  unfinished: the
-    question whose answer was interrupted; `go_on` yields it.
+    question whose answer was interrupted; `go_on` yields it.  raw: no chat template stands around its texts.
     """
 
     def __init__(
@@ -96,6 +116,7 @@ class Chat:
         self._events: SimpleQueue[tuple[Rank, Event]] = SimpleQueue()
         self._writing = Lock()
         self._answering = False
+        self._running: _Running | None = None
         self._child: Child | None = start_party(Rank.CLIENT, [*flags, "--conversation"], self._events)
         try:
             opened = self._next(EventKind.OPENED)
@@ -103,8 +124,10 @@ class Chat:
             self.close(keep=True)
             raise
         self.room, self.unfinished = int(opened["room"]), opened["unfinished"]
+        self.raw = bool(opened["raw"])
         self.turns += map(_report_of, opened["turns"])
-        self._answering = self.unfinished is not None
+        if self.unfinished is not None:
+            self._answering, self._running = True, _Running()
         self.progress = ""
 
     def __enter__(self) -> Chat:
@@ -117,18 +140,22 @@ class Chat:
 
     @property
     def account(self) -> Account:
-        """What it has taken so far, this session's set-up not counted."""
-        turns = self.turns
-        sent, to_dealer = sum(turn.sent for turn in turns), sum(turn.offline_sent for turn in turns)
+        """What it has taken so far, this session's set-up not counted.
+
+        Of an answer that runs: what it had taken when it was heard of last.
+        """
+        turns, running = self.turns, self._running
+        ms, spent = (0.0, Entry()) if running is None else (running.ms, running.spent)
+        sent = spent.sent + sum(turn.sent for turn in turns)
         return Account(
             turns=len(turns),
-            ms=sum(turn.ms for turn in turns),
-            rounds=sum(turn.rounds for turn in turns),
+            ms=ms + sum(turn.ms for turn in turns),
+            rounds=spent.rounds + sum(turn.rounds for turn in turns),
             sent=sent,
-            received=sum(turn.received for turn in turns),
-            dealt=sum(turn.offline_received for turn in turns),
+            received=spent.received + sum(turn.received for turn in turns),
+            dealt=spent.offline_received + sum(turn.offline_received for turn in turns),
             to_server=sent,
-            to_dealer=to_dealer,
+            to_dealer=spent.offline_sent + sum(turn.offline_sent for turn in turns),
         )
 
     @property
@@ -162,7 +189,7 @@ class Chat:
         )
         if self._answering:
             raise BadInput("an answer runs; stop it, or hear it to its end")
-        self._answering = True
+        self._answering, self._running = True, _Running()
         self._write(line)
         yield from self._answer()
 
@@ -217,8 +244,10 @@ class Chat:
             return str(event["text"])
         self._answering, self.unfinished = False, None
         if event["event"] == EventKind.REFUSED:
+            self._running = None
             raise BadInput(event["text"])
         self.turns.append(_report_of(event["turn"]))
+        self._running = None  # last: who reads the account meanwhile sees it grow
         self.room = self.turns[-1].room
         return None
 
@@ -248,6 +277,8 @@ class Chat:
                     self.progress = text.removeprefix("client: ")
                     self._say(text)
                 case {"event": EventKind.LAYER, "phase": str(phase), "layer": int(layer), **more}:
+                    if self._running is not None and isinstance(totals := more.get("traffic"), dict):
+                        self._running.told(Entry(**totals))
                     layers, left = int(str(more["layers"])), more["left_ms"]
                     self.progress = in_words(phase, layer, layers, left if isinstance(left, float) else None)
                     self.on_progress(self.progress)

@@ -10,8 +10,8 @@ from mpcache.console.signals import stop_on_signals
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
 from mpcache_parties.chat import Chat, connect
+from mpcache_parties.endpoint.chat_like import models_of
 from mpcache_parties.endpoint.endpoint_options import EndpointOptions
-from mpcache_parties.handshake import NO_NAME
 from mpcache_parties.party_options import PartyOptions
 from mpcache_parties.say import Say
 
@@ -36,14 +36,13 @@ class ClientApi:
             raise BadInput("--api takes questions from its callers; leave --question out")
         endpoint = EndpointOptions(self.address, self.api_key)
         endpoint.check()
-        config, identity, named = options.config, options.identity, options.named_document()
-        document, model = ("", "mpcache") if named == NO_NAME else (named, f"mpcache@{named}")
+        config, identity, names = options.config, options.identity, options.named_documents()
         own = None if options.context is None else read_text(options.context)
 
-        def open_chat(say: Say) -> Chat:
+        def open_chat(document: str, say: Say) -> Chat:
             return connect(
                 config, identity, say, insecure=options.insecure, document=document, private_context=own
             )
 
         stop_on_signals("client")
-        endpoint.serve(open_chat, self.conversations, model, say)
+        endpoint.serve(models_of("mpcache", names, open_chat), self.conversations, say)

@@ -68,7 +68,7 @@ def party(
         list[str] | None,
         typer.Option(
             help="Server: FILE, a document that was packed, or NAME=FILE for each of several. "
-            "Client: the NAME of the one that it asks about."
+            "Client: the NAME of the one that it asks about; with --api of each that callers may ask about."
         ),
     ] = None,
     pack_key: Annotated[
@@ -135,12 +135,26 @@ def party(
     prepare_tokens: Annotated[
         int | None, typer.Option("--prepare", help="Deal tapes for one answer of so many tokens, store them.")
     ] = None,
+    batches: Annotated[
+        int | None,
+        typer.Option(min=1, max=100_000, help="Dealer, with --prepare: so many batches. [1]"),
+    ] = None,
     turns: Annotated[
         str | None,
         typer.Option(
             help="Client, with --prepare: for a conversation whose questions have so many tokens, as in "
             "14,9,9; each has an answer of that length."
         ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Spread this party's matrices over a Ray cluster: HOST:PORT of its head, auto (the one that "
+            "this machine is in), or local."
+        ),
+    ] = None,
+    ray_actors: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="With --ray: over so many actors. [the machines]")
     ] = None,
     connect_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the others.")] = None,
     identity: Annotated[
@@ -241,6 +255,9 @@ def party(
         sessions=sessions,
         events=events,
         conversation=conversation,
+        ray=ray,
+        ray_actors=ray_actors,
+        batches=batches,
     )
     if api is not None:
         ClientApi(api, api_key).serve(options, terminal.say)

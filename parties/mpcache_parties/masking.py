@@ -21,6 +21,7 @@ from mpcache.engines.registry import engine
 from mpcache.errors import MpcacheError, told_as
 from mpcache.ledger import Ledger
 from mpcache.limits import largest_score_held
+from mpcache.model import Weights
 from mpcache.model.prefill import Prefill, prefill
 from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
@@ -28,11 +29,13 @@ from mpcache.report.units import duration, size
 from mpcache.runtime.party import Party
 from mpcache.runtime.program import Opening, Request
 from mpcache.runtime.standing import OwnersMasks
+from mpcache.session import WeightsElsewhere
 from mpcache_kernels import Backend
 from mpcache_parties.facts import facts_of, facts_of_model
 from mpcache_parties.kernel_choice import choose_kernels
 from mpcache_parties.private_inputs import Document
 from mpcache_parties.say import Say
+from mpcache_parties.sharding import Shards
 from mpcache_parties.state.setups import Made, ServerSetups
 
 SAY_EVERY_S = 2.0
@@ -76,17 +79,24 @@ class Masking:
     """
 
     def __init__(
-        self, setups: ServerSetups, session: TimedSession, watch: Callable[[str, int, int], object]
-    ) -> None:
-        self._setups, self._session, self._watch = setups, session, watch
+        self, setups: ServerSetups, session: TimedSession, watch: Callable[[str, int, int], object],
+        shards: Shards | None = None,
+    ) -> None:  # fmt: skip
+        self._setups, self._session, self._watch, self._shards = setups, session, watch, shards
+        self._bits: int = getattr(session.ops, "bits", 0)
 
     def weights(self, own: Document) -> Made:
         """Return the model's masked weights."""
         session = self._session
-        key = f"weights {own.model.digest} {getattr(session.ops, 'bits', '')}"
+        key = f"weights {own.model.digest} {self._bits}"
 
         def make(masks: OwnersMasks) -> Any:
-            self._masked(masks, lambda: session.setup(own.model.weights))
+            weights: Weights | WeightsElsewhere = own.model.weights
+            if self._shards is not None:
+                weights = self._shards.weights(own.model, self._bits)
+            self._masked(masks, lambda: session.setup(weights))
+            if self._shards is not None:
+                self._shards.say_settled()
             return session.operands
 
         return self._setups.made(key, make, False, partial(self._told, "setup"))
@@ -105,7 +115,7 @@ class Masking:
         """Return the masked cache of the document."""
         session = self._session
         plan = session.policy.plan.to_dict()
-        said = repr((own.digest, session.policy.spec, plan, getattr(session.ops, "bits", "")))
+        said = repr((own.digest, session.policy.spec, plan, self._bits))
         key = f"document {hashlib.sha256(said.encode()).hexdigest()}"
 
         def make(masks: OwnersMasks) -> Any:
@@ -143,7 +153,10 @@ class _Alone(Party):
         raise RuntimeError(f"masking draws something at {step}")
 
 
-def mask_ahead(owns: Sequence[Document], public: PublicConfig, setups: ServerSetups, say: Say) -> None:
+def mask_ahead(
+    owns: Sequence[Document], public: PublicConfig, setups: ServerSetups, say: Say,
+    shards: Shards | None = None,
+) -> None:  # fmt: skip
     """Mask weights and documents before the first session, which then finds them. What fails is said.
 
     Nothing happens where each session masks anew: with `stock` all of it, with fresh documents those.
@@ -154,7 +167,7 @@ def mask_ahead(owns: Sequence[Document], public: PublicConfig, setups: ServerSet
     start = time.perf_counter()
     try:
         for own in owns:
-            _mask(own, public.model_copy(update={"protocol": ProtocolName.FAST}), setups, say)
+            _mask(own, public.model_copy(update={"protocol": ProtocolName.FAST}), setups, say, shards)
     except (MpcacheError, OSError) as error:  # each session will meet it, and end with it
         say(f"server: nothing is masked ahead: {told_as(error)}")
         return
@@ -162,13 +175,13 @@ def mask_ahead(owns: Sequence[Document], public: PublicConfig, setups: ServerSet
     say(f"server: ready: weights and {documents} masked in {duration(1000 * (time.perf_counter() - start))}")
 
 
-def _mask(own: Document, public: PublicConfig, setups: ServerSetups, say: Say) -> None:
+def _mask(own: Document, public: PublicConfig, setups: ServerSetups, say: Say, shards: Shards | None) -> None:
     asked = {"question_tokens": 0, "new_tokens": public.max_new_tokens, "private_tokens": 0}
     facts = facts_of({"model": facts_of_model(own, public), "question": asked}, public)
     ops = engine(facts.protocol, Rank.SERVER, public.fraction_bits)
     session = TimedSession(ops, _Alone(), facts.shape, facts.policy)
     ways = {phase: masking_progress(say, phase) for phase in WHAT}
-    masking = Masking(setups, session, lambda phase, done, of: ways[phase].at(done, of))
+    masking = Masking(setups, session, lambda phase, done, of: ways[phase].at(done, of), shards)
     masking.weights(own)
     known, kernels = own.packed or masking.prefilled(own), choose_kernels(public.kernels, own.device)
     session.policy, _ = bind_to_document(facts.policy, facts.shape, known, kernels)

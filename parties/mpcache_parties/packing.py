@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -76,7 +76,8 @@ def packed_documents(
         packs[name] = pack = read_pack(file, lock)
         check_pack(pack, file, tokenizer, public)
         bind_packed(pack.context, shape, file)
-    loaded = load_model(path)  # last: it takes minutes where a model is large
+    # Last: it takes minutes where a model is large. Set-up takes one layer after another.
+    loaded = load_model(path, keep=False)
     raw, found = public.chat is ChatForm.RAW, {}
     template = None if raw else tokenizer.chat_template
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,11 +141,16 @@ def check_pack(pack: Pack, file: Path, tokenizer: Tokenizer, public: PublicConfi
 
 @dataclass(frozen=True)
 class OpenedPack:
-    """A pack that was read for a command, and where it is."""
+    """A pack that was read for a command, and where it is.
+
+    others: further ones of the same server, by public name, which it reads itself.  name: this one's, if any.
+    """
 
     file: Path
     lock: PackLock
     pack: Pack
+    name: str = ""
+    others: Mapping[str, Path] = field(default_factory=dict)
 
     @staticmethod
     def read(
@@ -161,9 +167,28 @@ class OpenedPack:
             raise BadInput("--context is a text, --document is one that was packed; give one of them")
         return OpenedPack(Path(given), lock, read_pack(Path(given), lock))
 
+    @staticmethod
+    def read_several(
+        given: Sequence[str], key: Path | str | None, passphrase: Path | None, context: object = None
+    ) -> OpenedPack | None:
+        """Read the first of what --document was given: one FILE, or NAME=FILE of each. Raises BadInput."""
+        files = _named_files(given) if given else {}
+        name = next(iter(files), "")
+        first = OpenedPack.read(str(files.pop(name)) if files else None, key, passphrase, context)
+        return None if first is None else replace(first, name=name, others=files)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The public names; none of a single one."""
+        return (self.name, *self.others) if self.name else ()
+
     def flags(self) -> list[str]:
-        """Return it as the server's flags."""
-        return ["--document", str(self.file.absolute()), *self.lock.flags()]
+        """Return them as the server's flags."""
+        named = f"{self.name}=" if self.name else ""
+        flags = ["--document", f"{named}{self.file.absolute()}", *self.lock.flags()]
+        for name, file in self.others.items():
+            flags += ["--document", f"{name}={file.absolute()}"]
+        return flags
 
 
 def with_pack_settings(settings: Settings, opened: OpenedPack | None) -> Settings:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig, Settings, load_settings
 from mpcache.console.inputs import check_stdin, read_question, read_text
 from mpcache.console.options import chat_overrides, public_overrides, read_stops
@@ -72,6 +73,9 @@ class PartyOptions:
     sessions: int | None = None
     events: bool = False
     conversation: bool = False
+    ray: str | None = None
+    ray_actors: int | None = None
+    batches: int | None = None
 
     @property
     def preparing(self) -> bool:
@@ -103,6 +107,10 @@ class PartyOptions:
         self._check_document()
         self._check_serving()
         self._check_conversation()
+        if self.ray_actors is not None and self.ray is None:
+            raise BadInput("--ray-actors is how many actors --ray starts; give --ray, too")
+        if self.batches is not None and (self.me is not Rank.DEALER or not self.preparing):
+            raise BadInput("--batches is how many the dealer (--rank 2) deals with --prepare")
         if self.turns is not None:
             self._declared()
 
@@ -155,13 +163,21 @@ class PartyOptions:
 
     def named_document(self) -> str:
         """Return the name of the document that this client asks about. Raises BadInput."""
-        if not self.document:
-            return NO_NAME
-        if len(self.document) > 1 or not DOCUMENT_NAME.fullmatch(self.document[0]):
+        if len(self.document) > 1:
             raise BadInput(
-                f"--document {' '.join(self.document)!r:.80}: a client gives the public name of one document"
+                f"--document {' '.join(self.document)!r:.80}: a client gives the public name of one "
+                "document, and with --api of each that its callers may ask for"
             )
-        return self.document[0]
+        return self.named_documents()[0] if self.document else NO_NAME
+
+    def named_documents(self) -> tuple[str, ...]:
+        """Return the names of documents that this client's callers may ask about. Raises BadInput."""
+        for name in self.document:
+            if not DOCUMENT_NAME.fullmatch(name) or self.document.count(name) > 1:
+                raise BadInput(
+                    f"--document {name!r:.80}: a client gives the public name of a document, each once"
+                )
+        return self.document
 
     def _check_serving(self) -> None:
         if self.serve and self.me is Rank.CLIENT:
@@ -174,6 +190,22 @@ class PartyOptions:
             raise BadInput("--offline-store is for one session, --serve has many; give one of them")
         if self.sessions is not None and not self.serve:
             raise BadInput("--sessions is how many sessions --serve takes at once; give --serve, too")
+
+    def check_sharding(self, public: PublicConfig) -> None:
+        """Check what --ray goes with. Raises BadInput."""
+        if self.preparing and self.me is not Rank.DEALER:
+            raise BadInput("--ray with --prepare belongs to the dealer (--rank 2): it has the work")
+        if self.preparing:
+            return
+        if self.offline_store is not None:
+            raise BadInput("--ray holds masks that outlive a session, --offline-store has its own; give one")
+        if public.protocol == ProtocolName.STOCK:
+            raise BadInput("--ray holds what protocol fast multiplies by; --protocol stock does not use it")
+        if self.me is Rank.DEALER and self.setup_dir is not None:
+            raise BadInput(
+                "--setup-dir keeps in one file what --ray spreads over machines; give one of them: with "
+                "--serve the dealer's actors keep it as long as the dealer lives"
+            )
 
     def _check_conversation(self) -> None:
         """Refuse what a conversation cannot have. Raises BadInput."""
@@ -218,9 +250,10 @@ class PartyOptions:
         Raises BadInput or StateError.
         """
         if self.me is Rank.DEALER:
-            if self.offline_store is not None:
+            if self.offline_store is not None and (self.ray is None or not self.preparing):
                 raise BadInput(
-                    "--offline-store belongs to server and client; the dealer takes --prepare alone"
+                    "--offline-store belongs to server and client; the dealer takes --prepare alone, or with "
+                    "--ray a folder that its workers deal into"
                 )
             return None
         if self.offline_store is None:
@@ -233,6 +266,11 @@ class PartyOptions:
 
     def setups(self, public: PublicConfig) -> Setups:
         """Return what --setup-dir and --fresh-document ask for. Raises BadInput or StateError."""
+        if self.setup_dir is not None and (self.preparing or self.offline_store is not None):
+            raise BadInput(
+                "--setup-dir with prepared tapes: these are dealt for masks of their own, which go; "
+                "leave --setup-dir out"
+            )
         if self.me is Rank.SERVER:
             fresh = self.fresh_document or public.hide_document
             return ServerSetups(self.setup_dir, fresh, documents=len(self.document))

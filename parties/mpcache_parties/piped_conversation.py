@@ -68,12 +68,12 @@ class PipedConversation(Conversation):
         self._came = self._given = self._stopped = 0  # questions; the last one is the newest that is stopped
         Thread(target=self._read, daemon=True).start()
 
-    def opened(self, room: int, earlier: Sequence[TurnRecord]) -> None:
+    def opened(self, room: int, earlier: Sequence[TurnRecord], raw: bool) -> None:
         turns = [asdict(record.report) for record in earlier if record.report is not None]
         unfinished = next((record.question.text for record in earlier if record.report is None), None)
         if unfinished is not None:  # as if it was asked now
             self._came, self._given = self._came + 1, self._given + 1
-        self._output.event(EventKind.OPENED, room=room, turns=turns, unfinished=unfinished)
+        self._output.event(EventKind.OPENED, room=room, turns=turns, unfinished=unfinished, raw=raw)
 
     def questions(self, look: Callable[[], None]) -> Iterator[Question]:
         while True:

@@ -7,7 +7,8 @@ and document and the client's question give no more than their lengths and shape
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mpcache.config import PublicConfig
@@ -17,23 +18,30 @@ from mpcache.engines.registry import engine
 from mpcache.errors import PolicyError
 from mpcache.phases import EVICTION, private_phase
 from mpcache.rank import Rank
-from mpcache.report.units import size
+from mpcache.report.units import duration, size
 from mpcache.runtime.party import DealerParty
 from mpcache.session import Session
 from mpcache_parties.facts import Facts, agreed_facts, filled, tape_sizes
+from mpcache_parties.farm import BatchOrder, Farm
 from mpcache_parties.private_inputs import PrivateInput
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import deal_seeds, receive_seed
 from mpcache_parties.state.tapes import TapeStore, TapeWriter
 from mpcache_parties.turns import PreparedTurns
 
+WHOLE = "batch"  # in place of a phase: all of them
 
-def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
-    """Deal, or store, one batch of tapes, for a session of `public.max_new_tokens` tokens.
 
-    Of a conversation: for the turns that the client declares, each with an answer of that length.
-    Server and client store it in their store of tapes. Raises StateError (a full disk), PolicyError (a plan
-    that the document decides) or what a link raises.
+def prepare(
+    me: Rank, resources: SessionResources, own: PrivateInput, batches: int = 1, farm: Farm | None = None
+) -> None:
+    """Deal, or store, batches of tapes, each for a session of `public.max_new_tokens` tokens.
+
+    batches: how many, at the dealer; the others hear of it.  farm: who deals them, if not this process.
+
+    Of a conversation: for the turns that the client declares, each with an answer of that length. Server and
+    client store it in their store of tapes. Raises StateError (a full disk), PolicyError (a plan that the
+    document decides) or what a link or a farm raises.
     """
     public, store = resources.public, resources.tapes
     _, facts = agreed_facts(me, resources.links, own, public, document=resources.document)
@@ -41,9 +49,10 @@ def prepare(me: Rank, resources: SessionResources, own: PrivateInput) -> None:
         raise PolicyError(f"policy {public.policy}: the document decides its plan; no tape can be prepared")
     resources.say(f"{me.label}: {_foretold(me, facts, public)}")
     if store is None:
-        _deal_batch(resources, facts)
-    else:
-        _store_batch(me, resources, facts, store)
+        _deal_batches(resources, facts, batches, farm)
+        return
+    while _store_batch(me, resources, facts, store):
+        pass
 
 
 def _foretold(me: Rank, facts: Facts, public: PublicConfig) -> str:
@@ -64,39 +73,77 @@ def _foretold(me: Rank, facts: Facts, public: PublicConfig) -> str:
     return f"{size(mine)} to store, for {serves} ..."
 
 
-def _deal_batch(resources: SessionResources, facts: Facts) -> None:
-    links, public = resources.links, resources.public
-    batch = secrets.token_hex(16)
-    for link in links.values():
-        link.send_facts("tapes/batch", {"batch": batch})
-    seeds = deal_seeds(links)
-
-    def stored(phase: str) -> None:
-        for link in links.values():
-            link.recv_facts(f"stored/{phase}")
-
-    ledger = links[Rank.SERVER].ledger
-    _read_by_shapes(facts, public, DealerParty(dict(links), batch, seeds, ledger), stored)
-    n = ledger.total().offline_sent
-    resources.say(f"dealer: dealt {size(n)} for {facts.limit} tokens, batch {batch}")
+def _deal_batches(resources: SessionResources, facts: Facts, count: int, farm: Farm | None) -> None:
+    """Deal batches one after another, here or by a farm, which is ahead."""
+    public, start = resources.public, time.perf_counter()
+    ledger = resources.links[Rank.SERVER].ledger
+    if farm is not None:
+        for number, (order, phases) in enumerate(farm.batches(count, facts, public, read_by_shapes), 1):
+            _hand_on(resources, number, count, order, phases)
+    else:
+        for number in range(1, count + 1):
+            _deal_batch(resources, facts, number, count)
+    n, ms = ledger.total().offline_sent, 1000 * (time.perf_counter() - start)
+    many = f"{count} batches, {duration(ms / count)} each, " if count > 1 else ""
+    resources.say(f"dealer: dealt {many}{size(n)} for {facts.limit} tokens{' each' if many else ''}")
 
 
-def _store_batch(me: Rank, resources: SessionResources, facts: Facts, store: TapeStore) -> None:
+def _announce(resources: SessionResources, name: str, number: int, count: int) -> None:
+    """Say which batch comes now. Both parties have stored the one before it."""
+    for link in resources.links.values():
+        link.send_facts("tapes/batch", {"batch": name, "number": number, "of": count})
+    resources.say(f"dealer: batch {name}, {number} of {count}")
+
+
+def _stored(resources: SessionResources, phase: str) -> None:
+    """Wait until both parties have stored a phase."""
+    for link in resources.links.values():
+        link.recv_facts(f"stored/{phase}")
+
+
+def _deal_batch(resources: SessionResources, facts: Facts, number: int, count: int) -> None:
+    links, batch = resources.links, secrets.token_hex(16)
+    _announce(resources, batch, number, count)
+    dealer = DealerParty(dict(links), batch, deal_seeds(links), links[Rank.SERVER].ledger)
+    read_by_shapes(facts, resources.public, dealer, lambda phase: _stored(resources, phase))
+    _stored(resources, WHOLE)
+
+
+def _hand_on(
+    resources: SessionResources, number: int, count: int, order: BatchOrder,
+    phases: Iterator[tuple[str, list[dict[str, Any]]]],
+) -> None:  # fmt: skip
+    """Send what a worker has dealt, in its order."""
+    _announce(resources, order.name, number, count)
+    deal_seeds(resources.links, order.seeds)
+    for phase, messages in phases:
+        for message in messages:
+            resources.links[message["to"]].send(message["step"], message["tensors"])
+        _stored(resources, phase)
+    _stored(resources, WHOLE)
+
+
+def _store_batch(me: Rank, resources: SessionResources, facts: Facts, store: TapeStore) -> bool:
+    """Store a batch; return whether another one comes."""
     dealer, public = resources.links[Rank.DEALER], resources.public
     tokens = facts.limit
-    batch = str(dealer.recv_facts("tapes/batch").get("batch"))
+    about = dealer.recv_facts("tapes/batch")
+    batch = str(about.get("batch"))
     seed = receive_seed(dealer)
     writer = TapeWriter(me, dealer, store, batch)
     try:
-        _read_by_shapes(facts, public, writer, lambda phase: writer.flush())
+        read_by_shapes(facts, public, writer, lambda phase: writer.flush())
         writer.finish(seed, tape_sizes(facts, public), tokens, facts.turns)
     except BaseException:
         writer.discard()
         raise
     resources.say(f"{me.label}: stored {size(writer.bytes)} in {store.folder} for {tokens} tokens")
+    dealer.order.begin_again()
+    dealer.send_facts(f"stored/{WHOLE}", {"stored": True})
+    return about.get("number") != about.get("of")
 
 
-def _read_by_shapes(facts: Facts, public: PublicConfig, party: Any, done: Callable[[str], None]) -> None:
+def read_by_shapes(facts: Facts, public: PublicConfig, party: Any, done: Callable[[str], None]) -> None:
     """Go through a whole session by shapes; `done` is told each phase that has ended."""
     ops = engine(facts.protocol, Rank.SERVER, public.fraction_bits, "meta")
     session = Session(ops, party, facts.shape, facts.policy, public.reveal, public.length_grid)

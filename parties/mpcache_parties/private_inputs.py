@@ -139,9 +139,10 @@ class Conversation(ABC):
     document: str | None = None
 
     @abstractmethod
-    def opened(self, room: int, earlier: Sequence[TurnRecord]) -> None:
+    def opened(self, room: int, earlier: Sequence[TurnRecord], raw: bool) -> None:
         """Take note that questions may come, which with their answers may take `room` tokens.
 
+        raw: no chat template stands around them.
         earlier: the turns of a session that goes on; the last one's answer may be in the middle, and is told
         from its beginning.
         """

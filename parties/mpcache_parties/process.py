@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import NoReturn
 
@@ -20,6 +20,7 @@ import torch
 
 from mpcache.answer import left_range
 from mpcache.choices import POLICY_AUTO
+from mpcache.cluster import Cluster
 from mpcache.config import Settings
 from mpcache.console.signals import stop_on_signals
 from mpcache.console.streams import own_stdout
@@ -30,7 +31,8 @@ from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache.transport.link import Hello, Links
-from mpcache_parties.answer_pace import LayerPace, answer_said
+from mpcache_parties.answer_pace import LayerPace, Told, answer_said
+from mpcache_parties.farm import Farm
 from mpcache_parties.handshake import (
     AS_CLIENT,
     DOCUMENT,
@@ -55,6 +57,7 @@ from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
 from mpcache_parties.say import Say
 from mpcache_parties.serving import AT_ONCE, serve_all
+from mpcache_parties.sharding import Shards
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.setups import ServerSetups, Setups
 from mpcache_parties.state.tapes import TapeStore
@@ -80,6 +83,9 @@ class PartyProcess:
     tape_mode: TapeMode = TapeMode.LIVE
     setups: Setups = None
     own: PrivateInput = None
+    shards: Shards | None = None
+    farm: Farm | None = None
+    batches: int = 1
     document: str = AS_CLIENT  # its public name, where this party has one to name
 
     def read_inputs(self, options: PartyOptions) -> None:
@@ -95,11 +101,24 @@ class PartyProcess:
         elif self.tapes is not None:
             self.tape_mode = TapeMode.PREPARED
         self.setups = options.setups(self.settings.public)
+        if options.ray is not None:
+            options.check_sharding(self.settings.public)
+            if options.preparing:
+                self.farm = Farm(Cluster.join(options.ray), options.offline_store)
+            else:
+                self.shards = Shards.open(options.ray, options.ray_actors, self.me, self.output.say)
+        self.batches = options.batches or 1
         self.own = options.private_input(sampling, self.settings.public, self.output)
         if self.me is Rank.CLIENT:
             self.document = options.named_document()
         elif isinstance(self.own, Document):
             self.document = NO_NAME
+
+    def close(self) -> None:
+        """End what runs on a cluster."""
+        for there in (self.shards, self.farm):
+            if there is not None:
+                there.close()
 
     def resources(
         self, network: Network, status: SessionStatus, checkpointer: Checkpointer, say: Say
@@ -108,6 +127,7 @@ class PartyProcess:
         return SessionResources(
             network.links, network.ledger, self.settings.public, say, self.output.token, status,
             checkpointer, self.tapes, self.settings.timeouts.idle_s, self.setups,
+            shards=self.shards,
         )  # fmt: skip
 
     def greeting(self, checkpointer: Checkpointer) -> Greeting:
@@ -144,6 +164,9 @@ def run_party(options: PartyOptions) -> None:
             if process is not None:
                 _say_how_to_resume(process)
             raise SystemExit(told.exit_code) from None
+        finally:
+            if process is not None:
+                process.close()
 
 
 def _open_process(options: PartyOptions, output: Output, shown: ExitStack) -> PartyProcess:
@@ -200,7 +223,7 @@ def run_one_session(
     """Mode: one session, and its account at the end."""
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     if isinstance(process.own, Conversation):
-        status.on_layer = LayerPace(partial(_layer_event, process.output))
+        status.on_layer = LayerPace(_layer_events(process.output, resources.ledger))
     elif isinstance(process.own, Question):
         tokens = process.own.limit(process.settings.public.max_new_tokens)
         status.on_layer = LayerPace(answer_said(process.output.say, tokens))
@@ -211,8 +234,21 @@ def run_one_session(
         raise left_range(len(report.token_ids))
 
 
-def _layer_event(output: Output, phase: str, layer: int, layers: int, left_ms: float | None) -> None:
-    output.event(EventKind.LAYER, phase=phase, layer=layer, layers=layers, left_ms=left_ms)
+TRAFFIC_EVERY_S = 1.0
+
+
+def _layer_events(output: Output, ledger: Ledger) -> Told:
+    """Return what tells each layer, and now and then all that the ledger holds: summing it takes a while."""
+    said = 0.0
+
+    def tell(phase: str, layer: int, layers: int, left_ms: float | None) -> None:
+        nonlocal said
+        more = {}
+        if layer == 0 or time.monotonic() > said + TRAFFIC_EVERY_S:
+            more, said = {"traffic": asdict(ledger.total())}, time.monotonic()
+        output.event(EventKind.LAYER, phase=phase, layer=layer, layers=layers, left_ms=left_ms, **more)
+
+    return tell
 
 
 def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
@@ -223,7 +259,7 @@ def serve_sessions(process: PartyProcess, at_once: int) -> NoReturn:
     if isinstance(own, Documents):
         owns = list(own.named.values())
     if owns and isinstance(setups, ServerSetups):
-        ahead = (owns, process.settings.public, setups, say)
+        ahead = (owns, process.settings.public, setups, say, process.shards)
         threading.Thread(target=mask_ahead, args=ahead, daemon=True).start()
     serve_one = partial(_serve_one, process, at_once)
     refused = process.status.refuse
@@ -235,7 +271,7 @@ def prepare_tapes(process: PartyProcess, network: Network, status: SessionStatus
     status.reached(SessionPhase.HELLO)
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     _, name, own = process.meet(network.links, greeting)
-    prepare(process.me, replace(resources, document=name), own)
+    prepare(process.me, replace(resources, document=name), own, process.batches, process.farm)
 
 
 def _serve_one(process: PartyProcess, at_once: int, network: Network, say: Say) -> None:

@@ -12,6 +12,7 @@ from mpcache.transport.link import Links
 from mpcache_parties.handshake import NO_NAME
 from mpcache_parties.operations.status import SessionStatus
 from mpcache_parties.say import Say, quiet
+from mpcache_parties.sharding import Shards
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.setups import Setups
 from mpcache_parties.state.tapes import TapeStore
@@ -32,6 +33,7 @@ class SessionResources:
     status: what an operator sees.  checkpointer: keeps the session, or does not.
     tapes: what the dealer dealt before, in place of a link to it.  idle_s: longest pause between turns.
     setups: what this party keeps of models and documents for later sessions; None: nothing beyond this one.
+    shards: where this party's matrices lie, if not in this process.
     document: the public name of the session's, or that there is none, or that it is not told.
     """
 
@@ -46,4 +48,5 @@ class SessionResources:
     idle_s: float = 1800.0
     setups: Setups = None
     document: str = NO_NAME
+    shards: Shards | None = None
     began: float = field(default_factory=time.perf_counter)  # s, of that clock

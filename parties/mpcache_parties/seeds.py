@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -41,9 +42,9 @@ class TimedDealerLink:
         return tensors
 
 
-def deal_seeds(links: Links) -> dict[Rank, bytes]:
-    """Dealer: send each computing party a new seed for its streams, and return them."""
-    seeds = {rank: fresh_seed() for rank in links}
+def deal_seeds(links: Links, dealt: Mapping[Rank, bytes] | None = None) -> dict[Rank, bytes]:
+    """Dealer: send each computing party the seed of its streams, and return them. dealt: else new ones."""
+    seeds = dict(dealt) if dealt is not None else {rank: fresh_seed() for rank in links}
     for rank, seed in seeds.items():
         links[rank].send(TAPE_SEED, [tensor_of(seed)])
     return seeds

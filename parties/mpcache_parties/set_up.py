@@ -29,6 +29,7 @@ from mpcache.ledger import Ledger
 from mpcache.model.prefill import Prefill
 from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
+from mpcache.runtime.ring import Matrix
 from mpcache.runtime.rng import SEED_BYTES
 from mpcache.runtime.standing import (
     ClientsMasks,
@@ -75,7 +76,7 @@ class ServerSetUp:
         self._stands = stands(facts, resources)
         setups = resources.setups if isinstance(resources.setups, ServerSetups) else ServerSetups()
         self._keeps_document = not setups.fresh_documents
-        self._masking = Masking(setups, session, self._watch)
+        self._masking = Masking(setups, session, self._watch, resources.shards)
         self._progress: dict[str, Progress] = {}
 
     def weights(self, own: Document) -> None:
@@ -199,7 +200,8 @@ class ClientSetUp(_TakingSetUp):
         (seed,) = links[Rank.SERVER].recv(SEED_STEP, [(torch.uint8, (SEED_BYTES,))])
         links[Rank.SERVER].send_facts(SEEN, {"digest": seed_digest(bytes_of(seed))})
         links[Rank.DEALER].send_facts(TOLD, {"identifier": about["identifier"]})
-        self._with(ClientsMasks(bytes_of(seed)), run, about)
+        shards = self._resources.shards
+        self._with(ClientsMasks(bytes_of(seed), None if shards is None else shards.seeded), run, about)
 
 
 class DealerSetUp(_TakingSetUp):
@@ -234,19 +236,26 @@ class DealerSetUp(_TakingSetUp):
     def _received(self, phase: str, run: Callable[[], None], about: Mapping[str, Any], family: str) -> Held:
         server, masks, digest = self._resources.links[Rank.SERVER], list[Dealt](), hashlib.sha256()
         progress = Progress(self._resources.say, f"dealer: {WHAT[phase]} received")
-        total, done = int(about["bytes"]), 0
+        total, done, shards = int(about["bytes"]), 0, self._resources.shards
+        if shards is not None and phase == "setup":
+            shards.room_for(total)
 
         def take(place: OperandPlace) -> Dealt:
             nonlocal done
             parts = server.recv(place.step, place.specs)
             for part in parts:
                 digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
-            masks.append(dealt_of(place, parts))
+            mine = dealt_of(place, parts)
+            if shards is not None and isinstance(mine, Matrix):
+                mine = shards.dealt(place, mine)
+            masks.append(mine)
             progress.at(done := done + place.nbytes, total)
             return masks[-1]
 
         found = DealersMasks(take)
         self._with(found, run, about)
+        if shards is not None and phase == "setup":
+            shards.say_settled()
         return Held(family, found.places, masks, digest.hexdigest())
 
 

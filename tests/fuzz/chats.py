@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from mpcache.ledger import Ledger
 from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.framing import ChatFraming
 from mpcache.transport.local import local_pair
-from mpcache_parties.endpoint.completions import question_of, read_request
+from mpcache_parties.endpoint.completions import CompletionRequest, question_of, read_request
 from mpcache_parties.endpoint.refusals import Refusal
+from mpcache_parties.endpoint.text_completions import read_text_request
 from mpcache_parties.public_texts import receive_template
 from tests.fuzz.mutate import damaged
 from tests.support.chat_templates import KINDS, template_and_tokenizer
@@ -35,16 +36,25 @@ _BODIES = (
 )  # fmt: skip
 
 
+_TEXTS = (
+    {"model": "m", "prompt": ["The gate"], "echo": False, "stop": ".", "max_tokens": 5, "stream": True},
+)
+
+
 def chats(bytes_of: Any, json_of: Any, made: Any) -> None:
     """Add the targets."""
 
-    def request(data: bytes) -> None:
-        try:
-            question_of(read_request(data, "m").messages)
-        except Refusal as refused:  # of one line, as every error here
-            raise BadInput(str(refused)) from None
+    def reads(read: Callable[[bytes, str], CompletionRequest]) -> Callable[[bytes], None]:
+        def request(data: bytes) -> None:
+            try:
+                question_of(read(data, "m").messages)
+            except Refusal as refused:  # of one line, as every error here
+                raise BadInput(str(refused)) from None
 
-    json_of("a request to the endpoint", 8, request, _BODIES)
+        return request
+
+    json_of("a request to the endpoint", 8, reads(read_request), _BODIES)
+    json_of("a text to be continued at the endpoint", 2, reads(read_text_request), _TEXTS)
 
     template, tokenizer, shape = template_and_tokenizer(KINDS["chatml"])
     sent = template.to_bytes()

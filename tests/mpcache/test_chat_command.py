@@ -48,6 +48,20 @@ def test_a_real_model_is_understood_and_understands() -> None:
     assert len(re.findall(r"\d+ tokens in .* rounds, .* from the dealer", noise)) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_real_models_private_answer_is_the_plain_one() -> None:
+    """48 tokens, each of them the same."""
+    flags = ["--context", DEMO / "clinic.txt", "--policy", "full", "--max-new-tokens", 48, "--no-stop-at-eos"]
+    asked = ["--question", "What should a visitor know?", "--json"]
+    with started() as children:
+        children.append(start(CLI, "generate", "--model", real_model(), *flags, *asked))
+        out, noise = children[0].communicate(timeout=1800)
+    assert children[0].returncode == 0, noise
+    run = json.loads(out)
+    assert len(run["token_ids"]) == 48 and run["token_ids"] == run["plaintext_token_ids"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

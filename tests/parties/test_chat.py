@@ -131,9 +131,10 @@ def test_what_was_said_is_told_when_it_opens(pipe: Pipe) -> None:
     report = TurnReport(1, "a", [1], Finish.LENGTH, 2, 90, 1.0, 1.0, 1, 1, 1, 1, 1, question="q")
     complete = TurnRecord(Question("q"), [5, 6], 1, 1, [1], None, report)
     records = [complete, TurnRecord(Question("r"), [7], 4, 4)]
-    pipe.conversation.opened(90, records)
+    pipe.conversation.opened(90, records, raw=True)
     (event,) = pipe.events()
-    assert event == {"event": "opened", "room": 90, "turns": [asdict(report)], "unfinished": "r"}
+    said = {"room": 90, "turns": [asdict(report)], "unfinished": "r", "raw": True}
+    assert event == {"event": "opened", **said}
     assert not pipe.conversation.stopped()
     pipe.stdin.write(ENOUGH_LINE)
     limit = time.monotonic() + 10
@@ -198,7 +199,9 @@ def test_who_leaves_an_answer_can_go_on(parties: LocalParties) -> None:
         for _ in chat.ask("The code of the red gate is"):
             break
         assert len(chat.turns) == 1 and 1 <= len(chat.turns[0].token_ids) < 4
-        assert "".join(chat.ask(Turn(" and", max_new_tokens=2)))
+        accounts = [chat.account for _ in chat.ask(Turn(" and", max_new_tokens=2))]
+        assert accounts[-1].turns == 1 and accounts[-1].ms > chat.turns[0].ms  # of an answer that runs
+        assert chat.turns[0].rounds < accounts[-1].rounds < chat.account.rounds
         assert len(chat.turns[1].token_ids) == 2 and chat.finish_reason == "length"
 
 

@@ -174,9 +174,14 @@ def test_flags_of_a_document_belong_where_they_do() -> None:
         (PartyOptions(D, document=("a",)), "--document belongs to server and client"),
         (PartyOptions(C, document=("a", "b")), "a client gives the public name of one document"),
         (PartyOptions(C, document=("a/b",)), "a client gives the public name"),
+        (PartyOptions(C, document=("a", "a")), "a client gives the public name of one document"),
         (PartyOptions(S, document=("x",), context=cast(Any, "y")), "--context is a text, --document"),
         (PartyOptions(S, pack_key=cast(Any, "y")), "--pack-key opens a pack; give --document"),
         (PartyOptions(C, pack_key=cast(Any, "y")), "--pack-key belongs to the server"),
     ):
         with pytest.raises(BadInput, match=words):
             options.check()
+    assert PartyOptions(C, document=("a", "b")).named_documents() == ("a", "b")
+    for given in (("a", "a"), ("a", "b/c")):
+        with pytest.raises(BadInput, match="each once"):
+            PartyOptions(C, document=given).named_documents()

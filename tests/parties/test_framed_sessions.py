@@ -35,7 +35,7 @@ class Asked(Conversation):
     def __init__(self) -> None:
         self.turns, self.refusals = list[TurnReport](), list[BadInput]()
 
-    def opened(self, room: int, earlier: Sequence[TurnRecord]) -> None:
+    def opened(self, room: int, earlier: Sequence[TurnRecord], raw: bool) -> None:
         pass
 
     def questions(self, look: Callable[[], None]) -> Iterator[Question]:

@@ -36,7 +36,7 @@ class Scripted(Conversation):
     earlier: int = 0
     ids: list[int] = field(default_factory=list)  # that were shown
 
-    def opened(self, room: int, earlier: Sequence[TurnRecord]) -> None:
+    def opened(self, room: int, earlier: Sequence[TurnRecord], raw: bool) -> None:
         self.room, self.earlier = room, len(earlier)
         self.turns += [record.report for record in earlier if record.report is not None]
 

@@ -16,12 +16,14 @@ from mpcache_parties.say import Say
 class Script:
     """What conversations do. pace_s: for each word.  go: words wait for it.  setup_s: for each session.
 
-    refuse_open: what an opening ends with.  die_after: words after which the session fails.
+    raw: no chat template stands around them.  refuse_open: what an opening ends with.  die_after: words
+    after which the session fails.
     """
 
     pace_s: float = 0.0
     setup_s: float = 0.0
     room: int = 1000
+    raw: bool = True
     refuse_open: MpcacheError | None = None
     die_after: int | None = None
     go: Event = field(default_factory=Event)
@@ -48,7 +50,7 @@ class ScriptedChat:
         self.turns: list[Turn] = []
         self.finish_reason, self.progress = "stop", ""
         self.prompt_tokens = self.completion_tokens = 0
-        self.room, self.account, self.closed = script.room, Account(), False
+        self.room, self.account, self.closed, self.raw = script.room, Account(), False, script.raw
         self._script, self._stopped = script, False
 
     def ask(self, turn: Turn) -> Iterator[str]:

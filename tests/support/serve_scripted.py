@@ -14,7 +14,7 @@ def main(address: str) -> None:
     stop_on_signals("endpoint")
     script = Script(pace_s=0.05)
     try:
-        EndpointOptions(address).serve(script.open, 1, "demo", lambda text: print(text, flush=True))
+        EndpointOptions(address).serve({"demo": script.open}, 1, lambda text: print(text, flush=True))
     except MpcacheError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -19,7 +19,12 @@ from mpcache_parties.endpoint.completions import (
     question_of,
 )
 from mpcache_parties.endpoint.conversations import ConversationPool, OpenConversation, Waiter
+from mpcache_parties.endpoint.refusals import Refusal
 
+FRAMED = (
+    "a text cannot be continued here: the model's chat template stands around document and questions; ask "
+    "/v1/chat/completions, or let the parties start with --raw"
+)
 LOOK_EVERY_S = 0.25  # at a wait and at progress
 SILENT_S = 10.0  # after which a caller hears that it is not forgotten
 
@@ -102,12 +107,12 @@ class Exchange:
     def __init__(self, pool: ConversationPool, request: CompletionRequest) -> None:
         """Join the queue. Raises Refusal where it is full."""
         self.request, self._pool, self._gone = request, pool, False
-        self._waiter: Waiter = pool.join(request.messages)
+        self._waiter: Waiter = pool.join(request.model, request.messages)
         self.answer: RunningAnswer | None = None
         self.place = self._waiter.place  # when it came
 
     async def events(self) -> AsyncIterator[Beat | str]:
-        """Yield how far it is, and pieces of the answer. Raises MpcacheError."""
+        """Yield how far it is, and pieces of the answer. Raises MpcacheError or Refusal."""
         beats = _Beats()
         while not self._waiter.given.done():
             await asyncio.wait([self._waiter.given], timeout=LOOK_EVERY_S)
@@ -116,6 +121,8 @@ class Exchange:
             ):
                 yield beat
         conversation = self._waiter.given.result()
+        if self.request.RAW and not conversation.chat.raw:
+            raise Refusal(400, FRAMED, code="needs_raw")
         answer = self.answer = RunningAnswer(self._pool, conversation, self.request)
         while True:
             try:

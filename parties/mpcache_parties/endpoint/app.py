@@ -22,11 +22,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mpcache.errors import MpcacheError
 from mpcache.report.units import BYTES, DURATIONS
 from mpcache_parties.endpoint.answers import Beat, Exchange
-from mpcache_parties.endpoint.chat_like import OpenChat
-from mpcache_parties.endpoint.completions import chunk, completion, read_request
+from mpcache_parties.endpoint.bodies import check_served
+from mpcache_parties.endpoint.chat_like import Models
+from mpcache_parties.endpoint.completions import CompletionRequest, read_request
 from mpcache_parties.endpoint.conversations import ConversationPool
 from mpcache_parties.endpoint.gate import Admission, Gate
 from mpcache_parties.endpoint.refusals import Refusal
+from mpcache_parties.endpoint.text_completions import read_text_request
 from mpcache_parties.say import Say, quiet
 
 PAGE = Path(__file__).with_name("page.html")
@@ -48,19 +50,19 @@ class Endpoint:
 
     def __init__(
         self,
-        open_chat: OpenChat,
+        models: Models,
         limit: int,
-        model: str,
         queue: int = QUEUE,
         idle_s: float = IDLE_S,
         say: Say = quiet,
     ) -> None:
         """Hold up to `limit` conversations, opened when they are asked for.
 
-        model: its public name.  queue: requests that may wait.  idle_s: after which a conversation is closed.
+        models: each with how a conversation with it is opened.  queue: requests that may wait.  idle_s: after
+        which a conversation is closed.
         """
-        self.model, self.say = model, say
-        self.pool = ConversationPool(open_chat, limit, queue, idle_s, say)
+        self.models, self.say = tuple(models), say
+        self.pool = ConversationPool(models, limit, queue, idle_s, say)
         self._exchanges: dict[str, Exchange] = {}
         self._needs_key = False
 
@@ -73,7 +75,8 @@ class Endpoint:
             Route("/health", self._health),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
-            Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._continue, methods=["POST"]),
             Route("/v1/mpcache/status", self._status),
             Route("/v1/mpcache/stop", self._stop, methods=["POST"]),
         ]
@@ -93,8 +96,13 @@ class Endpoint:
 
     # ------------------------------------------------------------------------------------- completions
 
-    async def _complete(self, request: Request) -> Response:
-        asked = read_request(await _body(request), self.model)
+    async def _chat(self, request: Request) -> Response:
+        return await self._complete(request, read_request(await _body(request), self.models))
+
+    async def _continue(self, request: Request) -> Response:
+        return await self._complete(request, read_text_request(await _body(request), self.models))
+
+    async def _complete(self, request: Request, asked: CompletionRequest) -> Response:
         exchange = Exchange(self.pool, asked)
         self._exchanges[asked.id] = exchange
         headers = {PLACE: str(exchange.place)}
@@ -119,9 +127,7 @@ class Endpoint:
     async def _whole(self, exchange: Exchange) -> dict[str, Any]:
         pieces = [event async for event in exchange.events() if isinstance(event, str)]
         end = exchange.end
-        return completion(
-            exchange.request, self.model, "".join(pieces), end, self._about(exchange, end.cost())
-        )
+        return exchange.request.whole("".join(pieces), end, self._about(exchange, end.cost()))
 
     async def _lines(self, exchange: Exchange) -> AsyncIterator[str]:
         """Yield the lines of a stream. Raises what fails before the first of them."""
@@ -130,13 +136,11 @@ class Endpoint:
             async for event in exchange.events():
                 if isinstance(event, Beat) and event.place:
                     yield f": place {event.place} in the queue\n\n"
-                more = self._about(exchange, asdict(event)) if isinstance(event, Beat) else None
-                delta = {} if begun else {"role": "assistant", "content": ""}
-                begun = True
-                if delta or more:
-                    yield _data(chunk(asked, self.model, delta, mpcache=more))
                 if isinstance(event, str):
-                    yield _data(chunk(asked, self.model, {"content": event}))
+                    yield _data(asked.chunk(event, not begun))
+                else:
+                    yield _data(asked.chunk("", not begun, mpcache=self._about(exchange, asdict(event))))
+                begun = True
         except Exception as error:
             if not begun:
                 raise
@@ -145,12 +149,9 @@ class Endpoint:
             yield _data(Refusal.of(error).to_dict())
             return
         end = exchange.end
-        delta = {} if begun else {"role": "assistant", "content": ""}
-        yield _data(
-            chunk(asked, self.model, delta, end.finish, mpcache=self._about(exchange, end.cost()))
-        )  # fmt: skip
+        yield _data(asked.chunk("", not begun, end.finish, self._about(exchange, end.cost())))
         if asked.include_usage:
-            yield _data(chunk(asked, self.model, None, usage=end.usage()))
+            yield _data(asked.usage_chunk(end))
         yield "data: [DONE]\n\n"
 
     def _about(self, exchange: Exchange, more: dict[str, Any]) -> dict[str, Any]:
@@ -174,16 +175,12 @@ class Endpoint:
     # ------------------------------------------------------------------------------------- what there is
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        return JSONResponse({"object": "list", "data": [_card(name) for name in self.models]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self.model:
-            raise Refusal(404, f"the model {name!r:.80} is not served here", "model", "model_not_found")
-        return JSONResponse(self._card())
-
-    def _card(self) -> dict[str, Any]:
-        return {"id": self.model, "object": "model", "created": 0, "owned_by": "mpcache"}
+        check_served(name, self.models)
+        return JSONResponse(_card(name))
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -192,6 +189,7 @@ class Endpoint:
         conversations = [
             {
                 "id": each.id,
+                "model": each.model,
                 "busy": each.busy,
                 "room": each.chat.room,
                 "progress": each.chat.progress,
@@ -201,7 +199,7 @@ class Endpoint:
         ]
         return JSONResponse(
             {
-                "model": self.model,
+                "models": self.models,
                 "limit": self.pool.limit,
                 "waiting": self.pool.waiting,
                 "queue": self.pool.queue,
@@ -211,7 +209,7 @@ class Endpoint:
 
     async def _page(self, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
-        about = json.dumps({"model": self.model, "key": self._needs_key})
+        about = json.dumps({"models": self.models, "key": self._needs_key})
         for character in "<>&":  # a script element ends at the first "</", whatever its quotes say
             about = about.replace(character, f"\\u{ord(character):04x}")
         units = json.dumps({"bytes": BYTES, "durations": DURATIONS})
@@ -242,6 +240,10 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._forget(self._exchange)
+
+
+def _card(model: str) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": 0, "owned_by": "mpcache"}
 
 
 def _data(value: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from mpcache_parties.chat import Account, Turn
@@ -26,6 +27,10 @@ class ChatLike(Protocol):
 
     def close(self) -> None:
         """End the session; harmless to repeat."""
+
+    @property
+    def raw(self) -> bool:
+        """No chat template stands around its texts."""
 
     @property
     def finish_reason(self) -> str:
@@ -53,3 +58,14 @@ class ChatLike(Protocol):
 
 
 OpenChat = Callable[[Say], ChatLike]  # told how far it is while it opens; raises MpcacheError
+Models = Mapping[str, OpenChat]  # by the public name with which callers ask for it
+
+
+def models_of(model: str, documents: Sequence[str], open_chat: Callable[[str, Say], ChatLike]) -> Models:
+    """Return what callers may ask for: the model, or `MODEL@NAME` for each document that has a name.
+
+    open_chat: takes the name; "": the server has one document, without a name.
+    """
+    if not documents:
+        return {model: partial(open_chat, "")}
+    return {f"{model}@{name}": partial(open_chat, name) for name in documents}

@@ -1,38 +1,31 @@
 """Read and write OpenAI's chat completions: a request's body becomes a question, an answer its objects.
 
-What this endpoint cannot do is refused by the field's name, never left out in silence.
+What is not chat's alone is in bodies.py; the older completions are in text_completions.py.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from pydantic_core import from_json
+from pydantic import Field
 
 from mpcache_parties.chat import Account, Turn
+from mpcache_parties.endpoint.bodies import NEUTRAL, Body, Neutral, Strict, read_object, validated, without
 from mpcache_parties.endpoint.refusals import Refusal
 
-LARGEST_SEED = 2**63 - 1
-STOPS = 4  # strings
-
-# Fields of the API that are refused, but for the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
+_NEUTRAL: Neutral = {
+    **NEUTRAL,
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
@@ -43,9 +36,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
-# Fields that change no answer. What they say goes no further.
-_UNUSED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
-_MESSAGE_NEUTRAL: dict[str, tuple[object, ...]] = {
+_MESSAGE_NEUTRAL: Neutral = {
     "name": (),
     "refusal": (),
     "tool_calls": ([],),
@@ -71,21 +62,6 @@ class Said:
 
 
 @dataclass(frozen=True)
-class CompletionRequest:
-    """What a request asks for.
-
-    messages: they begin and end with the user's, in turn. turn: all but its text.
-    """
-
-    messages: tuple[Said, ...]
-    turn: Turn
-    stream: bool = False
-    include_usage: bool = False
-    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-
-@dataclass(frozen=True)
 class AnswerEnd:
     """What an answer ended with. finish: "stop" or "length".  room: tokens the session can still take."""
 
@@ -107,19 +83,68 @@ class AnswerEnd:
         return {"account": asdict(self.account), "room": self.room}
 
 
+@dataclass(frozen=True)
+class CompletionRequest:
+    """What a request asks for, and how its answer is written.
+
+    messages: they begin and end with the user's, in turn. turn: all but its text.
+    """
+
+    ID: ClassVar[str] = "chatcmpl"
+    OBJECT: ClassVar[str] = "chat.completion"
+    CHUNK: ClassVar[str] = "chat.completion.chunk"
+    RAW: ClassVar[bool] = False  # it needs a session that puts nothing around its text
+
+    model: str
+    messages: tuple[Said, ...]
+    turn: Turn
+    stream: bool = False
+    include_usage: bool = False
+    secret: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def id(self) -> str:
+        return f"{self.ID}-{self.secret}"
+
+    def chunk(
+        self, piece: str, begins: bool, finish: str | None = None, mpcache: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return one object of a stream. begins: it is the first.  mpcache: what is not OpenAI's."""
+        choice = self._part(piece, begins) | {"index": 0, "finish_reason": finish}
+        more = {"usage": None} if self.include_usage else {}
+        return self._object(self.CHUNK, [choice]) | more | ({} if mpcache is None else {"mpcache": mpcache})
+
+    def usage_chunk(self, end: AnswerEnd) -> dict[str, Any]:
+        """Return the last object of a stream that tells its usage."""
+        return self._object(self.CHUNK, []) | {"usage": end.usage()}
+
+    def whole(self, text: str, end: AnswerEnd, mpcache: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a whole answer."""
+        choice = self._all(text) | {"index": 0, "finish_reason": end.finish, "logprobs": None}
+        return self._object(self.OBJECT, [choice]) | {"usage": end.usage(), "mpcache": mpcache}
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return head | {"choices": choices}
+
+    def _part(self, piece: str, begins: bool) -> dict[str, Any]:
+        first = {"role": Role.ASSISTANT, "content": ""} if begins else {}
+        return {"delta": first | ({"content": piece} if piece else {})}
+
+    def _all(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": Role.ASSISTANT, "content": text, "refusal": None}}
+
+
 # ---------------------------------------------------------------------------------------- requests
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Part(_Strict):
+class _Part(Strict):
     type: Literal["text"]
     text: str
 
 
-class _Message(_Strict):
+class _Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
 
@@ -129,105 +154,32 @@ class _Message(_Strict):
         return "\n".join(part.text for part in self.content)
 
 
-class _StreamOptions(_Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False  # asked for or not: an answer's length is public between the parties
-
-
-class _Body(_Strict):
-    model: str
+class _Body(Body):
     messages: list[_Message] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    stop: str | list[Annotated[str, StringConstraints(min_length=1)]] | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
 
 
-def read_request(data: bytes, model: str) -> CompletionRequest:
-    """Read a body. model: the one that is served. Raises Refusal with the field that is wrong."""
-    body = _checked(data)
-    if body.model != model:
-        raise Refusal(
-            404, f"the model {body.model!r:.80} is not served here; ask for {model!r}", "model",
-            "model_not_found",
-        )  # fmt: skip
-    if body.stream_options is not None and not body.stream:
-        raise Refusal(400, "stream_options: needs stream: true", "stream_options")
-    temperature = body.temperature or 0.0
-    seed = secrets.randbelow(LARGEST_SEED) if body.seed is None and temperature else body.seed
-    return CompletionRequest(
-        messages=_in_turn(body.messages),
-        turn=Turn(
-            "",
-            max_new_tokens=_longest(body),
-            stop=_stops(body.stop),
-            temperature=temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            seed=seed,
-        ),
-        stream=bool(body.stream),
-        include_usage=body.stream_options is not None and body.stream_options.include_usage,
-    )
-
-
-def _checked(data: bytes) -> _Body:
-    try:
-        body = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise Refusal(400, f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise Refusal(400, "the body is not a JSON object")
-    for name in _UNUSED:
-        body.pop(name, None)
-    _without(body, _NEUTRAL, "")
-    messages = body.get("messages")
+def read_request(data: bytes, models: Collection[str]) -> CompletionRequest:
+    """Read a body. models: that are served. Raises Refusal with the field that is wrong."""
+    object_ = read_object(data, _NEUTRAL)
+    messages = object_.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         if isinstance(message, dict):
-            _without(message, _MESSAGE_NEUTRAL, f"messages.{number}.")
+            without(message, _MESSAGE_NEUTRAL, f"messages.{number}.")
             if message.get("role") in ("tool", "function"):
                 raise Refusal(400, "tools are not supported here", f"messages.{number}.role")
-    try:
-        return _Body.model_validate(body)
-    except ValidationError as error:
-        raise _named(error) from None
-
-
-def _without(body: dict[str, Any], neutral: dict[str, tuple[object, ...]], where: str) -> None:
-    """Take out the fields that ask for nothing. Raises Refusal on those that ask for what there is not."""
-    for name, values in neutral.items():
-        value = body.pop(name, None)
-        if value is not None and value not in values:
-            raise Refusal(400, f"{where}{name}: is not supported here", where + name, "unsupported_parameter")
-
-
-def _named(error: ValidationError) -> Refusal:
-    """Tell the first fault by its field."""
-    # A content that is neither a text nor parts fails as both: the deeper place is the one that was meant.
-    first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
-    place = [str(part) for part in first["loc"] if str(part) not in ("str", "list[_Part]")]
-    param = ".".join(part for part in place if not part.startswith("list["))
-    if first["type"] == "extra_forbidden":
-        return Refusal(400, f"{param}: is not known here", param, "unknown_parameter")
-    if place[-1:] == ["type"] and "content" in place:
-        return Refusal(400, f"{param}: only text is read here", param, "unsupported_content")
-    return Refusal(400, f"{param}: {first['msg'][0].lower()}{first['msg'][1:]}", param)
+    body = validated(_Body, object_)
+    body.check(models)
+    said = _in_turn(body.messages)
+    return CompletionRequest(
+        body.model, said, body.turn(_longest(body)), bool(body.stream), body.include_usage
+    )
 
 
 def _longest(body: _Body) -> int | None:
     if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
         raise Refusal(400, "max_tokens and max_completion_tokens: give one of them", "max_tokens")
     return body.max_completion_tokens or body.max_tokens
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    stops = tuple([stop] if isinstance(stop, str) else stop or ())
-    if len(stops) > STOPS or not all(stops):
-        raise Refusal(400, f"stop: up to {STOPS} texts that are not empty", "stop")
-    return stops
 
 
 def _in_turn(messages: Sequence[_Message]) -> tuple[Said, ...]:
@@ -266,38 +218,3 @@ def question_of(messages: Sequence[Said]) -> str:
         return last.text
     told = "\n\n".join(f"{said.role.capitalize()}: {said.text}" for said in earlier)
     return f"{told}\n\n{Role.USER.capitalize()}: {last.text}"
-
-
-# ----------------------------------------------------------------------------------------- answers
-
-
-def chunk(
-    of: CompletionRequest,
-    model: str,
-    delta: dict[str, str] | None,
-    finish: str | None = None,
-    usage: dict[str, int] | None = None,
-    mpcache: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return one object of a stream. delta: None in the one that has usage alone."""
-    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
-    head = {"id": of.id, "object": "chat.completion.chunk", "created": of.created, "model": model}
-    more: dict[str, Any] = {"usage": usage} if of.include_usage else {}
-    return head | {"choices": choices} | more | ({} if mpcache is None else {"mpcache": mpcache})
-
-
-def completion(
-    of: CompletionRequest, model: str, text: str, end: AnswerEnd, mpcache: dict[str, Any]
-) -> dict[str, Any]:
-    """Return a whole answer."""
-    message = {"role": Role.ASSISTANT, "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": end.finish, "logprobs": None}
-    return {
-        "id": of.id,
-        "object": "chat.completion",
-        "created": of.created,
-        "model": model,
-        "choices": [choice],
-        "usage": end.usage(),
-        "mpcache": mpcache,
-    }

@@ -1,7 +1,7 @@
 """Keep open conversations, and give each request the one that it continues; who comes first is served first.
 
-A request is told by what it says, not by a name: it continues the conversation whose messages its own begin
-with. All of this runs in one event loop; what blocks has threads of its own.
+A request is told by what it says, not by a name: it continues the conversation with its model whose messages
+its own begin with. All of this runs in one event loop; what blocks has threads of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from threading import Thread
 from time import monotonic
 from typing import TypeVar
 
-from mpcache_parties.endpoint.chat_like import ChatLike, OpenChat
+from mpcache_parties.endpoint.chat_like import ChatLike, Models
 from mpcache_parties.endpoint.completions import Said
 from mpcache_parties.endpoint.refusals import Refusal
 from mpcache_parties.say import Say
@@ -57,10 +57,12 @@ def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
 class OpenConversation:
     """A session and what was said in it.
 
-    cut: the last answer was left in the middle, so its caller may have heard less of it.
+    model: the public name of what it asks.  cut: the last answer was left in the middle, so its caller may
+    have heard less of it.
     """
 
     chat: ChatLike
+    model: str
     id: str = field(default_factory=lambda: secrets.token_hex(6))
     said: tuple[Said, ...] = ()
     cut: bool = False
@@ -68,12 +70,14 @@ class OpenConversation:
     used_at: float = 0.0
     expiry: asyncio.TimerHandle | None = None
 
-    def begins(self, messages: Sequence[Said]) -> bool:
-        """Return whether these messages go on where this conversation is."""
+    def begins(self, model: str, messages: Sequence[Said]) -> bool:
+        """Return whether these messages to a model go on where this conversation is."""
         last = len(self.said) - 1
         pairs = enumerate(zip(self.said, messages, strict=False))
-        return len(messages) > len(self.said) and all(
-            _same(ours, theirs, cut=self.cut and number == last) for number, (ours, theirs) in pairs
+        return (
+            model == self.model
+            and len(messages) > len(self.said)
+            and all(_same(ours, theirs, cut=self.cut and number == last) for number, (ours, theirs) in pairs)
         )
 
 
@@ -86,8 +90,9 @@ def _same(ours: Said, theirs: Said, cut: bool) -> bool:
 
 @dataclass(eq=False)
 class SessionOpening:
-    """A session that is being set up. progress: how far, in words."""
+    """A session with a model that is being set up. progress: how far, in words."""
 
+    model: str
     progress: str = "opening a private session"
 
 
@@ -98,6 +103,7 @@ class Waiter:
     place: 1 is next; 0 is having one set up.  progress: how far that is, in words.
     """
 
+    model: str
     messages: tuple[Said, ...]
     given: asyncio.Future[OpenConversation]
     place: int = 0
@@ -111,10 +117,10 @@ class ConversationPool:
     idle_s: after which a conversation that nobody continues is closed.
     """
 
-    def __init__(self, open_chat: OpenChat, limit: int, queue: int, idle_s: float, say: Say) -> None:
+    def __init__(self, models: Models, limit: int, queue: int, idle_s: float, say: Say) -> None:
         self.limit, self.queue = limit, queue
         self.open: list[OpenConversation] = []
-        self._open_chat, self._idle_s, self._say = open_chat, idle_s, say
+        self._models, self._idle_s, self._say = models, idle_s, say
         self._waiting: list[Waiter] = []
         self._openings: list[SessionOpening] = []
         self._closing: set[asyncio.Future[None]] = set()
@@ -126,14 +132,14 @@ class ConversationPool:
         """Requests that wait, those among them that are having a session set up."""
         return len(self._waiting)
 
-    def join(self, messages: tuple[Said, ...]) -> Waiter:
-        """Wait for the conversation that these messages continue, or for a new one.
+    def join(self, model: str, messages: tuple[Said, ...]) -> Waiter:
+        """Wait for the conversation with a model that these messages continue, or for a new one.
 
         Raises Refusal where too many wait. Who waits no longer says so by `leave`.
         """
         if self._ended is not None:
             raise Refusal(503, self._ended, code="shutting_down")
-        waiter = Waiter(messages, asyncio.get_running_loop().create_future())
+        waiter = Waiter(model, messages, asyncio.get_running_loop().create_future())
         self._waiting.append(waiter)
         self._advance()
         if waiter.place > self.queue:
@@ -191,22 +197,39 @@ class ConversationPool:
     def _advance(self) -> None:
         """Give out what is idle, and make room and sessions for those that it does not fit."""
         for waiter in [*self._waiting]:
-            if (found := self._fitting(waiter.messages)) is not None:
+            if (found := self._fitting(waiter)) is not None:
                 self._waiting.remove(waiter)
                 self._give(waiter, found)
-        while self._ended is None and len(self._openings) + len(self._closing) < len(self._waiting):
+        while self._ended is None and len(self._closing) < len(lacking := self._lacking()):
             if len(self.open) + len(self._openings) + len(self._closing) < self.limit:
-                self._start_opening()
+                self._start_opening(lacking[0].model)
             elif idle := [each for each in self.open if not each.busy]:
                 self._close(min(idle, key=lambda each: each.used_at))
             else:
                 break
-        for number, waiter in enumerate(self._waiting):
-            waiter.place = max(0, number + 1 - len(self._openings))
+        lacking = self._lacking()
+        for waiter in self._waiting:
+            waiter.place = 1 + lacking.index(waiter) if waiter in lacking else 0
 
-    def _fitting(self, messages: tuple[Said, ...]) -> OpenConversation | None:
-        """Return the idle conversation that knows most of these messages; a fresh one knows none."""
-        fitting = (each for each in self.open if not each.busy and each.begins(messages))
+    def _served(self) -> dict[Waiter, SessionOpening]:
+        """Return who waits for a session that is being set up: of each model, who came first."""
+        openings, served = [*self._openings], {}
+        for waiter in self._waiting:
+            for opening in openings:
+                if opening.model == waiter.model:
+                    served[waiter] = opening
+                    openings.remove(opening)
+                    break
+        return served
+
+    def _lacking(self) -> list[Waiter]:
+        """Return who waits and has no session set up."""
+        served = self._served()
+        return [waiter for waiter in self._waiting if waiter not in served]
+
+    def _fitting(self, waiter: Waiter) -> OpenConversation | None:
+        """Return the idle conversation that knows most of a request's messages; a fresh one knows none."""
+        fitting = (each for each in self.open if not each.busy and each.begins(waiter.model, waiter.messages))
         return max(fitting, key=lambda each: len(each.said), default=None)
 
     def _give(self, waiter: Waiter, conversation: OpenConversation) -> None:
@@ -215,8 +238,8 @@ class ConversationPool:
             conversation.expiry.cancel()
         waiter.given.set_result(conversation)
 
-    def _start_opening(self) -> None:
-        opening = SessionOpening()
+    def _start_opening(self, model: str) -> None:
+        opening = SessionOpening(model)
         self._openings.append(opening)
 
         def say(text: str) -> None:
@@ -224,7 +247,7 @@ class ConversationPool:
             show()
 
         def show() -> None:
-            for waiter, each in zip(self._waiting, self._openings, strict=False):
+            for waiter, each in self._served().items():
                 waiter.progress = each.progress
 
         loop = asyncio.get_running_loop()
@@ -232,13 +255,14 @@ class ConversationPool:
         def opened(done: asyncio.Future[ChatLike]) -> None:
             self._openings.remove(opening)
             if (error := done.exception()) is None:
-                conversation = OpenConversation(done.result())
+                conversation = OpenConversation(done.result(), model)
                 self.open.append(conversation)
                 self.give_back(conversation)  # to whoever waits first
                 return
             self._say(f"no conversation could be opened: {Refusal.of(error)}")
-            if self._waiting:
-                self._waiting.pop(0).given.set_exception(error)
+            if first := next((each for each in self._waiting if each.model == model), None):
+                self._waiting.remove(first)
+                first.given.set_exception(error)
             self._advance()
 
         def tell(text: str) -> None:
@@ -246,7 +270,7 @@ class ConversationPool:
                 loop.call_soon_threadsafe(say, text)
 
         show()
-        in_thread(lambda: self._open_chat(tell)).add_done_callback(opened)
+        in_thread(lambda: self._models[model](tell)).add_done_callback(opened)
 
     def _expire(self, conversation: OpenConversation) -> None:
         if not conversation.busy and conversation in self.open:

@@ -10,8 +10,8 @@ from pathlib import Path
 from mpcache.errors import BadInput
 from mpcache.transport.address import HostPort
 from mpcache_parties.endpoint.app import IDLE_S, QUEUE, Endpoint
-from mpcache_parties.endpoint.chat_like import OpenChat
-from mpcache_parties.endpoint.http_server import serve_endpoint
+from mpcache_parties.endpoint.chat_like import Models
+from mpcache_parties.endpoint.http_server import listen, serve_endpoint
 from mpcache_parties.operations.own_address import own_address
 from mpcache_parties.say import Say
 
@@ -50,6 +50,11 @@ class EndpointOptions:
                 )
         return place
 
+    def check_free(self) -> None:
+        """Check, and see that nobody listens there yet. Raises BadInput or PortInUse."""
+        place = self.check()
+        listen(place.host, place.port).close()
+
     def read_key(self) -> str | None:
         """Read the key, which no flag holds: everybody can see a process's flags. Raises BadInput."""
         if self.api_key is None:
@@ -60,10 +65,10 @@ class EndpointOptions:
             raise BadInput(f"{where}: a key has {SHORTEST_KEY} or more printable characters and no blanks")
         return key
 
-    def serve(self, open_chat: OpenChat, limit: int, model: str, say: Say) -> None:
+    def serve(self, models: Models, limit: int, say: Say) -> None:
         """Serve until a signal ends this process. limit: conversations. Raises BadInput or PortInUse."""
         place = self.check()
-        endpoint = Endpoint(open_chat, limit, model, self.queue, self.idle_s, say)
+        endpoint = Endpoint(models, limit, self.queue, self.idle_s, say)
         serve_endpoint(endpoint, place.host, place.port, self.read_key(), self.hosts, self.origins)
 
 

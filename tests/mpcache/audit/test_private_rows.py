@@ -10,7 +10,7 @@ import pytest
 
 from mpcache.audit.audit_shapes import lengths_of
 from mpcache.audit.explain_document import explain_document, explained_document
-from mpcache.audit.exports import flat
+from mpcache.audit.exports import flattened
 from mpcache.audit.private_rows import price_document
 from mpcache.cli import main
 from mpcache.errors import BadInput
@@ -72,7 +72,7 @@ def test_every_table_goes_through_one_writer() -> None:
         assert lines[0].startswith("**") and any(line.startswith("|---") for line in lines)
     parts = [line for line in run(*private, "--format", "markdown").stdout.splitlines() if "| h2o" in line]
     assert [line.split(" | ")[4] for line in parts] == ["reading", "eviction", "token, all", "token, kept"]
-    assert flat({"a": {"b": {"c": 1}}, "d": [2], "e": 3}) == {"a_b_c": 1, "e": 3}
+    assert flattened({"a": {"b": {"c": 1}}, "d": [2], "e": 3}) == {"a_b_c": 1, "e": 3}
 
 
 def test_the_command_prints_rows_and_refuses_what_is_no_length(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpcache.model import Model
+from tests.support.chat_templates import KINDS
 from tests.support.processes import Run
 from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import make
@@ -31,7 +32,7 @@ def rows(run: Run, *arguments: Any) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def test_a_model_that_can_run_is_described_whole(document: Path, tmp_path: Path, run_here: Run) -> None:
-    template = "{{ messages }}"
+    template = KINDS["chatml"].source
     file = write_gguf(make("llama-gqa"), tmp_path / "tiny.gguf", tokenizer__chat_template=template)
     code, found = rows(run_here, "--model", file, "--context", document, *SETTINGS)
     assert code == 0 and all(row["ok"] for row in found.values())
@@ -44,6 +45,29 @@ def test_a_model_that_can_run_is_described_whole(document: Path, tmp_path: Path,
     assert (said["end tokens"], said["chat template"]) == ("</s> (2)", "yes")
     assert "at each party" in said["memory"] and "a token" in said["time"]
     assert said["ranges"].startswith("every value of 3 tokens is within; the nearest: ")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses: Range too big"),
+        ("{{ raise_exception('not today') }}", "refuses: not today"),
+        ("{{ messages.__class__.__mro__ }}", "access to attribute '__class__' of 'list' object is unsafe"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no prompt for an answer"),
+        ("{% for %}", "cannot be used: line 1"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_in_the_way_unless_it_is_left_out(
+    source: str, says: str, tmp_path: Path, run_here: Run
+) -> None:
+    file = write_gguf(make("llama-gqa"), tmp_path / "tiny.gguf", tokenizer__chat_template=source)
+    code, found = rows(run_here, "--model", file, *SETTINGS)
+    last = found["chat template"]
+    assert code == 2 and list(found)[-1] == "chat template" and last["ok"] is False
+    assert says in last["found"] and last["found"].endswith("; use --raw, which uses no template")
+    if says.startswith("cannot"):
+        code, found = rows(run_here, "--model", file, *SETTINGS, "--raw")
+        assert code == 0 and found["chat template"]["found"] == "yes, and left out (--raw)"
 
 
 def test_a_folder_without_a_document_is_described_too(model: Model, run_here: Run) -> None:

@@ -12,11 +12,12 @@ import pytest
 from mpcache.cost.quality_file import Quality
 from mpcache.demo.documents import make_document
 from mpcache.errors import BadInput, PolicyError
-from mpcache.evaluate.chat_score import Talk, acts_between_steps, make_talk, score_talks
+from mpcache.evaluate.chat_score import Talk, acts_between_steps, greedy_tokens, make_talk, score_talks
 from mpcache.evaluate.chat_sweep import ChatSweep
 from mpcache.evaluate.chat_tasks import ALONE, CHAT_TASKS, PEOPLE
 from mpcache.evaluate.results import Results
 from mpcache.evaluate.score import EvalModel
+from mpcache.evaluate.secure_chat import confirm_talks
 from mpcache.evaluate.sweep import EvalGrid, bind_at_budget
 from mpcache.evaluate.tasks import DEPTHS, Sample, Task, TaskTurn
 from mpcache.model import demo_model_dir, load_model
@@ -152,6 +153,31 @@ def test_a_gate_by_task_leaves_out_what_the_model_cannot_do(engine: EvalModel) -
         ("compact", 3, False),
     ]
     assert "not judged: the full cache reaches 67 %" in asked.results.notes[0]
+
+
+def test_greedy_tokens_are_right_where_the_answer_is(engine: EvalModel) -> None:
+    asked = sweep(engine)
+    context, talk = next(asked.talks(IN_TURN, "after"))
+    read = engine.read(context, len(context))
+    bound = bind_at_budget(engine, "full", FULL_PERCENT, len(context))
+    assert sum(talk.chunks) == talk.spans[-1][1] - 1 and len(talk.chunks) == sum(e - b for b, e in talk.spans)
+    said = greedy_tokens(engine.session(bound, read), talk)
+    right = [mine == list(talk.ids[b:e]) for mine, (b, e) in zip(said, talk.spans, strict=True)]
+    assert [right] == score_talks(engine, bound, read, [talk])
+
+
+@pytest.mark.slow
+def test_the_parties_say_what_the_plain_engine_says(engine: EvalModel) -> None:
+    asked = sweep(engine, "compact", "oracle", samples=3, tasks=(APART,), questions=("after", "inside"))
+    asked.run(lambda text: None)
+    confirm_talks(asked, 1, "lan", lambda text: None)
+    rows = [row for row in asked.results.rows() if row["engine"] == "secure" and row["task"] == "facts"]
+    assert [(row["policy"], row["question"]) for row in rows] == [
+        ("full", "after"), ("compact", "after"), ("full", "inside"), ("compact", "inside")
+    ]  # fmt: skip
+    assert all((row["n"], row["agreement"]) == (1, 1.0) for row in rows)
+    assert rows[1]["spec"] == "compact:keep=39"
+    assert "one process" in asked.results.notes[0] and "oracle: runs in plaintext" in asked.results.notes[1]
 
 
 def test_a_document_beyond_the_model_is_refused(engine: EvalModel) -> None:

@@ -23,14 +23,14 @@ from mpcache.policy.plan import SplitPlan
 from mpcache.policy.refit import (
     LARGEST_BIAS,
     Targets,
+    chosen_targets,
     fit,
     fit_biases,
     fit_values,
     reference_queries,
-    some_rows,
     targets_of,
 )
-from mpcache.policy.scores import SCORES, SINK, score_tokens
+from mpcache.policy.scores import SCORES, SINK, best_queries, score_tokens
 from tests.support.literal_compact import best_positions, dealt, joint_counts, repeated
 from tests.support.tiny_policies import KERNELS, chunks, model, plain, prefilled, shape, tokens
 
@@ -230,15 +230,41 @@ def test_values_solve_the_ridge_regression() -> None:
 
 
 def test_of_many_queries_each_keys_best_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    targets, _ = queries_and_context(9)
-    kept = torch.tensor([2, 11])
-    assert some_rows(targets, kept) is targets
+    g = torch.Generator().manual_seed(9)
+    q, k, v = (torch.randn(m, 8, generator=g) for m in (60, 30, 30))
+    targets, kept = targets_of(q, k, v), torch.tensor([2, 11])
+    assert torch.equal(chosen_targets(q, k, v, kept, None).attention, targets.attention)
     monkeypatch.setattr("mpcache.policy.refit.ALL_ROWS", 20)
     monkeypatch.setattr("mpcache.policy.refit.RANDOM_ROWS", 5)
-    fewer = some_rows(targets, kept)
-    assert len(fewer.attention) <= 7
-    for key in kept.tolist():
-        assert fewer.attention[:, key].max() == targets.attention[:, key].max()
+    for best in (None, targets.attention.argmax(0)):
+        fewer = chosen_targets(q, k, v, kept, best)
+        assert len(fewer.attention) <= 7
+        for key in kept.tolist():
+            assert fewer.attention[:, key].max() == pytest.approx(float(targets.attention[:, key].max()))
+
+
+def test_the_query_that_looks_most_is_known_by_the_rows_of_the_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a context is read again in several chunks."""
+    s, ids = shape(), tokens(20)
+    monkeypatch.setattr("mpcache.model.reread.CHUNK", 9)
+    known = prefill(model(s), ids)
+    assert best_queries(known, 0, "kvzip") is None
+    SCORES["kvzip"].of(known, 0, KERNELS, 0)
+    best, parts = best_queries(known, 0, "kvzip"), reread(known)
+    assert best is not None and best_queries(known, 0, "kvzip+") is None and len(parts) > 1
+    assert best_queries(known, 0, "rms") is None
+    for head in range(s.kv_heads):
+        q, before = reference_queries(parts, 0, head, s.kv_heads), 0
+        for part in parts:
+            own, n = part.k[0][head], part.q[0].shape[1]
+            keys = torch.cat([known.k[0][head, :4], known.k[0][head, part.begin : part.end], own])
+            scores = q[before : before + s.group * n] @ keys.T
+            later = torch.ones(n, n).triu_(1).repeat(s.group, 1).bool()
+            scores[:, -n:] = scores[:, -n:].masked_fill(later, -torch.inf)
+            most = scores.softmax(-1)[:, 4 : 4 + part.end - part.begin].argmax(0) + before
+            assert torch.equal(best[head, part.begin : part.end], most)
+            before += len(scores)
+        assert before == len(q)
 
 
 def test_heads_that_keep_most_of_theirs_are_not_fitted() -> None:

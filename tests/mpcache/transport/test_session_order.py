@@ -285,4 +285,4 @@ def test_hello_takes_part_in_the_order() -> None:
         client.send_hello(Hello(PROTOCOL_VERSION, Rank.CLIENT, "00", {}))
         client._post(next(split_message(0, "decode1/a", [torch.zeros(1)])))
         server.recv_hello()
-        assert server._order.place == Place(1, State.DECODE, 1)
+        assert server.order.place == Place(1, State.DECODE, 1)

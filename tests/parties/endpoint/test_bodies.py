@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from mpcache_parties.endpoint.completions import (
     read_request,
 )
 from mpcache_parties.endpoint.refusals import Refusal
+from mpcache_parties.endpoint.text_completions import read_text_request
 from tests.fuzz.mutate import damaged, replaced
 
 USER: dict[str, Any] = {"role": "user", "content": "hello"}
@@ -25,7 +27,7 @@ SYSTEM: dict[str, Any] = {"role": "system", "content": "Be brief."}
 
 
 def read(**fields: Any) -> CompletionRequest:
-    return read_request(json.dumps({"model": "demo", "messages": [USER], **fields}).encode(), "demo")
+    return read_request(json.dumps({"model": "demo", "messages": [USER], **fields}).encode(), ["demo"])
 
 
 def test_a_plain_body_asks_greedily_for_all_there_may_be() -> None:
@@ -98,6 +100,28 @@ def test_what_cannot_be_done_is_refused_by_its_field(fields: dict[str, Any], par
     assert refused.value.to_dict()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [5, 6]}, "prompt"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 2}, "best_of"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"suffix": "."}, "suffix"),
+        ({"messages": [USER]}, "messages"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_what_cannot_be_done_for_a_text_is_refused_by_its_field(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        read_text_request(json.dumps({"model": "demo", "prompt": "hello", **fields}).encode(), "demo")
+    assert (refused.value.status, refused.value.param) == (400, param)
+
+
 def test_parts_of_text_and_system_messages_become_one_question() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     developer = {"role": "developer", "content": "In English."}
@@ -122,17 +146,25 @@ BODIES = [
 ]
 
 
+TEXTS = [{"model": "demo", "prompt": ["x"], "echo": False, "stream": True, "stop": ["x"], "seed": 5}]
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_any_body_is_read_or_refused(seed: int) -> None:
+@pytest.mark.parametrize(
+    "read_body, bodies", [(read_request, BODIES), (read_text_request, TEXTS)], ids=["messages", "a text"]
+)
+def test_any_body_is_read_or_refused(
+    read_body: Callable[[bytes, str], CompletionRequest], bodies: list[Any], seed: int
+) -> None:
     """Bytes that differ from a body's, and values of every kind in every place of one."""
-    draw, seeds = random.Random(seed), [json.dumps(body).encode() for body in BODIES]
+    draw, seeds = random.Random(seed), [json.dumps(body).encode() for body in bodies]
     for number in range(500):
         if number % 2:
             data = damaged(draw, draw.choice(seeds), seeds)
         else:
-            data = json.dumps(replaced(draw, draw.choice(BODIES))).encode()
+            data = json.dumps(replaced(draw, draw.choice(bodies))).encode()
         try:
-            request = read_request(data, "demo")
+            request = read_body(data, "demo")
         except Refusal as refused:
             assert refused.status in (400, 404)
             json.dumps(refused.to_dict(), allow_nan=False).encode()

@@ -17,6 +17,7 @@ from mpcache.errors import BadInput, PortInUse
 from mpcache_parties.endpoint.endpoint_options import KEY_VARIABLE, EndpointOptions
 from mpcache_parties.endpoint.http_server import listen
 from tests.support.paths import ROOT
+from tests.support.processes import Run
 
 KEY = "0123456789abcdef"
 
@@ -67,9 +68,14 @@ def test_flags_that_mean_nothing_are_refused(tmp_path: Path) -> None:
         EndpointOptions(origins=("friend.example",)).check()
 
 
-def test_a_port_in_use_is_one_line() -> None:
-    with listen("127.0.0.1", 0) as taken, pytest.raises(PortInUse, match="cannot listen there"):
-        listen("127.0.0.1", taken.getsockname()[1])
+def test_a_port_in_use_is_one_line_before_any_party_starts(run_here: Run) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse, match="cannot listen there"):
+            listen("127.0.0.1", port)
+        code, _, said = run_here("serve", "--port", port)
+    assert code == PortInUse.exit_code and said.count("\n") == 1 and "cannot listen there" in said
+    EndpointOptions(str(port)).check_free()
 
 
 @pytest.mark.slow  # starts processes that import torch

@@ -31,7 +31,7 @@ def parties() -> Iterator[LocalParties]:
 
 @pytest.fixture
 def endpoint(parties: LocalParties) -> Endpoint:
-    return Endpoint(parties.chat, limit=2, model="demo")
+    return Endpoint({"demo": parties.chat}, limit=2)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_server_that_dies_is_one_error_and_nothing_hangs(client: Any) -> None:
     settings = load_settings(None, {"public.policy": "full", "public.max_new_tokens": 24})
     with (
         LocalParties(settings, text=TEXT, at_once=1) as doomed,
-        listening(Endpoint(doomed.chat, 1, "demo")) as address,
+        listening(Endpoint({"demo": doomed.chat}, 1)) as address,
     ):
         own, heard = client.with_options(base_url=f"{address}/v1"), ""
         with pytest.raises(openai.APIError) as lost:

@@ -30,13 +30,13 @@ def script() -> Script:
 
 @pytest.fixture(scope="module")
 def address(script: Script) -> Iterator[str]:
-    with listening(Endpoint(script.open, limit=2, model="demo"), Admission(origins=(FRIEND,))) as at:
+    with listening(Endpoint({"demo": script.open}, limit=2), Admission(origins=(FRIEND,))) as at:
         yield at
 
 
 @pytest.fixture(scope="module")
 def locked(script: Script) -> Iterator[str]:
-    with listening(Endpoint(script.open, limit=2, model="demo"), Admission(key=KEY)) as at:
+    with listening(Endpoint({"demo": script.open}, limit=2), Admission(key=KEY)) as at:
         yield at
 
 
@@ -135,7 +135,7 @@ def test_a_key_opens_what_is_anybodys(locked: str) -> None:
 
 def test_what_is_not_there_is_told_in_the_same_shape(address: str) -> None:
     assert refused(call(address, "GET", "/v1/embeddings"))[0] == 404
-    assert refused(call(address, "POST", "/v1/completions", JSON, BODY))[0] == 404
+    assert refused(call(address, "POST", "/v1/responses", JSON, BODY))[0] == 404
     assert refused(call(address, "GET", "/v1/chat/completions"))[0] == 405
     assert refused(call(address, "DELETE", "/v1/models"))[0] == 405
 

@@ -14,6 +14,7 @@ import pytest
 
 from mpcache.errors import PeerTimeout
 from mpcache_parties.endpoint.app import Endpoint
+from mpcache_parties.endpoint.chat_like import models_of
 from tests.support.endpoint import listening
 from tests.support.scripted_chat import Script
 
@@ -30,7 +31,7 @@ def script() -> Script:
 
 @pytest.fixture
 def endpoint(script: Script) -> Endpoint:
-    return Endpoint(script.open, limit=2, model=MODEL, queue=1)
+    return Endpoint({MODEL: script.open}, limit=2, queue=1)
 
 
 @pytest.fixture
@@ -285,8 +286,37 @@ def test_a_full_conversation_says_so_and_the_next_request_begins_a_new_one(ask: 
     assert len(script.opened) == 2 and script.opened[0].closed
 
 
+def test_a_text_is_continued_as_a_whole_and_as_a_stream(client: Any, script: Script) -> None:
+    whole = client.completions.create(model=MODEL, prompt=["two words"], temperature=0.5, stop="zzz")
+    assert (whole.object, whole.choices[0].text) == ("text_completion", "Heard 1: two words")
+    assert (whole.choices[0].finish_reason, whole.usage.total_tokens) == ("stop", 5)
+    assert whole.mpcache["room"] == 1000 - 5 and whole.id.startswith("cmpl-")
+    (turn,) = script.opened[0].turns
+    assert (turn.max_new_tokens, turn.temperature, turn.stop) == (16, 0.5, ("zzz",))
+    chunks = list(
+        client.completions.create(
+            model=MODEL, prompt="two words", max_tokens=2, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    pieces = [c.choices[0].text for c in chunks if c.choices]
+    assert "".join(pieces) == "Heard 1: two"  # a text begins a session of its own
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_is_refused_where_a_template_frames_the_session_which_serves_others(
+    client: Any, ask: Ask, script: Script, stream: bool
+) -> None:
+    script.raw = False
+    with pytest.raises(openai.APIError, match="let the parties start with --raw"):
+        for _ in client.completions.create(model=MODEL, prompt="words", stream=stream):
+            pass
+    assert ask("words").choices[0].message.content == "Heard 1: words" and len(script.opened) == 1
+
+
 def test_an_idle_conversation_is_closed_after_a_time(script: Script) -> None:
-    endpoint = Endpoint(script.open, limit=2, model=MODEL, idle_s=0.05)
+    endpoint = Endpoint({MODEL: script.open}, limit=2, idle_s=0.05)
     with listening(endpoint) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
         messages = [{"role": "user", "content": "hello"}]
         client.chat.completions.create(model=MODEL, messages=messages)
@@ -326,9 +356,36 @@ def test_models_and_status_say_what_there_is(client: Any, ask: Ask) -> None:
     assert conversation["account"]["turns"] == 1 and not conversation["busy"]
 
 
+def test_several_documents_are_models_with_conversations_of_their_own() -> None:
+    scripts = {name: Script() for name in ("rules", "prices")}
+    models = models_of("mpcache", list(scripts), lambda name, say: scripts[name].open(say))
+    with (
+        listening(Endpoint(models, limit=1)) as at,
+        openai.OpenAI(base_url=f"{at}/v1", api_key="none", max_retries=0, timeout=20) as client,
+    ):
+        assert [each.id for each in client.models.list()] == ["mpcache@rules", "mpcache@prices"]
+
+        def say(name: str) -> Any:
+            messages = [{"role": "user", "content": f"about {name}"}]
+            return client.chat.completions.create(model=f"mpcache@{name}", messages=messages)
+
+        for name in ("rules", "prices", "prices"):  # one place: what is open for another makes room
+            assert say(name).model == f"mpcache@{name}"
+        with ThreadPoolExecutor(2) as callers:
+            assert [each.model for each in callers.map(say, scripts)] == [
+                f"mpcache@{name}" for name in scripts
+            ]
+        with pytest.raises(openai.NotFoundError, match="ask for 'mpcache@rules' or 'mpcache@prices'") as no:
+            say("none")
+    assert no.value.code == "model_not_found"
+    for name, script in scripts.items():
+        asked = {turn.text for chat in script.opened for turn in chat.turns}
+        assert asked == {f"about {name}"} and all(chat.closed for chat in script.opened)
+
+
 def test_the_end_of_the_endpoint_ends_its_streams(script: Script) -> None:
     script.pace_s = 0.05
-    with listening(Endpoint(script.open, limit=1, model=MODEL)) as address:
+    with listening(Endpoint({MODEL: script.open}, limit=1)) as address:
         running, waiting = Stream(address, "many " * 500), Stream(address, "waits")
         running.line()
         begun = time.monotonic()

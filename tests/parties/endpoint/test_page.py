@@ -41,7 +41,7 @@ def script() -> Script:
 
 @pytest.fixture
 def address(script: Script) -> Iterator[str]:
-    with listening(Endpoint(script.open, limit=1, model="demo")) as at:
+    with listening(Endpoint({"demo": script.open}, limit=1)) as at:
         yield at
         script.go.set()
 
@@ -130,8 +130,22 @@ def test_setup_and_the_place_in_the_queue_are_shown(
     assert answered(page, 1) == "Heard 1: first"
 
 
+def test_a_document_is_chosen_where_there_are_several(browser: Any, script: Script) -> None:
+    other = Script()
+    with listening(Endpoint({"demo@a": script.open, "demo@b": other.open}, 1)) as at:
+        page = browser.new_page()
+        page.goto(at)
+        assert not page.locator("#model").is_visible()
+        for name, asked in (("demo@b", other), ("demo@a", script)):
+            page.get_by_label("Model and document").select_option(name)
+            ask(page, "hello")
+            assert answered(page, 1) == "Heard 1: hello"
+            assert len(asked.opened) == 1
+        page.close()
+
+
 def test_the_key_is_asked_for_where_there_is_one(browser: Any, script: Script) -> None:
-    with listening(Endpoint(script.open, 1, "demo"), Admission(key=KEY)) as at:
+    with listening(Endpoint({"demo": script.open}, 1), Admission(key=KEY)) as at:
         page = browser.new_page()
         page.goto(at)
         ask(page, "hello")

@@ -287,6 +287,15 @@ def test_settings_that_nobody_named_are_the_packs(file: Path) -> None:
 # ------------------------------------------------------------------------------------------ several
 
 
+def test_settings_of_several_are_the_first_ones_and_the_server_gets_all(file: Path) -> None:
+    opened = OpenedPack.read_several([f"b={file}", "a=gone.pack"], None, None)
+    assert opened is not None and opened.names == ("b", "a")
+    assert opened.flags() == ["--document", f"b={file}", "--document", f"a={Path('gone.pack').absolute()}"]
+    single = OpenedPack.read_several([str(file)], None, None)
+    assert single is not None and single.names == () and single.flags() == ["--document", str(file)]
+    assert OpenedPack.read_several([], None, None) is None
+
+
 def test_a_server_opens_several_by_name(file: Path, folder: Path, model: Model) -> None:
     one = packed_documents(str(folder), [str(file)], PackLock(), PUBLIC)
     assert isinstance(one, Document) and one.length == 60 and one.tokens == []

@@ -241,6 +241,7 @@ def test_flags_that_do_not_go_together(tmp_path: Path) -> None:
     cases = {
         "--resume is said by the client": [2, "--serve", "--state", tmp_path, "--resume"],
         "--offline-store is for one session": [0, "--serve", "--offline-store", tmp_path],
+        "leave --setup-dir out": [0, "--offline-store", tmp_path, "--setup-dir", tmp_path],
         "--serve belongs to the server and the dealer": [1, "--serve", "--state", tmp_path],
     }
     with started() as children:

@@ -12,18 +12,21 @@ import pytest
 
 from mpcache.answer import plain_answer
 from mpcache.choices import ProtocolName
+from mpcache.cluster import Failure
 from mpcache.config import PublicConfig
 from mpcache.errors import MpcacheError, PolicyError, StateError
 from mpcache.limits import bind_policy
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
+from mpcache_parties.farm import Farm
 from mpcache_parties.prepare import prepare
 from mpcache_parties.private_inputs import Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, serve
 from mpcache_parties.state import sealed
 from mpcache_parties.state.tapes import SEED, TapeLink, TapeStore
+from tests.support.cluster_here import ClusterHere
 from tests.support.links import Job, Killed, context_of, free_settings, plain_ids, together
 from tests.support.processes import PARTY, SOON_S, errors_of, start, started, write_config
 
@@ -272,3 +275,72 @@ def test_processes_prepare_and_answer(folder: Path, model: Model, tokens: list[i
             else:
                 assert [child.returncode for child in children] == [0, 0], noise + other
                 assert out == model.tokenizer.decode(plain.ids) + "\n"
+
+
+# ----------------------------------------------------------------------------------- several batches
+
+
+def several(model: Model, tokens: list[int], place: Path, count: int, farm: Farm | None) -> dict[Rank, Any]:
+    owns: dict[Rank, Any] = {S: Document(model, tokens), C: QUESTION, D: None}
+    stores = {rank: None if rank is D else TapeStore(place, rank) for rank in Rank}
+
+    def job(rank: Rank) -> Job:
+        more = (count, farm) if rank is D else ()
+        return lambda links, ledger: prepare(
+            rank, SessionResources(links, ledger, PUBLIC, tapes=stores[rank]), owns[rank], *more
+        )
+
+    try:
+        return together({rank: job(rank) for rank in Rank})
+    finally:
+        for store in stores.values():
+            if store is not None:
+                store.close()
+
+
+def farm_of(spool: Path) -> Farm:
+    return Farm(ClusterHere(), spool)
+
+
+@pytest.mark.parametrize("farmed", [False, True])
+def test_each_of_several_batches_serves_one_answer(
+    model: Model, tokens: list[int], tmp_path: Path, farmed: bool
+) -> None:
+    farm = farm_of(tmp_path / "spool") if farmed else None
+    ends = several(model, tokens, tmp_path, 2, farm)
+    assert set(ends.values()) == {None}, ends
+    assert not list(tmp_path.glob("spool/*"))  # what was handed on is gone
+    expected = plain_ids(model, PUBLIC, tokens, QUESTION.text)
+    for _ in range(2):
+        assert answered(model, tokens, tmp_path)[C].token_ids == expected
+    assert all(isinstance(end, MpcacheError) for end in answered(model, tokens, tmp_path).values())
+
+
+def test_what_workers_deal_opens_for_their_dealer_alone(
+    model: Model, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another key does not open it; and the dealer ends with one line, as the others do."""
+    farm = farm_of(tmp_path / "spool")
+    read = farm._phases
+
+    def other_key(order: Any, phases: Any) -> Any:
+        farm._key = bytes(sealed.KEY_BYTES)
+        return read(order, phases)
+
+    monkeypatch.setattr(farm, "_phases", other_key)
+    ends = several(model, tokens, tmp_path, 1, farm)
+    assert isinstance(ends[D], StateError) and all(isinstance(end, MpcacheError) for end in ends.values())
+    farm.close()
+    assert not list(tmp_path.glob("spool/*"))
+
+
+def test_a_worker_that_dies_ends_the_farm_with_one_line(
+    model: Model, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ClusterHere, "stream", lambda self, *rest, **more: iter([(1, Failure("its worker died"))])
+    )
+    ends = several(model, tokens, tmp_path, 2, farm_of(tmp_path / "spool"))
+    assert str(ends[D]) == "batch 2 of 2 is lost: its worker died"
+    assert all(isinstance(ends[rank], MpcacheError) for rank in (S, C))
+    assert not TapeStore(tmp_path, S).batches({}, 0)

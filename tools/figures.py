@@ -171,11 +171,50 @@ def sizes() -> Iterator[Line]:
         yield cells(name, *map(size, amounts))
 
 
+def saved(shape: str, context: int, policy: str, network: str = "lan") -> tuple[dict[str, Any], list[str]]:
+    """Price a policy; and write how many times less of bytes, online bytes, time and context it takes."""
+    full, row = audited(
+        "--shape", shape, "--context", str(context), "--network", network, "--policy", "full",
+        "--policy", policy,
+    )  # fmt: skip
+    every = [2 * one["online_bytes_per_token"] + one["offline_bytes_per_token"] for one in (full, row)]
+    parts = [every[0] / every[1]]
+    parts += [
+        full[name] / row[name] for name in ("online_bytes_per_token", "total_ms_per_token", "context_bytes")
+    ]
+    return row, [f"{part:.2f}" for part in parts]
+
+
+def published() -> Iterator[Line]:
+    """Yield what MPCache saves of a token of Llama-2-7B, at several lengths."""
+    settings = {
+        "`mpcache:n_keep=0.3`": ("mpcache:n_keep=0.3", (512, 1024, 2048, 4096)),
+        "`mpcache` (n_keep=0.75)": ("mpcache", (512, 1024, 2048, 4096)),
+        "`mpcache:share=none`": ("mpcache:share=none", (2048,)),
+    }
+    for label, (policy, contexts) in settings.items():
+        for context in contexts:
+            row, (every, online, lan, _) = saved("llama-2-7b", context, policy)
+            wan = saved("llama-2-7b", context, policy, "wan")[1][2]
+            yield cells(f"{label}, {context}", row["attended_tokens"], every, online, lan, wan)
+
+
+def systems() -> Iterator[Line]:
+    """Yield what other systems save where their papers name a figure."""
+    for policy, name, shape, context in (
+        ("snapkv:cap=2048", "Mistral-7B", "mistral-7b", 16384),
+        ("pod:lend=keys", "Llama-3-8B", "llama-3-8b", 32768),
+        ("pod:lend=weights", "Llama-3-8B", "llama-3-8b", 32768),
+    ):
+        yield cells(f"`{policy}`, {name}, {context}", *saved(shape, context, policy)[1])
+
+
 FIGURES: Mapping[str, Mapping[str, Callable[[], Iterator[Line]]]] = {
     "README.md": {"demo": demo, "layer": layer, "models": models},
     "docs/benchmarks.md": {"lengths": lengths},
     "docs/deploy.md": {"sizing": sizes},
     "docs/limits.md": {"dealer": dealer},
+    "docs/reproducing.md": {"mpcache": published, "systems": systems},
 }
 
 

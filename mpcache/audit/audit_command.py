@@ -12,19 +12,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from mpcache.audit import measure as measuring
 from mpcache.audit.audit_shapes import contexts_of, lengths_of, shape_of, weights_of
 from mpcache.audit.cost_plot import plot_contexts, plot_cost
-from mpcache.audit.cost_tables import CostTable, breakdowns, cost_tables, measured_tables, verdict
+from mpcache.audit.cost_tables import breakdowns, cost_tables, measured_tables, verdict
 from mpcache.audit.explain_document import explain_document, explained_document
 from mpcache.audit.explain_text import explain_policy, explained_policy
-from mpcache.audit.exports import FORMATS, as_csv, csv_lines, in_form, write_csv
+from mpcache.audit.exports import FORMATS, csv_lines, print_tables, write_csv
 from mpcache.audit.option_sweep import secure_policies, sweep_options
 from mpcache.audit.page import write_page
 from mpcache.audit.priced_rows import AuditGrid, AuditRow, ask_settings, price_rows, resolved
-from mpcache.audit.private_rows import show_document
+from mpcache.audit.private_rows import price_document
+from mpcache.audit.private_tables import EXPLAINED as PRIVATE_EXPLAINED
+from mpcache.audit.private_tables import private_table
 from mpcache.audit.quality import points
 from mpcache.audit.size_tables import show_sizing
 from mpcache.audit.tuning import Tuned, tuned, tuning_tables
@@ -53,6 +56,12 @@ from mpcache.report.plots import check_plot
 from mpcache.sweeping.runner import cell_runner
 from mpcache.transport.network import NO_NETWORK, parse_network
 
+EXPLAINED = (
+    "Per generated token. kept/used: context tokens in the cache, and those a query attends to. online: "
+    "bytes sent by each computing party; offline: by the dealer, ahead. A time is the larger of two: the "
+    "modelled rounds x RTT/2 + bytes / bandwidth + computation, and the dealer's bytes / bandwidth "
+    "(dealer); ratio: that time to full's."
+)
 MEASURED_TOKENS = 7  # answered in each run of --measure: six decode steps
 
 
@@ -135,10 +144,10 @@ def audit(
             "--csv": csv, "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
             "--pad": pad,
         }  # fmt: skip
-        if extra := [name for name, given in others.items() if given]:
-            raise BadInput(f"--explain prints one plan in words and runs nothing: leave out {extra[0]}")
+        _alone(others, "--explain prints one plan in words and runs nothing: leave out {}")
     if new_tokens is None:
         new_tokens = MEASURED_TOKENS if measure else 2
+    torch.set_num_threads(1)  # all tensors are small or have no data: threads would wait for each other
     revealed = read_reveal(reveal)
     _check(by, form, {"--question": question, "--new-tokens": new_tokens, "--pad": pad})
     more = question + max(2, new_tokens)
@@ -150,13 +159,12 @@ def audit(
     if others_given:
         single = {"--explain": explain, "--measure": measure, "--report": report, "--quality": quality,
                   "--tune": tune, "--private-context": private_context, "--journal": journal}  # fmt: skip
-        if extra := [name for name, wanted in single.items() if wanted]:
-            raise BadInput(f"{extra[0]} is for one model: give one --shape")
+        _alone(single, "{} is for one model: give one --shape")
     name, model = shape_of(given)
     protocols = listed("--protocol", protocol, CHOICES)
     if private_context is not None:
         document = private_context, private_policy, network, question
-        return _price_document(name, model, document, protocols, explain, as_json)
+        return _price_document(name, model, document, protocols, explain, "json" if as_json else form)
     folder = weights_of(given) if measure else None
     contexts = contexts_of(context, given, model, more)
     networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
@@ -169,19 +177,15 @@ def audit(
     )  # fmt: skip
     if explain is not None:
         taken = resolved(grid, explain, contexts[0], protocols[0], networks[0], _note)
-        if as_json:
-            return print(json.dumps(explained_policy(model, explain, contexts[0], question, taken)))
-        return print(*explain_policy(model, explain, contexts[0], question, taken), sep="\n")
+        return _explain(model, explain, contexts[0], question, taken, as_json)
     measured = _quality(quality, tune, at_least, plot_file)
     if tune:
-        return _show_tuned(tuned(measured, grid, at_least), name, model, as_json)
+        return _show_tuned(tuned(measured, grid, at_least), name, model, "json" if as_json else form)
     for path in filter(None, (csv, report)):
         _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
     result = _result(name, grid, _priced(grid, needed, ray, journal))
-    if measured.rows:
-        _add_quality(result, measured, grid, policy, plot_file)
     stopped = None if folder is None else _measured(result, grid, folder, needed)
     results = [result]
     for other in others_given:
@@ -191,10 +195,15 @@ def audit(
     if plot_file is not None and not measured.rows:
         plot_contexts(results, plot_file)
         terminal.say(f"wrote {plot_file}")
+    if not as_json:  # before what may take long
+        _show(results, by, csv, form)
+    if measured.rows:
+        _add_quality(result, measured, grid, policy, plot_file)
     if report:
         write_page(report, result, needed)
         terminal.say(f"wrote {report}")
-    _show(results, by, csv, "json" if as_json else form)
+    if as_json:
+        _show(results, by, csv, "json")
     if stopped is not None:
         raise stopped
 
@@ -205,6 +214,21 @@ def _priced(grid: AuditGrid, by: str | None, ray: str | None, journal: Path | No
         rows = price_rows(grid, by, None, _note, runner)
         runner.check()
         return rows
+
+
+def _alone(others: Mapping[str, Any], words: str) -> None:
+    """Refuse flags that do not go with another one. Raises BadInput."""
+    if extra := [name for name, given in others.items() if given]:
+        raise BadInput(words.format(extra[0]))
+
+
+def _explain(shape: ModelShape, spec: str, context: int, question: int, protocol: str, as_json: bool) -> None:
+    """Print a plan in words, or as data. Raises PolicyError."""
+    asked = shape, spec, context, question, protocol
+    if as_json:
+        print(json.dumps(explained_policy(*asked)))
+    else:
+        print(*explain_policy(*asked), sep="\n")
 
 
 def _check(by: str | None, form: str, lengths: Mapping[str, int | None]) -> None:
@@ -229,13 +253,13 @@ def _quality(file: Path | None, tune: bool, at_least: float, plot_file: Path | N
     return Quality([]) if file is None else read_quality(file)
 
 
-def _show_tuned(choices: list[Tuned], name: str, model: ModelShape, as_json: bool) -> None:
+def _show_tuned(choices: list[Tuned], name: str, model: ModelShape, form: str) -> None:
     """Print what --tune has weighed and picked."""
-    if as_json:
+    if form == "json":
         print(json.dumps({"shape": name, "model": model.to_dict(), "tuned": choices}))
         return
-    for table in tuning_tables(choices):
-        terminal.print_table(terminal.stdout(), table)
+    rows = [{"shape": name, **choice, **each} for choice in choices for each in choice["weighed"]]
+    print_tables(list(tuning_tables(choices)), rows, form, "")
 
 
 def _add_quality(
@@ -253,7 +277,12 @@ def _add_quality(
     if other is not None:
         _note(f"the accuracy is that of {other}, the cost that of {name}")
     wanted = [row for row in measured.rows if not policy or row["policy"] in ("full", *policy)]
-    result["quality_points"] = points(wanted, grid, _note, other)
+    notes: list[str] = []
+    with terminal.progress("prices beside quality ...") as (say, _):
+        result["quality_points"] = points(wanted, grid, notes.append, other, say)
+    if notes:
+        more = f", and {len(notes) - 1} more like it" if len(notes) > 1 else ""
+        _note(f"{notes[0]}{more}")
     if plot_file is not None and result["quality_points"]:
         plot_cost(result["quality_points"], plot_file, measured.by_question)
         terminal.say(f"wrote {plot_file}")
@@ -261,7 +290,7 @@ def _add_quality(
 
 def _price_document(
     name: str, model: ModelShape, asked: tuple[str, list[str] | None, str, int], protocols: list[str],
-    explain: str | None, as_json: bool,
+    explain: str | None, form: str,
 ) -> None:  # fmt: skip
     """Price, or explain, a document of the client's own. asked: its lengths, policies, networks, question."""
     lengths, policies, network, question = asked
@@ -271,11 +300,13 @@ def _price_document(
     if explain is None:
         networks = [parse_network(text) or NO_NETWORK for text in listed("--network", network)]
         policies = policies or ["full", "mpcache:n_keep=0.25"]
-        show_document(model, name, tokens, policies, protocols, networks, question, as_json)
-        return
+        rows = list(price_document(model, tokens, policies, protocols, networks, question))
+        if form == "json":
+            return print(json.dumps({"shape": name, "model": model.to_dict(), "private_rows": rows}))
+        return print_tables([private_table(name, rows)], rows, form, PRIVATE_EXPLAINED)
     if len(tokens) > 1 or len(protocols) > 1:
         raise BadInput("--explain prints one plan: give one --protocol and one --private-context")
-    if as_json:
+    if form == "json":
         return print(json.dumps(explained_document(model, explain, tokens[0], question, protocols[0])))
     print(*explain_document(model, explain, tokens[0], question, protocols[0]), sep="\n")
 
@@ -331,40 +362,21 @@ def _show(results: Sequence[dict[str, Any]], by: str | None, csv: Path | None, f
     tables = [
         table for each in results for table in cost_tables(each["rows"], each["shape"] if named else "")
     ]
-    match form:
-        case "json":
-            print(json.dumps(results[0] if len(results) == 1 else {"audits": results}))
-        case "csv":
-            print(as_csv(lines), end="")
-        case "markdown" | "latex":
-            print(in_form(tables, form))
-        case _:
-            _show_tables(results, tables, by)
+    for each in results if by else ():
+        tables += breakdowns(each["rows"], by or "")
+    if form == "json":
+        print(json.dumps(results[0] if len(results) == 1 else {"audits": results}))
+    else:
+        print_tables(tables, lines, form, EXPLAINED)
+        _show_measured(results, form)
     if csv:
         terminal.say(f"wrote {csv}")
 
 
-def _show_tables(results: Sequence[Mapping[str, Any]], tables: Sequence[CostTable], by: str | None) -> None:
-    out = terminal.stdout()
-    for table in tables:
-        terminal.print_table(out, table.for_people())
-    for result in results if by else ():
-        for broken_down in breakdowns(result["rows"], by or ""):
-            terminal.print_table(out, broken_down)
-    out.print(
-        "Per generated token. kept/used: context tokens in the cache, and those a query attends to. online: "
-        "bytes sent by each computing party; offline: by the dealer, ahead. A time is the larger of two: the "
-        "modelled rounds x RTT/2 + bytes / bandwidth + computation, and the dealer's bytes / bandwidth "
-        "(dealer); ratio: that time to full's.",
-        style="dim",
-    )
+def _show_measured(results: Sequence[Mapping[str, Any]], form: str) -> None:
     for result in results:
-        if "runs" in result:
-            out.print()
-            for measured in measured_tables(result["rows"]):
-                terminal.print_table(out, measured)
-            for line in verdict(result):
-                out.print(line, soft_wrap=True)
+        if "runs" in result and form != "csv":  # CSV rows hold what was measured
+            print_tables(list(measured_tables(result["rows"])), [], form, "\n".join(verdict(result)))
 
 
 def _policies(given: list[str] | None, sweeps: list[str]) -> list[str]:

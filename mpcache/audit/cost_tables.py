@@ -27,7 +27,9 @@ class CostTable:
 
     def for_people(self) -> Table:
         """Lay it out for a terminal."""
-        table = _table(self.title)
+        table = Table(
+            title=self.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
         columns = zip(self.names, self.numeric, zip(*self.lines, strict=True), strict=True)
         for i, (name, right, cells) in enumerate(columns):
             if i == 0:
@@ -78,28 +80,27 @@ def _column(name: str, values: Sequence[float], units: Sequence[Unit]) -> tuple[
     return f"{name}, {unit}", cells
 
 
-def measured_tables(rows: Sequence[AuditRow]) -> Iterator[Table]:
+def measured_tables(rows: Sequence[AuditRow]) -> Iterator[CostTable]:
     """Make a table per protocol and context: modelled and measured, a line per policy and network."""
+    names = ["policy", "network", "modelled", "measured", "diff", "p95", "first token", "rounds", "online"]
+    names.append("offline")
     for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
-        table = _table(f"context {context:,} tokens, protocol {protocol}: measured beside modelled")
-        table.add_column("policy", overflow="fold", min_width=10)
-        table.add_column("network", no_wrap=True)
-        for name in ("modelled", "measured", "diff", "p95", "first token", "rounds", "online", "offline"):
-            table.add_column(name, justify="right", no_wrap=True)
+        lines = []
         for row in group:
             modelled = row["total_ms_per_token"]
             bound = "*" if row["offline_transfer_ms"] > row["modelled_ms_per_token"] else ""
             cells = [row["policy"], row["network"], duration(modelled) + bound]
             if row["measured_ms_per_token"] is None:
-                table.add_row(*cells, "not run")
+                lines.append([*cells, "not run", *[""] * (len(names) - 4)])
                 continue
             cells += [duration(row["measured_ms_per_token"]), f"{100 * row['difference']:+.0f} %"]
             cells += [duration(row["measured_ms_p95"]), duration(row["measured_first_token_ms"])]
             for name, show in (("rounds", number), ("online_bytes", size), ("offline_bytes", size)):
                 found, exact = row[f"measured_{name}_per_token"], row[f"{name}_per_token"]
                 cells.append(show(found) + ("" if found == exact else f" not {show(exact)}"))
-            table.add_row(*cells)
-        yield table
+            lines.append(cells)
+        title = f"context {context:,} tokens, protocol {protocol}: measured beside modelled"
+        yield CostTable(title, names, [name not in ("policy", "network") for name in names], lines)
 
 
 def verdict(result: Mapping[str, Any]) -> Iterator[str]:
@@ -123,11 +124,7 @@ def verdict(result: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-
-
-def breakdowns(rows: Sequence[AuditRow], by: str) -> Iterator[Table]:
+def breakdowns(rows: Sequence[AuditRow], by: str) -> Iterator[CostTable]:
     """Show which layer or operation pays, per policy, protocol and context; the network does not matter."""
     seen = set()
     for row in rows:
@@ -135,23 +132,21 @@ def breakdowns(rows: Sequence[AuditRow], by: str) -> Iterator[Table]:
         if key in seen:
             continue
         seen.add(key)
-        table = _table(f"{row['policy']}, context {row['context_tokens']:,}, {row['protocol']}, by {by}")
-        table.add_column(by)
-        for name in ("rounds", "online", "%", "offline", "%"):
-            table.add_column(name, justify="right", no_wrap=True)
         parts = [(label(part, by), part) for part in row[PARTS[by]]]
         if by == "layer":
             parts = _alike(parts) + [("outside", row["outside_layers"])]
         totals = [max(1, row[f"{name}_bytes_per_token"]) for name in ("online", "offline")]
+        lines = []
         for name, part in parts:
             online, offline = part["online_bytes"], part["offline_bytes"]
             times = part.get("times", 1)
-            table.add_row(
+            lines.append([
                 name, number(part["rounds"]),
                 size(online), f"{100 * online * times / totals[0]:.1f}",
                 size(offline), f"{100 * offline * times / totals[1]:.1f}",
-            )  # fmt: skip
-        yield table
+            ])  # fmt: skip
+        title = f"{row['policy']}, context {row['context_tokens']:,}, {row['protocol']}, by {by}"
+        yield CostTable(title, [by, "rounds", "online", "%", "offline", "%"], [False, *[True] * 5], lines)
 
 
 def label(part: AuditRow, by: str) -> str:

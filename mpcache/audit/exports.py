@@ -11,6 +11,7 @@ from typing import Any
 
 from mpcache.audit.cost_tables import PARTS, CostTable
 from mpcache.audit.priced_rows import AuditRow
+from mpcache.console import terminal
 from mpcache.errors import BadInput
 
 FORMATS = ("table", "markdown", "latex", "csv")
@@ -30,6 +31,33 @@ def csv_lines(result: Mapping[str, Any], by: str | None) -> list[AuditRow]:
         flat = about | {k: v for k, v in row.items() if not isinstance(v, dict | list)}
         lines += [flat | part for part in row[PARTS[by]]] if by else [flat]
     return lines
+
+
+def print_tables(
+    tables: Sequence[CostTable], rows: Sequence[Mapping[str, Any]], form: str, explained: str
+) -> None:
+    """Print tables on stdout in one of FORMATS; CSV is of the rows. explained: said below, to people."""
+    if form == "csv":
+        print(as_csv([flattened(row) for row in rows]), end="")
+    elif form in ("markdown", "latex"):
+        print(in_form(tables, form))
+    else:
+        out = terminal.stdout()
+        for table in tables:
+            terminal.print_table(out, table.for_people())
+        if explained:
+            out.print(explained, style="dim")
+
+
+def flattened(row: Mapping[str, Any], before: str = "") -> AuditRow:
+    """Name what is within a row's parts by part and name, joined. Lists are left out."""
+    found: AuditRow = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{before}{name}_")
+        elif not isinstance(value, list):
+            found[before + name] = value
+    return found
 
 
 def as_csv(lines: Sequence[AuditRow]) -> str:

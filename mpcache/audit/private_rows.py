@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from itertools import product
 from typing import Any
 
-from rich.table import Table
-
 from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
-from mpcache.console import terminal
 from mpcache.cost.pricing import price
 from mpcache.cost.rates import RATES
 from mpcache.cost.reading import reading_plan
@@ -21,16 +17,9 @@ from mpcache.cost.tally import Cost, Tally, sum_tallies
 from mpcache.limits import bind_policy
 from mpcache.model import ModelShape
 from mpcache.phases import EVICTION, private_chunk
-from mpcache.report.units import duration, number, size
 from mpcache.transport.network import Profile
 
 CONTEXT = 16  # tokens of a server without a document: what frames the client's
-TITLE = "The client's own document, read and evicted on shares"
-EXPLAINED = (
-    "online: bytes sent by each computing party; offline: by the dealer. token: one of the answer, with all "
-    "of the document and with what is kept. pays from: tokens of an answer from which on the eviction costs "
-    "less than it saves, in all bytes and in modelled time."
-)
 
 
 def price_document(
@@ -104,47 +93,3 @@ def _pays(cost: float, saving: float) -> int | None:
 
 def _peak(cost: Cost) -> int:
     return cost.held + max(sum_tallies(steps.items()).working for steps in cost.phases.values())
-
-
-def show_document(
-    shape: ModelShape, name: str, tokens: Sequence[int], policies: Sequence[str], protocols: Sequence[str],
-    networks: Sequence[Profile], question: int, as_json: bool,
-) -> None:  # fmt: skip
-    """Print the rows, as a table or as JSON. Raises BadInput or PolicyError."""
-    rows = list(price_document(shape, tokens, policies, protocols, networks, question))
-    if as_json:
-        print(json.dumps({"shape": name, "model": shape.to_dict(), "private_rows": rows}))
-        return
-    out = terminal.stdout()
-    table = Table(title=f"{TITLE}: {name}", title_justify="left", title_style="bold")
-    table.add_column("private policy", overflow="fold")
-    for column in (
-        "tokens, kept",
-        "network",
-        "reading",
-        "eviction",
-        "token, all",
-        "token, kept",
-        "pays from",
-    ):
-        table.add_column(column, justify="right")
-    for row in rows:
-        evicted = row["eviction"]
-        pays = [row[f"pays_from_tokens_by_{way}"] for way in ("bytes", "time")]
-        table.add_row(
-            row["private_policy"],
-            f"{row['private_tokens']}, {row['kept_tokens']}",
-            row["network"],
-            *(_told(row["reading"]), "none" if evicted is None else _told(evicted)),
-            *(_told(row["token_with_all"]), _told(row["token"])),
-            "" if evicted is None else ", ".join("never" if n is None else str(n) for n in pays),
-        )
-    terminal.print_table(out, table)
-    out.print(EXPLAINED, style="dim")
-
-
-def _told(part: dict[str, Any]) -> str:
-    return (
-        f"{number(part['rounds'])} rounds\n{size(part['online_bytes'])} online\n"
-        f"{size(part['offline_bytes'])} offline\n{duration(part['modelled_ms'])}"
-    )

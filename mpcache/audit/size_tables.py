@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpcache.audit.cost_tables import CostTable
-from mpcache.audit.exports import in_form
-from mpcache.console import terminal
+from mpcache.audit.exports import print_tables
 from mpcache.console.inputs import listed
 from mpcache.cost.sizing import sizing
 from mpcache.engines.registry import PROTOCOLS
 from mpcache.model import ModelShape
 from mpcache.report.units import number, size
 
+EXPLAINED = (
+    "Memory is an estimate for one session, within a tenth for a model of 135 M parameters; each further "
+    "session adds the column of that name at server and client. disk: the dealer's, with --setup-dir. "
+    "first, token: what the dealer sends for a question and for a token; online: each party's, a token."
+)
 Asked = tuple[str, ModelShape, Sequence[int]]  # a model's name, its shape, contexts in tokens
 
 
@@ -33,18 +37,7 @@ def show_sizing(
     if as_json:
         print(json.dumps({"sizing": rows}))
         return
-    table = _table(rows)
-    if form in ("markdown", "latex"):
-        print(in_form([table], form))
-        return
-    out = terminal.stdout()
-    terminal.print_table(out, table.for_people())
-    out.print(
-        "Memory is an estimate for one session, within a tenth for a model of 135 M parameters; each further "
-        "session adds the column of that name at server and client. disk: the dealer's, with --setup-dir. "
-        "first, token: what the dealer sends for a question and for a token; online: each party's, a token.",
-        style="dim",
-    )
+    print_tables([_table(rows)], rows, form, EXPLAINED)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> CostTable:

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from itertools import product
 from typing import Any
 
-from rich.table import Table
-
+from mpcache.audit.cost_tables import CostTable
 from mpcache.audit.priced_rows import AuditGrid
 from mpcache.cost.planner import Situation, tune
 from mpcache.cost.quality_file import Quality
@@ -35,19 +34,17 @@ def tuned(quality: Quality, grid: AuditGrid, at_least: float) -> list[Tuned]:
     return found
 
 
-def tuning_tables(choices: Sequence[Tuned]) -> Iterator[Table]:
+def tuning_tables(choices: Sequence[Tuned]) -> Iterator[CostTable]:
     """Make a table of each choice: the settings that hold by time, then the others."""
+    names = ["policy", "of the tokens", "answers kept, at least", "in task", "n", "an answer"]
     for choice in choices:
         title = f"context {choice['context_tokens']:,} tokens, network {choice['network']}: {choice['why']}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("policy", overflow="fold", min_width=10)
-        for name in ("of the tokens", "answers kept, at least", "in task", "n", "an answer"):
-            table.add_column(name, justify="right")
+        lines = []
         for each in choice["weighed"]:
             without = "more than needed" if each["least"] >= choice["at_least"] else "not good enough"
             time = without if each["ms"] is None else duration(each["ms"])
             kept = f"{100 * each['least']:.0f} %"
-            table.add_row(
-                each["spec"], f"{each['percent']:g} %", kept, each["task"], str(each["asked"]), time
+            lines.append(
+                [each["spec"], f"{each['percent']:g} %", kept, each["task"], str(each["asked"]), time]
             )
-        yield table
+        yield CostTable(title, names, [name not in ("policy", "in task") for name in names], lines)

@@ -6,7 +6,6 @@ all (`task`): what the model cannot do with everything in view says nothing abou
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,7 +22,7 @@ from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, engine_of, ga
 from mpcache.evaluate.tasks import Task
 from mpcache.model.framing import Framing, make_framing
 from mpcache.policy.plan import FULL_PERCENT
-from mpcache.report.units import duration
+from mpcache.report.clock import Clock
 from mpcache.sweeping.journal import Outcome
 from mpcache.sweeping.runner import Batch, CellRunner
 
@@ -157,7 +156,7 @@ class ChatSweep:
         batches = [
             Batch(f"document {i}/reading {r}", names, replace(about, number=i, reading=r)) for i, r in places
         ]
-        clock, done = _Clock(len(places) * len(settings)), dict[int, list[Outcome]]()
+        clock, done = Clock(len(places) * len(settings)), dict[int, list[Outcome]]()
 
         def here(asked: ChatAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
             reading = self.document(asked.number)[asked.reading]
@@ -230,18 +229,3 @@ class ChatSweep:
             cell.judged = full.passes()
             if not cell.judged:
                 self.results.note(gated_out(full))
-
-
-class _Clock:
-    """Tells how long the rest will take, as the settings before took. Call `left` before each."""
-
-    def __init__(self, whole: int) -> None:
-        self.whole, self.begun, self.start = whole, 0, time.perf_counter()
-
-    def left(self) -> str:
-        """Say it, once there is something to go by."""
-        done, self.begun = self.begun, self.begun + 1
-        if not done:
-            return ""
-        ms = 1000 * (time.perf_counter() - self.start) / done * (self.whole - done)
-        return f", about {duration(ms)} left"

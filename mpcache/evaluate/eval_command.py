@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +55,16 @@ from mpcache.sweeping.runner import CellRunner, Work, cell_runner
 from mpcache.transport.network import NETWORKS
 
 QUESTIONS = ("inside", "after")
+ALL = "all"
+USUAL = (
+    "compact",
+    "snapkv",
+    "h2o",
+    "quest",
+    "mpcache",
+    "random",
+    "oracle",
+)  # beside full: an hour, not a day
 DOCUMENT_TOKENS = 880  # tokens of a document, where the model allows as many
 
 
@@ -68,7 +78,10 @@ def evaluate(
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="NAME[:key=value,...]; may be given several times. [all, and the default]"),
+        typer.Option(
+            help=f"NAME[:key=value,...]; may be given several times; {ALL}: each one there is. "
+            f"[{', '.join(USUAL)}, and the commands' default]"
+        ),
     ] = None,
     budget: Annotated[
         str, typer.Option(help="Context tokens that are attended to, in percent, with commas.")
@@ -124,7 +137,7 @@ def evaluate(
     public = load_settings(None, overrides).public
     questions = listed("--question", question, QUESTIONS)
     budgets = _percents(budget)
-    specs = list(dict.fromkeys(policy or [*POLICIES, PublicConfig().policy]))
+    specs = _specs(policy or [*USUAL, PublicConfig().policy])
     if plot_file is not None:
         check_plot(plot_file)
     engine = EvalModel(
@@ -160,7 +173,7 @@ def evaluate(
             take_sample(engine, each, "after", grid, 0)
         ask = lambda say, runner: run_sweep(engine, grid, report.results, say, runner)  # noqa: E731
         confirm = lambda say: confirm_privately(engine, grid, secure, public.network, report.results, say)  # noqa: E731
-    for spec in policy or ():  # of all there are, some may be left out
+    for spec in [spec for spec in policy or () if spec != ALL]:  # of all there are, some may be left out
         _check(engine, spec, grid)
 
     complete = False
@@ -235,6 +248,12 @@ class EvalReport:
         if plot_file is not None and rows:
             plot(rows, plot_file)
             terminal.say(f"wrote {plot_file}")
+
+
+def _specs(given: Sequence[str]) -> list[str]:
+    """Name each policy once, and each one there is for `all`."""
+    every = [*POLICIES, PublicConfig().policy]
+    return list(dict.fromkeys(spec for one in given for spec in (every if one == ALL else [one])))
 
 
 def _check(engine: EvalModel, spec: str, grid: EvalGrid) -> None:

@@ -24,6 +24,7 @@ from mpcache.model import ModelShape, Weights, load_model
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.policy.combined import Combined
 from mpcache.policy.plan import FULL_PERCENT
+from mpcache.report.clock import Clock
 from mpcache.sweeping.journal import Outcome
 from mpcache.sweeping.runner import Batch, CellRunner
 
@@ -187,6 +188,7 @@ def _ask(
     settings = tuple((cell.policy, cell.budget) for cell in cells)
     names = tuple(f"{spec} at {budget} %" for spec, budget in settings)
     count, done = task.samples(grid.samples), dict[int, list[Outcome]]()
+    clock = Clock(count * len(cells))
     batches = [
         Batch(
             f"{task.name}/{question}/{i}", names,
@@ -196,8 +198,10 @@ def _ask(
     ]  # fmt: skip
 
     def here(asked: SampleAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
-        say(f"sample {asked.number + 1} of {count}")
-        return asked.outcomes(engine, wanted)
+        outcomes = asked.outcomes(engine, wanted)
+        for n in wanted:
+            say(f"sample {asked.number + 1} of {count}, {names[n]}{clock.left()}")
+            yield next(outcomes)
 
     for i, outcomes in runner.run(batches, here):
         done[i] = outcomes

@@ -199,7 +199,7 @@ def test_explain_names_every_opening() -> None:
     stock = run("--explain", "full", "--context", "40", "--protocol", "stock").stdout
     assert "Escudero" not in stock and "they have no one formula" in stock
     # K^T of two KV heads, in full: what stock opens and fast does not.
-    assert "to both: masked by CrypTen: (2 x 32 x 57) of 8 B = 29,184 B" in stock
+    assert "masked by CrypTen: (2 x 32 x 57) of 8 B = 29,184 B" in stock
 
 
 # --------------------------------------------------------------------------------------------- mistakes
@@ -301,6 +301,16 @@ def test_quality_is_drawn_against_cost(tmp_path: Path) -> None:
     assert {point["policy"] for point in points} == {"snapkv", "full"}
     text = drawn.read_text()
     assert "snapkv" in text and "all, n = 7" in text and "streaming" not in text
+
+
+def test_quality_is_priced_behind_the_table_with_an_estimate(tmp_path: Path) -> None:
+    found = tmp_path / "quality.json"
+    rows = [{"policy": name, "accuracy": 0.8, "budget_percent": 20} for name in ("snapkv", "oracle")]
+    found.write_text(json.dumps({"rows": [*rows, {"policy": "full", "accuracy": 0.9}]}))
+    done = run("--context", "100,200", "--policy", "full", "--quality", str(found))
+    shown = done.output  # both streams, as they came
+    table, first = shown.index("kept/used"), shown.index("prices beside quality, setting 1 of")
+    assert table < first and re.search(r"setting 2 of \d+: full at 100 %, about \d.* left", shown)
 
 
 # ------------------------------------------------------------------------------------------- sizing

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import pytest
 
 from mpcache.audit.audit_shapes import lengths_of
-from mpcache.audit.explain_document import explain_document
+from mpcache.audit.explain_document import explain_document, explained_document
+from mpcache.audit.exports import flattened
 from mpcache.audit.private_rows import price_document
 from mpcache.cli import main
 from mpcache.errors import BadInput
 from mpcache.transport.network import NO_NETWORK, parse_network
+from tests.support.audit_command import run
 from tests.support.tiny_policies import shape
 
 LAN = parse_network("lan") or NO_NETWORK
@@ -48,6 +52,27 @@ def test_its_plan_in_words_names_what_is_opened() -> None:
         assert said in text
     whole = list(explain_document(shape(), "full", 20, 4, "fast"))
     assert "all of it stays" in whole[-1]
+    data = explained_document(shape(), "snapkv:cap=0.5,queries=4", 20, 4, "fast")
+    names = [step["step"] for step in data["steps"]]
+    assert data["plan"]["judges"] == 4 and all(f"  {name}" in text for name in names)
+    assert {o["why"] for step in data["steps"] for o in step["opened"]} >= {"rows to shuffle, masked"}
+
+
+def test_every_table_goes_through_one_writer() -> None:
+    """Of a document, of machines, of prices and of choices: CSV and Markdown alike."""
+    private = ["--private-context", "24", "--private-policy", "h2o", "--network", "none"]
+    for flags, column in (
+        (private, "reading_online_bytes"),
+        (["--sizing", "--context", "64"], "memory_bytes_dealer"),
+        (["--context", "64", "--policy", "full", "--network", "lan", "--by", "op"], "offline_bytes"),
+    ):
+        rows = list(csv.DictReader(io.StringIO(run(*flags, "--format", "csv").stdout)))
+        assert rows and sum(float(row[column]) for row in rows) > 0
+        lines = run(*flags, "--format", "markdown").stdout.splitlines()
+        assert lines[0].startswith("**") and any(line.startswith("|---") for line in lines)
+    parts = [line for line in run(*private, "--format", "markdown").stdout.splitlines() if "| h2o" in line]
+    assert [line.split(" | ")[4] for line in parts] == ["reading", "eviction", "token, all", "token, kept"]
+    assert flattened({"a": {"b": {"c": 1}}, "d": [2], "e": 3}) == {"a_b_c": 1, "e": 3}
 
 
 def test_the_command_prints_rows_and_refuses_what_is_no_length(capsys: pytest.CaptureFixture[str]) -> None:

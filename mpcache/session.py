@@ -88,7 +88,7 @@ class Session:
     """Phases of one session for one reading. `party` answers; None for the plain reading.
 
     reveal: what the client learns of a step, its "logits" or the likeliest "token" alone.
-    grid: questions and the client's document are padded to its multiples (`mpcache.padding`); 1: they are not.
+    grid: questions and the client's document are padded to its multiples (`mpcache.padding`); 1: nothing is.
     """
 
     def __init__(
@@ -111,8 +111,9 @@ class Session:
 
     @property
     def chunks(self) -> int:
-        """How many chunks were taken in: of the client's document, whose eviction counts as one; then of all
-        turns, of each its question, and its tokens but the last.
+        """How many chunks were taken in: of the client's document, its eviction as one, and of all turns.
+
+        Of a turn these are its question, and its tokens but the last.
         """
         return self._chunks
 
@@ -153,8 +154,8 @@ class Session:
     def read_document(self, plan: ReadingPlan, tokens: Sequence[int] | None) -> Iterator[int]:
         """Take in the client's document, and evict what does not stay of it; or what of that is left to do.
 
-        tokens: at the client; fewer than the plan's where its length is padded. Yields the tokens that are in,
-        after each of its phases; to be heard to the end. Raises PolicyError.
+        tokens: at the client; fewer than the plan's where its length is padded. Yields the tokens that are
+        in, after each of its phases; to be heard to the end. Raises PolicyError.
         """
         reader = self.policy if plan.eviction is None else ReadingPolicy.of(self.policy, plan.eviction)
         if self.place.turn:

@@ -9,8 +9,8 @@ They come by score. Where the session's policy forms clusters of neighbours they
 that is another compaction, by position, of those that stay.
 
 Of a document whose length is padded (`mpcache.padding`) the first tokens are padding, and how many is the
-client's secret. Its marks go with its rows: padding ranks below all tokens, so none of it takes a place that a
-token could have, and what stays of it is attended to by nobody. Tokens that stay as the document's first ones
+client's secret. Its marks go with its rows: padding ranks below all tokens, so none of it takes a place that
+a token could have, and nothing attends to what stays of it. Tokens that stay as the document's first ones
 do so by rank.
 """
 
@@ -225,7 +225,7 @@ class _Eviction:
         layer.v = ops.cat_operands([layer.v[:, :before], *new[1:], layer.v[:, before + n :]], 1)
 
     def _by_kv_head(self, marks: Value) -> Value:
-        """Marks (n,) as `LayerCache.seen` has them."""
+        """Repeat marks (n,) as `LayerCache.seen` has them."""
         return marks.expand(self.shape.kv_heads, 1, marks.shape[0])
 
 

@@ -54,8 +54,9 @@ class Checkpointer:
     """Keeps one session at one party; without a store it keeps nothing.
 
     A new session: `begin` after the context, `document` after each chunk of the client's document, `token`
-    after each chunk of a turn, `end`. A resumed one: `meet`, then what is left of these. identity: what a resumed session must have in common with the first run,
-    by name; texts and files as digests. keep: how many steps stay on disk.
+    after each chunk of a turn, `end`. A resumed one: `meet`, then what is left of these. identity: what a
+    resumed session must have in common with the first run, by name; texts and files as digests. keep: how
+    many steps stay on disk.
 
     serving: of a party that serves so many sessions at once. `heard` tells it what to do with this one,
     and when a new one begins at most so many suspended ones stay. patience: how long `meet` waits for a

@@ -11,7 +11,7 @@ import torch
 from mpcache.engines.plain import PlainOps
 from mpcache.errors import PolicyError
 from mpcache.model.prefill import prefill
-from mpcache.ops import AnyEngine
+from mpcache.ops import AnyEngine, as_tensor
 from mpcache.policy import POLICIES, ReadingPlan, parse_policy
 from mpcache.policy.on_shares import ReadingPolicy
 from mpcache.policy.plan import SharedEviction
@@ -115,10 +115,10 @@ def rows_of(session: Session) -> list[list[torch.Tensor]]:
     found = []
     for i in range(SHAPE.layers):
         layer = session.cache.whole(i)
-        both = torch.cat([layer.k, layer.v], -1)
+        both = torch.cat([as_tensor(layer.k), as_tensor(layer.v)], -1)
         marks = torch.ones(both.shape[:2])
         if layer.seen is not None:
-            marks[:, CONTEXT:] = layer.seen[:, 0]
+            marks[:, CONTEXT:] = as_tensor(layer.seen)[:, 0]
         heads = [head[mark == 1] for head, mark in zip(both, marks, strict=True)]
         found.append([head[head[:, 0].argsort()] for head in heads])
     return found
@@ -160,8 +160,9 @@ def test_a_padded_document_is_evicted_on_shares_as_in_plaintext(name: str) -> No
     for i, (server, client) in enumerate(zip(played.server, played.client, strict=True)):
         (ours, mine), (theirs, yours) = server, client
         layer = plain.cache.whole(i)
-        assert torch.equal(mine.data + yours.data, layer.seen.long())
-        assert (value_of(ours, theirs) - layer.k).abs().max() < 0.01
+        assert layer.seen is not None
+        assert torch.equal(mine.data + yours.data, as_tensor(layer.seen).long())
+        assert (value_of(ours, theirs) - as_tensor(layer.k)).abs().max() < 0.01
 
 
 # ----------------------------------------------------------------------------------- clusters behind it
@@ -190,7 +191,8 @@ def keys_and_means(session: Session) -> list[Any]:
 
 def value_of(ours: MaskedOperand, theirs: MaskedOperand) -> torch.Tensor:
     raw = ours.public + ours.mask + theirs.mask
-    return ((raw << (64 - ours.ring)) >> (64 - ours.ring)).double() / 2**ours.bits
+    value: torch.Tensor = ((raw << (64 - ours.ring)) >> (64 - ours.ring)).double() / 2**ours.bits
+    return value
 
 
 @pytest.mark.parametrize(

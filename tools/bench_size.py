@@ -1,12 +1,14 @@
-"""Measure a private answer of a model of SmolLM2-135M's size: the table of docs/benchmarks.md.
+"""Measure a private answer of a model of SmolLM2-135M's size: the tables of docs/benchmarks.md.
 
     python tools/bench_size.py [--context 99] [--question 14] [--tokens 6] [--model DIR] [--layers 30]
                                [--checkout DIR ...]
+    python tools/bench_size.py --private 128,512 [--private-policy SPEC ...]
 
 Without --model the weights are random and made on the fly, so that nothing is downloaded; the plaintext
 answer is measured beside, in the same run. --context 0: no document. Prints a Markdown row for this state,
 and for each other checkout of this project: latencies, their ratio, bytes of a token, and each party's CPU
-seconds and largest resident memory, set-up included. Linux, as it reads /proc.
+seconds and largest resident memory, set-up included. With --private a row for each length of a document of the
+client's own and each rule by which it is evicted. Linux, as it reads /proc.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,13 @@ HEAD = (
     "| state | context | question | plaintext ms/token | private ms/token | ratio | first token, s "
     "| set-up, s | online, dealer's MB/token | CPU s, server, client, dealer | memory GB, the same |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+PRIVATE_HEAD = (
+    "| own tokens, kept | chunks | reading, plaintext s | private s | ratio | rounds | online, dealer's MB "
+    "| eviction, s | rounds | online, dealer's MB | token, plaintext ms | private ms | ratio "
+    "| online, dealer's MB | same tokens | CPU s, server, client, dealer | memory GB, the same |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -113,18 +123,24 @@ def program_of(checkout: Path | None) -> list[str]:
     return ["-m", "mpcache"]
 
 
-def measure(model: Path, given: argparse.Namespace, checkout: Path | None) -> str:
-    """Run one answer, and return its row."""
+def answer(
+    model: Path, given: argparse.Namespace, checkout: Path | None, texts: dict[str, int], *flags: str
+) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
+    """Run one answer; return its account, and each party's CPU seconds and memory in GB.
+
+    texts: flags that name a document, with its tokens.
+    """
     tokenizer = load_tokenizer(model)
     peak: dict[str, float] = {}
     cpu: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        document, out = Path(folder) / "document.txt", Path(folder) / "out.json"
-        command = [sys.executable, *program_of(checkout), "generate", "--json", "--no-stop-at-eos"]
+        out = Path(folder) / "out.json"
+        command = [sys.executable, *program_of(checkout), "generate", "--json", "--no-stop-at-eos", *flags]
         command += ["--model", str(model), "--policy", given.policy]
-        if given.context:
-            document.write_text(text_of(tokenizer, given.context), encoding="utf-8")
-            command += ["--context", str(document)]
+        for flag, tokens in texts.items():
+            document = Path(folder) / f"{flag.strip('-')}.txt"
+            document.write_text(text_of(tokenizer, tokens), encoding="utf-8")
+            command += [flag, str(document)]
         command += ["--question", text_of(tokenizer, given.question), "--max-new-tokens", str(given.tokens)]
         with out.open("w") as file:
             process = subprocess.Popen(
@@ -133,7 +149,40 @@ def measure(model: Path, given: argparse.Namespace, checkout: Path | None) -> st
             watch(process, peak, cpu)
         if process.returncode:
             raise SystemExit(f"bench_size: `mpcache generate` ended with {process.returncode}")
-        found = json.loads(out.read_text())
+        return json.loads(out.read_text()), cpu, peak
+
+
+def measure_private(model: Path, given: argparse.Namespace, tokens: int, rule: str) -> str:
+    """Run one answer about a document of the client's own, and return its row."""
+    found, cpu, peak = answer(model, given, None, {"--private-context": tokens}, "--private-policy", rule)
+    private, plain, own = found["private"], found["plaintext"], found["client_document"]
+    reading, eviction = own["reading"], own["eviction"]
+    token, plain_token = private["ms_per_token_median"], plain["ms_per_token_median"]
+    same = sum(a == b for a, b in zip(found["token_ids"], found["plaintext_token_ids"], strict=True))
+
+    def sizes(part: dict[str, Any], more: str = "") -> str:
+        return f"{part[f'online_bytes{more}'] / 1e6:.2f}, {part[f'offline_bytes{more}'] / 1e6:.1f}"
+
+    evicted = (
+        "| | "
+        if eviction is None
+        else (f"{eviction['ms'] / 1e3:.1f} | {eviction['rounds']} | {sizes(eviction)}")
+    )
+    return (
+        f"| {own['tokens']}, {own['kept']} | {own['chunks']} | {plain['prefill_ms'] / 1e3:.2f} "
+        f"| {reading['ms'] / 1e3:.1f} | {reading['ms'] / plain['prefill_ms']:.0f} "
+        f"| {reading['rounds']} | {sizes(reading)} | {evicted} "
+        f"| {plain_token:.0f} | {token:.0f} | {token / plain_token:.1f} | {sizes(private, '_per_token')} "
+        f"| {same} of {len(found['token_ids'])} "
+        f"| {', '.join(f'{cpu[name]:.1f}' for name in PARTIES)} "
+        f"| {', '.join(f'{peak[name]:.1f}' for name in PARTIES)} |"
+    )
+
+
+def measure(model: Path, given: argparse.Namespace, checkout: Path | None) -> str:
+    """Run one answer, and return its row."""
+    texts = {"--context": given.context} if given.context else {}
+    found, cpu, peak = answer(model, given, checkout, texts)
     private, plain = found["private"], found["plaintext"]
     ratio = private["ms_per_token_median"] / plain["ms_per_token_median"]
     return (
@@ -156,15 +205,23 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=6)
     arguments.add_argument("--layers", type=int, default=30)
     arguments.add_argument("--policy", default="full")
+    arguments.add_argument("--private", help="tokens of a document of the client's own, as in 128,512")
+    arguments.add_argument("--private-policy", action="append", help="[full, mpcache:n_keep=0.25]")
     arguments.add_argument("--checkout", type=Path, action="append", default=[])
     given = arguments.parse_args()
-    print(HEAD, flush=True)
+    print(PRIVATE_HEAD if given.private else HEAD, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         model = given.model
         if model is None:
             make_model(model := Path(folder), given.layers)
+        model = model.resolve()
+        if given.private:
+            rules = given.private_policy or ["full", "mpcache:n_keep=0.25"]
+            for tokens, rule in product(map(int, given.private.split(",")), rules):
+                print(measure_private(model, given, tokens, rule), flush=True)
+            return
         for checkout in (None, *given.checkout):
-            print(measure(model.resolve(), given, checkout), flush=True)
+            print(measure(model, given, checkout), flush=True)
 
 
 if __name__ == "__main__":

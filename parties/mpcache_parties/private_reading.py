@@ -31,8 +31,10 @@ def read_private(
     with nullcontext() if resources.checkpointer.store is None else token_by_token():
         for done in session.read_document(facts.reading, mine):
             if session.in_range is False:
+                number = session.place.step
+                where = f"chunk {number} of" if number <= len(chunks) else "the eviction of"
                 raise OutOfRange(
-                    "client: a value left its range while the client's document was read: answers about it "
+                    f"client: a value left its range in {where} the client's document: answers about it "
                     "would be wrong; use another model (docs/ranges.md)"
                 )
             resources.checkpointer.document(session, resources.ledger)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.support.service import DOCUMENT, QUESTIONS, TOKENS, Service, serving
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 OWN = "the gate of the city was shut and the guard has it"
-RULE = {"private_policy": "snapkv:cap=0.5,queries=4", "document_chunk": 8}
+RULE: dict[str, Any] = {"private_policy": "snapkv:cap=0.5,queries=4", "document_chunk": 8}
 
 
 def expected(model: Model, service: Service) -> str:

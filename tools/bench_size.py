@@ -7,8 +7,8 @@
 Without --model the weights are random and made on the fly, so that nothing is downloaded; the plaintext
 answer is measured beside, in the same run. --context 0: no document. Prints a Markdown row for this state,
 and for each other checkout of this project: latencies, their ratio, bytes of a token, and each party's CPU
-seconds and largest resident memory, set-up included. With --private a row for each length of a document of the
-client's own and each rule by which it is evicted. Linux, as it reads /proc.
+seconds and largest resident memory, set-up included. With --private a row for each length of a document of
+the client's own and each rule by which it is evicted. Linux, as it reads /proc.
 """
 
 from __future__ import annotations

@@ -22,12 +22,16 @@ class LayerCache:
     """One layer. k, v: operands (KV, n, d), each row masked once, when it came in.
 
     bias: (KV, 1, kept), added to the scores of the kept context; None: nothing is.
+    seen: marks (KV, 1, kept) of what stays of the client's document, 0 for padding; None: see `Cache.seen`.
+    paid: while that document is read, what its tokens are worth, (A, tokens) (`policy.on_shares`).
     """
 
     k: Operand
     v: Operand
     memory: Any = None
     bias: Value | None = None
+    seen: Value | None = None
+    paid: Value | None = None
 
     def append(self, ops: Ops, k: Value, v: Value) -> Program[None]:
         """Add k, v (KV, m, d), as `Cache.append` says."""
@@ -54,7 +58,7 @@ class SplitLayer:
 class Cache:
     """All layers, and the position of the next token. context: tokens before eviction and the first turn.
 
-    seen: marks (length,) of the tokens after the context, 0 for padding; None where questions are not padded.
+    seen: marks (tokens,) of those after the kept context, 0 for padding; None where questions are not padded.
     padding: how many these are, where that is known; 0 elsewhere.
     """
 

@@ -86,15 +86,7 @@ def step(
     With reveal "token" it learns the number (1,) of the likeliest token instead. It also learns whether all
     values of the step were in their ranges (1,): None where an engine does not look.
     """
-    one_hots = chunk.one_hots if isinstance(chunk, PaddedChunk) else chunk
-    positions, turns = cache.advance(one_hots.shape[0]), None
-    embedding = at("embed", embed(ops, model, one_hots, positions))
-    if isinstance(chunk, PaddedChunk):
-        cache.mark(ops, chunk.seen)
-        embedded, turns = yield from together(embedding, at("turn", ops.prepare(chunk.turns)))
-    else:
-        embedded = yield from embedding
-    stream = Stream(None, embedded)
+    stream, positions, turns = yield from take_in(ops, model, cache, chunk)
     for i, layer in enumerate(model.layers):
         program = block(ops, model.shape, layer, cache, i, policy, stream, positions, turns)
         stream = yield from at(f"layer{i}", program)
@@ -116,22 +108,35 @@ def step(
 
 
 def read(
-    ops: Ops, model: Operands, cache: Cache, policy: BoundPolicy, one_hots: Value, last: bool
+    ops: Ops, model: Operands, cache: Cache, policy: BoundPolicy, chunk: Value | PaddedChunk
 ) -> Program[torch.Tensor | None]:
     """Take (m, vocab) one-hot tokens of the client's document into the cache, and reveal nothing of them.
 
-    Of the last layer only what the cache and the policy need is computed. last: it is the document's last
-    chunk; then the client learns whether all values of the document were in their ranges (1,), as in `step`.
+    Of the last layer only what the cache and the policy need is computed. The client learns whether all
+    values of the chunk were in their ranges (1,), as in `step`.
     """
-    positions = cache.advance(one_hots.shape[0])
-    stream = Stream(None, (yield from at("embed", embed(ops, model, one_hots, positions))))
+    stream, positions, turns = yield from take_in(ops, model, cache, chunk)
     *inner, top = enumerate(model.layers)
     for i, layer in inner:
-        program = block(ops, model.shape, layer, cache, i, policy, stream, positions, None)
+        program = block(ops, model.shape, layer, cache, i, policy, stream, positions, turns)
         stream = yield from at(f"layer{i}", program)
     i, layer = top
-    yield from at(f"layer{i}", fill(ops, model.shape, layer, cache, i, policy, stream, positions))
-    return (yield from at("guard", range_verdict(ops))) if last else None
+    yield from at(f"layer{i}", fill(ops, model.shape, layer, cache, i, policy, stream, positions, turns))
+    return (yield from at("guard", range_verdict(ops)))
+
+
+def take_in(
+    ops: Ops, model: Operands, cache: Cache, chunk: Value | PaddedChunk
+) -> Program[tuple[Stream, torch.Tensor, Operand | None]]:
+    """Look up a chunk's tokens. Returns their stream, their places (m,), and their turns, if it is padded."""
+    one_hots = chunk.one_hots if isinstance(chunk, PaddedChunk) else chunk
+    positions = cache.advance(one_hots.shape[0])
+    embedding = at("embed", embed(ops, model, one_hots, positions))
+    if not isinstance(chunk, PaddedChunk):
+        return Stream(None, (yield from embedding)), positions, None
+    cache.mark(ops, chunk.seen)
+    embedded, turns = yield from together(embedding, at("turn", ops.prepare(chunk.turns)))
+    return Stream(None, embedded), positions, turns
 
 
 def range_verdict(ops: Ops) -> Program[torch.Tensor | None]:
@@ -165,10 +170,10 @@ def block(
 
 def fill(
     ops: Ops, shape: ModelShape, w: Layer, cache: Cache, i: int, policy: BoundPolicy, stream: Stream,
-    positions: torch.Tensor,
+    positions: torch.Tensor, turns: Operand | None,
 ) -> Program[None]:  # fmt: skip
     """Run what of a layer its cache and the policy need, and nothing after that."""
-    _, q, k, v = yield from at("qkv", qkv(ops, shape, w, stream, positions, None))
+    _, q, k, v = yield from at("qkv", qkv(ops, shape, w, stream, positions, turns))
     view = policy.view(ops, shape, cache, i, positions)
     yield from together(at("append", cache.append(ops, i, k, v)), attend(view, policy, q))
     yield from at("observe", policy.observe(view))

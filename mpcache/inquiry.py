@@ -98,8 +98,8 @@ class Inquiry:
         if self.packed is not None:
             check_pack(self.packed.pack, self.packed.file, self.framing.tokenizer, public)
             length = self.packed.pack.context.length
-        asked = padded_length(len(self.question), public.length_grid)
-        return bind_policy(self.shape, public, length, asked, private=len(self.own))
+        asked, own = (padded_length(len(part), public.length_grid) for part in (self.question, self.own))
+        return bind_policy(self.shape, public, length, asked, private=own)
 
     def planned(self, settings: Settings) -> Settings:
         """Put what policy `auto` stands for here into settings, and say it."""
@@ -150,8 +150,10 @@ class Inquiry:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         stops = self.framing.end_tokens if self.stop_at_eos else ()
         limit, model = public.max_new_tokens, load_model(self.model)
-        reading = reading_plan(self.shape, public, len(self.context), len(self.own), public.protocol)
         context = self.context if self.packed is None else self.packed.pack.context
+        length = len(self.context) if self.packed is None else self.packed.pack.context.length
+        own = padded_length(len(self.own), public.length_grid)
+        reading = reading_plan(self.shape, public, length, own, public.protocol)
         return plain_answer(
             model, self.bind(public), context, self.question, limit, self.sampling, stops, device,
             self.stop_texts, public.length_grid, self.own, reading,

@@ -1,6 +1,6 @@
-"""Hide how long a question is: only the next multiple of a grid is public.
+"""Hide how long a question, or the client's document, is: only the next multiple of a grid is public.
 
-Padding stands before the question's own tokens, so that the last row is a token in any case, and no later
+Padding stands before the own tokens of either, so that the last row is a token in any case, and no later
 token follows padding of its own turn. Nothing attends to it: its columns' scores go down by `MASKED_SCORE`,
 by marks that the client shares. The tokens after it stand where they would without it: how far back is the
 client's secret, so queries and keys are turned by angles that the client shares, as a matrix (d, d) for each
@@ -34,20 +34,24 @@ class PaddedChunk:
 
 
 def padded_length(tokens: int, grid: int) -> int:
-    """Return how long a question of so many tokens is made."""
+    """Return how long a question, or a document, of so many tokens is made."""
     return -(-tokens // grid) * grid
 
 
 def pad_chunk(
-    ops: AnyEngine, shape: ModelShape, cache: Cache, tokens: Sequence[int] | None, m: int
+    ops: AnyEngine, shape: ModelShape, cache: Cache, tokens: Sequence[int] | None, m: int, like: int = 0
 ) -> PaddedChunk:
-    """Share a chunk of m rows with padding before its tokens; tokens: at the client, who knows how many."""
+    """Share a chunk of m rows with padding before its tokens; tokens: at the client, who knows how many.
+
+    like: the token that padding repeats where the chunk is nothing else.
+    """
     hot = seen = turns = None
     d = shape.head_dim
     if tokens is not None:
         missing = m - len(tokens)
         # Padding repeats the first token: what any row computes stays in the ranges of ordinary tokens.
-        hot = torch.nn.functional.one_hot(torch.tensor([tokens[0]] * missing + list(tokens)), shape.vocab)
+        padding = [tokens[0] if tokens else like] * missing
+        hot = torch.nn.functional.one_hot(torch.tensor(padding + list(tokens)), shape.vocab)
         seen = (torch.arange(m) >= missing).long()
         first = cache.context + cache.length - cache.padding - missing
         places = (first + torch.arange(m)).clamp(min=0)

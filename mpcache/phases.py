@@ -18,7 +18,10 @@ _NAME = re.compile(r"(?:turn([2-9]|[1-9][0-9]{1,5})-)?(?:question|decode([1-9][0
 
 
 class ChunkPlace(NamedTuple):
-    """Where a chunk stands. turn: 1, 2, ...; step: 0 for the question, else the token's number in it."""
+    """Where a chunk stands. turn: 1, 2, ...; step: 0 for the question, else the token's number in it.
+
+    Turn 0 is the client's document, where it is not all in; step: the phases that it has gone through.
+    """
 
     turn: int
     step: int
@@ -32,6 +35,9 @@ class ChunkPlace(NamedTuple):
     @property
     def reached(self) -> str:
         """How far a session is that stands here, in words."""
+        if not self.turn:
+            document = "the client's document"
+            return f"{self.step} chunk{'s' * (self.step != 1)} of {document}" if self.step else "the context"
         if not self.step:
             return "the context" if self.turn == 1 else f"turn {self.turn - 1}"
         tokens = f"{self.step} token{'s' * (self.step != 1)}"
@@ -42,6 +48,9 @@ class ChunkPlace(NamedTuple):
         """Return the place that a phase's name tells; None where it is no chunk's."""
         found = _NAME.fullmatch(phase)
         return None if found is None else ChunkPlace(int(found[1] or 1), int(found[2] or 0))
+
+
+DOCUMENT = ChunkPlace(0, 0)  # where the client's document begins
 
 
 def private_phase(number: int) -> str:

@@ -20,7 +20,7 @@ from mpcache.decode import Layer, Operands, range_verdict, read, step
 from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.ops import AnyEngine, Ops
 from mpcache.padding import pad_chunk
-from mpcache.phases import EVICTION, ChunkPlace, private_phase
+from mpcache.phases import DOCUMENT, EVICTION, ChunkPlace, private_phase
 from mpcache.policy import BoundPolicy, ReadingPlan, ReadingPolicy
 from mpcache.policy.layer_view import OwnersContext
 from mpcache.protocols.ranges import OPERAND_RINGS
@@ -112,7 +112,7 @@ class Session:
     """Phases of one session for one reading. `party` answers; None for the plain reading.
 
     reveal: what the client learns of a step, its "logits" or the likeliest "token" alone.
-    grid: questions are padded to its multiples (`mpcache.padding`); 1: they are not.
+    grid: questions and the client's document are padded to its multiples (`mpcache.padding`); 1: nothing is.
     """
 
     def __init__(
@@ -135,7 +135,10 @@ class Session:
 
     @property
     def chunks(self) -> int:
-        """How many chunks were taken in, of all turns: of each its question, and its tokens but the last."""
+        """How many chunks were taken in: of the client's document, its eviction as one, and of all turns.
+
+        Of a turn these are its question, and its tokens but the last.
+        """
         return self._chunks
 
     def restore(self, operands: Operands, cache: Cache, chunks: int, place: ChunkPlace) -> None:
@@ -173,24 +176,39 @@ class Session:
         return self.ops.secret(hot, (m, self.shape.vocab), Rank.CLIENT, bits=0)
 
     def read_document(self, plan: ReadingPlan, tokens: Sequence[int] | None) -> Iterator[int]:
-        """Take in the client's document, and evict what does not stay of it.
+        """Take in the client's document, and evict what does not stay of it; or what of that is left to do.
 
-        Yields the tokens that are in, after each of its phases; to be heard to the end. Raises PolicyError.
+        tokens: at the client; fewer than the plan's where its length is padded. Yields the tokens that are
+        in, after each of its phases; to be heard to the end. Raises PolicyError.
         """
         reader = self.policy if plan.eviction is None else ReadingPolicy.of(self.policy, plan.eviction)
-        done, verdict = 0, None
+        if self.place.turn:
+            self.place = DOCUMENT
+        begun, done, padding = self.place.step, 0, 0 if tokens is None else plan.tokens - len(tokens)
         for number, m in enumerate(plan.chunks, 1):
-            one_hots = self._one_hots(None if tokens is None else tokens[done : done + m], m)
             done += m
-            closes = done == plan.tokens and reader is self.policy
-            program = read(self.ops, self.operands, self.cache, reader, one_hots, closes)
-            verdict = self._run(private_phase(number), program)
+            if number > begun:
+                own = None if tokens is None else tokens[max(0, done - m - padding) : max(0, done - padding)]
+                chunk = self._taken(own, m, tokens[0] if tokens else 0)
+                self._go(private_phase(number), read(self.ops, self.operands, self.cache, reader, chunk))
+                yield done
+        if isinstance(reader, ReadingPolicy) and begun <= len(plan.chunks):
+            self._go(EVICTION, self._evict(reader))
             yield done
-        if isinstance(reader, ReadingPolicy):
-            verdict = self._run(EVICTION, self._evict(reader))
-            yield done
-        self.in_range = None if verdict is None else bool(verdict)
+        self.place = ChunkPlace(1, 0)
         self.cache.begin_turns()
+
+    def _go(self, phase: str, program: Program[torch.Tensor | None]) -> None:
+        """Go through a phase of the client's document."""
+        verdict = self._run(phase, program)
+        self.in_range = None if verdict is None else bool(verdict)
+        self.place = ChunkPlace(0, self.place.step + 1)
+        self._chunks += 1
+
+    def _taken(self, tokens: Sequence[int] | None, m: int, like: int = 0) -> Any:
+        if self.grid > 1:
+            return pad_chunk(self.ops, self.shape, self.cache, tokens, m, like)
+        return self._one_hots(tokens, m)
 
     def _evict(self, reader: ReadingPolicy) -> Program[torch.Tensor | None]:
         yield from reader.evict(self.ops, self.shape, self.cache)
@@ -201,11 +219,7 @@ class Session:
 
         tokens: where they are known; fewer than m where questions are padded.
         """
-        taken: Any
-        if self.grid > 1:
-            taken = pad_chunk(self.ops, self.shape, self.cache, tokens, m)
-        else:
-            taken = self._one_hots(tokens, m)
+        taken = self._taken(tokens, m)
         phase = self.place.phase
         self.place = ChunkPlace(self.place.turn, self.place.step + 1)
         self._chunks += 1

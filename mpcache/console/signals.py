@@ -87,8 +87,17 @@ def stopping() -> bool:
 
 def between_tokens(done: int) -> None:
     """Raise Stopped if a signal has come, where no token is in flight and `done` tokens are done."""
+    _stop_after(f"{done} token{'s' * (done != 1)}")
+
+
+def between_chunks(done: int) -> None:
+    """Raise Stopped likewise between chunks of the client's document, where `done` of them are in."""
+    _stop_after(f"{done} chunk{'s' * (done != 1)} of the client's document")
+
+
+def _stop_after(what: str) -> None:
     if _Asked.stop is not None:
-        raise Stopped(f"{_Asked.stop} after {done} token{'s' * (done != 1)}", _Asked.stop.exit_code - 128)
+        raise Stopped(f"{_Asked.stop} after {what}", _Asked.stop.exit_code - 128)
 
 
 def check_stop() -> None:

@@ -52,17 +52,24 @@ class LayerView:
 
         No cost.
         """
-        bias, seen = self.layer.bias, self.cache.seen
+        bias, seen = self.layer.bias, self._seen()
         if bias is not None:
             n = bias.shape[-1]
             kept = scores[..., :n] + bias.expand(*scores.shape[:-1], n)
             scores = self.ops.cat([kept, scores[..., n:]], -1)
         if seen is not None:
-            n = scores.shape[-1] - seen.shape[0]
-            marks = seen.expand(*scores.shape[:-1], seen.shape[0])
+            n = scores.shape[-1] - seen.shape[-1]
+            marks = seen.expand(*scores.shape[:-1], seen.shape[-1])
             hidden = self.ops.mask_scores(scores[..., n:], marks, MASKED_SCORE)
             scores = self.ops.cat([scores[..., :n], hidden], -1)
         return scores
+
+    def _seen(self) -> Value | None:
+        """Return the marks of the last columns, 0 for padding: (n,), or (KV, 1, n) after an eviction."""
+        kept, later = self.layer.seen, self.cache.seen
+        if kept is None or later is None:
+            return later if kept is None else kept
+        return self.ops.cat([kept, later.expand(*kept.shape[:-1], later.shape[-1])], -1)
 
     @property
     def tokens(self) -> int:

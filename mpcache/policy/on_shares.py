@@ -4,6 +4,14 @@ While the document is read chunk by chunk, each layer adds up what the last quer
 attention weights, which the layer has anyway, times 1 / total. Only these queries' weights are kept, and only
 for a moment. Then the rows that stay are taken out of the cache by `Ops.compact`, which reveals nothing; how
 many they are is public (`SharedEviction`).
+
+They come by score. Where the session's policy forms clusters of neighbours they are put by position again:
+that is another compaction, by position, of those that stay.
+
+Of a document whose length is padded (`mpcache.padding`) the first tokens are padding, and how many is the
+client's secret. Its marks go with its rows: padding ranks below all tokens, so none of it takes a place that
+a token could have, and nothing attends to what stays of it. Tokens that stay as the document's first ones
+do so by rank.
 """
 
 from __future__ import annotations
@@ -11,17 +19,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from mpcache.cache import Cache, LayerCache
 from mpcache.errors import PolicyError
 from mpcache.model import ModelShape
 from mpcache.ops import Operand, Ops, Value
 from mpcache.policy.averages import average
 from mpcache.policy.base import BoundPolicy
+from mpcache.policy.clusters import Clustered
 from mpcache.policy.evicting import Evicting
 from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import SharedEviction, SplitPlan
 from mpcache.policy.streaming import Streaming
 from mpcache.protocols.ranges import WEIGHTED_SUM_RING
+from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 
 PAIRS_AT_ONCE = 1 << 20  # of scores that are compared in one round: it bounds the memory
@@ -49,10 +61,9 @@ NO_DOCUMENT = ReadingPlan()
 
 @dataclass(frozen=True)
 class ReadingPolicy(BoundPolicy):
-    """Reads the client's document: attends to all, and adds up importance. `paid`: by layer, (A, tokens)."""
+    """Reads the client's document: attends to all, and adds up importance (`LayerCache.paid`)."""
 
     eviction: SharedEviction | None = None
-    paid: dict[int, Value] = field(default_factory=dict)
     seen: dict[int, tuple[Value, Value]] = field(default_factory=dict)
 
     @staticmethod
@@ -101,22 +112,29 @@ class ReadingPolicy(BoundPolicy):
             paid = paid.sum(0, keepdim=True)
         paid = paid[:, view.tokens - self._begins(view) - view.m :]
         paid = yield from at("importance", ops.rescale(paid))
-        before = self.paid.get(view.index)
+        before = view.layer.paid
         if before is not None:
             n = before.shape[-1]
             paid = ops.cat([before + paid[:, :n], paid[:, n:]], -1)
-        self.paid[view.index] = paid
+        view.layer.paid = paid
 
     def evict(self, ops: Ops, shape: ModelShape, cache: Cache) -> Program[None]:
-        """Take what does not stay out of all layers."""
+        """Take what does not stay out of all layers; where clusters are formed, form them of what stays."""
+        clustered = isinstance(self.policy, Clustered)
         for families in self._at_once(shape):
             yield from together(
                 *(
-                    at(f"layer{family[0]}", _evict(ops, shape, cache, self._rule, family, self.paid))
+                    at(f"layer{family[0]}", _Eviction(ops, shape, cache, self._rule, clustered).of(family))
                     for family in families
                 )
             )
-        self.paid.clear()
+        for i in range(shape.layers):
+            cache.whole(i).paid = None
+        cache.seen = None  # the marks are the layers' now
+        if clustered:
+            nothing = torch.arange(0)
+            views = (self.view(ops, shape, cache, i, nothing) for i in range(shape.layers))
+            yield from together(*(at(f"layer{view.index}", self.policy.observe(view)) for view in views))
 
     def _at_once(self, shape: ModelShape) -> Iterator[list[list[int]]]:
         """Group layers: each with those that take its ranking, and so many as one round compares."""
@@ -131,44 +149,84 @@ class ReadingPolicy(BoundPolicy):
             yield all_of_them[begin : begin + many]
 
 
-def _evict(
-    ops: Ops, shape: ModelShape, cache: Cache, rule: SharedEviction, family: Sequence[int],
-    paid: dict[int, Value],
-) -> Program[None]:  # fmt: skip
-    """Evict in a layer and in those that take its ranking, which keep the same tokens."""
-    n, k = rule.tokens - rule.first - rule.last, rule.chosen(family[0])
-    layers = [cache.whole(i) for i in family]
-    if k >= n:
-        return
-    before = layers[0].k.shape[1] - rule.tokens + rule.first  # rows that stay: the server's, and the first
-    chosen: list[Value] = []
-    if k:
-        scores = _pooled(ops, paid[family[0]][:, rule.first : rule.tokens - rule.last], rule.pool)
-        rows = [
-            _by_row(ops.value(operand[:, before : before + n]), rule.by_head)
-            for layer in layers
-            for operand in (layer.k, layer.v)
-        ]
-        limit = rule.largest(shape.group, shape.heads)
-        chosen = yield from at("compact", ops.compact(scores, k, rows, limit))
-    yield from together(*(_keep(ops, shape, layer, before, n, chosen[2 * i : 2 * i + 2])
-                          for i, layer in enumerate(layers)))  # fmt: skip
+@dataclass(frozen=True)
+class _Eviction:
+    """What layers are evicted by. by_position: what stays for its score comes by position."""
 
+    ops: Ops
+    shape: ModelShape
+    cache: Cache
+    rule: SharedEviction
+    by_position: bool
 
-def _keep(
-    ops: Ops, shape: ModelShape, layer: LayerCache, before: int, n: int, chosen: Sequence[Value]
-) -> Program[None]:
-    """Put the chosen rows, masked anew, behind the rows that stay anyway."""
+    def of(self, family: Sequence[int]) -> Program[None]:
+        """Evict in a layer and in those that take its ranking, which keep the same tokens."""
+        rule, marks = self.rule, self.cache.seen
+        layers = [self.cache.whole(i) for i in family]
+        first = rule.first if marks is None else 0  # of a padded document nobody but the client knows them
+        n, k = rule.tokens - first - rule.last, rule.kept[family[0]] - first - rule.last
+        if k >= n:
+            for layer in layers:
+                layer.seen = None if marks is None else self._by_kv_head(marks)
+            return
+        before = layers[0].k.shape[1] - rule.tokens + first  # rows that stay: the server's, and the first
+        chosen: list[Value] = []
+        if k > 0:
+            rows = [
+                _by_row(self.ops.value(operand[:, before : before + n]), rule.by_head)
+                for layer in layers
+                for operand in (layer.k, layer.v)
+            ]
+            chosen = yield from at("compact", self._chosen(layers[0], first, n, k, rows))
+        yield from together(*(self._keep(layer, before, n, chosen[2 * i : 2 * i + 2])
+                              for i, layer in enumerate(layers)))  # fmt: skip
+        if marks is not None:
+            kept = [*(_by_kv_head(x, self.shape.kv_heads).transpose(1, 2) for x in chosen[2 * len(layers) :])]
+            for layer in layers:
+                layer.seen = self.ops.cat([*kept, self._by_kv_head(marks[n:])], -1)
 
-    def parts(x: Operand) -> list[Operand]:
-        return [x[:, :before], x[:, before + n :]]
+    def _chosen(
+        self, leader: LayerCache, first: int, n: int, k: int, rows: Sequence[Value]
+    ) -> Program[list[Value]]:
+        """Take k of the n rows (A, n, c) by the leader's account; the marks of a padded document, too."""
+        ops, rule, marks = self.ops, self.rule, self.cache.seen
+        assert leader.paid is not None, "its queries have judged"
+        scores = _pooled(ops, leader.paid[:, first : first + n], rule.pool)
+        sets, limit = scores.shape[0], rule.largest(self.shape.group, self.shape.heads)
+        rows = list(rows)
+        if marks is not None:
+            scores, limit = self._ranked(scores, marks[:n], limit)
+            rows.append(marks[:n].reshape(1, n, 1).expand(sets, n, 1))
+        if not self.by_position:
+            return (yield from ops.compact(scores, k, rows, limit))
+        from_the_end = torch.arange(n - 1, -1, -1).expand(sets, n)
+        places = ops.secret(from_the_end, (sets, n), Rank.SERVER).reshape(sets, n, 1)
+        *rows, places = yield from ops.compact(scores, k, [*rows, places], limit)
+        return (yield from at("order", ops.compact(places.reshape(sets, k), k, rows, n)))
 
-    new: Sequence[Operand] = ()
-    if chosen:
-        k, v = (_by_kv_head(x, shape.kv_heads) for x in chosen)
-        new = yield from at("compact/mask", together(ops.prepare(k), ops.prepare(v, WEIGHTED_SUM_RING)))
-    layer.k = ops.cat_operands([*parts(layer.k), *new[:1]], 1)
-    layer.v = ops.cat_operands([*parts(layer.v), *new[1:]], 1)
+    def _ranked(self, scores: Value, marks: Value, limit: int) -> tuple[Value, int]:
+        """Put padding below all tokens, and the first tokens above all; return the new limit. No cost."""
+        ops, first = self.ops, self.rule.first
+        far, n = limit + 1, marks.shape[0]
+        rank = marks + ops.ones((n,))
+        if first:
+            earlier = ops.cat([marks[:first] - marks[:first], marks[: n - first]], 0)[:n]
+            rank = rank + marks - earlier
+        return ops.mask_scores(scores, rank.expand(*scores.shape), far), (3 if first else 2) * far
+
+    def _keep(self, layer: LayerCache, before: int, n: int, chosen: Sequence[Value]) -> Program[None]:
+        """Put the chosen rows, masked anew, between those that stay anyway."""
+        ops = self.ops
+        new: Sequence[Operand] = ()
+        if chosen:
+            k, v = (_by_kv_head(x, self.shape.kv_heads) for x in chosen)
+            new = yield from at("compact/mask", together(ops.prepare(k), ops.prepare(v, WEIGHTED_SUM_RING)))
+        layer.k = ops.cat_operands([layer.k[:, :before], *new[:1], layer.k[:, before + n :]], 1)
+        layer.v = ops.cat_operands([layer.v[:, :before], *new[1:], layer.v[:, before + n :]], 1)
+
+    def _by_kv_head(self, marks: Value) -> Value:
+        """Repeat marks (n,) as `LayerCache.seen` has them."""
+        return marks.expand(self.shape.kv_heads, 1, marks.shape[0])
 
 
 def _by_row(x: Value, by_head: bool) -> Value:
@@ -180,7 +238,9 @@ def _by_row(x: Value, by_head: bool) -> Value:
 def _by_kv_head(x: Value, kv_heads: int) -> Value:
     """Undo `_by_row`: (A, k, c) -> (KV, k, d)."""
     sets, k, c = x.shape
-    return x if sets == kv_heads else x.reshape(k, kv_heads, c // kv_heads).transpose(0, 1)
+    if sets == kv_heads:
+        return x
+    return x.expand(kv_heads, k, 1) if c == 1 else x.reshape(k, kv_heads, c // kv_heads).transpose(0, 1)
 
 
 def _pooled(ops: Ops, x: Value, pool: int) -> Value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from threading import Thread
 
 from mpcache.choices import ProtocolName
@@ -40,6 +41,7 @@ class Foretold(Thread):
             cost = price(
                 facts.shape, facts.policy, question=asked, protocol=facts.protocol,
                 bits=public.fraction_bits, reveal=public.reveal, grid=public.length_grid,
+                reading=replace(facts.reading, chunks=(facts.private,) * bool(facts.private)),
             )  # fmt: skip
         except MpcacheError:
             return

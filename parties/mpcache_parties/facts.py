@@ -160,7 +160,7 @@ def _exchange_facts(me: Rank, links: Links, own: PrivateInput, public: PublicCon
                 question = {"question_tokens": length, "new_tokens": own.limit(public.max_new_tokens)}
             if isinstance(own, DeclaredTurns):
                 question["turns"] = [padded_length(n, public.length_grid) for n in own.questions]
-            question["private_tokens"] = len(document)
+            question["private_tokens"] = padded_length(len(document), public.length_grid)
             for link in links.values():
                 link.send_facts("facts/question", question)
             model |= {"tokenizer_digest": framing.tokenizer.digest, "template_digest": text_digest(template)}
@@ -223,8 +223,9 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     names = ("kernels", "session", "model_digest", "tokenizer_digest", "template_digest", "document")
     said = {name: str(model.get(name, ""))[:FACT_CHARACTERS] for name in names}
     limit = _limit(question, public)
-    if asked % public.length_grid:
-        raise Desync(f"Desync: the client's question has {asked} tokens, not a multiple of --pad")
+    for what, tokens in (("question", asked), ("document", private)):
+        if tokens % public.length_grid:
+            raise Desync(f"Desync: the client's {what} has {tokens} tokens, not a multiple of --pad")
     if asked:
         policy = bind_policy(shape, public, context, asked, limit, private)
         room = asked + limit

@@ -326,6 +326,8 @@ def _say_how_to_resume(process: PartyProcess) -> None:
 
 
 def _up_to(place: ChunkPlace) -> str:
+    if not place.turn:
+        return f"the session up to {place.reached}"
     turn = f" of turn {place.turn}" if place.turn > 1 else ""
     return f"the session up to token {place.step}{turn}" if place.step else "the session up to its context"
 

@@ -21,7 +21,7 @@ from mpcache.config import PublicConfig
 from mpcache.console.signals import between_tokens, stopping, token_by_token
 from mpcache.engines.registry import engine
 from mpcache.limits import check_document, check_fitted
-from mpcache.phases import ChunkPlace
+from mpcache.phases import DOCUMENT, ChunkPlace
 from mpcache.policy.layer_view import OwnersContext
 from mpcache.rank import Rank
 from mpcache.report.account import Report
@@ -65,15 +65,14 @@ def serve(resources: SessionResources, own: Document) -> Report:
     set_up = ServerSetUp(resources, session, facts)
     if earlier is None:
         facts, prefill_ms = _open_document(resources, session, own, facts, set_up)
-        read_private(Rank.SERVER, resources, session, facts)
-        kept = {"prefill_ms": prefill_ms}
-        _begin(resources, identity, told, facts, session, kept)
+        _begin(resources, identity, told, facts, session, {"prefill_ms": prefill_ms})
     else:
         prefill_ms = earlier.own["prefill_ms"]
         if earlier.operands is None:
             set_up.weights(own)
         _go_on(session, earlier)
         resources.say(f"server: resumed after {earlier.place.reached}")
+    read_private(Rank.SERVER, resources, session, facts)
     kept_turns = None if earlier is None else earlier.own
     prepared = _prepared(resources, facts, wait.tape)
     turns = TurnsHeard(links[Rank.CLIENT], facts, session, resources.idle_s, kept_turns, prepared)
@@ -159,13 +158,13 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
-        read_private(Rank.CLIENT, resources, session, facts, document)
         asking = Asking(
             resources, facts, session, framing, own.document,
             prepared=_prepared(resources, facts, wait.tape),
         )  # fmt: skip
-        say(f"client: {_asking(facts, (foretold or Foretold(facts, public)).told())}")
         _begin(resources, identity, told, facts, session, asking.kept())
+        read_private(Rank.CLIENT, resources, session, facts, document)
+        say(f"client: {_asking(facts, (foretold or Foretold(facts, public)).told())}")
     else:
         if earlier.operands is None:
             set_up.weights()
@@ -173,6 +172,7 @@ def ask(resources: SessionResources, own: Question | Conversation) -> Report:
         asking = Asking(resources, facts, session, framing, own.document, earlier.own)
         whole = "" if facts.conversation else "; the answer from its beginning:"
         say(f"client: resumed after {earlier.place.reached}{whole}")
+        read_private(Rank.CLIENT, resources, session, facts, document)
     del earlier
 
     wait.ms = 0.0
@@ -237,13 +237,13 @@ def deal(resources: SessionResources) -> Report:
         facts = receive_counts(links[Rank.SERVER], facts)
         session.policy = facts.policy
         set_up.context()
-        read_private(Rank.DEALER, resources, session, facts)
         _begin(resources, public.flat(), told, facts, session, {})
     else:
         if earlier.operands is None:
             set_up.weights()
         _go_on(session, earlier)
         resources.say(f"dealer: resumed after {earlier.place.reached}")
+    read_private(Rank.DEALER, resources, session, facts)
     kept_turns = None if earlier is None else earlier.own
     turns = TurnsHeard(links[Rank.CLIENT], facts, session, resources.idle_s, kept_turns)
     del earlier
@@ -313,7 +313,12 @@ def _begin(
     resources: SessionResources, identity: Mapping[str, str], told: Mapping[str, Any], facts: Facts,
     session: TimedSession, own: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Keep a session whose context has been read: without the weights, where their masks outlive it."""
+    """Keep a session whose context has been read: without the weights, where their masks outlive it.
+
+    The client's document comes next, where there is one.
+    """
+    if facts.private:
+        session.place = DOCUMENT
     operands = None if stands(facts, resources) else session.operands
     kept = {**told, **counts_of(facts)}
     resources.checkpointer.begin(identity, kept, session, resources.ledger, own, operands)

@@ -98,6 +98,42 @@ def test_a_document_without_the_servers_is_framed_before_the_question(model: Mod
         }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("private", ["full", "mpcache:n_keep=18,sink=2,recent=4"])
+def test_of_a_padded_document_the_step_of_the_grid_alone_is_public(private: str, model: Model) -> None:
+    """Two lengths of one step: answered as without padding, with the same bytes and rounds, as priced."""
+    public, seen = public_config(private_policy=private, length_grid=16), []
+    lengths = set()
+    for text in (DOCUMENT, f"{DOCUMENT} of the city"):
+        own, context = model.tokenizer.encode(text, bos=False), context_of(model, 4)
+        lengths.add(len(own))
+        reports = reports_of(public, model, context, Question(QUESTION, stop_at_eos=False, document=text))
+        question, padded = model.tokenizer.encode(QUESTION, bos=False), reports[C].private_tokens
+        bound = bind_policy(model.shape, public, len(context), 16, private=padded)
+        reading = reading_plan(model.shape, public, len(context), padded, "fast")
+        plain = plain_answer(
+            model, bound, context, question, TOKENS, Sampling(), (), grid=16, private=own, reading=reading
+        )
+        assert reports[C].token_ids == plain.ids
+        if private == "full":
+            whole = replace(reading, chunks=(len(own),))
+            assert (
+                plain_answer(
+                    model, bound, context, question, TOKENS, Sampling(), (), private=own, reading=whole
+                ).ids
+                == plain.ids
+            )
+        cost = price(model.shape, bound, question=len(question), new_tokens=TOKENS, reading=reading, grid=16)
+        for name, phase in reports[S].phases.items():
+            if is_private(name) or name in ("question", "decode1"):
+                assert (phase.sent, phase.rounds) == (cost.total(name).server_sent, cost.total(name).rounds)
+        seen.append({rank: {name: (phase.sent, phase.received, phase.offline_sent, phase.rounds)
+                            for name, phase in report.phases.items()}
+                     for rank, report in reports.items()})  # fmt: skip
+        assert padded == 48
+    assert len(lengths) == 2 and seen[0] == seen[1]
+
+
 def test_a_document_that_leaves_its_range_is_not_answered_about(model: Model) -> None:
     layer = model.weights.layers[0]
     assert layer.w_gate is not None
@@ -106,7 +142,7 @@ def test_a_document_that_leaves_its_range_is_not_answered_about(model: Model) ->
     question = Question(QUESTION, document=DOCUMENT)
     ends = run_session(public_config(), replace(model, weights=weights), context_of(model, 4), question)
     assert isinstance(ends[C], OutOfRange)
-    assert "while the client's document was read" in str(ends[C])
+    assert "a value left its range in chunk 1 of the client's document" in str(ends[C])
 
 
 def refusals(public: PublicConfig, model: Model, context: int, document: str) -> Sequence[str]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mpcache.config import PublicConfig, Settings
 from mpcache.ledger import Ledger
@@ -122,8 +123,10 @@ def serving(
     sessions: int = 3,
     reconnect_s: float = 2,
     state: Path | None = None,
+    **more: Any,
 ) -> Iterator[Service]:
-    public = PublicConfig(policy="full", max_new_tokens=tokens)
+    """more: fields of the public config."""
+    public = PublicConfig(policy="full", max_new_tokens=tokens, **more)
     settings = free_settings(reconnect_s=reconnect_s)
     settings = settings.model_copy(update={"public": public})
     config = write_config(settings, tmp_path / "config.yaml")

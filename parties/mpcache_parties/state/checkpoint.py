@@ -53,9 +53,10 @@ class Checkpoint:
 class Checkpointer:
     """Keeps one session at one party; without a store it keeps nothing.
 
-    A new session: `begin` after the context, `token` after each chunk, `end`. A resumed one: `meet`,
-    then `token` and `end`. identity: what a resumed session must have in common with the first run,
-    by name; texts and files as digests. keep: how many steps stay on disk.
+    A new session: `begin` after the context, `document` after each chunk of the client's document, `token`
+    after each chunk of a turn, `end`. A resumed one: `meet`, then what is left of these. identity: what a
+    resumed session must have in common with the first run, by name; texts and files as digests. keep: how
+    many steps stay on disk.
 
     serving: of a party that serves so many sessions at once. `heard` tells it what to do with this one,
     and when a new one begins at most so many suspended ones stay. patience: how long `meet` waits for a
@@ -229,6 +230,15 @@ class Checkpointer:
         self._base = snapshot.tensors_of(session.cache, "/cache")
         whole = {"identity": dict(identity), "facts": dict(facts), "operands": operands}
         self._write(0, whole, session, ledger, own, None)
+
+    def document(self, session: TimedSession, ledger: Ledger) -> None:
+        """Write a checkpoint after a chunk of the client's document, or its eviction. Raises StateError.
+
+        The next one holds what comes from now on, and these stay: the dealer may be any number ahead.
+        """
+        if self._files is not None:
+            self._write(session.chunks, {}, session, ledger, {}, self._base)
+            self.turn_ended(session)
 
     def token(self, session: TimedSession, ledger: Ledger, own: Mapping[str, Any]) -> None:
         """Write a checkpoint after a chunk. Raises StateError."""

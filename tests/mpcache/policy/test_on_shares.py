@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from mpcache.engines.plain import PlainOps
 from mpcache.errors import PolicyError
 from mpcache.model.prefill import prefill
-from mpcache.ops import AnyEngine
+from mpcache.ops import AnyEngine, as_tensor
 from mpcache.policy import POLICIES, ReadingPlan, parse_policy
 from mpcache.policy.on_shares import ReadingPolicy
 from mpcache.policy.plan import SharedEviction
@@ -37,13 +38,16 @@ def rule_of(spec: str) -> SharedEviction:
     return found
 
 
-def read(ops: AnyEngine, party: Party | None, rank: Rank, eviction: SharedEviction | None) -> Session:
-    policy, server = parse_policy("full"), rank is Rank.SERVER
-    session = Session(ops, party, SHAPE, policy.bind(CONTEXT, SHAPE))
+def read(
+    ops: AnyEngine, party: Party | None, rank: Rank, eviction: SharedEviction | None, padding: int = 0,
+    spec: str = "full",
+) -> Session:  # fmt: skip
+    policy, server = parse_policy(spec), rank is Rank.SERVER
+    session = Session(ops, party, SHAPE, policy.bind(CONTEXT, SHAPE), grid=OWN if padding else 1)
     mine = server or party is None
     session.setup(model(SHAPE).weights if mine else None)
     session.context(prefilled(policy, SHAPE, tokens(CONTEXT)) if mine else None, KERNELS if mine else None)
-    own = tokens(OWN, 5) if rank is Rank.CLIENT or party is None else None
+    own = tokens(OWN, 5)[padding:] if rank is Rank.CLIENT or party is None else None
     with torch.no_grad():
         for _ in session.read_document(ReadingPlan(CHUNKS, eviction), own):
             pass
@@ -75,9 +79,7 @@ def test_the_same_rows_stay_as_in_plaintext(spec: str, protocol: str) -> None:
     for i, (server, client, want) in enumerate(zip(played.server, played.client, plain, strict=True)):
         for ours, theirs, rows in zip(server, client, want, strict=True):
             assert isinstance(ours, MaskedOperand) and rows.shape[1] == CONTEXT + rule.kept[i]
-            raw = ours.public + ours.mask + theirs.mask
-            got = ((raw << (64 - ours.ring)) >> (64 - ours.ring)).double() / 2**ours.bits
-            assert (got - rows).abs().max() < 0.01
+            assert (value_of(ours, theirs) - rows).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in RULES.items()])
@@ -98,9 +100,99 @@ def test_those_stay_that_the_last_queries_look_at(spec: str) -> None:
             near = rule.pool // 2
             score = [sum(middle[max(0, j - near) : j + near + 1]) for j in range(len(middle))]
             best = sorted(range(len(score)), key=lambda j: -score[j])[: rule.chosen(i)]
-            stay = [*range(rule.first), *range(OWN - rule.last, OWN), *(rule.first + j for j in best)]
+            stay = [*range(rule.first), *(rule.first + j for j in best), *range(OWN - rule.last, OWN)]
             want = whole[i][0][head, [*range(CONTEXT), *(CONTEXT + j for j in stay)]]
             assert torch.equal(k[head], want)
+
+
+# ------------------------------------------------------------------------------------------ padded
+
+PADDING = 11  # more than the first chunk
+
+
+def rows_of(session: Session) -> list[list[torch.Tensor]]:
+    """Of each layer and head the rows that are attended to, in an order of their own."""
+    found = []
+    for i in range(SHAPE.layers):
+        layer = session.cache.whole(i)
+        both = torch.cat([as_tensor(layer.k), as_tensor(layer.v)], -1)
+        marks = torch.ones(both.shape[:2])
+        if layer.seen is not None:
+            marks[:, CONTEXT:] = as_tensor(layer.seen)[:, 0]
+        heads = [head[mark == 1] for head, mark in zip(both, marks, strict=True)]
+        found.append([head[head[:, 0].argsort()] for head in heads])
+    return found
+
+
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in RULES.items()])
+def test_of_a_padded_document_the_same_tokens_stay_as_without_padding(spec: str) -> None:
+    """Padding takes no token's place, though it stands where the first tokens would."""
+    padded = read(PlainOps(), None, Rank.SERVER, rule_of(spec), PADDING)
+    policy = parse_policy("full")
+    session = Session(PlainOps(), None, SHAPE, policy.bind(CONTEXT, SHAPE))
+    session.setup(model(SHAPE).weights)
+    session.context(prefilled(policy, SHAPE, tokens(CONTEXT)), KERNELS)
+    left = OWN - PADDING
+    rule = replace(rule_of(spec), tokens=left)
+    with torch.no_grad():
+        for _ in session.read_document(ReadingPlan((left,), rule), tokens(OWN, 5)[PADDING:]):
+            pass
+    assert padded.cache.padding == PADDING
+    for with_it, without in zip(rows_of(padded), rows_of(session), strict=True):
+        for ours, theirs in zip(with_it, without, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_where_more_stays_than_there_is_padding_stays_unseen() -> None:
+    session = read(PlainOps(), None, Rank.SERVER, rule_of("mpcache:n_keep=10,sink=2,recent=3"), OWN - 7)
+    for heads in rows_of(session):
+        assert [len(head) for head in heads] == [CONTEXT + 7] * SHAPE.kv_heads
+
+
+@pytest.mark.parametrize("name", ["snapkv", "mpcache, shared"])
+def test_a_padded_document_is_evicted_on_shares_as_in_plaintext(name: str) -> None:
+    def program(ops: AnyEngine, party: Party, rank: Rank) -> Any:
+        session = read(ops, party, rank, rule_of(RULES[name]), PADDING)
+        layers = [session.cache.whole(i) for i in range(SHAPE.layers)]
+        return [(layer.k, layer.seen) for layer in layers]
+
+    played, plain = play(program), read(PlainOps(), None, Rank.SERVER, rule_of(RULES[name]), PADDING)
+    for i, (server, client) in enumerate(zip(played.server, played.client, strict=True)):
+        (ours, mine), (theirs, yours) = server, client
+        layer = plain.cache.whole(i)
+        assert layer.seen is not None
+        assert torch.equal(mine.data + yours.data, as_tensor(layer.seen).long())
+        assert (value_of(ours, theirs) - as_tensor(layer.k)).abs().max() < 0.01
+
+
+# ----------------------------------------------------------------------------------- clusters behind it
+
+
+def test_clusters_are_of_neighbours_among_what_stays() -> None:
+    """By position, formed at once: the first question chooses among them."""
+    rule, spec = rule_of("h2o:heavy=12,recent=4"), "mpcache:coarse=4,fine=2,sink=0,recent=3,score=mean"
+    played = play(lambda ops, party, rank: keys_and_means(read(ops, party, rank, rule, spec=spec)))
+    whole = plain_cache(None)
+    for i, (server, client) in enumerate(zip(played.server, played.client, strict=True)):
+        (k, coarse, fine, clusters), (k1, coarse1, fine1, _) = server, client
+        keys, coarse, fine = value_of(k, k1), value_of(coarse, coarse1), value_of(fine, fine1)
+        assert clusters == 4  # of 19 rows, 3 of them recent
+        for head in range(SHAPE.kv_heads):
+            apart = torch.cdist(keys[head], whole[i][0][head].double())
+            assert apart.amin(-1).max() < 0.01 and (apart.argmin(-1).diff() > 0).all()
+            assert (coarse[head] - keys[head, :16].reshape(4, 4, -1).mean(1)).abs().max() < 0.01
+            assert (fine[head] - keys[head, :16].reshape(8, 2, -1).mean(1)).abs().max() < 0.01
+
+
+def keys_and_means(session: Session) -> list[Any]:
+    layers = [session.cache.whole(i) for i in range(SHAPE.layers)]
+    return [(layer.k, *layer.memory.floors, layer.memory.clusters) for layer in layers]
+
+
+def value_of(ours: MaskedOperand, theirs: MaskedOperand) -> torch.Tensor:
+    raw = ours.public + ours.mask + theirs.mask
+    value: torch.Tensor = ((raw << (64 - ours.ring)) >> (64 - ours.ring)).double() / 2**ours.bits
+    return value
 
 
 @pytest.mark.parametrize(

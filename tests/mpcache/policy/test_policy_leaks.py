@@ -44,12 +44,13 @@ class TensorTrace:
 
 
 @cache
-def watch(spec: str, secrets: int = 0, run: int = 0, private: str = "") -> TensorTrace:
+def watch(spec: str, secrets: int = 0, run: int = 0, private: str = "", padded: bool = False) -> TensorTrace:
     """A session whose weights, documents and question come from `secrets`; `run` tells repetitions apart.
 
-    private: the policy by which a document of the client's is evicted; none: it has none.
+    private: the policy by which a document of the client's is evicted; none: it has none.  padded: how long
+    that document is comes from `secrets`, too.
     """
-    s, own = shape(), tokens(OWN, 7 + secrets)
+    s, own = shape(), tokens(OWN, 7 + secrets)[2 + secrets if padded else 0 :]
     context, ask = tokens(CONTEXT, 1 + secrets), chunks(2, 1, 1, seed=2 + secrets)
     values: dict[tuple[Rank, str], list[torch.Tensor]] = defaultdict(list)
     reasons: set[tuple[str, Rank | None]] = set()
@@ -68,7 +69,7 @@ def watch(spec: str, secrets: int = 0, run: int = 0, private: str = "") -> Tenso
                 return opened
 
             party.open = note  # type: ignore[method-assign]
-        session = Session(ops, party, s, policy.bind(CONTEXT, s))
+        session = Session(ops, party, s, policy.bind(CONTEXT, s), grid=OWN if padded else 1)
         mine = rank is Rank.SERVER
         session.setup(model(s, secrets).weights if mine else None)
         known = prefilled(policy, s, context, secrets) if mine else None
@@ -141,18 +142,19 @@ def test_an_opening_without_a_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
         assert_masked(watch("leaky"), watch("leaky", run=1))
 
 
-EVICTED = [
-    "full",
-    "snapkv:cap=7,queries=3,pool=3",
-    "mpcache:n_keep=8,sink=1,recent=2",
-    "h2o:heavy=3,recent=3",
+SNAPKV = "snapkv:cap=7,queries=3,pool=3"
+EVICTED: list[dict[str, Any]] = [
+    {"spec": "full", "private": "full"},
+    {"spec": "full", "private": SNAPKV},
+    {"spec": "full", "private": "mpcache:n_keep=8,sink=1,recent=2", "padded": True},
+    {"spec": "mpcache:coarse=4,fine=2,sink=0,recent=2", "private": "h2o:heavy=3,recent=3"},  # by position
 ]
 
 
-@pytest.mark.parametrize("private", EVICTED)
-def test_a_document_of_the_clients_opens_nothing(private: str) -> None:
+@pytest.mark.parametrize("case", EVICTED, ids=lambda case: str(case["private"]).partition(":")[0])
+def test_a_document_of_the_clients_opens_nothing(case: dict[str, Any]) -> None:
     """Neither its reading nor its eviction tells anything to anybody: ranks of shuffled rows are as new."""
-    one, two = watch("full", private=private), watch("full", run=1, private=private)
+    one, two, private = watch(**case), watch(run=1, **case), case["private"]
     assert {(why, to) for why, to in one.reasons if to is not None} == {
         (LOGITS, Rank.CLIENT),
         (VERDICT, Rank.CLIENT),
@@ -161,9 +163,9 @@ def test_a_document_of_the_clients_opens_nothing(private: str) -> None:
     assert_masked(one, two)
 
 
-@pytest.mark.parametrize("private", EVICTED)
-def test_ledgers_do_not_depend_on_the_clients_document(private: str) -> None:
-    one, two = watch("full", private=private), watch("full", secrets=5, private=private)
+@pytest.mark.parametrize("case", EVICTED, ids=lambda case: str(case["private"]).partition(":")[0])
+def test_ledgers_do_not_depend_on_the_clients_document(case: dict[str, Any]) -> None:
+    one, two = watch(**case), watch(secrets=5, **case)
     for rank in Rank:
         ours, theirs = ({k: asdict(e) for k, e in seen.ledgers[rank].steps.items()} for seen in (one, two))
         assert ours == theirs
@@ -171,6 +173,6 @@ def test_ledgers_do_not_depend_on_the_clients_document(private: str) -> None:
 
 def test_ranks_of_rows_that_nobody_shuffled_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "shuffle", lambda side, rows, knows: local(list(rows)))
-    one, two = (watch("full", run=run, private=EVICTED[1]) for run in (2, 3))
+    one, two = (watch("full", run=run, private=SNAPKV) for run in (2, 3))
     with pytest.raises(AssertionError, match="ranks of shuffled rows"):
         assert_masked(one, two)

@@ -9,6 +9,7 @@ import pytest
 
 from mpcache.answer import PlainConversation
 from mpcache.config import PublicConfig
+from mpcache.cost.reading import reading_plan
 from mpcache.errors import BadInput, Desync, MpcacheError, StateError
 from mpcache.limits import bind_conversation
 from mpcache.model import Model
@@ -40,11 +41,12 @@ def lengths(model: Model, questions: list[str] = QUESTIONS) -> tuple[int, ...]:
 
 
 def prepared(
-    model: Model, tokens: list[int], place: Path, turns: tuple[int, ...], public: PublicConfig = PUBLIC
-) -> list[str]:
+    model: Model, tokens: list[int], place: Path, turns: tuple[int, ...], public: PublicConfig = PUBLIC,
+    document: str | None = None,
+) -> list[str]:  # fmt: skip
     """What the three have said when a batch is there."""
     said: list[str] = []
-    owns: dict[Rank, Any] = {S: Document(model, tokens), C: DeclaredTurns(turns), D: None}
+    owns: dict[Rank, Any] = {S: Document(model, tokens), C: DeclaredTurns(turns, document), D: None}
     stores = {rank: None if rank is D else TapeStore(place, rank) for rank in Rank}
 
     def job(rank: Rank) -> Job:
@@ -153,6 +155,32 @@ def test_with_padding_tapes_are_for_any_question_within_a_length(
     check_filled(model, tokens, own)
     (wrong,) = own.refusals
     assert "16 tokens with what stands around it, the tapes of turn 2 are for 8; ask one of 1 to 8" in wrong
+
+
+@SLOW
+def test_tapes_are_for_a_document_of_the_clients_own_too(
+    model: Model, tokens: list[int], tmp_path: Path
+) -> None:
+    """Any document of that length, evicted as they were dealt for; none of another length."""
+    rule = {"private_policy": "snapkv:cap=0.5,queries=4", "document_chunk": 8}
+    public, own = PUBLIC.model_copy(update=rule), "the book of the gate"
+    prepared(model, tokens, tmp_path, lengths(model)[:1], public, own)
+    longer = Scripted(asked(QUESTIONS[0]))
+    longer.document = f"{own} of the city"
+    assert all(isinstance(end, MpcacheError)
+               for end in converse(model, tokens, tmp_path, longer, public=public).values())  # fmt: skip
+    other = Scripted(asked(QUESTIONS[0]))
+    other.document = "the gate of the book"
+    ends = converse(model, tokens, tmp_path, other, public=public)
+    assert all(isinstance(end, Report) for end in ends.values()), ends
+    assert ends[C].private_kept < ends[C].private_tokens and "eviction" in ends[C].phases
+    private, asking = (model.tokenizer.encode(text, bos=False) for text in (other.document, QUESTIONS[0]))
+    bound, _ = bind_conversation(model.shape, public, len(tokens), len(private))
+    reading = reading_plan(model.shape, public, len(tokens), len(private), "fast")
+    plain = PlainConversation(model, bound, tokens, private=private, reading=reading)
+    sampling: Any = Follows(other.turns[0].token_ids)
+    assert list(plain.ask(asking, 3, sampling, ())) == other.turns[0].token_ids
+    assert max(sampling.gaps) < 0.02
 
 
 @SLOW

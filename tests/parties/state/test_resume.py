@@ -28,6 +28,7 @@ from mpcache.transport.local import local_pair
 from mpcache_parties import facts
 from mpcache_parties import seeds as session_seeds
 from mpcache_parties.handshake import KeepMode
+from mpcache_parties.operations.status import SessionStatus
 from mpcache_parties.private_inputs import Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import AHEAD, ask, deal, serve
@@ -409,16 +410,51 @@ def test_a_client_s_names_are_names(name: str, tmp_path: Path) -> None:
         keeper.meet({C: dealer}, {})
 
 
-def test_a_session_with_a_document_of_the_clients_goes_on_behind_it(model: Model, tmp_path: Path) -> None:
-    """It is neither read nor evicted a second time; another document is refused."""
-    rule = "snapkv:cap=0.5,queries=4"
-    public = PublicConfig(policy="full", private_policy=rule, max_new_tokens=4, document_chunk=8)
-    question, context = replace(QUESTION, document="the book of the gate of the city"), context_of(model, 8)
+# ---------------------------------------------------------------------- a document of the client's own
+
+OWN_DOCUMENT = "the gate of the city was shut and the number is in the book of the guard"
+EVICTED = PublicConfig(
+    policy="full", private_policy="snapkv:cap=0.5,queries=4", max_new_tokens=4, document_chunk=8
+)
+READING_CUTS = {
+    "behind it": (EVICTED, Cut(C, "decode2", 5)),
+    "in its third chunk": (EVICTED, Cut(S, "private3", 20)),
+    "in its first chunk": (EVICTED, Cut(C, "private1", 20)),
+    "in its eviction": (EVICTED, Cut(C, "eviction", 3)),
+    "the dealer's": (EVICTED, Cut(D, "private4", 20)),
+    "padded": (EVICTED.model_copy(update={"length_grid": 8}), Cut(S, "private4", 20)),
+    "not evicted": (EVICTED.model_copy(update={"private_policy": "full"}), Cut(C, "private3", 20)),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c == "in its third chunk" else SLOW) for c in READING_CUTS]
+)
+def test_a_session_goes_on_in_the_middle_of_the_clients_document(
+    case: str, model: Model, tmp_path: Path
+) -> None:
+    """No chunk of it is read a second time, nor is it evicted twice; another document is refused.
+
+    Each chunk's file holds what that chunk added.
+    """
+    public, cut = READING_CUTS[case]
+    question, context = replace(QUESTION, document=OWN_DOCUMENT), context_of(model, 8)
     whole = play(public, model, context, None, question=question)[C]
-    play(public, model, context, tmp_path, cut=Cut(C, "decode2", 5), question=question)
-    other = replace(question, document="the book of the gate of the door")
+    first = play(public, model, context, tmp_path, cut=cut, question=question)
+    assert isinstance(first[cut.victim], Killed), first
+    sizes = [file.stat().st_size for file in sorted((tmp_path / "server").glob("*/0*.state"))]
+    if cut.phase.startswith("private"):
+        assert max(sizes, default=0) < 1.2 * min(sizes, default=1)
+    other = replace(question, document=OWN_DOCUMENT.replace("guard", "gate"))
     refused = play(public, model, context, tmp_path, resume=True, question=other)[C]
     assert isinstance(refused, StateError) and "another document" in str(refused)
-    ends = play(public, model, context, tmp_path, resume=True, question=question)
+    begun: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SessionStatus, "began", lambda self, phase: begun.append(phase))
+        ends = play(public, model, context, tmp_path, resume=True, question=question)
     assert isinstance(ends[C], Report) and ends[C].token_ids == whole.token_ids, ends
-    assert "eviction" in ends[C].phases
+    assert list(ends[C].phases) == list(whole.phases)
+    if cut.phase.startswith("private") and cut.victim is not D:  # who may be ahead of both
+        reached = int(cut.phase.removeprefix("private"))
+        assert f"private{reached}" in begun and f"private{reached - 1}" not in begun
+    assert not list(tmp_path.glob("*/*/*"))

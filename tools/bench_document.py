@@ -1,0 +1,99 @@
+"""Measure private answers about a document of the client's own: a table of docs/benchmarks.md.
+
+    python tools/bench_document.py [--model DIR] [--tokens 6] [--private 128,512] [--private-policy SPEC ...]
+
+Prints a Markdown row for each length and each rule by which the document is evicted, private against plaintext
+in one run; without --model the weights are random, as in tools/bench_size.py. Linux, as it reads /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from mpcache.model import load_tokenizer
+from tools.bench_size import PARTIES, make_model, text_of, watch
+
+PRIVATE_HEAD = (
+    "| own tokens, kept | chunks | reading, plaintext s | private s | ratio | rounds | online, dealer's MB "
+    "| eviction, s | rounds | online, dealer's MB | token, plaintext ms | private ms | ratio "
+    "| online, dealer's MB | same tokens | CPU s, server, client, dealer | memory GB, the same |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def _answer(
+    model: Path, given: argparse.Namespace, tokens: int, rule: str
+) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
+    """Run one answer; return its account, and each party's CPU seconds and memory in GB."""
+    tokenizer = load_tokenizer(model)
+    peak: dict[str, float] = {}
+    cpu: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        out, document = Path(folder) / "out.json", Path(folder) / "document.txt"
+        document.write_text(text_of(tokenizer, tokens), encoding="utf-8")
+        command = [sys.executable, "-m", "mpcache", "generate", "--json", "--no-stop-at-eos"]
+        command += ["--model", str(model), "--private-context", str(document), "--private-policy", rule]
+        command += ["--question", text_of(tokenizer, given.question), "--max-new-tokens", str(given.tokens)]
+        with out.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, text=True, cwd=folder)
+            watch(process, peak, cpu)
+        if process.returncode:
+            raise SystemExit(f"bench_document: `mpcache generate` ended with {process.returncode}")
+        return json.loads(out.read_text()), cpu, peak
+
+
+def measure_private(model: Path, given: argparse.Namespace, tokens: int, rule: str) -> str:
+    """Run one answer about a document of so many tokens, and return its row."""
+    found, cpu, peak = _answer(model, given, tokens, rule)
+    private, plain, own = found["private"], found["plaintext"], found["client_document"]
+    reading, eviction = own["reading"], own["eviction"]
+    token, plain_token = private["ms_per_token_median"], plain["ms_per_token_median"]
+    same = sum(a == b for a, b in zip(found["token_ids"], found["plaintext_token_ids"], strict=True))
+
+    def sizes(part: dict[str, Any], more: str = "") -> str:
+        return f"{part[f'online_bytes{more}'] / 1e6:.2f}, {part[f'offline_bytes{more}'] / 1e6:.1f}"
+
+    evicted = (
+        "| | "
+        if eviction is None
+        else (f"{eviction['ms'] / 1e3:.1f} | {eviction['rounds']} | {sizes(eviction)}")
+    )
+    return (
+        f"| {own['tokens']}, {own['kept']} | {own['chunks']} | {plain['prefill_ms'] / 1e3:.2f} "
+        f"| {reading['ms'] / 1e3:.1f} | {reading['ms'] / plain['prefill_ms']:.0f} "
+        f"| {reading['rounds']} | {sizes(reading)} | {evicted} "
+        f"| {plain_token:.0f} | {token:.0f} | {token / plain_token:.1f} | {sizes(private, '_per_token')} "
+        f"| {same} of {len(found['token_ids'])} "
+        f"| {', '.join(f'{cpu[name]:.1f}' for name in PARTIES)} "
+        f"| {', '.join(f'{peak[name]:.1f}' for name in PARTIES)} |"
+    )
+
+
+def main() -> None:
+    """Print the table's head and its rows."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--model", type=Path)
+    arguments.add_argument("--question", type=int, default=14)
+    arguments.add_argument("--tokens", type=int, default=6)
+    arguments.add_argument("--layers", type=int, default=30)
+    arguments.add_argument("--private", default="128,512", help="tokens of the document")
+    arguments.add_argument("--private-policy", action="append", help="[full, mpcache:n_keep=0.25]")
+    given = arguments.parse_args()
+    print(PRIVATE_HEAD, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if (model := given.model) is None:
+            make_model(model := Path(folder), given.layers)
+        rules = given.private_policy or ["full", "mpcache:n_keep=0.25"]
+        for tokens, rule in product(map(int, given.private.split(",")), rules):
+            print(measure_private(model.resolve(), given, tokens, rule), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,9 @@
 
     python tools/bench_document.py [--model DIR] [--tokens 6] [--private 128,512] [--private-policy SPEC ...]
 
-Prints a Markdown row for each length and each rule by which the document is evicted, private against plaintext
-in one run; without --model the weights are random, as in tools/bench_size.py. Linux, as it reads /proc.
+Prints a Markdown row for each length and each rule by which the document is evicted, private against
+plaintext in one run; without --model the weights are random, as in tools/bench_size.py. Linux, as it reads
+/proc.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ def test_a_name_that_no_file_can_have_is_one_line() -> None:
 
 def test_a_missing_model_says_that_it_is_neither_here_nor_at_the_hub(cache: Path) -> None:
     for name in ("lab/other", "lab/tiny@v2"):
-        with pytest.raises(ModelError, match=f"{name}: no such folder or file here, and HF_HUB_OFFLINE is set"):
+        told = f"{name}: no such folder or file here, and HF_HUB_OFFLINE is set"
+        with pytest.raises(ModelError, match=told):
             find_model(name)
 
 

@@ -102,8 +102,8 @@ class Rerun:
 
 
 def rerun(spec: str, protocol: str, **how: Any) -> Rerun:
-    """Three steps of a session of one layer."""
-    seen, shape = Rerun(**how), tiny.shape(layers=1)
+    """Three steps of a session of one layer, or of the two that share."""
+    seen, shape = Rerun(**how), tiny.shape(layers=2 if "share=0-1" in spec else 1)
     context, policy = tiny.tokens(CONTEXT), parse_policy(spec)
     numbers, expand = itertools.count(), parties._expand
 

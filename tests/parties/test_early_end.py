@@ -272,7 +272,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("wide")
     kind = tiny_models.KINDS["llama-gqa"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny_models.KINDS, "wide", (*kind[:2], {"intermediate_size": 24_576}))
+        patch.setitem(tiny_models.KINDS, "wide", (*kind[:2], {"intermediate_size": 28_672}))
         save(make("wide"), folder)
     document = folder.parent / f"{folder.name}.txt"
     document.write_text("the number of the gate of the city")

@@ -19,7 +19,7 @@ from mpcache.policy.layer_view import LayerView
 from mpcache.runtime.program import run
 from tests.support.tiny_policies import KERNELS, shape
 
-D, LAYERS, CASES = 4, 4, 2000
+D, LAYERS, CASES, MOST_RECENT = 4, 4, 2000, 6
 BLOCKS = {"none": [], "1-2": [[1, 2]], "0-1-2": [[0, 1, 2]], "0-1/2-3": [[0, 1], [2, 3]], "0-3": [[0, 3]]}
 
 
@@ -58,7 +58,7 @@ def literal_weights(
 def check(lend: str, share: str, context: int, kv: int, group: int, steps: list[int], seed: int) -> int:
     """Compare every weight of every row and step. -> rows that borrow."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    sink, recent = rng.choice([0, 1, 3]), rng.randint(1, 6)
+    sink, recent = rng.choice([0, 1, 3]), rng.randint(1, MOST_RECENT)
     s = shape(layers=LAYERS, heads=kv * group, kv_heads=kv, head_dim=D)
     policy = parse_policy(f"pod:sink={sink},recent={recent},share={share},lend={lend}")
     bound, ops = policy.bind(context, s), PlainOps()
@@ -104,5 +104,6 @@ def test_weights_equal_the_literal_ones(lend: str, cases: int) -> None:
     for seed in range(cases):
         kv, group = rng.choice([(1, 1), (1, 3), (2, 1), (2, 2)])
         steps = [rng.choice([1, 1, 3]) for _ in range(rng.randint(1, 4))]
-        borrowing += check(lend, rng.choice(list(BLOCKS)), rng.randint(5, 16), kv, group, steps, seed)
+        share, context = rng.choice(list(BLOCKS)), rng.randint(MOST_RECENT, 16)
+        borrowing += check(lend, share, context, kv, group, steps, seed)
     assert borrowing > cases

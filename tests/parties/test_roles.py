@@ -38,7 +38,6 @@ from mpcache_parties.roles import AHEAD
 from tests.support.links import context_of, free_settings
 from tests.support.processes import PARTY, SOON_S, errors_of, start, started, write_config
 from tests.support.session import QUESTION, run_session
-from tests.support.sure import sure_ids
 
 S, C, D = Rank
 
@@ -127,8 +126,7 @@ def test_what_the_document_decides_is_announced(model: Model, tokens: list[int])
     kept = [layer.kept for layer in known.plan.layers]
     assert max(kept) < len(tokens) and len(set(kept)) > 1
     assert server.kept_tokens == client.kept_tokens == dealer.kept_tokens == kept
-    sure = sure_ids(model, bound, tokens, asked, 3)
-    assert client.token_ids[: len(sure)] == sure and len(client.token_ids) == 3
+    assert client.token_ids == plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
     # What it cost is what the audit says of these counts.
     given = f"{THRESHOLD.policy},n_keep={'/'.join(map(str, kept))}"
     priced = price(model.shape, given, len(tokens), len(asked), new_tokens=3).total("decode")
@@ -137,8 +135,8 @@ def test_what_the_document_decides_is_announced(model: Model, tokens: list[int])
 
 
 def give_curve(model: Model) -> None:
-    """A curve for this process: heads of one layer lose differently."""
-    shape, g = model.shape, torch.Generator().manual_seed(0)
+    """A curve for this process: heads of one layer lose differently, and no token wins by a near tie."""
+    shape, g = model.shape, torch.Generator().manual_seed(9)
     errors = torch.rand(shape.layers, shape.kv_heads, len(LEVELS), generator=g, dtype=torch.float64)
     try_curve(HeadCurve(model.digest, errors.sort(-1, descending=True).values, {}))
 
@@ -153,8 +151,7 @@ def test_what_the_model_decides_is_told_with_the_facts(model: Model, tokens: lis
     assert server.plan == client.plan == dealer.plan and "parts" in str(server.plan)
     asked = model.tokenizer.encode(QUESTION, bos=False)
     bound = bind_policy(model.shape, public, len(tokens), len(asked))
-    sure = sure_ids(model, bound, tokens, asked, 3)
-    assert client.token_ids[: len(sure)] == sure and len(client.token_ids) == 3
+    assert client.token_ids == plain_answer(model, bound, tokens, asked, 3, Sampling(), ()).ids
     counted = bound.with_counts(bound.count_from_model(model), model.shape)
     priced = price(model.shape, counted, question=len(asked), new_tokens=3).total("decode")
     steps = [client.phases[name] for name in ("decode1", "decode2")]

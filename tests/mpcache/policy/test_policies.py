@@ -306,11 +306,10 @@ def test_secure_equals_plain_over_many_blocks(spec: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ALL_PRIVATE)
 def test_stock_equals_plain(spec: str) -> None:
-    s, context, ask = shape(layers=2), tokens(CONTEXT), chunks(2, 1, 1)
+    s, context, ask = shape(layers=2), tokens(CONTEXT), chunks(1, 2, 1)  # no choice is a near tie
     want, _ = plain(spec, s, context, ask)
     got, _ = secure(spec, s, context, ask, protocol="stock")
-    errors = torch.stack([(a - b).abs().max() for a, b in zip(got, want, strict=True)])
-    assert errors.median() < 0.1 and errors.max() < 0.5, errors  # a near tie moves a step, and none wildly
+    assert all((a - b).abs().max() < 0.2 for a, b in zip(got, want, strict=True))
 
 
 # ------------------------------------------------------------------------------- of single policies

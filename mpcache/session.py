@@ -69,6 +69,12 @@ def arranged_layer(weights: Weights | WeightsElsewhere | None, number: int) -> M
     return (lambda name: None) if weights is None else _layer(weights.layers[number]).get
 
 
+def _vocabulary(weights: Weights | WeightsElsewhere | None) -> Mine:
+    if isinstance(weights, WeightsElsewhere):
+        return weights.vocabulary
+    return lambda name: getattr(weights, name, None)
+
+
 def load_operands(
     ops: Ops, shape: ModelShape, weights: Weights | WeightsElsewhere | None
 ) -> Program[Operands]:
@@ -92,9 +98,7 @@ def load_operands(
         layers.append(Layer(**(yield from at(f"layer{i}", operands(mine, _layer(layer))))))
     names = ("embed", "positions", "lm_head", "lm_bias")
     sizes = {name: getattr(blank, name) for name in names}
-    elsewhere = isinstance(weights, WeightsElsewhere)
-    one_of: Mine = weights.vocabulary if elsewhere else lambda name: getattr(weights, name, None)  # type: ignore[union-attr]
-    rest = yield from at("vocabulary", operands(one_of, sizes))
+    rest = yield from at("vocabulary", operands(_vocabulary(weights), sizes))
     return Operands(shape, layers=tuple(layers), **rest)
 
 

@@ -10,16 +10,13 @@ plaintext in one run; without --model the weights are random, as in tools/bench_
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mpcache.model import load_tokenizer
-from tools.bench_size import PARTIES, make_model, text_of, watch
+from tools.bench_size import PARTIES, make_model, run_generate, text_of
 
 PRIVATE_HEAD = (
     "| own tokens, kept | chunks | reading, plaintext s | private s | ratio | rounds | online, dealer's MB "
@@ -29,30 +26,11 @@ PRIVATE_HEAD = (
 )
 
 
-def _answer(
-    model: Path, given: argparse.Namespace, tokens: int, rule: str
-) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
-    """Run one answer; return its account, and each party's CPU seconds and memory in GB."""
-    tokenizer = load_tokenizer(model)
-    peak: dict[str, float] = {}
-    cpu: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        out, document = Path(folder) / "out.json", Path(folder) / "document.txt"
-        document.write_text(text_of(tokenizer, tokens), encoding="utf-8")
-        command = [sys.executable, "-m", "mpcache", "generate", "--json", "--no-stop-at-eos"]
-        command += ["--model", str(model), "--private-context", str(document), "--private-policy", rule]
-        command += ["--question", text_of(tokenizer, given.question), "--max-new-tokens", str(given.tokens)]
-        with out.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, text=True, cwd=folder)
-            watch(process, peak, cpu)
-        if process.returncode:
-            raise SystemExit(f"bench_document: `mpcache generate` ended with {process.returncode}")
-        return json.loads(out.read_text()), cpu, peak
-
-
 def measure_private(model: Path, given: argparse.Namespace, tokens: int, rule: str) -> str:
     """Run one answer about a document of so many tokens, and return its row."""
-    found, cpu, peak = _answer(model, given, tokens, rule)
+    document = text_of(load_tokenizer(model), tokens)
+    answered = run_generate(model, given, {"--private-context": document}, "--private-policy", rule)
+    found, cpu, peak = answered.found, answered.cpu, answered.peak
     private, plain, own = found["private"], found["plaintext"], found["client_document"]
     reading, eviction = own["reading"], own["eviction"]
     token, plain_token = private["ms_per_token_median"], plain["ms_per_token_median"]

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,27 +183,48 @@ def program_of(checkout: Path | None) -> list[str]:
     return ["-m", "mpcache"]
 
 
-def measure(row: Row, model: Path, given: argparse.Namespace, document: str, data: Path | None) -> None:
-    """Run one answer of a row."""
-    question = text_of(load_tokenizer(model), given.question)
+@dataclass
+class Answered:
+    """What a run of `mpcache generate --json` said, and each party's memory (GB) and CPU time (s)."""
+
+    found: dict[str, Any]
+    peak: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
+
+
+def run_generate(
+    model: Path, given: argparse.Namespace, documents: Mapping[str, str], *flags: str,
+    checkout: Path | None = None, data: Path | None = None,
+) -> Answered:  # fmt: skip
+    """Ask the flags' question. documents: texts, by the flag that names each one's file."""
     with tempfile.TemporaryDirectory() as folder:
-        text, out = Path(folder) / "document.txt", Path(folder) / "out.json"
-        command = [sys.executable, *program_of(row.checkout), "generate", "--json", "--no-stop-at-eos"]
-        command += ["--model", str(model), "--policy", row.policy]
-        if document:
-            text.write_text(document, encoding="utf-8")
-            command += ["--context", str(text)]
-        command += ["--question", question, "--max-new-tokens", str(given.tokens)]
+        out = Path(folder) / "out.json"
+        command = [sys.executable, *program_of(checkout), "generate", "--json", "--no-stop-at-eos", *flags]
+        for flag, text in documents.items():
+            document = Path(folder) / f"{flag.strip('-')}.txt"
+            document.write_text(text, encoding="utf-8")
+            command += [flag, str(document)]
+        question = text_of(load_tokenizer(model), given.question)
+        command += ["--model", str(model), "--question", question, "--max-new-tokens", str(given.tokens)]
+        answered = Answered({})
         with out.open("w") as file:
             process = subprocess.Popen(
-                command, stdout=file, text=True, env=environment_of(row.checkout, data), cwd=folder
+                command, stdout=file, text=True, env=environment_of(checkout, data), cwd=folder
             )
-            peak: dict[str, float] = {}
-            watch(process, peak, row.cpu)
+            watch(process, answered.peak, answered.cpu)
         if process.returncode:
-            raise SystemExit(f"bench_size: `mpcache generate` ended with {process.returncode}")
-        row.found.append(json.loads(out.read_text()))
-    row.peak |= {name: max(gb, row.peak.get(name, 0.0)) for name, gb in peak.items()}
+            raise SystemExit(f"{Path(sys.argv[0]).stem}: `mpcache generate` ended with {process.returncode}")
+        answered.found = json.loads(out.read_text())
+    return answered
+
+
+def measure(row: Row, model: Path, given: argparse.Namespace, document: str, data: Path | None) -> None:
+    """Run one answer of a row."""
+    documents = {"--context": document} if document else {}
+    answered = run_generate(model, given, documents, "--policy", row.policy, checkout=row.checkout, data=data)
+    row.found.append(answered.found)
+    row.cpu = answered.cpu
+    row.peak |= {name: max(gb, row.peak.get(name, 0.0)) for name, gb in answered.peak.items()}
 
 
 def read_flags() -> argparse.Namespace:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mpcache.audit.explain import Line, Step, TraceParty
-from mpcache.audit.explain_text import group_steps, step_as_data, told_steps
+from mpcache.audit.explain_text import Group, group_steps, step_as_data, told_steps
 from mpcache.audit.private_rows import CONTEXT
 from mpcache.config import PublicConfig
 from mpcache.cost.reading import reading_plan
@@ -27,7 +27,7 @@ def explain_document(
     shape: ModelShape, spec: str, tokens: int, question: int, protocol: str
 ) -> Iterator[str]:
     """Yield lines about a document of so many tokens, evicted as `spec` says. Raises PolicyError."""
-    plan, steps = _read(shape, spec, tokens, question, protocol)
+    plan, within, last = _read(shape, spec, tokens, question, protocol)
     policy = parse_policy(spec)
     yield f"{policy.spec}: {policy.source}"
     yield ""
@@ -47,19 +47,16 @@ def explain_document(
     yield "Reading it opens what a question opens, but for the logits, and each layer's importance. What the"
     yield "eviction opens is masked by randomness that is used once, but for ranks of rows that nobody can"
     yield "place, and the client's bit, whether all values were in range. Bytes are those of each sender."
-    layers = {number: ops for number, ops in steps.items() if number is not None}
-    last = [(None, step) for step in steps.get(None, {}).values()]
-    yield from told_steps([], group_steps(layers), last, len(layers))
+    leaders = {number for numbers, _ in within for number in numbers or ()}
+    yield from told_steps([], within, last, len(leaders))
 
 
 def explained_document(
     shape: ModelShape, spec: str, tokens: int, question: int, protocol: str
 ) -> dict[str, Any]:
     """Return the same as data. Raises PolicyError."""
-    plan, steps = _read(shape, spec, tokens, question, protocol)
+    plan, within, last = _read(shape, spec, tokens, question, protocol)
     policy = parse_policy(spec)
-    layers = {number: ops for number, ops in steps.items() if number is not None}
-    last = [(None, step) for step in steps.get(None, {}).values()]
     return {
         "policy": policy.spec,
         "source": policy.source,
@@ -68,20 +65,21 @@ def explained_document(
         "model": shape.to_dict(),
         "chunks": list(plan.chunks),
         "plan": None if plan.eviction is None else asdict(plan.eviction),
-        "steps": [step_as_data(*group) for group in (*group_steps(layers), *last)],
+        "steps": [step_as_data(*group) for group in (*within, *last)],
     }
 
 
 def _read(
     shape: ModelShape, spec: str, tokens: int, question: int, protocol: str
-) -> tuple[ReadingPlan, dict[int | None, dict[str, Step]]]:
-    """Read the document's eviction: its plan, and by layer what its steps open."""
+) -> tuple[ReadingPlan, list[Group], list[Group]]:
+    """Read the document's eviction: its plan, and what its steps open within the layers and behind them."""
     public = PublicConfig(policy="full", private_policy=spec)
     bound = bind_policy(shape, public, CONTEXT, question, 2, tokens)
     plan = reading_plan(shape, public, CONTEXT, tokens, protocol)
-    steps: dict[int | None, dict[str, Step]] = defaultdict(dict)
     if plan.eviction is None:
-        return plan, steps
+        return plan, [], []
+    layers: dict[int, dict[str, Step]] = defaultdict(dict)
+    last: list[Group] = []
     witness = TraceParty()
     session = Session(engine(protocol, Rank.SERVER, device="meta"), witness, shape, bound)
     session.setup(None)
@@ -94,5 +92,9 @@ def _read(
             number, op = split_step(rest)
             lines = tuple(Line(one.why, one.to, 1, None, one.size) for one in said.opened)
             dealt = sum(one.bytes for one in said.dealt)
-            steps[number][op] = Step(op, tuple(said.kinds), said.rounds, (), lines, None, dealt)
-    return plan, steps
+            step = Step(op, tuple(said.kinds), said.rounds, (), lines, None, dealt)
+            if number is None:
+                last.append((None, step))
+            else:
+                layers[number][op] = step
+    return plan, group_steps(layers), last

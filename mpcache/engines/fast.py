@@ -29,7 +29,7 @@ from mpcache.protocols.verdict import finish_verdict, start_verdict
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Call, Opening, Program, open_secret
-from mpcache.runtime.ring import RemoteMatrix, blocks_of, narrow_rows
+from mpcache.runtime.ring import RemoteMatrix, largest_in, narrow_rows
 from mpcache.runtime.shares import (
     KnownOperand,
     MaskedOperand,
@@ -123,13 +123,7 @@ class FastOps(Engine[Share, MaskedOperand]):
         """Who knows a value sees whether it is in range. Raises OutOfRange."""
         if x.owner is not self.side.rank or isinstance(x.data, MetaTensor) or 0 in x.shape:
             return
-        most = 0
-        for block in () if isinstance(x.data, RemoteMatrix) else blocks_of(x.data):
-            low, high = (int(v) for v in block.aminmax())
-            most = max(most, -low, high)
-        if isinstance(x.data, RemoteMatrix):
-            most = x.data.largest()
-        if most >= 1 << (x.bits + VALUE_BITS):
+        if (most := largest_in(x.data)) >= 1 << (x.bits + VALUE_BITS):
             raise OutOfRange(
                 f"{x.owner.label}: a weight, key or value of {most / 2**x.bits:.6g} is out of "
                 f"range; protocol fast holds less than {1 << VALUE_BITS}: the answer would be wrong"

@@ -16,7 +16,7 @@ from mpcache.console.terminal import Say
 from mpcache.errors import BadInput, PolicyError
 from mpcache.evaluate.chat_score import Talk, make_talk, score_talks
 from mpcache.evaluate.chat_tasks import CHAT_TASKS
-from mpcache.evaluate.results import NOTE, Cell, Results, counted
+from mpcache.evaluate.results import NOTE, Cell, Results, counted, so_far
 from mpcache.evaluate.score import EvalModel, Score
 from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, engine_of, gated_out
 from mpcache.evaluate.tasks import Task
@@ -170,7 +170,8 @@ class ChatSweep:
             done[n] = outcomes
             self._stand_on({places[m]: done[m] for m in sorted(done)}, settings)
             if runner.cluster is not None:
-                say(f"{len(done)} of {len(places)} readings{self._so_far()}")
+                evicted = (cell for cell in self.cells.values() if cell.policy != FULL)
+                say(f"{len(done)} of {len(places)} readings{so_far(evicted)}")
             self.kept()
         self._judge()
 
@@ -196,20 +197,12 @@ class ChatSweep:
         for (task, talk), answers, before in zip(reading.talks, outcome["right"], able, strict=True):
             cell = self._cell(task, reading.question, spec, budget)
             counts = before if self.gate == "question" and spec != FULL else [True] * len(answers)
-            cell.spec = cell.spec or outcome["spec"]
-            cell.attended += outcome["attended"]
-            cell.context += outcome["context"]
+            cell.add(outcome)
             cell.scores += [
                 Score(part, int(answer), 1, 0.0, 0)
                 for part, answer, counted_ in zip(talk.parts, answers, counts, strict=True)
                 if counted_
             ]
-
-    def _so_far(self) -> str:
-        """Say what the first settings reach so far."""
-        there = [cell for cell in self.cells.values() if cell.scores and cell.policy != FULL][:3]
-        said = [f"{cell.policy} at {cell.budget} %: {100 * cell.accuracy:.0f} %" for cell in there]
-        return f"; so far {', '.join(said)}" if said else ""
 
     def _cell(self, task: Task, question: str, spec: str, budget: int) -> Cell:
         key = (task.name, question, spec, budget)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpcache.evaluate.score import Score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, Task
-from mpcache.policy import BoundPolicy
+from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.sweeping.journal import Outcome
 
 EvalRow = dict[str, Any]
@@ -59,18 +59,20 @@ class Cell:
 
     def count(self, bound: BoundPolicy, kv_heads: int) -> None:
         """Count one more sample that is asked under this policy and plan."""
-        self.spec = self.spec or bound.spec
-        self.attended += bound.plan.tokens_attended(kv_heads)
-        self.context += bound.plan.context
+        self.add(counted(bound, kv_heads))
+
+    def add(self, counts: Outcome) -> None:
+        """Add what `counted` counts of a sample."""
+        self.spec = self.spec or counts["spec"]
+        self.attended += counts["attended"]
+        self.context += counts["context"]
 
     def take(self, outcomes: Iterable[Outcome]) -> None:
         """Stand on these outcomes of samples, in order, in place of those before."""
         self.spec, self.scores, self.attended, self.context = "", [], 0, 0
         for outcome in outcomes:
             if "scores" in outcome:
-                self.spec = self.spec or outcome["spec"]
-                self.attended += outcome["attended"]
-                self.context += outcome["context"]
+                self.add(outcome)
                 self.scores += [Score(*each) for each in outcome["scores"]]
 
     def passes(self) -> bool:
@@ -115,6 +117,13 @@ def counted(bound: BoundPolicy, kv_heads: int) -> Outcome:
     }  # fmt: skip
 
 
+def so_far(cells: Iterable[Cell]) -> str:
+    """Say what the first settings reach so far."""
+    there = [cell for cell in cells if cell.scores][:3]
+    said = [f"{cell.policy} at {cell.budget} %: {100 * cell.accuracy:.0f} %" for cell in there]
+    return f"; so far {', '.join(said)}" if said else ""
+
+
 def bits_per_byte_of(scores: Sequence[Score]) -> float:
     """Return the bits that a byte of the answers took, the mean over all bytes."""
     return sum(score.nats for score in scores) / math.log(2) / sum(score.bytes for score in scores)
@@ -135,6 +144,17 @@ class Results:
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    def to_confirm(self) -> Iterator[tuple[Cell, Cell, str]]:
+        """Yield each judged cell, a new one for what the parties say there, and where that is, in words."""
+        for plain in [cell for cell in self.cells if cell.judged and cell.scores]:
+            if parse_policy(plain.policy).in_the_clear:
+                self.note(f"{plain.policy}: runs in plaintext only, so the parties did not confirm it")
+                continue
+            secure = Cell(plain.task, plain.question, plain.policy, plain.budget, "secure", judged=True)
+            self.cells.append(secure)
+            where = f"{plain.task.name}, question {plain.question}, {plain.policy} at {plain.budget} %"
+            yield plain, secure, where
 
     def rows(self) -> list[EvalRow]:
         """Return a row of each cell; of a chat also one of all tasks together."""

@@ -19,7 +19,7 @@ from mpcache.evaluate.score import EvalModel, Score, Tokens, score
 from mpcache.evaluate.sweep import EvalGrid, bind_at_budget, take_sample
 from mpcache.evaluate.tasks import Sample
 from mpcache.limits import bind_policy
-from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.policy import BoundPolicy
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
 from mpcache.session import Session
@@ -42,15 +42,7 @@ def confirm_privately(
     Each is counted by whether the answer is right, and whether every token is the plain engine's; bits per
     byte by whether they are within TOLERANCE of the plain engine's.
     """
-    for plain in list(results.cells):
-        if not plain.judged or not plain.scores:
-            continue
-        if parse_policy(plain.policy).in_the_clear:
-            results.note(f"{plain.policy}: runs in plaintext only, so the parties did not confirm it")
-            continue
-        secure = Cell(plain.task, plain.question, plain.policy, plain.budget, "secure", judged=True)
-        results.cells.append(secure)
-        where = f"{plain.task.name}, question {plain.question}, {plain.policy} at {plain.budget} %"
+    for plain, secure, where in results.to_confirm():
         for i in range(count):
             said = f"{where}: private sample {i + 1} of {count}"
             sample, tokens = take_sample(engine, plain.task, plain.question, grid, i)

@@ -17,7 +17,7 @@ from mpcache.evaluate.chat_sweep import ChatSweep
 from mpcache.evaluate.results import Cell
 from mpcache.evaluate.score import EvalModel, Read, Score
 from mpcache.evaluate.sweep import FULL, bind_at_budget
-from mpcache.policy import BoundPolicy, parse_policy
+from mpcache.policy import BoundPolicy
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.rank import Rank
 from mpcache.session import Session
@@ -32,13 +32,7 @@ def confirm_talks(sweep: ChatSweep, count: int, network: str, say: Say) -> None:
     results, engine = sweep.results, sweep.engine
     if network != "none":
         results.note("the parties of a chat ran in one process, which no network slows")
-    for plain in [cell for cell in results.cells if cell.judged and cell.scores]:
-        if parse_policy(plain.policy).in_the_clear:
-            results.note(f"{plain.policy}: runs in plaintext only, so the parties did not confirm it")
-            continue
-        secure = Cell(plain.task, plain.question, plain.policy, plain.budget, "secure", judged=True)
-        results.cells.append(secure)
-        where = f"{plain.task.name}, question {plain.question}, {plain.policy} at {plain.budget} %"
+    for plain, secure, where in results.to_confirm():
         for i, (context, talk) in enumerate(islice(sweep.talks(plain.task, plain.question), count), 1):
             say(f"{where}: private conversation {i} of {count}")
             read = engine.read(context, len(context))

@@ -17,7 +17,7 @@ import torch
 from mpcache.console.terminal import Say
 from mpcache.cost.sizing import FLOAT, PROCESS
 from mpcache.errors import BadInput, PolicyError
-from mpcache.evaluate.results import NOTE, Cell, Results, counted
+from mpcache.evaluate.results import NOTE, Cell, Results, counted, so_far
 from mpcache.evaluate.score import EvalModel, Tokens, score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, TASKS, Sample, Task
 from mpcache.model import ModelShape, Weights, load_model
@@ -211,14 +211,7 @@ def _ask(
             if NOTE in outcome:
                 results.note(outcome[NOTE])
         if runner.cluster is not None:
-            say(f"{len(done)} of {count} samples{_best(cells)}")
-
-
-def _best(cells: Sequence[Cell]) -> str:
-    """Say what the first settings reach so far."""
-    there = [cell for cell in cells if cell.scores][:3]
-    said = [f"{cell.policy} at {cell.budget} %: {100 * cell.accuracy:.0f} %" for cell in there]
-    return f"; so far {', '.join(said)}" if said else ""
+            say(f"{len(done)} of {count} samples{so_far(cells)}")
 
 
 def _under(say: Say, name: str) -> Say:

@@ -129,6 +129,18 @@ def _room(shape: tuple[int, ...], bits: int, ring: int) -> Matrix:
     return Matrix(torch.empty(shape, dtype=torch.int64))
 
 
+def largest_in(x: torch.Tensor | Matrix | RemoteMatrix) -> int:
+    """Return the largest absolute value."""
+    if isinstance(x, RemoteMatrix):
+        return x.largest()
+    most = 0
+    for block in blocks_of(x):
+        if block.numel():
+            low, high = (int(v) for v in block.aminmax())
+            most = max(most, -low, high)
+    return most
+
+
 def blocks_of(x: torch.Tensor | Matrix | RemoteMatrix) -> Iterator[torch.Tensor]:
     """Yield integers as int64, in order, a matrix in few bytes a few rows at a time."""
     if isinstance(x, Matrix | RemoteMatrix):

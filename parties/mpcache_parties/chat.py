@@ -72,15 +72,15 @@ class Account:
 
 
 class _Running:
-    """What the answer that runs has taken, by what the client's process tells of its ledger on the way."""
+    """What the answer that runs has taken, by what the client's process tells on the way."""
 
     def __init__(self) -> None:
         self.spent = Entry()
         self._began = time.monotonic()
-        self._before: Entry | None = None  # what was in the ledger when it began
+        self._before: Entry | None = None  # what the session had taken when it began
 
     def told(self, totals: Entry) -> None:
-        """Take note of all that is in the ledger."""
+        """Take note of all that the session has taken."""
         self._before = totals if self._before is None else self._before
         self.spent = totals - self._before
 

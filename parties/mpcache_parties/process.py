@@ -223,7 +223,7 @@ def run_one_session(
     """Mode: one session, and its account at the end."""
     resources = process.resources(network, status, process.checkpointer, process.output.say)
     if isinstance(process.own, Conversation):
-        status.on_layer = LayerPace(_layer_events(process.output, resources.ledger))
+        status.on_layer = LayerPace(_layer_events(process.output, status))
     elif isinstance(process.own, Question):
         tokens = process.own.limit(process.settings.public.max_new_tokens)
         status.on_layer = LayerPace(answer_said(process.output.say, tokens))
@@ -237,15 +237,15 @@ def run_one_session(
 TRAFFIC_EVERY_S = 1.0
 
 
-def _layer_events(output: Output, ledger: Ledger) -> Told:
-    """Return what tells each layer, and now and then all that the ledger holds: summing it takes a while."""
+def _layer_events(output: Output, status: SessionStatus) -> Told:
+    """Return what tells each layer, and now and then what the session has taken: summing it takes a while."""
     said = 0.0
 
     def tell(phase: str, layer: int, layers: int, left_ms: float | None) -> None:
         nonlocal said
         more = {}
         if layer == 0 or time.monotonic() > said + TRAFFIC_EVERY_S:
-            more, said = {"traffic": asdict(ledger.total())}, time.monotonic()
+            more, said = {"traffic": asdict(status.so_far(phase))}, time.monotonic()
         output.event(EventKind.LAYER, phase=phase, layer=layer, layers=layers, left_ms=left_ms, **more)
 
     return tell

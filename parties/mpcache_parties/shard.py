@@ -19,7 +19,7 @@ import torch
 
 from mpcache.cluster import ClusterError
 from mpcache.model.loading import stored_weights
-from mpcache.runtime.ring import Blocks, Matrix, blocks_of, matmul, narrow_rows, wide
+from mpcache.runtime.ring import Blocks, Matrix, largest_in, matmul, narrow_rows, wide
 from mpcache.runtime.shares import encode
 from mpcache.runtime.standing import OperandPlace, SeededMatrix
 from mpcache.session import arranged_layer
@@ -114,12 +114,7 @@ class Shard:
 
     def largest(self, key: int, piece: Piece) -> int:
         """Return the largest absolute value of the part."""
-        most = 0
-        for block in blocks_of(self._part(key, piece)):
-            if block.numel():
-                low, high = (int(v) for v in block.aminmax())
-                most = max(most, -low, high)
-        return most
+        return largest_in(self._part(key, piece))
 
     def put(self, key: int, low: np.ndarray[Any, Any], high: np.ndarray[Any, Any] | None) -> None:
         """Keep a part that was sent."""

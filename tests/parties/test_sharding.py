@@ -111,7 +111,9 @@ def test_what_nobody_needs_is_dropped(stored: Model) -> None:
 # ------------------------------------------------------------------------------------------ sessions
 
 
-def session(model: Model, tokens: list[int], shards: dict[Rank, Shards]) -> dict[Rank, Any]:
+def session(
+    model: Model, tokens: list[int], shards: dict[Rank, Shards], timeout: float = 60
+) -> dict[Rank, Any]:
 
     def resources(rank: Rank, links: Any, ledger: Any) -> SessionResources:
         setups = ServerSetups() if rank is S else DealerSetups() if rank is D else None
@@ -123,7 +125,8 @@ def session(model: Model, tokens: list[int], shards: dict[Rank, Shards]) -> dict
             S: lambda links, ledger: serve(resources(S, links, ledger), Document(model, tokens)),
             C: lambda links, ledger: ask(resources(C, links, ledger), asked),
             D: lambda links, ledger: deal(resources(D, links, ledger)),
-        }
+        },
+        timeout,
     )
 
 
@@ -164,6 +167,7 @@ def test_a_dealer_that_lost_an_actor_ends_the_session_with_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_on_ray_an_actor_that_is_killed_is_made_anew_and_the_answer_goes_on(
     stored: Model, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +183,7 @@ def test_on_ray_an_actor_that_is_killed_is_made_anew_and_the_answer_goes_on(
 
     monkeypatch.setattr(TimedSession, "chunk", losing)
     try:
-        ends = session(stored, tokens, {S: shards})
+        ends = session(stored, tokens, {S: shards}, timeout=400)  # an actor takes as long as Python's start
     finally:
         shards.close()
     assert ends[C].token_ids == plain_ids(model, PUBLIC, tokens, QUESTION)

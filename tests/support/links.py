@@ -43,13 +43,13 @@ class Killed(Exception):
 Job = Callable[[dict[Rank, FrameLink], Ledger], Any]
 
 
-def together(jobs: Mapping[Rank, Job]) -> dict[Rank, Any]:
+def together(jobs: Mapping[Rank, Job], timeout: float = 60) -> dict[Rank, Any]:
     """Parties as threads, linked with each other; what each ended with, be it a result, an error or
     Killed. One that fails closes its links, as a process does."""
     ledgers = {rank: Ledger() for rank in jobs}
     links: dict[Rank, dict[Rank, FrameLink]] = {rank: {} for rank in jobs}
     for a, b in combinations(sorted(jobs), 2):
-        links[a][b], links[b][a] = local_pair(ledgers[a], ledgers[b], a, b, timeout=60)
+        links[a][b], links[b][a] = local_pair(ledgers[a], ledgers[b], a, b, timeout=timeout)
 
     def body(rank: Rank) -> Any:
         reason = f"{rank.label} was killed"

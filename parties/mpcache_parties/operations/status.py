@@ -129,6 +129,12 @@ class SessionStatus(Observer):
             (totals.further_tokens if place.step else totals.first_tokens).note(ms / 1000)
         self._log("token" if tokens else "done", step=name, ms=round(ms, 3), values=asdict(spent))
 
+    def so_far(self, phase: str) -> Entry:
+        """Sum up the phases that have ended, and this one, which runs."""
+        spent = self._ledger.phase_total(phase)
+        spent += self.totals.traffic
+        return spent
+
     def waited(self, seconds: float) -> None:
         """Count a wait for the dealer."""
         self.totals.dealer_wait_s += seconds

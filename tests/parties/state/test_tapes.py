@@ -45,16 +45,18 @@ def tokens(model: Model) -> list[int]:
 def prepared(
     model: Model, tokens: list[int], place: Path,
     public: PublicConfig = PUBLIC, question: Question = QUESTION,
-    said: list[str] | None = None,
+    said: list[str] | None = None, count: int = 1, farm: Farm | None = None,
 ) -> dict[Rank, Any]:  # fmt: skip
     said = [] if said is None else said
     owns: dict[Rank, Any] = {S: Document(model, tokens), C: question, D: None}
     stores = {rank: None if rank is D else TapeStore(place, rank) for rank in Rank}
 
     def job(rank: Rank) -> Job:
+        more = (count, farm) if rank is D else ()
         return lambda links, ledger: prepare(
-            rank, SessionResources(links, ledger, public, say=said.append, tapes=stores[rank]), owns[rank]
-        )
+            rank, SessionResources(links, ledger, public, say=said.append, tapes=stores[rank]), owns[rank],
+            *more,
+        )  # fmt: skip
 
     try:
         return together({rank: job(rank) for rank in Rank})
@@ -280,24 +282,6 @@ def test_processes_prepare_and_answer(folder: Path, model: Model, tokens: list[i
 # ----------------------------------------------------------------------------------- several batches
 
 
-def several(model: Model, tokens: list[int], place: Path, count: int, farm: Farm | None) -> dict[Rank, Any]:
-    owns: dict[Rank, Any] = {S: Document(model, tokens), C: QUESTION, D: None}
-    stores = {rank: None if rank is D else TapeStore(place, rank) for rank in Rank}
-
-    def job(rank: Rank) -> Job:
-        more = (count, farm) if rank is D else ()
-        return lambda links, ledger: prepare(
-            rank, SessionResources(links, ledger, PUBLIC, tapes=stores[rank]), owns[rank], *more
-        )
-
-    try:
-        return together({rank: job(rank) for rank in Rank})
-    finally:
-        for store in stores.values():
-            if store is not None:
-                store.close()
-
-
 def farm_of(spool: Path) -> Farm:
     return Farm(ClusterHere(), spool)
 
@@ -307,7 +291,7 @@ def test_each_of_several_batches_serves_one_answer(
     model: Model, tokens: list[int], tmp_path: Path, farmed: bool
 ) -> None:
     farm = farm_of(tmp_path / "spool") if farmed else None
-    ends = several(model, tokens, tmp_path, 2, farm)
+    ends = prepared(model, tokens, tmp_path, count=2, farm=farm)
     assert set(ends.values()) == {None}, ends
     assert not list(tmp_path.glob("spool/*"))  # what was handed on is gone
     expected = plain_ids(model, PUBLIC, tokens, QUESTION.text)
@@ -328,7 +312,7 @@ def test_what_workers_deal_opens_for_their_dealer_alone(
         return read(order, phases)
 
     monkeypatch.setattr(farm, "_phases", other_key)
-    ends = several(model, tokens, tmp_path, 1, farm)
+    ends = prepared(model, tokens, tmp_path, farm=farm)
     assert isinstance(ends[D], StateError) and all(isinstance(end, MpcacheError) for end in ends.values())
     farm.close()
     assert not list(tmp_path.glob("spool/*"))
@@ -340,7 +324,7 @@ def test_a_worker_that_dies_ends_the_farm_with_one_line(
     monkeypatch.setattr(
         ClusterHere, "stream", lambda self, *rest, **more: iter([(1, Failure("its worker died"))])
     )
-    ends = several(model, tokens, tmp_path, 2, farm_of(tmp_path / "spool"))
+    ends = prepared(model, tokens, tmp_path, count=2, farm=farm_of(tmp_path / "spool"))
     assert str(ends[D]) == "batch 2 of 2 is lost: its worker died"
     assert all(isinstance(ends[rank], MpcacheError) for rank in (S, C))
     assert not TapeStore(tmp_path, S).batches({}, 0)

@@ -1,6 +1,6 @@
 """Measure private answers about a document of the client's own: a table of docs/benchmarks.md.
 
-    python tools/bench_document.py [--model DIR] [--tokens 6] [--private 128,512] [--private-policy SPEC ...]
+    python -m tools.bench_document [--model DIR] [--tokens 6] [--private 128,512] [--private-policy SPEC ...]
 
 Prints a Markdown row for each length and each rule by which the document is evicted, private against
 plaintext in one run; without --model the weights are random, as in tools/bench_size.py. Linux, as it reads
@@ -29,7 +29,9 @@ PRIVATE_HEAD = (
 def measure_private(model: Path, given: argparse.Namespace, tokens: int, rule: str) -> str:
     """Run one answer about a document of so many tokens, and return its row."""
     document = text_of(load_tokenizer(model), tokens)
-    answered = run_generate(model, given, {"--private-context": document}, "--private-policy", rule)
+    answered = run_generate(
+        model, given, {"--private-context": document}, "--policy", "full", "--private-policy", rule
+    )
     found, cpu, peak = answered.found, answered.cpu, answered.peak
     private, plain, own = found["private"], found["plaintext"], found["client_document"]
     reading, eviction = own["reading"], own["eviction"]

@@ -36,6 +36,7 @@ from mpcache.protocols.ranges import WEIGHTED_SUM_RING
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 
+WEIGHTS = 31  # that are added up before they are truncated: all may go to one token, and 2^5 is out of range
 PAIRS_AT_ONCE = 1 << 20  # of scores that are compared in one round: it bounds the memory
 
 
@@ -107,11 +108,12 @@ class ReadingPolicy(BoundPolicy):
         if pair is None:
             return
         ops = view.ops
-        paid = (yield from at("importance", ops.mul(*pair))).sum(1)
+        begin = view.tokens - self._begins(view) - view.m
+        weights = (yield from at("importance", ops.mul(*pair)))[..., begin:]
+        lots = [weights[:, i : i + WEIGHTS].sum(1, keepdim=True) for i in range(0, weights.shape[1], WEIGHTS)]
+        paid = (yield from at("importance", ops.rescale(ops.cat(lots, 1)))).sum(1)
         if not self._rule.by_head:
             paid = paid.sum(0, keepdim=True)
-        paid = paid[:, view.tokens - self._begins(view) - view.m :]
-        paid = yield from at("importance", ops.rescale(paid))
         before = view.layer.paid
         if before is not None:
             n = before.shape[-1]

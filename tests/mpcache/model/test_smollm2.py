@@ -17,9 +17,19 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mpcache.answer import plain_answer
+from mpcache.choices import DocumentAs
+from mpcache.config import PublicConfig
+from mpcache.cost.reading import reading_plan
+from mpcache.demo import DEMO
+from mpcache.engines.checked import CheckedOps, Ranges
+from mpcache.limits import bind_conversation
 from mpcache.model import load_model
+from mpcache.model.framing import make_framing
+from mpcache.model.prefill import prefill
 from mpcache.policy import parse_policy
 from mpcache.sampling import Sampling
+from mpcache.session import Session
+from mpcache_kernels import backend
 from tests.support.real_model import real_model
 from tests.support.tiny_gguf import as_halves
 from tests.support.varied_texts import varied_texts
@@ -91,3 +101,24 @@ def test_a_greedy_answer_is_that_of_transformers(smollm2: Path) -> None:
         for _ in range(ANSWERED):
             ids.append(int(reference(torch.tensor([ids])).logits[0, -1].argmax()))
     assert ours == ids[-ANSWERED:]
+
+
+@pytest.mark.parametrize("rule", ["mpcache:n_keep=0.25", "snapkv:cap=0.25"])
+def test_a_clients_document_stays_in_range_while_it_is_read_and_evicted(rule: str, smollm2: Path) -> None:
+    """Nearly all queries of a real model pay most of their attention to one token, and it adds up."""
+    model = load_model(smollm2)
+    framing = make_framing(model.tokenizer, model.shape, False, DocumentAs.SYSTEM, False)
+    context, own = framing.frame_document(None), framing.frame_private((DEMO / "clinic.txt").read_text())
+    public = PublicConfig(policy="full", private_policy=rule, conversation_tokens=64)
+    policy, _ = bind_conversation(model.shape, public, len(context), len(own))
+    session = Session(CheckedOps(public.fraction_bits), found := Ranges(strict=False), model.shape, policy)
+    kernels = backend("cpu")
+    session.setup(model.weights)
+    session.context(prefill(model, context, window=policy.window), kernels)
+    with torch.no_grad():
+        for _ in session.read_document(
+            reading_plan(model.shape, public, len(context), len(own), "fast"), own
+        ):
+            pass
+    assert any("importance" in each.step for each in found)
+    assert [each for each in found if each.spare_bits < 0] == []

@@ -121,7 +121,7 @@ def generate(
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
-    settings = with_default_policy(with_pack_settings(settings, packed), model)
+    settings = with_default_policy(with_pack_settings(settings, packed), model, private_context is not None)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
@@ -230,7 +230,7 @@ def compare(
     overrides = chat_overrides(raw, document_as, pad, private_policy)
     agreed = load_settings(config, overrides)  # once: it may be a pipe
     packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
-    agreed = with_default_policy(with_pack_settings(agreed, packed), model)
+    agreed = with_default_policy(with_pack_settings(agreed, packed), model, private_context is not None)
     inquiry = Inquiry.read(
         model,
         context,

@@ -86,16 +86,18 @@ def check_padding(shape: ModelShape, policy: Policy) -> None:
         )
 
 
-def with_default_policy(settings: Settings, model: Path | str | None) -> Settings:
-    """Take the policy `compact` for a model that has a curve, where nobody has named a policy.
+def with_default_policy(settings: Settings, model: Path | str | None, private: bool = False) -> Settings:
+    """Take a policy by what there is, where nobody has named one.
 
-    model: --model; None: the demo's.
+    It is `compact` for a model that has a curve; else `full` for a document of the client's own: nobody has
+    seen how much of this model's recall the config's selection keeps, and --private-policy evicts.
+    model: --model; None: the demo's.  private: the client brings a document.
     """
     if "policy" in settings.public.model_fields_set:
         return settings
-    if not has_curve(demo_model_dir() if model is None else find_model(model)):
-        return settings
-    return with_overrides(settings, {"public.policy": "compact"})
+    if has_curve(demo_model_dir() if model is None else find_model(model)):
+        return with_overrides(settings, {"public.policy": "compact"})
+    return with_overrides(settings, {"public.policy": "full"}) if private else settings
 
 
 def _check_positions(

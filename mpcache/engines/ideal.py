@@ -140,7 +140,7 @@ def product(
 
 def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]:
     """Return x * step(x), or that times up."""
-    yield from claim(kind, x.data, series(kind).half << x.bits, x.bits)
+    yield from claim(kind, x.data, series(kind).reach << x.bits, x.bits)
     for value in [x] if up is None else [x, up]:
         yield from claim("truncation", value.data, linear.truncation_room(value.ring), value.bits)
     y, bits = prefill.apply_activation(kind, decode(x.data, x.bits)), x.bits + ranges.STEP_BITS

@@ -1,8 +1,8 @@
 """Activations x * step(x), where the step is a sum of sines: two rounds, for act(gate) * up too.
 
 The step (sigmoid, or the normal distribution's) is 1/2 + x / (2 half) + sum_k b_k sin(pi k x / half)
-on |x| < half. The linear part makes both ends of the period meet, so that the coefficients fall
-exponentially (docs/protocols.md, section 9.4). sin(k (c - r)) is public angles of the opened c = x + r
+on |x| < half, and nearly so well beyond. The linear part makes both ends of the period meet, so that the
+coefficients fall exponentially (docs/protocols.md, section 9.4). sin(k (c - r)) is public angles of the opened c = x + r
 times the dealer's shares of sin(k r) and cos(k r). The same opening truncates x, and with that of `up` it
 gives x * up (`linear.Truncated`); the second round multiplies by the step.
 """
@@ -53,7 +53,10 @@ _MOST_BITS = 14  # fraction bits of the dealer's sines, at most
 
 @dataclass(frozen=True)
 class Series:
-    """half: a power of two.  b: the coefficients b_1, b_2, ...
+    """half: of the period, a power of two.  b: the coefficients b_1, b_2, ...
+
+    A real model's gates go beyond half a period (SmolLM2's reach 34). There the next period begins, whose
+    sigmoid is still flat: 6e-6 at 13/8 of half, where the fence stops for sure; `reach` surely passes it.
 
     A term is a share with s fraction bits times a public factor with p, rounded: their errors are b 2^-s and
     2^-p. Terms of small coefficients need fewer bits of both, and so a smaller ring.
@@ -61,6 +64,11 @@ class Series:
 
     half: int
     b: tuple[float, ...]
+
+    @property
+    def reach(self) -> int:
+        """What inputs stay below in size."""
+        return 11 * self.half // 8
 
     @cached_property
     def large(self) -> int:
@@ -97,7 +105,7 @@ class Series:
 
 @cache
 def series(kind: str) -> Series:
-    """Return the step of an activation: |x| < 32 for silu, 16 for gelu. Largest error of the series: 6e-6."""
+    """Return the step of an activation: |x| < 44 for silu, 22 for gelu. Largest error of the series: 6e-6."""
     match kind:
         case "silu":
             return Series.of(torch.sigmoid, 32, 40)
@@ -141,19 +149,19 @@ def _summed(raw: torch.Tensor, bits: int, wave: Series, shares: Sequence[torch.T
 
 
 def series_fence(wave: Series, x: Share) -> Fence:
-    """Return the fence of what a series takes: |x| < half passes, and none from 3/2 half to 2^10.
+    """Return the fence of what a series takes: |x| < 11/8 half passes, none from 13/8 half to 2^10 less that.
 
     The step is right up to there, for both ends of its period are flat.
     """
-    unit = x.bits + wave.half.bit_length() - 2  # a quarter of the range
-    ring = min(x.ring, x.bits + 11)
-    return Fence(ring, ring - unit, 0, 4)
+    unit = x.bits + wave.half.bit_length() - 3  # a quarter of half
+    ring = min(x.ring, x.bits + 10)
+    return Fence(ring, ring - unit, 0, 11)
 
 
 def activate(side: Side, kind: str, x: Share, up: Share | None) -> Program[Share]:
     """Return x * step(x), or that times up, at `STEP_BITS` more fraction bits. Two rounds.
 
-    |x| < half (`series`), |x * up| < 2^14, and raw values below 2^(ring-2). Error below
+    |x| < `Series.reach`, |x * up| < 2^14, and raw values below 2^(ring-2). Error below
     1.5e-4 |x| (|x up|), six standard deviations, and two units of x's fraction bits.
     """
     step, value = yield from _step(side, kind, x, up)
@@ -201,7 +209,7 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
             for v, r in zip(values, masks, strict=True)
         )
     )
-    fences[0].watch(side, drawn_tables[0], c - (1 << (ring - 2)) + (wave.half << x.bits))
+    fences[0].watch(side, drawn_tables[0], c - (1 << (ring - 2)) + (wave.reach << x.bits))
     for fence, table, opened in zip(fences[1:], drawn_tables[1:], c_up, strict=True):
         fence.watch(side, table, opened)
     mine = Truncated.of(c, 0, ring, rb, rc)

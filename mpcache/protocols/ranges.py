@@ -15,7 +15,7 @@ models come; the debug engine (mpcache.engines.checked) judges values by these s
 | mean squares in a norm | 2^MEAN_SQUARE_LOW to 2^MEAN_SQUARE_HIGH | exponents that are told apart |
 | stream times matrix | size below 2^(NORM_PRODUCT_RING - NORM_PRODUCT_BITS - 2) | its ring |
 | gate times up | size below 2^14 | GATE_RING |
-| SiLU, GELU inputs | size below 32, 16 | `activation.series`: half a period |
+| SiLU, GELU inputs | size below 44, 22 | `activation.Series.reach` |
 | max(x, 0) | raw size below 2^(RELU_WIDTH - 1) | the comparison's width |
 | logits | size below 63/64 LARGEST_LOGIT, for `--reveal token` | the comparison's width, the guard |
 """

@@ -164,7 +164,7 @@ def local_chat(
         packed = OpenedPack.read(str(document), pack_key, None) if is_pack(document) else None
         text = None if packed is not None else read_text(document)
     assert not isinstance(text, Path)
-    settings = with_default_policy(with_pack_settings(settings, packed), model)
+    settings = with_default_policy(with_pack_settings(settings, packed), model, own is not None)
     flags = () if packed is None else packed.flags()
     with (
         LocalParties(settings, model, text, 1, say, kept, state, flags) as parties,

@@ -60,7 +60,10 @@ def test_scores_of_the_document_out_of_range_are_refused(biased: Model) -> None:
 def test_compact_is_the_default_of_a_model_with_a_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody named a policy; also where the curve lies apart from the model."""
+    """Where nobody named a policy; also where the curve lies apart from the model.
+
+    Without one nothing is dropped of a document of the client's.
+    """
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     folder = save(make("qwen2"), tmp_path / "model")
     model, settings = load_model(folder), load_settings(None)
@@ -68,6 +71,8 @@ def test_compact_is_the_default_of_a_model_with_a_curve(
     named = load_settings(None, {"public.policy": "full"})
     assert with_default_policy(named, demo_model_dir()) is named
     assert with_default_policy(settings, folder).public.policy == "mpcache:score=bound,share=none"
+    assert with_default_policy(settings, folder, private=True).public.policy == "full"
+    assert with_default_policy(settings, demo_model_dir(), private=True).public.policy == "compact"
     errors = torch.zeros(model.shape.layers, model.shape.kv_heads, len(LEVELS), dtype=torch.float64)
     for digest, policy in (("b" * 64, settings.public.policy), (model.digest, "compact")):
         _, apart = places(folder, digest)

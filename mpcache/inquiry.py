@@ -105,8 +105,8 @@ class Inquiry:
         """Put what policy `auto` stands for here into settings, and say it."""
         if settings.public.policy != POLICY_AUTO:
             return settings
-        model = load_model(self.model)
-        settings, why = with_planned_policy(settings, model, len(self.context), len(self.question))
+        model, packed = load_model(self.model), "" if self.packed is None else self.packed.pack.context.spec
+        settings, why = with_planned_policy(settings, model, len(self.context), len(self.question), packed)
         terminal.say(why)
         return settings
 

@@ -139,11 +139,21 @@ def _why(
     return text
 
 
-def choose_policy(model: Model, public: PublicConfig, context: int, question: int) -> PolicyChoice:
+def choose_policy(
+    model: Model, public: PublicConfig, context: int, question: int, packed: str = ""
+) -> PolicyChoice:
     """Pick what `auto` stands for; the default where nothing was measured of this model.
 
-    context, question: lengths in tokens.  Raises BadInput or PolicyError.
+    context, question: lengths in tokens.  packed: the policy that the document was packed with, which alone
+    can serve it.  Raises BadInput or PolicyError.
     """
+    if packed:
+        if (leak := parse_policy(packed).leak) not in REVEALED:
+            raise PolicyError(
+                f"policy auto: the document was packed with {packed}, which reveals more than auto may "
+                f"({leak}); name that policy"
+            )
+        return PolicyChoice(packed, f"picked policy {packed}, that of the pack")
     quality = quality_of(model.path, model.digest)
     if quality is None:
         spec = PublicConfig().policy if curve_of(model) is None else "compact"
@@ -152,10 +162,10 @@ def choose_policy(model: Model, public: PublicConfig, context: int, question: in
 
 
 def with_planned_policy(
-    settings: Settings, model: Model, context: int, question: int
+    settings: Settings, model: Model, context: int, question: int, packed: str = ""
 ) -> tuple[Settings, str]:
     """Put what `auto` stands for into settings; the second: why, or nothing where a policy was named."""
     if settings.public.policy != POLICY_AUTO:
         return settings, ""
-    choice = choose_policy(model, settings.public, context, question)
+    choice = choose_policy(model, settings.public, context, question, packed)
     return with_overrides(settings, {"public.policy": choice.spec}), choice.why

@@ -205,6 +205,11 @@ class Policy(ABC):
 
     # ------------------------------------------------------------------ the document's owner, in plaintext
 
+    @property
+    def rereads(self) -> bool:
+        """Whether it reads the context a second time (`mpcache.model.reread`)."""
+        return False
+
     def window(self, context: int) -> int:
         """Say how many of the context's last queries `evict` and `remember` look at."""
         return 0

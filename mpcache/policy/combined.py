@@ -178,6 +178,10 @@ class Combined(Policy):
     def largest_bias(self) -> float:
         return self.first.largest_bias
 
+    @property
+    def rereads(self) -> bool:
+        return self.first.rereads
+
     def count_from_model(self, model: Model, context: int) -> list[int]:
         return self.first.count_from_model(model, context)
 

@@ -26,7 +26,7 @@ from mpcache.policy.curve import curve_of
 from mpcache.policy.layer_view import Kept, take
 from mpcache.policy.plan import Budget, Budgets, LayerPlan, LeakClass, Plan, SplitPlan, setting
 from mpcache.policy.refit import LARGEST_BIAS, chosen_targets, fit, reference_queries
-from mpcache.policy.scores import SCORES, best_queries, score_tokens
+from mpcache.policy.scores import REPEATED, SCORES, best_queries, score_tokens
 from mpcache_kernels import Backend
 
 COUNTS = {
@@ -137,6 +137,10 @@ class Compact(Policy):
         return replace(self, keep=tokens)
 
     # ------------------------------------------------------------------- the document's owner, in plaintext
+
+    @property
+    def rereads(self) -> bool:
+        return self.refit != "none" or self.score in (*REPEATED, "rms")
 
     def window(self, context: int) -> int:
         return SCORES[self.score].queries(context) if self.score in SCORES else 0

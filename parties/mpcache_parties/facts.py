@@ -197,7 +197,8 @@ def facts_of_model(own: Document, public: PublicConfig) -> dict[str, Any]:
         "kernels": choose_kernels(public.kernels, own.device).name,
     }
     if public.policy == POLICY_AUTO:
-        choice = choose_policy(model, public, own.length, TYPICAL_QUESTION)
+        packed = "" if own.packed is None else own.packed.spec
+        choice = choose_policy(model, public, own.length, TYPICAL_QUESTION, packed)
         facts |= {"policy": choice.spec, "policy_picked": choice.why}
         public = public.model_copy(update={"policy": choice.spec})
     if counts := own.counts_of_model(parse_policy(public.policy)):

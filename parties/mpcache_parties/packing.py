@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from mpcache.answer import bind_to_document
-from mpcache.choices import ChatForm, DocumentAs
+from mpcache.choices import POLICY_AUTO, ChatForm, DocumentAs
 from mpcache.config import PublicConfig, Settings, with_overrides
 from mpcache.errors import BadInput, TextError
 from mpcache.limits import bind_conversation, check_document, check_fitted, largest_score_held
 from mpcache.model import demo_model_dir, find_model, load_model, load_shape, load_tokenizer
 from mpcache.model.framing import make_framing
 from mpcache.model.prefill import prefill
+from mpcache.model.reread import reread
 from mpcache.model.tokenizer import Tokenizer
 from mpcache.policy import parse_policy
 from mpcache.policy.layer_view import PackedContext
@@ -29,6 +30,7 @@ from mpcache_parties.say import Say
 from mpcache_parties.state.packs import Pack, PackFacts, PackLock, bind_packed, read_pack
 
 SHORTEST_ROOM = 2  # tokens of a question and its answer: a session checks its own
+SECOND_READING = 1.3  # times as long as the first, as measured (docs/log.md)
 RAW = "raw"  # PackFacts.framing: there is no template around the document
 
 
@@ -40,10 +42,16 @@ def make_pack(own: Document, public: PublicConfig, say: Say) -> Pack:
     model, policy = own.model, parse_policy(public.policy)
     bound, _ = bind_conversation(model.shape, public, own.length)
     bound.check_packs()
+    bound.count_from_model(model)  # a model without a curve is told before its document is read
     kernels, held = choose_kernels(public.kernels, own.device), largest_score_held(bound, model.shape)
     say(f"reading {own.length} tokens ...")
+    start = time.perf_counter()
     known = prefill(model, own.tokens, own.device, window=bound.window, exact_from=held)
     check_document(known, bound, model.shape, SHORTEST_ROOM)
+    if policy.rereads:
+        took = 1000 * (time.perf_counter() - start)
+        say(f"reading them a second time, about {duration(SECOND_READING * took)} ...")
+        reread(known)
     say("choosing what stays ...")
     bound, counts = bind_to_document(bound, model.shape, known, kernels)
     layers, start, count = [], time.perf_counter(), model.shape.layers
@@ -132,7 +140,7 @@ def check_pack(pack: Pack, file: Path, tokenizer: Tokenizer, public: PublicConfi
         raise TextError(f"{file}: was packed with {theirs}; the session has {flags[framing]}: pack it anew")
     if digest != pack.facts.template_digest:
         raise TextError(f"{file}: was packed with another chat template than the model has; pack it anew")
-    if parse_policy(public.policy).spec != pack.context.spec:
+    if public.policy != POLICY_AUTO and parse_policy(public.policy).spec != pack.context.spec:
         raise TextError(
             f"{file}: was packed for policy {pack.context.spec:.200}; the session has {public.policy}: give "
             "--policy, or pack the document anew"

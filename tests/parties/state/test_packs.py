@@ -22,6 +22,7 @@ from mpcache.policy.curve import LEVELS, HeadCurve, try_curve
 from mpcache.policy.layer_view import OwnersContext, PackedContext
 from mpcache.session import Session
 from mpcache_kernels import backend
+from mpcache_parties.facts import facts_of_model
 from mpcache_parties.packing import (
     OpenedPack,
     check_pack,
@@ -99,8 +100,19 @@ def test_a_policy_that_goes_on_with_the_document_is_not_packed(model: Model, tok
 def test_it_says_how_far_it_is(model: Model, tokens: list[int]) -> None:
     said: list[str] = []
     make_pack(Document(model, tokens), PUBLIC, said.append)
-    assert said[0] == "reading 60 tokens ..." and said[-1] == "layer 3 of 3 packed"
+    assert said[0] == "reading 60 tokens ..." and said[1].startswith("reading them a second time, about ")
+    assert said[-1] == "layer 3 of 3 packed"
     assert any("left" in line for line in said)
+
+
+def test_a_missing_curve_is_told_before_the_document_is_read(
+    model: Model, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcache.policy.compact.curve_of", lambda model: None)
+    said: list[str] = []
+    with pytest.raises(PolicyError, match="this model has no curve"):
+        make_pack(Document(model, tokens), PublicConfig(policy="compact"), said.append)
+    assert said == []
 
 
 # ------------------------------------------------------------------------------------------ sealed
@@ -282,6 +294,17 @@ def test_settings_that_nobody_named_are_the_packs(file: Path) -> None:
         OpenedPack.read(str(file), None, None, "document.txt")
     with pytest.raises(BadInput, match="--pack-key opens a pack; give --document"):
         OpenedPack.read(None, file, None)
+
+
+def test_auto_is_the_packs_policy(model: Model, pack: Pack, file: Path) -> None:
+    """No other can serve it; it may reveal no more than auto may."""
+    auto, own = PublicConfig(policy="auto"), Document(model, [], packed=pack.context)
+    check_pack(pack, file, model.tokenizer, auto)
+    with pytest.raises(PolicyError, match=r"packed with compact:keep=0\.4,counts=joint, which reveals more"):
+        facts_of_model(own, auto)
+    spec = "snapkv:cap=20"
+    told = facts_of_model(replace(own, packed=replace(pack.context, spec=spec, counts=())), auto)
+    assert told["policy"] == spec and told["policy_picked"] == f"picked policy {spec}, that of the pack"
 
 
 # ------------------------------------------------------------------------------------------ several

@@ -165,7 +165,7 @@ def _open(
             )  # fmt: skip
         else:
             settings = with_pack_settings(load_settings(config, overrides), packed)
-            settings = with_default_policy(settings, model, private is not None)
+            settings = with_default_policy(settings, model, private is not None, context, terminal.say)
             text = None if context is None else read_text(context)  # once: it may be a pipe
             flags = () if packed is None else packed.flags()
             parties = LocalParties(settings, model, text, 1, say, kept.setup_dir, kept.state, flags)

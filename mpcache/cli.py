@@ -121,7 +121,8 @@ def generate(
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
-    settings = with_default_policy(with_pack_settings(settings, packed), model, private_context is not None)
+    settings = with_pack_settings(settings, packed)
+    settings = with_default_policy(settings, model, private_context is not None, context, terminal.say)
     if resume and state is None:
         raise BadInput("--resume needs --state DIR, where the session is kept")
     kept = ["--state", str(state)] if state is not None else []
@@ -230,7 +231,8 @@ def compare(
     overrides = chat_overrides(raw, document_as, pad, private_policy)
     agreed = load_settings(config, overrides)  # once: it may be a pipe
     packed = OpenedPack.read(document, pack_key, pack_passphrase, context)
-    agreed = with_default_policy(with_pack_settings(agreed, packed), model, private_context is not None)
+    agreed = with_pack_settings(agreed, packed)
+    agreed = with_default_policy(agreed, model, private_context is not None, context, terminal.say)
     inquiry = Inquiry.read(
         model,
         context,

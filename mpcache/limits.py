@@ -6,7 +6,7 @@ owner also checks what it alone sees of it: scores and values (`check_document`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpcache.choices import ProtocolName
@@ -86,18 +86,29 @@ def check_padding(shape: ModelShape, policy: Policy) -> None:
         )
 
 
-def with_default_policy(settings: Settings, model: Path | str | None, private: bool = False) -> Settings:
+def with_default_policy(
+    settings: Settings, model: Path | str | None, private: bool = False, document: object = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Settings:  # fmt: skip
     """Take a policy by what there is, where nobody has named one.
 
     It is `compact` for a model that has a curve; else `full` for a document of the client's own: nobody has
     seen how much of this model's recall the config's selection keeps, and --private-policy evicts.
-    model: --model; None: the demo's.  private: the client brings a document.
+    model: --model; None: the demo's.  private: the client brings a document.  document: the server's,
+    if there is one.  note: told where a curve is missing for it.
     """
     if "policy" in settings.public.model_fields_set:
         return settings
     if has_curve(demo_model_dir() if model is None else find_model(model)):
         return with_overrides(settings, {"public.policy": "compact"})
-    return with_overrides(settings, {"public.policy": "full"}) if private else settings
+    if private:
+        return with_overrides(settings, {"public.policy": "full"})
+    if document is not None:
+        note(
+            f"note: this model has no curve, so the policy is {settings.public.policy}, which may lose most "
+            "of a document; `mpcache calibrate` makes one, for compact; --policy full loses nothing"
+        )
+    return settings
 
 
 def _check_positions(

@@ -53,7 +53,7 @@ def pack_document(
     if not out.parent.is_dir():
         raise BadInput(f"--out {out}: there is no folder {out.parent}")
     settings = load_settings(config, {"public.policy": policy} | chat_overrides(raw, document_as))
-    public = with_default_policy(settings, model).public
+    public = with_default_policy(settings, model, False, context, terminal.say).public
     start = time.perf_counter()
     with terminal.progress("reading the model ...") as (say, _):
         own = read_document(model, context, public)

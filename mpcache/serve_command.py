@@ -89,7 +89,8 @@ def serve_here(
     overrides = public_overrides(policy, protocol, network, max_new_tokens, reveal)
     settings = load_settings(config, overrides | chat_overrides(raw, document_as, pad, private_policy))
     packed = OpenedPack.read_several(document or [], pack_key, pack_passphrase, context)
-    settings = with_default_policy(with_pack_settings(settings, packed), model, private_context is not None)
+    settings = with_pack_settings(settings, packed)
+    settings = with_default_policy(settings, model, private_context is not None, context, terminal.say)
     text = None if context is None else read_text(context)  # once: it may be a pipe
     own = None if private_context is None else read_text(private_context)
     flags, names = ([], ()) if packed is None else (packed.flags(), packed.names)

@@ -75,7 +75,7 @@ def check(
     found: list[LinkFinding] = []
     if model is not None:
         with terminal.progress("reading the model ...") as (say, _):
-            found += check_model(model, context, question, question_file, settings.public, say)
+            found += check_model(model, context, question, question_file, settings, say)
         failed += [ModelError.exit_code for each in found if each.ok is False]
     if model is None or config is not None or identity is not None:
         links = check_links(rank_in(identity, rank), settings, identity, insecure)

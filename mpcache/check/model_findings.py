@@ -11,7 +11,7 @@ import torch
 
 from mpcache.answer import answer, bind_to_document
 from mpcache.choices import POLICY_AUTO, ChatForm, ProtocolName
-from mpcache.config import PublicConfig
+from mpcache.config import PublicConfig, Settings
 from mpcache.console.inputs import read_question, read_text
 from mpcache.console.terminal import Say
 from mpcache.cost.choose import AUTO, pick
@@ -20,7 +20,7 @@ from mpcache.cost.pricing import price
 from mpcache.cost.rates import RATES, modelled, offline_ms, pace_ms
 from mpcache.engines.checked import CheckedOps, Range, Ranges
 from mpcache.errors import MpcacheError, OutOfRange
-from mpcache.limits import bind_policy, check_document, largest_score_held
+from mpcache.limits import bind_policy, check_document, largest_score_held, with_default_policy
 from mpcache.model import Model, ModelShape, demo_model_dir, find_model, load_model
 from mpcache.model.chat_template import Unframed
 from mpcache.model.framing import Framing, RawFraming, make_framing
@@ -44,7 +44,7 @@ def check_model(
     context: Path | None,
     question: str | None,
     question_file: Path | None,
-    public: PublicConfig,
+    settings: Settings,
     say: Say,
 ) -> list[LinkFinding]:
     """Find out all about a model and a document, up to the first thing that is in the way.
@@ -55,18 +55,16 @@ def check_model(
     text = None if context is None else read_text(context)
     found: list[LinkFinding] = []
     try:
-        for each in _findings(name, text, asked, public, say):
+        for each in _findings(name, text, asked, settings, say):
             found.append(each)
     except MpcacheError as error:
         found.append(LinkFinding("model", name, str(error), False))
     return found
 
 
-def _findings(
-    name: str, text: str | None, asked: str, public: PublicConfig, say: Say
-) -> Iterator[LinkFinding]:
+def _findings(name: str, text: str | None, asked: str, settings: Settings, say: Say) -> Iterator[LinkFinding]:
     path = demo_model_dir() if name == "demo" else find_model(name)
-    where = path.name
+    where, public = path.name, settings.public
     opened = open_model(path)
     shape = opened.shape
     yield LinkFinding("architecture", where, _architecture(opened), True)
@@ -88,6 +86,7 @@ def _findings(
     document = None if text is None else framing.frame_document(text)
     room = shape.max_positions - len(question) - public.max_new_tokens
     length = min(CONTEXT_TOKENS, max(1, room)) if document is None else len(document)
+    public = with_default_policy(settings, path).public
     if public.policy == POLICY_AUTO:
         choice = choose_policy(load_model(path), public, length, len(question))
         public = public.model_copy(update={"policy": choice.spec})

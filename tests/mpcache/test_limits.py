@@ -81,6 +81,24 @@ def test_compact_is_the_default_of_a_model_with_a_curve(
         assert with_default_policy(settings, folder).public.policy == policy
 
 
+def test_a_missing_curve_is_told_where_it_would_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    folder, document = save(make("qwen2"), tmp_path / "model"), tmp_path / "document.txt"
+    said: list[str] = []
+    for model, private, text in (
+        (demo_model_dir(), False, document),  # it has one
+        (folder, True, document),  # all of it stays
+        (folder, False, None),
+    ):
+        with_default_policy(load_settings(None), model, private, text, said.append)
+    with_default_policy(load_settings(None, {"public.policy": "quest"}), folder, False, document, said.append)
+    assert said == []
+    with_default_policy(load_settings(None), folder, False, document, said.append)
+    assert len(said) == 1 and "has no curve" in said[0] and "`mpcache calibrate` makes one" in said[0]
+
+
 def test_counts_that_are_decided_later_are_not_given() -> None:
     s = load_model(demo_model_dir()).shape
     for spec in ("compact:heads=9/12", "mpcache:threshold=0.1,n_keep=9"):

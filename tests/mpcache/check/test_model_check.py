@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mpcache.check.model_findings import _findings
+from mpcache.config import Settings
 from mpcache.model import Model
+from mpcache_parties.say import quiet
 from tests.support.chat_templates import KINDS
 from tests.support.processes import Run
 from tests.support.tiny_gguf import write_gguf
@@ -76,6 +79,13 @@ def test_a_folder_without_a_document_is_described_too(model: Model, run_here: Ru
     assert found["architecture"]["found"].startswith("llama, a Hugging Face folder: ")
     assert found["chat template"]["found"] == "no"
     assert found["ranges"]["ok"] is None and found["ranges"]["found"] == "not checked: give --context FILE"
+
+
+def test_the_policy_is_the_one_that_a_run_would_take() -> None:
+    """`compact` for the demo model, which has a curve."""
+    found = _findings("demo", None, "of the gate", Settings(), quiet)
+    memory = next(row for row in found if row.what == "memory")
+    assert memory.where.startswith("compact, fast, ")
 
 
 def test_what_is_in_the_way_is_the_last_row_and_the_exit_code(tmp_path: Path, run_here: Run) -> None:

@@ -66,8 +66,8 @@ def cost_tables(rows: Sequence[AuditRow], model: str = "") -> Iterator[CostTable
         for network in networks:
             there = [of.get(network) for of in policies.values()]
             columns += [
-                _column(network, [row and row["total_ms_per_token"] for row in there], DURATIONS),
-                _column("dealer", [row and row["offline_transfer_ms"] for row in there], DURATIONS),
+                _column(network, [row["total_ms_per_token"] if row else None for row in there], DURATIONS),
+                _column("dealer", [row["offline_transfer_ms"] if row else None for row in there], DURATIONS),
                 ("ratio", [f"{row['ratio_to_full']:.2f}" if row else "" for row in there]),
             ]
         columns.append(("leaks", [row["leakage"] for row in firsts]))

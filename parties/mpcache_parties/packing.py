@@ -90,8 +90,7 @@ def packed_documents(
     template = None if raw else tokenizer.chat_template
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, pack in packs.items():
-        if loaded.digest != pack.facts.model_digest:
-            raise _foreign(files[name])
+        check_model(pack, files[name], loaded.digest)
         note = make_framing(tokenizer, shape, raw, public.document_as, pack.written).note
         context = pack.context.to(device)
         found[name] = Document(loaded, [], device, template, pack.written, note, context)
@@ -123,6 +122,12 @@ def _named_files(given: Sequence[str]) -> dict[str, Path]:
 def _named(given: str) -> bool:
     name, found, _ = given.partition("=")
     return bool(found) and DOCUMENT_NAME.fullmatch(name) is not None
+
+
+def check_model(pack: Pack, file: Path, digest: str) -> None:
+    """Check that a pack is of the model of this digest. Raises TextError."""
+    if digest != pack.facts.model_digest:
+        raise _foreign(file)
 
 
 def check_pack(pack: Pack, file: Path, tokenizer: Tokenizer, public: PublicConfig) -> None:

@@ -35,6 +35,7 @@ from mpcache_parties.say import quiet
 from mpcache_parties.state import packs, sealed
 from mpcache_parties.state.packs import Pack, PackLock, bind_packed, read_pack, write_pack
 from tests.support.links import context_of
+from tests.support.processes import Run
 
 PUBLIC = PublicConfig(policy="compact:keep=0.4,counts=joint", max_new_tokens=4)
 KERNELS = backend("cpu")
@@ -281,6 +282,15 @@ def test_a_pack_of_something_else_is_one_line(model: Model, pack: Pack, file: Pa
     write_pack(file, replace(pack, facts=replace(pack.facts, model_digest="0" * 64)))
     with pytest.raises(TextError, match="was packed with another model than this one"):
         packed_documents(str(folder), [str(file)], PackLock(), PUBLIC)
+
+
+def test_a_dry_run_takes_no_pack_of_another_model(
+    pack: Pack, file: Path, folder: Path, run_here: Run
+) -> None:
+    """Of the same tokenizer and shape: the weights' digest alone tells."""
+    write_pack(file, replace(pack, facts=replace(pack.facts, model_digest="0" * 64)))
+    code, _, error = run_here("generate", "--plain", "--model", folder, "--document", file)
+    assert code == 2 and "one.pack: was packed with another model than this one" in error
 
 
 def test_settings_that_nobody_named_are_the_packs(file: Path) -> None:

@@ -167,7 +167,7 @@ def _without_document(sides: Sequence[Side]) -> list[Side]:
     for rank, public in sides:
         name = public.get(DOCUMENT, "")
         if rank is Rank.CLIENT and name != NOT_TOLD and not DOCUMENT_NAME.fullmatch(name):
-            said = [(rank, _shown(public.get(DOCUMENT))) for rank, public in sides]
+            said = [(rank, _shown_field(DOCUMENT, public)) for rank, public in sides]
             raise _mismatch(DOCUMENT, said, "release of mpcache")
     return _without(sides, DOCUMENT)
 
@@ -194,9 +194,15 @@ def _compare_fields(mine: Side, theirs: Side, remedy: str) -> None:
     for name in dict.fromkeys([*sides[0][1], *sides[1][1]]):
         values = [(rank, fields.get(name)) for rank, fields in sides]
         if values[0][1] != values[1][1]:
-            shown = [(rank, _shown(value)) for rank, value in values]
+            shown = [(rank, _shown_field(name, fields)) for rank, fields in sides]
             remedy = _KEEPING if name == "state" else remedy
             raise _mismatch(name[:VALUE_CHARACTERS], shown, remedy)
+
+
+def _shown_field(name: str, fields: Mapping[str, str]) -> str:
+    """Return a field's value as an error tells it to all parties: not a name that is kept from one."""
+    hidden = name == DOCUMENT and fields.get("hide_document") == str(True)
+    return "another" if hidden else _shown(fields.get(name))
 
 
 def _shown(value: str | None) -> str:

@@ -73,9 +73,14 @@ class Documents:
 
     named: Mapping[str, Document]  # by public name
 
-    def of(self, name: str) -> Document:
-        """Return the one that a client has named. Raises Mismatch."""
+    def of(self, name: str, hidden: bool = False) -> Document:
+        """Return the one that a client has named. hidden: no error says a name. Raises Mismatch."""
         if name not in self.named:
+            if hidden:
+                raise Mismatch(
+                    "Mismatch: the document that the client names, or does not, is none of the server's; "
+                    "start the client with --document NAME"
+                )
             asked = "is not named" if name == NO_NAME else f"is {name!r:.80}"
             raise Mismatch(
                 f"Mismatch: the document {asked} at client; the server has {', '.join(sorted(self.named))}: "

@@ -144,8 +144,9 @@ class PartyProcess:
         """
         others = greeting.agree(links)
         name = others[Rank.CLIENT].public[DOCUMENT] if self.me is not Rank.CLIENT else self.document
-        own = self.own.of(name) if isinstance(self.own, Documents) else self.own
-        return others, NOT_TOLD if self.settings.public.hide_document else name, own
+        hidden = self.settings.public.hide_document
+        own = self.own.of(name, hidden) if isinstance(self.own, Documents) else self.own
+        return others, NOT_TOLD if hidden else name, own
 
 
 def run_party(options: PartyOptions) -> None:

@@ -153,6 +153,20 @@ def test_a_hidden_name_does_not_reach_the_dealer(documents: Documents) -> None:
     assert said(PUBLIC, "a") != said(PUBLIC, "b")  # it can see: a name that is told
 
 
+@pytest.mark.parametrize("named", ["wanted", "no name", NO_NAME])
+def test_a_hidden_name_that_is_refused_does_not_reach_the_dealer(documents: Documents, named: str) -> None:
+    """Nor do the server's: an error is told to all."""
+    served: tuple[Document | Documents, ...] = (documents,)
+    if named != NO_NAME:
+        served = (documents, documents.named["a"])  # of one without a name
+    for own in served:
+        ends = met(HIDDEN, own, named)
+        told = [end.for_peers for end in ends.values() if isinstance(end, Mismatch | PeerFailed)]
+        assert told and all("document" in text and "a, b" not in text for text in told)
+        assert named == NO_NAME or not any(named in text for text in told)
+    assert named == NO_NAME or named in str(met(PUBLIC, documents, named)[S])  # it can see: one that is told
+
+
 def test_a_hidden_document_is_sent_under_another_name_each_time(documents: Documents) -> None:
     server, dealer = ServerSetups(fresh_documents=True), DealerSetups()
     names = []

@@ -34,6 +34,7 @@ from mpcache.runtime.program import Program, at, local, together
 from mpcache_kernels import Backend
 
 SMALLEST = 16  # tokens of a cluster, where nobody names a size
+MOST_ITEMS = 256  # chunks of a context, about, where a policy names a least size of its own
 LEVELS = ("coarse", "fine")
 BLOCKS = {"linear": ("auto", "mean", "extremes"), "mean": ("auto", "mean"), "bound": ("auto", "extremes")}
 
@@ -45,6 +46,11 @@ def cluster_size(context: int) -> int:
     not grow, a choice of 32k tokens costs many times what attending to all of them does.
     """
     return max(SMALLEST, 1 << (math.isqrt(context).bit_length() - 1))
+
+
+def item_size(named: int, least: int, context: int) -> int:
+    """Return how many tokens make a chunk: as named; 0: `least`, or as many as leave about MOST_ITEMS."""
+    return named or max(least, context // MOST_ITEMS)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 from mpcache.model import ModelShape
 from mpcache.ops import Value
 from mpcache.policy.choosing import Choosing, ItemPlan
-from mpcache.policy.clusters import Choice, Pick, join_picks
+from mpcache.policy.clusters import Choice, Pick, item_size, join_picks
 from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import Budget, Plan, setting
 from mpcache.runtime.program import Program, at
+
+BLOCK = 2  # tokens per chunk at the last level, up to 767 tokens
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class HiP(Choosing):
     example = "hip:k=64,block=4"
 
     k: Budget = setting(0.2, "tokens that are chosen", "1 to the context, or a ratio up to 1.0")
-    block: int = setting(2, "tokens per chunk at the last level", "1 or more")
+    block: int = setting(
+        0, "tokens per chunk at the last level; 0: 2, or as many as leave about 256", "0 or more"
+    )
     first: int = setting(
         0,
         "blocks per chunk at the first level; 0: as leaves k to 2 k chunks",
@@ -58,16 +62,17 @@ class HiP(Choosing):
         return self.first or 1 << max(0, (blocks // keep).bit_length() - 1)
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
-        for name, least in (("block", 1), ("sink", 0), ("recent", 0), ("refresh", 1)):
+        for name, least in (("block", 0), ("sink", 0), ("recent", 0), ("refresh", 1)):
             if getattr(self, name) < least:
                 raise self.fail(name, f"{least} or more")
         if self.first < 0 or self.first & (self.first - 1):
             raise self.fail("first", "0, or a power of two")
         if self.full < 0:
             raise self.fail("full", "0 or more")
-        keep = max(1, self.count("k", context, "the context") // self.block)
+        block = item_size(self.block, BLOCK, context)
+        keep = max(1, self.count("k", context, "the context") // block)
         leaders = [i if i >= self.full else None for i in range(shape.layers)]
-        return self.item_plan(context, leaders, self.block, self.sink, self.recent, keep, dense=False)
+        return self.item_plan(context, leaders, block, self.sink, self.recent, keep, dense=False)
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> HiP:
         """Choose as many blocks as there is room for, and fill up with recent tokens.
@@ -76,19 +81,20 @@ class HiP(Choosing):
         """
         if tokens >= context:
             return replace(self, k=context, full=0)
+        block = item_size(self.block, BLOCK, context)
         sink, recent = min(self.sink, tokens // 4), min(self.recent, tokens // 4)
-        left_out = -(-(context - tokens) // self.block)  # blocks
-        most = (tokens - sink - recent) // self.block
+        left_out = -(-(context - tokens) // block)  # blocks
+        most = (tokens - sink - recent) // block
         if most < 1:
-            raise self.too_few(tokens, 2 * self.block, "a block, first tokens and recent ones")
+            raise self.too_few(tokens, 2 * block, "a block, first tokens and recent ones")
         # Of about as many blocks the number that halves most often: fewest comparisons.
         found: list[tuple[int, int]] = []
         for keep in range(max(1, most // 2), most + 1):
             blocks = keep + left_out
             found.append((min(blocks & -blocks, replace(self, first=0).halves(blocks, keep)), keep))
         first, keep = max(found)
-        recent = context - sink - (keep + left_out) * self.block
-        return replace(self, full=0, sink=sink, recent=recent, k=keep * self.block, first=first)
+        recent = context - sink - (keep + left_out) * block
+        return replace(self, full=0, sink=sink, recent=recent, k=keep * block, first=first)
 
     def pick(self, view: LayerView, plan: ItemPlan, looked: Value) -> Program[Choice]:
         ops, (*rows, items, size) = view.ops, looked.shape

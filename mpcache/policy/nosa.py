@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from mpcache.errors import PolicyError
 from mpcache.model import Model, ModelShape
 from mpcache.model.prefill import Prefill
+from mpcache.policy.clusters import item_size
 from mpcache.policy.fronted import Fronted
 from mpcache.policy.layer_view import Kept
 from mpcache.policy.plan import Budget, Plan, setting, tokens_of
@@ -33,6 +34,7 @@ from mpcache.policy.refit import LARGEST_BIAS
 from mpcache_kernels import Backend
 
 FILE = "mpcache-nosa.safetensors"  # beside a model
+PAGE = 8  # tokens per block, up to 2303 tokens
 HEADS = ("untrained", "file")
 BLOCKS_ALLOWED = "1 to the context's blocks, or a ratio up to 1.0"
 
@@ -48,7 +50,7 @@ class NOSA(Fronted):
 
     score: str = "mean"
     gqa: str = "sum"
-    page: int = setting(8, "tokens per block", "1 or more")
+    page: int = setting(0, "tokens per block; 0: 8, or as many as leave about 256 blocks", "0 or more")
     pages: Budget = setting(0.1, "blocks that a query chooses", BLOCKS_ALLOWED)
     always: Budget = setting(
         0.1,
@@ -66,16 +68,17 @@ class NOSA(Fronted):
             raise self.fail("score", "mean")
         if self.head not in HEADS:
             raise self.fail("head", ", ".join(HEADS))
-        if self.page < 1:
-            raise self.fail("page", "1 or more tokens")
+        if self.page < 0:
+            raise self.fail("page", "0 or more tokens")
         if self.recent < 0:
             raise self.fail("recent", "0 or more")
-        recent = self.recent * self.page
-        (total,) = self.clusters_of(context, 0, recent, (self.page,))
+        page = item_size(self.page, PAGE, context)
+        recent = self.recent * page
+        (total,) = self.clusters_of(context, 0, recent, (page,))
         always = min(self.count("always", total, "the context's blocks"), total - 1) if total else 0
         keep = min(self.count("pages", total, "the context's blocks"), total - always) if total else 1
         layers = [
-            self.layer_plan(i, leader, context, always * self.page, recent, (self.page,), [keep])
+            self.layer_plan(i, leader, context, always * page, recent, (page,), [keep])
             for i, leader in enumerate(self.leaders(shape.layers))
         ]
         return Plan(context, tuple(layers))
@@ -86,13 +89,14 @@ class NOSA(Fronted):
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> NOSA:
         """Let at most half of the budget's blocks attend always."""
-        rest = context % self.page
-        least = min(context, rest + 2 * self.page)
+        page = item_size(self.page, PAGE, context)
+        rest = context % page
+        least = min(context, rest + 2 * page)
         if tokens < least:
             raise self.too_few(tokens, least, "a block that attends always, a chosen one and what fills none")
-        blocks = (tokens - rest) // self.page
+        blocks = (tokens - rest) // page
         recent = min(self.recent, blocks // 4)
-        always = max(1, min(tokens_of(self.always, context // self.page - recent), (blocks - recent) // 2))
+        always = max(1, min(tokens_of(self.always, context // page - recent), (blocks - recent) // 2))
         return replace(self, recent=recent, always=always, pages=max(1, blocks - recent - always))
 
     def front(self, prefill: Prefill, layer: int, size: int, clusters: int) -> torch.Tensor:

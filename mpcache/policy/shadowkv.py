@@ -1,4 +1,4 @@
-"""shadowkv: chunks of 8 tokens, found by their mean keys, beside outliers and what is new (ShadowKV).
+"""shadowkv: chunks of tokens, found by their mean keys, beside outliers and what is new (ShadowKV).
 
 The owner finds the chunks whose tokens are unlike their mean, by the smallest cosine: these outliers always
 attend, and so do the last chunks. The heads of a group choose among the others by their queries' scores
@@ -7,7 +7,8 @@ by a product of rank 160, but for outliers and the last chunks.
 
 Differs from the paper: heads of a group add their scores, in place of the largest of their softmax weights,
 which would take a comparison and an exponential for each chunk. Means are those of the keys in the cache.
-The product of low rank saves memory there; on shares it saves nothing, and keeps its error.
+The product of low rank saves memory there; on shares it saves nothing, and keeps its error. Chunks are of 8
+tokens, as published, up to 2303 tokens of context, and grow with it from there on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from mpcache.model import ModelShape
 from mpcache.model.prefill import Prefill
-from mpcache.policy.clusters import ClusterPlan
+from mpcache.policy.clusters import ClusterPlan, item_size
 from mpcache.policy.fronted import Fronted
 from mpcache.policy.layer_view import Kept, LayerView, take
 from mpcache.policy.plan import Budget, Plan, setting, tokens_of
@@ -27,6 +28,7 @@ from mpcache.policy.scores import shifted
 from mpcache.runtime.program import Program, local
 from mpcache_kernels import Backend
 
+PAGE = 8  # tokens per chunk, as published, up to 2303 tokens
 CHUNKS_ALLOWED = "1 to the context's chunks, or a ratio up to 1.0"
 
 
@@ -41,7 +43,7 @@ class ShadowKV(Fronted):
 
     score: str = "mean"
     gqa: str = "sum"
-    page: int = setting(8, "tokens per chunk", "1 or more")
+    page: int = setting(0, "tokens per chunk; 0: 8, or as many as leave about 256 chunks", "0 or more")
     pages: Budget = setting(0.2, "chunks that are chosen", CHUNKS_ALLOWED)
     outliers: Budget = setting(0.05, "outlier chunks, of all", CHUNKS_ALLOWED)
     recent: int = setting(4, "last chunks, which always attend", "0 or more")
@@ -51,30 +53,32 @@ class ShadowKV(Fronted):
         self.check_options()
         if self.score != "mean":
             raise self.fail("score", "mean")
-        if self.page < 1:
-            raise self.fail("page", "1 or more tokens")
+        if self.page < 0:
+            raise self.fail("page", "0 or more tokens")
         for name in ("recent", "rank"):
             if getattr(self, name) < 0:
                 raise self.fail(name, "0 or more")
-        recent = self.recent * self.page
-        (total,) = self.clusters_of(context, 0, recent, (self.page,))
+        page = item_size(self.page, PAGE, context)
+        recent = self.recent * page
+        (total,) = self.clusters_of(context, 0, recent, (page,))
         outliers = min(self.count("outliers", total, "the context's chunks"), total - 1) if total else 0
         keep = min(self.count("pages", total, "the context's chunks"), total - outliers) if total else 1
         layers = [
-            self.layer_plan(i, leader, context, outliers * self.page, recent, (self.page,), [keep])
+            self.layer_plan(i, leader, context, outliers * page, recent, (page,), [keep])
             for i, leader in enumerate(self.leaders(shape.layers))
         ]
         return Plan(context, tuple(layers))
 
     def at_budget(self, tokens: int, context: int, shape: ModelShape) -> ShadowKV:
         """Let outliers take a quarter of the budget's chunks, and the last chunks another, at most."""
-        rest = context % self.page
-        least = min(context, rest + 2 * self.page)
+        page = item_size(self.page, PAGE, context)
+        rest = context % page
+        least = min(context, rest + 2 * page)
         if tokens < least:
             raise self.too_few(tokens, least, "an outlier chunk, a chosen one and what fills no chunk")
-        chunks = (tokens - rest) // self.page
+        chunks = (tokens - rest) // page
         recent = min(self.recent, chunks // 4)
-        whole = context // self.page - recent
+        whole = context // page - recent
         outliers = max(1, min(tokens_of(self.outliers, whole), chunks // 4))
         return replace(self, recent=recent, outliers=outliers, pages=max(1, chunks - recent - outliers))
 
@@ -90,7 +94,7 @@ class ShadowKV(Fronted):
         assert isinstance(mine, ClusterPlan)
         if not mine.sizes or not 0 < self.rank < min(k.shape[1], k.shape[0] * k.shape[2]):
             return [kept]
-        end = mine.sink + mine.counts[0] * self.page
+        end = mine.sink + mine.counts[0] * mine.sizes[0]
         rebuilt = take(low_rank(prefill, k, self.rank), kept.rows)
         keys = torch.cat([kept.k[:, : mine.sink], rebuilt[:, mine.sink : end], kept.k[:, end:]], 1)
         return [replace(kept, k=keys)]

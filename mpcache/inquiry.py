@@ -28,7 +28,7 @@ from mpcache.rank import Rank
 from mpcache.report.account import summary
 from mpcache.sampling import Sampling
 from mpcache_parties.launch import run_parties, setup_flags
-from mpcache_parties.packing import OpenedPack, check_model, check_pack
+from mpcache_parties.packing import OpenedPack, check_pack, check_weights
 from mpcache_parties.state.packs import bind_packed
 
 
@@ -151,7 +151,7 @@ class Inquiry:
         stops = self.framing.end_tokens if self.stop_at_eos else ()
         limit, model = public.max_new_tokens, load_model(self.model)
         if self.packed is not None:
-            check_model(self.packed.pack, self.packed.file, model.digest)
+            check_weights(self.packed.pack, self.packed.file, model.digest)
         context = self.context if self.packed is None else self.packed.pack.context
         length = len(self.context) if self.packed is None else self.packed.pack.context.length
         own = padded_length(len(self.own), public.length_grid)

@@ -102,7 +102,7 @@ class Compact(Policy):
         return Plan(context, (LayerPlan(budget, most, 0),) * shape.layers)
 
     def priced(self, context: int, shape: ModelShape) -> Plan:
-        """Plan for heads that keep the same number: others cost as much, but for a few bytes."""
+        """Plan for heads that keep the same number: others cost a few percent less, in the same rounds."""
         return (self if self.plan_is_public else replace(self, counts="equal")).plan(context, shape)
 
     def _budget(self, context: int) -> int:

@@ -90,7 +90,7 @@ def packed_documents(
     template = None if raw else tokenizer.chat_template
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, pack in packs.items():
-        check_model(pack, files[name], loaded.digest)
+        check_weights(pack, files[name], loaded.digest)
         note = make_framing(tokenizer, shape, raw, public.document_as, pack.written).note
         context = pack.context.to(device)
         found[name] = Document(loaded, [], device, template, pack.written, note, context)
@@ -124,7 +124,7 @@ def _named(given: str) -> bool:
     return bool(found) and DOCUMENT_NAME.fullmatch(name) is not None
 
 
-def check_model(pack: Pack, file: Path, digest: str) -> None:
+def check_weights(pack: Pack, file: Path, digest: str) -> None:
     """Check that a pack is of the model of this digest. Raises TextError."""
     if digest != pack.facts.model_digest:
         raise _foreign(file)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from mpcache.choices import POLICY_AUTO
+from mpcache.choices import POLICY_AUTO, ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.errors import Desync
 from mpcache.model import demo_model_dir, load_shape
 from mpcache_parties.facts import POLICY_CHARACTERS, Facts, facts_of
 
-AUTO = PublicConfig(policy=POLICY_AUTO)
+AUTO = PublicConfig(policy=POLICY_AUTO, protocol=ProtocolName.FAST)
 
 
 def facts(public: PublicConfig = AUTO, **told: Any) -> Facts:

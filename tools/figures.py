@@ -22,6 +22,7 @@ import torch
 from typer.testing import CliRunner
 
 from mpcache.cli import app
+from mpcache.config import PublicConfig
 from mpcache.cost.sizing import sizing
 from mpcache.demo import DEMO_DOCUMENT
 from mpcache.ledger import Entry
@@ -79,7 +80,9 @@ def demo() -> Iterator[Line]:
     (row,) = audited(
         "--shape", "demo", "--context", str(context), "--policy", with_heads(context), "--network", "none",
         "--question", str(len(tokenizer.encode(question, bos=False))), "--new-tokens", str(ANSWER),
+        "--protocol", PublicConfig().protocol,
     )  # fmt: skip
+    yield "Cost card: ", f"Cost card: policy {DEFAULT}, protocol {row['protocol']}"
     shown: Mapping[str, str] = {
         "rounds per token": str(row["rounds_per_token"]),
         "online bytes per token and party": size(row["online_bytes_per_token"]),

@@ -10,8 +10,8 @@ from mpcache.cost.pricing import price
 from mpcache.cost.rates import answer_ms
 from mpcache.cost.reading import reading_ms
 from mpcache.engines.registry import PROTOCOLS
-from mpcache.model import ModelShape
 from mpcache.errors import PolicyError
+from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.report.units import duration
 from mpcache.transport.network import NO_NETWORK, Profile

@@ -43,7 +43,9 @@ def test_softmax_alone_is_worth_the_choice() -> None:
 
 def test_where_the_document_decides_what_stays_the_choice_is_that_of_all_of_it() -> None:
     for network in ("1:20", "200:10000"):
-        assert picked("mpcache:threshold=0.1", parse_network(network)) == picked("full", parse_network(network))
+        assert picked("mpcache:threshold=0.1", parse_network(network)) == picked(
+            "full", parse_network(network)
+        )
 
 
 def test_the_reading_of_a_private_document_is_weighed_too() -> None:

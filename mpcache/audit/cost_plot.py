@@ -44,7 +44,7 @@ def plot_contexts(audits: Sequence[Mapping[str, Any]], file: Path) -> None:
                     (handles[policy],) = panel.plot(x, y, **style_of(i, policy))
                 panel.set_yscale("log")
                 panel.set_ylabel(axis[0].format(network=first["network"]))
-                log_axis(panel.yaxis, panel.get_ylim(), *axis[1:], most=6)
+                log_axis(panel.yaxis, panel.get_ylim(), *axis[1:], most=8)
                 panel.grid(alpha=0.3)
             _contexts(panels[-1, column], sorted({row["context_tokens"] for row in rows}))
             panels[0, column].set_title(f"{audit['shape']}, protocol {first['protocol']}")
@@ -81,25 +81,25 @@ def plot_cost(points: Sequence[AuditRow], file: Path, shape: str, measured: Qual
     tasks = [TOGETHER] if TOGETHER in tasks else tasks
     policies = [name for name in dict.fromkeys(point["policy"] for point in shown) if name != "full"]
     length = f", {measured.context:,} tokens" if measured.context else ""
-    with figure_of(file, len(COSTS), max(1, len(tasks)), sharey=True) as (figure, panels):
+    lines, columns = (len(tasks), len(COSTS)) if len(tasks) > 1 else (len(COSTS), 1)
+    with figure_of(file, lines, columns, sharey=True) as (figure, panels):
         figure.suptitle(
             f"accuracy: {measured.model or 'a model without a name'}{length}; bars: 95 %\n"
             f"cost: {shape}, {first['context_tokens']:,} tokens, protocol {first['protocol']}"
         )
         handles: dict[str, Any] = {}
-        for column, task in enumerate(tasks):
+        for task, of_task in zip(tasks, panels.reshape(-1, len(COSTS)), strict=False):
             mine = [point for point in shown if point.get("task", "") == task]
-            for line, (cost, axis) in enumerate(COSTS.items()):
-                panel = panels[line, column]
-                handles |= _panel(panel, mine, policies, cost, 1.0 if measured.by_question else None)
-                panel.set_xscale("log")
-                panel.set_xlabel(axis[0].format(network=first["network"]))
-                log_axis(panel.xaxis, panel.get_xlim(), *axis[1:], most=7)
             asked = sorted({point.get("n", 0) for point in mine if point["policy"] != "full"})
             n = "" if not asked else f", n = {asked[0]}" + (f" to {asked[-1]}" if len(asked) > 1 else "")
-            panels[0, column].set_title(f"{task or 'all'}{n}, question after")
-        for line in range(len(COSTS)):
-            panels[line, 0].set_ylabel("exact answers")
+            for panel, (cost, axis) in zip(of_task, COSTS.items(), strict=True):
+                handles |= _panel(panel, mine, policies, cost, 1.0 if measured.by_question else None)
+                panel.set_title(f"{task or 'all'}{n}, question after")
+                panel.set_xscale("log")
+                panel.set_xlabel(axis[0].format(network=first["network"]))
+                log_axis(panel.xaxis, panel.get_xlim(), *axis[1:], most=6)
+        for panel in panels[:, 0]:
+            panel.set_ylabel("exact answers")
         legend_below(figure, handles)
 
 
@@ -131,7 +131,7 @@ def _panel(
         (handles["full"],) = panel.plot(*zip(*whole, strict=True), **style)
     found = [(p[cost], p["accuracy"]) for p in points if p["policy"] != "full"]
     if best := list(frontier([*found, *whole])):
-        style = {"color": "black", "linestyle": (0, (5, 3)), "linewidth": 0.7, "zorder": 1}
+        style = {"color": "black", "linestyle": (0, (5, 3)), "linewidth": 0.7, "zorder": 3}
         (handles[BEST],) = panel.plot(*zip(*best, strict=True), **style)
     panel.set_ylim(-0.04, 1.04)
     panel.grid(alpha=0.3)

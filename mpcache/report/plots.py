@@ -94,11 +94,18 @@ def log_ticks(low: float, high: float, units: Sequence[Unit]) -> list[float]:
 
 
 def log_axis(axis: Any, limits: tuple[float, float], units: Sequence[Unit], said: Any, most: int) -> None:
-    """Put round ticks on a log axis, `most` of them at most. said: writes a number."""
-    from matplotlib.ticker import NullFormatter, NullLocator
+    """Put round ticks on a log axis, a `most`-th of it apart at least. said: writes a number."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
     found = log_ticks(*limits, units)
-    axis.set_ticks(found[:: -(-len(found) // most) or 1])
+    if len(found) < 3:  # a short axis
+        every = MaxNLocator(4, steps=(1, 2, 5, 10)).tick_values(*limits)
+        found = [tick for tick in every if limits[0] <= tick <= limits[1]]
+    apart, ticks = (limits[1] / limits[0]) ** (1 / most), list[float]()
+    for tick in found:
+        if not ticks or tick >= apart * ticks[-1]:
+            ticks.append(tick)
+    axis.set_ticks(ticks)
     axis.set_major_formatter(lambda amount, _: said(amount))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())

@@ -18,7 +18,7 @@ from mpcache.report.units import Unit
 SUFFIXES = (".svg", ".pdf", ".png")
 DOTS_PER_INCH = 200  # of a PNG file
 COLUMN, LINE = 3.4, 2.1  # inches: a panel's width, which is a paper's column, and its height
-ENTRY = 0.16  # inches: a line of the legend
+ENTRY, HANDLE, LETTER = 0.16, 0.5, 0.055  # inches: a line of the legend, its sign with blanks, a letter
 TYPE = 7  # points
 MARKERS, DASHES = "os^vD<>Ph*", ("-", "--", ":")
 COUNTS = (Unit(""),)
@@ -116,8 +116,18 @@ def legend_below(figure: Any, handles: dict[str, Any]) -> None:
     if not handles:
         return
     width, height = figure.get_size_inches()
-    columns = max(1, round(width / COLUMN) * 2)
+    columns = legend_columns(list(handles), width)
     figure.set_figheight(height + ENTRY * -(-len(handles) // columns))
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False
     )
+
+
+def legend_columns(names: Sequence[str], width: float) -> int:
+    """Return how many columns of names fit into so many inches; a column is as wide as its longest name."""
+    for columns in range(len(names), 1, -1):
+        lines = -(-len(names) // columns)
+        longest = (max(map(len, names[i : i + lines])) for i in range(0, len(names), lines))
+        if sum(HANDLE + LETTER * n for n in longest) <= width:
+            return columns
+    return 1

@@ -45,7 +45,7 @@ def figure_of(file: Path, lines: int, columns: int, **shared: Any) -> Iterator[t
     import matplotlib
 
     matplotlib.use("agg")
-    own = {
+    own: dict[Any, Any] = {
         "svg.hashsalt": "mpcache",  # the same rows give the same file
         "svg.fonttype": "none", "font.size": TYPE, "axes.titlesize": TYPE + 1, "figure.titlesize": TYPE + 1,
     }  # fmt: skip

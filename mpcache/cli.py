@@ -209,7 +209,7 @@ def compare(
     policy: Annotated[
         list[str] | None, typer.Option(help="May be given several times. [full, and the default]")
     ] = None,
-    protocol: Annotated[list[str] | None, typer.Option(help="May be given several times. [fast]")] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="May be given several times. [auto]")] = None,
     network: NetworkOption = None,
     max_new_tokens: NewTokensOption = None,
     reveal: RevealOption = None,

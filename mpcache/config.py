@@ -66,7 +66,7 @@ class PublicConfig(_Section):
     """What every party must agree on before anything secret moves."""
 
     # `auto` picks one of fast and fast-bits by `network` (`mpcache.cost.choose`).
-    protocol: Annotated[ProtocolName, *_TEXT] = ProtocolName.FAST
+    protocol: Annotated[ProtocolName, *_TEXT] = ProtocolName.AUTO
     # NAME[:key=value,...]. Plain `mpcache` is the paper's setting; the default selects by Quest's exact
     # bound in every layer, which keeps the demo model's recall at one more round (docs/quality.md).
     policy: Annotated[str, AfterValidator(_policy)] = "mpcache:score=bound,share=none"

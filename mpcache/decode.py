@@ -109,11 +109,11 @@ def step(
 
 def read(
     ops: Ops, model: Operands, cache: Cache, policy: BoundPolicy, chunk: Value | PaddedChunk
-) -> Program[torch.Tensor | None]:
-    """Take (m, vocab) one-hot tokens of the client's document into the cache, and reveal nothing of them.
+) -> Program[None]:
+    """Take (m, vocab) one-hot tokens of the client into the cache, and reveal nothing of them.
 
-    Of the last layer only what the cache and the policy need is computed. The client learns whether all
-    values of the chunk were in their ranges (1,), as in `step`.
+    Of the last layer only what the cache and the policy need is computed. Whether all values were in their
+    ranges the next `range_verdict` tells, or that of the next `step`.
     """
     stream, positions, turns = yield from take_in(ops, model, cache, chunk)
     *inner, top = enumerate(model.layers)
@@ -122,7 +122,6 @@ def read(
         stream = yield from at(f"layer{i}", program)
     i, layer = top
     yield from at(f"layer{i}", fill(ops, model.shape, layer, cache, i, policy, stream, positions, turns))
-    return (yield from at("guard", range_verdict(ops)))
 
 
 def take_in(

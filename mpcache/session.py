@@ -47,6 +47,8 @@ def _layer(w: LayerWeights) -> dict[str, torch.Tensor | None]:
     }  # fmt: skip
 
 
+_LONGEST_PART = 64  # tokens of a question that go through the model at once
+
 Mine = Callable[[str], Any]  # a tensor by its name, read when it is prepared
 
 
@@ -110,6 +112,16 @@ def fill_cache(
     for i in range(shape.layers):
         layers.append((yield from at(f"layer{i}", policy.fill(ops, shape, i, context, kernels))))
     return Cache(layers, policy.plan.context)
+
+
+def parts_of(m: int) -> list[int]:
+    """Split a question of m tokens evenly.
+
+    A part scores its queries against all of its keys, half of which they may not see, and holds what it
+    draws and opens at once; but it takes the rounds of a token.
+    """
+    parts = -(-m // _LONGEST_PART)
+    return [(m + number) // parts for number in range(parts)]
 
 
 class Session:
@@ -188,14 +200,13 @@ class Session:
         reader = self.policy if plan.eviction is None else ReadingPolicy.of(self.policy, plan.eviction)
         if self.place.turn:
             self.place = DOCUMENT
-        begun, done, padding = self.place.step, 0, 0 if tokens is None else plan.tokens - len(tokens)
+        begun, done = self.place.step, 0
         for number, m in enumerate(plan.chunks, 1):
-            done += m
             if number > begun:
-                own = None if tokens is None else tokens[max(0, done - m - padding) : max(0, done - padding)]
-                chunk = self._taken(own, m, tokens[0] if tokens else 0)
-                self._go(private_phase(number), read(self.ops, self.operands, self.cache, reader, chunk))
-                yield done
+                taken = self._part(tokens, plan.tokens, done, m)
+                self._go(private_phase(number), self._read(reader, taken))
+                yield done + m
+            done += m
         if isinstance(reader, ReadingPolicy) and begun <= len(plan.chunks):
             self._go(EVICTION, self._evict(reader))
             yield done
@@ -214,6 +225,10 @@ class Session:
             return pad_chunk(self.ops, self.shape, self.cache, tokens, m, like)
         return self._one_hots(tokens, m)
 
+    def _read(self, reader: BoundPolicy, taken: Any) -> Program[torch.Tensor | None]:
+        yield from read(self.ops, self.operands, self.cache, reader, taken)
+        return (yield from at("guard", range_verdict(self.ops)))
+
     def _evict(self, reader: ReadingPolicy) -> Program[torch.Tensor | None]:
         yield from reader.evict(self.ops, self.shape, self.cache)
         return (yield from at("guard", range_verdict(self.ops)))
@@ -223,16 +238,34 @@ class Session:
 
         tokens: where they are known; fewer than m where questions are padded.
         """
-        taken = self._taken(tokens, m)
         phase = self.place.phase
         self.place = ChunkPlace(self.place.turn, self.place.step + 1)
         self._chunks += 1
         learned: torch.Tensor | None
-        learned, verdict = self._run(
-            phase, step(self.ops, self.operands, self.cache, self.policy, taken, self.reveal)
-        )
+        learned, verdict = self._run(phase, self._step(tokens, m))
         self.in_range = None if verdict is None else bool(verdict)
         return learned
+
+    def _step(
+        self, tokens: Sequence[int] | None, m: int
+    ) -> Program[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """Take m tokens in, a long question in parts, of which the last one answers."""
+        *before, last = parts_of(m)
+        done, parts = 0, len(before) + 1
+        for number, size in enumerate(before, 1):
+            taken, done = self._part(tokens, m, done, size), done + size
+            program = read(self.ops, self.operands, self.cache, self.policy, taken)
+            yield from at(f"part{number}of{parts}", program)
+        taken = self._part(tokens, m, done, last)
+        answer = step(self.ops, self.operands, self.cache, self.policy, taken, self.reveal)
+        return (yield from at(f"part{parts}of{parts}", answer) if before else answer)
+
+    def _part(self, tokens: Sequence[int] | None, m: int, done: int, size: int) -> Any:
+        """Share `size` rows of m after the first `done`, before whose tokens padding stands."""
+        if tokens is None:
+            return self._taken(None, size)
+        first, end = (max(0, place - (m - len(tokens))) for place in (done, done + size))
+        return self._taken(tokens[first:end], size, tokens[0] if tokens else 0)
 
 
 class Nobody:

@@ -1,6 +1,7 @@
 """Measure private answers about a document of the client's own: a table of docs/benchmarks.md.
 
     python -m tools.bench_document [--model DIR] [--tokens 6] [--private 128,512] [--private-policy SPEC ...]
+                                   [--protocol P]
 
 Prints a Markdown row for each length and each rule by which the document is evicted, private against
 plaintext in one run; without --model the weights are random, as in tools/bench_size.py. Linux, as it reads
@@ -15,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mpcache.choices import ProtocolName
 from mpcache.model import load_tokenizer
 from tools.bench_size import PARTIES, make_model, run_generate, text_of
 
@@ -29,9 +31,8 @@ PRIVATE_HEAD = (
 def measure_private(model: Path, given: argparse.Namespace, tokens: int, rule: str) -> str:
     """Run one answer about a document of so many tokens, and return its row."""
     document = text_of(load_tokenizer(model), tokens)
-    answered = run_generate(
-        model, given, {"--private-context": document}, "--policy", "full", "--private-policy", rule
-    )
+    flags = ["--policy", "full", "--private-policy", rule, "--protocol", given.protocol]
+    answered = run_generate(model, given, {"--private-context": document}, *flags)
     found, cpu, peak = answered.found, answered.cpu, answered.peak
     private, plain, own = found["private"], found["plaintext"], found["client_document"]
     reading, eviction = own["reading"], own["eviction"]
@@ -66,6 +67,7 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=30)
     arguments.add_argument("--private", default="128,512", help="tokens of the document")
     arguments.add_argument("--private-policy", action="append", help="[full, mpcache:n_keep=0.25]")
+    arguments.add_argument("--protocol", default=ProtocolName.FAST)
     given = arguments.parse_args()
     print(PRIVATE_HEAD, flush=True)
     with tempfile.TemporaryDirectory() as folder:

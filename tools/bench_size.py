@@ -1,13 +1,13 @@
 """Measure private answers of a model of SmolLM2-135M's size: the tables of docs/benchmarks.md.
 
     python tools/bench_size.py [--context 99] [--question 14] [--tokens 6] [--model DIR] [--layers 30]
-                               [--policy SPEC ...] [--repeat N] [--checkout DIR ...]
+                               [--policy SPEC ...] [--protocol P ...] [--repeat N] [--checkout DIR ...]
 
 Without --model the weights are random and made on the fly, so that nothing is downloaded; the plaintext
 answer is measured beside, in the same run. --context 0: no document; --text FILE: this one. Prints a Markdown
-row for each policy of this state, and of each other checkout of this project: latencies, their ratios, rounds
-and bytes of a token, and each party's CPU seconds and largest resident memory, set-up included. With --repeat
-the rows take turns, and latencies are medians. Linux, as it reads /proc.
+row for each policy and protocol of this state, and of each other checkout of this project: latencies, their
+ratios, rounds and bytes of a token, each party's CPU seconds and largest resident memory, set-up included.
+With --repeat the rows take turns, and latencies are medians. Linux, as it reads /proc.
 
 Full against evicted, side by side; once before, `mpcache calibrate --model MODEL` makes the curve and puts it
 beside the model (--curve FILE: it is elsewhere):
@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,20 @@ SHAPE = {
 }  # fmt: skip
 PARTIES = ("server", "client", "dealer")
 HEAD = (
-    "| state | policy | context | kept | question | plaintext ms/token | private ms/token | ratio "
+    "| state | policy | protocol | context | kept | question | plaintext ms/token | private ms/token | ratio "
     "| of the first row's | first token, s | prefill and eviction, s | set-up, s | rounds/token "
     "| online, dealer's MB/token | CPU s, server, client, dealer | memory GB, the same |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 @dataclass
 class Row:
-    """One policy of one state, and what its runs found."""
+    """One policy and protocol of one state, and what its runs found. protocol: None is the default."""
 
     policy: str
     checkout: Path | None
+    protocol: str | None
     found: list[dict[str, Any]] = field(default_factory=list)  # `mpcache generate --json`
     peak: dict[str, float] = field(default_factory=dict)  # GB, of each party
     cpu: dict[str, float] = field(default_factory=dict)  # s, in the last run
@@ -81,6 +83,7 @@ class Row:
         cells = [
             "this" if self.checkout is None else self.checkout.name,
             f"`{self.policy}`".replace("|", "\\|"),
+            last["protocol"],
             last["context_tokens"],
             f"{statistics.fmean(last['kept_tokens']):.0f}",
             last["question_tokens"],
@@ -221,7 +224,8 @@ def run_generate(
 def measure(row: Row, model: Path, given: argparse.Namespace, document: str, data: Path | None) -> None:
     """Run one answer of a row."""
     documents = {"--context": document} if document else {}
-    answered = run_generate(model, given, documents, "--policy", row.policy, checkout=row.checkout, data=data)
+    flags = ["--policy", row.policy, *(["--protocol", row.protocol] if row.protocol else [])]
+    answered = run_generate(model, given, documents, *flags, checkout=row.checkout, data=data)
     row.found.append(answered.found)
     row.cpu = answered.cpu
     row.peak |= {name: max(gb, row.peak.get(name, 0.0)) for name, gb in answered.peak.items()}
@@ -239,6 +243,7 @@ def read_flags() -> argparse.Namespace:
     arguments.add_argument("--tokens", type=int, default=6, help="of each answer [6]")
     arguments.add_argument("--layers", type=int, default=30, help="of random weights [30]")
     arguments.add_argument("--policy", action="append", help="again for more, side by side [full]")
+    arguments.add_argument("--protocol", action="append", help="likewise")
     arguments.add_argument("--curve", type=Path, help="the model's, as `mpcache calibrate --out` wrote it")
     arguments.add_argument("--repeat", type=int, default=1, help="answers of each row, in turns [1]")
     arguments.add_argument("--checkout", type=Path, action="append", default=[], help="a further state")
@@ -260,7 +265,8 @@ def main() -> None:
         else:
             document = given.text.read_text(encoding="utf-8")
         checkouts = (None, *given.checkout)
-        rows = [Row(policy, checkout) for checkout in checkouts for policy in given.policy or ["full"]]
+        settings = product(checkouts, given.protocol or [None], given.policy or ["full"])
+        rows = [Row(policy, checkout, protocol) for checkout, protocol, policy in settings]
         for run in range(given.repeat):
             for row in rows:
                 print(f"run {run + 1} of {given.repeat}: {row.policy}", file=sys.stderr, flush=True)

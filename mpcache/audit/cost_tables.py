@@ -45,14 +45,17 @@ class CostTable:
 def cost_tables(rows: Sequence[AuditRow], model: str = "") -> Iterator[CostTable]:
     """Make a table per protocol and context: a row per policy, with times and ratio per network.
 
-    A column has one unit, which its name gives. model: for the titles.
+    A column has one unit, which its name gives. A cell is empty where `auto` picked another protocol on that
+    network. model: for the titles.
     """
     of_model = f"{model}, " if model else ""
     for (protocol, context), group in groupby(rows, lambda r: (r["protocol"], r["context_tokens"])):
         mine = list(group)
         networks = list(dict.fromkeys(r["network"] for r in mine))
-        policies = [{r["network"]: r for r in found} for _, found in groupby(mine, lambda r: r["policy"])]
-        firsts = [next(iter(of.values())) for of in policies]
+        policies: dict[str, dict[str, AuditRow]] = {}
+        for row in mine:
+            policies.setdefault(row["policy"], {})[row["network"]] = row
+        firsts = [next(iter(of.values())) for of in policies.values()]
         columns = [
             ("policy", [row["policy"] for row in firsts]),
             ("kept/used", [f"{row['kept_tokens']}/{row['attended_tokens']}" for row in firsts]),
@@ -61,11 +64,11 @@ def cost_tables(rows: Sequence[AuditRow], model: str = "") -> Iterator[CostTable
             _column("offline", [row["offline_bytes_per_token"] for row in firsts], BYTES),
         ]
         for network in networks:
-            there = [of[network] for of in policies]
+            there = [of.get(network) for of in policies.values()]
             columns += [
-                _column(network, [row["total_ms_per_token"] for row in there], DURATIONS),
-                _column("dealer", [row["offline_transfer_ms"] for row in there], DURATIONS),
-                ("ratio", [f"{row['ratio_to_full']:.2f}" for row in there]),
+                _column(network, [row["total_ms_per_token"] if row else None for row in there], DURATIONS),
+                _column("dealer", [row["offline_transfer_ms"] if row else None for row in there], DURATIONS),
+                ("ratio", [f"{row['ratio_to_full']:.2f}" if row else "" for row in there]),
             ]
         columns.append(("leaks", [row["leakage"] for row in firsts]))
         names = [name for name, _ in columns]
@@ -75,9 +78,10 @@ def cost_tables(rows: Sequence[AuditRow], model: str = "") -> Iterator[CostTable
         yield CostTable(title, names, numeric, lines)
 
 
-def _column(name: str, values: Sequence[float], units: Sequence[Unit]) -> tuple[str, list[str]]:
-    unit, cells = in_one_unit(values, units)
-    return f"{name}, {unit}", cells
+def _column(name: str, values: Sequence[float | None], units: Sequence[Unit]) -> tuple[str, list[str]]:
+    unit, cells = in_one_unit([value for value in values if value is not None], units)
+    known = iter(cells)
+    return f"{name}, {unit}", ["" if value is None else next(known) for value in values]
 
 
 def measured_tables(rows: Sequence[AuditRow]) -> Iterator[CostTable]:

@@ -53,7 +53,7 @@ PolicyOption = Annotated[
 PoliciesOption = Annotated[
     list[str] | None, typer.Option("--policy", help="NAME[:key=value,...]; may be given several times. [all]")
 ]
-ProtocolOption = Annotated[str | None, typer.Option(help="fast, fast-bits, auto or stock.")]
+ProtocolOption = Annotated[str | None, typer.Option(help="auto, fast, fast-bits or stock. [auto]")]
 NetworkOption = Annotated[str | None, typer.Option(help=f"{NETWORKS}: the links are slowed down to it.")]
 NewTokensOption = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 RawOption = Annotated[

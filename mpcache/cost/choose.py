@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mpcache.choices import ProtocolName, Reveal
 from mpcache.cost.pricing import price
 from mpcache.cost.rates import answer_ms
+from mpcache.cost.reading import reading_ms
 from mpcache.engines.registry import PROTOCOLS
 from mpcache.model import ModelShape
 from mpcache.policy import BoundPolicy
@@ -37,9 +38,11 @@ class ProtocolChoice:
 
 def pick(
     shape: ModelShape, policy: BoundPolicy, context: int, question: int, tokens: int, network: Profile | None,
-    bits: int = 16, reveal: Reveal = Reveal.LOGITS, grid: int = 1,
+    bits: int = 16, reveal: Reveal = Reveal.LOGITS, grid: int = 1, private: int = 0,
 ) -> ProtocolChoice:  # fmt: skip
     """Choose how to compare: the quicker of key trees and digits, for an answer of `tokens` tokens.
+
+    private: tokens of a document of the client's own, which is read first.
 
     Key trees take the fewest rounds; digits a few more in each top-k and softmax, and far fewer of the
     dealer's bytes. The choice follows from public sizes alone, in tokens: all parties pick the same.
@@ -47,7 +50,8 @@ def pick(
     """
     where = network or NO_NETWORK
     ms = {
-        protocol: answer_ms(
+        protocol: reading_ms(shape, context, private, protocol, network, bits)
+        + answer_ms(
             price(shape, policy, context, question, protocol, bits=bits, reveal=reveal, grid=grid),
             where,
             tokens,

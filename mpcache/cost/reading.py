@@ -47,21 +47,30 @@ def reading_plan(
     """Plan how so many tokens of the client's are read, after a context of so many. Raises PolicyError."""
     if not tokens:
         return NO_DOCUMENT
-    size = public.document_chunk or chunk_size(
-        shape, context, tokens, protocol, parse_network(public.network), public.fraction_bits
+    network = parse_network(public.network)
+    size = (
+        public.document_chunk
+        or best_chunk(shape, context, tokens, protocol, network, public.fraction_bits).size
     )
     eviction = parse_policy(public.private_policy).on_shares(tokens, shape)
     return ReadingPlan(tuple(chunks_of(tokens, size)), eviction)
 
 
 @lru_cache(maxsize=64)
-def chunk_size(
+def best_chunk(
     shape: ModelShape, context: int, tokens: int, protocol: str, network: Profile | None, bits: int = 16
-) -> int:
+) -> ChunkPrice:
     """Choose how many tokens of the client's document are read at once, after a context of so many."""
     prices = chunk_prices(shape, context, tokens, protocol, network or NO_NETWORK, bits)
     fitting = [one for one in prices if one.working <= WORKING_BYTES] or prices[:1]
-    return min(fitting, key=lambda one: one.ms).size
+    return min(fitting, key=lambda one: one.ms)
+
+
+def reading_ms(
+    shape: ModelShape, context: int, tokens: int, protocol: str, network: Profile | None, bits: int = 16
+) -> float:
+    """Return how long the reading of so many tokens takes, modelled, in the best chunks."""
+    return shape.layers * best_chunk(shape, context, tokens, protocol, network, bits).ms if tokens else 0.0
 
 
 def chunk_prices(

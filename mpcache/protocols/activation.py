@@ -1,10 +1,10 @@
 """Activations x * step(x), where the step is a sum of sines: two rounds, for act(gate) * up too.
 
 The step (sigmoid, or the normal distribution's) is 1/2 + x / (2 half) + sum_k b_k sin(pi k x / half)
-on |x| < half, and nearly so well beyond. The linear part makes both ends of the period meet, so that the
-coefficients fall exponentially (docs/protocols.md, section 9.4). sin(k (c - r)) is public angles of the opened c = x + r
-times the dealer's shares of sin(k r) and cos(k r). The same opening truncates x, and with that of `up` it
-gives x * up (`linear.Truncated`); the second round multiplies by the step.
+on |x| < half, and somewhat beyond (`Series`). The linear part makes both ends of the period meet, so that
+the coefficients fall exponentially (docs/protocols.md, section 9.4). sin(k (c - r)) is public angles of the
+opened c = x + r times the dealer's shares of sin(k r) and cos(k r). The same opening truncates x, and with
+that of `up` it gives x * up (`linear.Truncated`); the second round multiplies by the step.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from mpcache_parties.facts import TYPICAL_QUESTION, Facts
 SAY_EVERY_S = 2.0
 TOKEN_EVERY_S = 10.0
 
-Told = Callable[[str, int, int, float | None], None]  # phase, layer, layers, ms that are left if known
+# Phase, layer, layers, those of all parts of a long question, and ms that are left if known.
+Told = Callable[[str, int, int, float | None], None]
 
 
 class Foretold(Thread):
@@ -67,12 +68,13 @@ class LayerPace:
         self._tell = tell
         self._phase, self._began = "", 0.0
 
-    def __call__(self, phase: str, layer: int) -> None:
+    def __call__(self, phase: str, layer: int, part: int, parts: int) -> None:
         now = time.monotonic()
         if phase != self._phase:
             self._phase, self._began = phase, now
-        left = 1000 * (now - self._began) * (self.layers - layer) / layer if layer else None
-        self._tell(phase, layer, self.layers, left)
+        done, layers = (part - 1) * self.layers + layer, parts * self.layers
+        left = 1000 * (now - self._began) * (layers - done) / done if done else None
+        self._tell(phase, done, layers, left)
 
 
 def in_words(phase: str, layer: int, layers: int, left_ms: float | None) -> str:

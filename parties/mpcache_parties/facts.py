@@ -238,7 +238,7 @@ def facts_of(told: Mapping[str, Any], public: PublicConfig) -> Facts:
     if protocol == AUTO:
         choice = pick(
             shape, policy, context, asked or TYPICAL_QUESTION, limit, parse_network(public.network),
-            public.fraction_bits, public.reveal, public.length_grid,
+            public.fraction_bits, public.reveal, public.length_grid, private,
         )  # fmt: skip
         protocol = choice.protocol
         picked = f"{picked}; {choice}" if picked else str(choice)

@@ -46,13 +46,18 @@ def test_a_chunk_tells_its_layers_and_what_is_left(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     pace = LayerPace(lambda *told: said.append(in_words(*told)))
     pace.layers = 30
-    for at, phase, layer in ((100.0, "question", 0), (103.0, "question", 10), (110.0, "turn2-decode4", 0)):
+    for at, phase, layer, part in (
+        (100.0, "question", 0, 1), (103.0, "question", 10, 1), (110.0, "turn2-decode4", 0, 1),
+        (111.0, "turn3-question", 0, 1), (115.0, "turn3-question", 10, 2),
+    ):  # fmt: skip
         now[0] = at
-        pace(phase, layer)
+        pace(phase, layer, part, 2 if phase.startswith("turn3") else 1)
     assert said == [
         "question: layer 1 of 30",
         "question: layer 11 of 30, about 6 s left",
         "token 5: layer 1 of 30",
+        "question: layer 1 of 60",
+        "question: layer 41 of 60, about 2 s left",
     ]
 
 

@@ -83,7 +83,8 @@ class SessionStatus(Observer):
     def __init__(self, ledger: Ledger | None = None, log: Log | None = None) -> None:
         self.phase = SessionPhase.CONNECT
         self.totals = Totals()
-        self.on_layer: Callable[[str, int], None] = lambda phase, layer: None  # told when a layer begins
+        # Told when a layer begins: its phase, number, and the part of a long question, and of how many.
+        self.on_layer: Callable[[str, int, int, int], None] = lambda phase, layer, part, parts: None
         self._ledger = ledger or Ledger()
         self._log = log or Log("")
         self._layer_begins = "/"  # how the names of this layer's steps begin
@@ -92,9 +93,9 @@ class SessionStatus(Observer):
         """Note a round of the program; tells `on_layer` when it is the first of a layer."""
         if step.startswith(self._layer_begins):
             return
-        if found := re.match(r"([^/]+)/layer(\d+)/", step):
+        if found := re.match(r"([^/]+)/(?:part(\d+)of(\d+)/)?layer(\d+)/", step):
             self._layer_begins = found[0]
-            self.on_layer(found[1], int(found[2]))
+            self.on_layer(found[1], int(found[4]), int(found[2] or 1), int(found[3] or 1))
 
     def reached(self, phase: SessionPhase) -> None:
         """Note that the session is in this phase now."""

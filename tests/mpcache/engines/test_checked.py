@@ -75,6 +75,7 @@ def one(x: float, bits: int, ring: int = 64) -> Share:
 
 
 OPS = CheckedOps()
+SILU, GELU = series("silu").reach, series("gelu").reach
 LONGEST, LARGEST = ranges.LONGEST_ATTENDED, ranges.LARGEST_SCORE
 LOW, HIGH = 2.0 ** (ranges.MEAN_SQUARE_LOW / 2), 2.0 ** (ranges.MEAN_SQUARE_HIGH / 2)
 EDGES: dict[str, tuple[float, float, Callable[[float], Any]]] = {
@@ -82,8 +83,8 @@ EDGES: dict[str, tuple[float, float, Callable[[float], Any]]] = {
     "truncation": (2.0**14 - 1, 2.0**14, lambda x: OPS.rescale(one(x, 32, 48))),
     "product with an operand": (2.0**15 - 1, 2.0**15, lambda x: OPS.linear(one(x, 16, 48), kept(1.0))),
     "masked operand": (2.0**31 - 1, 2.0**31, lambda x: ideal.mask_operand(one(x, 16), 48)),
-    "silu": (series("silu").reach - 0.01, series("silu").reach, lambda x: OPS.gate("silu", one(x, 16), None)),
-    "gelu": (-series("gelu").reach + 0.01, -series("gelu").reach, lambda x: OPS.gate("gelu", one(x, 16), None)),
+    "silu": (SILU - 0.01, SILU, lambda x: OPS.gate("silu", one(x, 16), None)),
+    "gelu": (-GELU + 0.01, -GELU, lambda x: OPS.gate("gelu", one(x, 16), None)),
     "max(x, 0)": (-(2.0**15) + 1, -(2.0**15) - 1, lambda x: OPS.relu(one(x, 16))),
     "norm, high": (HIGH * 0.99, HIGH * 1.01, lambda x: normed(one(x, 16), 1e-6)),
     "norm, low": (LOW * 1.01, LOW * 0.98, lambda x: normed(one(x, 16), 0.0)),

@@ -89,13 +89,15 @@ def check_padding(shape: ModelShape, policy: Policy) -> None:
 def with_default_policy(settings: Settings, model: Path | str | None, private: bool = False) -> Settings:
     """Take a policy by what there is, where nobody has named one.
 
-    It is `compact` for a model that has a curve; else `full` for a document of the client's own: nobody has
-    seen how much of this model's recall the config's selection keeps, and --private-policy evicts.
+    It is `compact` for a model that has a curve, but not where a document of the client's own is evicted on
+    shares: heads that keep different numbers take no part in that. Else it is `full` for such a document:
+    nobody has seen how much of this model's recall the config's selection keeps, and --private-policy evicts.
     model: --model; None: the demo's.  private: the client brings a document.
     """
     if "policy" in settings.public.model_fields_set:
         return settings
-    if has_curve(demo_model_dir() if model is None else find_model(model)):
+    evicted = private and settings.public.private_policy != "full"
+    if not evicted and has_curve(demo_model_dir() if model is None else find_model(model)):
         return with_overrides(settings, {"public.policy": "compact"})
     return with_overrides(settings, {"public.policy": "full"}) if private else settings
 
@@ -112,8 +114,8 @@ def _check_positions(
         own = f"the client's document ({private}), " if private else ""
         raise BadInput(
             f"context ({context} tokens), {own}question ({question}) and answer (up to {new_tokens}) "
-            f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
-            "--max-new-tokens"
+            f"make {total} tokens, the model allows {shape.max_positions}; shorten "
+            f"{'a document' if private else 'the context'} or lower --max-new-tokens"
         )
 
 

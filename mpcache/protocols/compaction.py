@@ -94,7 +94,8 @@ def shuffle(side: Side, rows: Sequence[Share], knows: Rank) -> Program[list[Shar
 def ranked_places(side: Side, scores: Share, width: int) -> Program[Any]:
     """Open which of (*rows, n) shuffled scores has which rank (*rows, n), the highest first.
 
-    0 <= score < 2^(width-2), no two equal. Three rounds. Only of scores that a permutation nobody knows has shuffled.
+    0 <= score < 2^(width-2), no two equal. Three rounds. Only of scores that a permutation which nobody knows
+    has shuffled.
     """
     *rows, n = scores.shape
     first, second = torch.triu_indices(n, n, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -47,7 +47,7 @@ def _row(name: str) -> dict[str, object]:
         "evicts": cls.evicts,
         "selects": cls.selects,
         "needs": cls.needs,
-        "options": {f.name: None if f.default is MISSING else f.default for f in fields(cls)},
+        "options": {option: f.default for option, f in cls.options().items()},
         "source": cls.source,
     }
 
@@ -66,7 +66,7 @@ def _list() -> None:
     table = Table("policy", "runs", "of A|B", "leaks", "options with their defaults", show_lines=True)
     table.columns[0].max_width = 42
     for name, cls in POLICIES.items():
-        options = [f"{f.name}={written(f.default)}" for f in fields(cls)]
+        options = [f"{option}={written(f.default)}" for option, f in cls.options().items()]
         table.add_row(
             f"[bold]{name}[/]: {cls.source}\nneeds {cls.needs}",
             PLAIN if cls.plain_only else PRIVATE,

@@ -26,12 +26,12 @@ from mpcache.policies_command import PLAIN, PRIVATE, reveals, side
 from mpcache.policy import POLICIES
 from mpcache.policy.describe import describe
 from mpcache.protocols.compaction import shuffle
-from mpcache.protocols.compare import less
+from mpcache.protocols.compare import Keys, less
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product, truncate, truncate_product
 from mpcache.protocols.lookup import lookup
 from mpcache.protocols.reciprocal import reciprocal
 from mpcache.protocols.softmax import exp, exp_by_digits
-from mpcache.protocols.topk import HotSelection, topk
+from mpcache.protocols.topk import HotSelection, topk_by_tables
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Program, RequestKind, run
@@ -111,8 +111,8 @@ EXAMPLES: Mapping[RequestKind, tuple[str, Callable[..., Program[object]]]] = {
     ),
     RequestKind.TOPK: (
         "k of n, scores of 24 bits, c values each, in each row",
-        lambda rows, n, k, c, **_: topk(
-            SIDE, share(rows, n, bits=13, ring=24), k, [share(rows, n, c, bits=13, ring=24)], 24
+        lambda rows, n, k, c, **_: topk_by_tables(
+            SIDE, share(rows, n, bits=13, ring=24), k, share(rows, n, c, bits=13, ring=24), 24, Keys
         ),
     ),
     RequestKind.SHUFFLE: (

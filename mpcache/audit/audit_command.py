@@ -297,7 +297,7 @@ def _add_quality(
         more = f", and {len(notes) - 1} more like it" if len(notes) > 1 else ""
         _note(f"{notes[0]}{more}")
     if plot_file is not None and result["quality_points"]:
-        plot_cost(result["quality_points"], plot_file, measured.by_question)
+        plot_cost(result["quality_points"], plot_file, name, measured)
         terminal.say(f"wrote {plot_file}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -176,6 +177,8 @@ def _row(one: Priced, context: int, network: Profile, full: Priced, by: str | No
         "policy": policy.spec,
         "protocol": priced.protocol,
         "network": network.name,
+        "round_trip_ms": network.rtt_ms,
+        "mbps": network.mbps if network.mbps < math.inf else None,
         "context_tokens": context,
         "kept_tokens": plan.kept,
         "attended_tokens": plan.attended,

@@ -10,8 +10,9 @@ from mpcache.cost.pricing import price
 from mpcache.cost.rates import answer_ms
 from mpcache.cost.reading import reading_ms
 from mpcache.engines.registry import PROTOCOLS
+from mpcache.errors import PolicyError
 from mpcache.model import ModelShape
-from mpcache.policy import BoundPolicy
+from mpcache.policy import BoundPolicy, parse_policy
 from mpcache.report.units import duration
 from mpcache.transport.network import NO_NETWORK, Profile
 
@@ -45,10 +46,14 @@ def pick(
     private: tokens of a document of the client's own, which is read first.
 
     Key trees take the fewest rounds; digits a few more in each top-k and softmax, and far fewer of the
-    dealer's bytes. The choice follows from public sizes alone, in tokens: all parties pick the same.
-    Raises PolicyError.
+    dealer's bytes. The choice follows from public sizes alone, in tokens: all parties pick the same. Where
+    the document decides later what stays, it is made as for all of it.
     """
     where = network or NO_NETWORK
+    try:
+        policy = policy.priced(shape)
+    except PolicyError:
+        policy = parse_policy("full").bind(policy.plan.context, shape)
     ms = {
         protocol: reading_ms(shape, context, private, protocol, network, bits)
         + answer_ms(

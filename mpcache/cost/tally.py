@@ -135,6 +135,10 @@ def sum_tallies(steps: Iterable[tuple[str, Tally]]) -> Tally:
 
 
 def split_step(step: str) -> tuple[int | None, str]:
-    """Split a step's name: `layer3/mlp/gate` -> (3, `mlp/gate`); `lm_head` -> (None, `lm_head`)."""
+    """Split a step's name: `layer3/mlp/gate` -> (3, `mlp/gate`); `lm_head` -> (None, `lm_head`).
+
+    The parts of a long question, `part2of3/layer3/mlp/gate`, are one.
+    """
+    step = re.sub(r"^part\d+of\d+/", "", step)
     match = re.fullmatch(r"layer(\d+)/?(.*)", step)
     return (int(match[1]), match[2] or "together") if match else (None, step or "together")

@@ -111,7 +111,7 @@ def evaluate(
         str | None, typer.Option(help=f"With --secure, but for bits and chats: {NETWORKS}.")
     ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Quality against budget, an SVG file.")
+        Path | None, typer.Option("--plot", help="Draw quality against budget: .svg, .pdf or .png.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Of a chat: write the JSON here after each document, too.")
@@ -203,11 +203,17 @@ class EvalReport:
     gate: str
     results: Results = field(default_factory=Results)
 
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        path = self.engine.model.path
+        return "demo" if path == demo_model_dir() else path.name
+
     def to_dict(self, complete: bool) -> dict[str, Any]:
         """Return what --json prints."""
         model, grid = self.engine.model, self.grid
         return {
-            "model": "demo" if model.path == demo_model_dir() else model.path.name,
+            "model": self.name,
             "model_digest": model.digest,
             "context_tokens": grid.context,
             "samples": grid.samples,
@@ -246,7 +252,7 @@ class EvalReport:
             if rows:
                 out.print(CAPTION, style="dim")
         if plot_file is not None and rows:
-            plot(rows, plot_file)
+            plot(rows, plot_file, f"{self.name}, documents of {self.grid.context:,} tokens")
             terminal.say(f"wrote {plot_file}")
 
 

@@ -1,4 +1,4 @@
-"""Quality against budget, one panel per task and question, as an SVG file. Needs matplotlib."""
+"""Quality against budget, one panel per task and question. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from mpcache.evaluate.results import EvalRow
 from mpcache.policy.plan import FULL_PERCENT
 from mpcache.report.plots import figure_of, legend_below, style_of
 
-COLUMNS = 3
+COLUMNS = 2  # a paper's text width
 
 
-def plot(rows: Sequence[EvalRow], file: Path) -> None:
-    """Draw the plain rows of judged tasks; the full cache is the dashed line. Raises BadInput."""
+def plot(rows: Sequence[EvalRow], file: Path, about: str) -> None:
+    """Draw the plain rows of judged tasks; the full cache is the dashed line. Raises BadInput.
+
+    about: of which model and documents they are.
+    """
     shown = [row for row in rows if row["engine"] == "plain" and row["judged"]]
     kinds = list(dict.fromkeys((row["task"], row["question"]) for row in shown))
     policies = [p for p in dict.fromkeys(row["policy"] for row in shown) if p != "full"]
     columns = min(COLUMNS, max(1, len(kinds)))
     lines = -(-max(1, len(kinds)) // columns)
     with figure_of(file, lines, columns) as (figure, axes):
+        figure.suptitle(f"{about}; bars: 95 %")
         handles: dict[str, Any] = {}
         for panel, kind in zip(axes.flat, kinds, strict=False):
             mine = [row for row in shown if (row["task"], row["question"]) == kind]
             handles |= _panel(panel, mine, policies)
-            panel.set_title(f"{kind[0]}, question {kind[1]}{_asked(mine)}", fontsize=10)
+            panel.set_title(f"{kind[0]}, question {kind[1]}{_asked(mine)}")
         for panel in axes.flat[len(kinds) :]:
             panel.set_axis_off()
         legend_below(figure, handles)
@@ -62,9 +66,8 @@ def _panel(panel: Any, rows: Sequence[EvalRow], policies: Sequence[str]) -> dict
     panel.set_xscale("log", base=2)
     panel.set_xticks(budgets, [f"{b} %" for b in budgets])
     panel.minorticks_off()
-    panel.set_xlabel("attended tokens, of the context", fontsize=8)
-    panel.set_ylabel("bits per byte" if by_bits else "exact answers", fontsize=8)
-    panel.tick_params(labelsize=8)
+    panel.set_xlabel("attended tokens, of the context")
+    panel.set_ylabel("bits per byte" if by_bits else "exact answers")
     panel.grid(alpha=0.3)
     if not by_bits:
         panel.set_ylim(-0.04, 1.04)

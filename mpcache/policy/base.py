@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +66,7 @@ class Policy(ABC):
     selects: ClassVar[bool] = False  # at every step: it may stand on the right
     attends_to_all: ClassVar[bool] = False  # that is left: on the right a budget is the left one's
     packs: ClassVar[bool] = True  # what stays of a document is all that a session needs of it
+    fixed: ClassVar[frozenset[str]] = frozenset()  # options of a parent's that are what they are
 
     # ------------------------------------------------------------------------------------- public, anybody
 
@@ -76,11 +77,16 @@ class Policy(ABC):
     def bind(self, context: int, shape: ModelShape) -> BoundPolicy:
         return BoundPolicy(self, self.plan(context, shape))
 
+    @classmethod
+    def options(cls) -> dict[str, Field[Any]]:
+        """Return what a user may set, by name."""
+        return {f.name: f for f in fields(cls) if f.name not in cls.fixed}
+
     @property
     def spec(self) -> str:
         """The policy as the user would write it, options that differ from the default only."""
-        options = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        changed = ",".join(f"{name}={written(value)}" for name, value in options.items())
+        options = ((name, getattr(self, name), f.default) for name, f in self.options().items())
+        changed = ",".join(f"{name}={written(value)}" for name, value, usual in options if value != usual)
         return f"{self.name}:{changed}" if changed else self.name
 
     @property

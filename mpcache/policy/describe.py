@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from mpcache.policy.base import Policy
 from mpcache.policy.plan import written
@@ -51,8 +51,8 @@ def _options(cls: type[Policy]) -> list[OptionFacts]:
     """Describe each option; one with a default of its own means what its parent says."""
     above = [vars(base).get("__dataclass_fields__", {}) for base in cls.__mro__]
     found = []
-    for f in fields(cls):
-        said = [known[f.name].metadata for known in above if f.name in known]
+    for name, f in cls.options().items():
+        said = [known[name].metadata for known in above if name in known]
         meant = next(metadata for metadata in said if "meaning" in metadata)
-        found.append(OptionFacts(f.name, meant["meaning"], meant["allowed"], written(f.default)))
+        found.append(OptionFacts(name, meant["meaning"], meant["allowed"], written(f.default)))
     return found

@@ -22,6 +22,7 @@ class Fronted(Clustered):
     """A policy whose clusters the owner ranks once, in plaintext."""
 
     evicts = selects = False  # what stands first is not what another policy left
+    fixed = frozenset({"score", "alpha", "blocks"})  # a query meets mean keys alone
 
     @abstractmethod
     def front(self, prefill: Prefill, layer: int, size: int, clusters: int) -> torch.Tensor:

@@ -62,8 +62,6 @@ class NOSA(Fronted):
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         self.check_options()
-        if self.score != "mean":
-            raise self.fail("score", "mean")
         if self.head not in HEADS:
             raise self.fail("head", ", ".join(HEADS))
         if self.page < 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 from mpcache.choices import POLICY_AUTO
@@ -73,7 +72,7 @@ def parse_policy(spec: str) -> Policy:
 
 def option_names(part: PolicyPart) -> tuple[str, ...]:
     """Return the names of the options that a policy has. Raises PolicyError on an unknown policy."""
-    return tuple(f.name for f in fields(policy_class(part.name)))
+    return tuple(policy_class(part.name).options())
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -86,7 +85,7 @@ def policy_class(name: str) -> type[Policy]:
 
 def _policy(part: PolicyPart) -> Policy:
     cls = policy_class(part.name)
-    known = {f.name: f for f in fields(cls)}
+    known = cls.options()
     options: dict[str, Any] = {}
     for key, text in part.options:
         if key not in known:

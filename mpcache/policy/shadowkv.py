@@ -49,8 +49,6 @@ class ShadowKV(Fronted):
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         self.check_options()
-        if self.score != "mean":
-            raise self.fail("score", "mean")
         if self.page < 1:
             raise self.fail("page", "1 or more tokens")
         for name in ("recent", "rank"):

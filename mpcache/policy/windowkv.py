@@ -45,7 +45,9 @@ class WindowKV(Policy):
     size: int = setting(8, "tokens per window", "1 or more")
     score: str = setting("average", "how a window's votes become its score", "average, max")
     group: int = setting(8, "layers that keep the same tokens", "1 or more")
-    decay: float = setting(6 / 14, "how much more the first group keeps, and the last one less", "0 up to 1")
+    decay: float = setting(  # published: 6/14
+        0.43, "how much more the first group keeps, and the last one less", "0 up to 1"
+    )
 
     def plan(self, context: int, shape: ModelShape) -> Plan:
         if self.score not in SCORES:

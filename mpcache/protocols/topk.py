@@ -6,6 +6,9 @@ rank_i + rho_i modulo N; the dealer's one-hot of rho_i, rotated by that, is the 
 H[j, i] = [rank_i = j]. What the dealer also rotates by rho_i comes along for free: the masks of the
 values to gather, and the masks of the weights that will be scattered back. A third round between the two
 takes a ninth of the offline bytes of the comparisons (`compare.Digits`).
+
+What comes along costs the dealer a mask for each item and place. Where these are more than `LARGEST_TABLE`,
+the slots are opened under a mask of their own instead, and the values gathered by them: two more rounds.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked, products_of
 from mpcache.runtime.shares import Share, cat
 from mpcache.runtime.side import Side
+
+LARGEST_TABLE = 1 << 19  # masks, of each item's columns at each place, that a dealer shares for a choice
 
 
 def size_for(n: int) -> int:
@@ -86,7 +91,7 @@ class HotSelection(SlotSelection):
         request = Request(
             RequestKind.SCATTER,
             (Part(weights.shape),),
-            (Part((*rows, n, size, c)),),
+            (Part((*rows, n, size, c), ring=ring),),
             derive,
             products_of(math.prod(weights.shape) * n),
         )
@@ -107,12 +112,36 @@ def topk(
     values: Sequence[Share],
     width: int,
     comparison: type[Keys] | type[Digits] = Keys,
-) -> Program[tuple[HotSelection, list[Share]]]:
+) -> Program[tuple[SlotSelection, list[Share]]]:
     """Choose the k highest of (*rows, n), descending, ties to the lower index; gather values (*rows, n, c).
 
     Scores are compared in a ring of `width` bits: their differences must stay below 2^(width-1)
-    raw. Values are gathered in their own ring. Two rounds, three where `Digits` compare.
+    raw. Values are gathered in their own ring. Two rounds, three where `Digits` compare; two more where
+    `LARGEST_TABLE` would be exceeded.
     """
+    together = cat(list(values), -1)
+    if math.prod(together.shape) * size_for(together.shape[-2]) <= LARGEST_TABLE:
+        chosen, gathered = yield from topk_by_tables(side, scores, k, together, width, comparison)
+        return chosen, _apart(gathered, values)
+    chosen, _ = yield from topk_by_tables(side, scores, k, together[..., :0], width, comparison)
+    kept = yield from prepare_selection(side, chosen.slots())
+    gathered = yield from kept.gather(together)
+    return kept, _apart(gathered, values)
+
+
+def _apart(gathered: Share, values: Sequence[Share]) -> list[Share]:
+    """Take the values' columns apart again."""
+    pieces, column = [], 0
+    for value in values:
+        pieces.append(gathered[..., column : column + value.shape[-1]])
+        column += value.shape[-1]
+    return pieces
+
+
+def topk_by_tables(
+    side: Side, scores: Share, k: int, together: Share, width: int, comparison: type[Keys] | type[Digits]
+) -> Program[tuple[HotSelection, Share]]:
+    """Do so with tables of masks, for values in one (*rows, n, c)."""
     *rows, n = scores.shape
     first, second = pairs_of(n, side.device == "meta")
     pairs = len(first)
@@ -120,7 +149,6 @@ def topk(
     # Ranks are opened modulo `size`: that many bits of the comparisons' outcomes are enough.
     bit = torch.int8 if size <= 1 << 8 else torch.int16
     compared = yield from comparison.of(math.prod(rows) * pairs, width, bit)
-    together = cat(list(values), -1)
     c = together.shape[-1]
     dtype = torch.int32 if together.ring <= 32 else torch.int64
     products = k * math.prod(together.shape)  # of slots with the values to gather
@@ -162,9 +190,5 @@ def topk(
     h = hot.gather(-1, where).transpose(-1, -2)  # (*rows, k, n)
     rotated = masks.gather(-2, where.unsqueeze(-1).expand(*where.shape, c)).sum(-3, dtype=torch.int64)
     gathered = Share(torch.matmul(h, shown) - rotated, together.bits, ring=together.ring)
-    pieces, column = [], 0
-    for value in values:
-        pieces.append(gathered[..., column : column + value.shape[-1]])
-        column += value.shape[-1]
     rotation = None if kept is None else kept[1]
-    return HotSelection(side, h, place, size, rotation), pieces
+    return HotSelection(side, h, place, size, rotation), gathered

@@ -26,7 +26,7 @@ def facts(model: Model, public: PublicConfig, question: int) -> Facts:
 @pytest.mark.parametrize(("question", "priced", "of"), [(5, 5, ""), (0, 32, " of a question of 32 tokens")])
 def test_the_estimate_is_the_cost_engines(model: Model, question: int, priced: int, of: str) -> None:
     """Of a conversation, whose questions come later, for one of usual length."""
-    public = PublicConfig(policy="full", max_new_tokens=2)
+    public = PublicConfig(policy="full", protocol=ProtocolName.FAST, max_new_tokens=2)
     cost = price(model.shape, "full", 24, priced)
     first = duration(sum(modelled(cost, NO_NETWORK, phase="question").values()))
     each = duration(pace_ms(cost, NO_NETWORK))

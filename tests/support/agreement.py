@@ -44,12 +44,12 @@ def record(ops: AnyEngine) -> list[tuple[Any, Any]]:
     seen: list[tuple[Any, Any]] = []
     topk = ops.topk
 
-    def recording(scores: Any, k: int, values: Any, **options: Any) -> Any:
-        result = yield from topk(scores, k, values, **options)
+    def recording(scores: Any, k: int, values: Any, *limit: int, **options: Any) -> Any:
+        result = yield from topk(scores, k, values, *limit, **options)
         seen.append((scores, result[0]))
         return result
 
-    ops.topk = recording  # type: ignore[assignment, method-assign]
+    ops.topk = recording  # type: ignore[method-assign]
     return seen
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from mpcache.audit.cost_plot import BEST, frontier
 from mpcache.audit.option_sweep import sweep_options
 from mpcache.cost.pricing import price
 from mpcache.errors import BadInput
 from mpcache.model import demo_model_dir, load_shape
 from mpcache.model.shapes import NAMES, config_of
+from mpcache.report.plots import COUNTS, log_ticks, style_of
 from mpcache.report.units import BYTES, DURATIONS, duration, in_one_unit, size
 from mpcache.transport.network import PROFILES
 from tests.support.audit_command import failure, result_of, run
@@ -153,7 +155,8 @@ def test_rows_of_a_file_say_what_they_are_of(tmp_path: Path) -> None:
         (model, n) for model in ("demo", "gpt2") for n in ("64", "128", "200")
     ]
     assert {row["question_tokens"] for row in rows} == {"16"}
-    assert all(row["version"] and row["date"] and row["network"] == "lan" for row in rows)
+    assert all(row["version"] and row["date"] for row in rows)
+    assert {(row["network"], row["round_trip_ms"], row["mbps"]) for row in rows} == {("lan", "0.5", "1000")}
 
 
 def test_tables_for_papers() -> None:
@@ -179,7 +182,7 @@ def test_cost_is_drawn_by_context(tmp_path: Path) -> None:
         assert run(*SMALL[2:], "--context", "64..200", "--network", "lan", "--plot", str(file)).exit_code == 0
         assert file.read_bytes().startswith(begins)
     svg = (tmp_path / "a.svg").read_text()
-    assert "rounds per token" in svg and "demo: context, tokens" in svg
+    assert "rounds per token" in svg and "context, tokens" in svg and "demo, protocol fast" in svg
 
 
 @pytest.mark.slow
@@ -305,6 +308,24 @@ def test_quality_is_drawn_against_cost(tmp_path: Path) -> None:
     assert {point["policy"] for point in points} == {"snapkv", "full"}
     text = drawn.read_text()
     assert "snapkv" in text and "all, n = 7" in text and "streaming" not in text
+    assert "accuracy: a model without a name; bars: 95 %" in text and "cost: demo, 200 tokens" in text
+    assert BEST in text
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    found = frontier([(3, 0.5), (1, 0.2), (2, 0.7), (2, 0.6), (5, 0.9), (4, 0.7)])
+    assert list(found) == [(1, 0.2), (2, 0.7), (5, 0.9)]
+
+
+def test_ticks_are_round_in_the_unit_that_they_are_written_in() -> None:
+    drawn = log_ticks(100, 4e7, DURATIONS)
+    assert [duration(ms) for ms in drawn] == [
+        "100 ms", "1 s", "10 s", "100 s", "10 min", "100 min", "10 h",
+    ]  # fmt: skip
+    assert [size(n) for n in log_ticks(3e5, 6e6, BYTES)] == ["500 kB", "1 MB", "2 MB", "5 MB"]
+    assert log_ticks(138, 163, COUNTS) == [140, 160]
+    styles = [style_of(i, "full") for i in range(30)]  # told apart without colours
+    assert len({(style["marker"], style["linestyle"]) for style in styles}) == 30
 
 
 def test_quality_is_priced_behind_the_table_with_an_estimate(tmp_path: Path) -> None:

@@ -187,6 +187,8 @@ def test_paper_is_light_and_holds_the_table(browser: Any, report: Path, tmp_path
     assert view.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert view.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not view.locator("#choices").is_visible() and "network lan" in view.locator("#view").inner_text()
+    assert "recall, question after, plain; time" in view.locator("#evaluation").inner_text()
+    assert "online bytes per token" in view.locator("#amount").inner_text()
     wide = view.locator("#rows").bounding_box()
     assert wide["x"] + wide["width"] <= 690
     written = tmp_path / "page.pdf"

@@ -41,6 +41,21 @@ def test_softmax_alone_is_worth_the_choice() -> None:
     assert [picked("full", parse_network(n)) for n in ("1:20", "200:10000")] == ["fast-bits", "fast"]
 
 
+def test_where_the_document_decides_what_stays_the_choice_is_that_of_all_of_it() -> None:
+    for network in ("1:20", "200:10000"):
+        assert picked("mpcache:threshold=0.1", parse_network(network)) == picked(
+            "full", parse_network(network)
+        )
+
+
+def test_the_reading_of_a_private_document_is_weighed_too() -> None:
+    """By rounds alone key trees win, by the bytes of many scores digits do."""
+    bound, far = parse_policy("full").bind(24, SHAPE), parse_network("100:1000")
+    chosen = [pick(SHAPE, bound, 24, QUESTION, 2, far, private=n) for n in (0, 600)]
+    assert [one.protocol for one in chosen] == ["fast", "fast-bits"]
+    assert all(chosen[1].ms[name] > chosen[0].ms[name] for name in chosen[0].ms)
+
+
 def test_an_answer_waits_for_the_dealer_where_that_takes_longer() -> None:
     one = price(SHAPE, "quest", CONTEXT, QUESTION)
     slow = Profile("slow", 0, 1)

@@ -242,6 +242,7 @@ def test_json(run_here: Run, tmp_path: Path) -> None:
         parse_policy(row["spec"])
     drawn = file.read_text()
     assert drawn.startswith("<?xml") and "snapkv" in drawn and "passkey, question after" in drawn
+    assert f"demo, documents of {SHORT:,} tokens; bars: 95 %" in drawn
     # The audit reads what this prints.
     saved = tmp_path / "quality.json"
     saved.write_text(out)

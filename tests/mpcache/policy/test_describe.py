@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mpcache.errors import PolicyError
 from mpcache.policy import POLICIES, parse_policy
 from mpcache.policy.describe import describe
 from tests.support.paths import ROOT
@@ -24,6 +25,14 @@ def test_all_of_a_policy_is_said(name: str) -> None:
         assert option.meaning and option.allowed, option.name
         if option.default != "0" or (name, option.name) not in (("compact", "heads"), ("sepllm", "ids")):
             assert parse_policy(f"{name}:{option.name}={option.default}") == POLICIES[name]()
+
+
+@pytest.mark.parametrize("name", ["shadowkv", "nosa"])
+def test_what_cannot_be_set_is_no_option(name: str) -> None:
+    told = {option.name for option in describe(POLICIES[name]).options}
+    assert "gqa" in told and not told & {"score", "alpha", "blocks"}
+    with pytest.raises(PolicyError, match="no option 'score'.*options: gqa"):
+        parse_policy(f"{name}:score=bound")
 
 
 def test_one_policy_is_told_to_people_and_to_programs(run_here: Run) -> None:

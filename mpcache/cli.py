@@ -245,10 +245,11 @@ def compare(
         stop,
         agreed.public,
     )
+    usual = ("full", None) if packed is None and agreed.public.policy != "full" else (None,)
     chosen = [
         inquiry.planned(with_overrides(agreed, public_overrides(one, way, network, max_new_tokens, reveal)))
         for way in protocol or (None,)
-        for one in policy or (("full", None) if packed is None else (None,))
+        for one in policy or usual
     ]
     bounds = [inquiry.bind(settings.public) for settings in chosen]  # all are checked before the first runs
     runs = []

@@ -92,14 +92,16 @@ def with_default_policy(
 ) -> Settings:  # fmt: skip
     """Take a policy by what there is, where nobody has named one.
 
-    It is `compact` for a model that has a curve; else `full` for a document of the client's own: nobody has
-    seen how much of this model's recall the config's selection keeps, and --private-policy evicts.
+    It is `compact` for a model that has a curve, but not where a document of the client's own is evicted on
+    shares: heads that keep different numbers take no part in that. Else it is `full` for such a document:
+    nobody has seen how much of this model's recall the config's selection keeps, and --private-policy evicts.
     model: --model; None: the demo's.  private: the client brings a document.  document: the server's,
     if there is one.  note: told where a curve is missing for it.
     """
     if "policy" in settings.public.model_fields_set:
         return settings
-    if has_curve(demo_model_dir() if model is None else find_model(model)):
+    evicted = private and settings.public.private_policy != "full"
+    if not evicted and has_curve(demo_model_dir() if model is None else find_model(model)):
         return with_overrides(settings, {"public.policy": "compact"})
     if private:
         return with_overrides(settings, {"public.policy": "full"})
@@ -123,8 +125,8 @@ def _check_positions(
         own = f"the client's document ({private}), " if private else ""
         raise BadInput(
             f"context ({context} tokens), {own}question ({question}) and answer (up to {new_tokens}) "
-            f"make {total} tokens, the model allows {shape.max_positions}; shorten the context or lower "
-            "--max-new-tokens"
+            f"make {total} tokens, the model allows {shape.max_positions}; shorten "
+            f"{'a document' if private else 'the context'} or lower --max-new-tokens"
         )
 
 

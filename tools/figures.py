@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
+from mpcache.audit.private_rows import price_document
 from mpcache.cli import app
 from mpcache.config import PublicConfig
 from mpcache.cost.sizing import sizing
@@ -29,7 +30,8 @@ from mpcache.ledger import Entry
 from mpcache.model import demo_model_dir, load_model, load_shape, load_tokenizer
 from mpcache.model.shapes import config_of
 from mpcache.policy import parse_policy
-from mpcache.report.units import size
+from mpcache.report.units import duration, number, size
+from mpcache.transport.network import NO_NETWORK, parse_network
 from tools.layer_cost import PAPER, SHAPE, layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,8 +214,30 @@ def systems() -> Iterator[Line]:
         yield cells(f"`{policy}`, {name}, {context}", *saved(shape, context, policy)[1])
 
 
+def own_documents() -> Iterator[Line]:
+    """Yield what a document of the client's takes, evicted to a quarter, and a token of an answer then."""
+    for label, name, tokens in (
+        ("GPT-2", "gpt2", (128, 256, 512)),
+        ("SmolLM2-135M", "smollm2-135m", (128, 512, 2048)),
+        ("Llama-2-7B", "llama-2-7b", (128, 512, 2048)),
+    ):
+        shape, lan = load_shape(config_of(name)), parse_network("lan") or NO_NETWORK
+        for row in price_document(shape, tokens, ["mpcache:n_keep=0.25"], ["fast"], [lan], 16):
+            reading, *others = (row[part] for part in ("reading", "eviction", "token_with_all", "token"))
+            amounts = [row["chunk_tokens"], *amounts_of(reading), duration(reading["modelled_ms"])]
+            amounts += [", ".join(amounts_of(part)) for part in others]
+            pays = (row[f"pays_from_tokens_by_{way}"] for way in ("bytes", "time"))
+            yield cells(f"{label}, {row['private_tokens']}", *amounts, *pays)
+
+
+def amounts_of(part: Mapping[str, Any]) -> list[str]:
+    """Write rounds, a party's bytes and the dealer's."""
+    return [number(part["rounds"]), size(part["online_bytes"]), size(part["offline_bytes"])]
+
+
 FIGURES: Mapping[str, Mapping[str, Callable[[], Iterator[Line]]]] = {
     "README.md": {"demo": demo, "layer": layer, "models": models},
+    "docs/audit.md": {"own_documents": own_documents},
     "docs/benchmarks.md": {"lengths": lengths},
     "docs/deploy.md": {"sizing": sizes},
     "docs/limits.md": {"dealer": dealer},

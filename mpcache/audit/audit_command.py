@@ -138,13 +138,13 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Price each eviction setting in rounds, bytes and time: exact, with no party running."""
-    if explain is not None:
-        others = {
-            "--measure": measure, "--policy": policy, "--sweep": sweep_, "--by": by,
-            "--csv": csv, "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
-            "--pad": pad,
-        }  # fmt: skip
-        _alone(others, "--explain prints one plan in words and runs nothing: leave out {}")
+    flags = {
+        "--measure": measure, "--policy": policy, "--sweep": sweep_, "--by": by, "--csv": csv, "--pad": pad,
+        "--report": report, "--quality": quality, "--tune": tune, "--plot": plot_file,
+    }  # fmt: skip
+    rest = {"--context": context, "--new-tokens": new_tokens, "--reveal": reveal, "--sizing": sizing_,
+            "--journal": journal, "--ray": ray}  # fmt: skip
+    _check_alone(private_context, private_policy, explain, flags, rest)
     if new_tokens is None:
         new_tokens = MEASURED_TOKENS if measure else 2
     torch.set_num_threads(1)  # all tensors are small or have no data: threads would wait for each other
@@ -220,6 +220,19 @@ def _alone(others: Mapping[str, Any], words: str) -> None:
     """Refuse flags that do not go with another one. Raises BadInput."""
     if extra := [name for name, given in others.items() if given]:
         raise BadInput(words.format(extra[0]))
+
+
+def _check_alone(
+    private: str | None, rules: list[str] | None, explain: str | None, flags: Mapping[str, Any],
+    rest: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Refuse what --explain and --private-context do not look at. Raises BadInput."""
+    if private is not None:
+        _alone({**flags, **rest}, "--private-context prices a document of the client's own: leave out {}")
+    elif rules:
+        raise BadInput("--private-policy is for a document of the client's own: give --private-context, too")
+    elif explain is not None:
+        _alone(flags, "--explain prints one plan in words and runs nothing: leave out {}")
 
 
 def _explain(shape: ModelShape, spec: str, context: int, question: int, protocol: str, as_json: bool) -> None:

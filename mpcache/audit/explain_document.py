@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mpcache.audit.explain import Line, Step, TraceParty
+from mpcache.audit.explain import Line, Step, TensorTrace, TraceParty
 from mpcache.audit.explain_text import Group, group_steps, step_as_data, told_steps
 from mpcache.audit.private_rows import CONTEXT
 from mpcache.config import PublicConfig
@@ -21,6 +21,8 @@ from mpcache.policy import ReadingPlan, parse_policy
 from mpcache.policy.plan import alike, layers_told
 from mpcache.rank import Rank
 from mpcache.session import Session
+
+OFTEN = 8  # openings of one kind in a step; more are told as one
 
 
 def explain_document(
@@ -90,7 +92,7 @@ def _read(
         phase, _, rest = name.partition("/")
         if phase == EVICTION:
             number, op = split_step(rest)
-            lines = tuple(Line(one.why, one.to, 1, None, one.size) for one in said.opened)
+            lines = tuple(_lines(said.opened))
             dealt = sum(one.bytes for one in said.dealt)
             step = Step(op, tuple(said.kinds), said.rounds, (), lines, None, dealt)
             if number is None:
@@ -98,3 +100,15 @@ def _read(
             else:
                 layers[number][op] = step
     return plan, group_steps(layers), last
+
+
+def _lines(opened: Sequence[TensorTrace]) -> Iterator[Line]:
+    """Tell each opening; those that come again and again in a step, as where rows are sorted, all at once."""
+    alike: dict[tuple[str, str, int], list[TensorTrace]] = defaultdict(list)
+    for one in opened:
+        alike[one.why, one.to, one.size[-1]].append(one)
+    for (why, to, width), ones in alike.items():
+        if len(ones) > OFTEN:
+            yield Line(why, to, 1, None, (sum(one.bytes for one in ones) // width, width))
+        else:
+            yield from (Line(why, to, 1, None, one.size) for one in ones)

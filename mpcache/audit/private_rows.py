@@ -71,15 +71,20 @@ def _part(tally: Tally, network: Profile, phases: int = 1) -> dict[str, Any]:
         "online_bytes": tally.online,
         "offline_bytes": tally.offline,
         "modelled_ms": round(_ms(tally, network), 3),
+        "modelled_compute_ms": round(_compute_ms(tally), 3),
         "phases": phases,
     }
 
 
 def _ms(tally: Tally, network: Profile) -> float:
     """Return how long this takes by the model: itself, or its tape where that takes longer."""
-    compute = RATES.ms(tally.rounds, tally.multiply_adds, tally.key_blocks, tally.random_bytes)
-    online = tally.rounds * network.one_way_ms + network.transfer_ms(tally.critical) + compute
+    online = tally.rounds * network.one_way_ms + network.transfer_ms(tally.critical) + _compute_ms(tally)
     return max(online, network.transfer_ms(tally.server_offline))
+
+
+def _compute_ms(tally: Tally) -> float:
+    """Return how long the busier computing party computes, by the model."""
+    return RATES.ms(tally.rounds, tally.multiply_adds, tally.key_blocks, tally.random_bytes)
 
 
 def _bytes(tally: Tally) -> float:

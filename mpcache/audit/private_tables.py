@@ -22,15 +22,15 @@ def private_table(name: str, rows: Sequence[dict[str, Any]]) -> CostTable:
     for row in rows:
         pays = [row[f"pays_from_tokens_by_{way}"] for way in ("bytes", "time")]
         paid = ", ".join("never" if n is None else str(n) for n in pays)
-        kept = f"{row['private_tokens']}, {row['kept_tokens']}"
+        tokens = ", ".join(str(row[f"{name}_tokens"]) for name in ("private", "chunk", "kept"))
         for part, told in PARTS.items():
             if (cost := row[part]) is None:
                 continue
             amounts = [number(cost["rounds"]), size(cost["online_bytes"]), size(cost["offline_bytes"])]
             amounts += [duration(cost["modelled_ms"]), paid if part == "eviction" else ""]
-            lines.append([row["private_policy"], kept, row["protocol"], row["network"], told, *amounts])
-    names = ["private policy", "tokens, kept", "protocol", "network", "what", "rounds", "online", "offline"]
-    names += ["time", "pays from"]
+            lines.append([row["private_policy"], tokens, row["protocol"], row["network"], told, *amounts])
+    names = ["private policy", "tokens, at once, kept", "protocol", "network", "what", "rounds", "online"]
+    names += ["offline", "time", "pays from"]
     text = ("private policy", "protocol", "network", "what")
     title = f"The client's own document, read and evicted on shares: {name}"
     return CostTable(title, names, [name not in text for name in names], lines)

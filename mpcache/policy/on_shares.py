@@ -32,12 +32,13 @@ from mpcache.policy.evicting import Evicting
 from mpcache.policy.layer_view import LayerView
 from mpcache.policy.plan import SharedEviction, SplitPlan
 from mpcache.policy.streaming import Streaming
+from mpcache.protocols.compaction import compared_rows
 from mpcache.protocols.ranges import WEIGHTED_SUM_RING
 from mpcache.rank import Rank
 from mpcache.runtime.program import Program, at, local, together
 
 WEIGHTS = 31  # that are added up before they are truncated: all may go to one token, and 2^5 is out of range
-PAIRS_AT_ONCE = 1 << 20  # of scores that are compared in one round: it bounds the memory
+COMPARED_AT_ONCE = 1 << 20  # pairs of scores, in one step: it bounds the memory
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ class ReadingPolicy(BoundPolicy):
         for layer, leader in enumerate(rule.leaders):
             families.setdefault(leader, []).append(layer)
         n = rule.tokens - rule.first - rule.last
-        pairs = max(1, n * (n - 1) // 2 * (shape.kv_heads if rule.by_head else 1))
-        many, all_of_them = max(1, PAIRS_AT_ONCE // pairs), list(families.values())
+        compared = max(1, compared_rows(max(0, n)) * (shape.kv_heads if rule.by_head else 1))
+        many, all_of_them = max(1, COMPARED_AT_ONCE // compared), list(families.values())
         for begin in range(0, len(all_of_them), many):
             yield all_of_them[begin : begin + many]
 

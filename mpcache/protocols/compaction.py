@@ -1,4 +1,4 @@
-"""Keep the rows of highest score, obliviously: shuffle, compare all pairs, open the shuffled ranks.
+"""Keep the rows of highest score, obliviously: shuffle, compare, open the order of the shuffled rows.
 
 1. Shuffle twice: by a permutation that the server alone knows, then by one of the client's (Chase, Ghosh and
    Poburinnaya, ASIACRYPT 2020). Who does not know it opens its share of the rows masked, to the other alone;
@@ -7,6 +7,8 @@
    row's own number stands below its score. So no rank is tied, and the ranks are a permutation.
 3. Open the ranks. They are a uniformly random permutation whatever the scores are: they tell nothing. Where
    scores were tied, ranks by shuffled place would tell how many.
+
+More than LONG rows are sorted in place of 2 and 3 (`sorting.sorted_places`): their pairs are too many.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from mpcache.protocols.compare import Digits
 from mpcache.protocols.fence import Fence
 from mpcache.protocols.linear import masked
+from mpcache.protocols.sorting import comparisons_of, sorted_places
 from mpcache.protocols.topk import size_for
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
@@ -29,13 +32,14 @@ from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side
 
 SCORE_BITS = 17  # a score is below 2^SCORE_BITS
+LONG = 1 << 10  # rows whose pairs, half a million, are all compared; more are sorted
 
 
 def compact(side: Side, scores: Share, k: int, values: Sequence[Share]) -> Program[list[Share]]:
     """Keep k rows of (*rows, n) by score, ties to the lower index, of each of values (*rows, n, c).
 
     They come by rank, which tells nobody where they were. Scores are integers, 0 <= score < 2^SCORE_BITS.
-    Five rounds.
+    Five rounds; of more than LONG rows two, and three for each layer of the network that sorts them.
     """
     n = scores.shape[-1]
     below = (n - 1).bit_length()
@@ -44,8 +48,14 @@ def compact(side: Side, scores: Share, k: int, values: Sequence[Share]) -> Progr
     rows = [Share(unlike.unsqueeze(-1), 0, ring=width), *values]
     for knows in (Rank.SERVER, Rank.CLIENT):
         rows = yield from shuffle(side, rows, knows)
-    ranks = yield from shuffled_ranks(side, replace(rows[0], data=rows[0].data.squeeze(-1)), width)
-    return [_first(ranks, k, value) for value in rows[1:]]
+    order = sorted_places if n > LONG else ranked_places
+    places = yield from order(side, replace(rows[0], data=rows[0].data.squeeze(-1)), width)
+    return [_first(places, k, value) for value in rows[1:]]
+
+
+def compared_rows(n: int) -> int:
+    """Count the comparisons by which n rows are put in order."""
+    return comparisons_of(n) if n > LONG else n * (n - 1) // 2
 
 
 def shuffle(side: Side, rows: Sequence[Share], knows: Rank) -> Program[list[Share]]:
@@ -81,10 +91,11 @@ def shuffle(side: Side, rows: Sequence[Share], knows: Rank) -> Program[list[Shar
     ]
 
 
-def shuffled_ranks(side: Side, scores: Share, width: int) -> Program[torch.Tensor]:
-    """Open the rank of each of (*rows, n) shuffled scores, no two of which are equal; 0: the highest.
+def ranked_places(side: Side, scores: Share, width: int) -> Program[Any]:
+    """Open which of (*rows, n) shuffled scores has which rank (*rows, n), the highest first.
 
-    0 <= score < 2^(width-2). Three rounds. Only of scores that a permutation nobody knows has shuffled.
+    0 <= score < 2^(width-2), no two equal. Three rounds. Only of scores that a permutation which nobody knows
+    has shuffled.
     """
     *rows, n = scores.shape
     first, second = torch.triu_indices(n, n, 1)
@@ -112,17 +123,17 @@ def shuffled_ranks(side: Side, scores: Share, width: int) -> Program[torch.Tenso
     earlier = side.first(torch.arange(n)).expand(*rows, n)
     rank = earlier.index_add(-1, first, loses).index_add(-1, second, -loses)
     (opened,) = yield from open_masked(masked(rank, size.bit_length() - 1, "ranks of shuffled rows"))
-    return opened & (size - 1)
+    return opened if opened.is_meta else (opened & (size - 1)).argsort(-1)
 
 
 def _permuted(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return x.gather(-2, order.unsqueeze(-1).expand(x.shape))
 
 
-def _first(ranks: Any, k: int, value: Share) -> Share:
+def _first(places: Any, k: int, value: Share) -> Share:
     """Take the rows (*b, k, c) of the k first ranks, by rank."""
     *batch, _, c = value.shape
-    if ranks.is_meta:
+    if places.is_meta:
         return replace(value, data=MetaTensor((*batch, k, c)))
-    places = ranks.argsort(-1)[..., :k]
-    return replace(value, data=value.data.gather(-2, places.unsqueeze(-1).expand(*batch, k, c)))
+    first = places[..., :k].unsqueeze(-1).expand(*batch, k, c)
+    return replace(value, data=value.data.gather(-2, first))

@@ -14,6 +14,7 @@ from mpcache.protocols.fence import truncation_fence
 from mpcache.rank import Rank
 from mpcache.runtime import correlations, value_loops
 from mpcache.runtime.correlations import mask_parts, mask_ring
+from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import (
     NO_WORK,
     Opening,
@@ -421,8 +422,7 @@ def product(
 ) -> Program[Share]:
     """Compute op(x, y), bilinear, modulo 2^ring, all fraction bits kept. One round (Beaver, CRYPTO 1991)."""
     ring = min(ring, x.ring, y.ring)
-    shapes = (torch.empty(s, dtype=torch.int64, device="meta") for s in (x.shape, y.shape))
-    out = tuple(op(*shapes).shape)
+    out = tuple(op(MetaTensor(x.shape), MetaTensor(y.shape)).shape)
     a, b, c = yield from draw(correlations.triple(x.shape, y.shape, out, op, ring))
     d, e = yield from open_masked(
         masked(x.data - a, ring, "factor, masked"), masked(y.data - b, ring, "factor, masked")

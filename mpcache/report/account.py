@@ -86,6 +86,7 @@ class Report:
     seconds: float = 0.0  # from the session's first word to its last
     private_tokens: int = 0  # of the client's document
     private_kept: int = 0  # of these, in the layer that keeps most
+    private_chunk: int = 0  # of these, read at once
     setup_bytes: int = 0  # both directions, all links: of masked weights, and of the seeds of V
     prefill_ms: float = 0.0  # server: the pass over the context, and its eviction
     kernels: str = ""  # server: which kernels it took
@@ -217,6 +218,7 @@ def _document_of(reports: Reports) -> dict[str, Any] | None:
         "tokens": client.private_tokens,
         "kept": client.private_kept,
         "chunks": len(chunks),
+        "chunk_tokens": client.private_chunk,
         "reading": part(chunks),
         "eviction": part(evicted) if evicted else None,
     }

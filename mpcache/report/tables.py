@@ -66,10 +66,10 @@ def _document_rows(document: Mapping[str, Any] | None) -> list[tuple[str, str, s
             f"{size(part['online_bytes'])} online, {size(part['offline_bytes'])} offline"
         )
 
-    chunks = document["chunks"]
+    chunks, at_once = document["chunks"], document["chunk_tokens"]
     rows = [
         ("client's document, kept", f"{document['tokens']}, {document['kept']}", "the same"),
-        (f"its reading, in {chunks} chunk{'s' * (chunks != 1)}", told(document["reading"]), ""),
+        (f"its reading, in {chunks} chunk{'s' * (chunks != 1)} of {at_once}", told(document["reading"]), ""),
     ]
     if document["eviction"] is not None:
         rows.append(("its eviction", told(document["eviction"]), ""))

@@ -12,19 +12,20 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 _memory: dict[Any, Any] = {}
 
 
 def broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape that two shapes broadcast to. Raises RuntimeError where they do not."""
+    """Return the shape that two shapes broadcast to. Raises ValueError where they do not."""
     return _broadcast(tuple(a), tuple(b))
 
 
 @lru_cache(maxsize=4096)
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(a, b))  # type: ignore[no-untyped-call]
+    return tuple(np.broadcast_shapes(a, b))  # torch's own loads its compiler, for a second
 
 
 class MetaTensor:
@@ -111,6 +112,8 @@ def infer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     Small ones are computed on zeros, which is quick; the others on meta tensors, whose first use
     makes torch load its compiler for some seconds.
     """
+    if func is torch.mul and not kwargs:
+        return args[0] * args[1]
     key: Any = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else ())
     try:
         return _memory[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpcache.choices import ProtocolName
@@ -291,11 +291,11 @@ class PartyOptions:
                 return packed_documents(self.model, self.document, self.lock, public)
             case Rank.SERVER:
                 return read_document(self.model, self.context, public)
-            case Rank.CLIENT if self.turns is not None:
-                return self._declared()
             case Rank.CLIENT:
                 check_stdin(self.context, self.question_file)
                 document = None if self.context is None else read_text(self.context)
+                if self.turns is not None:
+                    return replace(self._declared(), document=document)
                 if self.conversation:
                     return PipedConversation(output, sys.stdin.buffer, self.state is not None, document)
                 text = read_question(self.question, self.question_file)

@@ -345,6 +345,7 @@ def _report(me: Rank, facts: Facts, session: TimedSession, resources: SessionRes
         context_tokens=facts.context,
         private_tokens=facts.private,
         private_kept=facts.reading.kept,
+        private_chunk=max(facts.reading.chunks, default=0),
         question_tokens=facts.question,
         kept_tokens=[layer.kept for layer in facts.policy.plan.layers],
         plan=facts.policy.plan.to_dict(),

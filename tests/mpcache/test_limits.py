@@ -73,6 +73,9 @@ def test_compact_is_the_default_of_a_model_with_a_curve(
     assert with_default_policy(settings, folder).public.policy == "mpcache:score=bound,share=none"
     assert with_default_policy(settings, folder, private=True).public.policy == "full"
     assert with_default_policy(settings, demo_model_dir(), private=True).public.policy == "compact"
+    evicted = load_settings(None, {"public.private_policy": "snapkv"})
+    assert with_default_policy(evicted, demo_model_dir(), private=True).public.policy == "full"
+    assert with_default_policy(evicted, demo_model_dir()).public.policy == "compact"
     errors = torch.zeros(model.shape.layers, model.shape.kv_heads, len(LEVELS), dtype=torch.float64)
     for digest, policy in (("b" * 64, settings.public.policy), (model.digest, "compact")):
         _, apart = places(folder, digest)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from mpcache.choices import Reveal
+from mpcache.config import PublicConfig
 from mpcache.errors import BadInput
 from mpcache.rank import Rank
+from mpcache.sampling import Sampling
 from mpcache_parties.main import app
+from mpcache_parties.operations.output import Output
 from mpcache_parties.party_options import PartyOptions
+from mpcache_parties.private_inputs import DeclaredTurns
 
 
 def test_it_says_its_version_and_completes_in_a_shell() -> None:
@@ -47,3 +52,12 @@ def test_flags_that_do_not_go_together_are_told(options: PartyOptions, words: st
         return
     with pytest.raises(BadInput, match=words):
         options.check()
+
+
+def test_tapes_are_prepared_for_the_clients_document_too(tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("the gate of the city")
+    options = PartyOptions(Rank.CLIENT, context=own, turns="14,9", prepare_tokens=3)
+    options.check()
+    given = options.private_input(Sampling(), PublicConfig(), Output(events=False))
+    assert given == DeclaredTurns((14, 9), "the gate of the city")

@@ -239,6 +239,10 @@ def test_explain_names_every_opening() -> None:
         (["--explain", "full", "--sweep", "n_keep=8"], "leave out --sweep"),
         (["--explain", "full", "--protocol", "fast,stock"], "give one --protocol and one --context"),
         (["--explain", "full", "--context", "64,128"], "give one --protocol and one --context"),
+        (["--private-context", "64", "--by", "op"], "a document of the client's own: leave out --by"),
+        (["--private-context", "64", "--policy", "quest"], "leave out --policy"),
+        (["--private-context", "64", "--new-tokens", "4"], "leave out --new-tokens"),
+        (["--private-policy", "h2o"], "give --private-context, too"),
         (["--policy", "oracle", "--context", "64"], "plaintext only"),
         (
             ["--policy", "mpcache:threshold=0.1", "--context", "64"],

@@ -14,6 +14,7 @@ from mpcache.audit.exports import flattened
 from mpcache.audit.private_rows import price_document
 from mpcache.cli import main
 from mpcache.errors import BadInput
+from mpcache.protocols.compaction import compared_rows
 from mpcache.transport.network import NO_NETWORK, parse_network
 from tests.support.audit_command import run
 from tests.support.tiny_policies import shape
@@ -56,6 +57,13 @@ def test_its_plan_in_words_names_what_is_opened() -> None:
     names = [step["step"] for step in data["steps"]]
     assert data["plan"]["judges"] == 4 and all(f"  {name}" in text for name in names)
     assert {o["why"] for step in data["steps"] for o in step["opened"]} >= {"rows to shuffle, masked"}
+
+
+def test_rows_that_are_sorted_are_told_at_once() -> None:
+    rule = "mpcache:n_keep=0.5,sink=1,recent=2"
+    lines = list(explain_document(shape(max_positions=2048), rule, 1100, 4, "fast"))
+    ordered = next(line for line in lines if "order of shuffled rows" in line)
+    assert f"({compared_rows(1100 - 3)}) of 1 B" in ordered and len(lines) < 60
 
 
 def test_every_table_goes_through_one_writer() -> None:

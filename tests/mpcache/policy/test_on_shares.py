@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -207,3 +209,15 @@ def test_policies_that_keep_an_account_of_each_token_read_none() -> None:
     for spec in ("tova:cap=2", "streaming:sink=1,recent=1"):
         with pytest.raises(PolicyError, match="give another --policy, or --private-policy full"):
             ReadingPolicy.of(parse_policy(spec).bind(CONTEXT, SHAPE), rule_of(RULES["h2o"]))
+
+
+@pytest.mark.slow
+def test_torch_loads_no_compiler_for_it() -> None:
+    """That takes seconds, in which the others wait: of meta tensors, and of shapes that are broadcast."""
+    program = (
+        "import sys; from tests.mpcache.policy.test_on_shares import *; "
+        "play(lambda *who: bool(read(*who, rule_of(RULES['snapkv'])))); "
+        "sys.exit(', '.join({'sympy', 'torch._dynamo'} & {*sys.modules}) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

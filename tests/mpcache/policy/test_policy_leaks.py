@@ -30,6 +30,7 @@ SPECS = [
 ]
 OWN = 14  # tokens of the client's document
 LOGITS, VERDICT = "logits for the client", "whether all was in range"
+RANKS, ORDER = "ranks of shuffled rows", "order of shuffled rows"
 
 
 @dataclass
@@ -159,7 +160,7 @@ def test_a_document_of_the_clients_opens_nothing(case: dict[str, Any]) -> None:
         (LOGITS, Rank.CLIENT),
         (VERDICT, Rank.CLIENT),
     }
-    assert ((Rank.SERVER, "ranks of shuffled rows") in one.values) == (private != "full")
+    assert ((Rank.SERVER, RANKS) in one.values) == (private != "full")
     assert_masked(one, two)
 
 
@@ -174,5 +175,22 @@ def test_ledgers_do_not_depend_on_the_clients_document(case: dict[str, Any]) -> 
 def test_ranks_of_rows_that_nobody_shuffled_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "shuffle", lambda side, rows, knows: local(list(rows)))
     one, two = (watch("full", run=run, private=SNAPKV) for run in (2, 3))
-    with pytest.raises(AssertionError, match="ranks of shuffled rows"):
+    with pytest.raises(AssertionError, match=RANKS):
         assert_masked(one, two)
+
+
+def test_of_a_document_of_many_tokens_the_order_of_shuffled_rows_alone_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is as new each time, and sizes do not depend on secrets; without the shuffle that is seen."""
+    monkeypatch.setattr(compaction, "LONG", 3)
+    one, two = (watch("full", run=run, private=SNAPKV) for run in (4, 5))
+    other = watch("full", secrets=6, private=SNAPKV)
+    assert (Rank.SERVER, ORDER) in one.values and (Rank.SERVER, RANKS) not in one.values
+    assert_masked(one, two)
+    for rank in Rank:
+        ours, theirs = ({k: asdict(e) for k, e in seen.ledgers[rank].steps.items()} for seen in (one, other))
+        assert ours == theirs
+    monkeypatch.setattr(compaction, "shuffle", lambda side, rows, knows: local(list(rows)))
+    with pytest.raises(AssertionError, match=ORDER):
+        assert_masked(*(watch("full", run=run, private=SNAPKV) for run in (6, 7)))

@@ -150,7 +150,7 @@ def test_the_demo_equals_plaintext(demo: tuple[dict[str, Any], str]) -> None:
     assert run["token_ids"] == run["plaintext_token_ids"]
     assert len(run["token_ids"]) == 4
     assert run["text"] == run["plaintext_text"]
-    assert (run["policy"], run["protocol"], run["leakage"]) == ("compact", "fast", "model-count")
+    assert (run["policy"], run["protocol"], run["leakage"]) == ("compact", "fast-bits", "model-count")
     assert "Traceback" not in noise
 
 

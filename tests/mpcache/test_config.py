@@ -42,7 +42,7 @@ def test_overrides_win_and_none_means_not_given(tmp_path: Path) -> None:
 def test_flat_is_text_with_the_policys_options_apart() -> None:
     flat = load_settings(None, {"public.policy": "mpcache:n_keep=128,alpha=0.5"}).public.flat()
     assert flat == {
-        "protocol": "fast",
+        "protocol": "auto",
         "hide_document": "False",
         "policy": "mpcache",
         "policy.alpha": "0.5",

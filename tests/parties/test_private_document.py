@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mpcache.answer import plain_answer
+from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.cost.pricing import price
 from mpcache.cost.reading import reading_plan
@@ -33,7 +34,8 @@ CHUNK = 8
 
 
 def public_config(policy: str = "full", **more: Any) -> PublicConfig:
-    return PublicConfig(policy=policy, max_new_tokens=TOKENS, document_chunk=CHUNK, **more)
+    fast = ProtocolName.FAST
+    return PublicConfig(policy=policy, protocol=fast, max_new_tokens=TOKENS, document_chunk=CHUNK, **more)
 
 
 def own_tokens(model: Model) -> list[int]:

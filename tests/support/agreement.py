@@ -109,7 +109,7 @@ def compare(
     same = next((i for i, (a, b) in enumerate(zip(plain_tokens, tokens, strict=True)) if a != b), n)
     pairs = list(zip(plain_seen, played.server[0], seen, strict=True))
     for (scores, chosen), server, client in pairs[: len(pairs) // n * (same + 1)]:
-        hot = server[1].hot + client[1].hot
+        hot = server[1].slots().data + client[1].slots().data
         assert ((hot == 0) | (hot == 1)).all() and (hot.sum(-1) == 1).all()
         own = opened(server[0], client[0])
         here = hot.argmax(-1).sort(-1).values

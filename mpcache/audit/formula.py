@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
 from typing import Any
@@ -56,6 +56,9 @@ class Names:
             for parts in PARTS:
                 if tuple(parts * value for value in values) == mine:
                     return f"{name}//{parts}"
+        # Before products: over a few sizes it is 32 times a number of groups, too.
+        if (found := self._of_another(values, (modulus,))) is not None:
+            return found
         if (found := self._linear(values, 1) or self._pairs(values)) is not None:
             return found
         for name, mine in self.symbols.items():
@@ -68,7 +71,7 @@ class Names:
         for terms in (2, 3):
             if (sum_of := self._linear(values, terms)) is not None:
                 return sum_of
-        return self._of_another(values)
+        return self._of_another(values, (rank_bytes, count_bytes, eighths))
 
     def _linear(self, values: Vector, terms: int) -> str | None:
         """Find a + b s + c t + ... with whole coefficients."""
@@ -90,13 +93,10 @@ class Names:
         n = self.of(roots)
         return None if n is None else f"pairs({n})"
 
-    def _of_another(self, values: Vector) -> str | None:
-        """Find a function of a size that was named before.
-
-        That is the modulus of ranks of so many items, the bytes of a rank, or those of a count of items.
-        """
+    def _of_another(self, values: Vector, functions: Sequence[Callable[[int], int]]) -> str | None:
+        """Find one of these functions of a size that was named before."""
         for mine, name in list(self.found.items()):
-            for function in (modulus, rank_bytes, count_bytes, eighths):
+            for function in functions:
                 if name is not None and tuple(map(function, mine)) == values:
                     return f"{function.__name__}({name})"
         return None

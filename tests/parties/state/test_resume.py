@@ -143,7 +143,7 @@ POLICIES: dict[str, Any] = {
     "spec", [pytest.param(spec, marks=() if "refresh=3" in spec else SLOW) for spec in POLICIES]
 )
 def test_every_policy_remembers(spec: str, model: Model, tokens: list[int], tmp_path: Path) -> None:
-    """All that a policy keeps beside the cache comes back, at all three. No policy has a near tie of 44 tokens."""
+    """All that a policy keeps beside the cache comes back, at all three; no plain run has a near tie here."""
     public = PublicConfig(policy=spec, max_new_tokens=5, protocol=POLICIES[spec])
     first = play(public, model, tokens[:44], tmp_path, cut=Cut(S, "decode3"))
     assert isinstance(first[S], Killed), first

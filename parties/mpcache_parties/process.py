@@ -43,7 +43,7 @@ from mpcache_parties.handshake import (
     TapeMode,
 )
 from mpcache_parties.masking import mask_ahead
-from mpcache_parties.network.connect import cannot_take_part, connect_all
+from mpcache_parties.network.connect import TELL_S, cannot_take_part, connect_all
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust, trust
 from mpcache_parties.operations.exposure import exposed
@@ -62,7 +62,6 @@ from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.setups import ServerSetups, Setups
 from mpcache_parties.state.tapes import TapeStore
 
-TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
 END_S = 5.0  # for a process whose parent is gone to end in order
 
 

@@ -15,7 +15,7 @@ from threading import Semaphore, Thread
 import grpc
 
 from mpcache.config import Settings
-from mpcache.errors import MpcacheError
+from mpcache.errors import Mismatch, MpcacheError, PeerFailed
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.handshake import Greeting
@@ -26,6 +26,8 @@ from mpcache_parties.network.metadata import RANK_KEY, REASON_CHARACTERS, REASON
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust
 from mpcache_parties.say import Say, quiet
+
+TELL_S = 3.0  # how long a party that cannot take part tries to reach the others
 
 
 def connect_all(
@@ -48,7 +50,11 @@ def connect_all(
     try:
         network.wait(*([] if greeting is None else [greeting.look]))
     except BaseException as error:
+        late = [peer for peer, link in network.links.items() if not link.connected.is_set()]
         network.__exit__(type(error), error, None)
+        if isinstance(error, Mismatch | PeerFailed):  # who has not come yet would wait for this party
+            seconds = min(TELL_S, settings.timeouts.connect_s)
+            cannot_take_part(rank, settings, trust or Trust(), error.for_peers, seconds, late)
         raise
     return network
 
@@ -76,10 +82,12 @@ def open_network(
     return network
 
 
-def cannot_take_part(rank: Rank, settings: Settings, trust: Trust, reason: str, seconds: float) -> None:
-    """Tell the parties that wait for this one, as far as they can be reached within `seconds`."""
-    reason = reason[:REASON_CHARACTERS]
-    to_come = {peer for peer in Rank if dials(peer, rank)}
+def cannot_take_part(
+    rank: Rank, settings: Settings, trust: Trust, reason: str, seconds: float, peers: Iterable[Rank] = Rank
+) -> None:
+    """Tell the parties that wait for this one, of these, as far as they can be reached within `seconds`."""
+    reason, peers = reason[:REASON_CHARACTERS], list(peers)
+    to_come = {peer for peer in peers if dials(peer, rank)}
     came = Semaphore(0)
 
     def refuse(frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -97,7 +105,7 @@ def cannot_take_part(rank: Rank, settings: Settings, trust: Trust, reason: str, 
             next(call(iter(()), metadata=about, wait_for_ready=True, timeout=seconds), None)
 
     limit = time.monotonic() + seconds
-    tellers = [Thread(target=tell, args=(peer,), daemon=True) for peer in Rank if dials(rank, peer)]
+    tellers = [Thread(target=tell, args=(peer,), daemon=True) for peer in peers if dials(rank, peer)]
     for teller in tellers:
         teller.start()
     with suppress(MpcacheError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 LARGEST_FILE = 64 << 20  # bytes of a config, an index or a tokenizer
@@ -34,10 +33,10 @@ def check_whole(name: str, value: object) -> int:
     return value
 
 
-def check_positive(name: str, value: object) -> float:
-    """Return `value`, a finite number above zero, as a float. Raises ValueError, which names it `name`."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a number above zero, not {shorten(value)}")
+def check_positive(name: str, value: object, below: float = 1e18) -> float:
+    """Return `value`, a number above zero, as a float. Raises ValueError, which names it `name`."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < below:
+        raise ValueError(f"{name} must be a number above zero and below {below:g}, not {shorten(value)}")
     return float(value)
 
 

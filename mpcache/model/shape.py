@@ -95,8 +95,8 @@ class ModelShape:
                 raise ValueError(f"{name} is {shorten(getattr(self, name))}; at most {largest} is possible")
         for name in ("gated", "qkv_bias", "o_bias", "mlp_bias", "lm_bias"):
             check_flag(name, getattr(self, name))
-        for name in ("norm_eps", "rope_theta"):
-            check_positive(name, getattr(self, name))
+        check_positive("norm_eps", self.norm_eps, below=1.0)
+        check_positive("rope_theta", self.rope_theta)
         check_one_of("norm", self.norm, NORMS)
         check_one_of("activation", self.activation, ACTIVATIONS)
         check_one_of("positions", self.positions, POSITIONS)

@@ -15,7 +15,7 @@ from threading import Semaphore, Thread
 import grpc
 
 from mpcache.config import Settings
-from mpcache.errors import Mismatch, MpcacheError, PeerFailed
+from mpcache.errors import Mismatch, MpcacheError
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.handshake import Greeting
@@ -52,7 +52,7 @@ def connect_all(
     except BaseException as error:
         late = [peer for peer, link in network.links.items() if not link.connected.is_set()]
         network.__exit__(type(error), error, None)
-        if isinstance(error, Mismatch | PeerFailed):  # who has not come yet would wait for this party
+        if isinstance(error, Mismatch):  # who has not come yet would wait for this party
             seconds = min(TELL_S, settings.timeouts.connect_s)
             cannot_take_part(rank, settings, trust or Trust(), error.for_peers, seconds, late)
         raise

@@ -50,6 +50,14 @@ class ChunkPlace(NamedTuple):
         return None if found is None else ChunkPlace(int(found[1] or 1), int(found[2] or 0))
 
 
+PART = r"part(\d+)of(\d+)/"  # how the steps of `part_name` begin
+
+
+def part_name(number: int, parts: int) -> str:
+    """Name a part (1, 2, ...) of a long question, beside its phase."""
+    return f"part{number}of{parts}"
+
+
 DOCUMENT = ChunkPlace(0, 0)  # where the client's document begins
 
 

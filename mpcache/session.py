@@ -20,7 +20,7 @@ from mpcache.decode import Layer, Operands, range_verdict, read, step
 from mpcache.model import LayerWeights, ModelShape, Weights
 from mpcache.ops import AnyEngine, Ops
 from mpcache.padding import pad_chunk
-from mpcache.phases import DOCUMENT, EVICTION, ChunkPlace, private_phase
+from mpcache.phases import DOCUMENT, EVICTION, ChunkPlace, part_name, private_phase
 from mpcache.policy import BoundPolicy, ReadingPlan, ReadingPolicy
 from mpcache.policy.layer_view import OwnersContext
 from mpcache.protocols.ranges import OPERAND_RINGS
@@ -204,18 +204,18 @@ class Session:
         for number, m in enumerate(plan.chunks, 1):
             if number > begun:
                 taken = self._part(tokens, plan.tokens, done, m)
-                self._go(private_phase(number), self._read(reader, taken))
+                self._go(private_phase(number), read(self.ops, self.operands, self.cache, reader, taken))
                 yield done + m
             done += m
         if isinstance(reader, ReadingPolicy) and begun <= len(plan.chunks):
-            self._go(EVICTION, self._evict(reader))
+            self._go(EVICTION, reader.evict(self.ops, self.shape, self.cache))
             yield done
         self.place = ChunkPlace(1, 0)
         self.cache.begin_turns()
 
-    def _go(self, phase: str, program: Program[torch.Tensor | None]) -> None:
-        """Go through a phase of the client's document."""
-        verdict = self._run(phase, program)
+    def _go(self, phase: str, program: Program[None]) -> None:
+        """Go through a phase of the client's document; the client learns whether it stayed in its ranges."""
+        verdict = self._run(phase, self._judged(program))
         self.in_range = None if verdict is None else bool(verdict)
         self.place = ChunkPlace(0, self.place.step + 1)
         self._chunks += 1
@@ -225,12 +225,8 @@ class Session:
             return pad_chunk(self.ops, self.shape, self.cache, tokens, m, like)
         return self._one_hots(tokens, m)
 
-    def _read(self, reader: BoundPolicy, taken: Any) -> Program[torch.Tensor | None]:
-        yield from read(self.ops, self.operands, self.cache, reader, taken)
-        return (yield from at("guard", range_verdict(self.ops)))
-
-    def _evict(self, reader: ReadingPolicy) -> Program[torch.Tensor | None]:
-        yield from reader.evict(self.ops, self.shape, self.cache)
+    def _judged(self, program: Program[None]) -> Program[torch.Tensor | None]:
+        yield from program
         return (yield from at("guard", range_verdict(self.ops)))
 
     def chunk(self, tokens: Sequence[int] | None, m: int) -> torch.Tensor | None:
@@ -255,10 +251,10 @@ class Session:
         for number, size in enumerate(before, 1):
             taken, done = self._part(tokens, m, done, size), done + size
             program = read(self.ops, self.operands, self.cache, self.policy, taken)
-            yield from at(f"part{number}of{parts}", program)
+            yield from at(part_name(number, parts), program)
         taken = self._part(tokens, m, done, last)
         answer = step(self.ops, self.operands, self.cache, self.policy, taken, self.reveal)
-        return (yield from at(f"part{parts}of{parts}", answer) if before else answer)
+        return (yield from at(part_name(parts, parts), answer) if before else answer)
 
     def _part(self, tokens: Sequence[int] | None, m: int, done: int, size: int) -> Any:
         """Share `size` rows of m after the first `done`, before whose tokens padding stands."""

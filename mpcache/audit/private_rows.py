@@ -11,7 +11,7 @@ from typing import Any
 from mpcache.choices import ProtocolName
 from mpcache.config import PublicConfig
 from mpcache.cost.pricing import price
-from mpcache.cost.rates import RATES
+from mpcache.cost.rates import compute_ms, phase_ms
 from mpcache.cost.reading import reading_plan
 from mpcache.cost.tally import Cost, Tally, sum_tallies
 from mpcache.limits import bind_policy
@@ -59,7 +59,7 @@ def price_document(
             "token_with_all": _part(before, network),
             "pays_from_tokens_by_bytes": _pays(_bytes(evicting), _bytes(before) - _bytes(later)),
             "pays_from_tokens_by_time": _pays(
-                _ms(evicting, network), _ms(before, network) - _ms(later, network)
+                phase_ms(evicting, network), phase_ms(before, network) - phase_ms(later, network)
             ),
             "peak_bytes": _peak(mine),
         }
@@ -70,21 +70,10 @@ def _part(tally: Tally, network: Profile, phases: int = 1) -> dict[str, Any]:
         "rounds": tally.rounds,
         "online_bytes": tally.online,
         "offline_bytes": tally.offline,
-        "modelled_ms": round(_ms(tally, network), 3),
-        "modelled_compute_ms": round(_compute_ms(tally), 3),
+        "modelled_ms": round(phase_ms(tally, network), 3),
+        "modelled_compute_ms": round(compute_ms(tally), 3),
         "phases": phases,
     }
-
-
-def _ms(tally: Tally, network: Profile) -> float:
-    """Return how long this takes by the model: itself, or its tape where that takes longer."""
-    online = tally.rounds * network.one_way_ms + network.transfer_ms(tally.critical) + _compute_ms(tally)
-    return max(online, network.transfer_ms(tally.server_offline))
-
-
-def _compute_ms(tally: Tally) -> float:
-    """Return how long the busier computing party computes, by the model."""
-    return RATES.ms(tally.rounds, tally.multiply_adds, tally.key_blocks, tally.random_bytes)
 
 
 def _bytes(tally: Tally) -> float:

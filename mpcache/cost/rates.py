@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpcache.cost.tally import Cost
+from mpcache.cost.tally import Cost, Tally
 from mpcache.transport.network import Profile
 
 
@@ -44,13 +44,24 @@ class Rates:
 RATES = Rates()
 
 
+def compute_ms(tally: Tally, rates: Rates = RATES) -> float:
+    """Return how long the busier computing party computes, in ms."""
+    return rates.ms(tally.rounds, tally.multiply_adds, tally.key_blocks, tally.random_bytes)
+
+
+def phase_ms(tally: Tally, network: Profile) -> float:
+    """Return how long a phase takes, in ms: itself, or its tape where that takes longer."""
+    online = tally.rounds * network.one_way_ms + network.transfer_ms(tally.critical) + compute_ms(tally)
+    return max(online, network.transfer_ms(tally.server_offline))
+
+
 def modelled(priced: Cost, network: Profile, rates: Rates = RATES, phase: str = "decode") -> dict[str, float]:
     """Return the latency of one token in ms, by its rounds, its bytes and its computation.
 
     phase: `decode` gives the mean of its steps; any other phase is taken as a whole.
     """
     tally, steps = priced.total(phase), priced.steps if phase == "decode" else 1
-    compute = rates.ms(tally.rounds, tally.multiply_adds, tally.key_blocks, tally.random_bytes)
+    compute = compute_ms(tally, rates)
     return {
         "rounds": tally.rounds * network.one_way_ms / steps,
         "bytes": network.transfer_ms(tally.critical) / steps,

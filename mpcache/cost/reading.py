@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from mpcache.config import PublicConfig
 from mpcache.cost.pricing import blank_session
-from mpcache.cost.rates import RATES
+from mpcache.cost.rates import phase_ms
 from mpcache.cost.tally import Tally, sum_tallies
 from mpcache.model.shape import ModelShape
 from mpcache.policy import NO_DOCUMENT, ReadingPlan, parse_policy
@@ -84,7 +84,7 @@ def chunk_prices(
     for size in dict.fromkeys(sizes):
         size = min(size, tokens)
         ends = [_read(shape, context + before, size, protocol, bits) for before in {0, tokens - size}]
-        ms = tokens / size * sum(_ms(tally, network) for tally in ends) / len(ends)
+        ms = tokens / size * sum(phase_ms(tally, network) for tally in ends) / len(ends)
         found.append(ChunkPrice(size, ms, max(tally.working for tally in ends)))
     return found
 
@@ -97,10 +97,3 @@ def _read(shape: ModelShape, before: int, size: int, protocol: str, bits: int) -
     for _ in session.read_document(ReadingPlan((size,)), None):
         pass
     return sum_tallies(step for step in party.steps.items() if "/layer0/" in step[0])
-
-
-def _ms(tally: Tally, network: Profile) -> float:
-    """Return how long a chunk takes: itself, or its tape where that takes longer."""
-    compute = RATES.ms(tally.rounds, tally.multiply_adds, tally.key_blocks, tally.random_bytes)
-    online = tally.rounds * network.one_way_ms + network.transfer_ms(tally.critical) + compute
-    return max(online, network.transfer_ms(tally.server_offline))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from mpcache.model.shape import ModelShape
-from mpcache.phases import is_private
+from mpcache.phases import PART, is_private
 from mpcache.policy import BoundPolicy
 
 
@@ -139,6 +139,6 @@ def split_step(step: str) -> tuple[int | None, str]:
 
     The parts of a long question, `part2of3/layer3/mlp/gate`, are one.
     """
-    step = re.sub(r"^part\d+of\d+/", "", step)
+    step = re.sub(f"^{PART}", "", step)
     match = re.fullmatch(r"layer(\d+)/?(.*)", step)
     return (int(match[1]), match[2] or "together") if match else (None, step or "together")

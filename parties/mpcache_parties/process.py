@@ -43,7 +43,7 @@ from mpcache_parties.handshake import (
     TapeMode,
 )
 from mpcache_parties.masking import mask_ahead
-from mpcache_parties.network.connect import TELL_S, cannot_take_part, connect_all
+from mpcache_parties.network.connect import cannot_take_part, connect_all
 from mpcache_parties.network.session_network import Network
 from mpcache_parties.network.tls import Trust, trust
 from mpcache_parties.operations.exposure import exposed
@@ -313,8 +313,7 @@ def _run_session(process: PartyProcess, resources: SessionResources, greeting: G
 
 
 def _tell_the_others(process: PartyProcess, error: MpcacheError) -> None:
-    seconds = min(TELL_S, process.settings.timeouts.connect_s)
-    cannot_take_part(process.me, process.settings, process.trust, error.for_peers, seconds)
+    cannot_take_part(process.me, process.settings, process.trust, error.for_peers)
 
 
 def _say_how_to_resume(process: PartyProcess) -> None:

@@ -53,8 +53,7 @@ def connect_all(
         late = [peer for peer, link in network.links.items() if not link.connected.is_set()]
         network.__exit__(type(error), error, None)
         if isinstance(error, Mismatch):  # who has not come yet would wait for this party
-            seconds = min(TELL_S, settings.timeouts.connect_s)
-            cannot_take_part(rank, settings, trust or Trust(), error.for_peers, seconds, late)
+            cannot_take_part(rank, settings, trust or Trust(), error.for_peers, late)
         raise
     return network
 
@@ -83,10 +82,11 @@ def open_network(
 
 
 def cannot_take_part(
-    rank: Rank, settings: Settings, trust: Trust, reason: str, seconds: float, peers: Iterable[Rank] = Rank
+    rank: Rank, settings: Settings, trust: Trust, reason: str, peers: Iterable[Rank] = Rank
 ) -> None:
-    """Tell the parties that wait for this one, of these, as far as they can be reached within `seconds`."""
+    """Tell the parties that wait for this one, of these, as far as they can be reached within `TELL_S`."""
     reason, peers = reason[:REASON_CHARACTERS], list(peers)
+    seconds = min(TELL_S, settings.timeouts.connect_s)
     to_come = {peer for peer in peers if dials(peer, rank)}
     came = Semaphore(0)
 

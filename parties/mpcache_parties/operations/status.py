@@ -12,7 +12,7 @@ from threading import Lock
 
 from mpcache.answer import Observer
 from mpcache.ledger import Entry, Ledger
-from mpcache.phases import ChunkPlace, is_private
+from mpcache.phases import PART, ChunkPlace, is_private
 from mpcache.rank import Rank
 from mpcache_parties.operations.logs import Log, LogLevel
 
@@ -93,7 +93,7 @@ class SessionStatus(Observer):
         """Note a round of the program; tells `on_layer` when it is the first of a layer."""
         if step.startswith(self._layer_begins):
             return
-        if found := re.match(r"([^/]+)/(?:part(\d+)of(\d+)/)?layer(\d+)/", step):
+        if found := re.match(rf"([^/]+)/(?:{PART})?layer(\d+)/", step):
             self._layer_begins = found[0]
             self.on_layer(found[1], int(found[4]), int(found[2] or 1), int(found[3] or 1))
 

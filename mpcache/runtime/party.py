@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.runtime.meta import MetaTensor
-from mpcache.runtime.program import Opening, Part, Request
+from mpcache.runtime.program import Opening, Request
 from mpcache.runtime.ring import opened_word, pack, unpack
 from mpcache.runtime.rng import KeyStream, Tapes, TreeCipher
 from mpcache.transport.link import Link, Spec
@@ -145,12 +145,12 @@ class ComputingParty(Party):
         tape = self._tape
         if tape is None:
             raise RuntimeError("draw before begin")
-        parts: list[Any] = [_expand(tape, part, self.rank) for part in request.random]
+        parts, shares = _expand(tape, request, self.rank)
         sent = request.sent_to(self.rank)
         arrived = iter(self._dealer.recv(step, [p.spec for p in sent]) if sent else [])
         for part in request.derived:
             if not part.sent_to(self.rank):
-                parts.append(tape.tensor(part.shape, part.dtype))
+                parts.append(next(shares))
             elif part.packed:
                 parts.append(unpack(next(arrived)).to(part.dtype))
             else:
@@ -210,9 +210,8 @@ class DealerParty(Party):
         return [MetaTensor(i.share.shape, i.share.dtype) for i in items]
 
     def draw(self, request: Request, step: str) -> list[Any]:
-        values = [
-            part.combine(*(_expand(self._tapes[r], part, r) for r in COMPUTING)) for part in request.random
-        ]
+        (ours, _), (theirs, shares) = (_expand(self._tapes[rank], request, rank) for rank in COMPUTING)
+        values = [part.combine(*both) for part, *both in zip(request.random, ours, theirs, strict=True)]
         derived = request.derive(*values)
         server, client = [], []
         for part, value in zip(request.derived, derived, strict=True):
@@ -220,7 +219,7 @@ class DealerParty(Party):
                 client.append(value)
                 server.append(value)
             else:
-                share = part.correct(value, self._tapes[Rank.CLIENT].tensor(part.shape, part.dtype))
+                share = part.correct(value, next(shares))
                 server.append(pack(share.to(torch.int64), part.width) if part.packed else share)
         for rank, tensors in ((Rank.SERVER, server), (Rank.CLIENT, client)):
             if tensors:
@@ -229,8 +228,15 @@ class DealerParty(Party):
         return [*parts, values] if request.keep else parts
 
 
-def _expand(tape: KeyStream, part: Part, rank: Rank) -> torch.Tensor:
-    """Expand one party's random part from its stream; zero if the other party owns it."""
-    if part.owner in (None, rank):
-        return tape.tensor(part.shape, part.dtype)
-    return torch.zeros(part.shape, dtype=part.dtype)
+def _expand(tape: KeyStream, request: Request, rank: Rank) -> tuple[list[Any], Iterator[torch.Tensor]]:
+    """Expand what one party has of a draw from its stream: its random parts, zero if the other owns them.
+
+    And its shares of the derived parts that it is not sent, each when it is asked for.
+    """
+    random = [part for part in request.random if part.owner in (None, rank)]
+    derived = [part for part in request.derived if not part.sent_to(rank)]
+    read = tape.tensors(tuple([(part.dtype, part.shape) for part in random + derived]))
+    return [
+        next(read) if part.owner in (None, rank) else torch.zeros(part.shape, dtype=part.dtype)
+        for part in request.random
+    ], read

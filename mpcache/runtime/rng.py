@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from importlib import import_module
 from threading import Thread
 from types import ModuleType
@@ -19,8 +20,10 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpcache.errors import Reuse
+from mpcache.tensor_bytes import tensor_at
 
 SEED_BYTES = 32
+Spec = tuple[torch.dtype, tuple[int, ...]]  # of a tensor
 _ZEROS = memoryview(bytes(1 << 18))  # what is encrypted: so much at once stays in the CPU's cache
 
 
@@ -132,7 +135,30 @@ class KeyStream:
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Read uniform integers over the whole range of `dtype`."""
-        n = math.prod(shape)
-        if n == 0:
-            return torch.empty(tuple(shape), dtype=dtype)
-        return torch.frombuffer(self.read(n * dtype.itemsize), dtype=dtype).view(shape)
+        return tensor_at(self.read(math.prod(shape) * dtype.itemsize), dtype, shape)
+
+    def tensors(self, specs: tuple[Spec, ...]) -> Iterator[torch.Tensor]:
+        """Yield several tensors, one after another, as `tensor` reads them: small ones in one go."""
+        starts, total = _places(specs)
+        if not starts:
+            for dtype, shape in specs:
+                yield self.tensor(shape, dtype)
+            return
+        data = self.read(total)
+        for (dtype, shape), start in zip(specs, starts, strict=True):
+            yield tensor_at(data, dtype, shape, start)
+
+
+_TOGETHER = 1 << 16  # bytes: tensors of one reading keep each other's memory
+
+
+@lru_cache(maxsize=4096)  # a step draws the same ones again for every token
+def _places(specs: tuple[Spec, ...]) -> tuple[tuple[int, ...], int]:
+    """Return where each tensor begins in what is read for all, and the bytes; no place if that cannot be."""
+    starts, end = list[int](), 0
+    for dtype, shape in specs:
+        if end % dtype.itemsize:
+            return (), 0
+        starts.append(end)
+        end += math.prod(shape) * dtype.itemsize
+    return (tuple(starts) if end <= _TOGETHER else (), end)

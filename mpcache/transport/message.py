@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mpcache.tensor_bytes import tensor_at
 from mpcache.transport.flow_control import CHUNK_BYTES, LAYOUT_BYTES
 from mpcache.transport.link import DTYPES, Spec
 from mpcache.transport.session_order import FrameKind
@@ -182,10 +183,6 @@ class IncomingMessage:
 
     def tensors(self) -> list[torch.Tensor]:
         return [
-            torch.frombuffer(self._room, dtype=dtype, count=prod(shape), offset=start).view(shape)
-            if size
-            else torch.empty(shape, dtype=dtype)
-            for (dtype, shape), start, size in zip(
-                self.specs, self.layout.starts, self.layout.sizes, strict=True
-            )
+            tensor_at(self._room, dtype, shape, start)
+            for (dtype, shape), start in zip(self.specs, self.layout.starts, strict=True)
         ]

@@ -10,7 +10,7 @@ import itertools
 import random
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -22,7 +22,7 @@ from mpcache.engines import threads
 from mpcache.policy import parse_policy
 from mpcache.rank import Rank
 from mpcache.runtime import party as parties
-from mpcache.runtime.program import Opening, Part
+from mpcache.runtime.program import Opening, Part, Request
 from mpcache.runtime.rng import KeyStream, derive_key
 from mpcache.runtime.shares import centred
 from mpcache.session import Session
@@ -107,8 +107,10 @@ def rerun(spec: str, protocol: str, **how: Any) -> Rerun:
     context, policy = tiny.tokens(CONTEXT), parse_policy(spec)
     numbers, expand = itertools.count(), parties._expand
 
-    def expanding(tape: KeyStream, part: Part, rank: Rank) -> torch.Tensor:
-        return seen.expand(expand(tape, part, rank), part, rank)
+    def expanding(tape: KeyStream, request: Request, rank: Rank) -> tuple[list[Any], Iterator[torch.Tensor]]:
+        values, shares = expand(tape, request, rank)
+        random = zip(values, request.random, strict=True)
+        return [seen.expand(value, part, rank) for value, part in random], shares
 
     def program(ops: Any, party: Any, rank: Rank) -> None:
         threading.current_thread().name = "dealer" if ops.side.device == "meta" else rank.label

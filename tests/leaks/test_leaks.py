@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -125,28 +126,28 @@ def masks_of(views: list[Views]) -> list[tuple[str, str, bytes]]:
 # ------------------------------------------------------------------------------------- planted bugs
 
 
+def plant(monkeypatch: pytest.MonkeyPatch, worse: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let all three expand other masks than they should; seeds stay as they are."""
+    expand = party._expand
+
+    def expanding(tape: Any, request: Any, rank: Rank) -> tuple[list[Any], Iterator[torch.Tensor]]:
+        values, shares = expand(tape, request, rank)
+        masks = zip(values, request.random, strict=True)
+        return [value if part.own else worse(value) for value, part in masks], shares
+
+    monkeypatch.setattr(party, "_expand", expanding)
+
+
 def test_a_mask_of_zeros_is_seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocols stay right without masks, so only such a test can tell. What arrives is uniform
     even then, being a share: what is opened is not."""
-    expand = party._expand
-
-    def forgetful(tape: Any, part: Any, rank: Rank) -> torch.Tensor:
-        value = expand(tape, part, rank)
-        return value if part.own else torch.zeros_like(value)
-
-    monkeypatch.setattr(party, "_expand", forgetful)
+    plant(monkeypatch, torch.zeros_like)
     found = suspicious(seen(model, "mpcache" + SELECTS, 4))
     assert {"operand, masked", "activation, masked", "masked for truncation"} <= found
 
 
 def test_a_mask_that_is_too_short_is_seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    expand = party._expand
-
-    def short(tape: Any, part: Any, rank: Rank) -> torch.Tensor:
-        value = expand(tape, part, rank)
-        return value & ((1 << 44) - 1) if value.dtype == torch.int64 and not part.own else value
-
-    monkeypatch.setattr(party, "_expand", short)
+    plant(monkeypatch, lambda value: value & ((1 << 44) - 1) if value.dtype == torch.int64 else value)
     assert {"operand, masked", "activation, masked", "stream, masked"} <= suspicious(seen(model, "full", 4))
 
 

@@ -19,7 +19,8 @@ import torch
 
 from mpcache.protocols.lookup import TOGETHER, apart, joined, words_for
 from mpcache.protocols.ranges import BUCKET_STEP, BUCKETS, SCORE_BITS, SCORE_RING
-from mpcache.runtime import bit_loops
+from mpcache.rank import Rank
+from mpcache.runtime import bit_loops, value_loops
 from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked, tree_cipher
 from mpcache.runtime.rng import KeyStream
 from mpcache.runtime.side import Side
@@ -107,12 +108,13 @@ class Highest:
         (f,) = yield from open_masked(Opening(entries ^ entry_masks, why, ring=ring, xor=True))
         if f.is_meta:
             return torch.empty_like(masks[..., :1])
-        f = apart(f, _DIGITS, BUCKETS - 1)
-        factors = torch.ones_like(f).unsqueeze(-1)
-        for i in range(_DIGITS):
-            bit = ((f >> i) & 1).unsqueeze(-1)
-            factors = torch.cat([factors * bit, factors * (1 - 2 * bit)], -1)
-        empty = side.plus((factors[..., 1:] * products).sum(-1), factors[..., 0])
+        f, empty = (
+            apart(f, _DIGITS, BUCKETS - 1).to(torch.uint8),
+            torch.empty(self._buckets, dtype=torch.int64),
+        )
+        rows = products.reshape(-1, (1 << _DIGITS) - 1).contiguous().numpy()
+        first = side.rank is Rank.SERVER
+        value_loops.all_zero(f.reshape(-1).numpy(), first, rows, empty.reshape(-1).numpy())
         return side.plus(-empty.sum(-1, keepdim=True), BUCKETS - 1)
 
     def _sums(

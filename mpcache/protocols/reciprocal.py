@@ -171,19 +171,14 @@ def _line(
     c, d = yield from open_masked(
         raised(side, v, r, ring, "index, rotated"), masked(factor - b, 64, "factor, masked")
     )
+    if c.is_meta:
+        return c
     # The offset of `raised` is a multiple of the table's size: number = (c - r) >> fine, or one more.
     # The dealer's vectors stay as they are: the lines are turned.
-    place = ((c >> fine).unsqueeze(-1) - torch.arange(size)) & (size - 1)
-    value, slope = (line[place] for line in curve.lines()) if not c.is_meta else (place, place)
-    hot, rb, rc, b_hot, b_rb, b_rc = parts
-    p, q = affine(c, 0, ring)  # v = p + q rb - rc
-
-    def line(one: torch.Tensor, top: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        base, tilt = (one * value).sum(-1), (one * slope).sum(-1)
-        return base + p * tilt + q * (top * slope).sum(-1) - (low * slope).sum(-1)
-
-    result: torch.Tensor = d * line(hot, rb, rc) + line(b_hot, b_rb, b_rc)
-    return result
+    out = np.empty(n, np.int64)
+    known = (c, fine, *curve.lines(), *affine(c, 0, ring), d, *parts)  # v = p + q rb - rc
+    value_loops.line_values(*(x if isinstance(x, int) else x.numpy() for x in known), out)
+    return torch.from_numpy(out)
 
 
 RECIPROCAL = Curve(lambda u: 1 / u, 1, 7, 14, 9)

@@ -8,7 +8,8 @@ As `mpcache.runtime.loops`: callers check shapes, and arrays lie as the signatur
 
 from __future__ import annotations
 
-from numba import boolean, int64, uint8, void
+import numpy as np
+from numba import boolean, int16, int64, uint8, void
 
 from mpcache.runtime.loops import compile_loop
 
@@ -72,3 +73,64 @@ def exponents(first, step, depth, c, x, r, points, tops, trees, ends, out):
                 before, x_before = below, x_below
         out[i] = value + x[i] - x_before
         out[n + i] = factor + (1 if first else 0) - before
+
+
+@compile_loop(
+    void(
+        _WORDS,
+        int64,
+        _WORDS,
+        _WORDS,
+        _WORDS,
+        _WORDS,
+        _WORDS,
+        _ROWS,
+        _ROWS,
+        _ROWS,
+        _ROWS,
+        _ROWS,
+        _ROWS,
+        _WORDS,
+    )
+)
+def line_values(c, fine, values, slopes, p, q, factor, hot, top, low, f_hot, f_top, f_low, out):
+    """Evaluate the lines at c >> fine less a shared place, and multiply by an opened factor's two parts.
+
+    As `protocols.reciprocal._line` says, for n values and lines of `values` and `slopes` (size,), a power of
+    two.  p, q: the public parts of c, truncated.  hot, top, low: shares (n, size) of one-hot vectors, and of
+    the parts of c's mask times them.  f_hot, f_top, f_low: the same, times the factor's mask.  out: (n,).
+    """
+    n, size = hot.shape
+    for i in range(n):
+        place = c[i] >> fine
+        own = masked = int64(0)
+        for v in range(size):
+            j = (place - v) & (size - 1)
+            slope = slopes[j]
+            line, turn = values[j] + p[i] * slope, q[i] * slope
+            own += hot[i, v] * line + top[i, v] * turn - low[i, v] * slope
+            masked += f_hot[i, v] * line + f_top[i, v] * turn - f_low[i, v] * slope
+        out[i] = factor[i] * own + masked
+
+
+@compile_loop(void(uint8[::1], boolean, int16[:, ::1], _WORDS))
+def all_zero(opened, first, products, out):
+    """Share modulo 2^16 whether all bits of (n,) numbers are zero, which are opened under a mask's bits.
+
+    opened: bits [b xor not b's mask].  products: (n, 2^bits - 1), shares of the products of the mask's bits,
+    in the order of the numbers whose bits name the factors.  out: (n,) int64, right modulo 2^16.
+    """
+    n, size = products.shape[0], products.shape[1] + 1
+    part = np.empty(size, np.int64)
+    for i in range(n):
+        part[0] = 1 if first else 0
+        for k in range(1, size):
+            part[k] = products[i, k - 1]
+        half, bits = size >> 1, opened[i]
+        # o xor b = o + b (1 - 2 o) for each bit: the highest one is folded first.
+        while half:
+            one = (bits & half) != 0
+            for k in range(half):
+                part[k] = part[k] - part[k + half] if one else part[k + half]
+            half >>= 1
+        out[i] = part[0]

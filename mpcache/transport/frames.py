@@ -42,8 +42,8 @@ REASON_CHARACTERS = 2000
 LOOK_EVERY_S = 0.2  # while a shaped message is waited for
 _LOOK = "look"  # wakes a sender that waits for room
 
-# A frame with its size, and when it may be taken; None: a failure, or Bye.
-Arrived = tuple[pb.Frame, int, float] | str | None
+# A frame with what it is, its size, and when it may be taken; None: a failure, or Bye.
+Arrived = tuple[pb.Frame, FrameKind, int, float] | str | None
 
 
 def _nothing() -> None:
@@ -132,7 +132,7 @@ class FrameLink(Link):
             self._inbox.put(None)
             return False
         due = 0.0 if self.shaper is None else self.shaper.due(len(data))
-        self._inbox.put((frame, len(data), due))
+        self._inbox.put((frame, kind, len(data), due))
         return True
 
     def _too_large(self, data: bytes) -> str | None:
@@ -291,7 +291,7 @@ class FrameLink(Link):
             except Empty:
                 return False
         self._early.appendleft(item)
-        return not (isinstance(item, tuple) and item[2] > time.monotonic())
+        return not (isinstance(item, tuple) and item[3] > time.monotonic())
 
     def close(self, reason: str = "") -> None:
         if self._closed:
@@ -349,12 +349,12 @@ class FrameLink(Link):
             self._inbox.put(None)  # for the next call, too
             raise self._left(step)
         assert not isinstance(item, str)
-        frame, size, due = item
-        self._until(due, step)
+        frame, found, size, due = item
+        if due:
+            self._until(due, step)
         self.ledger.wire_bytes += size
         self._took_one(size)
-        found = frame.WhichOneof("kind")
-        if found != kind and not (skip and found == FrameKind.TENSORS):
+        if found is not kind and not (skip and found is FrameKind.TENSORS):
             where = frame.tensors.step or frame.facts.step or "its start"
             raise self._desync(f"{found} at {where}", f"{kind} at {step}")
         return frame
@@ -384,7 +384,7 @@ class FrameLink(Link):
 
     def _until(self, due: float, step: str) -> None:
         """Wait for a time of the shaper's clock, with an eye on the link."""
-        while due and (left := due - time.monotonic()) > 0:
+        while (left := due - time.monotonic()) > 0:
             time.sleep(min(left, LOOK_EVERY_S))
             self.check_alive(step)
 
@@ -423,7 +423,10 @@ class FrameLink(Link):
         return Desync(f"Desync: {self.peer.label} sends {theirs}, {self.me.label} expects {ours}")
 
     def _book(self, way: str, step: str, sizes: Sequence[int], labels: Sequence[str] | None) -> None:
-        if labels is not None and len(labels) != len(sizes):
-            raise ValueError(f"{len(labels)} labels for {len(sizes)} tensors at {step}")
         amount = f"offline_{way}" if self.offline else way
-        self.ledger.book_each(amount, labels or [step] * len(sizes), sizes)
+        if labels is None:
+            self.ledger.book_each(amount, (step,), (sum(sizes),))
+            return
+        if len(labels) != len(sizes):
+            raise ValueError(f"{len(labels)} labels for {len(sizes)} tensors at {step}")
+        self.ledger.book_each(amount, labels, sizes)

@@ -162,7 +162,7 @@ class IncomingMessage:
 
     def __init__(self, step: str, specs: Sequence[Spec]) -> None:
         self.step, self.specs = step, specs
-        self.layout = layout_of(tuple((dtype, tuple(shape)) for dtype, shape in specs))
+        self.layout = layout_of(tuple(specs))
         self.offset = 0  # bytes that are there
         self.begun = False
         self._room: bytearray = bytearray()

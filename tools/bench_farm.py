@@ -1,19 +1,24 @@
 """Time the dealing of batches of tapes in this process and by 1, 2, ... workers of a Ray cluster.
 
 Usage: python tools/bench_farm.py [--batches 4] [--tokens 8] [--context 200] [--workers 0,1,2]
+       [--shape smollm2-135m] [--store DIR-OR-URL] [--ray HOST:PORT]
 
-The demo model, policy full. What is dealt is sealed on the disk, as a farm does it, and read back; nobody
-takes it, so that the receivers' own work (they seal it once more) is not in the figures. Workers have started
-before the clock does: the first batch of a cold one waits for them.
+The demo model, or a known shape, policy full. With fewer batches than workers a batch is dealt by several, each
+of which deals some layers. What is dealt is sealed, as a farm does it, and read back; nobody takes it, so
+that the receivers' own work (they seal it once more) is not in the figures. Workers have started before the
+clock does: the first batch of a cold one waits for them. `first` is when the first phase of a token is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch

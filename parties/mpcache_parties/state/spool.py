@@ -120,9 +120,7 @@ class UrlSpool(Spool):
         header, body = {"kind": "probe"}, secrets.token_bytes(_PROBE_BYTES)
         files, _ = found._open()
         if files.protocol == "memory":
-            raise BadInput(
-                f"--offline-store {url}: a process's own memory is seen by no worker; give another"
-            )
+            raise BadInput(f"--offline-store {url}: no worker sees the memory of this process; give another")
         found.put(name, sealed.sealed_pieces(key, header, [body]))
         if found.take(name, key, header) != body:
             raise StateError(f"{found}: does not give back what was written there")

@@ -16,7 +16,7 @@ from mpcache.cost.sizing import PROCESS
 from mpcache.cost.tally import Cost, split_step, sum_tallies
 
 SETUP = "setup"
-BUFFERS = 250_000_000  # bytes: what Python and Ray hold beside what is dealt
+BUFFERS = 400_000_000  # bytes: of Ray, what is written, and what a store's driver brings (S3: 200 MB)
 COPIES = 4  # of the largest operation: its random parts by party, their values, what is derived
 
 

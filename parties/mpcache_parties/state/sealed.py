@@ -226,7 +226,7 @@ def telling(what: str) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; free some space, or give another folder" if full else ""
-        raise StateError(f"{what}: {error.strerror}{advice}") from None
+        raise StateError(f"{what}: {error.strerror or error}{advice}") from None
 
 
 # ------------------------------------------------------------------------------------------- parts

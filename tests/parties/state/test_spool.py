@@ -25,7 +25,7 @@ class DriverError(Exception):
     """What a driver may raise: no OSError."""
 
 
-class Faulty(fsspec.AbstractFileSystem):  # type: ignore[misc]
+class Faulty(fsspec.AbstractFileSystem):  # type: ignore[misc, name-defined]
     """Refuses to write as `why` says."""
 
     protocol, why, cachable = "faulty", "", False
@@ -34,6 +34,7 @@ class Faulty(fsspec.AbstractFileSystem):  # type: ignore[misc]
         "forbidden": PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
         "offline": DriverError("no credentials found\nmore of it"),
         "mute": DriverError(),
+        "unmade": FileNotFoundError("The specified bucket does not exist"),
     }
 
     def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
@@ -96,6 +97,7 @@ def test_a_folder_of_its_own_goes_with_the_spool() -> None:
         ("faulty://forbidden/a", r"cannot be written: Permission denied"),
         ("faulty://offline/a", r"faulty://offline/a: cannot be written: no credentials found"),
         ("faulty://mute/a", r"cannot be written: DriverError"),
+        ("faulty://unmade/a", r"cannot be written: The specified bucket does not exist"),
         ("nope://me:secret@host/a", r"nope://host/a: cannot be used"),
     ],
 )

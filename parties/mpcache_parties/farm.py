@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from mpcache.cluster import Cluster, ClusterError, Failure
+from mpcache.cluster import Cluster, ClusterError, ClusterInput, Failure
 from mpcache.config import PublicConfig
 from mpcache.cost.tally import Cost
-from mpcache.errors import BadInput
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache.runtime.party import COMPUTING, PortionDealer
@@ -111,7 +110,7 @@ class Farm:
             cluster = Cluster.join(address)
             if place is None and (machines := len(cluster.nodes)) > 1:
                 cluster.leave()
-                raise BadInput(
+                raise ClusterInput(
                     f"--ray {address}: its {machines} machines deal into one place; give "
                     "--offline-store, a folder that all of them see or a URL"
                 )

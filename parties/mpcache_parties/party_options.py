@@ -265,8 +265,8 @@ class PartyOptions:
             raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
         if is_url(self.offline_store):
             raise BadInput(
-                f"--offline-store {self.offline_store!r:.80}: a {self.me.label} keeps its tapes in a folder: "
-                "each is used once, by a lock and a claim that is on the disk, which no URL promises"
+                f"--offline-store takes a URL at the dealer alone; a {self.me.label} keeps its tapes in a "
+                "folder: each is used once, by a lock and a claim on the disk, which no URL promises"
             )
         return TapeStore(Path(self.offline_store), self.me)
 

@@ -21,7 +21,7 @@ from typing import Any
 from mpcache.errors import BadInput, StateError
 from mpcache_parties.state import sealed, snapshot
 
-EVERYWHERE = "scale"  # the extra that brings fsspec
+EXTRA = "scale"  # the extra that brings fsspec
 _PROBE_BYTES = 1 << 10
 
 
@@ -110,7 +110,7 @@ class UrlSpool(Spool):
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = url
 
     @classmethod
     def checked(cls, url: str) -> UrlSpool:
@@ -120,7 +120,10 @@ class UrlSpool(Spool):
         header, body = {"kind": "probe"}, secrets.token_bytes(_PROBE_BYTES)
         files, _ = found._open()
         if files.protocol == "memory":
-            raise BadInput(f"--offline-store {url}: no worker sees the memory of this process; give another")
+            raise BadInput(
+                f"--offline-store {found}: no worker sees the memory of this process; give another",
+                private=True,
+            )
         found.put(name, sealed.sealed_pieces(key, header, [body]))
         if found.take(name, key, header) != body:
             raise StateError(f"{found}: does not give back what was written there")
@@ -165,7 +168,8 @@ class UrlSpool(Spool):
             except ImportError:
                 raise BadInput(
                     f"--offline-store {self} needs fsspec, which is not installed: "
-                    f"pip install 'mpcache[{EVERYWHERE}]'"
+                    f"pip install 'mpcache[{EXTRA}]'",
+                    private=True,
                 ) from None
             files, folder = url_to_fs(self.url)
             return files, str(folder).rstrip("/")

@@ -105,6 +105,7 @@ def test_what_is_no_place_is_one_line(url: str, said: str) -> None:
     with pytest.raises(MpcacheError, match=said) as error:
         Spool.at(url)
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
+    assert "://" not in error.value.for_peers
 
 
 def test_without_fsspec_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

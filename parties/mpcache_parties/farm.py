@@ -147,6 +147,7 @@ class Farm:
         for n in range(batches):
             first = n * len(portions)
             yield orders[first], dealing.phases(range(first, first + len(portions)))
+            self._names.remove(orders[first].name)  # nothing of it is left
 
     def close(self) -> None:
         """End the workers, and remove what they have left."""

@@ -17,7 +17,8 @@ from mpcache.cost.tally import Cost, split_step, sum_tallies
 
 SETUP = "setup"
 BUFFERS = 400_000_000  # bytes: of Ray, what is written, and what a store's driver brings (S3: 200 MB)
-COPIES = 4  # of the largest operation: its random parts by party, their values, what is derived
+COPIES = 2  # of the largest operation: what is drawn, and what is made of it
+HELD = 0.75  # of the bytes that a weight's mask is drawn from: 6 of 8
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,18 @@ def portions_of(cost: Cost, count: int) -> list[Portion]:
 
 
 def worker_bytes(cost: Cost, portions: Sequence[Portion]) -> int:
-    """Estimate the memory of a worker that deals the largest of these, in bytes."""
-    sent, weights = 0, 0
-    for phase in cost.phases:
-        layers = cost.by_layer(phase).items()
-        for portion in portions:
-            mine = sum_tallies((phase, tally) for layer, tally in layers if portion.has(layer))
-            sent = max(sent, mine.offline)
-            weights = max(weights, mine.random_bytes if phase == SETUP else 0)
-    document = max(0, cost.held - cost.total(SETUP).random_bytes)  # keys and values: all make these masks
-    working = max(cost.total(phase).working for phase in cost.phases)
-    return PROCESS + BUFFERS + weights + document + COPIES * working + 2 * sent
+    """Estimate the memory of a worker that deals the largest of these, in bytes.
+
+    It holds its weights' masks, and those of all keys and values; beside them, in a phase, what it sends of
+    it, and the largest operation.
+    """
+    weights, phase = [0] * len(portions), [0] * len(portions)
+    for name in cost.phases:
+        layers = cost.by_layer(name).items()
+        for i, portion in enumerate(portions):
+            mine = sum_tallies((name, tally) for layer, tally in layers if portion.has(layer))
+            phase[i] = max(phase[i], mine.offline + COPIES * mine.working)
+            if name == SETUP:
+                weights[i] = round(HELD * mine.random_bytes)
+    document = max(0, cost.held - round(HELD * cost.total(SETUP).random_bytes))
+    return PROCESS + BUFFERS + document + max(map(sum, zip(weights, phase, strict=True)))

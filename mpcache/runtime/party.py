@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -210,8 +211,7 @@ class DealerParty(Party):
         return [MetaTensor(i.share.shape, i.share.dtype) for i in items]
 
     def draw(self, request: Request, step: str) -> list[Any]:
-        (ours, _), (theirs, shares) = (_expand(self._tapes[rank], request, rank) for rank in COMPUTING)
-        values = [part.combine(*both) for part, *both in zip(request.random, ours, theirs, strict=True)]
+        values, shares = self._values(request)
         derived = request.derive(*values)
         server, client = [], []
         for part, value in zip(request.derived, derived, strict=True):
@@ -224,8 +224,56 @@ class DealerParty(Party):
         for rank, tensors in ((Rank.SERVER, server), (Rank.CLIENT, client)):
             if tensors:
                 self._links[rank].send(step, tensors)
-        parts: list[Any] = [MetaTensor(p.shape, p.dtype) for p in request.parts]
-        return [*parts, values] if request.keep else parts
+        return _answered(request, values)
+
+    def _values(self, request: Request) -> tuple[list[Any], Iterator[torch.Tensor]]:
+        """Expand the random parts of both parties; and, when asked for, the client's shares of the others."""
+        (ours, _), (theirs, shares) = (_expand(self._tapes[rank], request, rank) for rank in COMPUTING)
+        both = zip(request.random, ours, theirs, strict=True)
+        return [part.combine(one, other) for part, one, other in both], shares
+
+
+class PortionDealer(DealerParty):
+    """Deals some steps of a program as the dealer of all of them would, and goes past the others.
+
+    Nothing that is derived is ever derived from: what a later step needs of an earlier one are random parts
+    that it keeps. So those of a step that is gone past are expanded, and all else of it is skipped.
+
+    mine: whether a step is dealt.  needed: whether what another step keeps may be needed by one that is.
+    drawn: how many draws the phase has had, gone past ones with them.
+    """
+
+    def __init__(
+        self, links: dict[Rank, Link], session: str, seeds: dict[Rank, bytes], ledger: Ledger,
+        mine: Callable[[str], bool], needed: Callable[[str], bool],
+    ) -> None:  # fmt: skip
+        super().__init__(links, session, seeds, ledger)
+        self._mine, self._needed, self.drawn = mine, needed, 0
+
+    def begin(self, phase: str) -> None:
+        super().begin(phase)
+        self.drawn = 0
+
+    def draw(self, request: Request, step: str) -> list[Any]:
+        self.drawn += 1
+        if self._mine(step):
+            return super().draw(request, step)
+        values = None
+        if request.keep and self._needed(step):
+            values, _ = self._values(replace(request, derived=()))
+        else:
+            for part in request.random:
+                for rank in COMPUTING:
+                    if part.owner in (None, rank):
+                        self._tapes[rank].skip(part.held)
+        self._tapes[Rank.CLIENT].skip(sum(part.held for part in request.derived if not part.public))
+        return _answered(request, values)
+
+
+def _answered(request: Request, kept: list[Any] | None) -> list[Any]:
+    """Answer the dealer's program: shapes, and of a kept correlation the values."""
+    parts: list[Any] = [MetaTensor(p.shape, p.dtype) for p in request.parts]
+    return [*parts, kept] if request.keep else parts
 
 
 def _expand(tape: KeyStream, request: Request, rank: Rank) -> tuple[list[Any], Iterator[torch.Tensor]]:

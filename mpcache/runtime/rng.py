@@ -116,22 +116,35 @@ class KeyStream:
 
     def __init__(self, seed: bytes, label: str, start: int = 0) -> None:
         """Stand before byte `start`."""
-        # The counter starts at zero: every key is derived for this one label and used once.
-        counter = (start // 16).to_bytes(16, "big")
-        self._aes = Cipher(AES(derive_key(seed, label)), CTR(counter)).encryptor()
-        self._aes.update(bytes(start % 16))
+        self._key, self._at = derive_key(seed, label), start
+        self._aes: Any = None  # once it is read, and again after `skip`
+
+    def skip(self, n: int) -> None:
+        """Go past the next n bytes, at no cost."""
+        self._at, self._aes = self._at + n, None
 
     def read(self, n: int) -> bytearray:
         """Read the next n bytes."""
         stream = bytearray(n)
-        self._aes.update_into(stream, stream)  # of zeros
+        self._cipher(n).update_into(stream, stream)  # of zeros
         return stream
 
     def fill(self, room: memoryview) -> None:
         """Read the next bytes into `room`."""
+        aes = self._cipher(len(room))
         for start in range(0, len(room), len(_ZEROS)):
             part = room[start : start + len(_ZEROS)]
-            self._aes.update_into(_ZEROS[: len(part)], part)
+            aes.update_into(_ZEROS[: len(part)], part)
+
+    def _cipher(self, n: int) -> Any:
+        """Return what encrypts the next n bytes."""
+        if self._aes is None:
+            # The counter starts at zero: every key is derived for this one label and used once.
+            counter = (self._at // 16).to_bytes(16, "big")
+            self._aes = Cipher(AES(self._key), CTR(counter)).encryptor()
+            self._aes.update(bytes(self._at % 16))
+        self._at += n
+        return self._aes
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Read uniform integers over the whole range of `dtype`."""

@@ -350,8 +350,7 @@ class FrameLink(Link):
             raise self._left(step)
         assert not isinstance(item, str)
         frame, found, size, due = item
-        if due:
-            self._until(due, step)
+        self._until(due, step)
         self.ledger.wire_bytes += size
         self._took_one(size)
         if found is not kind and not (skip and found is FrameKind.TENSORS):
@@ -384,7 +383,7 @@ class FrameLink(Link):
 
     def _until(self, due: float, step: str) -> None:
         """Wait for a time of the shaper's clock, with an eye on the link."""
-        while (left := due - time.monotonic()) > 0:
+        while due and (left := due - time.monotonic()) > 0:
             time.sleep(min(left, LOOK_EVERY_S))
             self.check_alive(step)
 
@@ -423,10 +422,7 @@ class FrameLink(Link):
         return Desync(f"Desync: {self.peer.label} sends {theirs}, {self.me.label} expects {ours}")
 
     def _book(self, way: str, step: str, sizes: Sequence[int], labels: Sequence[str] | None) -> None:
-        amount = f"offline_{way}" if self.offline else way
-        if labels is None:
-            self.ledger.book_each(amount, (step,), (sum(sizes),))
-            return
-        if len(labels) != len(sizes):
+        if labels is not None and len(labels) != len(sizes):
             raise ValueError(f"{len(labels)} labels for {len(sizes)} tensors at {step}")
-        self.ledger.book_each(amount, labels, sizes)
+        amount = f"offline_{way}" if self.offline else way
+        self.ledger.book_each(amount, labels or (step,), sizes if labels else (sum(sizes),))

@@ -130,7 +130,11 @@ def party(
         ),
     ] = False,
     offline_store: Annotated[
-        Path | None, typer.Option(help="Server, client: use tapes from here in place of a dealer.")
+        str | None,
+        typer.Option(
+            help="Server, client: the folder of tapes, used in place of a dealer. Dealer, with --ray: the "
+            "folder or fsspec URL (s3://...) that workers deal into."
+        ),
     ] = None,
     prepare_tokens: Annotated[
         int | None, typer.Option("--prepare", help="Deal tapes for one answer of so many tokens, store them.")

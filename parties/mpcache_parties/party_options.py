@@ -22,6 +22,7 @@ from mpcache_parties.private_inputs import DeclaredTurns, PrivateInput, Question
 from mpcache_parties.state.checkpoint import Checkpointer
 from mpcache_parties.state.packs import PackLock
 from mpcache_parties.state.setups import DealerSetups, ServerSetups, Setups
+from mpcache_parties.state.spool import is_url
 from mpcache_parties.state.store import Store
 from mpcache_parties.state.tapes import TapeStore
 
@@ -58,7 +59,7 @@ class PartyOptions:
     resume: bool = False
     setup_dir: Path | None = None
     fresh_document: bool = False
-    offline_store: Path | None = None
+    offline_store: str | None = None
     prepare_tokens: int | None = None
     turns: str | None = None
     connect_timeout: float | None = None
@@ -253,7 +254,7 @@ class PartyOptions:
             if self.offline_store is not None and (self.ray is None or not self.preparing):
                 raise BadInput(
                     "--offline-store belongs to server and client; the dealer takes --prepare alone, or with "
-                    "--ray a folder that its workers deal into"
+                    "--ray a folder or a URL that its workers deal into"
                 )
             return None
         if self.offline_store is None:
@@ -262,7 +263,12 @@ class PartyOptions:
             return None
         if mode is not KeepMode.NONE:
             raise BadInput("--offline-store with --state: an answer from prepared tapes cannot be resumed")
-        return TapeStore(self.offline_store, self.me)
+        if is_url(self.offline_store):
+            raise BadInput(
+                f"--offline-store takes a URL at the dealer alone; a {self.me.label} keeps its tapes in a "
+                "folder: each is used once, by a lock and a claim on the disk, which no URL promises"
+            )
+        return TapeStore(Path(self.offline_store), self.me)
 
     def setups(self, public: PublicConfig) -> Setups:
         """Return what --setup-dir and --fresh-document ask for. Raises BadInput or StateError."""

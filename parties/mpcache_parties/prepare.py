@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from mpcache.config import PublicConfig
 from mpcache.cost.pricing import price
-from mpcache.cost.tally import sum_tallies
+from mpcache.cost.tally import Cost, sum_tallies
 from mpcache.engines.registry import engine
 from mpcache.errors import PolicyError
 from mpcache.phases import EVICTION, private_phase
@@ -22,7 +22,7 @@ from mpcache.report.units import duration, size
 from mpcache.runtime.party import DealerParty
 from mpcache.session import Session
 from mpcache_parties.facts import Facts, agreed_facts, filled, tape_sizes
-from mpcache_parties.farm import BatchOrder, Farm
+from mpcache_parties.farm import BatchOrder, Farm, Message
 from mpcache_parties.private_inputs import PrivateInput
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.seeds import deal_seeds, receive_seed
@@ -47,22 +47,27 @@ def prepare(
     _, facts = agreed_facts(me, resources.links, own, public, document=resources.document)
     if not facts.policy.plan_is_public:
         raise PolicyError(f"policy {public.policy}: the document decides its plan; no tape can be prepared")
-    resources.say(f"{me.label}: {_foretold(me, facts, public)}")
+    cost = price_batch(facts, public)
+    resources.say(f"{me.label}: {_foretold(me, facts, cost)}")
     if store is None:
-        _deal_batches(resources, facts, batches, farm)
+        _deal_batches(resources, facts, cost, batches, farm)
         return
     while _store_batch(me, resources, facts, store):
         pass
 
 
-def _foretold(me: Rank, facts: Facts, public: PublicConfig) -> str:
-    """Say how much is to be dealt and stored, and what it serves."""
+def price_batch(facts: Facts, public: PublicConfig) -> Cost:
+    """Price what a batch is dealt for: a session, with its set-up."""
     (question, chunks), *rest = _turns(facts)
-    cost = price(
+    return price(
         facts.shape, facts.policy, facts.context, question, facts.protocol, chunks,
         bits=public.fraction_bits, reveal=public.reveal, standing=False, grid=public.length_grid,
         later=[tokens for tokens, _ in rest], reading=facts.reading,
     )  # fmt: skip
+
+
+def _foretold(me: Rank, facts: Facts, cost: Cost) -> str:
+    """Say how much is to be dealt and stored, and what it serves."""
     total = sum_tallies((phase, cost.total(phase)) for phase in cost.phases)
     serves = f"one answer of up to {facts.limit} tokens to a question of {facts.question}"
     if facts.turns:
@@ -73,12 +78,15 @@ def _foretold(me: Rank, facts: Facts, public: PublicConfig) -> str:
     return f"{size(mine)} to store, for {serves} ..."
 
 
-def _deal_batches(resources: SessionResources, facts: Facts, count: int, farm: Farm | None) -> None:
+def _deal_batches(
+    resources: SessionResources, facts: Facts, cost: Cost, count: int, farm: Farm | None
+) -> None:
     """Deal batches one after another, here or by a farm, which is ahead."""
     public, start = resources.public, time.perf_counter()
     ledger = resources.links[Rank.SERVER].ledger
     if farm is not None:
-        for number, (order, phases) in enumerate(farm.batches(count, facts, public, read_by_shapes), 1):
+        dealt = farm.batches(count, facts, public, read_by_shapes, cost)
+        for number, (order, phases) in enumerate(dealt, 1):
             _hand_on(resources, number, count, order, phases)
     else:
         for number in range(1, count + 1):
@@ -105,13 +113,14 @@ def _deal_batch(resources: SessionResources, facts: Facts, number: int, count: i
     links, batch = resources.links, secrets.token_hex(16)
     _announce(resources, batch, number, count)
     dealer = DealerParty(dict(links), batch, deal_seeds(links), links[Rank.SERVER].ledger)
-    read_by_shapes(facts, resources.public, dealer, lambda phase: _stored(resources, phase))
+    for phase in read_by_shapes(facts, resources.public, dealer):
+        _stored(resources, phase)
     _stored(resources, WHOLE)
 
 
 def _hand_on(
     resources: SessionResources, number: int, count: int, order: BatchOrder,
-    phases: Iterator[tuple[str, list[dict[str, Any]]]],
+    phases: Iterator[tuple[str, list[Message]]],
 ) -> None:  # fmt: skip
     """Send what a worker has dealt, in its order."""
     _announce(resources, order.name, number, count)
@@ -132,7 +141,8 @@ def _store_batch(me: Rank, resources: SessionResources, facts: Facts, store: Tap
     seed = receive_seed(dealer)
     writer = TapeWriter(me, dealer, store, batch)
     try:
-        read_by_shapes(facts, public, writer, lambda phase: writer.flush())
+        for _ in read_by_shapes(facts, public, writer):
+            writer.flush()
         writer.finish(seed, tape_sizes(facts, public), tokens, facts.turns)
     except BaseException:
         writer.discard()
@@ -143,23 +153,23 @@ def _store_batch(me: Rank, resources: SessionResources, facts: Facts, store: Tap
     return about.get("number") != about.get("of")
 
 
-def read_by_shapes(facts: Facts, public: PublicConfig, party: Any, done: Callable[[str], None]) -> None:
-    """Go through a whole session by shapes; `done` is told each phase that has ended."""
+def read_by_shapes(facts: Facts, public: PublicConfig, party: Any) -> Iterator[str]:
+    """Go through a whole session by shapes; yields each phase when it has ended. To be heard to the end."""
     ops = engine(facts.protocol, Rank.SERVER, public.fraction_bits, "meta")
     session = Session(ops, party, facts.shape, facts.policy, public.reveal, public.length_grid)
     session.setup(None)
-    done("setup")
+    yield "setup"
     session.context(None, None)
-    done("context")
+    yield "context"
     phases = [private_phase(i + 1) for i in range(len(facts.reading.chunks))]
     phases += [EVICTION] * (facts.reading.eviction is not None)
     for phase, _ in zip(phases, session.read_document(facts.reading, None), strict=True):
-        done(phase)
+        yield phase
     for question, chunks in _turns(facts):
         for step in range(chunks):
             phase = session.place.phase
             session.chunk(None, 1 if step else question)
-            done(phase)
+            yield phase
         session.next_turn()
 
 

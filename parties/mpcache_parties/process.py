@@ -20,7 +20,6 @@ import torch
 
 from mpcache.answer import left_range
 from mpcache.choices import POLICY_AUTO
-from mpcache.cluster import Cluster
 from mpcache.config import Settings
 from mpcache.console.signals import stop_on_signals
 from mpcache.console.streams import own_stdout
@@ -103,7 +102,7 @@ class PartyProcess:
         if options.ray is not None:
             options.check_sharding(self.settings.public)
             if options.preparing:
-                self.farm = Farm(Cluster.join(options.ray), options.offline_store)
+                self.farm = Farm.open(options.ray, options.offline_store)
             else:
                 self.shards = Shards.open(options.ray, options.ray_actors, self.me, self.output.say)
         self.batches = options.batches or 1

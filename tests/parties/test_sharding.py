@@ -196,10 +196,10 @@ def test_on_ray_an_actor_that_is_killed_is_made_anew_and_the_answer_goes_on(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(me=S, ray="local", offline_store=Path("x")), "--offline-store"),
+        (dict(me=S, ray="local", offline_store="x"), "--offline-store"),
         (dict(me=S, ray="local", protocol="stock"), "--protocol stock"),
         (dict(me=D, ray="local", setup_dir=Path("x")), "--setup-dir"),
-        (dict(me=S, ray="local", prepare_tokens=3, offline_store=Path("x")), "belongs to the dealer"),
+        (dict(me=S, ray="local", prepare_tokens=3, offline_store="x"), "belongs to the dealer"),
     ],
 )
 def test_what_cannot_go_with_ray_is_refused(options: dict[str, Any], said: str) -> None:

@@ -19,9 +19,8 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -72,13 +71,19 @@ def seal(file: Path, key: bytes, header: Mapping[str, Any], body: Iterable[bytes
 
     header: JSON values, readable by all. Raises StateError as `write_whole` does.
     """
+    return write_whole(file, sealed_pieces(key, header, body))
+
+
+def sealed_pieces(
+    key: bytes, header: Mapping[str, Any], body: Iterable[bytes | memoryview]
+) -> Iterator[bytes]:
+    """Yield what stands in a sealed file, in order."""
     salt = os.urandom(SALT_BYTES)
     front = _front({**header, "salt": salt.hex()})
     aes = AESGCM(_derived(key, salt))
-    sealed = (
-        aes.encrypt(_nonce(number, last), chunk, front) for number, (chunk, last) in enumerate(_chunks(body))
-    )
-    return write_whole(file, chain([front], sealed))
+    yield front
+    for number, (chunk, last) in enumerate(_chunks(body)):
+        yield aes.encrypt(_nonce(number, last), chunk, front)
 
 
 def write_whole(file: Path, pieces: Iterable[bytes]) -> int:
@@ -119,26 +124,33 @@ def unseal(file: Path, key: bytes, expected: Mapping[str, Any]) -> bytearray:
     damaged, was changed, or belongs to another key.
     """
     with telling(f"{file}: cannot be read"), open(file, "rb") as source:
-        header, front = _read_front(source, file)
-        for name, value in expected.items():
-            if header.get(name) != value:
-                found = "nothing" if name not in header else f"{header[name]!r:.80}"
-                raise StateError(f"{file}: its {name} is {found}, this party's is {value!r:.80}")
+        return unseal_stream(source, os.fstat(source.fileno()).st_size, file, key, expected)
+
+
+def unseal_stream(
+    source: BinaryIO, size: int, name: object, key: bytes, expected: Mapping[str, Any]
+) -> bytearray:
+    """Read the body of what was sealed, all `size` bytes, as `unseal` does. name: the file's, for errors."""
+    header, front = _read_front(source, name)
+    for field, value in expected.items():
+        if header.get(field) != value:
+            found = "nothing" if field not in header else f"{header[field]!r:.80}"
+            raise StateError(f"{name}: its {field} is {found}, this party's is {value!r:.80}")
+    try:
+        salt = bytes.fromhex(header["salt"])
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(name) from None
+    left = size - len(front)
+    aes, body, number, last = AESGCM(_derived(key, salt)), bytearray(), 0, False
+    while not last:
+        sealed = source.read(min(left, CHUNK_BYTES + TAG_BYTES))
+        left -= len(sealed)
+        last = left <= 0 or not sealed
         try:
-            salt = bytes.fromhex(header["salt"])
-        except (KeyError, TypeError, ValueError):
-            raise _damaged(file) from None
-        left = os.fstat(source.fileno()).st_size - len(front)
-        aes, body, number, last = AESGCM(_derived(key, salt)), bytearray(), 0, False
-        while not last:
-            sealed = source.read(min(left, CHUNK_BYTES + TAG_BYTES))
-            left -= len(sealed)
-            last = left <= 0 or not sealed
-            try:
-                body += aes.decrypt(_nonce(number, last), sealed, front)
-            except (InvalidTag, ValueError):
-                raise _damaged(file) from None
-            number += 1
+            body += aes.decrypt(_nonce(number, last), sealed, front)
+        except (InvalidTag, ValueError):
+            raise _damaged(name) from None
+        number += 1
     return body
 
 
@@ -214,7 +226,7 @@ def telling(what: str) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; free some space, or give another folder" if full else ""
-        raise StateError(f"{what}: {error.strerror}{advice}") from None
+        raise StateError(f"{what}: {error.strerror or error}{advice}") from None
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -227,7 +239,7 @@ def _front(header: Mapping[str, Any]) -> bytes:
     return MAGIC + len(text).to_bytes(4, "little") + text
 
 
-def _read_front(source: Any, file: Path) -> tuple[dict[str, Any], bytes]:
+def _read_front(source: BinaryIO, file: object) -> tuple[dict[str, Any], bytes]:
     magic = source.read(len(MAGIC))
     if magic != MAGIC:
         if magic[:-1] == MAGIC[:-1] and len(magic) == len(MAGIC):
@@ -248,7 +260,7 @@ def _read_front(source: Any, file: Path) -> tuple[dict[str, Any], bytes]:
     return header, magic + length + text
 
 
-def _damaged(file: Path) -> StateError:
+def _damaged(file: object) -> StateError:
     return StateError(f"{file}: is damaged, was changed, or was sealed with another key")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from mpcache.limits import bind_policy
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
-from mpcache_parties.farm import Farm
+from mpcache_parties.farm import BatchOrder, Farm
 from mpcache_parties.prepare import prepare
 from mpcache_parties.private_inputs import Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, serve
 from mpcache_parties.state import sealed
+from mpcache_parties.state.spool import Spool
 from mpcache_parties.state.tapes import SEED, TapeLink, TapeStore
 from tests.support.cluster_here import ClusterHere
 from tests.support.links import Job, Killed, context_of, free_settings, plain_ids, together
@@ -283,7 +285,7 @@ def test_processes_prepare_and_answer(folder: Path, model: Model, tokens: list[i
 
 
 def farm_of(spool: Path) -> Farm:
-    return Farm(ClusterHere(), spool)
+    return Farm(ClusterHere(), Spool.at(str(spool)))
 
 
 @pytest.mark.parametrize("farmed", [False, True])
@@ -305,13 +307,10 @@ def test_what_workers_deal_opens_for_their_dealer_alone(
 ) -> None:
     """Another key does not open it; and the dealer ends with one line, as the others do."""
     farm = farm_of(tmp_path / "spool")
-    read = farm._phases
-
-    def other_key(order: Any, phases: Any) -> Any:
-        farm._key = bytes(sealed.KEY_BYTES)
-        return read(order, phases)
-
-    monkeypatch.setattr(farm, "_phases", other_key)
+    take = BatchOrder.take
+    monkeypatch.setattr(
+        BatchOrder, "take", lambda order, phase: take(replace(order, key=bytes(sealed.KEY_BYTES)), phase)
+    )
     ends = prepared(model, tokens, tmp_path, farm=farm)
     assert isinstance(ends[D], StateError) and all(isinstance(end, MpcacheError) for end in ends.values())
     farm.close()

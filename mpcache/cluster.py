@@ -14,11 +14,15 @@ import logging
 import os
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mpcache.errors import BadInput, MpcacheError
@@ -31,7 +35,8 @@ ANSWER_S = 300.0  # for an actor to answer, or to be made anew and then answer
 RESTARTS = 3  # of an actor that is lost
 PROBE_S = 60.0  # for a machine to start a worker and import mpcache
 PACKAGES = ("mpcache", "mpcache_parties", "mpcache_kernels")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ray takes the second one when it is imported
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ray takes one of them when it is imported
+SLICE_S = 0.5  # of a wait, between which signals are heard
 
 
 class ClusterError(MpcacheError):
@@ -166,7 +171,8 @@ class Cluster:
         remote = ray.remote(_results).options(num_cpus=1, memory=memory or None, max_retries=again)
         waiting = {remote.remote(work, *task): number for number, task in enumerate(tasks)}
         while waiting:
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=None, fetch_local=False)
+            with _signals_held():
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=SLICE_S, fetch_local=False)
             for generator in ready:
                 number = waiting[generator]
                 try:
@@ -202,7 +208,7 @@ class Cluster:
         }
         for host, reply in asked.items():
             try:
-                theirs = ray.get(reply, timeout=PROBE_S)
+                theirs = _fetched(ray, reply, PROBE_S)
             except ray.exceptions.RayError as error:
                 raise ClusterInput(
                     f"--ray {self.address}: {host} cannot run mpcache: {_why(error)}"
@@ -232,7 +238,7 @@ class Actors:
         answers = []
         for number, call in enumerate(calls, 1):
             try:
-                answers.append(self._ray.get(call, timeout=ANSWER_S))
+                answers.append(_fetched(self._ray, call, ANSWER_S))
             except self._ray.exceptions.RayError as error:
                 raise ClusterError(f"actor {number} of {len(self)}: {_why(error)}") from None
         return answers
@@ -246,6 +252,40 @@ class Actors:
 def _results(work: Callable[..., Iterator[Any]], *task: Any) -> Iterator[Any]:
     for result in work(*task):  # noqa: UP028 - Ray sends values into what `yield from` would hand on to
         yield result
+
+
+def _fetched(ray: Any, reference: Any, within_s: float) -> Any:
+    """Wait for an object, and return it. Raises Ray's own errors."""
+    limit = time.monotonic() + within_s
+    while True:
+        try:
+            with _signals_held():
+                return ray.get(reference, timeout=SLICE_S)
+        except ray.exceptions.GetTimeoutError:
+            if time.monotonic() > limit:
+                raise
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Handle signals that come meanwhile at the end: Ray's code bears no exception but KeyboardInterrupt."""
+    came = list[Callable[[], object]]()
+
+    def hold(number: signal.Signals, handler: Callable[[int, FrameType | None], object]) -> None:
+        signal.signal(number, lambda _, frame: came.append(lambda: handler(number, frame)))
+
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in kept.items():
+            if callable(handler):
+                hold(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            _restore(kept)
+        for handle in came[:1]:
+            handle()
 
 
 def _import_ray() -> Any:

@@ -32,8 +32,10 @@ from mpcache.audit.quality import points
 from mpcache.audit.size_tables import show_sizing
 from mpcache.audit.tuning import Tuned, tuned, tuning_tables
 from mpcache.choices import ProtocolName
+from mpcache.cluster import ClusterError
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
+from mpcache.console.live_table import live_table
 from mpcache.console.options import (
     MODEL_FORMS,
     JournalOption,
@@ -185,13 +187,16 @@ def audit(
         _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
-    result = _result(name, grid, _priced(grid, needed, ray, journal))
-    stopped = None if folder is None else _measured(result, grid, folder, needed)
+    rows, failed = _priced(grid, needed, ray, journal)
+    result = _result(name, grid, rows)
+    stopped = failed if folder is None or failed else _measured(result, grid, folder, needed)
     results = [result]
     for other in others_given:
         name, model = shape_of(other)
         other_grid = replace(grid, shape=model, contexts=contexts_of(context, other, model, more))
-        results.append(_result(name, other_grid, _priced(other_grid, needed, ray, None)))
+        rows, failed = _priced(other_grid, needed, ray, None)
+        stopped = stopped or failed
+        results.append(_result(name, other_grid, rows))
     if plot_file is not None and not measured.rows:
         plot_contexts(results, plot_file)
         terminal.say(f"wrote {plot_file}")
@@ -208,12 +213,20 @@ def audit(
         raise stopped
 
 
-def _priced(grid: AuditGrid, by: str | None, ray: str | None, journal: Path | None) -> list[AuditRow]:
-    """Price a grid, here or on the cluster that --ray names. Raises ClusterError where settings failed."""
+def _priced(
+    grid: AuditGrid, by: str | None, ray: str | None, journal: Path | None
+) -> tuple[list[AuditRow], MpcacheError | None]:
+    """Price a grid, here or on the cluster that --ray names. The error: what is to be said of what failed."""
     with cell_runner(ray, journal, grid.about(by), ask_settings, PROCESS) as runner:
-        rows = price_rows(grid, by, None, _note, runner)
-        runner.check()
-        return rows
+        with live_table("pricing ...") as runner.table:
+            rows = price_rows(grid, by, None, _note, runner)
+        for failure in runner.failures:
+            _note(f"failed: {failure}")
+        try:
+            runner.check()
+        except ClusterError as error:
+            return rows, error
+        return rows, None
 
 
 def _alone(others: Mapping[str, Any], words: str) -> None:

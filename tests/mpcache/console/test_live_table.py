@@ -55,7 +55,8 @@ def test_what_was_found_counts_and_the_estimate_stands_on_the_rest() -> None:
     table.begin("a title", "policy", PLACES, 90)
     table.found(60)
     assert "60/90 cells, left --:--" in drawn(table)[0]
-    table.step(), table.step(), table.step()
+    for _ in range(3):
+        table.step()
     assert re.search("63/90 cells, left 00:0[01]", drawn(table)[0])
 
 

@@ -32,6 +32,8 @@ RUNNING = "auto"  # an address: the cluster that this machine belongs to
 STORE = 128 << 20  # bytes of Ray's object store on this machine, where the cluster is this machine alone
 DIAL_S = 3.0  # for an address to be answered at
 ANSWER_S = 300.0  # for an actor to answer, or to be made anew and then answer
+REACH_S = 60.0  # for an actor whose machine is gone to be made anew on another; Ray misses a machine after 15
+AGAIN_S = 0.5  # between two tries to reach it
 RESTARTS = 3  # of an actor that is lost
 PROBE_S = 60.0  # for a machine to start a worker and import mpcache
 PACKAGES = ("mpcache", "mpcache_parties", "mpcache_kernels")
@@ -103,7 +105,8 @@ class Cluster:
             options |= {"address": address}
         kept = {number: signal.getsignal(number) for number in SIGNALS}
         try:
-            ray.init(**options)
+            with _quiet():
+                ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
             raise ClusterInput(_refused(address, error)) from None
         finally:
@@ -236,12 +239,24 @@ class Actors:
             for actor, arguments in zip(self._actors, each, strict=True)
         ]
         answers = []
-        for number, call in enumerate(calls, 1):
+        for number, (call, arguments) in enumerate(zip(calls, each, strict=True)):
             try:
-                answers.append(_fetched(self._ray, call, ANSWER_S))
+                answers.append(self._answer(call, number, method, arguments))
             except self._ray.exceptions.RayError as error:
-                raise ClusterError(f"actor {number} of {len(self)}: {_why(error)}") from None
+                raise ClusterError(f"actor {number + 1} of {len(self)}: {_why(error)}") from None
         return answers
+
+    def _answer(self, call: Any, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Wait for an answer; ask again while the actor's machine cannot be reached. Raises Ray's errors."""
+        limit = time.monotonic() + REACH_S
+        while True:
+            try:
+                return _fetched(self._ray, call, ANSWER_S)
+            except self._ray.exceptions.ActorUnavailableError:
+                if time.monotonic() > limit:
+                    raise
+            time.sleep(AGAIN_S)
+            call = getattr(self._actors[number], method).remote(*arguments)
 
     def tell(self, method: str, *arguments: Any) -> None:
         """Call a method of all actors, and do not wait."""
@@ -252,6 +267,19 @@ class Actors:
 def _results(work: Callable[..., Iterator[Any]], *task: Any) -> Iterator[Any]:
     for result in work(*task):  # noqa: UP028 - Ray sends values into what `yield from` would hand on to
         yield result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off stderr what Ray's code logs there while it starts: what fails is raised, too."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def _fetched(ray: Any, reference: Any, within_s: float) -> Any:

@@ -67,10 +67,11 @@ class OnTerminal:
             data = os.read(self._master, 65536)
         except OSError:  # what Linux says when all writers have closed it
             return False
-        self._stream.feed(data)
-        now = [line.rstrip() for line in self._screen.display]
-        if not self.screens or self.screens[-1] != now:
-            self.screens.append(now)
+        for piece in data.splitlines(keepends=True):  # a drawing and what wipes it out may come at once
+            self._stream.feed(piece)
+            now = [line.rstrip() for line in self._screen.display]
+            if not self.screens or self.screens[-1] != now:
+                self.screens.append(now)
         return bool(data)
 
 

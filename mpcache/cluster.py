@@ -14,11 +14,15 @@ import logging
 import os
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mpcache.errors import BadInput, MpcacheError
@@ -28,10 +32,13 @@ RUNNING = "auto"  # an address: the cluster that this machine belongs to
 STORE = 128 << 20  # bytes of Ray's object store on this machine, where the cluster is this machine alone
 DIAL_S = 3.0  # for an address to be answered at
 ANSWER_S = 300.0  # for an actor to answer, or to be made anew and then answer
+REACH_S = 60.0  # for an actor whose machine is gone to be made anew on another; Ray misses a machine after 15
+AGAIN_S = 0.5  # between two tries to reach it
 RESTARTS = 3  # of an actor that is lost
 PROBE_S = 60.0  # for a machine to start a worker and import mpcache
 PACKAGES = ("mpcache", "mpcache_parties", "mpcache_kernels")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ray takes the second one when it is imported
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ray takes one of them when it is imported
+SLICE_S = 0.5  # of a wait, between which signals are heard
 
 
 class ClusterError(MpcacheError):
@@ -98,7 +105,8 @@ class Cluster:
             options |= {"address": address}
         kept = {number: signal.getsignal(number) for number in SIGNALS}
         try:
-            ray.init(**options)
+            with _quiet():
+                ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
             raise ClusterInput(_refused(address, error)) from None
         finally:
@@ -166,7 +174,8 @@ class Cluster:
         remote = ray.remote(_results).options(num_cpus=1, memory=memory or None, max_retries=again)
         waiting = {remote.remote(work, *task): number for number, task in enumerate(tasks)}
         while waiting:
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=None, fetch_local=False)
+            with _signals_held():
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=SLICE_S, fetch_local=False)
             for generator in ready:
                 number = waiting[generator]
                 try:
@@ -202,7 +211,7 @@ class Cluster:
         }
         for host, reply in asked.items():
             try:
-                theirs = ray.get(reply, timeout=PROBE_S)
+                theirs = _fetched(ray, reply, PROBE_S)
             except ray.exceptions.RayError as error:
                 raise ClusterInput(
                     f"--ray {self.address}: {host} cannot run mpcache: {_why(error)}"
@@ -230,12 +239,24 @@ class Actors:
             for actor, arguments in zip(self._actors, each, strict=True)
         ]
         answers = []
-        for number, call in enumerate(calls, 1):
+        for number, (call, arguments) in enumerate(zip(calls, each, strict=True)):
             try:
-                answers.append(self._ray.get(call, timeout=ANSWER_S))
+                answers.append(self._answer(call, number, method, arguments))
             except self._ray.exceptions.RayError as error:
-                raise ClusterError(f"actor {number} of {len(self)}: {_why(error)}") from None
+                raise ClusterError(f"actor {number + 1} of {len(self)}: {_why(error)}") from None
         return answers
+
+    def _answer(self, call: Any, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Wait for an answer; ask again while the actor's machine cannot be reached. Raises Ray's errors."""
+        limit = time.monotonic() + REACH_S
+        while True:
+            try:
+                return _fetched(self._ray, call, ANSWER_S)
+            except self._ray.exceptions.ActorUnavailableError:
+                if time.monotonic() > limit:
+                    raise
+            time.sleep(AGAIN_S)
+            call = getattr(self._actors[number], method).remote(*arguments)
 
     def tell(self, method: str, *arguments: Any) -> None:
         """Call a method of all actors, and do not wait."""
@@ -246,6 +267,53 @@ class Actors:
 def _results(work: Callable[..., Iterator[Any]], *task: Any) -> Iterator[Any]:
     for result in work(*task):  # noqa: UP028 - Ray sends values into what `yield from` would hand on to
         yield result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off stderr what Ray's code logs there while it starts: what fails is raised, too."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def _fetched(ray: Any, reference: Any, within_s: float) -> Any:
+    """Wait for an object, and return it. Raises Ray's own errors."""
+    limit = time.monotonic() + within_s
+    while True:
+        try:
+            with _signals_held():
+                return ray.get(reference, timeout=SLICE_S)
+        except ray.exceptions.GetTimeoutError:
+            if time.monotonic() > limit:
+                raise
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Handle signals that come meanwhile at the end: Ray's code bears no exception but KeyboardInterrupt."""
+    came = list[Callable[[], object]]()
+
+    def hold(number: signal.Signals, handler: Callable[[int, FrameType | None], object]) -> None:
+        signal.signal(number, lambda _, frame: came.append(lambda: handler(number, frame)))
+
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in kept.items():
+            if callable(handler):
+                hold(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            _restore(kept)
+        for handle in came[:1]:
+            handle()
 
 
 def _import_ray() -> Any:

@@ -4,16 +4,19 @@ Usage: python tools/agreement.py [--samples 100] [--tokens 880] [--answer 6] [--
        [--ray HOST:PORT|auto|local] [--journal FILE: go on after what is in it]
 
 Each sample is a document with facts in it and one question about them, answered greedily by the plain
-engine and by the three parties (their own code, in three threads of this process). Prints one JSON line
-per sample and, at the end, a table: how many answers agree, the logits' differences, and for each
-disagreement how far apart the plain run's first two candidates were at the first token that differs.
+engine and by the three parties (their own code, in three threads of this process). Prints a table: how
+many answers agree, the logits' differences, and for each disagreement how far apart the plain run's first
+two candidates were at the first token that differs. On a terminal it fills as samples come; a file or pipe
+gets one JSON line per sample before it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpcache.config import PublicConfig
+from mpcache.console.live_table import live_table
 from mpcache.demo.documents import make_document
 from mpcache.engines.registry import PROTOCOLS
 from mpcache.errors import MpcacheError
@@ -35,6 +39,11 @@ from mpcache.policy import POLICIES
 from mpcache.sweeping.runner import FAILED, Batch, cell_runner
 from tests.support.agreement import compare
 
+COLUMNS = {  # and how they are called while they fill
+    "same answer": "same", "right: private, plain": "right",
+    "logits differ by: median / 90 % / most": "logits differ by", "clusters that differ": "clusters differ",
+    "margins where answers differ": "margins",
+}  # fmt: skip
 MEMORY = 2_500_000_000  # bytes of a worker: three parties in one process
 
 
@@ -69,15 +78,15 @@ class Tally:
         if not sample["agree"]:
             self.margins.append(sample["margin"])
 
-    def row(self) -> str:
-        """Return a row of the Markdown table."""
+    def cells(self) -> list[str]:
+        """Return what COLUMNS has of it."""
         d = sorted(self.differences)
         n = len(d)
         quantiles = " / ".join(f"{d[min(n - 1, int(q * n))]:.3g}" for q in (0.5, 0.9, 1.0)) if d else "-"
         margins = ", ".join(f"{m:.3g}" for m in self.margins) or "-"
         clusters = f"{self.changed} of {self.selections}" if self.selections else "-"
         right = f"{self.right[0]}, {self.right[1]}"
-        return f"| `{self.policy}` | {self.agree} of {n} | {right} | {quantiles} | {clusters} | {margins} |"
+        return [f"{self.agree} of {n}", right, quantiles, clusters, margins]
 
 
 def unseen(model: Model, seed: int, tokens: int) -> tuple[list[int], list[int], list[int]]:
@@ -151,15 +160,30 @@ def main() -> None:
         )
         for seed in range(options.samples)
     ]
+    piped = not sys.stdout.isatty()
+    filling = {spec: Tally(spec) for spec in specs}
+
+    def seen(seed: int, i: int, outcome: dict[str, Any]) -> None:
+        if FAILED not in outcome:
+            filling[specs[i]].add(outcome)
+            for column, text in zip(COLUMNS.values(), filling[specs[i]].cells(), strict=True):
+                runner.table.put((specs[i], column), text)
+
     try:
-        with cell_runner(options.ray, options.journal, about, ask, MEMORY) as runner:
+        with (
+            cell_runner(options.ray, options.journal, about, ask, MEMORY) as runner,
+            live_table("answering ...") as runner.table,
+        ):
+            places = [(spec, column) for spec in specs for column in COLUMNS.values()]
+            runner.table.begin("private beside plain answers", "policy", places, len(specs) * len(batches))
             done: dict[int, list[dict[str, Any]]] = {}
-            for seed, outcomes in runner.run(batches, ask):
+            for seed, outcomes in runner.run(batches, ask, seen):
                 done[seed] = outcomes
-                for outcome in outcomes:
+                for outcome in outcomes if piped else ():
                     print(json.dumps(outcome), flush=True)
     except KeyboardInterrupt:
-        sys.exit("interrupted; with --journal FILE the same command goes on after what is done")
+        sys.stdout.flush()
+        os._exit(128 + signal.SIGINT)  # at once: threads that compute make the interpreter's own end an abort
     except MpcacheError as error:
         sys.exit(f"error: {error}")
     for outcome in (outcome for seed in sorted(done) for outcome in done[seed] if FAILED not in outcome):
@@ -170,11 +194,9 @@ def main() -> None:
         if tally.wrong:
             print(f"{tally.policy}: {tally.wrong} clusters were chosen for no reason", file=sys.stderr)
     print(f"\n{options.tokens} tokens, answers of {options.answer}, protocol {options.protocol}\n")
-    print("| policy | same answer | right: private, plain | logits differ by: median / 90 % / most |"
-          " clusters that differ | margins where answers differ |")  # fmt: skip
-    print("|---|---|---|---|---|---|")
-    for tally in tallies.values():
-        print(tally.row())
+    print(f"| policy | {' | '.join(COLUMNS)} |\n{'|---' * (1 + len(COLUMNS))}|")
+    for spec, tally in tallies.items():
+        print(f"| `{spec}` | {' | '.join(tally.cells())} |")
     if runner.failures:
         sys.exit(1)
 

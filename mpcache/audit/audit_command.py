@@ -32,8 +32,10 @@ from mpcache.audit.quality import points
 from mpcache.audit.size_tables import show_sizing
 from mpcache.audit.tuning import Tuned, tuned, tuning_tables
 from mpcache.choices import ProtocolName
+from mpcache.cluster import ClusterError
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
+from mpcache.console.live_table import live_table
 from mpcache.console.options import (
     MODEL_FORMS,
     JournalOption,
@@ -185,13 +187,14 @@ def audit(
         _check_writable(path)
     # The page shows where the cost comes from, whatever the table shows.
     needed = by or ("op" if report else None)
-    result = _result(name, grid, _priced(grid, needed, ray, journal))
-    stopped = None if folder is None else _measured(result, grid, folder, needed)
+    failed: list[MpcacheError] = []
+    result = _result(name, grid, _priced(grid, needed, ray, journal, failed))
+    failed += [] if folder is None or failed else _measured(result, grid, folder, needed)
     results = [result]
     for other in others_given:
         name, model = shape_of(other)
         other_grid = replace(grid, shape=model, contexts=contexts_of(context, other, model, more))
-        results.append(_result(name, other_grid, _priced(other_grid, needed, ray, None)))
+        results.append(_result(name, other_grid, _priced(other_grid, needed, ray, None, failed)))
     if plot_file is not None and not measured.rows:
         plot_contexts(results, plot_file)
         terminal.say(f"wrote {plot_file}")
@@ -204,15 +207,23 @@ def audit(
         terminal.say(f"wrote {report}")
     if as_json:
         _show(results, by, csv, "json")
-    if stopped is not None:
-        raise stopped
+    if failed:
+        raise failed[0]
 
 
-def _priced(grid: AuditGrid, by: str | None, ray: str | None, journal: Path | None) -> list[AuditRow]:
-    """Price a grid, here or on the cluster that --ray names. Raises ClusterError where settings failed."""
+def _priced(
+    grid: AuditGrid, by: str | None, ray: str | None, journal: Path | None, failed: list[MpcacheError]
+) -> list[AuditRow]:
+    """Price a grid, here or on the cluster that --ray names. failed: is told of settings that have no row."""
     with cell_runner(ray, journal, grid.about(by), ask_settings, PROCESS) as runner:
-        rows = price_rows(grid, by, None, _note, runner)
-        runner.check()
+        with live_table("pricing ...") as runner.table:
+            rows = price_rows(grid, by, None, _note, runner)
+        for failure in runner.failures:
+            _note(f"failed: {failure}")
+        try:
+            runner.check()
+        except ClusterError as error:
+            failed.append(error)
         return rows
 
 
@@ -324,14 +335,14 @@ def _price_document(
     print(*explain_document(model, explain, tokens[0], question, protocols[0]), sep="\n")
 
 
-def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> MpcacheError | None:
+def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | None) -> list[MpcacheError]:
     """Measure the rows of `result`, and price them again at this machine's speed.
 
-    What ended it early, if anything did after the first run: then the rest stays unmeasured.
+    Returns what ended it early, if anything did after the first run: then the rest stays unmeasured.
     """
     planned = measuring.plan(grid, result["rows"])
     runs: dict[measuring.Key, measuring.Measured] = {}
-    done, stopped = 0, None
+    done, stopped = 0, list[MpcacheError]()
     try:
         for key, run in measuring.measure(planned, grid.question, model, terminal.say):
             runs[key] = runs[key].with_another(run) if key in runs else run
@@ -339,7 +350,7 @@ def _measured(result: dict[str, Any], grid: AuditGrid, model: Path, by: str | No
     except MpcacheError as error:
         if not runs:
             raise
-        stopped = error
+        stopped.append(error)
     rates = measuring.calibrated(runs, grid)
     found = result["rows"] = price_rows(grid, by, rates)
     measuring.put_beside(found, runs)

@@ -18,9 +18,9 @@ from mpcache.errors import PolicyError
 from mpcache.limits import check_padding
 from mpcache.model import ModelShape
 from mpcache.policy import parse_policy
-from mpcache.report.units import whole
+from mpcache.report.units import duration, whole
 from mpcache.sweeping.journal import Outcome
-from mpcache.sweeping.runner import Batch, CellRunner
+from mpcache.sweeping.runner import FAILED, Batch, CellRunner
 from mpcache.transport.network import Profile
 
 AuditRow = dict[str, Any]
@@ -79,13 +79,20 @@ def price_rows(
     transfer of the dealer's bytes. `ratio_to_full`: that over the one of `full`.
     """
     asked = [SettingsAsked(grid, by, *place) for place in product(grid.contexts, grid.protocols)]
-    batches = [Batch(f"{one.context} tokens, {one.protocol}", tuple(grid.policies), one) for one in asked]
+    batches = [Batch(one.shown, tuple(grid.policies), one) for one in asked]
     rows: dict[int, list[AuditRow]] = {}
 
     def here(one: SettingsAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
         return one.outcomes(wanted, rates or {})
 
-    for n, outcomes in (runner or CellRunner()).run(batches, here):
+    runner, paces = runner or CellRunner(), " / ".join(network.name for network in grid.networks)
+    places = [(spec, one.shown) for one in asked for spec in grid.policies]
+    runner.table.begin(f"a generated token, {paces}", "policy", places, len(places))
+
+    def seen(n: int, i: int, outcome: Outcome) -> None:
+        runner.table.put(places[n * len(grid.policies) + i], _in_short(outcome))
+
+    for n, outcomes in runner.run(batches, here, seen):
         rows[n] = []
         for outcome in outcomes:
             for text in outcome.get("notes", ()):
@@ -111,6 +118,11 @@ class SettingsAsked:
     context: int
     protocol: str
 
+    @property
+    def shown(self) -> str:
+        """The column of these policies in the table that fills."""
+        return f"{self.context} tokens, {self.protocol}"
+
     def outcomes(self, wanted: Sequence[int], rates: Mapping[Setting, Rates]) -> Iterator[Outcome]:
         """Yield each wanted policy's rows, or why it was left out; and notes."""
         grid, context = self.grid, self.context
@@ -131,6 +143,14 @@ class SettingsAsked:
                 yield {"notes": notes, "rows": rows}
             except PolicyError as error:
                 yield {"notes": notes, "rows": rows, "left out": str(error)}
+
+
+def _in_short(outcome: Outcome) -> str:
+    """Write the times of a setting's rows, or why there are none, into one cell."""
+    if FAILED in outcome:
+        return FAILED
+    times = [duration(row["total_ms_per_token"]) for row in outcome["rows"]]
+    return " / ".join(times) or "left out"
 
 
 def ask_settings(asked: SettingsAsked, wanted: Sequence[int]) -> Iterator[Outcome]:

@@ -16,9 +16,9 @@ from mpcache.console.terminal import Say
 from mpcache.errors import BadInput, PolicyError
 from mpcache.evaluate.chat_score import Talk, make_talk, score_talks
 from mpcache.evaluate.chat_tasks import CHAT_TASKS
-from mpcache.evaluate.results import NOTE, Cell, Results, counted, so_far
+from mpcache.evaluate.results import NOTE, Cell, Results, counted, share_text, so_far, text_so_far, wilson
 from mpcache.evaluate.score import EvalModel, Score
-from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, engine_of, gated_out
+from mpcache.evaluate.sweep import FULL, EvalGrid, bind_at_budget, engine_of, gated_out, shown_at
 from mpcache.evaluate.tasks import Task
 from mpcache.model.framing import Framing, make_framing
 from mpcache.policy.plan import FULL_PERCENT
@@ -146,7 +146,7 @@ class ChatSweep:
     def run(self, say: Say, runner: CellRunner | None = None) -> None:
         """Ask everything, and add to `results` whole readings at a time. Raises BadInput."""
         grid, runner = self.grid, runner or CellRunner()
-        settings = [(FULL, FULL_PERCENT), *((p, b) for p in grid.policies for b in grid.budgets)]
+        settings = grid.settings()
         places = [(i, r) for i in range(self.documents) for r in range(len(self.document(i)))]
         names = tuple(f"{spec} at {budget} %" for spec, budget in settings)
         about = ChatAsked(
@@ -163,10 +163,22 @@ class ChatSweep:
             said = f"document {asked.number + 1} of {self.documents}, question {reading.question}"
             outcomes = asked.outcomes(self, reading, wanted)
             for n in wanted:
-                say(f"{said}, {names[n]} ({n + 1} of {len(settings)}){clock.left()}")
+                left = "" if runner.table.drawn else clock.left()  # the table says it, too
+                say(f"{said}, {names[n]} ({n + 1} of {len(settings)}){left}")
                 yield next(outcomes)
 
-        for n, outcomes in runner.run(batches, here):
+        title = "all tasks together, questions judged by the full cache" if self.gate == "question" else ""
+        shown = [shown_at(*setting) for setting in settings]
+        runner.table.begin(title or "all tasks together", "policy", shown, len(places) * len(settings))
+        filling: list[dict[int, Outcome]] = [{} for _ in settings]
+
+        def seen(n: int, j: int, outcome: Outcome) -> None:
+            filling[j][n] = outcome
+            for one in (j,) if j else range(len(settings)):  # what the full cache answers judges the others
+                if filling[one]:
+                    runner.table.put(shown[one], self._so_far(filling[0], filling[one]))
+
+        for n, outcomes in runner.run(batches, here, seen):
             done[n] = outcomes
             self._stand_on({places[m]: done[m] for m in sorted(done)}, settings)
             if runner.cluster is not None:
@@ -174,6 +186,19 @@ class ChatSweep:
                 say(f"{len(done)} of {len(places)} readings{so_far(evicted)}")
             self.kept()
         self._judge()
+
+    def _so_far(self, full: Mapping[int, Outcome], mine: Mapping[int, Outcome]) -> str:
+        """Write what a setting answers in the readings that it shares with the full cache."""
+        counts = [
+            answer
+            for n in full.keys() & mine.keys()
+            for able, answers in zip(full[n].get("right", ()), mine[n].get("right", ()), strict=False)
+            for before, answer in zip(able, answers, strict=True)
+            if before or self.gate != "question" or mine is full
+        ]
+        right, asked = sum(counts), len(counts)
+        text = share_text(right / asked, *wilson(right, asked)) if asked else ""
+        return text_so_far(text, mine.values())
 
     def _stand_on(
         self, done: Mapping[tuple[int, int], list[Outcome]], settings: Sequence[tuple[str, int]]

@@ -17,6 +17,7 @@ import typer
 from mpcache.config import PublicConfig, load_settings
 from mpcache.console import terminal
 from mpcache.console.inputs import listed
+from mpcache.console.live_table import live_table
 from mpcache.console.options import (
     DocumentAsOption,
     JournalOption,
@@ -124,7 +125,7 @@ def evaluate(
 ) -> None:
     """Measure the answer quality of each policy at equal budgets, on the plain engine.
 
-    Ctrl-C ends the sweep and keeps what is done.
+    On a terminal the table fills as answers come. Ctrl-C ends the sweep and keeps what is done.
     """
     for name, value, least in (("--samples", samples, 1), ("--secure", secure, 0), ("--seed", seed, 0)):
         if not least <= value <= 10**6:
@@ -181,10 +182,10 @@ def evaluate(
     work: Work = ask_reading if chat else ask_sample
     with cell_runner(ray, journal, about, work, worker_memory(engine.model.shape)) as runner:
         try:
-            with terminal.progress("starting ...") as (say, _):
-                ask(say, runner)
+            with live_table("starting ...") as runner.table:
+                ask(runner.table.say, runner)
                 if secure:
-                    confirm(say)
+                    confirm(runner.table.say)
             complete = not runner.failures
         finally:  # also when it was interrupted, or a party failed
             for failure in runner.failures:

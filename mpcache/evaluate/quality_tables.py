@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mpcache.evaluate.results import EvalRow
-from mpcache.policy.plan import FULL_PERCENT
+from mpcache.evaluate.results import EvalRow, budget_name, cell_text
 
 
 def quality_tables(rows: Sequence[EvalRow]) -> list[Table]:
@@ -25,27 +24,12 @@ def quality_tables(rows: Sequence[EvalRow]) -> list[Table]:
         )
         table.add_column("policy", overflow="fold")
         for budget in budgets:
-            table.add_column("all" if budget == FULL_PERCENT else f"{budget} %", justify="right")
+            table.add_column(budget_name(budget), justify="right")
         for policy in dict.fromkeys(row["policy"] for row in mine):
             cells = {row["budget_percent"]: cell_text(row) for row in mine if row["policy"] == policy}
             table.add_row(policy, *(cells.get(budget, "") for budget in budgets))
         found.append(table)
     return found
-
-
-def cell_text(row: EvalRow) -> str:
-    """Write a cell: 98 (90-100), in percent; 1.57 (39) for bits per byte.
-
-    Secure rows add how many answers were the plain engine's, or how far the farthest sample was off the
-    plain engine's bits per byte.
-    """
-    percent = f"{100 * row['accuracy']:.0f}"
-    if "bits_per_byte" in row:
-        text = f"{row['bits_per_byte']:.2f} ({percent})"
-        return f"{text}, off {row['bits_per_byte_off']:.4f}" if "bits_per_byte_off" in row else text
-    low, high = row["ci95"]
-    text = f"{percent} ({100 * low:.0f}-{100 * high:.0f})"
-    return f"{text}, agree {100 * row['agreement']:.0f}" if "agreement" in row else text
 
 
 CAPTION = (

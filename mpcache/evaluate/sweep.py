@@ -17,7 +17,16 @@ import torch
 from mpcache.console.terminal import Say
 from mpcache.cost.sizing import FLOAT, PROCESS
 from mpcache.errors import BadInput, PolicyError
-from mpcache.evaluate.results import NOTE, Cell, Results, counted, so_far
+from mpcache.evaluate.results import (
+    NOTE,
+    Cell,
+    Results,
+    budget_name,
+    cell_text,
+    counted,
+    so_far,
+    text_so_far,
+)
 from mpcache.evaluate.score import EvalModel, Tokens, score
 from mpcache.evaluate.tasks import BITS_AT_MOST, FULL_AT_LEAST, TASKS, Sample, Task
 from mpcache.model import ModelShape, Weights, load_model
@@ -54,6 +63,15 @@ class EvalGrid:
         }  # fmt: skip
         asked = {name: list(value) if isinstance(value, tuple) else value for name, value in framed.items()}
         return {"sweep": "eval", "seed": self.seed, "context": self.context} | (asked if chat else {})
+
+    def settings(self) -> list[tuple[str, int]]:
+        """Return each policy with each budget, in percent; the full cache first."""
+        return [(FULL, FULL_PERCENT), *((spec, budget) for spec in self.policies for budget in self.budgets)]
+
+
+def shown_at(spec: str, budget: int) -> tuple[str, str]:
+    """Return the row and the column of a setting, in the table that fills."""
+    return spec, budget_name(budget)
 
 
 def worker_memory(shape: ModelShape) -> int:
@@ -99,6 +117,8 @@ def run_sweep(
     for task in grid.tasks:
         for question in [q for q in task.questions if q in grid.questions]:
             name = f"{task.name}, question {question}"
+            places = [shown_at(*setting) for setting in grid.settings()]
+            runner.table.begin(name, "policy", places, task.samples(grid.samples) * len(places))
             full = Cell(task, question, FULL, FULL_PERCENT)
             results.cells.append(full)
             _ask(engine, grid, [full], results, _under(say, f"{name}: full"), runner)
@@ -106,11 +126,7 @@ def run_sweep(
             if not full.judged:
                 results.note(gated_out(full) if full.scores else f"{name}: the full cache was not asked")
                 continue
-            cells = [
-                Cell(task, question, spec, budget, judged=True)
-                for spec in grid.policies
-                for budget in grid.budgets
-            ]
+            cells = [Cell(task, question, *setting, judged=True) for setting in grid.settings()[1:]]
             results.cells += cells
             _ask(engine, grid, cells, results, _under(say, name), runner)
 
@@ -200,10 +216,20 @@ def _ask(
     def here(asked: SampleAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
         outcomes = asked.outcomes(engine, wanted)
         for n in wanted:
-            say(f"sample {asked.number + 1} of {count}, {names[n]}{clock.left()}")
+            left = "" if runner.table.drawn else clock.left()  # the table says it, too
+            say(f"sample {asked.number + 1} of {count}, {names[n]}{left}")
             yield next(outcomes)
 
-    for i, outcomes in runner.run(batches, here):
+    filling = [(Cell(task, question, *setting), list[Outcome]()) for setting in settings]
+
+    def seen(i: int, j: int, outcome: Outcome) -> None:
+        cell, outcomes = filling[j]
+        outcomes.append(outcome)
+        cell.take(outcomes)
+        text = cell_text(cell.row()) if cell.scores else ""
+        runner.table.put(shown_at(cell.policy, cell.budget), text_so_far(text, outcomes))
+
+    for i, outcomes in runner.run(batches, here, seen):
         done[i] = outcomes
         for j, cell in enumerate(cells):
             cell.take([done[n][j] for n in sorted(done)])

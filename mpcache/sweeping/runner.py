@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.cluster import Cluster, ClusterError, Failure
+from mpcache.console import terminal
+from mpcache.console.live_table import LiveTable
+from mpcache.console.signals import Stopped
 from mpcache.sweeping.journal import Journal, Outcome
 
 FAILED = "failed"  # of an outcome: why there is none
 Work = Callable[..., Iterator[Outcome]]  # takes a batch's `about`, and which cells are wanted
+Seen = Callable[[int, int, Outcome], None]  # hears of a batch's number, a cell's in it, and its outcome
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Batch:
 class CellRunner:
     """Runs batches here, one after another, or on a cluster. failures: of cells, in words.
 
-    work: at a worker elsewhere; memory: bytes that it needs there.
+    work: at a worker elsewhere; memory: bytes that it needs there.  table: shows how far it is.
     """
 
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
@@ -43,27 +47,41 @@ class CellRunner:
     work: Work | None = None
     memory: int = 0
     failures: list[str] = field(default_factory=list)
+    table: LiveTable = field(default_factory=LiveTable)
 
-    def run(self, batches: Sequence[Batch], here: Work) -> Iterator[tuple[int, list[Outcome]]]:
+    def run(
+        self, batches: Sequence[Batch], here: Work, seen: Seen = lambda n, cell, outcome: None
+    ) -> Iterator[tuple[int, list[Outcome]]]:
         """Yield each batch's number and its cells' outcomes, in the order of the cells, when all are there.
 
         A cell that failed has the outcome {FAILED: why}; it is asked again when the sweep goes on. What
-        `here` raises ends the run; what is done stays done.
+        `here` raises ends the run; what is done stays done.  seen: hears of each cell as soon as it is
+        there, of those in the journal first.
         """
         found = [
             [self.journal.found.get(batch.named(i)) for i in range(len(batch.cells))] for batch in batches
         ]
+        there = [
+            (n, i, cell) for n, cells in enumerate(found) for i, cell in enumerate(cells) if cell is not None
+        ]
+        self.table.found(len(there))
+        for each in there:
+            seen(*each)
         open_ = {n: [i for i, cell in enumerate(cells) if cell is None] for n, cells in enumerate(found)}
         for n, wanted in open_.items():
             if not wanted:
                 yield n, [cell for cell in found[n] if cell is not None]
         todo = [(n, wanted) for n, wanted in open_.items() if wanted]
         for n, cell, outcome in self._asked(batches, todo, here):
+            failed = None
             if FAILED in outcome:
-                self.failures.append(f"{batches[n].named(cell)}: {outcome[FAILED]}")
+                failed = f"{batches[n].named(cell)}: {outcome[FAILED]}"
+                self.failures.append(failed)
             else:
                 self.journal.add(batches[n].named(cell), outcome)
             found[n][cell] = outcome
+            self.table.step(failed)
+            seen(n, cell, outcome)
             if all(one is not None for one in found[n]):
                 yield n, [one for one in found[n] if one is not None]
 
@@ -95,6 +113,13 @@ class CellRunner:
             again = "; with --journal, the same command asks them again" if self.journal.file is None else ""
             raise ClusterError(f"failed: {self.failures[0]}{more}{again}")
 
+    def kept(self) -> str:
+        """Say what an interruption leaves, and how to go on."""
+        if self.journal.file is None:
+            return "with --journal FILE, an interrupted sweep goes on after the cells that are done"
+        done = len(self.journal.found)
+        return f"{self.journal.file} has {done} finished cells; the same command goes on after them"
+
 
 @contextmanager
 def cell_runner(
@@ -102,15 +127,21 @@ def cell_runner(
 ) -> Iterator[CellRunner]:
     """Open the journal of what `about` says, and join the cluster that --ray names, if it names one.
 
-    work: what a worker there does; memory: bytes that it takes. Raises BadInput.
+    work: what a worker there does; memory: bytes that it takes. Who interrupts is told how to go on. Raises
+    BadInput.
     """
-    kept = Journal(journal, about)
-    if ray is None:
-        yield CellRunner(kept)
-        return
-    with Cluster.join(ray) as cluster:
-        cluster.check_memory(memory, 1, "workers")
-        yield CellRunner(kept, cluster, work, memory)
+    runner = CellRunner(Journal(journal, about))
+    try:
+        if ray is None:
+            yield runner
+            return
+        with Cluster.join(ray) as cluster:
+            cluster.check_memory(memory, 1, "workers")
+            runner.cluster, runner.work, runner.memory = cluster, work, memory
+            yield runner
+    except (Stopped, KeyboardInterrupt):
+        terminal.say(f"note: {runner.kept()}")
+        raise
 
 
 def _parted(todo: Sequence[tuple[int, list[int]]], workers: int) -> Iterator[tuple[int, list[int]]]:

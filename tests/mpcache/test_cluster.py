@@ -7,10 +7,19 @@ import signal
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
-from mpcache.cluster import Cluster, ClusterError, Failure, _refused, release_digest
+from mpcache.cluster import (
+    Actors,
+    Cluster,
+    ClusterError,
+    Failure,
+    _refused,
+    _signals_held,
+    release_digest,
+)
 from mpcache.errors import BadInput
 
 ray_only = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: the extra `scale`")
@@ -50,6 +59,52 @@ def test_a_machine_that_is_in_no_cluster_is_told_how_to_start_one() -> None:
     assert "no Ray cluster runs on this machine" in _refused("auto", ConnectionError("a\nb"))
     assert "RAY_AUTH_MODE=token" in _refused("h:1", ConnectionError("no"))
     assert _refused("h:1", RuntimeError("\n Version mismatch \n more")) == "--ray h:1: Version mismatch"
+
+
+class Unreachable(Exception):
+    pass
+
+
+class Gone:
+    """An actor of which a machine is gone for so many calls, and what stands for Ray and for its method."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+        self.exceptions = SimpleNamespace(
+            RayError=Unreachable, ActorUnavailableError=Unreachable, GetTimeoutError=TimeoutError
+        )
+        self.say = SimpleNamespace(remote=lambda word: word)
+
+    def get(self, word: str, timeout: float) -> str:
+        self.left -= 1
+        if self.left >= 0:
+            raise Unreachable("no route")
+        return word
+
+
+def test_an_actor_whose_machine_is_gone_is_asked_until_it_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mpcache.cluster.AGAIN_S", 0.001)
+    gone = Gone(3)
+    assert Actors(gone, [gone]).ask("say", [("a",)]) == ["a"] and gone.left == -1
+    monkeypatch.setattr("mpcache.cluster.REACH_S", 0.05)
+    with pytest.raises(ClusterError, match="actor 1 of 1: Unreachable: no route"):
+        Actors(Gone(10**9), [Gone(0)]).ask("say", [("a",)])
+
+
+def test_a_signal_is_handled_after_rays_own_code() -> None:
+    came: list[str] = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: came.append("handled"))
+    try:
+        with _signals_held():
+            signal.raise_signal(signal.SIGHUP)
+            came.append("inside")
+        assert came == ["inside", "handled"]
+        signal.raise_signal(signal.SIGHUP)
+        assert came[2:] == ["handled"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")

@@ -297,11 +297,16 @@ BAD = {
     "port": (S, [], 3, "is in use by another program|is not the server: it does not answer"),
 }
 
+# One of each way through the program; the rest go the same ways with other words.
+WAYS = ("missing-model", "empty-question", "policy", "another-config", "port")
+
 PLAIN_MODES = {"state": KeepMode.NONE.value, "document": NO_NAME}  # what a client without options says, too
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize(
+    "case", [case if case in WAYS else pytest.param(case, marks=pytest.mark.slow) for case in BAD]
+)
 def test_bad_input_ends_all(
     case: str, folder: Path, files: tuple[Settings, Path, Path], tmp_path: Path
 ) -> None:

@@ -36,7 +36,9 @@ def tiny(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]
 
 
 @pytest.mark.parametrize("command", [[*CLI, "policies"], [*PARTY, "--rank", "2"]], ids=["mpcache", "party"])
-@pytest.mark.parametrize("seconds", [0.3, 0.6, 1.0, 1.6])
+@pytest.mark.parametrize(
+    "seconds", [0.3, 1.0, *(pytest.param(later, marks=pytest.mark.slow) for later in (0.6, 1.6))]
+)
 def test_a_signal_at_any_moment_is_one_line(command: list[str], seconds: float) -> None:
     """Imports take about two seconds of this."""
     with started() as children:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpcache.audit.priced_rows import AuditGrid, ask_settings, price_rows
-from mpcache.cluster import Cluster
-from mpcache.evaluate.results import Results
+from mpcache.cluster import Cluster, ClusterError
+from mpcache.evaluate.results import Results, cell_text
 from mpcache.evaluate.score import EvalModel
-from mpcache.evaluate.sweep import EvalGrid, ask_sample, run_sweep
+from mpcache.evaluate.sweep import EvalGrid, SampleAsked, ask_sample, run_sweep
 from mpcache.evaluate.tasks import TASKS
 from mpcache.model import demo_model_dir, load_model, load_shape
-from mpcache.sweeping.journal import Journal
+from mpcache.sweeping.journal import Journal, Outcome
 from mpcache.sweeping.runner import CellRunner
 from mpcache.transport.network import parse_network
 from tests.support.cluster_here import ClusterHere
+from tests.support.pseudo_terminal import drawn
 
 EVAL = EvalGrid((TASKS["passkey"],), ("after",), ("snapkv", "quest"), (10, 20), 2, 0, 120)
 
@@ -53,6 +55,24 @@ def test_an_audit_is_the_same_elsewhere(tmp_path: Path) -> None:
     for _ in range(2):
         runner = CellRunner(Journal(tmp_path / "j", grid.about(None)), ClusterHere(), ask_settings)
         assert price_rows(grid, runner=runner) == here
+
+
+def third_fails(asked: SampleAsked, wanted: Sequence[int]) -> Iterator[Outcome]:
+    for cell in wanted:
+        if cell == 2:
+            raise ClusterError("out of luck")
+        yield from ask_sample(asked, [cell])
+
+
+def test_a_table_that_fills_has_the_same_figures_and_names_what_failed(engine: EvalModel) -> None:
+    runner = CellRunner(cluster=ClusterHere(1), work=third_fails)
+    found, _ = rows(engine, runner)
+    texts = {(row["policy"], row["budget_percent"]): cell_text(row).split() for row in found}
+    lines = [line.split() for line in drawn(runner.table, 120)]
+    assert ["full", *texts["full", 100]] in lines
+    assert ["snapkv", *texts["snapkv", 10], *texts["snapkv", 20]] in lines
+    assert ["quest", "2", "failed", "2", "failed"] in lines
+    assert lines[-1] == ["failed:", "passkey/after/0/quest", "at", "20", "%:", "out", "of", "luck"]
 
 
 @pytest.mark.slow

@@ -100,12 +100,13 @@ def ranked_places(side: Side, scores: Share, width: int) -> Program[Any]:
     *rows, n = scores.shape
     first, second = torch.triu_indices(n, n, 1)
     size = size_for(n)
-    compared = Digits(math.prod(rows) * len(first), width, torch.int8 if size <= 1 << 8 else torch.int16)
+    bit = torch.int8 if size <= 1 << 8 else torch.int16
+    compared = yield from Digits.of(math.prod(rows) * len(first), width, bit)
     fence = Fence(width, 8, 64, 128)  # the raised scores are a quarter to a half of the ring
 
-    def derive(r: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
+    def derive(r: torch.Tensor, *own: Any) -> Sequence[torch.Tensor]:
         difference = (r[..., first] - r[..., second]).reshape(-1)
-        return *compared.derive(difference, own), fence.tables(r)
+        return *compared.derive(difference, *own), fence.tables(r)
 
     request = Request(
         compared.kind,

@@ -154,12 +154,12 @@ def topk_by_tables(
     products = k * math.prod(together.shape)  # of slots with the values to gather
     fence = Fence(width, 8, 1, 127)  # all within half of the ring: so differences are below it
 
-    def derive(r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
+    def derive(r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, *own: Any) -> Sequence[torch.Tensor]:
         above, below = pairs_of(n)
         difference = (r[..., above] - r[..., below]).reshape(-1)
         hot = one_hot(rho, size)
         rotated = hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
-        return *compared.derive(difference, own), fence.tables(r), hot, rotated
+        return *compared.derive(difference, *own), fence.tables(r), hot, rotated
 
     table = fence.part((*rows, n))
     request = Request(

@@ -9,7 +9,7 @@ additively, and msb(x) = m + u - 2 m u with the public m = msb(c).
 Two ways to tell t trade offline bytes for a round:
 
 * `Keys`: a key tree of function secret sharing; no further message.
-* `Digits`: the mask's digits, each as a one-time table of its comparisons; one more round.
+* `Digits`: the mask's digits, each as a one-hot vector; one more round, or two for a third of the bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from mpcache.runtime.program import (
 from mpcache.runtime.rng import TreeCipher
 from mpcache.runtime.side import Side
 
-MANY = 1 << 13
+# Comparisons at once from which a further round costs less than the bytes it spares (docs/log.md).
+MANY = 1 << 16
 
 
 def key_parts(keys: KeyShape) -> tuple[Part, Part, Part]:
@@ -124,7 +125,7 @@ def _holds(bits: int) -> torch.dtype:
 
 
 def levels_for(n: int) -> int:
-    """Return the levels in which n comparisons are made at once: a round more where it spares many bytes."""
+    """Return the levels in which a top-k makes n comparisons: a round more where it spares many bytes."""
     return 2 if n >= MANY else 1
 
 
@@ -137,15 +138,15 @@ def _bits_opened(bits: torch.Tensor, mask: torch.Tensor, count: int, why: str) -
 
 @dataclass(frozen=True)
 class Digits:
-    """n comparisons of the mask's digits, with outcomes in `dtype`'s ring: no AES, and nothing to the client.
+    """n comparisons of the mask's digits, with outcomes in `dtype`'s ring.
 
-    One level takes a round, and a fifth to a sixth of the offline bytes of `Keys` (to the server alone); two
-    take two rounds and a third of that. docs/protocols.md, section 6.2.
+    They take one more round, and a thirteenth of the offline bytes of `Keys`, to the server alone; with two
+    levels two more rounds, and a fortieth. docs/protocols.md, section 6.2.
 
     r has m digits d_j, the highest first. The dealer shares each as a one-hot vector, by XOR (one-time truth
     tables; Ishai et al., TCC 2013). c's digits v_j choose what a party adds up of it: l_j = [v_j < d_j] and
-    e_j = [v_j = d_j]; and t = sum_j l_j prod_(i<j) e_i, of which one summand at most is 1. The bits are opened
-    under one-bit masks, and the products of these masks, which the dealer shares in place of opened
+    e_j = [v_j = d_j]; and t = sum_j l_j prod_(i<j) e_i, of which one summand at most is 1. The bits are
+    opened under one-bit masks, and the products of these masks, which the dealer shares in place of opened
     factors, make t from the public bits (multi-fan-in products; ABY2.0, USENIX Security 2021). With two
     levels they make t of each group of digits and whether all of a group are equal, in bits; these are
     opened in their turn, under masks of their own, and make t of all.
@@ -183,7 +184,7 @@ class Digits:
 
     @property
     def derived(self) -> tuple[Part, ...]:
-        """One-hot vectors of the digits; products of the first of two levels' masks; those of the last."""
+        """One-hot vectors of the digits; products of the first of two levels' masks, as bits; numbers."""
         layout = self.layout
         hot = Part((self.n, layout.digits), _holds(1 << layout.base), xor=True)
         products = Part((self.n, 1 + len(layout.last.products)), self.dtype)
@@ -192,7 +193,7 @@ class Digits:
         return hot, Part((self.n,), xor=True, ring=len(layout.first.products)), products
 
     def derive(self, mask: torch.Tensor, *masks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Derive at the dealer, of r (n,). The last products are msb(r), and 1 - 2 msb(r) times the others."""
+        """Derive at the dealer, of r (n,). The numbers are msb(r), and 1 - 2 msb(r) times the products."""
         layout, top = self.layout, (mask >> self.depth) & 1
         hot = (torch.ones_like(mask).unsqueeze(-1) << self._split(mask)).to(_holds(1 << layout.base))
         within = [] if layout.first is None else [layout.first.multiplied(masks[0].long())]

@@ -73,7 +73,8 @@ class LastLevel:
         for product in _chain(self.digits, self.digits):
             for masks in _subsets(product):
                 rest = product & ~masks
-                here = ((seen & rest) == rest) * (1 - 2 * (np.bitwise_count(seen & masks) & 1)).astype(np.int8)
+                signs = np.where(np.bitwise_count(seen & masks) & 1, -1, 1)
+                here = (((seen & rest) == rest) * signs).astype(np.int8)
                 if masks:
                     dealt[:, place[masks]] += here
                 else:
@@ -133,9 +134,7 @@ class FirstLevel:
         bit_loops.multiply_bits(masks.contiguous().numpy(), np.array(self.products, np.int64), out)
         return torch.from_numpy(out)
 
-    def sums(
-        self, side: Side, seen: torch.Tensor, masks: torch.Tensor, dealt: torch.Tensor
-    ) -> torch.Tensor:
+    def sums(self, side: Side, seen: torch.Tensor, masks: torch.Tensor, dealt: torch.Tensor) -> torch.Tensor:
         """XOR shares of the groups' bits (n,): t of group g at bit g, its equality at bit G + g.
 
         seen: what was opened.  masks, dealt: shares of the masks and of their products.
@@ -204,14 +203,14 @@ class DigitLayout:
 
 @cache
 def cheapest_layout(depth: int, levels: int, itemsize: int) -> DigitLayout:
-    """Choose the layout of fewest bytes for c and r of `depth` bits. Raises ValueError where none is small."""
-    found = [one for one in _layouts(depth, levels) if one is not None]
+    """Choose the layout of fewest bytes for c and r of `depth` bits. Raises ValueError where there is none."""
+    found = list(_layouts(depth, levels))
     if not found:
         raise ValueError(f"{depth} bits are too many to be compared by digits in {levels} level(s)")
     return min(found, key=lambda one: (one.nbytes(itemsize), one.digits))
 
 
-def _layouts(depth: int, levels: int) -> Iterator[DigitLayout | None]:
+def _layouts(depth: int, levels: int) -> Iterator[DigitLayout]:
     for base in BASES:
         digits = max(-(-depth // base), levels)
         if levels == 1 and digits <= _DIGITS:

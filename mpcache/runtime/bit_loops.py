@@ -1,4 +1,4 @@
-"""Compile sums of one-hot rows and of bits in one pass, where torch takes several, or has no operation for them.
+"""Compile sums of one-hot rows and of bits in one pass, where torch takes several or has none.
 
 As `mpcache.runtime.loops`: callers check shapes, and arrays lie as the signatures say.
 """

@@ -73,8 +73,8 @@ class LastLevel:
         for product in _chain(self.digits, self.digits):
             for masks in _subsets(product):
                 rest = product & ~masks
-                signs = np.where(np.bitwise_count(seen & masks) & 1, -1, 1)
-                here = (((seen & rest) == rest) * signs).astype(np.int8)
+                signs = np.array([(-1) ** (v & masks).bit_count() for v in range(len(public))], np.int8)
+                here = ((seen & rest) == rest) * signs
                 if masks:
                     dealt[:, place[masks]] += here
                 else:
@@ -203,7 +203,7 @@ class DigitLayout:
 
 @cache
 def cheapest_layout(depth: int, levels: int, itemsize: int) -> DigitLayout:
-    """Choose the layout of fewest bytes for c and r of `depth` bits. Raises ValueError where there is none."""
+    """Choose the layout of fewest bytes for c and r of `depth` bits. Raises ValueError if there is none."""
     found = list(_layouts(depth, levels))
     if not found:
         raise ValueError(f"{depth} bits are too many to be compared by digits in {levels} level(s)")

@@ -26,7 +26,7 @@ from mpcache.policies_command import PLAIN, PRIVATE, reveals, side
 from mpcache.policy import POLICIES
 from mpcache.policy.describe import describe
 from mpcache.protocols.compaction import shuffle
-from mpcache.protocols.compare import Keys, less
+from mpcache.protocols.compare import Digits, Keys, less
 from mpcache.protocols.linear import mask_operand, matmul_masked_operand, product, truncate, truncate_product
 from mpcache.protocols.lookup import lookup
 from mpcache.protocols.reciprocal import reciprocal
@@ -115,6 +115,12 @@ EXAMPLES: Mapping[RequestKind, tuple[str, Callable[..., Program[object]]]] = {
             SIDE, share(rows, n, bits=13, ring=24), k, share(rows, n, c, bits=13, ring=24), 24, Keys
         ),
     ),
+    RequestKind.TOPK_DIGITS: (
+        "k of n, scores of 24 bits, c values each, fewer than 2^16 pairs",
+        lambda n, k, c, **_: topk_by_tables(
+            SIDE, share(n, bits=13, ring=24), k, share(n, c, bits=13, ring=24), 24, Digits
+        ),
+    ),
     RequestKind.SHUFFLE: (
         "n rows of c values, ring of 48 bits, in each row",
         lambda rows, n, c, **_: shuffle(SIDE, [share(rows, n, c, ring=48)], Rank.CLIENT),
@@ -151,6 +157,17 @@ def blocks() -> Iterator[str]:
             f"| {one.says} (`{one.code}`) | {what} | {every[0].rounds} | {sent} | {dealt} "
             f"| {one.error} | {one.source} |"
         )
+
+
+def digits() -> Iterator[str]:
+    """Yield the rows of the dealer's bytes for a comparison, by key trees and by digits."""
+    for width, dtype in ((24, torch.int8), (24, torch.int16), (28, torch.int16)):
+        keys, *levels = (
+            sum(part.nbytes * (2 if part.public else 1) for part in derived)
+            for derived in (Keys(1, width, dtype).derived,
+                            *(Digits(1, width, dtype, level).derived for level in (1, 2)))
+        )  # fmt: skip
+        yield f"| {width} bits | {8 * dtype.itemsize} bits | {keys} B | {levels[0]} B | {levels[1]} B |"
 
 
 def _bytes(names: Names, readings: list[list[TensorTrace]]) -> str:
@@ -225,7 +242,7 @@ def page(name: str, source: str, made: Mapping[str, Iterator[str]]) -> str:
 def pages() -> dict[str, str]:
     """Return the pages by their file's name."""
     tables = {
-        "blocks": blocks(), "full": layer("full", 0), "mpcache": layer("mpcache", 0),
+        "blocks": blocks(), "digits": digits(), "full": layer("full", 0), "mpcache": layer("mpcache", 0),
         "sharing": layer("mpcache", 3),
     }  # fmt: skip
     told = {"overview": overview(), "policies": policies()}

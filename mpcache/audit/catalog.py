@@ -69,7 +69,7 @@ CATALOG: Mapping[RequestKind, ProtocolEntry] = {
         "ties to the lower index", "all pairs on one opening; Boyle et al., EUROCRYPT 2021",
     ),
     RequestKind.TOPK_DIGITS: ProtocolEntry(
-        "oblivious top-k with one-hot slots: all pairs by tables of the masks' digits, then rotated ranks",
+        "oblivious top-k with one-hot slots: all pairs by the masks' digits, then rotated ranks",
         "topk.topk", "ties to the lower index",
         "all pairs on one opening; one-time truth tables, Ishai et al., TCC 2013",
     ),

@@ -256,8 +256,9 @@ class FastOps(Engine[Share, MaskedOperand]):
 class FastBitsOps(FastOps):
     """`--protocol fast-bits`: top-k and softmax compare the mask's digits instead of walking key trees.
 
-    Each top-k takes one more round, and a ninth of its comparisons' offline bytes; each softmax two more
-    rounds, and a fifth to a sixth of its offline bytes.
+    Each top-k takes one more round, and a thirteenth of its comparisons' offline bytes, or a fortieth and two
+    more rounds where it compares many at once (`compare.levels_for`); each softmax two more rounds, and a
+    fifth to a sixth of its offline bytes.
     """
 
     name = "fast-bits"

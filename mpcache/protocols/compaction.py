@@ -3,8 +3,9 @@
 1. Shuffle twice: by a permutation that the server alone knows, then by one of the client's (Chase, Ghosh and
    Poburinnaya, ASIACRYPT 2020). Who does not know it opens its share of the rows masked, to the other alone;
    the dealer shares the mask, permuted. A round each. Nobody knows the whole permutation.
-2. Compare all pairs of shuffled scores on one opening, as `topk` does. Scores are made unlike before that: a
-   row's own number stands below its score. So no rank is tied, and the ranks are a permutation.
+2. Compare all pairs of shuffled scores on one opening, as `topk` does, by digits in two levels. Scores are
+   made unlike before that: a row's own number stands below its score. So no rank is tied, and the ranks are
+   a permutation.
 3. Open the ranks. They are a uniformly random permutation whatever the scores are: they tell nothing. Where
    scores were tied, ranks by shuffled place would tell how many.
 
@@ -32,14 +33,14 @@ from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side
 
 SCORE_BITS = 17  # a score is below 2^SCORE_BITS
-LONG = 1 << 10  # rows whose pairs, half a million, are all compared; more are sorted
+LONG = 384  # rows whose pairs, 74 thousand, are all compared; more are sorted: by the model as fast on `lan`
 
 
 def compact(side: Side, scores: Share, k: int, values: Sequence[Share]) -> Program[list[Share]]:
     """Keep k rows of (*rows, n) by score, ties to the lower index, of each of values (*rows, n, c).
 
     They come by rank, which tells nobody where they were. Scores are integers, 0 <= score < 2^SCORE_BITS.
-    Five rounds; of more than LONG rows two, and three for each layer of the network that sorts them.
+    Six rounds; of more than LONG rows two, and three for each layer of the network that sorts them.
     """
     n = scores.shape[-1]
     below = (n - 1).bit_length()
@@ -94,18 +95,19 @@ def shuffle(side: Side, rows: Sequence[Share], knows: Rank) -> Program[list[Shar
 def ranked_places(side: Side, scores: Share, width: int) -> Program[Any]:
     """Open which of (*rows, n) shuffled scores has which rank (*rows, n), the highest first.
 
-    0 <= score < 2^(width-2), no two equal. Three rounds. Only of scores that a permutation which nobody knows
+    0 <= score < 2^(width-2), no two equal. Four rounds. Only of scores that a permutation which nobody knows
     has shuffled.
     """
     *rows, n = scores.shape
     first, second = torch.triu_indices(n, n, 1)
     size = size_for(n)
-    compared = Digits(math.prod(rows) * len(first), width, torch.int8 if size <= 1 << 8 else torch.int16)
+    bit = torch.int8 if size <= 1 << 8 else torch.int16
+    compared = Digits(math.prod(rows) * len(first), width, bit, levels=2)
     fence = Fence(width, 8, 64, 128)  # the raised scores are a quarter to a half of the ring
 
-    def derive(r: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
+    def derive(r: torch.Tensor, *own: Any) -> Sequence[torch.Tensor]:
         difference = (r[..., first] - r[..., second]).reshape(-1)
-        return *compared.derive(difference, own), fence.tables(r)
+        return *compared.derive(difference, *own), fence.tables(r)
 
     request = Request(
         compared.kind,

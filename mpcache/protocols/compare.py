@@ -9,7 +9,7 @@ additively, and msb(x) = m + u - 2 m u with the public m = msb(c).
 Two ways to tell t trade offline bytes for a round:
 
 * `Keys`: a key tree of function secret sharing; no further message.
-* `Digits`: the mask's digits, each as a one-time table of its comparisons; one more round.
+* `Digits`: the mask's digits, each as a one-hot vector; one more round, or two for a third of the bytes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Self
 
-import numpy as np
 import torch
 
 from mpcache.protocols import dcf
 from mpcache.protocols.dcf import KeyShape
+from mpcache.protocols.digit_levels import DigitLayout, cheapest_layout, compared_digits
 from mpcache.runtime.program import (
     Opening,
     Part,
@@ -39,6 +39,9 @@ from mpcache.runtime.program import (
 )
 from mpcache.runtime.rng import TreeCipher
 from mpcache.runtime.side import Side
+
+# Comparisons at once from which a further round costs less than the bytes it spares (docs/log.md).
+MANY = 1 << 16
 
 
 def key_parts(keys: KeyShape) -> tuple[Part, Part, Part]:
@@ -116,128 +119,111 @@ class Keys:
         return local(self.points(side, parts, opened.unsqueeze(-1)).squeeze(-1))
 
 
-@cache
-def _tables(base: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each digit d of `base` bits the bits [v < d] and [v = d] of all v: two (2^base, 2^base / 8)."""
-    v = np.arange(1 << base)
-    less, same = (v < v[:, None]), (v == v[:, None])
-    return tuple(torch.from_numpy(np.packbits(t, axis=1, bitorder="little")) for t in (less, same))  # type: ignore[return-value]
+def _holds(bits: int) -> torch.dtype:
+    """Return the smallest type that holds so many bits."""
+    return next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if bits <= 8 * t.itemsize)
+
+
+def levels_for(n: int) -> int:
+    """Return the levels in which a top-k makes n comparisons: a round more where it spares many bytes."""
+    return 2 if n >= MANY else 1
+
+
+def _bits_opened(bits: torch.Tensor, mask: torch.Tensor, count: int, why: str) -> Program[torch.Tensor]:
+    """Open so many bits of each number, given by XOR, under those of its mask. One round."""
+    share = bits if bits.is_meta else bits ^ mask.long()
+    (seen,) = yield from open_masked(Opening(share, why, ring=count, xor=True))
+    return seen if seen.is_meta else seen & ((1 << count) - 1)
 
 
 @dataclass(frozen=True)
 class Digits:
     """n comparisons of the mask's digits, with outcomes in `dtype`'s ring.
 
-    They take one more round of a byte, and a ninth of the offline bytes of `Keys`, to the server alone.
-    r has m digits d_j, the highest first. The dealer shares, for each, the tables of [v < d_j] and
-    [v = d_j] over all v, by XOR (one-time truth tables; Ishai et al., TCC 2013). c chooses an entry of each,
-    locally: l_j and e_j; and t = sum_j l_j prod_(i<j) e_i, of which one summand at most is 1. The entries
-    are opened under one-bit masks, and the products of these masks, which the dealer shares additively
-    in place of opened factors (multi-fan-in products; ABY2.0, USENIX Security 2021), make t from the
-    public bits in the same round.
+    They take one more round, and a thirteenth of the offline bytes of `Keys`, to the server alone; with two
+    levels two more rounds, and a fortieth. docs/protocols.md, section 6.2.
+
+    r has m digits d_j, the highest first. The dealer shares each as a one-hot vector, by XOR (one-time truth
+    tables; Ishai et al., TCC 2013). c's digits v_j choose what a party adds up of it: l_j = [v_j < d_j] and
+    e_j = [v_j = d_j]; and t = sum_j l_j prod_(i<j) e_i, of which one summand at most is 1. The bits are
+    opened under one-bit masks, and the products of these masks, which the dealer shares in place of opened
+    factors, make t from the public bits (multi-fan-in products; ABY2.0, USENIX Security 2021). With two
+    levels they make t of each group of digits and whether all of a group are equal, in bits; these are
+    opened in their turn, under masks of their own, and make t of all.
     """
 
     n: int
     width: int
     dtype: torch.dtype = torch.int64
+    levels: int = 1
 
     kind = RequestKind.TOPK_DIGITS
 
     @classmethod
     def of(cls, n: int, width: int, dtype: torch.dtype = torch.int64) -> Program[Self]:
         """Make them as `Keys.of` does; they are of no phase."""
-        return local(cls(n, width, dtype))
+        return local(cls(n, width, dtype, levels_for(n)))
 
     @property
     def depth(self) -> int:
         return self.width - 1
 
-    @property
-    def digits(self) -> int:
-        """m, so that a comparison takes the fewest bytes from the dealer."""
-
-        def nbytes(m: int) -> int:
-            tables = (2 * m - 1) * (1 << max(3, -(-self.depth // m))) // 8
-            return tables + self.dtype.itemsize * (3 << (m - 1))
-
-        return min((m for m in range(1, 9) if -(-self.depth // m) <= 8), key=nbytes)
-
-    @property
-    def base(self) -> int:
-        """Bits of a digit; a table fills whole bytes."""
-        return max(3, -(-self.depth // self.digits))
+    @cached_property
+    def layout(self) -> DigitLayout:
+        return cheapest_layout(self.depth, self.levels, self.dtype.itemsize)
 
     @property
     def work(self) -> Work:
-        """Entries of digits' tables, and products of their masks."""
-        return Work(comparisons=self.n, multiply_adds=2 * self.n * (3 << (self.digits - 1)))
+        """Bits and products that are added up."""
+        return Work(comparisons=self.n, multiply_adds=self.n * self.layout.summands)
 
     @property
     def random(self) -> tuple[Part, ...]:
-        """Masks of the entries: of l_j at bit j, of e_j at bit m + j."""
-        return (Part((self.n,), torch.uint8 if self.digits <= 4 else torch.int16, xor=True),)
+        """Masks of the bits that are opened at each level: l_j at bit j, e_j at bit m + j."""
+        return tuple(Part((self.n,), _holds(level.bits), xor=True) for level in self.layout.levels)
 
     @property
     def derived(self) -> tuple[Part, ...]:
-        m = self.digits
-        tables = Part((self.n, 2 * m - 1, (1 << self.base) // 8), torch.uint8, xor=True)
-        return tables, Part((self.n, 3 << (m - 1)), self.dtype)
+        """One-hot vectors of the digits; products of the first of two levels' masks, as bits; numbers."""
+        layout = self.layout
+        hot = Part((self.n, layout.digits), _holds(1 << layout.base), xor=True)
+        products = Part((self.n, 1 + len(layout.last.products)), self.dtype)
+        if layout.first is None:
+            return hot, products
+        return hot, Part((self.n,), xor=True, ring=len(layout.first.products)), products
 
-    def derive(self, mask: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Derive the tables and the products of masks, at the dealer.
-
-        The products: msb(r), then with b = 1 - 2 msb(r) as a factor those of the masks of e_0, e_1, ... over
-        all subsets, alone and times the mask of each l_j.
-        """
-        m, top = self.digits, (mask >> self.depth) & 1
-        less, same = _tables(self.base)
-        digit = self._split(mask)
-        tables = torch.cat([less[digit], same[digit[:, :-1]]], 1)
-        bit = [(masks.long() >> i) & 1 for i in range(2 * m - 1)]
-        subsets = [1 - 2 * top]
-        for j in range(m - 1):
-            subsets += [product * bit[m + j] for product in subsets]
-        products = [top, *subsets, *(bit[j] * p for j in range(m) for p in subsets[: 1 << j])]
-        return tables, torch.stack(products, -1).to(self.dtype)
+    def derive(self, mask: torch.Tensor, *masks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Derive at the dealer, of r (n,). The numbers are msb(r), and 1 - 2 msb(r) times the products."""
+        layout, top = self.layout, (mask >> self.depth) & 1
+        hot = (torch.ones_like(mask).unsqueeze(-1) << self._split(mask)).to(_holds(1 << layout.base))
+        within = [] if layout.first is None else [layout.first.multiplied(masks[0].long())]
+        words, sign = masks[-1].long(), 1 - 2 * top
+        products = [top, *(sign * ((words & one) == one) for one in layout.last.products)]
+        return hot, *within, torch.stack(products, -1).to(self.dtype)
 
     def sign(self, side: Side, parts: Sequence[torch.Tensor], opened: torch.Tensor) -> Program[torch.Tensor]:
-        """Shares of [x < 0] at opened values (n,). One round."""
-        masks, tables, products = parts
-        m = self.digits
-        (entries,) = yield from open_masked(
-            Opening(self._entries(masks, tables, opened), "digits, compared and masked",
-                    ring=2 * m - 1, xor=True)
-        )  # fmt: skip
+        """Shares of [x < 0] at opened values (n,). As many rounds as levels."""
+        layout = self.layout
+        *first, mask = parts[: self.levels]
+        hot, *within, products = parts[self.levels :]
+        digits, why = self._split(opened), "digits, compared and masked"
+        bits = opened if opened.is_meta else compared_digits(hot, digits)
+        if layout.first is not None:
+            seen = yield from _bits_opened(bits, first[0], layout.first.bits, why)
+            bits = seen if seen.is_meta else layout.first.sums(side, seen, first[0].long(), within[0])
+            why = "groups of digits, masked"
+        seen = yield from _bits_opened(bits, mask, layout.last.bits, why)
         if opened.is_meta:
             return torch.empty_like(opened)
-        bit = [((entries >> i) & 1).to(self.dtype) for i in range(2 * m - 1)]
-        shares = list(products.unbind(-1))
-        u, subsets, rest = shares[0], shares[1 : 1 + (1 << (m - 1))], shares[1 + (1 << (m - 1)) :]
-        factors = [torch.ones_like(u)]  # of each subset: e of what is not in it, 1 - 2 e of what is
-        for j in range(m):
-            by_mask, rest = rest[: 1 << j], rest[1 << j :]
-            for factor, alone, masked_ in zip(factors, subsets, by_mask, strict=False):
-                u = u + factor * (bit[j] * alone + (1 - 2 * bit[j]) * masked_)
-            if j < m - 1:
-                e = bit[m + j]
-                factors = [f * e for f in factors] + [f * (1 - 2 * e) for f in factors]
-        return _signed(side, self.depth, opened, u.long())
+        public, factors = (table[seen] for table in layout.last.factors)
+        u = side.plus((factors * products).sum(-1), public.long())
+        return _signed(side, self.depth, opened, u)
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         """Split x mod 2^depth (n,) into its digits, the highest first: (n, m)."""
-        low = x & ((1 << self.depth) - 1)
-        shifts = torch.arange(self.digits - 1, -1, -1) * self.base
-        return (low.unsqueeze(-1) >> shifts) & ((1 << self.base) - 1)
-
-    def _entries(self, masks: torch.Tensor, tables: torch.Tensor, opened: torch.Tensor) -> torch.Tensor:
-        """XOR shares of the entries that c chooses, masked, as bits of one number (n,); masks alone above."""
-        if opened.is_meta:
-            return torch.empty_like(opened)
-        m, digit = self.digits, self._split(opened)
-        place = torch.cat([digit, digit[:, :-1]], 1)
-        byte = tables.gather(2, (place >> 3).unsqueeze(-1)).squeeze(-1).long()
-        bits = ((byte >> (place & 7)) & 1) << torch.arange(2 * m - 1)
-        return bits.sum(-1) ^ masks.long()
+        layout, low = self.layout, x & ((1 << self.depth) - 1)
+        shifts = torch.arange(layout.digits - 1, -1, -1) * layout.base
+        return (low.unsqueeze(-1) >> shifts) & ((1 << layout.base) - 1)
 
 
 def less(

@@ -66,10 +66,10 @@ def _exchanged(x: Any, first: torch.Tensor, second: torch.Tensor, lower: Any) ->
 def _lower(side: Side, x: torch.Tensor, width: int) -> Program[Any]:
     """Open [x < 0], for |x| < 2^(width-2). Three rounds."""
     n = math.prod(x.shape)
-    compared, fence = Digits(n, width, torch.int8), truncation_fence(width)
+    compared, fence = Digits(n, width, torch.int8, levels=1), truncation_fence(width)
 
-    def derive(r: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
-        return *compared.derive(r, own), fence.tables(r)
+    def derive(r: torch.Tensor, *own: Any) -> Sequence[torch.Tensor]:
+        return *compared.derive(r, *own), fence.tables(r)
 
     request = Request(
         compared.kind,

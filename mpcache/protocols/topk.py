@@ -5,7 +5,8 @@ are compared without another message, and rank_i = how many beat i arrives in sh
 rank_i + rho_i modulo N; the dealer's one-hot of rho_i, rotated by that, is the slot matrix
 H[j, i] = [rank_i = j]. What the dealer also rotates by rho_i comes along for free: the masks of the
 values to gather, and the masks of the weights that will be scattered back. A third round between the two
-takes a ninth of the offline bytes of the comparisons (`compare.Digits`).
+takes a thirteenth of the offline bytes of the comparisons (`compare.Digits`); a fourth one, where there are
+many of them, a third of what is left.
 
 What comes along costs the dealer a mask for each item and place. Where these are more than `LARGEST_TABLE`,
 the slots are opened under a mask of their own instead, and the values gathered by them: two more rounds.
@@ -116,8 +117,8 @@ def topk(
     """Choose the k highest of (*rows, n), descending, ties to the lower index; gather values (*rows, n, c).
 
     Scores are compared in a ring of `width` bits: their differences must stay below 2^(width-1)
-    raw. Values are gathered in their own ring. Two rounds, three where `Digits` compare; two more where
-    `LARGEST_TABLE` would be exceeded.
+    raw. Values are gathered in their own ring. Two rounds, three or four where `Digits` compare; two
+    more where `LARGEST_TABLE` would be exceeded.
     """
     together = cat(list(values), -1)
     if math.prod(together.shape) * size_for(together.shape[-2]) <= LARGEST_TABLE:
@@ -154,12 +155,12 @@ def topk_by_tables(
     products = k * math.prod(together.shape)  # of slots with the values to gather
     fence = Fence(width, 8, 1, 127)  # all within half of the ring: so differences are below it
 
-    def derive(r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, own: Any) -> Sequence[torch.Tensor]:
+    def derive(r: torch.Tensor, rho: torch.Tensor, m: torch.Tensor, *own: Any) -> Sequence[torch.Tensor]:
         above, below = pairs_of(n)
         difference = (r[..., above] - r[..., below]).reshape(-1)
         hot = one_hot(rho, size)
         rotated = hot.unsqueeze(-1).to(dtype) * m.unsqueeze(-2)
-        return *compared.derive(difference, own), fence.tables(r), hot, rotated
+        return *compared.derive(difference, *own), fence.tables(r), hot, rotated
 
     table = fence.part((*rows, n))
     request = Request(

@@ -1,4 +1,4 @@
-"""Compile sums of one-hot rows in one pass, where torch takes several, or has no operation for them.
+"""Compile sums of one-hot rows and of bits in one pass, where torch takes several or has none.
 
 As `mpcache.runtime.loops`: callers check shapes, and arrays lie as the signatures say.
 """
@@ -9,7 +9,7 @@ As `mpcache.runtime.loops`: callers check shapes, and arrays lie as the signatur
 from __future__ import annotations
 
 import numpy as np
-from numba import boolean, int16, int64, uint8, void
+from numba import boolean, int16, int64, uint8, uint16, uint32, uint64, void
 
 from mpcache.runtime.loops import compile_loop
 
@@ -70,3 +70,53 @@ def count_turned(hot, by, seen, counts, numbers):
             numbers[row, i] = 0
             if seen[row, i]:
                 numbers[row, i] = _add_turned(counts[row], hot[row, i], by[row, i] & (size - 1))
+
+
+@compile_loop()
+def _parity(word):
+    word ^= word >> uint64(32)
+    word ^= word >> uint64(16)
+    word ^= word >> uint64(8)
+    word ^= word >> uint64(4)
+    word ^= word >> uint64(2)
+    return int64((word ^ (word >> uint64(1))) & uint64(1))
+
+
+@compile_loop([void(w[:, ::1], int64[:, ::1], int64[::1]) for w in (uint8, uint16, uint32, uint64)])
+def compare_digits(hot, digits, out):
+    """Compare public digits v with those d whose bits [u = d] are given, of each number: l and e as bits.
+
+    hot, digits: (n, m).  out: (n,), [v < d] of digit j at bit j, [v = d] at bit m + j, but for the last.
+    """
+    n, m = digits.shape
+    for i in range(n):
+        bits = int64(0)
+        for j in range(m):
+            word = uint64(hot[i, j]) >> uint64(digits[i, j])
+            bits |= _parity(word >> uint64(1)) << j
+            if j < m - 1:
+                bits |= int64(word & uint64(1)) << (m + j)
+        out[i] = bits
+
+
+@compile_loop(void(int64[::1], int64[::1], int64, int64, int64, int64[::1], int64, int64[::1]))
+def add_chosen(words, seen, low, high, size, chosen, bit, out):
+    """Add up those bits of each word that a table chooses, and put the sum's parity at a bit of out (n,).
+
+    words, seen: (n,). The table's entry is the number of seen's bits [low, low + size), and above them those
+    of [high, high + size).
+    """
+    inner = (int64(1) << size) - 1
+    for i in range(out.shape[0]):
+        entry = ((seen[i] >> low) & inner) | (((seen[i] >> high) & inner) << size)
+        out[i] |= _parity(uint64(words[i] & chosen[entry])) << bit
+
+
+@compile_loop(void(int64[::1], int64[::1], int64[::1]))
+def multiply_bits(words, sets, out):
+    """Multiply, of each word (n,), the bits of each set: the products as bits of out (n,)."""
+    for i in range(out.shape[0]):
+        bits = int64(0)
+        for k in range(sets.shape[0]):
+            bits |= int64((words[i] & sets[k]) == sets[k]) << k
+        out[i] = bits

@@ -31,7 +31,7 @@ from mpcache.rank import Rank
 from mpcache.transport.link import Link, Links, tensor_of
 from mpcache.transport.network import parse_network
 from mpcache_kernels import Backend
-from mpcache_parties.handshake import NO_NAME, confirm_facts
+from mpcache_parties.handshake import NO_NAME, PROTOCOL_VERSION, confirm_facts
 from mpcache_parties.kernel_choice import choose_kernels
 from mpcache_parties.private_inputs import Conversation, DeclaredTurns, Document, PrivateInput, Question
 from mpcache_parties.public_texts import (
@@ -103,6 +103,7 @@ class Facts:
 def tape_sizes(facts: Facts, public: PublicConfig) -> dict[str, Any]:
     """Return all that tapes depend on, but for the number of tokens."""
     return {
+        "version": PROTOCOL_VERSION,  # another one draws other tensors, or in another order
         "shape": facts.shape.to_dict(), "context": facts.context, "question": facts.question,
         "reading": asdict(facts.reading),
         "policy": facts.policy.spec, "plan": facts.policy.plan.to_dict(),

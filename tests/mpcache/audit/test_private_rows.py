@@ -38,7 +38,7 @@ def test_an_eviction_pays_where_later_tokens_save_more_than_it_costs() -> None:
     )
     pays = evicted["pays_from_tokens_by_bytes"]
     assert saving > 0 and (pays - 1) * saving < cost <= pays * saving
-    assert evicted["eviction"]["rounds"] == 7 + 2  # all layers at once, and the client's bit
+    assert evicted["eviction"]["rounds"] == 8 + 2  # all layers at once, and the client's bit
 
 
 def test_its_plan_in_words_names_what_is_opened() -> None:

@@ -21,6 +21,7 @@ from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
 from mpcache_parties.farm import BatchOrder, Farm
+from mpcache_parties.handshake import PROTOCOL_VERSION
 from mpcache_parties.prepare import prepare
 from mpcache_parties.private_inputs import Document, Question
 from mpcache_parties.resources import SessionResources
@@ -191,6 +192,15 @@ def test_tapes_of_other_sizes_are_left_alone(
     prepared(model, tokens, tmp_path)
     refused(answered(model, tokens, tmp_path, **OTHERS[case]), used=0)
     assert answered(model, tokens, tmp_path)[C].token_ids == plain_ids(model, PUBLIC, tokens, QUESTION.text)
+
+
+def test_tapes_of_another_version_are_left_alone(
+    model: Model, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version draws other tensors: its tapes would end a session in a Desync, and be used up."""
+    prepared(model, tokens, tmp_path)
+    monkeypatch.setattr("mpcache_parties.facts.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    refused(answered(model, tokens, tmp_path), used=0)
 
 
 @SLOW

@@ -68,6 +68,11 @@ class Sent:
         """Frames that were ever added."""
         return self._taken + len(self._frames)
 
+    @property
+    def half_full(self) -> bool:
+        """Whether half of the room is used: the peer's program has much to take before it waits."""
+        return self._cost > self.room // 2
+
     def fits(self, size: int) -> bool:
         """Return whether there is room for a frame of `size` bytes."""
         return self._cost + frame_cost(size) <= self.room

@@ -38,7 +38,8 @@ logging.getLogger("grpc").propagate = False
 ABORT_LINGER_S = 1.0  # for the reason to reach the peer
 DEALER_LINGER_S = 5.0  # for a dealer that computes to leave the tape that it is in
 AGAIN_AFTER_S = 0.1  # between two attempts to reconnect
-LINGER_S = 0.003  # that a dealer's frame waits for others: it is ahead of who needs it
+# That a dealer's frame waits for others: a little, and longer where the dealer is far ahead of who needs it.
+LINGER_S, AHEAD_LINGER_S = 0.003, 0.03
 
 Queue = SimpleQueue[bytes | None]  # what gRPC's sending thread takes from; None ends the stream
 Dial = Callable[[Iterator[bytes], Metadata], Any]  # opens a stream: frames to send -> gRPC's call
@@ -69,6 +70,7 @@ class GrpcLink(FrameLink):
         self._last_word: bytes | None = None  # an Abort
         self._handed = 0  # frames that were handed to any stream
         self._beacon: str | None = None  # of a peer that dials: where it has been seen to live
+        self.ahead: Callable[[], bool] = lambda: False  # whether a dealer is far ahead of its peers
 
     # Sending.
 
@@ -221,7 +223,7 @@ class GrpcLink(FrameLink):
         self._beacon = None
         if beacon is not None:
             Thread(target=self._see, args=(beacon,), daemon=True).start()
-        return in_batches(queue) if self.me is Rank.DEALER else iter(queue.get, None)
+        return in_batches(queue, self.ahead) if self.me is Rank.DEALER else iter(queue.get, None)
 
     def _see(self, beacon: str) -> None:
         """Remember a beacon that can be reached now: any other would tell nothing later."""
@@ -352,10 +354,11 @@ class GrpcLink(FrameLink):
             cancel()
 
 
-def in_batches(queue: Queue) -> Iterator[bytes]:
+def in_batches(queue: Queue, ahead: Callable[[], bool] = lambda: False) -> Iterator[bytes]:
     """Yield a queue's frames until None, those that are there at about the same time in one message.
 
     Each message wakes a handful of threads at both ends, and a dealer has some 30 draws a layer.
+    ahead: whether nobody waits for them yet.
     """
     held = queue.get()  # b"": no frame
     while held is not None:
@@ -366,7 +369,7 @@ def in_batches(queue: Queue) -> Iterator[bytes]:
             except Empty:
                 if lingered or size > BATCH_BYTES // 4:
                     break
-                time.sleep(LINGER_S)
+                time.sleep(AHEAD_LINGER_S if ahead() else LINGER_S)
                 lingered = True
                 continue
             if held is None or size + len(held) > BATCH_BYTES:

@@ -72,6 +72,7 @@ class Network:
         }
         for link in self.links.values():
             link.shaper = shaper(settings.public.network)
+            link.ahead = self._ahead
         self.on_close: list[Callable[[], None]] = []
         self._channels: list[grpc.Channel] = []
         self._probed: set[Rank] = set()
@@ -92,6 +93,10 @@ class Network:
             self.close(error.for_peers)
         else:  # a foreign error's text might hold anything: only its name leaves this party
             self.close(f"{self.rank.label} failed ({kind.__name__})" if kind else "")
+
+    def _ahead(self) -> bool:
+        """Tell whether a peer has much to take before it waits; a dealer sends to both at the same pace."""
+        return any(link.sent.half_full for link in self.links.values())
 
     @property
     def ending(self) -> bool:

@@ -13,7 +13,8 @@ from mpcache.errors import LinkError
 from mpcache.rank import Rank
 from mpcache.transport.flow_control import BATCH_BYTES
 from mpcache.transport.message import batch_of, frames_in
-from mpcache_parties.network.grpc_link import LINGER_S, GrpcLink, in_batches
+from mpcache_parties.network import grpc_link
+from mpcache_parties.network.grpc_link import AHEAD_LINGER_S, LINGER_S, GrpcLink, in_batches
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import linked
 from tests.support.peer_frames import ack, facts, tensors
@@ -74,6 +75,22 @@ def test_a_large_frame_does_not_wait_and_a_small_one_not_long() -> None:
     assert time.perf_counter() - begin > LINGER_S
     queue.put(None)
     assert list(batches) == []
+
+
+@pytest.mark.parametrize(("ahead", "seconds"), [(False, LINGER_S), (True, AHEAD_LINGER_S)])
+def test_what_nobody_waits_for_yet_waits_longer_for_others(
+    ahead: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, waited = queued([b"first"]), list[float]()
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        for frame in (b"second", None):
+            queue.put(frame)
+
+    monkeypatch.setattr(grpc_link.time, "sleep", sleep)
+    assert [list(frames_in(batch)) for batch in in_batches(queue, lambda: ahead)] == [[b"first", b"second"]]
+    assert waited == [seconds]
 
 
 def test_a_dealers_draws_arrive_in_order_in_fewer_messages() -> None:

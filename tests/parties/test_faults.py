@@ -67,7 +67,7 @@ def others_end(running: dict[Rank, Process], faulty: Rank, words: str, within_s:
 
 
 PHASES = ("hello", "setup", "context", "question", "decode2")
-FAST = [(D, "question"), (C, "decode2")]
+FAST = [(C, "decode2")]
 
 
 def each(fast: list[tuple[Rank, str]]) -> list[Any]:

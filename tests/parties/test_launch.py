@@ -82,6 +82,7 @@ def test_an_open_or_closed_stdout_keeps_no_parent(
     assert time.monotonic() - begin < SOON_S
 
 
+@pytest.mark.slow
 def test_libraries_that_print_do_not_disturb_the_answer(folder: Path, document: Path, tmp_path: Path) -> None:
     """They print before this project's code runs and while it does; in C, as MKL_VERBOSE makes MKL do."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -107,6 +108,7 @@ def test_libraries_that_print_do_not_disturb_the_answer(folder: Path, document: 
     assert "server: begin" in noise and "noise noise" in noise
 
 
+@pytest.mark.slow
 def test_the_parties_import_what_is_installed(folder: Path, document: Path, tmp_path: Path) -> None:
     """Not what lies in the folder that the command runs in, whoever wrote it."""
     (tmp_path / "yaml.py").write_text("raise SystemExit('a foreign yaml')\n")
@@ -121,7 +123,7 @@ def test_the_parties_import_what_is_installed(folder: Path, document: Path, tmp_
 @pytest.mark.parametrize(
     "line",
     [
-        'F=$1 M=$2; shift 2; "$@" --model "$M" --context <(cat "$F")',
+        pytest.param('F=$1 M=$2; shift 2; "$@" --model "$M" --context <(cat "$F")', marks=pytest.mark.slow),
         pytest.param('F=$1 M=$2; shift 2; "$@" --model "$M" --context - < "$F"', marks=pytest.mark.slow),
         pytest.param(
             "F=$1 M=$2; shift 2; "

@@ -261,7 +261,7 @@ def files(tmp_path: Path, model: Model, tokens: list[int]) -> tuple[Settings, Pa
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("victim", list(Rank))
+@pytest.mark.parametrize("victim", [S, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (C, D))])
 def test_a_party_killed_in_mid_answer(victim: Rank, folder: Path, files: tuple[Settings, Path, Path]) -> None:
     _, config, document = files
     flags: dict[Rank, list[object]] = {

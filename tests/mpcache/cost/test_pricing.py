@@ -117,8 +117,8 @@ def test_fast_bits_equals_the_ledgers(spec: str) -> None:
     check("gqa", spec, 90, "fast-bits")
 
 
-@pytest.mark.parametrize("kind", ["small-gqa", "small-gpt"])
-@pytest.mark.parametrize("spec", ["full", "mpcache"])
+@pytest.mark.parametrize("kind", ["small-gqa", pytest.param("small-gpt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spec", ["full", pytest.param("mpcache", marks=pytest.mark.slow)])
 def test_stock_equals_the_ledgers(spec: str, kind: str) -> None:
     check(kind, spec, 70, "stock", decoded=1)
 

@@ -75,6 +75,7 @@ def interrupted_and_continued(journal: Path, *ray: str) -> None:
         assert re.search(rf"│ {policy} .*{PERCENT}", second.written), second.written
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_interrupted_goes_on_where_it_was(tmp_path: Path) -> None:
     interrupted_and_continued(tmp_path / "journal")
 

@@ -71,6 +71,9 @@ def raised_soon(call: Callable[[], object]) -> LinkError:
     return caught.value
 
 
+STALLED = [Rank.SERVER, pytest.param(Rank.CLIENT, marks=pytest.mark.slow)]
+
+
 @pytest.mark.processes
 def test_three_processes_in_the_worst_order(start: Start) -> None:
     settings = free_settings()
@@ -116,7 +119,7 @@ def test_a_killed_party_ends_both_others(start: Start, victim: Rank) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("stalled", [Rank.SERVER, Rank.CLIENT])
+@pytest.mark.parametrize("stalled", STALLED)
 def test_a_stalled_party_is_a_timeout(start: Start, stalled: Rank) -> None:
     settings = free_settings(recv_s=1.5)
     child = start(stalled, settings, "hang", (Rank.SERVER, Rank.CLIENT))
@@ -130,7 +133,7 @@ def test_a_stalled_party_is_a_timeout(start: Start, stalled: Rank) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("stalled", [Rank.SERVER, Rank.CLIENT])
+@pytest.mark.parametrize("stalled", STALLED)
 def test_a_stalled_party_does_not_answer_pings(
     start: Start, stalled: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:

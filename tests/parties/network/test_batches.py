@@ -13,7 +13,6 @@ from mpcache.errors import LinkError
 from mpcache.rank import Rank
 from mpcache.transport.flow_control import BATCH_BYTES
 from mpcache.transport.message import batch_of, frames_in
-from mpcache_parties.network import grpc_link
 from mpcache_parties.network.grpc_link import AHEAD_LINGER_S, LINGER_S, GrpcLink, in_batches
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import linked
@@ -88,7 +87,7 @@ def test_what_nobody_waits_for_yet_waits_longer_for_others(
         for frame in (b"second", None):
             queue.put(frame)
 
-    monkeypatch.setattr(grpc_link.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     assert [list(frames_in(batch)) for batch in in_batches(queue, lambda: ahead)] == [[b"first", b"second"]]
     assert waited == [seconds]
 

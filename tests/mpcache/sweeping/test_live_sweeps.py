@@ -26,9 +26,10 @@ EVAL += ["--budget", "10,20", *(word for policy in POLICIES for word in ("--poli
 CELLS = 10 * (1 + 2 * len(POLICIES))
 AUDIT = [*CLI, "audit", "--context", "256,512", "--json"]
 AUDIT += [word for policy in ("full", *POLICIES, "mpcache") for word in ("--policy", policy)]
-AGREEMENT = [sys.executable, str(ROOT / "tools/agreement.py"), "--samples", "2", "--tokens", "60"]
+AGREEMENT = [sys.executable, str(ROOT / "tools/agreement.py"), "--samples", "4", "--tokens", "60"]
 AGREEMENT += ["--answer", "2", "--policy", "full", "--policy", "snapkv:cap=32"]
 PERCENT = r"\d+ \(\d+-\d+\)"
+SOME = r"\b([1-3]) of \1\b"  # a cell of it that is not full yet; on a busy machine a drawing may skip some
 
 
 def cells_of(journal: Path) -> list[str]:
@@ -102,22 +103,22 @@ def test_json_in_a_file_is_what_it_is_without_a_terminal(tmp_path: Path, run_her
 def test_agreement_fills_a_table_and_gives_pipes_its_lines(tmp_path: Path) -> None:
     with on_terminal(AGREEMENT, 200) as shown:
         assert shown.end(120) == 0
-    fills_in_place(shown, 4)
-    assert any("1 of 1" in line for screen in shown.screens for line in screen)
+    fills_in_place(shown, 8)
+    assert any(re.search(SOME, line) for screen in shown.screens for line in screen)
     table = shown.written.strip().splitlines()
     with (tmp_path / "out").open("wb") as out, on_terminal(AGREEMENT, stdout=out.fileno()) as piped:
         assert piped.end(120) == 0
-    fills_in_place(piped, 4)
+    fills_in_place(piped, 8)
     lines = (tmp_path / "out").read_text().splitlines()
-    assert [json.loads(line)["policy"] for line in lines[:4]] == ["full", "snapkv:cap=32"] * 2
-    assert all("| `full` | 2 of 2 | 0, 0 |" in found[-2] for found in (lines, table))
+    assert [json.loads(line)["policy"] for line in lines[:8]] == ["full", "snapkv:cap=32"] * 4
+    assert all("| `full` | 4 of 4 | 0, 0 |" in found[-2] for found in (lines, table))
 
 
 @pytest.mark.slow
 def test_agreement_that_is_interrupted_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [*AGREEMENT, "--samples", "6", "--journal", str(tmp_path / "journal")]
     with on_terminal(command, columns=200) as first:
-        first.shows(lambda screen: "1 of 1" in screen, 120)
+        first.shows(lambda screen: re.search(SOME, screen) is not None, 120)
         first.press(CTRL_C)
         assert first.end() == 130
     half = cells_of(tmp_path / "journal")
@@ -135,7 +136,7 @@ def test_cells_that_fail_are_named_and_asked_again(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(demo_model_dir(), model)
     command = [*EVAL, "--model", str(model), "--journal", str(tmp_path / "journal"), "--ray", "local"]
-    with on_terminal(command, columns=200) as first:
+    with on_terminal(command, columns=400) as first:
         first.shows(lambda screen: f"0/{CELLS} cells" in screen, 120)
         model.rename(tmp_path / "away")
         assert first.end(120) == 1
@@ -143,6 +144,6 @@ def test_cells_that_fail_are_named_and_asked_again(tmp_path: Path) -> None:
     assert len(named) == 2 and named[0].startswith("note: ") and named[1].startswith("error: ")
     assert "Traceback" not in first.written
     (tmp_path / "away").rename(model)
-    with on_terminal(command, columns=200) as second:
+    with on_terminal(command, columns=400) as second:
         assert second.end(120) == 0
     assert len(set(cells_of(tmp_path / "journal"))) == CELLS and "failed" not in second.written

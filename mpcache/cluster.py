@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 from mpcache.errors import BadInput, MpcacheError
+from mpcache.silence import silent_stderr
 
 HERE = "local"  # an address: a cluster of this machine alone, which ends with this process
 RUNNING = "auto"  # an address: the cluster that this machine belongs to
@@ -105,7 +106,7 @@ class Cluster:
             options |= {"address": address}
         kept = {number: signal.getsignal(number) for number in SIGNALS}
         try:
-            with _quiet():
+            with silent_stderr():  # what fails is raised, too
                 ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
             raise ClusterInput(_refused(address, error)) from None
@@ -267,19 +268,6 @@ class Actors:
 def _results(work: Callable[..., Iterator[Any]], *task: Any) -> Iterator[Any]:
     for result in work(*task):  # noqa: UP028 - Ray sends values into what `yield from` would hand on to
         yield result
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep off stderr what Ray's code logs there while it starts: what fails is raised, too."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
 
 
 def _fetched(ray: Any, reference: Any, within_s: float) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-_ALIKE = {
+# What travels and what is kept, and as what numpy knows it.
+NUMPY_DTYPES = {
     dtype: torch.empty(0, dtype=dtype).numpy().dtype
     for dtype in (
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -21,4 +22,4 @@ def tensor_at(data: bytearray, dtype: torch.dtype, shape: Sequence[int], start: 
 
     It shares their memory. By way of numpy, which takes half the time of torch's own way.
     """
-    return torch.from_numpy(np.ndarray(shape, _ALIKE[dtype], data, start))
+    return torch.from_numpy(np.ndarray(shape, NUMPY_DTYPES[dtype], data, start))

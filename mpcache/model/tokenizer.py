@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import tokenizers
 from mpcache.errors import BadInput, ModelError, MpcacheError
 from mpcache.model.chat_template import ChatTemplate
 from mpcache.model.checks import read_small_file
+from mpcache.silence import silent_stderr
 
 _TRIED = 16  # characters for each token that fits: where a text has more, its beginning is counted first
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token that stands for one raw byte (byte fallback)
@@ -41,25 +41,9 @@ def in_library() -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep stderr empty: a panic writes there about itself before it is caught.
-
-    Nothing else may write to stderr meanwhile.
-    """
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
 def parse_tokenizer(content: bytes) -> tokenizers.Tokenizer:
     """Parse the bytes of a tokenizer.json. Raises LibraryError."""
-    with in_library(), _quiet():
+    with in_library(), silent_stderr():  # a panic writes there about itself before it is caught
         return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
 
 
@@ -136,7 +120,7 @@ class Tokenizer:
         Raises ModelError.
         """
         try:
-            with in_library(), _quiet():
+            with in_library(), silent_stderr():
                 tree = json.loads(self._inner.to_str())
                 for token in tree["added_tokens"]:
                     token["content"] = names.get(token["content"], token["content"])

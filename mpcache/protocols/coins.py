@@ -108,14 +108,11 @@ class Highest:
         (f,) = yield from open_masked(Opening(entries ^ entry_masks, why, ring=ring, xor=True))
         if f.is_meta:
             return torch.empty_like(masks[..., :1])
-        f, empty = (
-            apart(f, _DIGITS, BUCKETS - 1).to(torch.uint8),
-            torch.empty(self._buckets, dtype=torch.int64),
-        )
-        rows = products.reshape(-1, (1 << _DIGITS) - 1).contiguous().numpy()
-        first = side.rank is Rank.SERVER
-        value_loops.all_zero(f.reshape(-1).numpy(), first, rows, empty.reshape(-1).numpy())
-        return side.plus(-empty.sum(-1, keepdim=True), BUCKETS - 1)
+        opened = apart(f, _DIGITS, BUCKETS - 1).to(torch.uint8).reshape(-1)
+        rows = products.reshape(len(opened), -1)
+        empty = np.empty(self._buckets, np.int64)
+        value_loops.all_zero(opened.numpy(), side.rank is Rank.SERVER, rows.numpy(), empty.reshape(-1))
+        return side.plus(-torch.from_numpy(empty).sum(-1, keepdim=True), BUCKETS - 1)
 
     def _sums(
         self,

@@ -186,8 +186,7 @@ class ShapeParty(Party):
         n = sum(part.nbytes for part in request.sent_to(self.rank))
         if n:
             self.ledger.book(step, offline_received=n)
-        parts: list[Any] = [MetaTensor(p.shape, p.dtype) for p in request.parts]
-        return [*parts, None] if request.keep else parts
+        return _answered(request, None)
 
 
 class DealerParty(Party):
@@ -271,7 +270,7 @@ class PortionDealer(DealerParty):
 
 
 def _answered(request: Request, kept: list[Any] | None) -> list[Any]:
-    """Answer the dealer's program: shapes, and of a kept correlation the values."""
+    """Answer a program that has shapes alone, and at the dealer the values of a kept correlation."""
     parts: list[Any] = [MetaTensor(p.shape, p.dtype) for p in request.parts]
     return [*parts, kept] if request.keep else parts
 

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpcache.errors import Reuse
 from mpcache.tensor_bytes import tensor_at
+from mpcache.transport.link import Spec
 
 SEED_BYTES = 32
-Spec = tuple[torch.dtype, tuple[int, ...]]  # of a tensor
 _ZEROS = memoryview(bytes(1 << 18))  # what is encrypted: so much at once stays in the CPU's cache
 
 

@@ -75,24 +75,7 @@ def exponents(first, step, depth, c, x, r, points, tops, trees, ends, out):
         out[n + i] = factor + (1 if first else 0) - before
 
 
-@compile_loop(
-    void(
-        _WORDS,
-        int64,
-        _WORDS,
-        _WORDS,
-        _WORDS,
-        _WORDS,
-        _WORDS,
-        _ROWS,
-        _ROWS,
-        _ROWS,
-        _ROWS,
-        _ROWS,
-        _ROWS,
-        _WORDS,
-    )
-)
+@compile_loop(void(_WORDS, int64, *[_WORDS] * 5, *[_ROWS] * 6, _WORDS))
 def line_values(c, fine, values, slopes, p, q, factor, hot, top, low, f_hot, f_top, f_low, out):
     """Evaluate the lines at c >> fine less a shared place, and multiply by an opened factor's two parts.
 

@@ -16,15 +16,10 @@ import torch
 
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
+from mpcache.tensor_bytes import NUMPY_DTYPES
 
 # What travels and what is kept, by the name that both wire and files give it.
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-        torch.float64, torch.float32,
-    )
-}  # fmt: skip
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NUMPY_DTYPES}
 
 Spec = tuple[torch.dtype, tuple[int, ...]]  # what a receiver expects: dtype and shape
 

@@ -12,7 +12,7 @@ import pytest
 from mpcache.certificates import make_identity
 from mpcache.config import Addresses, PublicConfig, Settings, Timeouts
 from mpcache.rank import Rank
-from tests.support.hosts import Hosts, three_hosts, why_not
+from tests.support.hosts import Hosts, ended, three_hosts, wait_for_answer, why_not
 from tests.support.identities import pinned
 from tests.support.processes import CLI, PARTY, Process, errors_of, start, started, tiny_model, write_config
 
@@ -68,25 +68,9 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield Site(hosts, tmp_path, config, children)
 
 
-def ended(parties: dict[Rank, Process]) -> dict[Rank, tuple[int, str, str]]:
-    found = {}
-    for rank, child in parties.items():
-        out, noise = child.communicate(timeout=ENDS_S)
-        found[rank] = child.returncode, out, noise
-    return found
-
-
-def wait_for_answer(client: Process) -> str:
-    """Wait for the answer's first piece."""
-    assert client.stdout is not None
-    first = client.stdout.read(1)
-    assert first
-    return first
-
-
 def test_three_hosts_answer_and_check_sees_every_link(site: Site) -> None:
     parties = site.all()
-    found = ended(parties)
+    found = ended(parties, ENDS_S)
     assert [found[rank][0] for rank in Rank] == [0, 0, 0], found
     assert found[C][1].strip()
     for rank in (D, S):
@@ -117,7 +101,7 @@ def test_a_silent_link_is_borne_for_a_while(for_good: bool, site: Site) -> None:
     if not for_good:
         time.sleep(1)
         site.hosts.silence(C, S, off=True)
-    found = ended(parties)
+    found = ended(parties, ENDS_S)
     assert [found[rank][0] for rank in Rank] == ([3] * 3 if for_good else [0] * 3), found
     if for_good:
         (line,) = errors_of(found[C][2])
@@ -127,17 +111,17 @@ def test_a_silent_link_is_borne_for_a_while(for_good: bool, site: Site) -> None:
 
 def test_a_killed_party_ends_the_others_and_all_go_on_where_they_were(site: Site) -> None:
     kept = {rank: ["--state", site.folder / "state" / rank.label] for rank in Rank}
-    whole = ended(site.all())
+    whole = ended(site.all(), ENDS_S)
     parties = {rank: site.start(rank, *kept[rank]) for rank in (D, S, C)}
     wait_for_answer(parties[C])
     parties[S].kill()
     begun = time.monotonic()
-    found = ended(parties)
+    found = ended(parties, ENDS_S)
     assert time.monotonic() - begun < 60
     for rank in (C, D):
         assert found[rank][0] == 3
         (line,) = errors_of(found[rank][2])
         assert "server" in line
-    again = ended({rank: site.start(rank, *kept[rank], "--resume") for rank in (D, S, C)})
+    again = ended({rank: site.start(rank, *kept[rank], "--resume") for rank in (D, S, C)}, ENDS_S)
     assert [again[rank][0] for rank in Rank] == [0, 0, 0], again
     assert again[C][1] == whole[C][1]

@@ -22,7 +22,7 @@ from mpcache.certificates import make_identity
 from mpcache.cluster import REACH_S
 from mpcache.config import Addresses, PublicConfig, Settings, Timeouts
 from mpcache.rank import Rank
-from tests.support.hosts import Hosts, three_hosts, why_not
+from tests.support.hosts import Hosts, ended, three_hosts, wait_for_answer, why_not
 from tests.support.identities import pinned
 from tests.support.paths import ROOT
 from tests.support.processes import (
@@ -154,30 +154,13 @@ shards.close()
 """
 
 
-def ended(parties: dict[Rank, Process]) -> dict[Rank, tuple[int, str, str]]:
-    found = {}
-    for rank, child in parties.items():
-        out, noise = child.communicate(timeout=ENDS_S)
-        found[rank] = child.returncode, out, noise
-    return found
-
-
 def counts(noise: str) -> list[str]:
     """What a party says of its rounds and bytes."""
     return re.findall(r"[\d,.]+ rounds, [\d.]+ \w+ sent", noise)
 
 
-def answering(parties: dict[Rank, Process]) -> str:
-    """Wait for the answer's first piece, and return it."""
-    stdout = parties[C].stdout
-    assert stdout is not None
-    first = stdout.read(1)
-    assert first
-    return first
-
-
 def test_actors_on_both_machines_give_the_same_session_and_one_may_be_lost(two: TwoMachines) -> None:
-    plain = ended(two.parties())
+    plain = ended(two.parties(), ENDS_S)
     assert [plain[rank][0] for rank in Rank] == [0, 0, 0], plain
     two.gather()
     command = two.hosts.on(FIRST, [sys.executable, "-c", PRODUCTS, two.head, str(two.folder / "model")])
@@ -185,20 +168,20 @@ def test_actors_on_both_machines_give_the_same_session_and_one_may_be_lost(two: 
     assert found.returncode == 0 and found.stdout.startswith(f"server: 2 actors on {two.head}"), found
 
     parties = two.parties(server=two.head)
-    begun = answering(parties)
+    begun = wait_for_answer(parties[C])
     placed = {machine: len(two.processes(machine, b"ray::Shard")) for machine in (FIRST, SECOND)}
     assert placed == {FIRST: 1, SECOND: 1}
-    whole = ended(parties)
+    whole = ended(parties, ENDS_S)
     assert [whole[rank][0] for rank in Rank] == [0, 0, 0], whole
     assert begun + whole[C][1] == plain[C][1]
     for rank in (S, C):
         assert counts(whole[rank][2]) == counts(plain[rank][2]) != []
 
     parties = two.parties(server=two.head)
-    begun = answering(parties)
+    begun = wait_for_answer(parties[C])
     two.lose(SECOND)
     gone = time.monotonic()
-    lost = ended(parties)
+    lost = ended(parties, ENDS_S)
     print(f"lost a machine, and ended {time.monotonic() - gone:.0f} s later")
     assert [lost[rank][0] for rank in Rank] == [0, 0, 0], lost
     assert begun + lost[C][1] == plain[C][1] and counts(lost[S][2]) == counts(plain[S][2])
@@ -207,11 +190,11 @@ def test_actors_on_both_machines_give_the_same_session_and_one_may_be_lost(two: 
 def test_a_dealer_that_loses_a_machine_ends_all_with_one_line_each(two: TwoMachines) -> None:
     two.gather()
     parties = two.parties(dealer=two.head)
-    answering(parties)
+    wait_for_answer(parties[C])
     assert len(two.processes(SECOND, b"ray::Shard")) == 1
     two.lose(SECOND)
     begun = time.monotonic()
-    found = ended(parties)
+    found = ended(parties, ENDS_S)
     print(f"ended {time.monotonic() - begun:.0f} s later")
     assert time.monotonic() - begun < REACH_S
     assert all(found[rank][0] for rank in Rank), found
@@ -226,7 +209,7 @@ def test_where_no_cluster_is_the_party_ends_at_once(two: TwoMachines) -> None:
     for address, said in ((two.head, "Connection refused"), (f"{two.hosts.address(C)[:-1]}77:1", "no Ray")):
         begun = time.monotonic()
         parties = two.parties(server=address)
-        code, _, noise = ended({S: parties[S]})[S]
+        code, _, noise = ended({S: parties[S]}, ENDS_S)[S]
         (line,) = errors_of(noise)
         assert code == 2 and f"--ray {address}: no Ray cluster there" in line and said in line
         assert time.monotonic() - begun < SOON_S

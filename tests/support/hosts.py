@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpcache.rank import Rank
+from tests.support.processes import Process
 
 NETWORK = "10.177.42"
 
@@ -74,3 +75,20 @@ def three_hosts() -> Iterator[Hosts]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def ended(parties: dict[Rank, Process], within_s: float) -> dict[Rank, tuple[int, str, str]]:
+    """Wait for all parties; return each one's exit code, output and noise."""
+    found = {}
+    for rank, child in parties.items():
+        out, noise = child.communicate(timeout=within_s)
+        found[rank] = child.returncode, out, noise
+    return found
+
+
+def wait_for_answer(client: Process) -> str:
+    """Wait for the answer's first piece."""
+    assert client.stdout is not None
+    first = client.stdout.read(1)
+    assert first
+    return first

@@ -134,7 +134,8 @@ def live_table(first: str) -> Iterator[LiveTable]:
         yield table
         return
     shown = sys.stdout is not None and sys.stdout.isatty()  # what is printed on stdout stays there else
-    with Live(table, console=err, refresh_per_second=PER_SECOND, transient=True, redirect_stdout=shown) as live:
+    live = Live(table, console=err, refresh_per_second=PER_SECOND, transient=True, redirect_stdout=shown)
+    with live:
         table.draw_with(live.refresh)
         yield table
 

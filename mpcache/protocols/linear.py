@@ -17,6 +17,7 @@ from mpcache.runtime.correlations import mask_parts, mask_ring
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import (
     NO_WORK,
+    Call,
     Opening,
     Part,
     Program,
@@ -316,7 +317,7 @@ def matmul_masked_operand(
         return (yield from _partly_known_product(side, x, w, ring))
     a, c, _ = yield from masks_of_product(side, x.shape, w, x.owner, ring=ring)
     (e,) = yield from open_masked(masked(x.data - a, ring, "activation, masked", x.owner))
-    return Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=ring)
+    return Share((yield from share_of_product(side, e, a, c, w)), x.bits + w.bits, ring=ring)
 
 
 def masks_of_product(
@@ -343,6 +344,7 @@ def masks_of_product(
         lambda *a: (matmul(a[-1], _dealt(w)),),
         Work(multiplications=math.prod(out) * x[-1], multiply_adds=math.prod(out) * x[-1]),
         keep,
+        w,
     )
     mine, theirs, c, *kept = yield from draw(request)
     a = mine if side.rank is w.owner else theirs
@@ -362,11 +364,12 @@ def _known_product(side: Side, x: Share, w: KnownOperand, ring: int) -> Program[
         (Part(out, ring=ring),),
         lambda a: (matmul(a, _dealt(w)),),
         Work(multiplications=n, multiply_adds=n),
+        matrix=w,
     )
     a, c = yield from draw(request)
     (e,) = yield from open_masked(masked(x.data - a, ring, ONE_WAY, other))
     mine = x.data if side.rank is w.owner else a
-    return Share(share_of_product(side, e, mine, c, w), x.bits + w.bits, ring=ring)
+    return Share((yield from share_of_product(side, e, mine, c, w)), x.bits + w.bits, ring=ring)
 
 
 def _partly_known_product(side: Side, x: Share, w: MaskedOperand, ring: int) -> Program[Share]:
@@ -402,14 +405,17 @@ def _dealt(w: KnownOperand) -> Matrix | RemoteMatrix:
 
 def share_of_product(
     side: Side, e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, w: MaskedOperand | KnownOperand
-) -> torch.Tensor:
+) -> Program[torch.Tensor]:
     """Compute shares of x @ w, with e = x - a opened and shares of the mask a; c: of `masks_of_product`.
 
     Where w has an owner, c = (the other's share of a) @ B: so the owner multiplies (x - that share) by W,
     the other that share by V.
     """
     if isinstance(w, KnownOperand):
-        return c + matmul(e + a if side.rank is w.owner else a, w.held)
+        if side.rank is w.owner:
+            return c + matmul(e + a, w.held)
+        product = yield Call(lambda party, step: party.ahead and party.ahead.product(a))  # of a @ V
+        return c + (matmul(a, w.held) if product is None else product)
     return c + matmul(e, w.mask) + matmul(side.plus(a, e), w.public)
 
 

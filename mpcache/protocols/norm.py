@@ -130,4 +130,4 @@ def _times(side: Side, x: Share, w: MaskedOperand | KnownOperand) -> Program[tup
     a, c, value = yield from masks_of_product(side, x.shape, w, keep=True, ring=w.ring)
     (e,) = yield from open_masked(Opening(x.data - a, "stream, masked"))
     opened = MaskedOperand(a, e, x.bits, value)
-    return opened, Share(share_of_product(side, e, a, c, w), x.bits + w.bits, ring=w.ring)
+    return opened, Share((yield from share_of_product(side, e, a, c, w)), x.bits + w.bits, ring=w.ring)

@@ -19,6 +19,7 @@ from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Request
 from mpcache.runtime.ring import opened_word, pack, unpack
 from mpcache.runtime.rng import KeyStream, Tapes, TreeCipher
+from mpcache.runtime.rows_ahead import RowsAhead
 from mpcache.transport.link import Link, Spec
 
 COMPUTING = (Rank.SERVER, Rank.CLIENT)
@@ -51,6 +52,7 @@ class Party(ABC):
     trees: TreeCipher | None = None  # of the phase; a party that reads shapes needs none
     # `StandingMasks` of the phase's operands that the server knows; None: they are masked anew.
     standing: Any = None
+    ahead: RowsAhead | None = None  # of who makes products with standing matrices ahead
 
     @abstractmethod
     def begin(self, phase: str) -> None:
@@ -99,12 +101,15 @@ class ComputingParty(Party):
         self._on_step = on_step
         self._peer, self._dealer, self._session, self._peer_rank = peer, dealer, session, rank.peer
         self._tapes = Tapes(seed)
+        self.ahead = RowsAhead(seed) if rank is Rank.CLIENT else None
         self._crypten_seeds = {**pair_seeds, "local": own_seed}
         self._tape: KeyStream | None = None
         self._streams: dict[str, KeyStream] = {}
 
     def begin(self, phase: str) -> None:
         self._tape = self._tapes.begin(phase)
+        if self.ahead is not None:
+            self.ahead.begin(phase)
         self.trees = TreeCipher(self._session, phase)
         # One seed is `prev` at one party and `next` at the other: the label must not tell them apart.
         self._streams = {k: KeyStream(s, f"crypten/{phase}") for k, s in self._crypten_seeds.items()}
@@ -146,7 +151,10 @@ class ComputingParty(Party):
         tape = self._tape
         if tape is None:
             raise RuntimeError("draw before begin")
-        parts, shares = _expand(tape, request, self.rank)
+        row = None
+        if self.ahead is not None and request.matrix is not None:
+            row = self.ahead.mask(request, request.matrix.held)
+        parts, shares = _expand(tape, request, self.rank, row)
         sent = request.sent_to(self.rank)
         arrived = iter(self._dealer.recv(step, [p.spec for p in sent]) if sent else [])
         for part in request.derived:
@@ -201,17 +209,21 @@ class DealerParty(Party):
         self._links, self._session = links, session
         self._seeds = {rank: Tapes(seed) for rank, seed in seeds.items()}
         self._tapes: dict[Rank, KeyStream] = {}
+        self.ahead: RowsAhead = RowsAhead(seeds[Rank.CLIENT])
 
     def begin(self, phase: str) -> None:
         self._tapes = {rank: tapes.begin(phase) for rank, tapes in self._seeds.items()}
+        self.ahead.begin(phase)
         self.trees = TreeCipher(self._session, phase)
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
         return [MetaTensor(i.share.shape, i.share.dtype) for i in items]
 
     def draw(self, request: Request, step: str) -> list[Any]:
-        values, shares = self._values(request)
-        derived = request.derive(*values)
+        row = None if request.matrix is None else self.ahead.mask(request, request.matrix.dealt)
+        values, shares = self._values(request, row)
+        product = None if row is None else self.ahead.product(row)
+        derived = request.derive(*values) if product is None else (product,)
         server, client = [], []
         for part, value in zip(request.derived, derived, strict=True):
             if part.public:
@@ -225,9 +237,12 @@ class DealerParty(Party):
                 self._links[rank].send(step, tensors)
         return _answered(request, values)
 
-    def _values(self, request: Request) -> tuple[list[Any], Iterator[torch.Tensor]]:
+    def _values(
+        self, request: Request, row: torch.Tensor | None = None
+    ) -> tuple[list[Any], Iterator[torch.Tensor]]:
         """Expand the random parts of both parties; and, when asked for, the client's shares of the others."""
-        (ours, _), (theirs, shares) = (_expand(self._tapes[rank], request, rank) for rank in COMPUTING)
+        ours, _ = _expand(self._tapes[Rank.SERVER], request, Rank.SERVER)
+        theirs, shares = _expand(self._tapes[Rank.CLIENT], request, Rank.CLIENT, row)
         both = zip(request.random, ours, theirs, strict=True)
         return [part.combine(one, other) for part, one, other in both], shares
 
@@ -236,7 +251,8 @@ class PortionDealer(DealerParty):
     """Deals some steps of a program as the dealer of all of them would, and goes past the others.
 
     Nothing that is derived is ever derived from: what a later step needs of an earlier one are random parts
-    that it keeps. So those of a step that is gone past are expanded, and all else of it is skipped.
+    that it keeps. So those of a step that is gone past are expanded, and all else of it is skipped. It deals
+    for sessions that mask their weights anew, so no row is made ahead.
 
     mine: whether a step is dealt.  needed: whether what another step keeps may be needed by one that is.
     drawn: how many draws the phase has had, gone past ones with them.
@@ -275,15 +291,20 @@ def _answered(request: Request, kept: list[Any] | None) -> list[Any]:
     return [*parts, kept] if request.keep else parts
 
 
-def _expand(tape: KeyStream, request: Request, rank: Rank) -> tuple[list[Any], Iterator[torch.Tensor]]:
+def _expand(
+    tape: KeyStream, request: Request, rank: Rank, row: torch.Tensor | None = None
+) -> tuple[list[Any], Iterator[torch.Tensor]]:
     """Expand what one party has of a draw from its stream: its random parts, zero if the other owns them.
 
-    And its shares of the derived parts that it is not sent, each when it is asked for.
+    And its shares of the derived parts that it is not sent, each when it is asked for. row: the last random
+    part, where that is not of the stream.
     """
-    random = [part for part in request.random if part.owner in (None, rank)]
+    expanded = request.random[: -1 if row is not None else None]
+    random = [part for part in expanded if part.owner in (None, rank)]
     derived = [part for part in request.derived if not part.sent_to(rank)]
     read = tape.tensors(tuple([(part.dtype, part.shape) for part in random + derived]))
-    return [
+    parts = [
         next(read) if part.owner in (None, rank) else torch.zeros(part.shape, dtype=part.dtype)
-        for part in request.random
-    ], read
+        for part in expanded
+    ]
+    return (parts if row is None else [*parts, row]), read

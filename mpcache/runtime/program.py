@@ -154,6 +154,8 @@ class Request:
     work: what the parties do with it. A request cannot be made without, so no protocol is free by omission.
     keep: the dealer's program gets the random values too, to derive later correlations from them
     (a masked operand's mask, a selection's rotation).
+    matrix: of a product with a `KnownOperand`: the last random part masks its rows, the derived one is that
+    times B (`mpcache.runtime.rows_ahead`).
     """
 
     kind: RequestKind
@@ -162,6 +164,7 @@ class Request:
     derive: Callable[..., Sequence[torch.Tensor]]
     work: Work
     keep: bool = False
+    matrix: Any = None
 
     def __post_init__(self) -> None:
         """Raise ValueError on a kind that the catalog cannot know."""

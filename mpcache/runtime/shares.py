@@ -175,6 +175,7 @@ class KnownOperand:
 
     held: W itself at its owner (a `Matrix`), V at the other computing party; shapes alone at the dealer.
     dealt: B, at the dealer only.  ring: products with it are known modulo 2^ring only.
+    name, number: of a standing matrix, whose masks outlive the session: its own among them all.
     """
 
     held: Any  # Matrix or `Blocks`: rows that are made when a product needs them
@@ -182,6 +183,8 @@ class KnownOperand:
     bits: int
     ring: int = 64
     dealt: Matrix | RemoteMatrix | None = None
+    name: str = ""
+    number: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:

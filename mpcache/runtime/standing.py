@@ -96,6 +96,14 @@ class StandingMasks(ABC):
     @abstractmethod
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand: ...
 
+    def _known(
+        self, held: Any, x: Share, place: OperandPlace, dealt: Matrix | RemoteMatrix | None = None
+    ) -> KnownOperand:
+        number = len(self.places) - 1
+        return KnownOperand(
+            held, Rank.SERVER, x.bits, place.ring, dealt, name=f"{place.step}/{number}", number=number
+        )
+
 
 class OwnersMasks(StandingMasks):
     """At the server: collects the integers as the program gives them, and splits them once all are known.
@@ -118,7 +126,7 @@ class OwnersMasks(StandingMasks):
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
         held = x.data if isinstance(x.data, Matrix | RemoteMatrix) else narrow(x.data)
-        self._operands.append(found := KnownOperand(held, Rank.SERVER, x.bits, place.ring))
+        self._operands.append(found := self._known(held, x, place))
         return found
 
     @property
@@ -193,7 +201,7 @@ class ClientsMasks(StandingMasks):
 
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
         held = self._v_of(self._seed, len(self.places) - 1, place)
-        return KnownOperand(held, Rank.SERVER, x.bits, place.ring)
+        return self._known(held, x, place)
 
 
 class DealersMasks(StandingMasks):
@@ -212,7 +220,7 @@ class DealersMasks(StandingMasks):
     def _matrix(self, x: Share, place: OperandPlace) -> KnownOperand:
         dealt = self._take_next(place)
         assert isinstance(dealt, Matrix | RemoteMatrix)
-        return KnownOperand(Matrix(MetaTensor(place.shape)), Rank.SERVER, x.bits, place.ring, dealt)
+        return self._known(Matrix(MetaTensor(place.shape)), x, place, dealt)
 
 
 # --------------------------------------------------------------------------------------- V, seed, B

@@ -13,7 +13,7 @@ from mpcache.rank import Rank
 from mpcache.transport.link import Hello, Links
 from mpcache.transport.session_order import AGREED
 
-PROTOCOL_VERSION = 12
+PROTOCOL_VERSION = 13
 TOKENS = "max_new_tokens"
 DOCUMENT = "document"  # its public name
 VALUE_CHARACTERS = 80  # of a differing value, in the error's line

@@ -337,18 +337,21 @@ def masks_of_product(
         request = correlations.masked_operand_product(x, w, out, owner, keep, ring)
         a, c, *kept = yield from draw(request)
         return a, c, kept[0][0] if keep and kept[0] is not None else None
-    request = Request(
-        RequestKind.MASKED_OPERAND,
-        (Part(x, owner=w.owner), Part(x, owner=w.owner.peer)),
-        (Part(out, ring=ring),),
-        lambda *a: (matmul(a[-1], _dealt(w)),),
-        Work(multiplications=math.prod(out) * x[-1], multiply_adds=math.prod(out) * x[-1]),
-        keep,
-        w,
-    )
+    random = Part(x, owner=w.owner), Part(x, owner=w.owner.peer)
+    request = _product_request(w, random, ring, keep)
     mine, theirs, c, *kept = yield from draw(request)
     a = mine if side.rank is w.owner else theirs
     return a, c, kept[0][0] + kept[0][1] if keep and kept[0] is not None else None
+
+
+def _product_request(w: KnownOperand, random: tuple[Part, ...], ring: int, keep: bool = False) -> Request:
+    *rows, k = random[-1].shape
+    n = math.prod(rows) * k * w.shape[-1]
+    derived = (Part((*rows, w.shape[-1]), ring=ring),)
+    return Request(
+        RequestKind.MASKED_OPERAND, random, derived, lambda *a: (matmul(a[-1], _dealt(w)),),
+        Work(multiplications=n, multiply_adds=n), keep, w,
+    )  # fmt: skip
 
 
 def _known_product(side: Side, x: Share, w: KnownOperand, ring: int) -> Program[Share]:
@@ -356,17 +359,8 @@ def _known_product(side: Side, x: Share, w: KnownOperand, ring: int) -> Program[
 
     c = a @ B.  The owner has (its share + e) @ W, the other a @ V.
     """
-    other, out = w.owner.peer, (*x.shape[:-1], w.shape[-1])
-    n = math.prod(out) * x.shape[-1]
-    request = Request(
-        RequestKind.MASKED_OPERAND,
-        (Part(x.shape, owner=other),),
-        (Part(out, ring=ring),),
-        lambda a: (matmul(a, _dealt(w)),),
-        Work(multiplications=n, multiply_adds=n),
-        matrix=w,
-    )
-    a, c = yield from draw(request)
+    other = w.owner.peer
+    a, c = yield from draw(_product_request(w, (Part(x.shape, owner=other),), ring))
     (e,) = yield from open_masked(masked(x.data - a, ring, ONE_WAY, other))
     mine = x.data if side.rank is w.owner else a
     return Share((yield from share_of_product(side, e, mine, c, w)), x.bits + w.bits, ring=ring)

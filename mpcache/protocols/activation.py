@@ -118,16 +118,11 @@ def series(kind: str) -> Series:
 
 def _waves(raw: torch.Tensor, bits: int, wave: Series) -> list[torch.Tensor]:
     """Sines, then cosines of k times an angle (*s), a full turn at 2^bits: large terms, then the others."""
-    shape = (raw.numel(), len(wave.b))
-    both = [np.empty(shape, np.int32) for _ in range(2)]
-    loops.waves(raw.reshape(-1).contiguous().numpy(), bits, 2.0**_MOST_BITS, *both)
-    less = torch.tensor([_MOST_BITS - b for b in wave.shared_bits], dtype=torch.int32)
-    pieces: list[torch.Tensor] = []
-    for x in both:
-        rounded = (torch.from_numpy(x) + ((1 << less) >> 1)) >> less
-        rounded = rounded.reshape(*raw.shape, -1)
-        pieces += [rounded[..., : wave.large], rounded[..., wave.large :]]
-    return pieces
+    less = np.array([_MOST_BITS - bits for bits in wave.shared_bits])
+    terms = (wave.large, len(wave.b) - wave.large) * 2
+    pieces = [np.empty((raw.numel(), count), np.int32) for count in terms]
+    loops.waves(raw.reshape(-1).contiguous().numpy(), bits, 2.0**_MOST_BITS, less, *pieces)
+    return [torch.from_numpy(piece).reshape(*raw.shape, -1) for piece in pieces]
 
 
 def _wave_parts(shape: Shape, wave: Series) -> list[Part]:

@@ -20,7 +20,7 @@ import torch
 from mpcache.protocols.lookup import TOGETHER, apart, joined, words_for
 from mpcache.protocols.ranges import BUCKET_STEP, BUCKETS, SCORE_BITS, SCORE_RING
 from mpcache.rank import Rank
-from mpcache.runtime import bit_loops, value_loops
+from mpcache.runtime import bit_loops, deal_loops, value_loops
 from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked, tree_cipher
 from mpcache.runtime.rng import KeyStream
 from mpcache.runtime.side import Side
@@ -74,15 +74,16 @@ class Highest:
 
     def derive(self, r: torch.Tensor, sums: torch.Tensor, entries: torch.Tensor) -> Sequence[torch.Tensor]:
         """Derive at the dealer. r: the scores' masks."""
-        hot = _one_hot_bits((r >> _LOW) & (BUCKETS - 1), BUCKETS)
-        tables = _one_hot_bits(_digits(sums), 1 << _DIGIT)
+        buckets = math.prod(self._buckets)
+        hot = np.zeros((*self.shape, BUCKETS // 8), np.uint8)
+        deal_loops.one_hot_bits(r.numpy().reshape(-1), _LOW, 1, hot.reshape(-1, BUCKETS // 8))
         above = ((r >> (_LOW + BUCKETS.bit_length() - 1)) & 3).to(torch.uint8)
-        each = apart(entries, _DIGITS, BUCKETS - 1)
-        bit = [(each >> i).to(torch.int16) & 1 for i in range(_DIGITS)]
-        products = [torch.ones_like(bit[0])]
-        for b in bit:
-            products += [b * product for product in products]
-        return hot, above, tables, torch.stack(products[1:], -1)
+        tables = np.zeros((*self._buckets, _DIGITS, (1 << _DIGIT) // 8), np.uint8)
+        deal_loops.one_hot_bits(sums.numpy().reshape(-1), 0, _DIGITS, tables.reshape(buckets * _DIGITS, -1))
+        products = np.empty((*self._buckets, (1 << _DIGITS) - 1), np.int16)
+        each = apart(entries, _DIGITS, BUCKETS - 1).contiguous().numpy()
+        deal_loops.bit_products(each.reshape(-1), products.reshape(buckets, -1))
+        return torch.from_numpy(hot), above, torch.from_numpy(tables), torch.from_numpy(products)
 
     def find(
         self, side: Side, drawn: Sequence[Any], c: Any, visible: torch.Tensor | None
@@ -142,13 +143,6 @@ class Highest:
         return torch.from_numpy(sums).reshape(*self.shape[:-1], BUCKETS)[..., 1:]
 
 
-def _one_hot_bits(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Turn (*s) numbers below size into bits [v = x], packed: (*s, size / 8) uint8."""
-    hot = torch.zeros(*x.shape, size // 8, dtype=torch.uint8)
-    bit = (torch.ones_like(x) << (x & 7)).to(torch.uint8)
-    return hot.scatter_(-1, (x >> 3).unsqueeze(-1), bit.unsqueeze(-1))
-
-
 def _digits(x: torch.Tensor) -> torch.Tensor:
     """Split sums (*s) into their digits: (*s, digits)."""
     return (x.unsqueeze(-1) >> (torch.arange(_DIGITS) * _DIGIT)) & ((1 << _DIGIT) - 1)
@@ -169,4 +163,5 @@ def bound_of(side: Side, number: torch.Tensor) -> torch.Tensor:
     return side.plus(number, 1 - BUCKETS // 2) << _LOW
 
 
+assert (1 << _DIGIT) == BUCKETS == 256, "`one_hot_bits` makes rows of so many bits"
 assert _LOW + BUCKETS.bit_length() + 1 == SCORE_RING, "two bits of a score's ring lie above the buckets"

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpcache.protocols.lookup import TOGETHER, apart, joined, words_for
 from mpcache.protocols.ranges import COMPARED_BITS, EXP_WINDOW, SCORE_UNIT, WINDOW_BITS, WINDOWS_BITS
+from mpcache.runtime import deal_loops
 from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked
 from mpcache.runtime.side import Side
 
@@ -70,12 +72,15 @@ class ExpDigits:
 
     def derive(self, r: torch.Tensor, masks: torch.Tensor) -> Sequence[torch.Tensor]:
         """Derive at the dealer, for distances' masks r (*rows, n)."""
-        one = torch.ones_like(r)
-        windows = one << ((r >> WINDOW_BITS) & ((1 << WINDOWS_BITS) - 1))
-        below = ((one << ((r >> _REST) & ((1 << COMPARED_BITS) - 1))) - 1).to(torch.uint8)
-        a, b, last = ((apart(masks, _ENTRIES, self.shape[-1]) >> i) & 1 for i in range(_ENTRIES))
-        e = dealt_factor(r)
-        return windows, below, torch.stack([e, e * a, e * b, e * last, e * b * last], -1)
+        windows, products = np.empty(self.shape, np.int64), np.empty((*self.shape, 5), np.int64)
+        below = np.empty(self.shape, np.uint8)
+        each = (x.contiguous().numpy().reshape(-1)
+                for x in (r, apart(masks, _ENTRIES, self.shape[-1]), dealt_factor(r)))  # fmt: skip
+        deal_loops.exp_parts(
+            *each, WINDOW_BITS, (1 << WINDOWS_BITS) - 1, _REST, (1 << COMPARED_BITS) - 1,
+            windows.reshape(-1), below.reshape(-1), products.reshape(-1, 5),
+        )  # fmt: skip
+        return torch.from_numpy(windows), torch.from_numpy(below), torch.from_numpy(products)
 
     def of(self, side: Side, drawn: Sequence[Any], c: Any) -> Program[torch.Tensor]:
         """Shares of e^-d at EXP_BITS, of 0 < d < FARTHEST_SCORE opened as c (*rows, n). One round.

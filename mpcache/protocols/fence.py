@@ -14,19 +14,20 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from mpcache.runtime import value_loops
+from mpcache.runtime import deal_loops, value_loops
 from mpcache.runtime.program import Part, Shape
 from mpcache.runtime.side import Side
 
 
 @cache
-def _tables(lead: int, first: int, last: int) -> torch.Tensor:
+def _tables(lead: int, first: int, last: int) -> npt.NDArray[np.uint8]:
     """For each digit of r the bits of all digits of c, packed: (2^lead, 2^lead / 8)."""
     digit = np.arange(1 << lead)
     apart = (digit - digit[:, None]) & ((1 << lead) - 1)
-    return torch.from_numpy(np.packbits((apart < first) | (apart > last), axis=1, bitorder="little"))
+    return np.packbits((apart < first) | (apart > last), axis=1, bitorder="little")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ class Fence:
 
     def tables(self, r: torch.Tensor) -> torch.Tensor:
         """Derive the tables of masks r (*s), at the dealer."""
-        return _tables(self.lead, self.first, self.last)[self._digit(r)]
+        table = _tables(self.lead, self.first, self.last)
+        out = np.empty((*r.shape, table.shape[1]), np.uint8)
+        x, rows = r.contiguous().numpy().reshape(-1), out.reshape(-1, table.shape[1])
+        deal_loops.choose_rows(x, self.ring - self.lead, table, rows)
+        return torch.from_numpy(out)
 
     def watch(self, side: Side, tables: Any, c: Any) -> None:
         """Let the guard know of opened values c (*s)."""
@@ -61,9 +66,6 @@ class Fence:
             tables.reshape(n, tables.shape[-1]).contiguous().numpy(), bits,
         )  # fmt: skip
         side.watch_bits(torch.from_numpy(bits))
-
-    def _digit(self, x: torch.Tensor) -> torch.Tensor:
-        return (x >> (self.ring - self.lead)) & ((1 << self.lead) - 1)
 
 
 def truncation_fence(ring: int) -> Fence:

@@ -25,10 +25,9 @@ from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.fence import Fence
 from mpcache.protocols.linear import affine, masked, raised
-from mpcache.protocols.lookup import one_hot
 from mpcache.rank import Rank
-from mpcache.runtime import value_loops
-from mpcache.runtime.correlations import mask_parts, mask_ring
+from mpcache.runtime import deal_loops, value_loops
+from mpcache.runtime.correlations import mask_ring
 from mpcache.runtime.program import Part, Program, Request, RequestKind, Work, draw, open_masked, tree_cipher
 from mpcache.runtime.shares import Share
 from mpcache.runtime.side import Side, drop_low_bits
@@ -120,10 +119,10 @@ def _exponent(
     cipher = yield from tree_cipher()
 
     def derive(r: torch.Tensor, s: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
-        top = ((r >> keys.depth) & 1).repeat(2)
-        carried = torch.cat([torch.ones_like(r), r])
-        trees = dcf.dcf_keygen(keys, cipher, s, (r & mask).repeat(2), carried * (1 - 2 * top))
-        return fence.tables(r), carried * top, *trees
+        made = [np.empty(2 * n, np.int64) for _ in range(3)]
+        deal_loops.carried_masks(r.numpy(), keys.depth, *made)
+        alpha, beta, tops = map(torch.from_numpy, made)
+        return fence.tables(r), tops, *dcf.dcf_keygen(keys, cipher, s, alpha, beta)
 
     derived = (fence.part((n,)), Part((2 * n,)), words, bit_parts)
     request = Request(RequestKind.COMPARE, (Part((n,)), seeds), derived, derive, keys.work())
@@ -157,9 +156,9 @@ def _line(
     fine = curve.grid - curve.cells
 
     def derive(r: torch.Tensor, b: torch.Tensor) -> Sequence[torch.Tensor]:
-        hot = one_hot(r >> fine, size)
-        rc, rb = (part.unsqueeze(-1) * hot for part in mask_parts(r, 0, ring))
-        return hot, rb, rc, *(b.unsqueeze(-1) * part for part in (hot, rb, rc))
+        out = np.zeros((6, n, size), np.int64)  # a vector, times rb and rc, and all that times b
+        deal_loops.line_parts(r.numpy(), b.numpy(), fine, ring, out)
+        return torch.from_numpy(out).unbind()
 
     # Three inner products with values and slopes, with and without the factor.
     work = Work(lookups=n, multiply_adds=8 * n * size)

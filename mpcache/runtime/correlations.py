@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from mpcache.rank import Rank
+from mpcache.runtime import deal_loops
 from mpcache.runtime.program import NO_WORK, Part, Request, RequestKind, Shape, Work, products_of
 from mpcache.runtime.ring import matmul
 from mpcache.runtime.shares import MaskedOperand
@@ -81,7 +83,9 @@ def masked_operand_product(
 
 def mask_parts(r: torch.Tensor, bits: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a truncation's mask r: rc = (r mod 2^(ring-1)) >> bits, and its top bit rb."""
-    return (r & ((1 << (ring - 1)) - 1)) >> bits, (r >> (ring - 1)) & 1
+    rc, rb = (np.empty(tuple(r.shape), np.int64) for _ in range(2))
+    deal_loops.split_masks(r.contiguous().numpy().reshape(-1), bits, ring, rc.reshape(-1), rb.reshape(-1))
+    return torch.from_numpy(rc), torch.from_numpy(rb)
 
 
 def mask_ring(bits: int, ring: int) -> tuple[int, int]:

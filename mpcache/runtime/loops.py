@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import float64, int8, int16, int32, int64, njit, uint8, uint16, uint32, void
+from numba import boolean, float64, int8, int16, int32, int64, njit, uint8, uint16, uint32, void
 
 _INT64 = int64[:, ::1]
 _COLUMNS = 1024  # of the result, which stay in the innermost cache while all rows of the matrix pass
@@ -119,6 +119,36 @@ def add_joined_product(x, low, high, out, bits):
                 _add_one(out[r, start:end], joined[0, : end - start], x[r, i])
 
 
+@compile_loop()
+def _low_bytes(value, other, xor, width, out):
+    for i in range(value.shape[0]):
+        word = value[i] ^ other[i] if xor else value[i] - other[i]
+        for j in range(width):
+            out[width * i + j] = uint8(word >> (8 * j))
+
+
+# A width that LLVM knows makes whole vectors of it: a quarter of the time.
+
+
+@compile_loop([void(w[::1], w[::1], boolean, int64, uint8[::1]) for w in (int64, int32, int16)])
+def pack_differences(value, other, xor, width, out):
+    """Write the low bytes of value - other, or of their XOR, (n,) to out (n * width,), the lowest first."""
+    if width == 1:
+        _low_bytes(value, other, xor, 1, out)
+    elif width == 2:
+        _low_bytes(value, other, xor, 2, out)
+    elif width == 3:
+        _low_bytes(value, other, xor, 3, out)
+    elif width == 4:
+        _low_bytes(value, other, xor, 4, out)
+    elif width == 5:
+        _low_bytes(value, other, xor, 5, out)
+    elif width == 6:
+        _low_bytes(value, other, xor, 6, out)
+    else:
+        _low_bytes(value, other, xor, width, out)
+
+
 @compile_loop([void(int64[::1], uint8[:, ::1])])
 def pack_words(x, out):
     """Write the low bytes of each word (n,) to out (n, width), the lowest first."""
@@ -178,14 +208,24 @@ def _wave(raw, bits):
     return s, c
 
 
-@compile_loop(void(int64[::1], int64, float64, int32[:, ::1], int32[:, ::1]))
-def waves(raw, bits, unit, sines, cosines):
-    """Write sine and cosine of k raw / 2^bits turns, k = 1, 2, ..., in units of 1 / unit: (n, terms)."""
+@compile_loop(void(int64[::1], int64, float64, int64[::1], *[int32[:, ::1]] * 4))
+def waves(raw, bits, unit, less, sines, more_sines, cosines, more_cosines):
+    """Write sine and cosine of k raw / 2^bits turns, k = 1, 2, ..., in units of 2^less[k - 1] / unit.
+
+    They are rounded to 1 / unit, and from there to the nearest. The first terms go to sines and cosines
+    (n, large), the others to the other two (n, terms - large).
+    """
+    large, terms = sines.shape[1], less.shape[0]
     for i in range(raw.shape[0]):
         s, c = _wave(raw[i], bits)
         sk, ck = s, c
-        for k in range(sines.shape[1]):
-            sines[i, k], cosines[i, k] = int32(np.rint(unit * sk)), int32(np.rint(unit * ck))
+        for k in range(terms):
+            half = (int64(1) << less[k]) >> 1
+            sine, cosine = int64(np.rint(unit * sk)) + half, int64(np.rint(unit * ck)) + half
+            if k < large:
+                sines[i, k], cosines[i, k] = sine >> less[k], cosine >> less[k]
+            else:
+                more_sines[i, k - large], more_cosines[i, k - large] = sine >> less[k], cosine >> less[k]
             sk, ck = sk * c + ck * s, ck * c - sk * s
 
 

@@ -230,8 +230,7 @@ class DealerParty(Party):
                 client.append(value)
                 server.append(value)
             else:
-                share = part.correct(value, next(shares))
-                server.append(pack(share.to(torch.int64), part.width) if part.packed else share)
+                server.append(part.correct(value, next(shares)))
         for rank, tensors in ((Rank.SERVER, server), (Rank.CLIENT, client)):
             if tensors:
                 self._links[rank].send(step, tensors)

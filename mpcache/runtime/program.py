@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from mpcache.rank import Rank
+from mpcache.runtime.ring import pack_difference
 from mpcache.runtime.rng import TreeCipher
 
 # Parts and asks are named tuples: thousands are made for each token, and one costs a third of a frozen
@@ -143,7 +144,9 @@ class Part(NamedTuple):
         return a ^ b if self.xor else a + b
 
     def correct(self, value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Return the share that makes `value` with the other party's share."""
+        """Return the share that makes `value` with the other party's share, as it travels (`spec`)."""
+        if self.packed:
+            return pack_difference(value, other, self.xor, self.width)
         return value ^ other if self.xor else value - other
 
 

@@ -205,6 +205,13 @@ def pack(x: torch.Tensor, width: int) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
+def pack_difference(value: torch.Tensor, other: torch.Tensor, xor: bool, width: int) -> torch.Tensor:
+    """Take the low `width` bytes of value - other, or of their XOR: two (*s) -> (*s, width) uint8."""
+    out = np.empty((*value.shape, width), np.uint8)
+    loops.pack_differences(value.numpy().reshape(-1), other.numpy().reshape(-1), xor, width, out.reshape(-1))
+    return torch.from_numpy(out)
+
+
 def unpack(x: torch.Tensor) -> torch.Tensor:
     """Put back what `pack` took, as numbers from 0 on: (*s, width) -> (*s)."""
     shape = x.shape

@@ -144,7 +144,8 @@ def test_what_the_server_sees_of_a_one_way_product_is_uniform(monkeypatch: pytes
         data = values.contiguous().view(torch.uint8).reshape(-1, 8).numpy()[:, :6]
         assert worst_of_ring(data, 48) < 6
     assert not follows(c, e)
-    monkeypatch.setattr(Part, "correct", lambda part, value, other: value)
+    correct = Part.correct
+    monkeypatch.setattr(Part, "correct", lambda part, value, other: correct(part, value, 0 * other))
     assert follows(*one_way(x, w)[1])
 
 

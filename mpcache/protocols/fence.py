@@ -18,6 +18,7 @@ import torch
 
 from mpcache.runtime import value_loops
 from mpcache.runtime.program import Part, Shape
+from mpcache.runtime.ring import flat
 from mpcache.runtime.side import Side
 
 
@@ -56,11 +57,9 @@ class Fence:
             return
         n, mask = math.prod(c.shape), (1 << self.lead) - 1
         bits = np.empty(n, np.uint8)
-        value_loops.table_bits(
-            c.reshape(n).contiguous().numpy(), self.ring - self.lead, mask,
-            tables.reshape(n, tables.shape[-1]).contiguous().numpy(), bits,
-        )  # fmt: skip
-        side.watch_bits(torch.from_numpy(bits))
+        (opened,), rows = flat(c), tables.numpy().reshape(n, -1)
+        value_loops.table_bits(opened, self.ring - self.lead, mask, rows, bits)
+        side.guard.note(bits)
 
     def _digit(self, x: torch.Tensor) -> torch.Tensor:
         return (x >> (self.ring - self.lead)) & ((1 << self.lead) - 1)

@@ -21,7 +21,7 @@ from mpcache.protocols.lookup import TOGETHER, apart, words_for
 from mpcache.protocols.ranges import COMPARED_BITS, EXP_WINDOW, SCORE_UNIT, WINDOW_BITS, WINDOWS_BITS
 from mpcache.runtime import value_loops
 from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked
-from mpcache.runtime.ring import flat
+from mpcache.runtime.ring import elements_of
 from mpcache.runtime.side import Side
 
 KEY_BITS, PUBLIC_BITS = 40, 22  # fraction bits of e^(r - window) and of e^-(d + r)
@@ -91,12 +91,20 @@ class ExpDigits:
         entries = torch.empty_like(masks)
         if not c.is_meta:
             value_loops.window_entries(
-                *flat(windows, below, c), _REST, COMPARED_BITS, WINDOWS_BITS, *flat(masks), n, *flat(entries)
+                *elements_of(windows, below, c),
+                _REST,
+                COMPARED_BITS,
+                WINDOWS_BITS,
+                *elements_of(masks),
+                n,
+                *elements_of(entries),
             )
         why, ring = "windows, compared and masked", _ENTRIES * TOGETHER
         (f,) = yield from open_masked(Opening(entries, why, ring=ring, xor=True))
         total = torch.empty_like(c)
         if not f.is_meta:
             e, factors = products.numpy().reshape(-1, products.shape[-1]), public_factors(c)
-            value_loops.exp_values(*flat(f, c), _REST, COMPARED_BITS, e, *flat(*factors), n, *flat(total))
+            value_loops.exp_values(
+                *elements_of(f, c), _REST, COMPARED_BITS, e, *elements_of(*factors), n, *elements_of(total)
+            )
         return total

@@ -18,7 +18,7 @@ import torch
 
 from mpcache.runtime import value_loops
 from mpcache.runtime.program import Part, Shape
-from mpcache.runtime.ring import flat
+from mpcache.runtime.ring import elements_of
 from mpcache.runtime.side import Side
 
 
@@ -57,7 +57,7 @@ class Fence:
             return
         n, mask = math.prod(c.shape), (1 << self.lead) - 1
         bits = np.empty(n, np.uint8)
-        (opened,), rows = flat(c), tables.numpy().reshape(n, -1)
+        (opened,), rows = elements_of(c), tables.numpy().reshape(n, -1)
         value_loops.table_bits(opened, self.ring - self.lead, mask, rows, bits)
         side.guard.note(bits)
 

@@ -28,7 +28,7 @@ from mpcache.runtime.program import (
     open_masked,
     products_of,
 )
-from mpcache.runtime.ring import Matrix, RemoteMatrix, flat, matmul, narrow, wide
+from mpcache.runtime.ring import Matrix, RemoteMatrix, elements_of, matmul, narrow, wide
 from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, known_rows
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -68,7 +68,7 @@ class Truncated:
         """Shares of the value without its f lowest bits, which rc lacks, too."""
         if self.c.is_meta:
             return self.c
-        c, rb, rc = flat(self.c, self.rb, self.rc)
+        c, rb, rc = elements_of(self.c, self.rb, self.rc)
         out = np.empty(self.c.shape, np.int64)
         value_loops.truncated(c, f, self.ring, rb, rc, side.rank is Rank.SERVER, out.reshape(-1))
         return torch.from_numpy(out)
@@ -77,7 +77,7 @@ class Truncated:
         """Shares of the product; crossed: shares of rb rb', rb rc', rc rb' and rc rc' (`cross`)."""
         if self.c.is_meta:
             return self.c
-        words = flat(self.c, self.rb, self.rc, y.c, y.rb, y.rc, *crossed)
+        words = elements_of(self.c, self.rb, self.rc, y.c, y.rb, y.rc, *crossed)
         out = np.empty(self.c.shape, np.int64)
         value_loops.truncated_product(self.ring, y.ring, *words, side.rank is Rank.SERVER, out.reshape(-1))
         return torch.from_numpy(out)
@@ -205,8 +205,8 @@ class Scaled:
         bits, shape = self.x.bits + bits, self.c.shape
         if d.is_meta:
             return Share(self.c, bits)
-        c, rc, rb, arc, arb = flat(self.c, *self.parts)
-        factor, mask = flat(d.expand(shape), self.a.expand(shape))
+        c, rc, rb, arc, arb = elements_of(self.c, *self.parts)
+        factor, mask = elements_of(d.expand(shape), self.a.expand(shape))
         out, first = np.empty(shape, np.int64), self.side.rank is Rank.SERVER
         value_loops.truncated_times(c, self.x.ring, rb, rc, arb, arc, factor, mask, first, out.reshape(-1))
         return Share(torch.from_numpy(out), bits)

@@ -43,7 +43,7 @@ from mpcache.runtime.program import (
     products_of,
     together,
 )
-from mpcache.runtime.ring import flat
+from mpcache.runtime.ring import elements_of
 from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share, zeros
 from mpcache.runtime.side import Side
 
@@ -126,8 +126,8 @@ def _add(
     nothing = zeros((m, width))
     known = (nothing, nothing) if stream is None else (stream.opened, stream.mask)
     value_loops.added_square(
-        *flat(c), change.ring, *flat(rb, rc, a_rb, *known), side.rank is Rank.SERVER, x.reshape(-1),
-        total.reshape(-1),
+        *elements_of(c), change.ring, *elements_of(rb, rc, a_rb, *known), side.rank is Rank.SERVER,
+        x.reshape(-1), total.reshape(-1),
     )  # fmt: skip
     return torch.from_numpy(x), torch.from_numpy(total)
 

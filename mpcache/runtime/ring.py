@@ -199,7 +199,7 @@ def _add_product(x: Any, y: Matrix, out: Any) -> None:
 # numpy makes an array of another shape in a third of the time that torch takes, and a token makes thousands.
 
 
-def flat(*tensors: torch.Tensor) -> list[npt.NDArray[Any]]:
+def elements_of(*tensors: torch.Tensor) -> list[npt.NDArray[Any]]:
     """Return tensors as what compiled loops take: their elements in order."""
     return [tensor.numpy().ravel() for tensor in tensors]
 

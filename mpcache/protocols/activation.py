@@ -207,7 +207,7 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
     fences[0].watch(side, drawn_tables[0], c - (1 << (ring - 2)) + (wave.reach << x.bits))
     for fence, table, opened in zip(fences[1:], drawn_tables[1:], c_up, strict=True):
         fence.watch(side, table, opened)
-    mine = Truncated.of(c, 0, ring, rb, rc)
+    mine = Truncated(c, ring, rb, rc)
     value = Share(mine.share(side), x.bits)
     out = _OUT_BITS
     if c.is_meta:
@@ -217,6 +217,6 @@ def _step(side: Side, kind: str, x: Share, up: Share | None) -> Program[tuple[Sh
         slope = out - x.bits - wave.half.bit_length()
         step = side.plus(total + (value.data << slope), 1 << (out - 1))
     if up is not None:
-        theirs = Truncated.of(c_up[0], 0, up.ring, *others[:2])
+        theirs = Truncated(c_up[0], up.ring, *others[:2])
         value = Share(mine.times(side, theirs, others[2:]), x.bits + up.bits)
     return truncate_local(side, Share(step, out, ring=32), STEP_BITS), value

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpcache.protocols.lookup import TOGETHER, apart, joined, words_for
+from mpcache.protocols.lookup import TOGETHER, apart, words_for
 from mpcache.protocols.ranges import BUCKET_STEP, BUCKETS, SCORE_BITS, SCORE_RING
 from mpcache.rank import Rank
 from mpcache.runtime import bit_loops, deal_loops, value_loops
@@ -104,16 +104,15 @@ class Highest:
         (o,) = yield from open_masked(
             Opening(sums ^ masks, "buckets, summed and masked", ring=COINS, xor=True)
         )
-        entries = torch.empty_like(entry_masks) if o.is_meta else joined(_entries(tables, o), _DIGITS)
         why, ring = "buckets' digits, masked", _DIGITS * TOGETHER
-        (f,) = yield from open_masked(Opening(entries ^ entry_masks, why, ring=ring, xor=True))
+        entries = entry_masks if o.is_meta else _entries(tables, o, entry_masks)
+        (f,) = yield from open_masked(Opening(entries, why, ring=ring, xor=True))
         if f.is_meta:
             return torch.empty_like(masks[..., :1])
-        opened = apart(f, _DIGITS, BUCKETS - 1).to(torch.uint8).reshape(-1)
-        rows = products.reshape(len(opened), -1)
-        empty = np.empty(self._buckets, np.int64)
-        value_loops.all_zero(opened.numpy(), side.rank is Rank.SERVER, rows.numpy(), empty.reshape(-1))
-        return side.plus(-torch.from_numpy(empty).sum(-1, keepdim=True), BUCKETS - 1)
+        empty = np.empty((*self.shape[:-1], 1), np.int64)
+        of_masks = products.numpy().reshape(-1, *products.shape[-2:])
+        value_loops.count_zero(_rows(f), side.rank is Rank.SERVER, of_masks, empty.reshape(-1))
+        return side.plus(-torch.from_numpy(empty), BUCKETS - 1)
 
     def _sums(
         self,
@@ -148,11 +147,17 @@ def _digits(x: torch.Tensor) -> torch.Tensor:
     return (x.unsqueeze(-1) >> (torch.arange(_DIGITS) * _DIGIT)) & ((1 << _DIGIT) - 1)
 
 
-def _entries(tables: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    """XOR shares of whether each digit of a sum is zero, as bits of one number (*s)."""
-    digit = _digits(o)
-    byte = tables.gather(-1, (digit >> 3).unsqueeze(-1)).squeeze(-1).to(torch.int64)
-    return (((byte >> (digit & 7)) & 1) << torch.arange(_DIGITS)).sum(-1)
+def _rows(x: torch.Tensor) -> Any:
+    """Return (*rows, n) as what compiled loops take: (rows, n)."""
+    return x.numpy().reshape(-1, x.shape[-1])
+
+
+def _entries(tables: torch.Tensor, o: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """XOR shares of whether each digit of a sum is zero, masked, `TOGETHER` to a word: (*rows, words)."""
+    out = np.empty(masks.shape, np.int64)
+    each = tables.numpy().reshape(-1, *tables.shape[-3:])
+    value_loops.digit_entries(each, _rows(o), _rows(masks), out.reshape(-1, masks.shape[-1]))
+    return torch.from_numpy(out)
 
 
 def bound_of(side: Side, number: torch.Tensor) -> torch.Tensor:

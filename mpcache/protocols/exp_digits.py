@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpcache.protocols.lookup import TOGETHER, apart, joined, words_for
+from mpcache.protocols.lookup import TOGETHER, apart, words_for
 from mpcache.protocols.ranges import COMPARED_BITS, EXP_WINDOW, SCORE_UNIT, WINDOW_BITS, WINDOWS_BITS
-from mpcache.runtime import deal_loops
+from mpcache.runtime import deal_loops, value_loops
 from mpcache.runtime.program import Opening, Part, Program, Shape, Work, open_masked
+from mpcache.runtime.ring import elements_of
 from mpcache.runtime.side import Side
 
 KEY_BITS, PUBLIC_BITS = 40, 22  # fraction bits of e^(r - window) and of e^-(d + r)
@@ -88,37 +89,26 @@ class ExpDigits:
         Zero from 20.6 on, and from 18.3 on at times.  drawn: `random` and `derived`.
         """
         masks, windows, below, products = drawn
-        entries = torch.empty_like(masks) if c.is_meta else joined(_entries(windows, below, c), _ENTRIES)
+        masks, n = masks.to(torch.int64), self.shape[-1]
+        # XOR shares of [r's window is c's], [it is the one below], [c's next digit - 1 < r's]; where that
+        # digit is 0 the third one is no matter: it counts as true, publicly.
+        entries = torch.empty_like(masks)
+        if not c.is_meta:
+            value_loops.window_entries(
+                *elements_of(windows, below, c),
+                _REST,
+                COMPARED_BITS,
+                WINDOWS_BITS,
+                *elements_of(masks),
+                n,
+                *elements_of(entries),
+            )
         why, ring = "windows, compared and masked", _ENTRIES * TOGETHER
-        (f,) = yield from open_masked(Opening(entries ^ masks.to(torch.int64), why, ring=ring, xor=True))
-        if f.is_meta:
-            return torch.empty_like(c)
-        f = apart(f, _ENTRIES, self.shape[-1])
-        same, other, low = ((f >> i) & 1 for i in range(3))
-        low = low | (_next_digit(c) == 0)  # not above any digit: the window decides alone
-        e, ea, eb, el, ebl = products.unbind(-1)
-        here = ea + same * (e - 2 * ea)
-        # (other xor b) (low xor l), times e; where l is public its mask counts as zero
-        alone = (_next_digit(c) == 0).long()
-        el, ebl = el * (1 - alone), ebl * (1 - alone)
-        without, with_b = el + low * (e - 2 * el), ebl + low * (eb - 2 * ebl)
-        there = with_b + other * (without - 2 * with_b)
-        own, next_ = public_factors(c)
-        total: torch.Tensor = here * own + there * next_
+        (f,) = yield from open_masked(Opening(entries, why, ring=ring, xor=True))
+        total = torch.empty_like(c)
+        if not f.is_meta:
+            e, factors = products.numpy().reshape(-1, products.shape[-1]), public_factors(c)
+            value_loops.exp_values(
+                *elements_of(f, c), _REST, COMPARED_BITS, e, *elements_of(*factors), n, *elements_of(total)
+            )
         return total
-
-
-def _next_digit(c: torch.Tensor) -> torch.Tensor:
-    return (c >> _REST) & ((1 << COMPARED_BITS) - 1)
-
-
-def _entries(windows: torch.Tensor, below: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """XOR shares of [r's window is c's], [it is the one below], [c's next digit - 1 < r's]: three bits (n,).
-
-    Where that digit is 0 the third one is no matter: it counts as true, publicly.
-    """
-    window, count = c >> WINDOW_BITS, (1 << WINDOWS_BITS) - 1
-    same = (windows >> (window & count)) & 1
-    other = (windows >> ((window - 1) & count)) & 1
-    less = (below.to(torch.int64) >> (_next_digit(c) - 1).clamp(min=0)) & 1
-    return same | (other << 1) | (less << 2)

@@ -19,6 +19,7 @@ import torch
 
 from mpcache.runtime import deal_loops, value_loops
 from mpcache.runtime.program import Part, Shape
+from mpcache.runtime.ring import elements_of
 from mpcache.runtime.side import Side
 
 
@@ -61,11 +62,9 @@ class Fence:
             return
         n, mask = math.prod(c.shape), (1 << self.lead) - 1
         bits = np.empty(n, np.uint8)
-        value_loops.table_bits(
-            c.reshape(n).contiguous().numpy(), self.ring - self.lead, mask,
-            tables.reshape(n, tables.shape[-1]).contiguous().numpy(), bits,
-        )  # fmt: skip
-        side.watch_bits(torch.from_numpy(bits))
+        (opened,), rows = elements_of(c), tables.numpy().reshape(n, -1)
+        value_loops.table_bits(opened, self.ring - self.lead, mask, rows, bits)
+        side.guard.note(bits)
 
 
 def truncation_fence(ring: int) -> Fence:

@@ -29,7 +29,7 @@ from mpcache.runtime.program import (
     open_masked,
     products_of,
 )
-from mpcache.runtime.ring import Matrix, RemoteMatrix, matmul, narrow, wide
+from mpcache.runtime.ring import Matrix, RemoteMatrix, elements_of, matmul, narrow, wide
 from mpcache.runtime.shares import Awaited, KnownOperand, MaskedOperand, Share, known_rows
 from mpcache.runtime.side import Side, drop_low_bits
 
@@ -51,43 +51,37 @@ def raised(side: Side, x: torch.Tensor, r: torch.Tensor, ring: int, why: str) ->
     return masked(side.plus(x + r, truncation_room(ring)), ring, why)
 
 
-def affine(c: torch.Tensor, f: int, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return public p and q of an opened `raised` value: x truncated by f bits is p + q rb - rc.
-
-    rc and rb are the parts of its mask (`correlations.mask_parts`). rb xor msb(c) tells whether 2^(ring-1)
-    was passed.
-    """
-    if c.is_meta:
-        return c, c
-    p, q = (np.empty(tuple(c.shape), np.int64) for _ in range(2))
-    value_loops.affine_parts(c.reshape(-1).contiguous().numpy(), f, ring, p.reshape(-1), q.reshape(-1))
-    return torch.from_numpy(p), torch.from_numpy(q)
-
-
 @dataclass(frozen=True)
 class Truncated:
-    """A truncated value as it comes out of its opening: p + q rb - rc. p, q: public.  rb, rc: shares.
+    """A `raised` value as it comes out of its opening c, truncated: p + q rb - rc, with public p and q.
 
-    Products of such values cost no further opening where the dealer shares the products of their parts.
+    rc and rb are shares of the parts of its mask (`correlations.mask_parts`). rb xor msb(c) tells whether
+    2^(ring-1) was passed. Products of such values cost no further opening where the dealer shares the
+    products of their parts.
     """
 
-    p: torch.Tensor
-    q: torch.Tensor
+    c: torch.Tensor
+    ring: int
     rb: torch.Tensor
     rc: torch.Tensor
 
-    @staticmethod
-    def of(c: torch.Tensor, f: int, ring: int, rb: torch.Tensor, rc: torch.Tensor) -> Truncated:
-        return Truncated(*affine(c, f, ring), rb, rc)
-
-    def share(self, side: Side) -> torch.Tensor:
-        return side.plus(self.q * self.rb - self.rc, self.p)
+    def share(self, side: Side, f: int = 0) -> torch.Tensor:
+        """Shares of the value without its f lowest bits, which rc lacks, too."""
+        if self.c.is_meta:
+            return self.c
+        c, rb, rc = elements_of(self.c, self.rb, self.rc)
+        out = np.empty(self.c.shape, np.int64)
+        value_loops.truncated(c, f, self.ring, rb, rc, side.rank is Rank.SERVER, out.reshape(-1))
+        return torch.from_numpy(out)
 
     def times(self, side: Side, y: Truncated, crossed: Sequence[torch.Tensor]) -> torch.Tensor:
         """Shares of the product; crossed: shares of rb rb', rb rc', rc rb' and rc rc' (`cross`)."""
-        bb, bc, cb, cc = crossed
-        mine = y.p * (self.q * self.rb - self.rc) + self.p * (y.q * y.rb - y.rc)
-        return side.plus(mine + self.q * (y.q * bb - bc) - y.q * cb + cc, self.p * y.p)
+        if self.c.is_meta:
+            return self.c
+        words = elements_of(self.c, self.rb, self.rc, y.c, y.rb, y.rc, *crossed)
+        out = np.empty(self.c.shape, np.int64)
+        value_loops.truncated_product(self.ring, y.ring, *words, side.rank is Rank.SERVER, out.reshape(-1))
+        return torch.from_numpy(out)
 
 
 def cross(
@@ -139,7 +133,7 @@ def truncate(side: Side, x: Share, bits: int) -> Program[Share]:
     r, rc, rb, tables = yield from draw(request)
     (c,) = yield from open_masked(raised(side, data, r, ring, "masked for truncation"))
     fence.watch(side, tables, c)
-    return Share(Truncated.of(c, f, ring, rb, rc).share(side), bits)
+    return Share(Truncated(c, ring, rb, rc).share(side, f), bits)
 
 
 def truncate_times(side: Side, x: Share, y: Share) -> Program[Share]:
@@ -209,9 +203,14 @@ class Scaled:
 
     def times(self, d: torch.Tensor, bits: int) -> Share:
         """By the factor opened as d, with so many fraction bits."""
-        rc, rb, arc, arb = self.parts
-        y = Truncated.of(self.c, 0, self.x.ring, rb, rc)
-        return Share(d * y.share(self.side) + y.p * self.a + y.q * arb - arc, self.x.bits + bits)
+        bits, shape = self.x.bits + bits, self.c.shape
+        if d.is_meta:
+            return Share(self.c, bits)
+        c, rc, rb, arc, arb = elements_of(self.c, *self.parts)
+        factor, mask = elements_of(d.expand(shape), self.a.expand(shape))
+        out, first = np.empty(shape, np.int64), self.side.rank is Rank.SERVER
+        value_loops.truncated_times(c, self.x.ring, rb, rc, arb, arc, factor, mask, first, out.reshape(-1))
+        return Share(torch.from_numpy(out), bits)
 
 
 def truncate_product(side: Side, x: Share, y: Share, wide: int = 0) -> Program[Share]:
@@ -239,7 +238,7 @@ def truncate_product(side: Side, x: Share, y: Share, wide: int = 0) -> Program[S
     )
     fences[0].watch(side, table, c)
     fences[1].watch(side, table_, c_)
-    one, two = Truncated.of(c, 0, x.ring, rb, rc), Truncated.of(c_, 0, y.ring, rb_, rc_)
+    one, two = Truncated(c, x.ring, rb, rc), Truncated(c_, y.ring, rb_, rc_)
     if wide > y.ring:
         side.watch(two.share(side) - y.data, wide)
     return Share(one.times(side, two, crossed), x.bits + y.bits)

@@ -58,21 +58,14 @@ def rotated_one_hot(
 TOGETHER = 8  # small numbers that are opened as one word
 
 
-def joined(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Join numbers of so many bits (*s, n), `TOGETHER` to a word: (*s, words), the last padded with zeros."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % TOGETHER))
-    words: torch.Tensor = padded.reshape(*padded.shape[:-1], -1, TOGETHER) << (torch.arange(TOGETHER) * bits)
-    return words.sum(-1)
-
-
 def apart(words: torch.Tensor, bits: int, n: int) -> torch.Tensor:
-    """Undo `joined`: (*s, words) -> (*s, n) int64."""
+    """Split words of `TOGETHER` numbers of so many bits, the lowest first: (*s, words) -> (*s, n) int64."""
     split = words.to(torch.int64).unsqueeze(-1) >> (torch.arange(TOGETHER) * bits)
     return (split & ((1 << bits) - 1)).flatten(-2)[..., :n]
 
 
 def words_for(shape: Shape) -> Shape:
-    """Return the shape of what `joined` makes of this one."""
+    """Return the shape of the words that numbers of this one are joined to."""
     return (*shape[:-1], -(-shape[-1] // TOGETHER))
 
 

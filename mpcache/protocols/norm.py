@@ -15,11 +15,11 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 
 from mpcache.protocols.fence import truncation_fence
 from mpcache.protocols.linear import (
-    Truncated,
     masks_of_product,
     raised,
     share_of_product,
@@ -28,6 +28,8 @@ from mpcache.protocols.linear import (
 )
 from mpcache.protocols.ranges import MEAN_SQUARE_HIGH, MEAN_SQUARE_LOW, NORM_PRODUCT_BITS, NORM_PRODUCT_RING
 from mpcache.protocols.reciprocal import Curve, ExponentRange, power
+from mpcache.rank import Rank
+from mpcache.runtime import value_loops
 from mpcache.runtime.correlations import dealt, mask_parts, mask_ring
 from mpcache.runtime.program import (
     Opening,
@@ -41,7 +43,8 @@ from mpcache.runtime.program import (
     products_of,
     together,
 )
-from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share
+from mpcache.runtime.ring import elements_of
+from mpcache.runtime.shares import KnownOperand, MaskedOperand, Share, zeros
 from mpcache.runtime.side import Side
 
 
@@ -117,12 +120,16 @@ def _add(
     r, rc, rb, a_rb, aa, tables = yield from draw(request)
     (c,) = yield from open_masked(raised(side, change.data, r, change.ring, "masked for truncation"))
     fence.watch(side, tables, c)
-    opened = Truncated.of(c, 0, change.ring, rb, rc)
-    e, a = (opened.p, -rc) if stream is None else (opened.p + stream.opened, stream.mask - rc)
-    # (e + q rb + a)^2
-    q_rb = opened.q * rb
-    squares = side.plus(2 * (e * a + opened.q * (e * rb + a_rb)) + opened.q * q_rb, e * e)
-    return side.plus(q_rb + a, e), squares.sum(-1, keepdim=True) + aa
+    if c.is_meta:
+        return c, aa
+    x, total = np.empty((m, width), np.int64), aa.numpy().copy()
+    nothing = zeros((m, width))
+    known = (nothing, nothing) if stream is None else (stream.opened, stream.mask)
+    value_loops.added_square(
+        *elements_of(c), change.ring, *elements_of(rb, rc, a_rb, *known), side.rank is Rank.SERVER,
+        x.reshape(-1), total.reshape(-1),
+    )  # fmt: skip
+    return torch.from_numpy(x), torch.from_numpy(total)
 
 
 def _times(side: Side, x: Share, w: MaskedOperand | KnownOperand) -> Program[tuple[MaskedOperand, Share]]:

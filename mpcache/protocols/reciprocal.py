@@ -24,7 +24,7 @@ from mpcache.protocols import dcf
 from mpcache.protocols.compare import key_parts
 from mpcache.protocols.dcf import KeyShape
 from mpcache.protocols.fence import Fence
-from mpcache.protocols.linear import affine, masked, raised
+from mpcache.protocols.linear import masked, raised
 from mpcache.rank import Rank
 from mpcache.runtime import deal_loops, value_loops
 from mpcache.runtime.correlations import mask_ring
@@ -175,8 +175,8 @@ def _line(
     # The offset of `raised` is a multiple of the table's size: number = (c - r) >> fine, or one more.
     # The dealer's vectors stay as they are: the lines are turned.
     out = np.empty(n, np.int64)
-    known = (c, fine, *curve.lines(), *affine(c, 0, ring), d, *parts)  # v = p + q rb - rc
-    value_loops.line_values(*(x if isinstance(x, int) else x.numpy() for x in known), out)
+    known = (x.numpy() for x in (*curve.lines(), d, *parts))
+    value_loops.line_values(c.numpy(), fine, ring, *known, out)
     return torch.from_numpy(out)
 
 

@@ -8,7 +8,10 @@ string as it comes, which costs no message; `mpcache.protocols.verdict` compares
 from __future__ import annotations
 
 from hashlib import blake2b
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 BYTES = 8  # of a digest: strings that differ have the same one with probability 2^-64
@@ -24,9 +27,9 @@ class Guard:
         """Stay the party's one: a copy of what notes here notes here, too."""
         return self
 
-    def note(self, data: torch.Tensor) -> None:
-        """Append a tensor: what the other party has, too, if all is well."""
-        self._hash.update(data.contiguous().numpy().data)
+    def note(self, data: npt.NDArray[Any]) -> None:
+        """Append numbers: what the other party has, too, if all is well."""
+        self._hash.update(np.ascontiguousarray(data).data)
 
     def close(self) -> torch.Tensor:
         """Return the digest (1,) int64 of what was noted since the last one."""

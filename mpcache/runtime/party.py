@@ -9,18 +9,22 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
+from mpcache.runtime import value_loops
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Request
-from mpcache.runtime.ring import opened_word, pack, unpack
+from mpcache.runtime.ring import unpack
 from mpcache.runtime.rng import KeyStream, Tapes, TreeCipher
 from mpcache.runtime.rows_ahead import RowsAhead
-from mpcache.transport.link import Link, Spec
+from mpcache.transport.link import Layout, Link
+from mpcache.transport.message import layout_of
 
 COMPUTING = (Rank.SERVER, Rank.CLIENT)
 
@@ -30,18 +34,41 @@ def sends(item: Opening, rank: Rank) -> bool:
     return (item.sender is None or item.sender is rank) and item.to is not rank
 
 
-def _pack(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Take the low `width` bytes of each int64, shape (*, width) uint8; whole words stay int64."""
-    return x.contiguous() if width == 8 else pack(x, width)
+class _Round(NamedTuple):
+    """What a round's two messages look like to one party.
+
+    sent, received: for each opening where its share begins, None if it does not travel that way.
+    learned: whether this party learns the opened value.
+    """
+
+    leaving: Layout
+    coming: Layout
+    sent: tuple[int | None, ...]
+    received: tuple[int | None, ...]
+    learned: tuple[bool, ...]
 
 
-def _unpack(x: torch.Tensor, width: int) -> torch.Tensor:
-    return x if width == 8 else unpack(x)
+# Of an opening: the share's shape, bytes of an element, sender and recipient.
+_Form = tuple[torch.Size, int, Rank | None, Rank | None]
 
 
-def _spec(item: Opening) -> tuple[torch.dtype, tuple[int, ...]]:
-    shape = tuple(item.share.shape)
-    return (torch.int64, shape) if item.width == 8 else (torch.uint8, (*shape, item.width))
+@lru_cache(maxsize=4096)  # a decode step opens the same shapes again for every token
+def _round_of(rank: Rank, forms: tuple[_Form, ...]) -> _Round:
+    """Lay out a round's messages. Whole words travel as int64, else the low bytes of each word."""
+
+    def one_way(sender: Rank) -> tuple[Layout, tuple[int | None, ...]]:
+        there = [by in (None, sender) and to is not sender for _, _, by, to in forms]
+        specs = [
+            (torch.int64, tuple(shape)) if width == 8 else (torch.uint8, (*shape, width))
+            for (shape, width, _, _), travels in zip(forms, there, strict=True)
+            if travels
+        ]
+        layout = layout_of(tuple(specs))
+        starts = iter(layout.starts)
+        return layout, tuple(next(starts) if travels else None for travels in there)
+
+    (leaving, sent), (coming, received) = one_way(rank), one_way(rank.peer)
+    return _Round(leaving, coming, sent, received, tuple(to in (None, rank) for *_, to in forms))
 
 
 class Party(ABC):
@@ -116,36 +143,35 @@ class ComputingParty(Party):
 
     def open(self, items: Sequence[Opening], step: str) -> list[Any]:
         self._on_step(step)
-        rank, peer = self.rank, self._peer_rank
-        outgoing, expected = list[torch.Tensor](), list[Spec]()
+        forms = tuple([(item.share.shape, item.width, item.sender, item.to) for item in items])
+        it = _round_of(self.rank, forms)
+        sent = np.zeros(it.leaving.total, np.uint8)
         labels_out, labels_in = list[str](), list[str]()
-        coming = [sends(item, peer) for item in items]
-        for item, comes in zip(items, coming, strict=True):
-            if sends(item, rank):
-                outgoing.append(_pack(item.share, item.width))
+        for item, form, leaves, comes in zip(items, forms, it.sent, it.received, strict=True):
+            if leaves is not None:
+                value_loops.put_words(item.share.numpy().ravel(), form[1], sent, leaves)
                 labels_out.append(item.step or step)
-            if comes:
-                expected.append(_spec(item))
+            if comes is not None:
                 labels_in.append(item.step or step)
-        received = iter(self._peer.swap(step, outgoing, expected, labels_out, labels_in))
+        data = self._peer.swap(step, [sent.data], it.leaving, it.coming, labels_out, labels_in)
+        came = np.frombuffer(data, np.uint8)
+        came.flags.writeable = False
         return [
-            self._opened(item, next(received) if comes else None)
-            for item, comes in zip(items, coming, strict=True)
+            self._opened(item, came, comes) if learned else None
+            for item, comes, learned in zip(items, it.received, it.learned, strict=True)
         ]
 
-    def _opened(self, item: Opening, theirs: torch.Tensor | None) -> torch.Tensor | None:
-        """Add up an opening, with what the peer sends of it; None where this party does not learn it."""
-        width = item.width
-        if item.to not in (None, self.rank):
-            return None
-        if item.sender not in (None, self.rank):
-            return None if theirs is None else _unpack(theirs, width)
-        mine = item.share
-        if theirs is None:
-            return mine & ((1 << 8 * width) - 1) if width < 8 else mine
-        if width < 8:
-            return opened_word(theirs, mine, item.xor)
-        return mine ^ theirs if item.xor else mine + theirs
+    def _opened(self, item: Opening, came: Any, start: int | None) -> torch.Tensor | None:
+        """Add up an opening, with what the peer sends of it, if that is anything, from byte `start` on."""
+        share, width = item.share, item.width
+        if start is None:
+            return share & ((1 << 8 * width) - 1) if width < 8 else share
+        out = np.empty(share.shape, np.int64)
+        if item.sender is None:
+            value_loops.open_words(came, start, width, share.numpy().ravel(), item.xor, out.reshape(-1))
+        else:
+            value_loops.take_words(came, start, width, out.reshape(-1))
+        return torch.from_numpy(out)
 
     def draw(self, request: Request, step: str) -> list[Any]:
         tape = self._tape

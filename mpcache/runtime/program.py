@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -320,32 +321,30 @@ def at(name: str, program: Program[T]) -> Program[T]:
 def together(*programs: Program[Any]) -> Program[list[Any]]:
     """Run independent programs in lockstep; what they open at the same time shares one message."""
     results: list[Any] = [None] * len(programs)
-    waiting: dict[int, Open] = {}
-
-    def advance(i: int, reply: Any) -> Program[None]:
-        try:
-            ask = programs[i].send(reply)
-            while not isinstance(ask, Open):
-                reply = yield ask
+    replies: dict[int, Any] = dict.fromkeys(range(len(programs)))
+    while True:
+        waiting: dict[int, Open] = {}
+        for i, reply in replies.items():
+            try:
                 ask = programs[i].send(reply)
-            waiting[i] = ask
-        except StopIteration as stop:
-            results[i] = stop.value
-
-    for i in range(len(programs)):
-        yield from advance(i, None)
-    while waiting:
-        batch, waiting = waiting, {}
+                while not isinstance(ask, Open):
+                    ask = programs[i].send((yield ask))
+                waiting[i] = ask
+            except StopIteration as stop:
+                results[i] = stop.value
+        if not waiting:
+            return results
+        if len(waiting) == 1:
+            ((i, ask),) = waiting.items()
+            replies = {i: (yield ask)}
+            continue
         # The round is booked where the first of them is; the bytes of each stay its own.
-        step = next(iter(batch.values())).step
-        items = tuple(
-            item if item.step else item.booked(ask.step) for ask in batch.values() for item in ask.items
-        )
-        replies = yield Open(items, step)
-        for i, ask in batch.items():
-            mine, replies = replies[: len(ask.items)], replies[len(ask.items) :]
-            yield from advance(i, mine)
-    return results
+        step = next(iter(waiting.values())).step
+        items = [
+            item if item.step else item.booked(ask.step) for ask in waiting.values() for item in ask.items
+        ]
+        opened = iter((yield Open(tuple(items), step)))
+        replies = {i: list(islice(opened, len(ask.items))) for i, ask in waiting.items()}
 
 
 def rounds_later(rounds: int) -> Program[None]:

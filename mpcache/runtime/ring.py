@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from mpcache.runtime import loops, value_loops
+from mpcache.runtime import loops
 from mpcache.runtime.meta import MetaTensor
 
 _FETCHED = 1 << 22  # integers of a matrix elsewhere that are fetched at once
@@ -198,6 +199,11 @@ def _add_product(x: Any, y: Matrix, out: Any) -> None:
 # numpy makes an array of another shape in a third of the time that torch takes, and a token makes thousands.
 
 
+def elements_of(*tensors: torch.Tensor) -> list[npt.NDArray[Any]]:
+    """Return tensors as what compiled loops take: their elements in order."""
+    return [tensor.numpy().ravel() for tensor in tensors]
+
+
 def pack(x: torch.Tensor, width: int) -> torch.Tensor:
     """Take the low `width` bytes of each int64: (*s) -> (*s, width) uint8."""
     out = np.empty((*x.shape, width), np.uint8)
@@ -217,15 +223,6 @@ def unpack(x: torch.Tensor) -> torch.Tensor:
     shape = x.shape
     out = np.empty(shape[:-1], np.int64)
     loops.unpack_words(x.numpy().reshape(-1, shape[-1]), out.reshape(-1))
-    return torch.from_numpy(out)
-
-
-def opened_word(theirs: torch.Tensor, mine: torch.Tensor, xor: bool = False) -> torch.Tensor:
-    """Add up an opening: the peer's low bytes (*s, width) and this party's share (*s), modulo their ring."""
-    shape = theirs.shape
-    out = np.empty(shape[:-1], np.int64)
-    data, own = theirs.numpy().reshape(-1, shape[-1]), mine.numpy().reshape(-1)
-    value_loops.open_words(data, own, xor, out.reshape(-1))
     return torch.from_numpy(out)
 
 

@@ -48,15 +48,13 @@ class Side:
     def watch(self, x: Any, ring: int = 64) -> None:
         """Note shares that add up to zero modulo 2^ring if a value was in range. No message."""
         if not x.is_meta:
-            self.guard.note(self._mine(x) & ((1 << ring) - 1) if ring < 64 else self._mine(x))
+            mine = x.numpy() if self.rank is Rank.SERVER else -x.numpy()
+            self.guard.note(mine & ((1 << ring) - 1) if ring < 64 else mine)
 
     def watch_bits(self, x: Any) -> None:
         """Note XOR shares of bits that are zero if a value was in range. No message."""
         if not x.is_meta:
-            self.guard.note(x)
-
-    def _mine(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.rank is Rank.SERVER else -x
+            self.guard.note(x.numpy())
 
 
 def drop_low_bits(x: torch.Tensor, bits: int) -> torch.Tensor:

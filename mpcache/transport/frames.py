@@ -32,8 +32,17 @@ from mpcache.transport.flow_control import (
     largest_frame,
     queue_room,
 )
-from mpcache.transport.link import Hello, Link, Spec
-from mpcache.transport.message import KIND_NAMED, IncomingMessage, is_one_field, kind_of, split_message
+from mpcache.transport.link import Buffer, Hello, Layout, Link, Spec
+from mpcache.transport.message import (
+    KIND_NAMED,
+    IncomingMessage,
+    frames_of,
+    is_one_field,
+    kind_of,
+    laid_out,
+    layout_of,
+    tensors_in,
+)
 from mpcache.transport.network import Shaper
 from mpcache.transport.session_order import AGREED, FrameKind, Order
 from mpcache_protos import party_pb2 as pb
@@ -46,10 +55,6 @@ _LOOK = "look"  # wakes a sender that waits for room
 Arrived = tuple[pb.Frame, FrameKind, int, float] | str | None
 
 
-def _nothing() -> None:
-    pass
-
-
 class FrameLink(Link):
     """A Link over an ordered carrier of frames; a subclass says how they leave (`_carry`)."""
 
@@ -59,7 +64,7 @@ class FrameLink(Link):
         self.timeout_s = timeout_s  # longest silence while waiting for a frame
         self._inbox: SimpleQueue[Arrived] = SimpleQueue()
         self._early: deque[Arrived] = deque()  # taken from there, and not due yet
-        self.before_frame = _nothing
+        self.before_frame = lambda: None
         self.shaper: Shaper | None = None  # what comes in is as slow as this network
         # Both become wider with `facts/agreed`.
         self.sent = Sent(queue_room(me, peer, agreed=False))
@@ -165,53 +170,50 @@ class FrameLink(Link):
     # What the party's own thread does.
 
     def send(self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None) -> None:
-        self._send(step, tensors, labels, None)
+        self._send(step, *laid_out(tensors), labels, None)
 
     def recv(
         self, step: str, specs: Sequence[Spec], labels: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
-        return self._recv(IncomingMessage(step, specs), labels)
+        return tensors_in(self._recv(IncomingMessage(step, layout_of(tuple(specs))), labels), specs)
+
+    def exchange(
+        self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        buffers, layout = laid_out(tensors)
+        data = self.swap(step, buffers, layout, layout, labels, labels)
+        return tensors_in(data, [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors])
 
     def swap(
-        self,
-        step: str,
-        outgoing: Sequence[torch.Tensor],
-        expected: Sequence[Spec],
-        labels_out: Sequence[str] | None = None,
-        labels_in: Sequence[str] | None = None,
-    ) -> list[torch.Tensor]:
-        # What was sent before this round has been taken, up to a quarter of the room that is not
-        # confirmed yet: a message of half the room never waits. Two larger ones could, for each other.
-        if not expected or sum(tensor.nbytes for tensor in outgoing) <= self.sent.room // 2:
-            return super().swap(step, outgoing, expected, labels_out, labels_in)
+        self, step: str, outgoing: Sequence[Buffer], leaving: Layout, coming: Layout,
+        labels_out: Sequence[str] | None = None, labels_in: Sequence[str] | None = None,
+    ) -> bytes | bytearray:  # fmt: skip
         self.ledger.book(step, rounds=1)
-        coming = IncomingMessage(step, expected)
-        self._send(step, outgoing, labels_out, coming)
-        return self._recv(coming, labels_in)
+        message = IncomingMessage(step, coming) if coming.text else None
+        if leaving.text:
+            self._send(step, outgoing, leaving, labels_out, message)
+        return self._recv(message, labels_in) if message is not None else b""
 
     def _send(
-        self,
-        step: str,
-        tensors: Sequence[torch.Tensor],
-        labels: Sequence[str] | None,
+        self, step: str, buffers: Sequence[Buffer], layout: Layout, labels: Sequence[str] | None,
         coming: IncomingMessage | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.check_alive(step)
-        for data in split_message(self._sent, step, tensors):
+        for data in frames_of(self._sent, step, buffers, layout):
             self.before_frame()
             if not self.sent.fits(len(data)):
                 self._make_room(step, len(data), coming)
             self.ledger.wire_bytes += len(data)
             self._post(data)
         self._sent += 1
-        self._book("sent", step, [t.nbytes for t in tensors], labels)
+        self._book("sent", step, layout.sizes, labels)
 
-    def _recv(self, coming: IncomingMessage, labels: Sequence[str] | None) -> list[torch.Tensor]:
+    def _recv(self, coming: IncomingMessage, labels: Sequence[str] | None) -> bytes | bytearray:
         while not coming.complete:
             self._take(coming, self._next(FrameKind.TENSORS, coming.step))
         self._received += 1
         self._book("received", coming.step, coming.layout.sizes, labels)
-        return coming.tensors()
+        return coming.data
 
     def _make_room(self, step: str, size: int, coming: IncomingMessage | None) -> None:
         """Wait until the peer has taken enough.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,16 @@ from mpcache.tensor_bytes import NUMPY_DTYPES
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NUMPY_DTYPES}
 
 Spec = tuple[torch.dtype, tuple[int, ...]]  # what a receiver expects: dtype and shape
+Buffer = bytes | bytearray | memoryview
+
+
+class Layout(NamedTuple):
+    """How the tensors of one message lie in its data. Units: bytes."""
+
+    text: str  # as both ends write it: `int64(3, 4) bool()`; empty: no tensor
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    total: int
 
 
 @dataclass(frozen=True)
@@ -67,28 +77,23 @@ class Link(ABC):
         Raises Desync, PeerLost, PeerTimeout or PeerFailed.
         """
 
+    @abstractmethod
     def exchange(
         self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
         """Both send, then both receive tensors of the same dtypes and shapes: one round."""
-        return self.swap(step, tensors, [(t.dtype, tuple(t.shape)) for t in tensors], labels, labels)
 
+    @abstractmethod
     def swap(
-        self,
-        step: str,
-        outgoing: Sequence[torch.Tensor],
-        expected: Sequence[Spec],
-        labels_out: Sequence[str] | None = None,
-        labels_in: Sequence[str] | None = None,
-    ) -> list[torch.Tensor]:
+        self, step: str, outgoing: Sequence[Buffer], leaving: Layout, coming: Layout,
+        labels_out: Sequence[str] | None = None, labels_in: Sequence[str] | None = None,
+    ) -> bytes | bytearray:  # fmt: skip
         """Send what there is to send, receive what there is to receive: one round in all.
 
+        outgoing: one after another, the bytes that `leaving` describes. Returns those of `coming`; neither
+        becomes a tensor of its own.
         A message that goes one way only is a round too, at both ends: the receiver waits for it.
         """
-        self.ledger.book(step, rounds=1)
-        if outgoing:
-            self.send(step, outgoing, labels_out)
-        return self.recv(step, expected, labels_in) if expected else []
 
     @abstractmethod
     def send_facts(self, step: str, facts: Mapping[str, object]) -> None:

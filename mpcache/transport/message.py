@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mpcache.tensor_bytes import tensor_at
 from mpcache.transport.flow_control import CHUNK_BYTES, LAYOUT_BYTES
-from mpcache.transport.link import DTYPES, Spec
+from mpcache.transport.link import DTYPES, Buffer, Layout, Spec
 from mpcache.transport.session_order import FrameKind
 from mpcache_protos import party_pb2 as pb
 
@@ -30,15 +29,6 @@ if sys.byteorder != "little":  # tensors travel as they lie in memory
     raise ImportError("mpcache runs on little-endian machines only")
 
 
-class Layout(NamedTuple):
-    """How the tensors of one message lie in its data. Units: bytes."""
-
-    text: str  # as both ends write it: `int64(3, 4) bool()`
-    starts: tuple[int, ...]
-    sizes: tuple[int, ...]
-    total: int
-
-
 @lru_cache(maxsize=4096)  # a decode step asks for the same ones again for every token
 def layout_of(specs: tuple[Spec, ...]) -> Layout:
     """Return how tensors of these dtypes and shapes lie in a message: each at a multiple of 8 bytes."""
@@ -53,43 +43,51 @@ def layout_of(specs: tuple[Spec, ...]) -> Layout:
 
 
 def split_message(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
-    """Yield one message as serialised frames, each with at most CHUNK_BYTES of data. Copies the tensors.
+    """Yield one message as serialised frames. Copies the tensors."""
+    buffers, layout = laid_out(tensors)
+    return frames_of(sequence, step, buffers, layout)
 
-    Raises ValueError on more tensors than one message has room to describe.
-    """
+
+def laid_out(tensors: Sequence[torch.Tensor]) -> tuple[list[Buffer], Layout]:
+    """Return what lies in the tensors, and between them, and how."""
     layout = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors))
-    text = layout.text
-    if len(text) > LAYOUT_BYTES:
-        raise ValueError(f"{len(tensors)} tensors at {step} are too many for one message")
-    buffers, end = list[memoryview | bytes](), 0
+    buffers, end = list[Buffer](), 0
     for tensor, start, size in zip(tensors, layout.starts, layout.sizes, strict=True):
         if start > end:
             buffers.append(bytes(start - end))
         buffers.append(np.ascontiguousarray(tensor.numpy(force=True)).reshape(-1).view(np.uint8).data)
         end = start + size
-    if end <= CHUNK_BYTES:  # nearly all
-        yield _frame_of(sequence, step, text, 0, buffers)
+    return buffers, layout
+
+
+def frames_of(sequence: int, step: str, buffers: Sequence[Buffer], layout: Layout) -> Iterator[bytes]:
+    """Yield one message as serialised frames, each with at most CHUNK_BYTES of data. Copies the buffers.
+
+    Raises ValueError on more tensors than one message has room to describe.
+    """
+    if len(layout.text) > LAYOUT_BYTES:
+        raise ValueError(f"{len(layout.sizes)} tensors at {step} are too many for one message")
+    if layout.total <= CHUNK_BYTES:  # nearly all
+        yield _frame_of(sequence, step, layout.text, 0, buffers)
         return
     offset = 0
     for piece in _pieces(buffers):
-        yield _frame_of(sequence, step, "" if offset else text, offset, [piece])
+        yield _frame_of(sequence, step, "" if offset else layout.text, offset, [piece])
         offset += len(piece)
 
 
-def _frame_of(
-    sequence: int, step: str, layout: str, offset: int, buffers: Sequence[memoryview | bytes]
-) -> bytes:
+def _frame_of(sequence: int, step: str, layout: str, offset: int, buffers: Sequence[Buffer]) -> bytes:
     """Serialise a frame as protobuf does, its data copied once, where protobuf copies it four times."""
     message = pb.Tensors(sequence=sequence, step=step, layout=layout, offset=offset)
-    pieces: list[memoryview | bytes] = [message.SerializeToString()]
+    pieces: list[Buffer] = [message.SerializeToString()]
     if size := sum(map(len, buffers)):  # the last field, and none if it is empty
         pieces += [_DATA_TAG, _varint(size), *buffers]
     return b"".join([_TENSORS_TAG, _varint(sum(map(len, pieces))), *pieces])
 
 
-def _pieces(buffers: Sequence[memoryview | bytes]) -> Iterator[bytes]:
+def _pieces(buffers: Sequence[Buffer]) -> Iterator[bytes]:
     """Yield what is in the buffers, one after another, CHUNK_BYTES at once; one piece at least."""
-    piece, room = list[memoryview | bytes](), CHUNK_BYTES
+    piece, room = list[Buffer](), CHUNK_BYTES
     for buffer in buffers:
         while len(buffer) > room:
             yield b"".join([*piece, buffer[:room]])
@@ -157,15 +155,21 @@ def _varint(n: int) -> bytes:
     return bytes([low]) if n == low else bytes([low | 0x80]) + _varint(n >> 7)
 
 
+def tensors_in(data: bytes | bytearray, specs: Sequence[Spec]) -> list[torch.Tensor]:
+    """Return what a message's data holds as tensors that may be written to."""
+    own = bytearray(data) if isinstance(data, bytes) else data
+    starts = layout_of(tuple(specs)).starts
+    return [tensor_at(own, dtype, shape, start) for (dtype, shape), start in zip(specs, starts, strict=True)]
+
+
 class IncomingMessage:
     """A message that is being taken in, frame by frame."""
 
-    def __init__(self, step: str, specs: Sequence[Spec]) -> None:
-        self.step, self.specs = step, specs
-        self.layout = layout_of(tuple(specs))
+    def __init__(self, step: str, layout: Layout) -> None:
+        self.step, self.layout = step, layout
         self.offset = 0  # bytes that are there
         self.begun = False
-        self._room: bytearray = bytearray()
+        self.data: bytes | bytearray = b""  # as it came, where one frame brought all
 
     @property
     def complete(self) -> bool:
@@ -173,16 +177,11 @@ class IncomingMessage:
 
     def add(self, data: bytes) -> None:
         """Add the next bytes, which have been checked. The first ones give the message its memory."""
-        total = self.layout.total
-        if not self.begun:
-            self._room = bytearray(data if len(data) == total else total)
-        if len(data) < total:
-            self._room[self.offset : self.offset + len(data)] = data
+        if len(data) == self.layout.total:
+            self.data = data
+        else:
+            if not self.begun:
+                self.data = bytearray(self.layout.total)
+            self.data[self.offset : self.offset + len(data)] = data  # type: ignore[index]
         self.begun = True
         self.offset += len(data)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [
-            tensor_at(self._room, dtype, shape, start)
-            for (dtype, shape), start in zip(self.specs, self.layout.starts, strict=True)
-        ]

@@ -173,6 +173,14 @@ class TapeLink(Link):
     def send(self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None) -> None:
         raise _mute(step)
 
+    def exchange(
+        self, step: str, tensors: Sequence[torch.Tensor], labels: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        raise _mute(step)
+
+    def swap(self, step: str, *_: Any) -> bytes:
+        raise _mute(step)
+
     def send_facts(self, step: str, facts: Mapping[str, object]) -> None:
         raise _mute(step)
 

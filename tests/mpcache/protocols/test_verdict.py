@@ -157,12 +157,12 @@ def test_a_truncation_that_is_wrong_is_always_seen(ring: int) -> None:
     r = torch.randint(0, 1 << ring, x.shape)
     c = (x + room + r) & ((1 << ring) - 1)
     rc, rb = mask_parts(r, 0, ring)
-    p, q = linear.affine(c, 0, ring)
+    truncated = linear.Truncated(c, ring, rb, rc).share(Side(Rank.SERVER))
     fence, seen = truncation_fence(ring), list[torch.Tensor]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Guard, "note", lambda self, data: seen.append(data))
+        patch.setattr(Guard, "note", lambda self, data: seen.append(torch.from_numpy(data)))
         fence.watch(Side(Rank.SERVER), fence.tables(r), c)
-    flagged, wrong = seen[0].bool(), p + q * rb - rc != x
+    flagged, wrong = seen[0].bool(), truncated != x
     assert not (wrong & ~flagged).any() and not (flagged & (x < room) & (x >= -room)).any()
     assert wrong.any() and (~wrong & flagged).any()
 

@@ -6,8 +6,7 @@ It stands on stderr and is gone at its end: what a sweep found is printed on std
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
@@ -29,8 +28,7 @@ from mpcache.console import terminal
 
 PENDING = "\u00b7"  # in a cell that has nothing yet
 NAMED = 3  # failures that are named below the table: the last ones
-PER_SECOND = 4  # drawings, while nothing new is there
-APART_S = 0.05  # between two drawings of something new, at least
+PER_SECOND = 4  # drawings
 AROUND = 8  # lines of the drawing that are neither rows nor failures, one spare among them
 MEMORY_S = 3600.0  # of cells' times, which the estimate stands on
 
@@ -52,12 +50,6 @@ class LiveTable:
             TimeRemainingColumn(compact=True), console=terminal.err, speed_estimate_period=MEMORY_S,
         )  # fmt: skip
         self._bar = self._progress.add_task("", total=0, visible=False)
-        self._draw: Callable[[], None] = lambda: None
-        self._drawn_at = 0.0
-
-    def draw_with(self, draw: Callable[[], None]) -> None:
-        """Take what draws it: a step does so at once, as a busy sweep leaves a thread of drawings no time."""
-        self._draw = draw
 
     def begin(self, title: str, corner: str, places: Sequence[tuple[str, str]], cells: int) -> None:
         """Begin an empty table in place of the one before.
@@ -81,9 +73,6 @@ class LiveTable:
         """Count a cell that is done. failed: its name and why, if it gave nothing."""
         self._failures += [] if failed is None else [failed]
         self._progress.advance(self._bar)
-        if time.monotonic() - self._drawn_at >= APART_S:
-            self._draw()
-            self._drawn_at = time.monotonic()
 
     def say(self, text: str) -> None:
         """Say what is being done, in a line of the drawing or one of its own."""
@@ -134,9 +123,7 @@ def live_table(first: str) -> Iterator[LiveTable]:
         yield table
         return
     shown = sys.stdout is not None and sys.stdout.isatty()  # what is printed on stdout stays there else
-    live = Live(table, console=err, refresh_per_second=PER_SECOND, transient=True, redirect_stdout=shown)
-    with live:
-        table.draw_with(live.refresh)
+    with Live(table, console=err, refresh_per_second=PER_SECOND, transient=True, redirect_stdout=shown):
         yield table
 
 

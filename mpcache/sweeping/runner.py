@@ -80,8 +80,8 @@ class CellRunner:
             else:
                 self.journal.add(batches[n].named(cell), outcome)
             found[n][cell] = outcome
-            seen(n, cell, outcome)
             self.table.step(failed)
+            seen(n, cell, outcome)
             if all(one is not None for one in found[n]):
                 yield n, [one for one in found[n] if one is not None]
 

@@ -83,10 +83,12 @@ def on_terminal(
     assert processes.allowed, "mark a test that starts processes: @pytest.mark.processes"
     master, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (lines, columns))
+    # Where tests run side by side, their environment tells another size, which would count for more.
+    told = {name: text for name, text in processes.environment().items() if name not in ("LINES", "COLUMNS")}
     child = subprocess.Popen(
         ["setsid", "--ctty", *command],
         cwd=ROOT,
-        env=processes.environment() | {"TERM": "xterm-256color"},
+        env=told | {"TERM": "xterm-256color"},
         stdin=terminal,
         stderr=terminal,
         stdout=terminal if stdout is None else stdout,

@@ -407,7 +407,7 @@ def share_of_product(
     if isinstance(w, KnownOperand):
         if side.rank is w.owner:
             return c + matmul(e + a, w.held)
-        product = yield Call(lambda party, step: party.ahead and party.ahead.product(a))  # of a @ V
+        product = yield Call(lambda party, step: party.ahead and party.ahead.times(a, w))
         return c + (matmul(a, w.held) if product is None else product)
     return c + matmul(e, w.mask) + matmul(side.plus(a, e), w.public)
 

@@ -11,6 +11,7 @@ from mpcache.phases import ChunkPlace
 from mpcache.runtime.program import Request
 from mpcache.runtime.ring import matmul
 from mpcache.runtime.rng import KeyStream
+from mpcache.runtime.shares import KnownOperand
 
 TOKENS = 8  # that share a pass
 
@@ -45,7 +46,7 @@ class RowsAhead:
     def begin(self, phase: str) -> None:
         """Go on to a phase; only a token of an answer has rows ahead."""
         place = ChunkPlace.of(phase)
-        self._place = place if place is not None and place.step else None
+        self._place = place
         self._met.clear()
         self._ready.clear()
 
@@ -56,7 +57,7 @@ class RowsAhead:
         matrix that comes a second time in a phase has no second row.
         """
         w, place = request.matrix, self._place
-        if w is None or not w.name or place is None or w.name in self._met:
+        if w is None or not w.name or place is None or not place.step or w.name in self._met:
             return None
         shape = request.random[-1].shape
         if math.prod(shape[:-1]) != 1:
@@ -65,7 +66,8 @@ class RowsAhead:
         group, row = divmod(place.step + w.number, TOKENS)
         made = self._passes.get(w.name)
         if made is None or made.tokens != (place.turn, group):
-            made = self._passes[w.name] = self._made(w.name, (place.turn, group), row, shape[-1], matrix)
+            rows = self._rows(w, (place.turn, group), row)
+            made = self._passes[w.name] = _Pass((place.turn, group), row, rows, matmul(rows, matrix))
         mask = made.rows[row - made.first].reshape(shape)
         self._ready.append((mask, made.products[row - made.first].reshape(*shape[:-1], -1)))
         return mask
@@ -78,9 +80,23 @@ class RowsAhead:
                 return product
         return None
 
-    def _made(self, name: str, tokens: tuple[int, int], first: int, k: int, matrix: Any) -> _Pass:
+    def times(self, mask: torch.Tensor, w: KnownOperand) -> torch.Tensor:
+        """Multiply a client's mask by V; a question's in one pass with the first rows of its answer."""
+        product, place = self.product(mask), self._place
+        if product is not None:
+            return product
+        if place is None or place.step or not w.name or w.name in self._met:
+            return matmul(mask, w.held)
+        self._met.add(w.name)
+        group, row = divmod(1 + w.number, TOKENS)
+        rows = self._rows(w, (place.turn, group), row)
+        left = mask.reshape(-1, mask.shape[-1])
+        both = matmul(torch.cat([left, rows]), w.held)
+        self._passes[w.name] = _Pass((place.turn, group), row, rows, both[left.shape[0] :])
+        return both[: left.shape[0]].reshape(*mask.shape[:-1], -1)
+
+    def _rows(self, w: KnownOperand, tokens: tuple[int, int], first: int) -> torch.Tensor:
         turn, group = tokens
-        stream = KeyStream(self._seed, f"rows/{turn}/{group}/{name}")
+        stream, k = KeyStream(self._seed, f"rows/{turn}/{group}/{w.name}"), w.shape[0]
         stream.skip(8 * first * k)
-        rows = stream.tensor((TOKENS - first, k))
-        return _Pass(tokens, first, rows, matmul(rows, matrix))
+        return stream.tensor((TOKENS - first, k))

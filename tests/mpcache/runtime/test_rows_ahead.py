@@ -90,3 +90,18 @@ def test_all_else_is_of_the_tape() -> None:
     assert ahead.mask(request, V) is not None
     assert ahead.mask(request, V) is None
     assert ahead.product(torch.zeros(1, K)) is None
+
+
+def test_a_questions_products_come_with_the_first_rows_of_the_answer() -> None:
+    """The same rows as without; a second part of the question makes none."""
+    client, dealer, w = RowsAhead(SEED), RowsAhead(SEED), known()
+    client.begin("question")
+    for rows in (3, 2):
+        mask = torch.randint(-(1 << 62), 1 << 62, (rows, K))
+        assert torch.equal(client.times(mask, w), matmul(mask, V))
+        passes = dict(client._passes)
+    assert passes == client._passes and len(passes) == 1
+    rows_of = [taken(each, ChunkPlace(1, 1), product_of(w)) for each in (client, dealer)]
+    assert client._passes == passes and torch.equal(*rows_of)
+    client.begin("private1")
+    assert torch.equal(client.times(mask, w), matmul(mask, V)) and client._passes == passes

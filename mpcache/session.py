@@ -147,7 +147,7 @@ class Session:
         if self.party is None:
             return run(program, Nobody())
         self.party.begin(phase)
-        # Nothing is differentiated, and small operations are a sixth cheaper where torch knows it. What set-up
+        # Nothing is differentiated; small operations are a sixth cheaper where torch knows it. What set-up
         # and context make lives longer, and is changed elsewhere.
         with torch.inference_mode(ChunkPlace.of(phase) is not None or is_private(phase)):
             return run(at(phase, program), self.party)

@@ -110,8 +110,10 @@ def rerun(spec: str, protocol: str, **how: Any) -> Rerun:
     context, policy = tiny.tokens(CONTEXT), parse_policy(spec)
     numbers, expand = itertools.count(), parties._expand
 
-    def expanding(tape: KeyStream, request: Request, rank: Rank) -> tuple[list[Any], Iterator[torch.Tensor]]:
-        values, shares = expand(tape, request, rank)
+    def expanding(
+        tape: KeyStream, request: Request, rank: Rank, row: torch.Tensor | None = None
+    ) -> tuple[list[Any], Iterator[torch.Tensor]]:
+        values, shares = expand(tape, request, rank, row)
         random = zip(values, request.random, strict=True)
         return [seen.expand(value, part, rank) for value, part in random], shares
 

@@ -17,6 +17,7 @@ from mpcache.ledger import Ledger
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.runtime import party, rng
+from mpcache.runtime.rows_ahead import RowsAhead
 from mpcache_parties.private_inputs import Document, Question
 from mpcache_parties.resources import SessionResources
 from mpcache_parties.roles import ask, deal, serve
@@ -130,12 +131,16 @@ def plant(monkeypatch: pytest.MonkeyPatch, worse: Callable[[torch.Tensor], torch
     """Let all three expand other masks than they should; seeds stay as they are."""
     expand = party._expand
 
-    def expanding(tape: Any, request: Any, rank: Rank) -> tuple[list[Any], Iterator[torch.Tensor]]:
-        values, shares = expand(tape, request, rank)
+    def expanding(
+        tape: Any, request: Any, rank: Rank, row: torch.Tensor | None = None
+    ) -> tuple[list[Any], Iterator[torch.Tensor]]:
+        values, shares = expand(tape, request, rank, row)
         masks = zip(values, request.random, strict=True)
         return [value if part.own else worse(value) for value, part in masks], shares
 
     monkeypatch.setattr(party, "_expand", expanding)
+    rows = RowsAhead._rows
+    monkeypatch.setattr(RowsAhead, "_rows", lambda *about: worse(rows(*about)))
 
 
 def test_a_mask_of_zeros_is_seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ from mpcache.rank import Rank
 from mpcache.runtime.party import ComputingParty
 from mpcache.runtime.program import Opening
 from mpcache.session import Session
+from mpcache.transport.link import Layout
 from tests.support import tiny_policies as tiny
 from tests.support.play import play
+from tests.support.swaps import pieces
 from tests.support.uniformity import largest_deviation, worst_of_ring
 
 SPEC = "mpcache:coarse=4,fine=2,n_keep=20,recent=2,sink=1"
@@ -30,23 +32,24 @@ class Transcript:
         self.words: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)  # by reason and ring
 
     def watch(self, party: ComputingParty, reasons: list[list[Opening]]) -> None:
-        for name, link in (("peer", party._peer), ("dealer", party._dealer)):
-            receive = link.recv
+        receive, swap = party._dealer.recv, party._peer.swap
 
-            def recv(
-                step: str, specs: Any, labels: Any = None, name: str = name, receive: Any = receive
-            ) -> Any:
-                arrived = receive(step, specs, labels)
-                items = reasons.pop(0) if name == "peer" else [None] * len(arrived)
-                for tensor, item in zip(arrived, items, strict=True):
-                    why = item.why if item else "tape"
-                    self.slots.append((name, step, tuple(tensor.shape), why))
-                    if item:  # correction bits of key trees are two bits in a byte; see test_dcf
-                        data = tensor.contiguous().view(torch.uint8).numpy()
-                        self.words[why, item.ring].append(data.reshape(-1, item.width))
-                return arrived
+        def received(step: str, *rest: Any) -> Any:
+            arrived = receive(step, *rest)
+            # Correction bits of key trees are two bits in a byte; see test_dcf.
+            self.slots += [("dealer", step, tuple(tensor.shape), "tape") for tensor in arrived]
+            return arrived
 
-            link.recv = recv  # type: ignore[method-assign]
+        def swapped(step: str, outgoing: Any, leaving: Layout, coming: Layout, *labels: Any) -> Any:
+            data = swap(step, outgoing, leaving, coming, *labels)
+            if coming.text:
+                for item, words in zip(reasons.pop(0), pieces(data, coming), strict=True):
+                    self.slots.append(("peer", step, (*item.share.shape, item.width), item.why))
+                    self.words[item.why, item.ring].append(words.reshape(-1, item.width))
+            return data
+
+        party._dealer.recv = received  # type: ignore[assignment,method-assign]
+        party._peer.swap = swapped  # type: ignore[assignment,method-assign]
 
 
 def listen(seed: int, question: list[int], who: Rank, protocol: str) -> Transcript:
@@ -107,8 +110,8 @@ def test_openings_look_uniform(transcripts: Any, who: Rank) -> None:
     for seed in (0, 1):
         words = transcripts[who, seed].words
         assert any(why == "ranks, rotated" for why, _ in words)
-        for (why, ring), pieces in words.items():
-            data = np.concatenate(pieces)
+        for (why, ring), parts in words.items():
+            data = np.concatenate(parts)
             assert worst_of_ring(data, ring) < 6, (who, why, ring, len(data))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from mpcache.rank import Rank
 from mpcache.runtime import party as party_module
-from mpcache.runtime import rng
+from mpcache.runtime import rng, rows_ahead
 from mpcache.runtime.party import ComputingParty
 from tests.support.links import Killed
 
@@ -47,6 +47,13 @@ def die_at(links: dict[Rank, Any], cut: Cut) -> None:
 
         link.send = send
 
+        def swap(step: str, outgoing: Any, leaving: Any, *rest: Any, go_on: Any = link.swap) -> Any:
+            if leaving.text and cut.phase in (step, step.partition("/")[0]) and next(left, 0) <= 1:
+                raise Killed
+            return go_on(step, outgoing, leaving, *rest)
+
+        link.swap = swap
+
         def send_facts(step: str, *rest: Any, go_on: Any = link.send_facts) -> None:
             if step == cut.phase and next(left, 0) <= 1:
                 raise Killed
@@ -66,6 +73,7 @@ def hear(monkeypatch: pytest.MonkeyPatch) -> Heard:
 
     monkeypatch.setattr(party_module, "KeyStream", RecordedCall)
     monkeypatch.setattr(rng, "KeyStream", RecordedCall)
+    monkeypatch.setattr(rows_ahead, "KeyStream", RecordedCall)
     opening = ComputingParty.open
 
     def open_(self: ComputingParty, items: Any, step: str) -> list[Any]:

@@ -8,10 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from mpcache.errors import MpcacheError
 from mpcache.ledger import Ledger
@@ -25,6 +25,7 @@ from mpcache_parties.state.store import Store
 from tests.support.links import Killed
 from tests.support.processes import PARTY, SOON_S, Process, errors_of, start, started
 from tests.support.service import QUESTIONS, Service, plain, said, serving
+from tests.support.swaps import Bytes, pieces
 from tests.support.uniformity import largest_deviation
 
 pytestmark = pytest.mark.processes
@@ -44,22 +45,22 @@ def kept(state: Path, rank: Rank) -> list[str]:
     return sorted(folder.name for folder in (state / rank.label).iterdir() if folder.is_dir())
 
 
-def cut_off(service: Service, keeper: Checkpointer, messages: int = 25) -> list[torch.Tensor]:
+def cut_off(service: Service, keeper: Checkpointer, messages: int = 25) -> list[Bytes]:
     """A client that dies in decode step 2, at its nth message from the server; what it had of that step."""
-    taken: list[torch.Tensor] = []
+    taken: list[Bytes] = []
 
     def tap(network: Network) -> None:
-        recv = network[S].recv
+        swap = network[S].swap
 
-        def die(step: str, *rest: object) -> list[torch.Tensor]:
-            got: list[torch.Tensor] = recv(step, *rest)  # type: ignore[arg-type]
+        def die(step: str, *rest: Any) -> bytes | bytearray:
+            got = swap(step, *rest)
             if step.startswith("decode2/"):
-                taken.extend(tensor.clone() for tensor in got)
+                taken.extend(pieces(got, rest[2]))
                 if len(taken) >= messages:
                     raise Killed
             return got
 
-        network[S].recv = die  # type: ignore[assignment,method-assign]
+        network[S].swap = die  # type: ignore[assignment,method-assign]
 
     with pytest.raises(Killed):
         service.ask(QUESTION, keeper, on_links=tap)
@@ -80,22 +81,22 @@ def test_a_client_goes_on_where_it_was_and_no_mask_is_used_twice(model: Model, t
             service.seen(rank, "client can go on with --resume")
             assert len(kept(state, rank)) == 1  # of the other nothing was kept
 
-        after: list[torch.Tensor] = []
+        after: list[Bytes] = []
 
         def tap(network: Network) -> None:
-            recv = network[S].recv
+            swap = network[S].swap
 
-            def note(step: str, *rest: object) -> list[torch.Tensor]:
-                got: list[torch.Tensor] = recv(step, *rest)  # type: ignore[arg-type]
-                after.extend(tensor.clone() for tensor in got if step.startswith("decode2/"))
+            def note(step: str, *rest: Any) -> bytes | bytearray:
+                got = swap(step, *rest)
+                after.extend(pieces(got, rest[2]) if step.startswith("decode2/") else [])
                 return got
 
-            network[S].recv = note  # type: ignore[assignment,method-assign]
+            network[S].swap = note  # type: ignore[assignment,method-assign]
 
         report = service.ask(QUESTION, keeper := client_of(mine, resume=True), on_links=tap)
         assert keeper.alone and report.token_ids == expected[0]
         pairs = zip(before, after, strict=False)
-        data = [(a.view(torch.uint8) - b.view(torch.uint8)).flatten().numpy() for a, b in pairs]
+        data = [a - b for a, b in pairs]
         assert sum(map(len, data)) > 5000
         assert largest_deviation(np.concatenate(data)) < 6
         for rank in (S, D):

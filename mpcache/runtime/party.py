@@ -126,7 +126,7 @@ class ComputingParty(Party):
     ) -> None:
         self.rank, self.ledger = rank, ledger
         self._on_step = on_step
-        self._peer, self._dealer, self._session, self._peer_rank = peer, dealer, session, rank.peer
+        self._peer, self._dealer, self._session = peer, dealer, session
         self._tapes = Tapes(seed)
         self.ahead = RowsAhead(seed) if rank is Rank.CLIENT else None
         self._crypten_seeds = {**pair_seeds, "local": own_seed}

@@ -44,9 +44,8 @@ class RowsAhead:
         self._ready = list[tuple[torch.Tensor, torch.Tensor]]()
 
     def begin(self, phase: str) -> None:
-        """Go on to a phase; only a token of an answer has rows ahead."""
-        place = ChunkPlace.of(phase)
-        self._place = place
+        """Go on to a phase; only a token of an answer has rows ahead, which its question may have made."""
+        self._place = ChunkPlace.of(phase)
         self._met.clear()
         self._ready.clear()
 

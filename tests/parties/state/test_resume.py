@@ -144,7 +144,7 @@ POLICIES: dict[str, Any] = {
 )
 def test_every_policy_remembers(spec: str, model: Model, tokens: list[int], tmp_path: Path) -> None:
     """All that a policy keeps beside the cache comes back, at all three; no plain run has a near tie here."""
-    public = PublicConfig(policy=spec, max_new_tokens=5, protocol=POLICIES[spec])
+    public = PublicConfig(policy=spec, max_new_tokens=4, protocol=POLICIES[spec])
     first = play(public, model, tokens[:44], tmp_path, cut=Cut(S, "decode3"))
     assert isinstance(first[S], Killed), first
     reports = play(public, model, tokens[:44], tmp_path, resume=True)

@@ -142,11 +142,6 @@ class Highest:
         return torch.from_numpy(sums).reshape(*self.shape[:-1], BUCKETS)[..., 1:]
 
 
-def _digits(x: torch.Tensor) -> torch.Tensor:
-    """Split sums (*s) into their digits: (*s, digits)."""
-    return (x.unsqueeze(-1) >> (torch.arange(_DIGITS) * _DIGIT)) & ((1 << _DIGIT) - 1)
-
-
 def _rows(x: torch.Tensor) -> Any:
     """Return (*rows, n) as what compiled loops take: (rows, n)."""
     return x.numpy().reshape(-1, x.shape[-1])

@@ -95,14 +95,9 @@ class ExpDigits:
         entries = torch.empty_like(masks)
         if not c.is_meta:
             value_loops.window_entries(
-                *elements_of(windows, below, c),
-                _REST,
-                COMPARED_BITS,
-                WINDOWS_BITS,
-                *elements_of(masks),
-                n,
-                *elements_of(entries),
-            )
+                *elements_of(windows, below, c), _REST, COMPARED_BITS, WINDOWS_BITS,
+                *elements_of(masks), n, *elements_of(entries),
+            )  # fmt: skip
         why, ring = "windows, compared and masked", _ENTRIES * TOGETHER
         (f,) = yield from open_masked(Opening(entries, why, ring=ring, xor=True))
         total = torch.empty_like(c)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import boolean, float64, int8, int16, int32, int64, njit, uint8, uint16, uint32, void
+from numba import boolean, float64, int8, int16, int32, int64, njit, types, uint8, uint16, uint32, void
 
 _INT64 = int64[:, ::1]
+MESSAGE = types.Array(uint8, 2, "C", readonly=True)  # bytes as they came: nobody writes to them
 _COLUMNS = 1024  # of the result, which stay in the innermost cache while all rows of the matrix pass
 
 
@@ -159,7 +160,7 @@ def pack_words(x, out):
             word >>= 8
 
 
-@compile_loop([void(uint8[:, ::1], int64[::1])])
+@compile_loop([void(MESSAGE, int64[::1])])
 def unpack_words(data, out):
     """Read words (n,) from their low bytes (n, width)."""
     for i in range(out.shape[0]):

@@ -17,7 +17,7 @@ import torch
 
 from mpcache.ledger import Ledger
 from mpcache.rank import Rank
-from mpcache.runtime import value_loops
+from mpcache.runtime import loops, value_loops
 from mpcache.runtime.meta import MetaTensor
 from mpcache.runtime.program import Opening, Request
 from mpcache.runtime.ring import unpack
@@ -69,6 +69,11 @@ def _round_of(rank: Rank, forms: tuple[_Form, ...]) -> _Round:
 
     (leaving, sent), (coming, received) = one_way(rank), one_way(rank.peer)
     return _Round(leaving, coming, sent, received, tuple(to in (None, rank) for *_, to in forms))
+
+
+def _bytes_at(data: Any, start: int, n: int, width: int) -> Any:
+    """Return n words' bytes in a message's data, from byte `start` on: (n, width)."""
+    return data[start : start + n * width].reshape(n, width)
 
 
 class Party(ABC):
@@ -149,7 +154,8 @@ class ComputingParty(Party):
         labels_out, labels_in = list[str](), list[str]()
         for item, form, leaves, comes in zip(items, forms, it.sent, it.received, strict=True):
             if leaves is not None:
-                value_loops.put_words(item.share.numpy().ravel(), form[1], sent, leaves)
+                words = item.share.numpy().ravel()
+                loops.pack_words(words, _bytes_at(sent, leaves, len(words), form[1]))
                 labels_out.append(item.step or step)
             if comes is not None:
                 labels_in.append(item.step or step)
@@ -167,10 +173,11 @@ class ComputingParty(Party):
         if start is None:
             return share & ((1 << 8 * width) - 1) if width < 8 else share
         out = np.empty(share.shape, np.int64)
+        theirs = _bytes_at(came, start, out.size, width)
         if item.sender is None:
-            value_loops.open_words(came, start, width, share.numpy().ravel(), item.xor, out.reshape(-1))
+            value_loops.open_words(theirs, share.numpy().ravel(), item.xor, out.reshape(-1))
         else:
-            value_loops.take_words(came, start, width, out.reshape(-1))
+            loops.unpack_words(theirs, out.reshape(-1))
         return torch.from_numpy(out)
 
     def draw(self, request: Request, step: str) -> list[Any]:

@@ -9,42 +9,22 @@ As `mpcache.runtime.loops`: callers check shapes, and arrays lie as the signatur
 from __future__ import annotations
 
 import numpy as np
-from numba import boolean, int16, int64, types, uint8, void
+from numba import boolean, int16, int64, uint8, void
 
-from mpcache.runtime.loops import compile_loop
+from mpcache.runtime.loops import MESSAGE, compile_loop
 
 _WORDS, _ROWS = int64[::1], int64[:, ::1]
-_MESSAGE = types.Array(uint8, 1, "C", readonly=True)
 
 
-@compile_loop(void(_WORDS, int64, uint8[::1], int64))
-def put_words(x, width, data, start):
-    """Write the low `width` bytes of each word (n,) to data from byte `start` on, the lowest first."""
-    for i in range(x.shape[0]):
-        word, at = x[i], start + i * width
-        for j in range(width):
-            data[at + j] = uint8(word)
-            word >>= 8
-
-
-@compile_loop(void(_MESSAGE, int64, int64, _WORDS))
-def take_words(data, start, width, out):
-    """Read words (n,) as `put_words` wrote them, as numbers from 0 on."""
-    for i in range(out.shape[0]):
-        word, at = int64(0), start + i * width
-        for j in range(width):
-            word |= int64(data[at + j]) << (8 * j)
-        out[i] = word
-
-
-@compile_loop(void(_MESSAGE, int64, int64, _WORDS, boolean, _WORDS))
-def open_words(data, start, width, mine, xor, out):
-    """Add words (n,) to those that `take_words` reads, or XOR them, modulo 2^(8 width)."""
+@compile_loop(void(MESSAGE, _WORDS, boolean, _WORDS))
+def open_words(theirs, mine, xor, out):
+    """Add words (n,) to those whose low bytes come (n, width), or XOR them, modulo these bytes' ring."""
+    width = theirs.shape[1]
     kept = int64(-1) if width == 8 else (int64(1) << (8 * width)) - 1
     for i in range(out.shape[0]):
-        word, at = int64(0), start + i * width
+        word = int64(0)
         for j in range(width):
-            word |= int64(data[at + j]) << (8 * j)
+            word |= int64(theirs[i, j]) << (8 * j)
         out[i] = (mine[i] ^ word if xor else mine[i] + word) & kept
 
 

@@ -42,12 +42,6 @@ def layout_of(specs: tuple[Spec, ...]) -> Layout:
     return Layout(text, tuple(starts), sizes, end)
 
 
-def split_message(sequence: int, step: str, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
-    """Yield one message as serialised frames. Copies the tensors."""
-    buffers, layout = laid_out(tensors)
-    return frames_of(sequence, step, buffers, layout)
-
-
 def laid_out(tensors: Sequence[torch.Tensor]) -> tuple[list[Buffer], Layout]:
     """Return what lies in the tensors, and between them, and how."""
     layout = layout_of(tuple((tensor.dtype, tensor.shape) for tensor in tensors))

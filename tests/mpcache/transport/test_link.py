@@ -15,7 +15,7 @@ from mpcache.errors import Desync, LinkError, PeerFailed, PeerLost, PeerTimeout
 from mpcache.rank import Rank
 from mpcache.transport.flow_control import CHUNK_BYTES, largest_frame
 from mpcache.transport.frames import FrameLink
-from mpcache.transport.message import split_message
+from mpcache.transport.message import frames_of, laid_out
 from mpcache.transport.network import Profile, Shaper
 from mpcache_protos import party_pb2 as pb
 from tests.support.links import linked
@@ -107,11 +107,11 @@ def test_large_tensors_both_ways_at_once(pair: Pair) -> None:
 
 def test_frames_are_small_enough_for_the_receiver() -> None:
     tensors = [torch.zeros(1) for _ in range(20_000)] + [torch.zeros(CHUNK_BYTES)]
-    sizes = [len(data) for data in split_message(0, "layer11/select/children/rank", tensors)]
+    sizes = [len(data) for data in frames_of(0, "layer11/select/children/rank", *laid_out(tensors))]
     assert max(sizes) < largest_frame(Rank.SERVER)
     assert len(sizes) == 5
     with pytest.raises(ValueError, match="too many for one message"):
-        next(iter(split_message(0, "s", tensors * 10)))
+        next(iter(frames_of(0, "s", *laid_out(tensors * 10))))
 
 
 def test_one_way_messages_keep_their_order(pair: Pair) -> None:
@@ -161,7 +161,7 @@ def test_wrong_shape_dtype_or_count(
 
 def test_out_of_order_and_repeated_messages(pair: Pair) -> None:
     server, client = pair
-    first, second = (next(iter(split_message(number, "s", [torch.zeros(1)]))) for number in (0, 1))
+    first, second = (next(iter(frames_of(number, "s", *laid_out([torch.zeros(1)])))) for number in (0, 1))
     server._post(second)
     with pytest.raises(Desync, match="server sends message 1 at s, client expects message 0"):
         client.recv("s", [(torch.float32, (1,))])

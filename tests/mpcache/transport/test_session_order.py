@@ -16,7 +16,7 @@ from mpcache.rank import Rank
 from mpcache.transport.flow_control import FRAME_COST, MIB, SMALL_BYTES, Sent, largest_frame, queue_room
 from mpcache.transport.frames import FrameLink
 from mpcache.transport.link import Hello
-from mpcache.transport.message import is_one_field, split_message
+from mpcache.transport.message import frames_of, is_one_field, laid_out
 from mpcache.transport.session_order import FrameKind, Order, Place, State, place_of
 from mpcache_parties.handshake import PROTOCOL_VERSION, agree
 from mpcache_protos import party_pb2 as pb
@@ -283,6 +283,6 @@ def test_a_receiver_that_takes_nothing_is_a_timeout(pair: Pair) -> None:
 def test_hello_takes_part_in_the_order() -> None:
     with linked("local", Rank.SERVER, Rank.CLIENT) as (server, client):
         client.send_hello(Hello(PROTOCOL_VERSION, Rank.CLIENT, "00", {}))
-        client._post(next(split_message(0, "decode1/a", [torch.zeros(1)])))
+        client._post(next(frames_of(0, "decode1/a", *laid_out([torch.zeros(1)]))))
         server.recv_hello()
         assert server.order.place == Place(1, State.DECODE, 1)

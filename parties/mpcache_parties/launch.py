@@ -26,6 +26,7 @@ from mpcache.errors import BadInput, MpcacheError, SystemRefusal, one_line
 from mpcache.rank import Rank
 from mpcache.report.account import Report
 from mpcache_parties.operations.output import EventKind
+from mpcache_parties.placement import on_cores_of
 from mpcache_parties.resources import OnToken, show_no_token
 from mpcache_parties.say import Say, quiet
 
@@ -90,7 +91,8 @@ def run_parties(
         own = write_session(settings, texts, folder, private)
         try:
             for rank in Rank:
-                children[rank] = start_party(rank, [*own[rank], *flags.get(rank, ())], events)
+                with on_cores_of(rank):
+                    children[rank] = start_party(rank, [*own[rank], *flags.get(rank, ())], events)
             return _listen(children, events, say, on_token)
         finally:
             end_parties(children)

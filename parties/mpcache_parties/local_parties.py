@@ -29,6 +29,7 @@ from mpcache_parties.launch import (
 )
 from mpcache_parties.operations.output import EventKind
 from mpcache_parties.packing import OpenedPack, with_pack_settings
+from mpcache_parties.placement import on_cores_of
 from mpcache_parties.say import Say, quiet
 from mpcache_parties.state.packs import is_pack
 
@@ -63,7 +64,8 @@ class LocalParties:
             kept = setup_flags(setup_dir)
             for rank, more in ((Rank.SERVER, [*named, *packed]), (Rank.DEALER, [])):
                 flags = [*self._own[rank], *serving, *kept.get(rank, ()), *more]
-                self._children[rank] = start_party(rank, flags, self._events)
+                with on_cores_of(rank):
+                    self._children[rank] = start_party(rank, flags, self._events)
         except BaseException:
             self.close()
             raise

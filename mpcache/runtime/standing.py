@@ -39,7 +39,7 @@ from mpcache.runtime.side import bytes_for
 
 _IN_CACHE = 1 << 16  # integers of V that are made at once
 Dealt = torch.Tensor | Matrix | RemoteMatrix  # B at the dealer
-FORMAT = 2  # of what a seed is made from, and of B's bytes; another one is another seed
+FORMAT = 3  # of what a seed is made from, and of B's bytes; another one is another seed
 
 
 class OperandPlace(NamedTuple):
@@ -58,7 +58,8 @@ class OperandPlace(NamedTuple):
     @property
     def specs(self) -> list[tuple[torch.dtype, Shape]]:
         """B's tensors as the dealer gets them: a matrix as a `Matrix` holds it, where that is no larger."""
-        whole = {6: (torch.int32, torch.int16), 8: (torch.int64,)}.get(bytes_for(self.ring))
+        dtypes = {4: (torch.int32,), 6: (torch.int32, torch.int16), 8: (torch.int64,)}
+        whole = dtypes.get(bytes_for(self.ring))
         if whole is None or len(self.shape) != 2:
             return [(torch.uint8, self.packed)]
         return [(dtype, self.shape) for dtype in whole]

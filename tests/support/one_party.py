@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -19,7 +18,6 @@ from mpcache.ledger import Ledger
 from mpcache.rank import Rank
 from mpcache_parties.handshake import agree, confirm_facts
 from mpcache_parties.network.connect import connect_all
-from mpcache_parties.network.grpc_link import GrpcLink
 from mpcache_parties.network.session_network import Network
 
 ONE_PARTY = [sys.executable, "-m", "tests.support.one_party"]
@@ -44,7 +42,7 @@ def compute(network: Network) -> None:
     """Take nothing from the links, as one that computes, until a peer sends what is refused, or leaves."""
     limit = time.monotonic() + COMPUTE_S
     while network.failure is None and time.monotonic() < limit:
-        if any(cast(GrpcLink, link).peer_left for link in network.links.values()):
+        if any(link.peer_left for link in network.links.values()):
             break
         time.sleep(0.02)
     hang(network)

@@ -15,6 +15,7 @@ from mpcache.limits import bind_policy
 from mpcache.model import Model
 from mpcache.rank import Rank
 from mpcache.sampling import Sampling
+from mpcache_parties.network.liveness import listens
 from tests.support.links import free_settings
 from tests.support.processes import (
     CLI,
@@ -58,11 +59,18 @@ class Session:
         plain = plain_answer(model, bound, context, asked, TOKENS, Sampling(), ())
         self.answer = model.tokenizer.decode(plain.ids)
 
-    def start(self, *more: object) -> dict[Rank, Process]:
+    def start(self, *more: object, first: Rank | None = None) -> dict[Rank, Process]:
+        """Start all three. first: listens before the others are started."""
         self.before = {rank: self.step_of(rank) for rank in Rank}
         every = ["--config", self.config, "--state", self.state, *more]
-        parties = {rank: start(PARTY, "--rank", int(rank), *every, *self.flags[rank]) for rank in (D, C, S)}
-        self.children += parties.values()
+        parties = {}
+        for rank in sorted((D, C, S), key=lambda rank: rank is not first):
+            parties[rank] = start(PARTY, "--rank", int(rank), *every, *self.flags[rank])
+            self.children.append(parties[rank])
+            limit = time.monotonic() + STEP_S
+            while rank is first and not listens(self.settings.addresses.of(rank)):
+                assert time.monotonic() < limit
+                time.sleep(0.02)
         return parties
 
     def step_of(self, rank: Rank) -> int:
@@ -156,7 +164,8 @@ def test_only_one_resumes(session: Session) -> None:
         child.kill()
         child.wait()
     session.flags[D] = ["--resume"]
-    parties = session.start()
+    # Client and dealer find it first, and tell a server that starts within seconds alone.
+    parties = session.start(first=S)
     for child in parties.values():
         _, noise = child.communicate(timeout=120)
         assert child.returncode == 3
